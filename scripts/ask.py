@@ -1,0 +1,66 @@
+"""Load a checkpoint and ask it a question of a prepared dataset, or one of your own about an image.
+
+    python scripts/ask.py --model outputs/grpo_sat --data src/data/SAT/SAT_train_15000.json --row 3
+    python scripts/ask.py --model Qwen/Qwen2-VL-2B --image photo.jpg --question "How many chairs are there?"
+"""
+
+import argparse
+import sys
+
+import torch
+
+from open_r1.modeling import load_model, load_processor, reset_generation_config, vision_token_ids
+from open_r1.sat import read_examples
+
+
+def main() -> None:
+    """Command line entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="checkpoint folder or Hub name")
+    parser.add_argument("--data", help="prepared JSON file to take the question from")
+    parser.add_argument("--row", type=int, default=0, help="which of its examples (default: 0)")
+    parser.add_argument("--image", help="image file to ask about")
+    parser.add_argument("--question", help="the question to ask about --image")
+    parser.add_argument("--chat_template", help="base, instruct or a file (default: the checkpoint's own)")
+    parser.add_argument("--max_new_tokens", type=int, default=700, help="longest answer in tokens (default: 700)")
+    args = parser.parse_args()
+    if bool(args.data) == bool(args.image and args.question):
+        parser.error("give --data, or --image and --question")
+    try:
+        example = (
+            read_examples(args.data)[args.row]
+            if args.data
+            else {"prompt": [{"content": args.question}], "images": [args.image]}
+        )
+        processor = load_processor(args.model, chat_template=args.chat_template)
+        model = load_model(args.model, dtype="auto")
+    except IndexError:
+        sys.exit(f"error: --row {args.row}: {args.data} has fewer rows")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    reset_generation_config(model, processor)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    question = example["prompt"][0]["content"]
+    content = [{"type": "image", "image": path} for path in example["images"]]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+    ids = model.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=args.max_new_tokens,
+        suppress_tokens=vision_token_ids(processor),
+    )
+    completion = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    print(f"question:   {question}")
+    if "solution" in example:
+        print(f"solution:   {example['solution']}")
+    print(f"completion: {completion!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+#!/bin/sh
+# Start a training script on every GPU of this machine, or on CPU processes where there is none.
+#
+#   sh launch.sh SCRIPT RECIPE [ARGUMENTS]    (run_grpo_SAT.sh and run_sft.sh call it)
+#
+# From the environment:
+#   MODEL              model name or folder                (default: the recipe's)
+#   DATA               prepared JSON file                  (default: src/data/SAT/SAT_train_15000.json)
+#   CONFIG             recipe, a file                      (default: configs/RECIPE.yaml)
+#   OUTPUT             output folder                       (default: outputs/ and the recipe's name)
+#   NUM_PROCESSES      processes                           (default: the GPUs; 2 without one)
+#   ACCELERATE_CONFIG  how to launch: zero2, zero3, ddp, cpu, or a file  (default: zero2; cpu without a GPU)
+# Arguments override the recipe: `--max_steps 100 --beta 0`; `--help` lists them all.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+ROOT=$(cd "$here/../.." && pwd)
+. "$ROOT/scripts/env.sh"
+script="$here/open_r1/$1.py"
+CONFIG="${CONFIG:-$ROOT/configs/$2.yaml}"
+shift 2
+
+case " $* " in *" --help "* | *" -h "*)
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$here/launch.sh"
+    exec "$PYTHON" "$script" --help ;;
+esac
+
+DATA="${DATA:-$ROOT/src/data/SAT/SAT_train_15000.json}"
+OUTPUT="${OUTPUT:-$ROOT/outputs/$(basename "$CONFIG" .yaml)}"
+if [ ! -f "$CONFIG" ]; then
+    echo "error: CONFIG: no recipe $CONFIG" >&2
+    exit 1
+fi
+
+set -- --config "$CONFIG" --dataset_name "$DATA" --output_dir "$OUTPUT" \
+    ${MODEL:+--model_name_or_path "$MODEL"} "$@"
+
+gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c '^GPU' || true)
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && [ "$gpus" -gt 0 ]; then
+    gpus=$(printf '%s' "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '[0-9a-zA-Z]' || true)
+fi
+if [ "$gpus" -gt 0 ]; then
+    NUM_PROCESSES="${NUM_PROCESSES:-$gpus}"
+    ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-zero2}"
+    set -- "$script" "$@"
+else
+    echo "no GPU found: training on CPU processes in float32"
+    NUM_PROCESSES="${NUM_PROCESSES:-2}"
+    ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-cpu}"
+    # use_cpu goes to the trainer alone: told of it, accelerate would put plain DDP in DeepSpeed's place.
+    set -- --mixed_precision no "$script" --use_cpu true --bf16 false --dtype float32 "$@"
+    export DS_ACCELERATOR=cpu
+    cores=$(getconf _NPROCESSORS_ONLN)
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + NUM_PROCESSES - 1) / NUM_PROCESSES))}"
+fi
+[ -f "$ACCELERATE_CONFIG" ] || ACCELERATE_CONFIG="$here/configs/$ACCELERATE_CONFIG.yaml"
+if [ ! -f "$ACCELERATE_CONFIG" ]; then
+    echo "error: ACCELERATE_CONFIG: no file $ACCELERATE_CONFIG" >&2
+    exit 1
+fi
+
+# exec: a signal to this script reaches the launcher, which ends its processes. Port 0 is any free one.
+exec "$PYTHON" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG" --main_process_port 0 \
+    --num_processes "$NUM_PROCESSES" "$@"

@@ -1,0 +1,1 @@
+"""R1-Zero for vision-language models: grouped GRPO on Qwen2-VL and its siblings."""
