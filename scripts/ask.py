@@ -1,7 +1,7 @@
 """Load a checkpoint and ask it a question of a prepared dataset, or one of your own about an image.
 
-    python scripts/ask.py --model outputs/grpo_sat --data src/data/SAT/SAT_train_15000.json --row 3
-    python scripts/ask.py --model Qwen/Qwen2-VL-2B --image photo.jpg --question "How many chairs are there?"
+python scripts/ask.py --model outputs/grpo_sat --data src/data/SAT/SAT_train_15000.json --row 3
+python scripts/ask.py --model Qwen/Qwen2-VL-2B --image photo.jpg --question "How many chairs are there?"
 """
 
 import argparse
@@ -15,9 +15,7 @@ from open_r1.sat import read_examples
 
 def main() -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub name")
     parser.add_argument("--data", help="prepared JSON file to take the question from")
     parser.add_argument("--row", type=int, default=0, help="which of its examples (default: 0)")

@@ -29,9 +29,7 @@ class DataArguments:
     )
     max_prompt_length: int | None = field(
         default=1024,
-        metadata={
-            "help": "Examples with a longer prompt (tokens, images included) are left out; none is truncated."
-        },
+        metadata={"help": "Examples with a longer prompt (tokens, images included) are left out; none is truncated."},
     )
     max_pixels: int | None = field(
         default=401408, metadata={"help": "Larger images are shrunk to this area in pixels."}
@@ -56,9 +54,7 @@ def count_prompt_tokens(example: dict, processor: ProcessorMixin, **template_kwa
         The count, or None when the question holds an image token of its own, which no image would fill.
     """
     messages = prepare_multimodal_messages(example["prompt"], images=example["images"])
-    text = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=False, **template_kwargs
-    )
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
     ids = processor.tokenizer(text)["input_ids"]
     if ids.count(processor.image_token_id) != len(example["images"]):
         return None
@@ -91,9 +87,7 @@ def load_dataset(
     lengths = [count_prompt_tokens(example, processor, **template_kwargs) for example in progress]
     limit = max_prompt_length or float("inf")
     kept = [
-        example
-        for example, length in zip(examples, lengths, strict=True)
-        if length is not None and length <= limit
+        example for example, length in zip(examples, lengths, strict=True) if length is not None and length <= limit
     ]
     stray = sum(length is None for length in lengths)
     if len(kept) < len(examples):

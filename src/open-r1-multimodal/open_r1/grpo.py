@@ -5,6 +5,7 @@ Launch it with `run_grpo_SAT.sh`, or by hand: `accelerate launch open_r1/grpo.py
 """
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,9 +70,7 @@ def build_trainer(
         load_dataset(path, processor, script_args.max_prompt_length, **template_kwargs) if path else None
         for path in (script_args.dataset_name, script_args.eval_dataset_name)
     )
-    reward_funcs = get_reward_funcs(
-        script_args.reward_funcs, think_prefilled=opens_think(processor, **template_kwargs)
-    )
+    reward_funcs = get_reward_funcs(script_args.reward_funcs, think_prefilled=opens_think(processor, **template_kwargs))
     model = load_model_from_args(model_args)
     freeze(model, script_args.freeze_vision, script_args.freeze_llm)
     return Qwen2VLGRPOTrainer(
@@ -87,6 +86,7 @@ def build_trainer(
 
 def main() -> None:
     """Parse the recipe, build, train, save."""
+    sys.path.insert(0, os.getcwd())  # where a user's own `module:function` reward lies
     parser = TrlParser((GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig))
     try:
         script_args, training_args, model_args = parser.parse_args_and_config()

@@ -30,6 +30,4 @@ def load_chat_template(name_or_path: str) -> str:
         if path.is_file():
             return path.read_text(encoding="utf-8")
     known = ", ".join(sorted(path.stem for path in CHAT_TEMPLATE_DIR.glob("*.jinja")))
-    raise FileNotFoundError(
-        f"chat_template: no file {name_or_path!r} and no template of that name (known: {known})"
-    )
+    raise FileNotFoundError(f"chat_template: no file {name_or_path!r} and no template of that name (known: {known})")

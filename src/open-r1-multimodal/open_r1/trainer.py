@@ -8,6 +8,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL import Image
+from torch import nn
 from transformers import (
     AutoProcessor,
     PreTrainedModel,
@@ -38,15 +39,20 @@ class Qwen2VLGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        if self.completions_per_step and self.gradient_accumulation_steps == 1:
-            per_pass = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))
-            if self.completions_per_step % per_pass:
-                raise ValueError(
-                    f"completions_per_step {self.completions_per_step} is not a multiple of "
-                    f"{per_pass} (per_device_train_batch_size x processes); change one of them"
-                )
-            self.gradient_accumulation_steps = self.completions_per_step // per_pass
+        self.resolve_accumulation()
         super().__post_init__()
+
+    def resolve_accumulation(self) -> None:
+        """Set `gradient_accumulation_steps` from `completions_per_step`; see its help."""
+        if not self.completions_per_step or self.gradient_accumulation_steps > 1:
+            return
+        per_pass = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))
+        if self.completions_per_step % per_pass:
+            raise ValueError(
+                f"completions_per_step {self.completions_per_step} is not a multiple of {per_pass} "
+                "(per_device_train_batch_size x processes); change one of them"
+            )
+        self.gradient_accumulation_steps = self.completions_per_step // per_pass
 
 
 def open_image(path: str) -> Image.Image:
@@ -62,21 +68,22 @@ def open_image(path: str) -> Image.Image:
         raise OSError(f"image {path}: {error}; run prepare_dataset.sh again") from error
 
 
-class TrimTrajectories(TrainerCallback):
-    """At the start of a run, drop the trajectories of steps that the run is about to repeat."""
+class ContinueRollouts(TrainerCallback):
+    """At the start of a run, resumed or not, put the rollouts where the checkpoint's step says they are."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, trainer: "Qwen2VLGRPOTrainer"):
+        self.trainer = trainer
 
     def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """`state.global_step` is the step of the checkpoint resumed from, or 0."""
+        """Count from the checkpoint's step, and drop the trajectories of steps that are about to be repeated."""
+        # TRL counts micro-batches from 0 after a resume, and would then take the wrong slice of a rollout
+        # whenever one rollout serves several steps.
+        self.trainer._step = state.global_step * args.gradient_accumulation_steps
         if not state.is_world_process_zero:
             return
-        for path in sorted(self.folder.glob("*.jsonl")):
+        for path in sorted(self.trainer.trajectory_dir.glob("*.jsonl")):
             if dropped := keep_rows(path, lambda row: row["step"] <= state.global_step):
-                print(
-                    f"{path}: dropped {dropped} lines after step {state.global_step}, which this run repeats"
-                )
+                print(f"{path}: dropped {dropped} lines after step {state.global_step}, which this run repeats")
 
 
 class Qwen2VLGRPOTrainer(GRPOTrainer):
@@ -127,7 +134,17 @@ class Qwen2VLGRPOTrainer(GRPOTrainer):
             **kwargs,
         )
         self.trajectory_dir = Path(args.output_dir) / "trajectories"
-        self.add_callback(TrimTrajectories(self.trajectory_dir))
+        self.add_callback(ContinueRollouts(self))
+
+    # transformers saves Qwen2-VL under its Hub names (visual.*) but resumes by its names in memory (model.visual.*),
+    # without an error when none matches: outside DeepSpeed a run would go on from the weights it started with.
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        if not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(saved.state_dict())
 
     # The one place that sees a rollout's prompts, completions, rewards and advantages together. TRL has no public
     # hook there; tests/test_trainer.py fails when its contract changes.
@@ -141,9 +158,7 @@ class Qwen2VLGRPOTrainer(GRPOTrainer):
 
     # Keeps what TRL reduces to means: the texts, ids and every single reward of this process.
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(
-            inputs, prompts, completions, completion_ids_list
-        )  # (processes*B, funcs)
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (processes*B, funcs)
         start = self.accelerator.process_index * len(prompts)
         self._rollout = (completions, completion_ids_list, rewards[start : start + len(prompts)].tolist())
         return rewards

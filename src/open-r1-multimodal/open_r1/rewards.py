@@ -1,0 +1,125 @@
+"""Reward functions in TRL's form: keyword lists with an entry per completion in, a float per completion out.
+
+A recipe names them in `reward_funcs`, by their name in `reward_funcs_registry` or as `module:function`.
+"""
+
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from open_r1.answers import extract_answer, is_correct
+
+Completion = str | list[dict[str, Any]]
+Reward = Callable[..., list[float]]
+
+_THINK_THEN_ANSWER = re.compile(r"\s*<think>(?P<think>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def accuracy_reward(
+    completions: Sequence[Completion],
+    solution: Sequence[str],
+    options: Sequence[Sequence[str] | None] | None = None,
+    **kwargs: Any,
+) -> list[float]:
+    """1.0 where the last `<answer>` block holds the solution, else 0.0; without the tag there is no reward.
+
+    Args:
+        completions: texts, or conversations whose last message is the model's.
+        solution: the gold answers, bare or (as R1-V's data sets have it) wrapped in `<answer>` tags.
+        options: the options of each question, where it has any.
+
+    Raises:
+        ValueError: when a solution is none of its options; the data is wrong then, not the model.
+    """
+    options = options or [None] * len(completions)
+    answers = [extract_answer(completion_text(completion)) for completion in completions]
+    golds = [extract_answer(gold) or gold for gold in solution]
+    return [float(is_correct(*sample)) for sample in zip(answers, golds, options, strict=True)]
+
+
+def format_reward(completions: Sequence[Completion], think_prefilled: bool = False, **kwargs: Any) -> list[float]:
+    """1.0 for exactly one `<think>` and then one `<answer>` block, neither blank, only white space around.
+
+    Args:
+        completions: texts, or conversations whose last message is the model's.
+        think_prefilled: the prompt ended with `<think>`, so completions start inside that block.
+    """
+    prefix = "<think>" if think_prefilled else ""
+    return [float(_well_formed(prefix + completion_text(completion))) for completion in completions]
+
+
+def length_reward(
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]],
+    target_length: int = 1000,
+    **kwargs: Any,
+) -> list[float]:
+    """Linear in the number of tokens, from 0.0 for none to 1.0 at `target_length`, and 1.0 beyond.
+
+    The default slope, 0.001 a token, is the one of the paper's code, whose length reward had no upper bound.
+    TRL hands over the token ids, so there is nothing to tokenize.
+    """
+    return [min(len(ids) / target_length, 1.0) for ids in completion_ids]
+
+
+reward_funcs_registry: dict[str, Reward] = {
+    "accuracy": accuracy_reward,
+    "format": format_reward,
+    "length": length_reward,
+}
+
+
+def get_reward_funcs(names: Sequence[str], think_prefilled: bool = False) -> list[Reward]:
+    """The reward functions of a recipe.
+
+    Args:
+        names: names in the registry, or `module:function` for a function of the user's own.
+        think_prefilled: bound to every reward function that has a parameter of this name.
+
+    Raises:
+        ValueError: in one line, when a name is unknown or does not lead to a callable.
+    """
+    return [_bind(_find_reward(name), think_prefilled) for name in names]
+
+
+def completion_text(completion: Completion) -> str:
+    """The model's text in one completion, which TRL gives as a string or as a conversation."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def _well_formed(text: str) -> bool:
+    if any(text.count(tag) != 1 for tag in _TAGS):
+        return False
+    match = _THINK_THEN_ANSWER.fullmatch(text)
+    return match is not None and all(part.strip() for part in match.groups())
+
+
+def _find_reward(name: str) -> Reward:
+    if name in reward_funcs_registry:
+        return reward_funcs_registry[name]
+    module_name, colon, function_name = name.partition(":")
+    if not (module_name and colon and function_name):
+        known = ", ".join(reward_funcs_registry)
+        raise ValueError(f"reward_funcs: unknown reward {name!r} (known: {known}; your own: module:function)")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # An import that fails inside the user's module is the user's to see in full.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(f"reward_funcs: no module {module_name!r} for reward {name!r}") from error
+    reward = getattr(module, function_name, None)
+    if not callable(reward):
+        raise ValueError(f"reward_funcs: module {module_name!r} has no function {function_name!r}")
+    return reward
+
+
+def _bind(reward: Reward, think_prefilled: bool) -> Reward:
+    if "think_prefilled" not in inspect.signature(reward).parameters:
+        return reward
+    bound = functools.partial(reward, think_prefilled=think_prefilled)
+    return functools.update_wrapper(bound, reward)  # keeps __name__, under which TRL logs it

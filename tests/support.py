@@ -1,0 +1,108 @@
+"""What several tests share: rendered examples, a reward that a random model can earn, training runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from open_r1.prompts import REPO_ROOT, sat_question
+from open_r1.trainer import Qwen2VLGRPOConfig
+
+COLOURS = ["red", "lime", "blue", "white", "black", "yellow"]
+
+
+def write_examples(folder: Path, count: int = 8, images_per_example: int = 1) -> Path:
+    """A prepared dataset of one-colour pictures; questions and picture sizes differ from row to row."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    records = []
+    for row in range(count):
+        names = []
+        for k in range(images_per_example):
+            colour = COLOURS[(row + k) % len(COLOURS)]
+            names.append(f"images/{row}_{k}.png")
+            Image.new("RGB", (56 + 28 * (row % 3), 56 + 28 * k), colour).save(folder / names[-1])
+        options = [COLOURS[row % len(COLOURS)], COLOURS[(row + 1) % len(COLOURS)]]
+        question = sat_question(f"What colour is picture {row}?", options)
+        records.append(
+            {
+                "messages": [
+                    {"role": "user", "content": "<image>" * images_per_example + question},
+                    {"role": "assistant", "content": options[0]},
+                ],
+                "images": names,
+                "question_type": "other",
+                "options": options,
+            }
+        )
+    path = folder / "examples.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def vowel_share(completions: list, **kwargs: object) -> list[float]:
+    """A reward that varies over the noise of a random model: the share of vowels in the text."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(letter in "aeiou" for letter in text) / (len(text) + 1) for text in texts]
+
+
+def make_config(output_dir: Path, **changes: object) -> Qwen2VLGRPOConfig:
+    """A GRPO configuration of two prompts x four completions a step, in one process on the CPU."""
+    settings = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "num_generations": 4,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 12,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "beta": 0.04,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "seed": 7,
+    }
+    return Qwen2VLGRPOConfig(**{**settings, **changes})
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved checkpoint."""
+    return load_file(folder / "model.safetensors")
+
+
+def run_grpo(model: Path, data: Path, output: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
+    """`sh run_grpo_SAT.sh` with the tiny recipe and the tests' reward, from an unrelated directory."""
+    return subprocess.run(
+        ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh"), *args],
+        env=launch_env(model, data, output, **env),
+        cwd=output.parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+def launch_env(model: Path, data: Path, output: Path, **env: str) -> dict[str, str]:
+    """The environment that points `run_grpo_SAT.sh` at a tiny model and the tests' data and reward."""
+    return {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(Path(__file__).parent),
+        "CONFIG": str(REPO_ROOT / "configs/tiny/grpo.yaml"),
+        "MODEL": str(model),
+        "DATA": str(data),
+        "OUTPUT": str(output),
+        "HF_HUB_OFFLINE": "1",
+        **env,
+    }

@@ -1,0 +1,175 @@
+"""The commands: every script parses, every recipe parses, launches agree with each other, signals end them."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from trl import ModelConfig, TrlParser
+
+from open_r1.grpo import GRPOScriptArguments, resolve_checkpoint, resolve_report_to
+from open_r1.prompts import REPO_ROOT
+from open_r1.trainer import Qwen2VLGRPOConfig
+from support import launch_env, load_weights, read_jsonl, run_grpo
+
+SCRIPTS = sorted(
+    path for path in REPO_ROOT.rglob("*.sh") if not {".venv", "outputs"} & set(path.relative_to(REPO_ROOT).parts)
+)
+RECIPES = sorted((REPO_ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse(shell, script):
+    subprocess.run([shell, "-n", str(script)], check=True)
+    assert "conda activate" not in script.read_text()  # fails in a non-interactive shell
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(REPO_ROOT / "configs")))
+def test_recipes_parse(recipe, tmp_path):
+    """Unknown keys raise; values reach the dataclasses."""
+    parser = TrlParser((GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig))
+    args = ["--config", str(recipe), "--dataset_name", "x.json", "--output_dir", str(tmp_path)]
+    script_args, training_args, _ = parser.parse_args_and_config([*args, "--use_cpu", "true", "--bf16", "false"])
+    assert script_args.dataset_name == "x.json"
+    per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    assert per_step == training_args.completions_per_step
+    assert training_args.temperature == 1.0 and training_args.top_k == 0
+
+
+def test_the_papers_recipe(tmp_path):
+    parser = TrlParser((GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig))
+    args = ["--config", str(REPO_ROOT / "configs/grpo_sat.yaml"), "--dataset_name", "x.json"]
+    script_args, training_args, model_args = parser.parse_args_and_config(
+        [*args, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    )
+    assert (script_args.max_prompt_length, script_args.max_pixels) == (1024, 401408)
+    assert script_args.reward_funcs == ["accuracy", "format"] and script_args.chat_template == "base"
+    assert model_args.model_name_or_path == "Qwen/Qwen2-VL-2B" and model_args.dtype == "bfloat16"
+    expected = {
+        "num_generations": 8,
+        "completions_per_step": 64,
+        "max_completion_length": 700,
+        "beta": 0.04,
+        "learning_rate": 1e-6,
+        "max_steps": 1500,
+        "temperature": 1.0,
+    }
+    assert {name: getattr(training_args, name) for name in expected} == expected
+    # the line of a linear schedule over two epochs of 15000 examples at 8 prompts a step, cut at step 1500
+    assert training_args.lr_scheduler_kwargs["lr_end"] == pytest.approx(1e-6 * (1 - 1500 / (2 * 15000 / 8)))
+
+
+def test_reports_never_wait_for_an_answer(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert resolve_report_to(["auto"]) == ["tensorboard"]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert resolve_report_to(["auto"]) == ["wandb"]
+    assert resolve_report_to(["tensorboard"]) == ["tensorboard"]
+    monkeypatch.delenv("WANDB_MODE")
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key")
+    assert resolve_report_to(["auto"]) == ["wandb"]
+
+
+def test_resume_auto_takes_the_newest_checkpoint(tmp_path):
+    assert resolve_checkpoint("auto", str(tmp_path / "none")) is None
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert resolve_checkpoint("auto", str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert resolve_checkpoint("none", str(tmp_path)) is None
+    assert resolve_checkpoint("elsewhere", str(tmp_path)) == "elsewhere"
+
+
+def test_launch_errors_are_one_line(tmp_path, tiny_model):
+    result = run_grpo(tiny_model, tmp_path / "no.json", tmp_path / "out", CONFIG="nowhere.yaml")
+    assert result.returncode != 0 and result.stderr.strip() == "error: CONFIG: no recipe nowhere.yaml"
+    result = run_grpo(tiny_model, tmp_path / "no.json", tmp_path / "out", ACCELERATE_CONFIG="zero9")
+    assert result.returncode != 0 and "error: ACCELERATE_CONFIG: no file" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dataset_name", "no.json"], r"error: .*no\.json: no such file"),
+        (["--reward_funcs", "acuracy"], "error: reward_funcs: unknown reward 'acuracy'"),
+        (["--chat_template", "lama"], "error: chat_template: no file 'lama'"),
+        (["--completions_per_step", "7"], "error: completions_per_step 7 is not a multiple of 4"),
+    ],
+)
+def test_user_errors_are_one_line(tmp_path, tiny_model, examples_json, arguments, message):
+    result = run_grpo(tiny_model, examples_json, tmp_path / "out", *arguments, NUM_PROCESSES="1")
+    assert result.returncode != 0
+    assert re.search(message, result.stderr), result.stderr
+
+
+@pytest.mark.heavy
+def test_ddp_zero2_and_zero3_agree(tmp_path, tiny_model, examples_json):
+    """The same seeded three-step run over two processes; also from an unrelated folder, under sh."""
+    logs, weights = {}, {}
+    for strategy in ("ddp", "cpu", "zero3"):
+        output = tmp_path / strategy
+        result = run_grpo(
+            tiny_model,
+            examples_json,
+            output,
+            *["--max_steps", "3", "--reward_funcs", "support:vowel_share", "--learning_rate", "1e-3"],
+            ACCELERATE_CONFIG=strategy,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        zero_files = list(output.glob("checkpoint-3/global_step3/*optim_states.pt"))
+        assert len(zero_files) == (0 if strategy == "ddp" else 2)  # ZeRO really ran, on both processes
+        state = (output / "trainer_state.json").read_text()
+        logs[strategy] = [
+            (float(loss), float(reward))
+            for loss, reward in re.findall(r'"loss": ([-\d.e]+),.*?"reward": ([-\d.e]+),', state, re.DOTALL)
+        ]
+        weights[strategy] = load_weights(output)
+        assert len(read_jsonl(output / "trajectories/train.jsonl")) == 3 * 16
+    assert len(logs["ddp"]) == 3 and any(loss != 0 for loss, _ in logs["ddp"])
+    for strategy in ("cpu", "zero3"):
+        assert torch.allclose(torch.tensor(logs[strategy]), torch.tensor(logs["ddp"]), atol=1e-4)
+        assert all(torch.allclose(weights[strategy][name], weights["ddp"][name], atol=1e-4) for name in weights["ddp"])
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_no_process_behind(tmp_path, tiny_model, examples_json, stop):
+    launcher = subprocess.Popen(
+        ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh"), "--max_steps", "100000"],
+        env=launch_env(tiny_model, examples_json, tmp_path / "out"),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    trajectories = tmp_path / "out/trajectories/train.jsonl"
+    deadline = time.monotonic() + 180
+    while not trajectories.exists() and time.monotonic() < deadline and launcher.poll() is None:
+        time.sleep(0.5)
+    assert trajectories.exists(), "training did not start"
+    os.killpg(launcher.pid, stop) if stop == signal.SIGINT else launcher.send_signal(stop)  # Ctrl-C goes to the group
+    assert launcher.wait(timeout=60) != 0
+    deadline = time.monotonic() + 30
+    while (left := _processes_naming(str(tmp_path))) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left == []
+
+
+def _processes_naming(text: str) -> list[str]:
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it ended while we looked
+            continue
+        if text in command and "pytest" not in command:
+            commands.append(command)
+    return commands

@@ -1,0 +1,80 @@
+"""Golden prompts: the text a model sees, and its token ids, in training and in evaluation."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from open_r1.data import opens_think
+from open_r1.prompts import join_options, load_chat_template, sat_question
+from open_r1.tiny import make_processor, make_tokenizer
+
+GOLDEN = json.loads((Path(__file__).parent / "data/prompts.json").read_text())
+QUESTION = sat_question("Is the red ball to the left of the box?", ["yes", "no"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte, so that ids pin the text; Qwen's special tokens behind them."""
+    return make_tokenizer()
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_prompt_is_the_golden_one(name, tokenizer):
+    template, style = name.split("/")
+    processor = make_processor(tokenizer, chat_template=template)
+    image = Image.new("RGB", (56, 56))  # 2 x 2 image tokens
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]}]
+    rendered = processor.apply_chat_template(messages, add_generation_prompt=True, style=style)
+    assert rendered == GOLDEN[name]["text"]
+    ids = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, style=style
+    )["input_ids"][0]
+    assert ids == GOLDEN[name]["ids"]
+    assert ids.count(processor.image_token_id) == 4
+
+
+def test_default_style_is_the_training_prompt(tokenizer):
+    for template, style in (("base", "reasoning"), ("instruct", "train")):
+        processor = make_processor(tokenizer, chat_template=template)
+        message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+        rendered = processor.apply_chat_template(message, add_generation_prompt=True)
+        assert rendered == GOLDEN[f"{template}/{style}"]["text"]
+
+
+def test_only_the_base_prompt_opens_the_think_block(tokenizer):
+    base, instruct = (make_processor(tokenizer, chat_template=name) for name in ("base", "instruct"))
+    assert opens_think(base) and not opens_think(base, style="direct") and not opens_think(instruct)
+
+
+def test_answers_are_closed_and_marked_for_the_loss(tokenizer):
+    processor = make_processor(tokenizer, chat_template="base")
+    messages = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "left"}]
+    output = processor.tokenizer.apply_chat_template(
+        messages,
+        chat_template=processor.chat_template,
+        style="direct",
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    marked = [i for i, m in zip(output["input_ids"], output["assistant_masks"], strict=True) if m]
+    assert tokenizer.decode(marked) == "left<|im_end|>"
+
+
+def test_unknown_style_and_template_are_refused(tokenizer):
+    for name in ("base", "instruct"):
+        with pytest.raises(Exception, match="style must be"):
+            make_processor(tokenizer, chat_template=name).apply_chat_template(
+                [{"role": "user", "content": "?"}], style="chat"
+            )
+    with pytest.raises(FileNotFoundError, match="known: base, instruct"):
+        load_chat_template("llama")
+
+
+def test_options_read_as_in_the_paper():
+    assert join_options(["a", "b", "c"]) == "a, b or c" and join_options(["yes", "no"]) == "yes or no"
+    assert sat_question("Where?", ["a", "b, c", "d"]) == (
+        "Answer in natural language. Where? Choose between the following options: a, b, c or d"
+    )

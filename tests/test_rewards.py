@@ -1,0 +1,210 @@
+"""Reward functions as TRL calls them; among the cases, the reference's mistakes."""
+
+import inspect
+import sys
+import types
+
+import pytest
+
+from open_r1.rewards import (
+    accuracy_reward,
+    format_reward,
+    get_reward_funcs,
+    length_reward,
+    reward_funcs_registry,
+)
+
+SIDES = ["left", "right"]
+
+
+def as_conversation(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def accuracy(text, solution="left", options=SIDES):
+    (reward,) = accuracy_reward([as_conversation(text)], solution=[solution], options=[options])
+    return reward
+
+
+@pytest.mark.parametrize("answer", ["left", "\nleft\n", "Left", "left.", ' "left" ', "(left)"])
+def test_accuracy_forgives_dress(answer):
+    assert accuracy(f"<think>hm</think><answer>{answer}</answer>") == 1.0
+
+
+@pytest.mark.parametrize("answer", ["right", "", "  ", "left or right", "A or B or C", "left, right", "A"])
+def test_accuracy_rejects_wrong_hedged_and_empty_answers(answer):
+    assert accuracy(f"<think>hm</think><answer>{answer}</answer>") == 0.0
+
+
+def test_accuracy_needs_the_tag():
+    assert accuracy("left") == 0.0
+    assert accuracy("<think>hm</think> left") == 0.0
+    assert accuracy("<answer>left") == 0.0
+
+
+def test_accuracy_takes_the_last_answer():
+    assert accuracy("<answer>right</answer> But wait! <answer>left</answer>") == 1.0
+    assert accuracy("<answer>left</answer> But wait! <answer>right</answer>") == 0.0
+
+
+def test_accuracy_of_numbers_and_symbols():
+    assert accuracy("<answer>3.0</answer>", "3", ["3", "4"]) == 1.0
+    assert accuracy("<answer>three</answer>", "3", None) == 1.0
+    assert accuracy("<answer>0.5</answer>", r"\frac{1}{2}", None) == 1.0  # the symbolic branch, on a tagged answer
+    assert accuracy("The values are 3 and <answer>4</answer>", "3", None) == 0.0
+
+
+def test_accuracy_takes_texts_and_conversations_without_options():
+    texts = ["<answer>left</answer>", "<answer>right</answer>"]
+    for completions in (texts, [as_conversation(text) for text in texts]):
+        rewards = accuracy_reward(completions, solution=["left", "left"], prompts=["p", "p"], completion_ids=[[1], [2]])
+        assert rewards == [1.0, 0.0]
+
+
+def test_accuracy_mixes_questions_with_and_without_options():
+    completions = ["<answer>left</answer>", "<answer>7</answer>", "<answer>(B)</answer>"]
+    rewards = accuracy_reward(completions, solution=["left", "7", "(B)"], options=[SIDES, None, SIDES])
+    assert rewards == [1.0, 1.0, 1.0]
+
+
+def test_accuracy_unwraps_a_tagged_solution():
+    assert accuracy("<answer>left</answer>", "<answer> left </answer>") == 1.0
+
+
+def test_accuracy_hides_no_bug():
+    with pytest.raises(ValueError, match="none of the options"):
+        accuracy("<answer>left</answer>", "behind")
+    with pytest.raises(ValueError):
+        accuracy_reward(["<answer>left</answer>"], solution=[])
+
+
+GOOD = "<think>I look.</think>\n<answer>left</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        (GOOD, 1.0),
+        (f"\n {GOOD} \n", 1.0),
+        ("<think>I\nlook.</think><answer>\nleft\n</answer>", 1.0),
+        ("", 0.0),
+        ("left", 0.0),
+        ("I look.</think><answer>left</answer>", 0.0),
+        ("<think></think><answer>left</answer>", 0.0),
+        ("<think> \n</think><answer>left</answer>", 0.0),
+        ("<think>I look.</think><answer> </answer>", 0.0),
+        ("<think>I look.</think>", 0.0),
+        ("<answer>left</answer>", 0.0),
+        ("<answer>left</answer><think>I look.</think>", 0.0),
+        ("<think>I look.</think> so <answer>left</answer>", 0.0),
+        (f"Well. {GOOD}", 0.0),
+        (f"{GOOD} Done.", 0.0),
+        (GOOD * 2, 0.0),
+        (f"{GOOD}<answer>left</answer>", 0.0),
+        (f"<think>{GOOD}", 0.0),
+        ("<think>I look.<answer>left</answer></think>", 0.0),
+        ("<think>I <think>look.</think></think><answer>left</answer>", 0.0),
+        ("<think>I look.</think><answer>left", 0.0),
+        ("<think>I look.<answer>left</answer>", 0.0),
+        ("<Think>I look.</Think><answer>left</answer>", 0.0),
+    ],
+)
+def test_format(text, reward):
+    assert format_reward([as_conversation(text)]) == [reward]
+    assert format_reward([text]) == [reward]
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("I look.</think>\n<answer>left</answer>", 1.0),
+        ("\nI look.\n</think> <answer>left</answer>\n", 1.0),
+        (GOOD, 0.0),  # the prompt has opened the tag already
+        ("</think><answer>left</answer>", 0.0),
+        ("I look. <answer>left</answer>", 0.0),
+        ("I look.</think><answer>left</answer> User:", 0.0),
+    ],
+)
+def test_format_after_a_prompt_that_opened_the_think_tag(completion, reward):
+    assert format_reward([as_conversation(completion)], think_prefilled=True) == [reward]
+
+
+@pytest.mark.parametrize("piece", ["<think>", "</think>", "<answer>", " ", "\n", "x", "<", "</think><answer>"])
+def test_format_of_a_megabyte(piece):
+    """No clock: a backtracking pattern would need hours."""
+    text = piece * (1_000_000 // len(piece))
+    for completion in (
+        text,
+        f"<think>{text}</think>{text}<answer>{text}</answer>{text}",
+        f"<think>x</think>{text}",
+    ):
+        format_reward([completion])
+        format_reward([completion], think_prefilled=True)
+
+
+def test_length_is_linear_and_bounded():
+    ids = [[7] * length for length in (0, 1, 500, 1000, 5000)]
+    assert length_reward(["x"] * 5, completion_ids=ids) == pytest.approx([0.0, 0.001, 0.5, 1.0, 1.0])
+    assert length_reward(["x"], completion_ids=[[7] * 50], target_length=100) == [0.5]
+
+
+def test_registry_resolves_in_order_and_keeps_names():
+    rewards = get_reward_funcs(["format", "accuracy", "length"])
+    assert [reward.__name__ for reward in rewards] == ["format_reward", "accuracy_reward", "length_reward"]
+    assert set(reward_funcs_registry) == {"accuracy", "format", "length"}
+
+
+@pytest.mark.parametrize("prefilled", [False, True])
+def test_think_prefilled_reaches_the_format_reward(prefilled):
+    (reward,) = get_reward_funcs(["format"], think_prefilled=prefilled)
+    completions = ["I look.</think><answer>left</answer>"]
+    assert reward(completions=completions, prompts=["p"], completion_ids=[[1]]) == [float(prefilled)]
+
+
+@pytest.fixture
+def my_rewards(monkeypatch):
+    module = types.ModuleType("my_rewards")
+
+    def plain(completions, **kwargs):
+        return [float("think_prefilled" in kwargs) for _ in completions]
+
+    def aware(completions, think_prefilled, **kwargs):
+        return [float(think_prefilled) for _ in completions]
+
+    module.plain, module.aware, module.constant = plain, aware, 1.0
+    monkeypatch.setitem(sys.modules, "my_rewards", module)
+
+
+def test_own_rewards_get_only_what_they_ask_for(my_rewards):
+    plain, aware = get_reward_funcs(["my_rewards:plain", "my_rewards:aware"], think_prefilled=True)
+    assert plain(completions=["x"]) == [0.0]
+    assert aware(completions=["x"]) == [1.0]
+    assert [plain.__name__, aware.__name__] == ["plain", "aware"]
+    assert not inspect.iscoroutinefunction(aware)
+
+
+@pytest.mark.parametrize(
+    "name", ["acuracy", "", ":", "my_rewards:", ":plain", "my_rewards:missing", "my_rewards:constant"]
+)
+def test_unknown_rewards_are_one_clear_line(name, my_rewards):
+    with pytest.raises(ValueError, match=r"^reward_funcs: ") as error:
+        get_reward_funcs([name])
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'acuracy'.*accuracy, format, length"):
+        get_reward_funcs(["accuracy", "acuracy"])
+
+
+@pytest.mark.parametrize("name", ["no_such_module:reward", "no_such_package.module:reward"])
+def test_a_missing_module_is_named(name):
+    with pytest.raises(ValueError, match="no module 'no_such"):
+        get_reward_funcs([name])
+
+
+def test_a_broken_import_inside_a_users_module_is_not_hidden(tmp_path, monkeypatch):
+    (tmp_path / "broken_rewards.py").write_text("import no_such_dependency\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        get_reward_funcs(["broken_rewards:reward"])

@@ -1,0 +1,268 @@
+"""The trainer against what the reference got wrong: who gets which reward, what is sampled, what is left behind."""
+
+import inspect
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from trl import GRPOTrainer
+
+from open_r1.data import count_prompt_tokens, load_dataset
+from open_r1.modeling import end_token_ids, freeze, load_model, load_processor, vision_token_ids
+from open_r1.rewards import accuracy_reward
+from open_r1.sat import read_examples
+from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer, open_image
+from support import load_weights, make_config, read_jsonl, vowel_share, write_examples
+
+
+def make_trainer(model_path, data, output, reward_funcs=vowel_share, eval_data=None, **changes):
+    processor = load_processor(model_path, chat_template="base", max_pixels=12544)
+    return Qwen2VLGRPOTrainer(
+        model=load_model(model_path, dtype="float32"),
+        reward_funcs=reward_funcs,
+        args=make_config(output, **changes),
+        train_dataset=load_dataset(data, processor),
+        eval_dataset=load_dataset(eval_data, processor) if eval_data else None,
+        processing_class=processor,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, examples_json, tmp_path_factory):
+    """A finished run of two steps with two prompts in every micro-batch and evaluation after each step."""
+    output = tmp_path_factory.mktemp("run")
+    seen = []
+
+    def spy(completions, prompts, solution, images, **kwargs):
+        seen.extend(zip(prompts, solution, images, strict=True))
+        return vowel_share(completions)
+
+    trainer = make_trainer(
+        tiny_model,
+        examples_json,
+        output,
+        reward_funcs=[spy, accuracy_reward],
+        eval_data=examples_json,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
+        num_generations_eval=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    return trainer, before, seen, output
+
+
+def test_every_parameter_moves(run):
+    trainer, before, _, _ = run
+    still = [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
+    # the bias of keys shifts every score of a softmax alike, so it has no gradient by construction
+    assert [name for name in still if "k_proj.bias" not in name and "attn.qkv.bias" not in name] == []
+
+
+def test_each_reward_belongs_to_its_prompt(run, examples_json):
+    """The reference stacked completions generation-major and rewarded them prompt-major."""
+    *_, seen, _ = run
+    solutions = {row["prompt"][0]["content"]: row["solution"] for row in read_examples(examples_json)}
+    assert seen
+    for prompt, solution, images in seen:
+        text = next(part["text"] for part in prompt[0]["content"] if part["type"] == "text")
+        assert solutions[text] == solution
+        assert images[0].getpixel((0, 0)) == Image.new("RGB", (1, 1), solution).getpixel((0, 0))
+
+
+def test_trajectories_hold_every_completion_once(run):
+    *_, output = run
+    rows = read_jsonl(output / "trajectories/train.jsonl")
+    assert [row["step"] for row in rows] == [1] * 16 + [2] * 16  # 8 a micro-batch, 2 micro-batches a step
+    for start in range(0, len(rows), 4):
+        group = rows[start : start + 4]
+        assert len({row["prompt"] for row in group}) == 1
+        assert {row["group"] for row in group} == {start % 16 // 4}
+        rewards = torch.tensor([sum(row["rewards"].values()) for row in group])
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        assert torch.allclose(torch.tensor([row["advantage"] for row in group]), advantages, atol=1e-4)
+    for row in rows:
+        assert row["prompt"].endswith("<think>") and row["prompt"].count("<|image_pad|>") == 1
+        assert row["solution"] in row["prompt"] and set(row["rewards"]) == {"spy", "accuracy_reward"}
+        assert Path(row["images"][0]).is_file()
+        assert 1 <= row["length"] <= 12 and (row["ended"] or row["length"] == 12)
+
+
+def test_evaluation_during_training(run):
+    trainer, _, _, output = run
+    assert [log["step"] for log in trainer.state.log_history if "eval_reward" in log] == [1, 2]
+    assert [row["step"] for row in read_jsonl(output / "trajectories/eval.jsonl")] == [1] * 16 + [2] * 16
+
+
+def test_checkpoint_carries_prompt_pixels_and_neutral_generation(run, tiny_model):
+    *_, output = run
+    processor = load_processor(output / "checkpoint-2")
+    assert processor.chat_template == load_processor(tiny_model, chat_template="base").chat_template
+    assert processor.image_processor.size["longest_edge"] == 12544
+    generation = json.loads((output / "checkpoint-2/generation_config.json").read_text())
+    assert "top_k" not in generation and "repetition_penalty" not in generation
+    assert set(generation["eos_token_id"]) == set(end_token_ids(processor))
+
+
+def test_checkpoint_settings_do_not_reach_the_rollout(run, tiny_model):
+    """The tiny checkpoint ships top_k 1 and a repetition penalty, as the published one does."""
+    shipped = json.loads((tiny_model / "generation_config.json").read_text())
+    assert shipped["top_k"] == 1 and shipped["repetition_penalty"] == 1.05
+    trainer, _, _, output = run
+    groups = {}
+    for row in read_jsonl(output / "trajectories/train.jsonl"):
+        groups.setdefault((row["step"], row["group"]), set()).add(row["completion"])
+    assert all(len(completions) > 1 for completions in groups.values())  # top_k 1 would make them equal
+    assert trainer.generation_config.top_k == 0 and trainer.generation_config.repetition_penalty == 1.0
+
+
+def test_vision_tokens_are_never_sampled_and_every_end_counts(tiny_model, examples_json, tmp_path):
+    sampled = []
+
+    def spy(completions, completion_ids, **kwargs):
+        sampled.extend(completion_ids)
+        return vowel_share(completions)
+
+    # At this temperature every token is about equally likely: 512 draws from about 280 tokens
+    trainer = make_trainer(
+        tiny_model,
+        examples_json,
+        tmp_path,
+        reward_funcs=spy,
+        temperature=1e3,
+        max_completion_length=64,
+        max_steps=4,
+    )
+    trainer.train()
+    ids = [i for completion in sampled for i in completion]
+    assert len(ids) > 500
+    assert not set(ids) & set(vision_token_ids(trainer.processing_class))
+    ends = set(end_token_ids(trainer.processing_class))
+    assert len(ends) == 2 and ends == {completion[-1] for completion in sampled if completion[-1] in ends}
+    assert all(not set(completion[:-1]) & ends for completion in sampled)
+
+
+def test_resume_continues_step_weights_order_and_trajectories(tiny_model, examples_json, tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tiny_model, examples_json, tmp_path / "whole", **settings).train()
+    broken = make_trainer(tiny_model, examples_json, tmp_path / "broken", **settings)
+    broken.train()
+    # as if killed after step 3: a later checkpoint is gone, rows of the lost steps and half a line remain
+    with (tmp_path / "broken/trajectories/train.jsonl").open("a") as file:
+        file.write('{"step": 5, "half')
+    resumed = make_trainer(tiny_model, examples_json, tmp_path / "broken", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken/checkpoint-2"))
+    assert resumed.state.global_step == 4
+    whole, again = (load_weights(tmp_path / name / "checkpoint-4") for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert read_jsonl(tmp_path / "whole/trajectories/train.jsonl") == read_jsonl(
+        tmp_path / "broken/trajectories/train.jsonl"
+    )
+
+
+def test_long_prompts_are_left_out_not_cut(tiny_model, tmp_path, capsys):
+    data = write_examples(tmp_path, count=6)
+    processor = load_processor(tiny_model, chat_template="base")
+    lengths = [count_prompt_tokens(example, processor) for example in read_examples(data)]
+    for example, length in zip(read_examples(data), lengths, strict=True):
+        image = Image.open(example["images"][0])
+        content = [
+            {"type": "image", "image": image},
+            {"type": "text", "text": example["prompt"][0]["content"]},
+        ]
+        ids = processor.apply_chat_template(
+            [[{"role": "user", "content": content}]],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+        )["input_ids"][0]
+        assert len(ids) == length
+    limit = max(lengths) - 1
+    kept = load_dataset(data, processor, max_prompt_length=limit)
+    assert len(kept) == sum(length <= limit for length in lengths) < 6
+    assert f"kept {len(kept)} of 6 examples" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no example left"):
+        load_dataset(data, processor, max_prompt_length=5)
+
+
+def test_pixel_bounds_reach_the_image_processor(tiny_model):
+    image = Image.new("RGB", (640, 480))
+    for max_pixels in (12544, 50176):
+        processor = load_processor(tiny_model, max_pixels=max_pixels)
+        grid = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"][0]
+        assert max_pixels * 0.6 < grid.prod() * 14 * 14 <= max_pixels
+    small = load_processor(tiny_model, min_pixels=12544, max_pixels=50176)
+    grid = small.image_processor(images=[Image.new("RGB", (28, 28))], return_tensors="pt")["image_grid_thw"][0]
+    assert grid.prod() * 14 * 14 >= 12544
+
+
+@pytest.mark.parametrize("part", ["vision", "llm"])
+def test_freeze_freezes(tiny_model, part):
+    """The reference's flags assigned to `requires_grad_`, the method, and froze nothing."""
+    model = load_model(tiny_model, dtype="float32")
+    freeze(model, freeze_vision=part == "vision", freeze_llm=part == "llm")
+    trains = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert all(trains[name] == ((".visual." in name) != (part == "vision")) for name in trains)
+    assert len(set(trains.values())) == 2
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        freeze(model, freeze_vision=True, freeze_llm=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_load_in_the_recipes_dtype(tiny_models, dtype):
+    for path in tiny_models.values():
+        model = load_model(path, dtype=dtype)
+        assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+        assert model.config._attn_implementation == "sdpa"  # auto, on a machine without flash-attn
+
+
+def test_unsupported_architecture_is_one_clear_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="is a 'gpt2' model; supported: qwen2_vl"):
+        load_model(tmp_path)
+
+
+def test_opening_images_leaves_no_file_open(examples_json):
+    """The reference kept a file handle open for every image of the dataset."""
+    paths = [example["images"][0] for example in read_examples(examples_json)]
+    before = len(os.listdir("/proc/self/fd"))
+    images = [open_image(path) for path in paths]
+    assert len(os.listdir("/proc/self/fd")) == before and images[0].mode == "RGB"
+    with pytest.raises(OSError, match=r"image nowhere\.png"):
+        open_image("nowhere.png")
+
+
+def test_one_step_is_the_same_number_of_completions_on_any_number_of_gpus(tmp_path, monkeypatch):
+    for world_size, steps in {1: 8, 2: 4, 4: 2, 8: 1}.items():
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        config = Qwen2VLGRPOConfig.__new__(Qwen2VLGRPOConfig)
+        config.completions_per_step, config.per_device_train_batch_size = 64, 8
+        config.gradient_accumulation_steps = 1
+        config.resolve_accumulation()
+        assert config.gradient_accumulation_steps == steps
+    config.per_device_train_batch_size = 3
+    config.gradient_accumulation_steps = 1
+    with pytest.raises(ValueError, match="not a multiple"):
+        config.resolve_accumulation()
+
+
+def test_the_seams_in_trl_are_where_we_override_them():
+    """What this project relies on inside TRL; a new release that moves it must fail here, not in a run."""
+    assert list(inspect.signature(GRPOTrainer._generate_and_score_completions).parameters) == [
+        "self",
+        "inputs",
+    ]
+    assert list(inspect.signature(GRPOTrainer._calculate_rewards).parameters) == [
+        "self",
+        "inputs",
+        "prompts",
+        "completions",
+        "completion_ids_list",
+    ]
