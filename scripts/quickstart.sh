@@ -25,5 +25,5 @@ CONFIG="$ROOT/configs/tiny/grpo.yaml" MODEL="$run/model" DATA="$run/data/SAT_tra
     sh "$ROOT/src/open-r1-multimodal/run_grpo_SAT.sh" "$@"
 
 echo "== 4/4 load the checkpoint and ask"
-"$PYTHON" "$ROOT/scripts/ask.py" --model "$run/grpo" --data "$run/data/SAT_train_320.json"
+"$PYTHON" "$ROOT/scripts/ask.py" --model "$run/grpo" --data "$run/data/SAT_train_320.json" --max_new_tokens 32
 echo "quick start done: checkpoints and trajectories are in $run/grpo"

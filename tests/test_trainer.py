@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -213,6 +214,11 @@ def test_freeze_freezes(tiny_model, part):
     assert len(set(trains.values())) == 2
     with pytest.raises(ValueError, match="nothing is left to train"):
         freeze(model, freeze_vision=True, freeze_llm=True)
+
+
+def test_16_bit_grey_keeps_its_brightness(tmp_path):
+    Image.fromarray(np.full((4, 4), 0x4000, dtype=np.uint16)).save(tmp_path / "grey.png")
+    assert open_image(str(tmp_path / "grey.png")).getpixel((0, 0)) == (0x40, 0x40, 0x40)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL import Image
@@ -63,6 +64,8 @@ def open_image(path: str) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white instead of scaling it
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except OSError as error:
         raise OSError(f"image {path}: {error}; run prepare_dataset.sh again") from error

@@ -4,9 +4,9 @@
     python -m open_r1.world --output cvbench/ --rows 400 --level full --schema cvbench
 
 Coloured solids stand on a floor and a pinhole camera looks at them. Every answer follows from the geometry,
-and a scene in which the answer would be a matter of taste (two distances about equal, an object half hidden, a
-side that the image and the floor plan disagree about) is thrown away and drawn again. Row i depends on the
-seed and i alone. No torch.
+and a scene in which it would be a matter of taste (two distances about equal, an object half hidden, a side
+that image and floor plan disagree about) is thrown away and drawn again. Row i depends on the seed and on i
+alone. No torch.
 
 World coordinates, in metres: x to the right, y up, z ahead; the camera is at (0, elevation, 0) and looks down
 by its pitch. Image coordinates, in pixels: u to the right, v down.
@@ -179,7 +179,7 @@ def see(level: Level, solid: Solid) -> Seen:
 
 
 def outline(solid: Solid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """World coordinates x, y, z of points on a solid's surface whose image bounds the solid's; each (points,)."""
+    """World coordinates x, y, z, each (points,), of points whose images bound that of the solid."""
     height = 2 * solid.radius
     if solid.kind == "sphere":
         polar, around = np.meshgrid(np.linspace(0, np.pi, 17), np.linspace(0, 2 * np.pi, 33))
@@ -219,7 +219,7 @@ def is_clear(level: Level, scene: Sequence[Seen]) -> bool:
 
 
 def place(rng: random.Random, level: Level, kinds: Sequence[str]) -> list[Seen] | None:
-    """Objects of these kinds, each of another colour, standing apart and in clear view; None when it fails."""
+    """Objects of these kinds, each of another colour, standing apart and in clear view; None if it fails."""
     scene: list[Seen] = []
     for kind, colour in zip(kinds, rng.sample(list(COLOURS), len(kinds)), strict=True):
         for _ in range(20):
@@ -227,9 +227,7 @@ def place(rng: random.Random, level: Level, kinds: Sequence[str]) -> list[Seen] 
             x = rng.uniform(-0.5, 0.5) * level.width / level.focal * z
             solid = Solid(kind, colour, x, z, rng.uniform(*level.radius), rng.uniform(0, math.pi / 2))
             reach = 1.5 * solid.radius  # a little more than a cube's corner
-            apart = all(
-                math.hypot(s.solid.x - x, s.solid.z - z) > reach + 1.5 * s.solid.radius for s in scene
-            )
+            apart = all(math.hypot(s.solid.x - x, s.solid.z - z) > reach + 1.5 * s.solid.radius for s in scene)
             if apart and is_clear(level, candidate := [*scene, see(level, solid)]):
                 scene = candidate
                 break
@@ -289,9 +287,7 @@ def ask_closer(rng: random.Random, level: Level) -> Asked | None:
     a, b = rng.sample(scene, 2)
     if (near := closer((a, a.distance), (b, b.distance))) is None:
         return None
-    question = (
-        f"Which object is closer to the camera taking this photo, the {a.solid.name} or the {b.solid.name}?"
-    )
+    question = f"Which object is closer to the camera taking this photo, the {a.solid.name} or the {b.solid.name}?"
     return Asked(question, (a.solid.name, b.solid.name), near.solid.name, (scene,))
 
 
@@ -308,9 +304,7 @@ def ask_where(rng: random.Random, level: Level) -> Asked | None:
         answer = "in front" if dz < 0 else "behind"
     else:
         return None
-    question = (
-        f"Considering the relative positions, where is the {a.solid.name} with respect to the {b.solid.name}?"
-    )
+    question = f"Considering the relative positions, where is the {a.solid.name} with respect to the {b.solid.name}?"
     return Asked(question, ("left", "right", "in front", "behind"), answer, (scene,))
 
 
@@ -456,8 +450,8 @@ def ask_cv_distance(rng: random.Random, level: Level) -> Asked | None:
     names = (anchor.solid.name, a.solid.name, b.solid.name)
     question = (
         "Estimate the real-world distances between objects in this image. Which object is closer to the "
-        f"{names[0]} (highlighted by a red box), the {names[1]} (highlighted by a blue box) or the {names[2]} "
-        "(highlighted by a green box)?"
+        f"{names[0]} (highlighted by a red box), the {names[1]} (highlighted by a blue box) "
+        f"or the {names[2]} (highlighted by a green box)?"
     )
     boxes = (("red", anchor), ("blue", a), ("green", b))
     return Asked(question, shuffled(rng, names[1:]), near.solid.name, (scene,), boxes=boxes, targets=names)
@@ -614,7 +608,9 @@ def picture(level: Level, asked: Asked, scene: Sequence[Seen]) -> bytes:
         draw.line((left, top, right, bottom), fill=INK, width=width)
         draw.line((left, bottom, right, top), fill=INK, width=width)
     for colour, seen in asked.boxes:
-        draw.rectangle(seen.box, outline=BOX_COLOURS[colour], width=width)
+        left, top, right, bottom = seen.box
+        around = (left - width - 1, top - width - 1, right + width + 1, bottom + width + 1)
+        draw.rectangle(around, outline=BOX_COLOURS[colour], width=width)
     buffer = io.BytesIO()
     image.save(buffer, level.format, **dict(level.save_options))
     return buffer.getvalue()
@@ -745,9 +741,7 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--output", type=Path, required=True, help="sat: the file; cvbench: the folder of its two files")
-    add(
-        "--rows", type=positive, default=1000, help="questions, of both files together (default: %(default)s)"
-    )
+    add("--rows", type=positive, default=1000, help="questions, of both files together (default: %(default)s)")
     add("--level", choices=LEVELS, default="full", help="easy: 112x112, flat; full: 640x480 (default: full)")
     add("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
     add("--schema", choices=("sat", "cvbench"), default="sat", help="(default: sat)")
@@ -773,7 +767,7 @@ def main() -> int:
         print(f"world: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nworld: interrupted; nothing was written", file=sys.stderr)
+        print("\nworld: interrupted; the unfinished file is gone", file=sys.stderr)
         return 130
     return 0
 

@@ -1,0 +1,441 @@
+"""SAT parquet file -> images and one ShareGPT JSON file, in one streaming pass.
+
+    python process_dataset.py --parquet SAT_train.parquet
+
+writes into --output_dir
+
+    SAT_train_15000.json          the examples: LLaMA-Factory, ms-swift and this repository load it
+    SAT_train_15000.info.json     the settings it was made with, and how many rows were kept and skipped
+    images/SAT_train_15000/       the image bytes, untouched, as {row}_{image}.{true extension}
+
+The number in the name is the number asked for (or `all`), so that a script can name the file beforehand. An
+interrupted run continues where it was; a finished one says so and does nothing.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from tqdm import tqdm
+
+from open_r1.sat import COLUMNS, FOLDS, Example, Skip, convert_row, to_record
+
+FORMAT_VERSION = 1  # of the output; part of the settings, so that a change never continues older work
+PAPER_EXAMPLES = 15000
+BATCH_BYTES = 8 << 20  # of rows held as Python objects at a time
+BUFFER_BYTES = 1 << 20  # of each column read from disk at a time
+MAX_WORKERS = 4  # each may hold one decoded image of sat.MAX_PIXELS
+
+Batch = list[tuple[int, dict[str, Any] | None]]  # (row index, columns or None when its text is not UTF-8)
+
+
+class DataError(Exception):
+    """What is wrong with the user's files or options, in one line."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the output depends on; work done under other settings is never continued."""
+
+    format_version: int
+    fold: str
+    total_num: int  # 0: all
+    seed: int
+    multi_image: str
+    question_types: list[str] | None  # None: all
+    parquet_bytes: int
+    parquet_footer: str  # digest, see `fingerprint`
+
+    @property
+    def name(self) -> str:
+        return f"SAT_{self.fold}_{self.total_num or 'all'}"
+
+
+@dataclass
+class Progress:
+    """What has been decided so far, of the rows before `next_row`."""
+
+    next_row: int = 0
+    kept: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # reason -> rows
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Count one line of the journal: {"row", "record"} for a kept row, {"row", "skip"} for another."""
+        self.next_row = line["row"] + 1
+        if "skip" in line:
+            self.skipped[line["skip"]] = self.skipped.get(line["skip"], 0) + 1
+        else:
+            self.kept += 1
+
+    def table(self) -> str:
+        """What was kept and what was skipped, by reason, most frequent first."""
+        skipped = sorted(self.skipped.items(), key=lambda item: -item[1])
+        lines = [
+            ("kept", self.kept),
+            *((f"skipped: {why}", n) for why, n in skipped),
+            ("rows read", self.next_row),
+        ]
+        return "\n".join(f"  {what:<52}{n:>9,}" for what, n in lines)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open for streaming. The defaults would hold whole row groups, and SAT_train is one row group of 5 GiB.
+
+    Raises:
+        DataError: missing, not parquet, cut short, or without SAT's columns.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a complete parquet file ({first_line(error)}); fetch it again") from error
+    check_schema(path, file.schema_arrow)
+    return file
+
+
+def check_schema(path: Path, schema: pa.Schema) -> None:
+    """Raises DataError when a column of SAT is missing or holds something else."""
+    if missing := [name for name in COLUMNS if name not in schema.names]:
+        raise DataError(f"{path}: no column {', '.join(missing)}; the file has {', '.join(schema.names)}")
+    expected: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
+        "image_bytes": ("a list of binary or of structs {bytes, path}", is_list_of(is_image)),
+        "question": ("a string", is_text),
+        "answers": ("a list of strings", is_list_of(is_text)),
+        "question_type": ("a string", is_text),
+        "correct_answer": ("a string", is_text),
+    }
+    for name, (description, accepts) in expected.items():
+        if not accepts(kind := schema.field(name).type):
+            raise DataError(f"{path}: column {name} is {kind}, expected {description}")
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and is_binary(kind.field("bytes").type)
+    return is_binary(kind)
+
+
+def is_list_of(accepts: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
+    def check(kind: pa.DataType) -> bool:
+        return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and accepts(kind.value_type)
+
+    return check
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of the last 64 KiB: parquet's footer, with the sizes and statistics of all that is before it.
+
+    Neither the path nor the time of the file is part of it, so a file that moved is still the same file.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - (64 << 10)))
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def read_batches(path: Path, file: pq.ParquetFile, first_row: int) -> Iterator[Batch]:
+    """The rows from `first_row` on, a few megabytes at a time. Row groups before it are not read.
+
+    Raises:
+        DataError: a damaged page.
+    """
+    metadata = file.metadata
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    row = first_group = 0
+    while first_group < len(groups) and row + groups[first_group].num_rows <= first_row:
+        row += groups[first_group].num_rows
+        first_group += 1
+    bytes_per_row = sum(group.total_byte_size for group in groups) // max(1, metadata.num_rows)
+    batches = file.iter_batches(
+        batch_size=min(max(1, BATCH_BYTES // max(1, bytes_per_row)), 1024),
+        row_groups=range(first_group, len(groups)),
+        columns=list(COLUMNS),
+        use_threads=False,
+    )
+    try:
+        for batch in batches:
+            skip = min(max(0, first_row - row), len(batch))
+            if skip < len(batch):
+                yield list(enumerate(to_dicts(batch.slice(skip)), start=row + skip))
+            row += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: damaged after row {row} ({first_line(error)}); fetch it again") from error
+
+
+def to_dicts(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
+    """The batch's rows; None for a row whose text is not UTF-8, which parquet does not check."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return [None]
+        return [row for i in range(len(batch)) for row in to_dicts(batch.slice(i, 1))]
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+# --- the journal: what an interrupted run leaves behind -------------------------------------------
+
+
+@contextmanager
+def open_journal(path: Path, settings: Settings) -> Iterator[tuple[BinaryIO, Progress]]:
+    """Open the journal for appending, with the progress that it holds if its settings are these.
+
+    Its first line is the settings; then comes one line a decided row, written after that row's images: a
+    process killed at any moment leaves whole lines and at most one torn one, which is cut off here.
+
+    Raises:
+        DataError: another process is writing it, or a line in the middle is damaged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = json_line(asdict(settings))
+    with path.open("a+b") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"{path}: another process is preparing this dataset") from error
+        journal.seek(0)
+        progress, end = Progress(), 0
+        if (found := journal.readline()) == header:
+            end = len(header)
+            for line in journal:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    progress.add(json.loads(line))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(f"{path}: damaged at byte {end}; delete it to start over") from error
+                end += len(line)
+        elif found.endswith(b"\n"):
+            print("Unfinished work with other settings is here; starting over.")
+        journal.truncate(end)
+        if end == 0:
+            journal.write(header)
+            journal.flush()
+        yield journal, progress
+
+
+def json_line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+def decide(item: tuple[int, dict[str, Any] | None], convert: Callable[..., Example | Skip]) -> Example | Skip:
+    index, row = item
+    return Skip.BAD_TEXT if row is None else convert(row, index)
+
+
+def save_example(example: Example, row: int, name: str, output_dir: Path) -> dict[str, Any]:
+    """Write the example's images as they came; returns its record."""
+    paths = [f"images/{name}/{row:06d}_{k}.{extension}" for k, (_, extension) in enumerate(example.images)]
+    for path, (data, _) in zip(paths, example.images, strict=True):
+        (output_dir / path).write_bytes(data)
+    return to_record(example, paths)
+
+
+def process(parquet: Path, file: pq.ParquetFile, settings: Settings, output_dir: Path, journal_path: Path) -> Progress:
+    """Decide row after row until enough are kept or the file ends; the journal holds every decision."""
+    convert = partial(
+        convert_row,
+        seed=settings.seed,
+        keep_multi_image=settings.multi_image == "keep",
+        question_types=settings.question_types,
+    )
+    wanted = settings.total_num or file.metadata.num_rows
+    with open_journal(journal_path, settings) as (journal, progress):
+        if progress.next_row:
+            print(f"Continuing at row {progress.next_row:,} with {progress.kept:,} examples kept.")
+        if progress.kept >= wanted:
+            return progress
+        # Pillow decodes outside the interpreter's lock, so threads are enough.
+        with (
+            ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1)) as pool,
+            tqdm(total=wanted, initial=progress.kept, unit=" examples", desc=settings.name) as bar,
+        ):
+            for batch in read_batches(parquet, file, progress.next_row):
+                results = pool.map(partial(decide, convert=convert), batch)
+                for (row, _), result in zip(batch, results, strict=True):
+                    if isinstance(result, Skip):
+                        line = {"row": row, "skip": result.value}
+                    else:
+                        line = {"row": row, "record": save_example(result, row, settings.name, output_dir)}
+                        bar.update()
+                    journal.write(json_line(line))
+                    progress.add(line)
+                    if progress.kept == wanted:
+                        return progress
+                journal.flush()
+                bar.set_postfix(skipped=sum(progress.skipped.values()), refresh=False)
+        return progress
+
+
+# --- the output -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file under a temporary name that becomes `path` when all is written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        yield file
+    temporary.replace(path)
+
+
+def write_output(journal_path: Path, json_path: Path) -> None:
+    """The journal's records as one JSON list, a record a line; one at a time, as there may be many."""
+    with journal_path.open("rb") as journal, replacing(json_path) as output:
+        next(journal)  # the settings
+        separator = b"[\n"
+        for line in journal:
+            if (record := json.loads(line).get("record")) is not None:
+                output.write(separator + json_line(record).rstrip(b"\n"))
+                separator = b",\n"
+        output.write(b"\n]\n")
+
+
+def read_finished(json_path: Path, info_path: Path, settings: Settings) -> Progress | None:
+    """What a finished run with these settings counted; None when there is none.
+
+    Raises:
+        DataError: there is a finished run with other settings, which is not ours to overwrite.
+    """
+    if not json_path.exists():
+        return None
+    try:
+        info = json.loads(info_path.read_text(encoding="utf-8"))
+        made_with, counts = info["settings"], info["counts"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        made_with = {}
+    now = asdict(settings)
+    if changed := [key for key in now if made_with.get(key) != now[key]]:
+        raise DataError(
+            f"{json_path}: is there already, made with another {', '.join(changed)}; "
+            "move it away or choose another --output_dir"
+        )
+    return Progress(**counts)
+
+
+def prepare(parquet: Path, settings: Settings, file: pq.ParquetFile, output_dir: Path) -> None:
+    """Make the dataset, or continue to, or say that it is there.
+
+    Raises:
+        DataError: see its message. OSError: the disk is full or not ours to write.
+    """
+    name = settings.name
+    json_path, info_path = output_dir / f"{name}.json", output_dir / f"{name}.info.json"
+    if (finished := read_finished(json_path, info_path, settings)) is not None:
+        print(f"{json_path} is finished; nothing to do.\n{finished.table()}")
+        return
+    journal_path = output_dir / "images" / name / "journal.jsonl"
+    progress = process(parquet, file, settings, output_dir, journal_path)
+    if progress.kept == 0:
+        print(progress.table())
+        raise DataError(f"{parquet}: no row was kept; the table says why")
+    with replacing(info_path) as info:
+        info.write(json_line({"settings": asdict(settings), "counts": asdict(progress)}))
+    write_output(journal_path, json_path)
+    journal_path.unlink()
+    if progress.kept < settings.total_num:
+        print(f"The file has no more than these; {name} still names the {settings.total_num:,} asked for.")
+    print(f"{json_path}\n{progress.table()}")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def total_number(text: str) -> int:
+    """`"15000"` -> 15000; `"all"` -> 0."""
+    if text == "all":
+        return 0
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number or all, not {text!r}")
+    return int(text)
+
+
+def parse_args() -> argparse.Namespace:
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--parquet", type=Path, help="in SAT's schema (default: SAT_{fold}.parquet beside this script)")
+    add("--fold", choices=FOLDS, default="train", help="names the output (default: train)")
+    add(
+        "--total_num",
+        type=total_number,
+        metavar="N|all",
+        help="examples to keep, the first in the file's order; 0 or all: every one "
+        f"(default: {PAPER_EXAMPLES} of train and static, all of val and test)",
+    )
+    add("--seed", type=int, default=42, help="of the options' order (default: %(default)s)")
+    add("--output_dir", type=Path, default=here, help="(default: this script's folder)")
+    add(
+        "--multi_image",
+        choices=("skip", "keep"),
+        default="skip",
+        help="rows with several images (default: skip)",
+    )
+    add("--question_types", nargs="+", metavar="TYPE", help="keep only these (default: all)")
+    args = parser.parse_args()
+    if args.parquet is None:
+        args.parquet = here / f"SAT_{args.fold}.parquet"
+    if args.total_num is None:
+        args.total_num = PAPER_EXAMPLES if args.fold in ("train", "static") else 0
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    # sat.sniff_image judges the images; Pillow's notices would only print into the progress bar.
+    warnings.filterwarnings("ignore", module="PIL")
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    try:
+        file = open_parquet(args.parquet)
+        settings = Settings(
+            format_version=FORMAT_VERSION,
+            fold=args.fold,
+            total_num=args.total_num,
+            seed=args.seed,
+            multi_image=args.multi_image,
+            question_types=sorted(set(args.question_types)) if args.question_types else None,
+            parquet_bytes=args.parquet.stat().st_size,
+            parquet_footer=fingerprint(args.parquet),
+        )
+        prepare(args.parquet, settings, file, args.output_dir.absolute())
+    except (DataError, OSError) as error:
+        print(f"process_dataset: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nprocess_dataset: interrupted; the same command continues where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""The rendered world: its answers are true, judged from the pixels; its files are in the real schemas."""
+
+import io
+import math
+import random
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from open_r1 import cvbench, sat, world
+
+EASY, FULL = world.LEVELS["easy"], world.LEVELS["full"]
+
+
+def pixels(data: bytes) -> np.ndarray:
+    """(height, width, 3) integers."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+def figures(picture: np.ndarray) -> dict[str, tuple[str, float, float]]:
+    """What a reader of an easy image sees: colour -> (kind, centre column, lowest row)."""
+    found = {}
+    for colour, rgb in world.COLOURS.items():
+        rows, columns = np.nonzero((picture == rgb).all(-1))
+        if len(rows):
+            filled = len(rows) / ((np.ptp(rows) + 1) * (np.ptp(columns) + 1))  # square 1, circle 0.8, triangle 0.5
+            kind = "square" if filled > 0.95 else "circle" if filled > 0.65 else "triangle"
+            found[colour] = (kind, (columns.min() + columns.max()) / 2, rows.max())
+    return found
+
+
+def named(text: str) -> list[str]:
+    """The colours that a question names, in its order."""
+    return [word for word in text.replace("?", " ").split() if word in world.COLOURS]
+
+
+def easy_rows(question: str, count: int = 60) -> list[tuple[dict, dict]]:
+    rows = [world.sat_row(i, 7, EASY, (question,)) for i in range(count)]
+    return [(row, figures(pixels(row["image_bytes"][0]))) for row in rows]
+
+
+def test_easy_count_is_what_the_image_shows():
+    answers = Counter()
+    for row, seen in easy_rows("count"):
+        kind = row["question"].split()[2].removesuffix("s")
+        assert row["correct_answer"] == str(sum(found == kind for found, _, _ in seen.values()))
+        answers[row["correct_answer"]] += 1
+    assert len(answers) == EASY.most and max(answers.values()) < 30
+
+
+def test_easy_left_is_what_the_image_shows():
+    answers = Counter()
+    for row, seen in easy_rows("left"):
+        a, b = named(row["question"])
+        assert row["correct_answer"] == ("yes" if seen[a][1] < seen[b][1] else "no")
+        answers[row["correct_answer"]] += 1
+    assert min(answers.values()) > 15
+
+
+def test_easy_closer_is_lower_in_the_image():
+    for row, seen in easy_rows("closer"):
+        nearest = max(named(row["question"]), key=lambda colour: seen[colour][2])
+        assert row["correct_answer"] == f"{nearest} {seen[nearest][0]}"
+
+
+def test_easy_where_agrees_with_the_image():
+    for row, seen in easy_rows("where"):
+        (_, ua, va), (_, ub, vb) = (seen[colour] for colour in named(row["question"]))
+        assert {"left": ua < ub, "right": ua > ub, "in front": va > vb, "behind": va < vb}[row["correct_answer"]]
+
+
+def test_easy_perspective_is_what_the_marked_person_sees():
+    for i in range(60):
+        row = world.sat_row(i, 7, EASY, ("perspective",))
+        picture = pixels(row["image_bytes"][0])
+        mark = np.nonzero((picture == world.INK).all(-1))[0].mean()
+        [colour] = named(row["question"])
+        nearer = figures(picture)[colour][2] > mark
+        # What is nearer to the camera is on the left of who faces left, and on the right of who faces right.
+        facing = "left" if "degrees to the left" in row["question"] else "right"
+        assert row["correct_answer"] == (facing if nearer else {"left": "right", "right": "left"}[facing])
+
+
+def test_side_of_agrees_with_the_cross_product():
+    for facing, x in (("left", -1.0), ("right", 1.0)):
+        for dz in (-2.0, 2.0):
+            height = np.cross([x, 0, 0], [0, dz, 0])[2]  # floor plan: x right, z up the page; positive is left
+            assert world.side_of(facing, dz) == ("left" if height > 0 else "right")
+
+
+def test_rotation_moves_the_image_the_other_way():
+    for i in range(20):
+        row = world.sat_row(i, 7, EASY, ("rotation",))
+        before, after = (figures(pixels(data)) for data in row["image_bytes"])
+        shift = np.mean([after[colour][1] - before[colour][1] for colour in before])
+        assert row["correct_answer"] == ("rotated right" if shift < 0 else "rotated left")
+        assert row["question_type"] == "action_sequence"
+
+
+@pytest.mark.parametrize("kind", FULL.kinds)
+def test_a_ray_cast_solid_fills_its_box_and_nothing_else(kind):
+    rng = random.Random(kind)
+    for _ in range(4):
+        [seen] = world.place(rng, FULL, [kind])
+        changed = (np.asarray(world.render(FULL, [seen])) != world.background(FULL)).any(-1)
+        rows, columns = np.nonzero(changed)
+        box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert np.abs(np.subtract(box, seen.box)).max() < 2.5
+
+
+def test_the_nearer_solid_hides_the_farther_one():
+    near = world.see(FULL, world.Solid("cube", "red", 0.1, 3.5, 0.4, 0.3))
+    far = world.see(FULL, world.Solid("sphere", "blue", 0.0, 5.0, 0.4, 0.0))
+    alone = (np.asarray(world.render(FULL, [near])) != world.background(FULL)).any(-1)
+    for scene in ([near, far], [far, near]):  # whatever the order
+        both = np.asarray(world.render(FULL, scene))
+        assert (both[alone] == np.asarray(world.render(FULL, [near]))[alone]).all()
+    assert world.overlap(near.box, far.box) > 0
+
+
+def test_projection_is_a_pinhole():
+    u, v, depth = FULL.project(0, 0, FULL.elevation / math.tan(FULL.pitch))  # where the optical axis meets the floor
+    assert (u, v) == pytest.approx((FULL.width / 2, FULL.height / 2))
+    assert depth == pytest.approx(FULL.elevation / math.sin(FULL.pitch))
+
+
+@pytest.mark.parametrize("level", world.LEVELS.values(), ids=world.LEVELS)
+def test_scenes_have_margins_and_unique_names(level):
+    for i, name in enumerate(world.QUESTIONS):
+        for j in range(5):
+            asked = world.ask(world.QUESTIONS[name], random.Random(f"{i}{j}"), level)
+            assert asked.answer in asked.options and len(set(asked.options)) == len(asked.options) > 1
+            for scene in asked.scenes:
+                names = [seen.solid.colour for seen in scene]
+                assert len(set(names)) == len(names)
+                assert world.is_clear(level, scene)
+
+
+def test_about_equal_distances_are_rejected():
+    a, b = (world.see(EASY, world.Solid("circle", c, x, 4.0, 0.7, 0.0)) for c, x in (("red", -1), ("blue", 1)))
+    assert world.closer((a, 4.0), (b, 4.9)) is None
+    assert world.closer((a, 4.0), (b, 5.1)) is a
+
+
+def test_row_depends_on_seed_and_index_alone():
+    rows = [world.sat_row(i, 3, EASY) for i in range(10)]
+    assert world.sat_row(7, 3, EASY) == rows[7]
+    assert world.sat_row(7, 4, EASY) != rows[7]
+
+
+def test_sat_file_is_in_sats_schema_and_every_row_is_usable(tmp_path):
+    world.write_sat(tmp_path / "a" / "sat.parquet", 30, 1, EASY)
+    table = pq.read_table(tmp_path / "a" / "sat.parquet")
+    assert tuple(table.column_names) == sat.COLUMNS
+    rows = table.to_pylist()
+    assert rows == [world.sat_row(i, 1, EASY) for i in range(30)]
+    assert {row["question_type"] for row in rows} == {"other"}
+    assert all(isinstance(sat.convert_row(row, i, seed=0), sat.Example) for i, row in enumerate(rows))
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["sat.parquet"]  # no temporary file
+
+
+def test_full_images_are_640x480_jpegs():
+    data = world.sat_row(1, 1, FULL)["image_bytes"][0]
+    assert sat.sniff_image(data) == "jpg" and pixels(data).shape == (480, 640, 3)
+
+
+def test_cvbench_files_are_in_its_schema(tmp_path):
+    world.write_cvbench(tmp_path, 81, 1, EASY)
+    tables = {kind: pq.read_table(tmp_path / name) for kind, name in cvbench.FILES.items()}
+    rows = [row for table in tables.values() for row in table.to_pylist()]
+    assert all(tuple(table.column_names) == cvbench.COLUMNS for table in tables.values())
+    assert [row["idx"] for row in rows] == list(range(81))
+    for kind in cvbench.TASKS:
+        assert {row["task"] for row in rows if row["type"] == kind} == set(cvbench.TASKS[kind])
+        assert {row["source"] for row in rows if row["type"] == kind} == set(cvbench.SOURCES[kind])
+    for row in rows:
+        question = cvbench.convert_row(row)
+        assert question.prompt.startswith(question.question + " Select from the following choices.\n(A) ")
+        assert question.prompt.endswith(f"({cvbench.LETTERS[len(question.choices) - 1]}) {question.choices[-1]}")
+        picture = pixels(question.image)
+        for colour, rgb in world.BOX_COLOURS.items():
+            assert f"{colour} box" not in question.question or (picture == rgb).all(-1).sum() > 40
+
+
+def test_cvbench_count_and_relation_are_what_the_image_shows():
+    for i in range(40):
+        row = world.cvbench_row(i, 5, EASY, "2D")
+        seen, answer = figures(pixels(row["image"]["bytes"])), cvbench.convert_row(row)
+        gold = answer.choices[cvbench.LETTERS.index(answer.answer)]
+        if row["task"] == "Count":
+            kind = row["question"].split()[2].removesuffix("s")
+            assert gold == str(sum(found == kind for found, _, _ in seen.values()))
+        else:
+            a, b = (target.split()[0] for target in row["target_class"].split(", "))
+            (_, ua, va), (_, ub, vb) = seen[a], seen[b]
+            assert {"left": ua < ub, "right": ua > ub, "above": va < vb, "below": va > vb}[gold]
+
+
+def test_cvbench_right_choice_is_at_every_position():
+    letters = {task: Counter() for tasks in cvbench.TASKS.values() for task in tasks}
+    choices = {"Count": 4, "Relation": 2, "Depth": 2, "Distance": 2}
+    for task, question in world.CV_QUESTIONS.items():
+        for i in range(400):
+            asked = world.ask(question, world.row_rng(9, i), EASY)
+            letters[task][asked.options.index(asked.answer)] += 1
+        expected = 400 / choices[task]
+        assert len(letters[task]) == choices[task]
+        assert all(abs(n - expected) < 4 * math.sqrt(expected) for n in letters[task].values()), letters
+
+
+def test_cvbench_answer_outside_its_choices_is_refused():
+    row = world.cvbench_row(0, 5, EASY, "2D") | {"answer": "(F)"}
+    with pytest.raises(ValueError, match="idx 0"):
+        cvbench.convert_row(row)
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, "-m", "open_r1.world", "--rows", "6", "--level", "easy", "--seed", "2"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "sat.parquet"), "--questions", "left"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert pq.read_table(tmp_path / "sat.parquet").to_pylist()[5] == world.sat_row(5, 2, EASY, ("left",))
+    (tmp_path / "file").touch()
+    done = subprocess.run([*command, "--output", str(tmp_path / "file" / "x.parquet")], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("world: error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_no_torch():
+    code = "import sys, open_r1.world, open_r1.sat, open_r1.cvbench; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
