@@ -368,25 +368,25 @@ def test_nothing_kept_is_an_error(tmp_path):
 
 def write_many_rows(path: Path, count: int) -> Path:
     """Rows that take a while, so that there is something to interrupt; every seventh is skipped."""
-    pictures = [encode(photo(i, (400, 300)), quality=95) for i in range(8)]
+    pictures = [encode(photo(i, (800, 600)), quality=95) for i in range(8)]
     rows = [row(image_bytes=[pictures[i % 8] + bytes([i % 251])] * (1 + (i % 7 == 0))) for i in range(count)]
     return write_parquet(path, rows, row_group_size=count // 2)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
-    """A parquet file, and what a run that nobody interrupts makes of it with `--total_num 450`."""
+    """A parquet file, and what a run that nobody interrupts makes of it with `--total_num 300`."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    parquet = write_many_rows(folder / "sat.parquet", 600)
-    assert prepare(parquet, folder / "out", "--total_num", 450).returncode == 0
+    parquet = write_many_rows(folder / "sat.parquet", 420)
+    assert prepare(parquet, folder / "out", "--total_num", 300).returncode == 0
     return parquet, files(folder / "out")
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
 def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, undisturbed, stop):
     parquet, whole = undisturbed
-    options = ("--total_num", 450)
-    journal = tmp_path / "out" / "images" / "SAT_train_450" / "journal.jsonl"
+    options = ("--total_num", 300)
+    journal = tmp_path / "out" / "images" / "SAT_train_300" / "journal.jsonl"
     process = subprocess.Popen(command(parquet, tmp_path / "out", *options), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 20
     while not (journal.exists() and journal.stat().st_size > 2000):
@@ -397,7 +397,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, undisturbed, sto
     if stop == signal.SIGINT:
         assert process.returncode == 130 and "Traceback" not in stderr
         assert "the same command continues" in stderr
-    assert not (tmp_path / "out" / "SAT_train_450.json").exists()
+    assert not (tmp_path / "out" / "SAT_train_300.json").exists()
     with journal.open("ab") as file:  # a line that was being written
         file.write(b'{"row": 17, "rec')
 
