@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,17 @@ def vowel_share(completions: list, **kwargs: object) -> list[float]:
     """A reward that varies over the noise of a random model: the share of vowels in the text."""
     texts = [completion[0]["content"] for completion in completions]
     return [sum(letter in "aeiou" for letter in text) / (len(text) + 1) for text in texts]
+
+
+def fake_completions(prompt_ids: list[list[int]], end: int, longest: int, first_row: int = 0) -> list[list[int]]:
+    """Completions that depend on the prompt and the row's number alone, of every awkward kind."""
+    completions = []
+    for row, ids in enumerate(prompt_ids, start=first_row):
+        draw = random.Random(f"{sum(ids)}/{row}")
+        kind = row % 4  # the end at once; one token; cut at the limit; some length with an end
+        length = [0, 1, longest, draw.randrange(2, longest)][kind]
+        completions.append([draw.randrange(256) for _ in range(length)] + ([end] if kind in (0, 3) else []))
+    return completions
 
 
 def make_config(output_dir: Path, **changes: object) -> Qwen2VLGRPOConfig:

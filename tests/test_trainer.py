@@ -75,7 +75,7 @@ def test_each_reward_belongs_to_its_prompt(run, examples_json):
     for prompt, solution, images in seen:
         text = next(part["text"] for part in prompt[0]["content"] if part["type"] == "text")
         assert solutions[text] == solution
-        assert images[0].getpixel((0, 0)) == Image.new("RGB", (1, 1), solution).getpixel((0, 0))
+        assert open_image(images[0]).getpixel((0, 0)) == Image.new("RGB", (1, 1), solution).getpixel((0, 0))
 
 
 def test_trajectories_hold_every_completion_once(run):

@@ -1,12 +1,17 @@
 """GRPO for vision-language models: TRL's trainer, with the rollouts this project's users need to see and trust."""
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.utils import gather_object
+import torch
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from PIL import Image
 from torch import nn
@@ -20,9 +25,20 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
+from trl.models import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import RewardFunc
+from trl.trainer.utils import split_tensor_dict
 
+from open_r1.grouping import (
+    collapse_image_tokens,
+    encode_prompt,
+    pack,
+    rows_by_prompt,
+    shuffle_groups,
+    use_grouped_attention,
+)
 from open_r1.modeling import load_model, reset_generation_config, vision_token_ids
+from open_r1.rollout import generate
 from open_r1.trajectories import append_rows, keep_rows
 
 
@@ -36,6 +52,14 @@ class Qwen2VLGRPOConfig(GRPOConfig):
             "help": "Completions in one optimiser step over all processes. When set, gradient_accumulation_steps "
             "follows from it, per_device_train_batch_size and the number of processes, so that a recipe means the "
             "same on any number of GPUs. An explicit gradient_accumulation_steps above 1 wins."
+        },
+    )
+
+    shared_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Encode, prefill and score the prompt of a group once instead of once a completion. The numbers "
+            "are the same; false falls back to TRL's path."
         },
     )
 
@@ -71,6 +95,25 @@ def open_image(path: str) -> Image.Image:
         raise OSError(f"image {path}: {error}; run prepare_dataset.sh again") from error
 
 
+def open_images(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with every image path replaced by its decoded image."""
+    return [
+        {
+            **message,
+            "content": [
+                {**part, "image": open_image(part["image"])} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+def images_of(messages: list[dict[str, Any]]) -> list[Image.Image]:
+    """The images in messages, in their order."""
+    return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+
+
 class ContinueRollouts(TrainerCallback):
     """At the start of a run, resumed or not, put the rollouts where the checkpoint's step says they are."""
 
@@ -97,6 +140,7 @@ class Qwen2VLGRPOTrainer(GRPOTrainer):
 
     - every end-of-text id ends a completion, vision tokens are never sampled, and sampling settings come from
       `args` alone, never from the checkpoint's generation_config;
+    - the prompt of a group is encoded, prefilled and scored once (`open_r1.grouping`, `open_r1.rollout`);
     - every completion goes to `{output_dir}/trajectories/{train,eval}.jsonl`.
 
     Args:
@@ -136,6 +180,13 @@ class Qwen2VLGRPOTrainer(GRPOTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        # Tool calls put images and foreign tokens into completions; they stay on TRL's path.
+        self.shared_prefix = getattr(args, "shared_prefix", True) and not (self.tools or self.rollout_func)
+        if self.shared_prefix:
+            use_grouped_attention(self._plain_model())
+            if self.ref_model is not None:
+                use_grouped_attention(self.accelerator.unwrap_model(self.ref_model))
+        self._rollout_seconds = 0.0  # of the optimiser step under way
         self.trajectory_dir = Path(args.output_dir) / "trajectories"
         self.add_callback(ContinueRollouts(self))
 
@@ -152,23 +203,147 @@ class Qwen2VLGRPOTrainer(GRPOTrainer):
     # The one place that sees a rollout's prompts, completions, rewards and advantages together. TRL has no public
     # hook there; tests/test_trainer.py fails when its contract changes.
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        images = {path: open_image(path) for path in {path for row in inputs for path in row["images"]}}
-        output = super()._generate_and_score_completions(
-            [{**row, "images": [images[path] for path in row["images"]]} for row in inputs]
-        )
+        self._rows = inputs
+        if self.shared_prefix:
+            # The images go inside the prompts, as paths: rows without an `images` column keep TRL from preprocessing
+            # every image again for every completion.
+            rows = [
+                {**row, "prompt": prepare_multimodal_messages(row["prompt"], images=row["images"])} for row in inputs
+            ]
+            for row in rows:
+                del row["images"]
+        else:
+            images = {path: open_image(path) for path in {path for row in inputs for path in row["images"]}}
+            rows = [{**row, "images": [images[path] for path in row["images"]]} for row in inputs]
+        output = super()._generate_and_score_completions(rows)
+        if self.shared_prefix:
+            output["prompts"] = self._prompts
         self._save_trajectories(inputs, output["advantages"].tolist())
         return output
 
-    # Keeps what TRL reduces to means: the texts, ids and every single reward of this process.
+    # Keeps what TRL reduces to means: the texts, ids and every single reward of this process. Reward functions see
+    # the rows as the dataset has them.
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (processes*B, funcs)
+        rewards = super()._calculate_rewards(self._rows, prompts, completions, completion_ids_list)  # (all B, funcs)
         start = self.accelerator.process_index * len(prompts)
         self._rollout = (completions, completion_ids_list, rewards[start : start + len(prompts)].tolist())
         return rewards
 
+    # ---- The shared prefix: from here on each override does once a group what TRL does once a completion.
+
+    def _plain_model(self) -> PreTrainedModel:
+        """The policy without the wrappers of accelerate, DeepSpeed and PEFT."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    # TRL's would decode and preprocess the prompt's images G times.
+    def _tokenize_prompts(self, prompts: list) -> tuple[list, list | None, dict]:
+        if not self.shared_prefix:
+            return super()._tokenize_prompts(prompts)
+        self._prompts, self._images = [], []
+        model = self._plain_model()
+        for prompt, repeats in groupby(prompts):
+            messages = open_images(prompt)
+            encoded = encode_prompt(model, self.processing_class, messages, **self.chat_template_kwargs)
+            count = len(list(repeats))
+            self._prompts += [encoded] * count
+            self._images += [images_of(messages)] * count
+        return [prompt.input_ids.tolist() for prompt in self._prompts], None, {}
+
+    # TRL's would encode and prefill the prompt G times; and it hands vLLM prompts whose image tokens are expanded,
+    # which vLLM then expands again.
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args):
+        with self._timed("rollout"):
+            if not self.shared_prefix:
+                output = super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, *args)
+            elif self.use_vllm:
+                collapsed = [collapse_image_tokens(ids, self.processing_class.image_token_id) for ids in prompt_ids]
+                output = super()._generate_single_turn(collapsed, self._images, {}, num_generations, *args)
+            else:
+                with unwrap_model_for_generation(
+                    self.model_wrapped,
+                    self.accelerator,
+                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                ) as model:
+                    groups = rows_by_prompt(self._prompts)
+                    unique, repeats = [self._prompts[rows[0]] for rows in groups], [len(rows) for rows in groups]
+                    output = generate(model, unique, repeats, self.generation_config), None
+        tokens = sum(len(ids) for ids in output[0])
+        self._metrics[self._mode()]["rollout/tokens_per_second"].append(tokens / self._last_seconds)
+        return output
+
+    # TRL's runs the prompt through the model once a completion, padded on both sides.
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+    ):
+        with nullcontext() if torch.is_grad_enabled() else self._timed("scoring"):
+            if not self.shared_prefix:
+                return super()._get_per_token_logps_and_entropies(
+                    model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
+                )
+            completion_ids, completion_mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:]
+            rows = len(input_ids)
+            batch_size = batch_size or rows
+            logps, entropies, packed_tokens = [], [], 0
+            # One forward a micro-batch, however many prompts it holds: under ZeRO-3 all ranks must run as many.
+            for start in range(0, rows, batch_size):
+                part = slice(start, start + batch_size)
+                batch = pack(self._prompts[part], completion_ids[part], completion_mask[part])
+                with self.accelerator.autocast():
+                    outputs = model(**batch.model_inputs, shift_labels=batch.labels, fused_lm_head=True)
+                logps.append(batch.unpack(outputs.log_probs))  # (b, C)
+                if compute_entropy:
+                    entropies.append(batch.unpack(outputs.entropy))
+                packed_tokens += batch.labels.numel()
+            saved = 1 - packed_tokens / input_ids.numel()
+            self._metrics[self._mode()]["packing/tokens_saved"].append(saved)
+            return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    # Tells the scoring above whose completions a micro-batch holds; TRL's signature has no place for it.
+    def _compute_loss(self, model, inputs):
+        if self.shared_prefix:
+            self._prompts = inputs["prompts"]
+        return super()._compute_loss(model, inputs)
+
+    # TRL's shuffles completions across micro-batches, which would scatter the groups.
+    def _prepare_inputs(self, generation_batch):
+        if not (self.shared_prefix and self.model.training):
+            return super()._prepare_inputs(generation_batch)
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = shuffle_groups(self._generate_and_score_completions(generation_batch))
+            self._buffered_inputs = split_tensor_dict(batch, steps)
+        return self._buffered_inputs[self._step % steps]
+
+    # ---- What is logged and left behind
+
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Log the seconds of the block as `time/{name}`."""
+        synchronize = torch.cuda.synchronize if self.accelerator.device.type == "cuda" else lambda: None
+        synchronize()
+        start = time.perf_counter()
+        yield
+        synchronize()
+        self._last_seconds = time.perf_counter() - start
+        self._rollout_seconds += self._last_seconds
+        self._metrics[self._mode()][f"time/{name}"].append(self._last_seconds)
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        """TRL's, and the log of what is left of a step's seconds beside rollout and scoring."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            metrics = self._metrics["train"]
+            metrics["time/update"].append(metrics["step_time"][-1] - self._rollout_seconds)
+            self._rollout_seconds = 0.0
+        return loss
+
     def _save_trajectories(self, inputs: list[dict[str, Any]], advantages: list[float]) -> None:
         """Write this rollout's completions, those of all processes in order, from the main process."""
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode()
         # A rollout in training serves the step under way, which the log counts when it is done.
         step = self.state.global_step + (mode == "train")
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
@@ -200,4 +375,4 @@ class Qwen2VLGRPOTrainer(GRPOTrainer):
 
 def ban_tokens(ids: list[int], use_vllm: bool) -> dict[str, Any]:
     """Generation settings that give `ids` no probability, in the words of the rollout's backend."""
-    return {"logit_bias": {str(i): -100.0 for i in ids}} if use_vllm else {"suppress_tokens": ids}
+    return {"logit_bias": dict.fromkeys(ids, -100.0)} if use_vllm else {"suppress_tokens": ids}

@@ -1,0 +1,268 @@
+"""One group, one prompt: score G completions behind a single copy of the prompt that they share.
+
+A micro-batch of groups becomes one packed row without padding:
+
+    [prompt minus its last token] [last prompt token, c1 minus its last] [last prompt token, c2 minus its last] ...
+     prefix, attends to itself     branch, attends to the prefix and itself
+
+and so on for the next prompt. Every branch position predicts one completion token, M-RoPE positions go on from the
+prompt in each branch, and the image is encoded once. The numbers are those of scoring G separate sequences
+(tests/test_grouping.py); the work is that of the unique tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, ProcessorMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "grouped_sdpa"  # the name under which transformers knows `grouped_attention`
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt that was rendered, tokenized and preprocessed once. P tokens, N patches of D numbers, I images."""
+
+    input_ids: torch.Tensor  # (P,), image tokens expanded
+    position_ids: torch.Tensor  # (3, P), M-RoPE: time, height, width
+    pixel_values: torch.Tensor | None  # (N, D)
+    image_grid_thw: torch.Tensor | None  # (I, 3)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def continue_positions(self, count: int) -> torch.Tensor:
+        """Positions (3, count) of the text tokens that follow the prompt."""
+        start = self.position_ids.max() + 1
+        return (start + torch.arange(count, device=self.position_ids.device)).expand(3, count)
+
+
+def encode_prompt(
+    model: PreTrainedModel, processor: ProcessorMixin, messages: list[dict[str, Any]], **template_kwargs: Any
+) -> Prompt:
+    """Render, tokenize and preprocess one conversation whose image parts hold images; on the CPU.
+
+    Args:
+        model: gives the positions; a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model (not wrapped).
+        processor: with the chat template and the pixel bounds.
+        messages: conversational, with content parts of type `image` (an image or a path) and `text`.
+        template_kwargs: for the chat template.
+    """
+    inputs = processor.apply_chat_template(
+        [messages],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **template_kwargs,
+    )
+    grid = inputs.get("image_grid_thw")
+    position_ids, _ = model.base_model.get_rope_index(
+        inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=grid
+    )  # (3, 1, P)
+    return Prompt(inputs["input_ids"][0], position_ids[:, 0], inputs.get("pixel_values"), grid)
+
+
+def concat_images(prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:
+    """The model's image inputs of several prompts, in their order; nothing for prompts without images."""
+    prompts = [prompt for prompt in prompts if prompt.pixel_values is not None]
+    if not prompts:
+        return {}
+    return {
+        "pixel_values": torch.cat([prompt.pixel_values for prompt in prompts]).to(device),
+        "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in prompts]).to(device),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Where a prompt and its completions lie in a packed row. G branches, C tokens in the longest.
+
+    `branches` gathers from the row's positions, and `is_token` scatters back; both are (G, C).
+    """
+
+    start: int
+    prefix: int  # length
+    length: int  # prefix and branches
+    branches: torch.Tensor  # positions in the row; padded with the group's first
+    is_token: torch.Tensor  # False where `branches` is padding
+    mask: torch.Tensor  # (C, prefix + C): what a branch sees
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """A micro-batch of groups as one row of L tokens; B completions of at most C tokens."""
+
+    model_inputs: dict[str, Any]  # input_ids (1, L), position_ids (3, 1, L), images, and the layout for attention
+    labels: torch.Tensor  # (1, L), already shifted: what each position predicts, or -100
+    completion_mask: torch.Tensor  # (B, C)
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """Per-token values (1, L) of the packed row -> (B, C), zero where there is no completion token."""
+        output = values.new_zeros(self.completion_mask.shape)
+        return output.masked_scatter(self.completion_mask, values[self.labels != -100])
+
+
+def rows_by_prompt(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """The row numbers of each run of neighbours that have the same (not just an equal) prompt."""
+    return [list(rows) for _, rows in groupby(range(len(prompts)), key=prompts.__getitem__)]
+
+
+def pack(prompts: Sequence[Prompt], completion_ids: torch.Tensor, completion_mask: torch.Tensor) -> PackedBatch:
+    """Pack completions behind their prompts.
+
+    Args:
+        prompts: the prompt of each of the B rows; neighbours that are the same object share one copy.
+        completion_ids: (B, C), padded on the right.
+        completion_mask: (B, C), true or 1 on completion tokens; an empty row is left out.
+    """
+    device = completion_ids.device
+    completion_mask = completion_mask.bool()
+    lengths = completion_mask.sum(dim=1).tolist()
+    ids, positions, labels, groups, shared = [], [], [], [], []
+    start = 0
+    for rows in rows_by_prompt(prompts):
+        prompt = prompts[rows[0]]
+        prompt_ids, prompt_positions = prompt.input_ids.to(device), prompt.position_ids.to(device)
+        shared.append(prompt)
+        ids.append(prompt_ids[:-1])
+        positions.append(prompt_positions[:, :-1])
+        labels.append(torch.full_like(prompt_ids[:-1], -100))
+        branch_lengths = [lengths[row] for row in rows if lengths[row]]
+        continued = prompt.continue_positions(max(branch_lengths, default=0)).to(device)
+        for row in rows:
+            length = lengths[row]
+            if length:
+                ids += [prompt_ids[-1:], completion_ids[row, : length - 1]]
+                positions += [prompt_positions[:, -1:], continued[:, : length - 1]]
+                labels.append(completion_ids[row, :length])
+        groups.append(locate_group(start, len(prompt) - 1, branch_lengths, device))
+        start += groups[-1].length
+    model_inputs = {
+        "input_ids": torch.cat(ids)[None],
+        "position_ids": torch.cat(positions, dim=1)[:, None],
+        "groups": groups,
+        **concat_images(shared, device),
+    }
+    return PackedBatch(model_inputs, torch.cat(labels)[None], completion_mask)
+
+
+def locate_group(start: int, prefix: int, branch_lengths: Sequence[int], device: torch.device) -> Group:
+    """The group of a prefix at `start` and the branches behind it."""
+    lengths = torch.tensor(branch_lengths, dtype=torch.long, device=device)  # (G,)
+    longest = max(branch_lengths, default=0)
+    column = torch.arange(longest, device=device)  # (C,)
+    is_token = column < lengths[:, None]  # (G, C)
+    begin = start + prefix + lengths.cumsum(0) - lengths  # (G,)
+    branches = torch.where(is_token, begin[:, None] + column, start)
+    key = torch.arange(prefix + longest, device=device)
+    mask = key <= prefix + column[:, None]  # causal, the prefix in front
+    return Group(start, prefix, prefix + sum(branch_lengths), branches, is_token, mask)
+
+
+def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
+    """Reorder a rollout's rows, the completions of one prompt staying together; every entry with rows is (B, ...).
+
+    Args:
+        batch: tensors and lists, `prompts` (as `pack` takes them) among them.
+    """
+    rows_of = [
+        list(rows) for _, rows in groupby(range(len(batch["prompts"])), key=lambda row: id(batch["prompts"][row]))
+    ]
+    order = [row for group in torch.randperm(len(rows_of)).tolist() for row in rows_of[group]]
+
+    def reorder(values: Any) -> Any:
+        if isinstance(values, torch.Tensor):
+            return values[order] if values.ndim else values
+        return [values[row] for row in order]
+
+    return {name: reorder(values) for name, values in batch.items()}
+
+
+def collapse_image_tokens(ids: Sequence[int], image_token_id: int) -> list[int]:
+    """Token ids with every run of image tokens as one: the form that vLLM expands by itself."""
+    return [i for position, i in enumerate(ids) if i != image_token_id or position == 0 or ids[position - 1] != i]
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    groups: Sequence[Group] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: packed groups, a decoding step, or else plain SDPA.
+
+    No mask over the whole row is ever made: a prefix attends to itself causally, and the branches of a group are a
+    batch whose keys are the prefix and themselves.
+
+    Args:
+        query: (1, H, L, D). key, value: (1, K, L, D) with H a multiple of K.
+        groups: the row's layout, in order and without gaps; None outside of packed scoring.
+
+    Returns:
+        (1, L, H, D), and None for the weights.
+    """
+    if groups is None:
+        if query.shape[2] == 1:
+            return decode_attention(query, key, value, attention_mask, scaling), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    outputs = []
+    for group in groups:
+        prefix = slice(group.start, group.start + group.prefix)
+        prefix_key, prefix_value = key[:, :, prefix], value[:, :, prefix]
+        attended = F.scaled_dot_product_attention(
+            query[:, :, prefix], prefix_key, prefix_value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        outputs.append(attended[0].transpose(0, 1))  # (prefix, H, D)
+        if not len(group.branches):
+            continue
+        branch_query, branch_key, branch_value = (
+            states[0][:, group.branches].transpose(0, 1) for states in (query, key, value)
+        )  # (G, H or K, C, D)
+        count = len(group.branches)
+        attended = F.scaled_dot_product_attention(
+            branch_query,
+            torch.cat([prefix_key.expand(count, -1, -1, -1), branch_key], dim=2),
+            torch.cat([prefix_value.expand(count, -1, -1, -1), branch_value], dim=2),
+            attn_mask=group.mask,
+            scale=scaling,
+            enable_gqa=True,
+        )  # (G, H, C, D)
+        outputs.append(attended.transpose(1, 2)[group.is_token])  # (tokens, H, D)
+    return torch.cat(outputs)[None], None
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """One new token a row: query (B, H, 1, D), key and value (B, K, T, D), mask (B, 1, 1, T) -> (B, 1, H, D).
+
+    The heads that share keys become queries of one head, so that no key is repeated.
+    """
+    batch, heads, _, dim = query.shape
+    folded = query.view(batch, key.shape[1], -1, dim)  # (B, K, H / K, D)
+    attended = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    return attended.reshape(batch, 1, heads, dim)
+
+
+AttentionInterface.register(ATTENTION, grouped_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def use_grouped_attention(model: PreTrainedModel) -> None:
+    """Let the language model attend by `grouped_attention`; the vision tower keeps its own attention."""
+    model.set_attn_implementation({"text_config": ATTENTION})

@@ -1,0 +1,135 @@
+"""Rollout without an inference server: every prompt is encoded and prefilled once, then its completions are decoded.
+
+`generate` samples what transformers' `generate` samples from repeated prompts (tests/test_rollout.py), without its
+repeated image encoding and prefill, without copying the cache for every token, and without computing finished rows
+to the end.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache, DynamicLayer, GenerationConfig, PreTrainedModel
+
+from open_r1.grouping import Prompt, concat_images, encode_prompt, use_grouped_attention
+
+__all__ = ["Prompt", "encode_prompt", "generate"]
+
+# Dropping finished rows copies the cache of the others, so it waits until an eighth of the rows has finished.
+KEEP_BELOW = 7 / 8
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer that writes new tokens into room it has ahead.
+
+    transformers' `DynamicLayer` copies all that it holds for every token, which is most of the time of decoding with
+    a small model; its `StaticLayer` attends over all the room, filled or not.
+    """
+
+    room = 128  # tokens
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (B, K, new, D) and return all keys and values (B, K, T, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffer = None
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self.buffer is None or end > self.buffer.shape[-2]:
+            batch, heads, _, dim = key_states.shape
+            buffer = key_states.new_empty(2, batch, heads, end + self.room, dim)
+            if start:
+                buffer[0, :, :, :start], buffer[1, :, :, :start] = self.keys, self.values
+            self.buffer = buffer
+        self.buffer[0, :, :, start:end], self.buffer[1, :, :, start:end] = key_states, value_states
+        self.keys, self.values = self.buffer[:, :, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep or repeat rows; the room is made anew for them."""
+        super().batch_select_indices(indices)
+        self.buffer = None
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel, prompts: Sequence[Prompt], repeats: Sequence[int], generation_config: GenerationConfig
+) -> list[list[int]]:
+    """Sample completions, several of each prompt.
+
+    Args:
+        model: the language model decodes with `grouping.grouped_attention` from then on.
+        prompts: U encoded prompts of any lengths.
+        repeats: how many completions of each.
+        generation_config: sampling settings; `max_new_tokens` and `eos_token_id` are needed.
+
+    Returns:
+        The token ids of each completion with its end token, if it came to one; the prompts' order, repeats together.
+    """
+    use_grouped_attention(model)
+    device = model.device
+    owner = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(repeats))  # (B,)
+
+    def left_pad(rows: list[torch.Tensor], value: int = 0) -> torch.Tensor:
+        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+
+    ids = left_pad([prompt.input_ids for prompt in prompts], generation_config.pad_token_id or 0)  # (U, P)
+    mask = left_pad([torch.ones_like(prompt.input_ids) for prompt in prompts])
+    positions = left_pad([prompt.position_ids.T for prompt in prompts]).permute(2, 0, 1)  # (3, U, P)
+    next_position = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts])[owner].to(device)  # (B,)
+
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    outputs = model(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=positions.to(device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+        **concat_images(prompts, device),
+    )
+    cache.batch_select_indices(owner.to(device))
+    logits = outputs.logits[owner.to(device), -1]  # (B, V)
+    is_padded = bool((mask == 0).any())
+    mask = mask[owner].to(device)  # (B, P)
+
+    # The processors of `generate` itself, so that every sampling setting means here what it means there.
+    generation_config, _ = model._prepare_generation_config(generation_config)
+    model._prepare_special_tokens(generation_config, device=device)
+    process = model._get_logits_processor(generation_config, input_ids_seq_length=ids.shape[1], device=str(device))
+    history = ids[owner].to(device)  # (B, P + generated), what repetition penalties look at
+    ends = torch.tensor(generation_config.eos_token_id, device=device).view(-1)
+
+    output = torch.full((len(owner), generation_config.max_new_tokens), -1, device=device)  # (B, N)
+    rows = torch.arange(len(owner), device=device)  # the completions that are still in the batch
+    is_open = torch.ones_like(rows, dtype=torch.bool)
+    for step in range(generation_config.max_new_tokens):
+        scores = process(history, logits.float())  # (B, V)
+        if generation_config.do_sample:
+            token = torch.multinomial(scores.softmax(dim=-1), num_samples=1)  # (B, 1)
+        else:
+            token = scores.argmax(dim=-1, keepdim=True)
+        output[rows, step] = torch.where(is_open, token[:, 0], -1)
+        is_open = is_open & ~torch.isin(token[:, 0], ends)
+        remaining = int(is_open.sum())
+        if remaining == 0 or step + 1 == generation_config.max_new_tokens:
+            break
+        history = torch.cat([history, token], dim=1)
+        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+        if remaining <= KEEP_BELOW * len(rows):
+            kept = is_open.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            rows, token, history, mask, next_position, is_open = (
+                state[kept] for state in (rows, token, history, mask, next_position, is_open)
+            )
+        logits = model(
+            input_ids=token,
+            attention_mask=mask if is_padded else None,
+            position_ids=(next_position + step).expand(3, -1)[:, :, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    return [row[row >= 0].tolist() for row in output.cpu()]

@@ -1,0 +1,282 @@
+"""The shared prefix against stock TRL: same log-probabilities, same gradients, same training, less work."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Image as ImageFeature
+from datasets import List
+from peft import LoraConfig
+from trl import GRPOTrainer
+
+from open_r1.data import load_dataset
+from open_r1.grouping import Prompt, collapse_image_tokens, pack, shuffle_groups
+from open_r1.modeling import freeze, load_model, load_processor
+from open_r1.prompts import REPO_ROOT
+from open_r1.tiny import MODEL_CLASSES
+from open_r1.trainer import Qwen2VLGRPOTrainer
+from support import fake_completions, launch_env, load_weights, make_config, vowel_share, write_examples
+
+END = "<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def datasets_by_images(tmp_path_factory):
+    """Number of images an example -> prepared JSON file."""
+    folder = tmp_path_factory.mktemp("data")
+    return {count: write_examples(folder / str(count), images_per_example=count) for count in (1, 2)}
+
+
+def make_trainers(model_path, data, output, *, freeze_vision=False, lora=False, **changes):
+    """Stock TRL and ours on the same weights, data and completions, without shuffling across micro-batches."""
+    trainers = []
+    for trainer_class in (GRPOTrainer, Qwen2VLGRPOTrainer):
+        processor = load_processor(model_path, chat_template="base", max_pixels=12544)
+        dataset = load_dataset(data, processor)
+        if trainer_class is GRPOTrainer:
+            dataset = dataset.cast_column("images", List(ImageFeature(mode="RGB")))  # paths -> decoded images
+        model = load_model(model_path, dtype="float32")
+        freeze(model, freeze_vision=freeze_vision)
+        trainer = trainer_class(
+            model=model,
+            reward_funcs=vowel_share,
+            args=make_config(output, optim="sgd", **changes),
+            train_dataset=dataset,
+            processing_class=processor,
+            peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False) if lora else None,
+        )
+        end = processor.tokenizer.convert_tokens_to_ids(END)
+        trainer._generate_single_turn = lambda ids, *args, end=end, trainer=trainer: (
+            fake_completions(ids, end, trainer.max_completion_length),
+            None,
+        )
+        trainers.append(trainer)
+    return trainers
+
+
+def without_shuffling(monkeypatch):
+    """Which completions share an optimiser step depends on the shuffle; both trainers then keep the given order."""
+    monkeypatch.setattr("trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda batch: batch)
+    monkeypatch.setattr("open_r1.trainer.shuffle_groups", lambda batch: batch)
+
+
+def rollout_and_gradients(trainer):
+    """One generation batch through the trainer: rollout tensors, the log-probabilities, all gradients."""
+    trainer.create_optimizer_and_scheduler(num_training_steps=1)
+    trainer.model.train()
+    rows = next(iter(trainer.get_train_dataloader()))
+    scored = []
+    original = trainer._get_per_token_logps_and_entropies
+
+    def spy(*args, **kwargs):
+        scored.append(original(*args, **kwargs))
+        return scored[-1]
+
+    trainer._get_per_token_logps_and_entropies = spy
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    if trainer.args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable()
+    losses = []
+    for step in range(trainer.args.steps_per_generation):
+        trainer._step = step
+        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(rows))
+        loss.backward()
+        losses.append(loss.item())
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return losses, [values for scores in scored for values in scores[:2] if values is not None], gradients
+
+
+def assert_same_scores_and_gradients(stock, ours):
+    stock_losses, stock_scores, stock_gradients = rollout_and_gradients(stock)
+    losses, scores, gradients = rollout_and_gradients(ours)
+    assert losses == pytest.approx(stock_losses, abs=1e-5)
+    assert len(scores) == len(stock_scores)
+    for mine, theirs in zip(scores, stock_scores, strict=True):
+        assert mine.shape == theirs.shape and (mine - theirs).abs().max() < 1e-5
+    assert set(gradients) == set(stock_gradients) and len(gradients) > 3
+    largest = max(gradient.norm() for gradient in stock_gradients.values())
+    for name, gradient in stock_gradients.items():
+        # rounding noise aside: the bias of keys, for one, has no gradient but noise
+        assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7 * largest, name
+    return scores
+
+
+@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+@pytest.mark.parametrize("images", [1, 2])
+def test_scores_and_gradients_of_every_family(
+    model_type, images, tiny_models, datasets_by_images, tmp_path, monkeypatch
+):
+    without_shuffling(monkeypatch)
+    assert_same_scores_and_gradients(
+        *make_trainers(tiny_models[model_type], datasets_by_images[images], tmp_path, per_device_train_batch_size=8)
+    )
+
+
+CASES = {
+    "one prompt a micro-batch": {},
+    "several prompts a micro-batch": {"per_device_train_batch_size": 16},
+    "groups cut by micro-batches": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "groups of six in micro-batches of four": {"num_generations": 6, "gradient_accumulation_steps": 3},
+    "no reference model": {"beta": 0.0},
+    "old log-probabilities": {"steps_per_generation": 4},
+    "two iterations": {"num_iterations": 2},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "LoRA": {"lora": True},
+    "frozen vision tower": {"freeze_vision": True},
+    "truncated completions masked": {"mask_truncated_completions": True},
+    "high-entropy tokens only": {"top_entropy_quantile": 0.5},
+    "sequence-level ratios": {"importance_sampling_level": "sequence"},
+    "temperature": {"temperature": 0.7},
+    **{f"loss {name}": {"loss_type": name} for name in ("bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_and_gradients_of_every_option(case, tiny_model, datasets_by_images, tmp_path, monkeypatch):
+    without_shuffling(monkeypatch)
+    assert_same_scores_and_gradients(*make_trainers(tiny_model, datasets_by_images[1], tmp_path, **CASES[case]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_iterations": 2, "steps_per_generation": 4}, {"lora": True, "gradient_checkpointing": True}],
+    ids=["plain", "rollouts serve several steps", "LoRA, checkpointing"],
+)
+def test_five_steps_end_in_the_same_weights(changes, tiny_model, datasets_by_images, tmp_path, monkeypatch):
+    without_shuffling(monkeypatch)
+    trainers = make_trainers(
+        tiny_model, datasets_by_images[1], tmp_path, max_steps=5, learning_rate=0.1, num_train_epochs=9, **changes
+    )
+    before = {name: p.detach().clone() for name, p in trainers[0].model.named_parameters()}
+    for trainer in trainers:
+        trainer.train()
+    stock, ours = (dict(trainer.model.named_parameters()) for trainer in trainers)
+    assert any((stock[name] - before[name]).abs().max() > 1e-4 for name in before)
+    assert all(torch.allclose(stock[name], ours[name], atol=1e-5) for name in before)
+
+
+def test_the_switch_off_is_trls_path(tiny_model, datasets_by_images, tmp_path, monkeypatch):
+    """`shared_prefix: false` in our trainer equals stock TRL bit for bit."""
+    without_shuffling(monkeypatch)
+    stock, ours = make_trainers(tiny_model, datasets_by_images[1], tmp_path)
+    off = Qwen2VLGRPOTrainer(
+        model=load_model(tiny_model, dtype="float32"),
+        reward_funcs=vowel_share,
+        args=make_config(tmp_path, optim="sgd", shared_prefix=False),
+        train_dataset=ours.train_dataset,
+        processing_class=ours.processing_class,
+    )
+    off._generate_single_turn = ours._generate_single_turn
+    assert not off.shared_prefix and ours.shared_prefix
+    stock_losses, stock_scores, _ = rollout_and_gradients(stock)
+    losses, scores, _ = rollout_and_gradients(off)
+    assert losses == stock_losses
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(scores, stock_scores, strict=True))
+
+
+# ---- packing, without a model
+
+
+def make_prompt(length: int, first: int = 0) -> Prompt:
+    return Prompt(torch.arange(first, first + length), torch.arange(length).expand(3, length), None, None)
+
+
+def test_a_packed_row_holds_each_prompt_once():
+    red, blue = make_prompt(3, first=100), make_prompt(2, first=200)
+    ids = torch.tensor([[1, 2, 3], [4, 0, 0], [5, 6, 0], [7, 8, 9], [0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]])
+    batch = pack([red, red, blue, blue, blue], ids, mask)
+    # prompt minus its last token | last prompt token, completion minus its last
+    assert batch.model_inputs["input_ids"].tolist() == [[100, 101, 102, 1, 2, 102, 200, 201, 5, 201, 7, 8]]
+    assert batch.labels.tolist() == [[-100, -100, 1, 2, 3, 4, -100, 5, 6, 7, 8, 9]]
+    assert batch.model_inputs["position_ids"][0].tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2, 1, 2, 3]]
+    assert torch.equal(batch.unpack(batch.labels.float()), ids.float() * mask)
+    first, second = batch.model_inputs["groups"]
+    assert (first.start, first.prefix, first.length) == (0, 2, 6)
+    assert (second.start, second.prefix, second.length) == (6, 1, 6)
+    # a token of a branch sees the prefix and what came before it in its branch
+    assert first.mask.tolist() == [
+        [True, True, True, False, False],
+        [True, True, True, True, False],
+        [True, True, True, True, True],
+    ]
+
+
+def test_equal_prompts_that_are_not_the_same_are_kept_apart():
+    """Two examples may have the same text and different images."""
+    prompts = [make_prompt(4), make_prompt(4)]
+    batch = pack(prompts, torch.tensor([[1], [2]]), torch.ones(2, 1))
+    assert batch.model_inputs["input_ids"].shape == (1, 8)
+
+
+def test_a_batch_without_any_completion_token_still_has_a_graph(tiny_model, datasets_by_images, tmp_path):
+    """Every completion was cut and is masked: the step must go through, with a gradient of zero."""
+    _, trainer = make_trainers(
+        tiny_model, datasets_by_images[1], tmp_path, mask_truncated_completions=True, beta=0.0, max_steps=1
+    )
+    trainer._generate_single_turn = lambda ids, *args: ([[65] * 12 for _ in ids], None)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_shuffling_keeps_groups_together():
+    prompts = [make_prompt(2) for _ in range(6)]
+    rows = [prompt for prompt in prompts for _ in range(4)]
+    batch = {"prompts": rows, "row": torch.arange(24), "total": torch.tensor(24), "names": list(range(24))}
+    orders = set()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        shuffled = shuffle_groups(batch)
+        order = shuffled["row"].tolist()
+        assert sorted(order) == list(range(24)) and shuffled["names"] == order and shuffled["total"] == 24
+        assert all(order[i : i + 4] == list(range(order[i], order[i] + 4)) for i in range(0, 24, 4))
+        assert all(shuffled["prompts"][i] is rows[row] for i, row in enumerate(order))
+        orders.add(tuple(order))
+    assert len(orders) > 1
+
+
+def test_image_tokens_are_collapsed_for_vllm():
+    """vLLM expands each image token itself; handing it expanded ones silently doubles them."""
+    assert collapse_image_tokens([5, 9, 9, 9, 6, 9, 9, 7], image_token_id=9) == [5, 9, 6, 9, 7]
+    assert collapse_image_tokens([1, 1, 2, 2], image_token_id=9) == [1, 1, 2, 2]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("zero", ["cpu", "zero3"])
+def test_two_zero_processes_match_one(zero, tiny_model, datasets_by_images, tmp_path):
+    """Three groups of four over two ranks: their micro-batches of three hold one prompt here and two there."""
+    worker = [str(Path(__file__).with_name("worker_grouping.py")), str(tiny_model), str(datasets_by_images[1])]
+    env = launch_env(tiny_model, datasets_by_images[1], tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    subprocess.run([sys.executable, *worker, str(tmp_path / "one"), "6"], env=env, check=True)
+    config = REPO_ROOT / f"src/open-r1-multimodal/configs/{zero}.yaml"
+    launch = [
+        "--config_file",
+        str(config),
+        "--mixed_precision",
+        "no",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *launch,
+            "--num_processes",
+            "2",
+            *worker,
+            str(tmp_path / "two"),
+            "3",
+        ],
+        env=env,
+        check=True,
+    )
+    before, one, two = (load_weights(path) for path in (tiny_model, tmp_path / "one", tmp_path / "two"))
+    assert any((one[name] - before[name]).abs().max() > 1e-4 for name in one)
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)

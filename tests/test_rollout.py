@@ -1,0 +1,121 @@
+"""Grouped rollout against transformers' own `generate` on repeated prompts."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import DynamicLayer, GenerationConfig
+
+from open_r1.modeling import load_model, load_processor
+from open_r1.rollout import RoomyLayer, encode_prompt, generate
+from open_r1.tiny import MODEL_CLASSES
+
+
+def make_messages(count: int) -> list[list[dict]]:
+    """Prompts of different lengths with one or two images of different sizes."""
+    conversations = []
+    for row in range(count):
+        images = [Image.effect_noise((56 + 28 * row, 84), 60).convert("RGB") for _ in range(1 + row % 2)]
+        content = [{"type": "image", "image": image} for image in images]
+        conversations.append([{"role": "user", "content": [*content, {"type": "text", "text": "Which? " * (row + 1)}]}])
+    return conversations
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_models):
+    """Model type -> (model, processor); weights enlarged, so that greedy decoding does not repeat one token."""
+    loaded = {}
+    for name, path in tiny_models.items():
+        model = load_model(path, dtype="float32").eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3)
+        loaded[name] = model, load_processor(path, chat_template="base")
+    return loaded
+
+
+def stock_generate(model, processor, conversations, repeats, config):
+    """`generate` on every prompt repeated, cut after the first end token."""
+    rows = [messages for messages, count in zip(conversations, repeats, strict=True) for _ in range(count)]
+    inputs = processor.apply_chat_template(
+        rows,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
+    completions = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :].tolist()
+    return [cut(completion, config.eos_token_id) for completion in completions]
+
+
+def cut(ids: list[int], ends: list[int]) -> list[int]:
+    """The ids up to and with the first end."""
+    return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
+
+
+@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}, {"suppress_tokens": [70, 80, 90]}])
+def test_greedy_tokens_are_those_of_generate(model_type, settings, loaded):
+    model, processor = loaded[model_type]
+    # many ends, so that rows finish at different steps and the batch shrinks on the way
+    config = GenerationConfig(
+        max_new_tokens=48,
+        do_sample=False,
+        eos_token_id=list(range(30, 45)),
+        pad_token_id=processor.tokenizer.pad_token_id,
+        **settings,
+    )
+    conversations, repeats = make_messages(4), [2, 1, 3, 2]
+    prompts = [encode_prompt(model, processor, messages) for messages in conversations]
+    ours = generate(model, prompts, repeats, config)
+    assert len({len(completion) for completion in ours}) > 1  # uneven
+    assert ours == stock_generate(model, processor, conversations, repeats, config)
+
+
+def test_sampling_follows_the_policy(loaded):
+    """First tokens of many samples of one prompt, against the model's own probabilities."""
+    model, processor = loaded["qwen2_vl"]
+    (messages,) = make_messages(1)
+    prompt = encode_prompt(model, processor, messages)
+    config = GenerationConfig(
+        max_new_tokens=1, do_sample=True, top_k=0, top_p=1.0, temperature=2.0, eos_token_id=[0], pad_token_id=0
+    )
+    torch.manual_seed(0)
+    tokens = torch.tensor(generate(model, [prompt], [4000], config))[:, 0]
+    logits = model(
+        input_ids=prompt.input_ids[None],
+        position_ids=prompt.position_ids[:, None],
+        pixel_values=prompt.pixel_values,
+        image_grid_thw=prompt.image_grid_thw,
+    ).logits[0, -1]
+    expected = (logits / 2.0).softmax(-1)
+    observed = torch.bincount(tokens, minlength=len(expected)) / len(tokens)
+    deviation = (observed - expected).abs() / (expected * (1 - expected) / len(tokens)).sqrt().clamp(min=1e-4)
+    assert deviation.max() < 5  # standard deviations
+
+
+def test_ends_at_every_end_token_and_at_the_limit(loaded):
+    model, processor = loaded["qwen2_vl"]
+    prompts = [encode_prompt(model, processor, messages) for messages in make_messages(2)]
+    config = GenerationConfig(max_new_tokens=20, do_sample=True, top_k=0, eos_token_id=[50, 60, 70, 80], pad_token_id=0)
+    torch.manual_seed(0)
+    for completion in generate(model, prompts, [16, 16], config):
+        assert 1 <= len(completion) <= 20
+        assert not set(completion[:-1]) & {50, 60, 70, 80}
+        assert len(completion) == 20 or completion[-1] in {50, 60, 70, 80}
+
+
+def test_the_cache_with_room_holds_what_the_plain_one_holds():
+    torch.manual_seed(0)
+    roomy, plain = RoomyLayer(), DynamicLayer()
+    roomy.room = 3
+    for length in (5, 1, 1, 1, 1, 1):
+        keys, values = torch.randn(2, 4, 2, length, 8)
+        for mine, theirs in zip(roomy.update(keys, values), plain.update(keys, values), strict=True):
+            assert torch.equal(mine, theirs)
+    for layer in (roomy, plain):
+        layer.batch_select_indices(torch.tensor([3, 0, 0]))
+    keys, values = torch.randn(2, 3, 2, 1, 8)
+    for mine, theirs in zip(roomy.update(keys, values), plain.update(keys, values), strict=True):
+        assert torch.equal(mine, theirs)
+    assert roomy.get_seq_length() == plain.get_seq_length() == 11
