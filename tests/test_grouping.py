@@ -190,7 +190,8 @@ def test_a_packed_row_holds_each_prompt_once():
     batch = pack([red, red, blue, blue, blue], ids, mask)
     # prompt minus its last token | last prompt token, completion minus its last
     assert batch.model_inputs["input_ids"].tolist() == [[100, 101, 102, 1, 2, 102, 200, 201, 5, 201, 7, 8]]
-    assert batch.labels.tolist() == [[-100, -100, 1, 2, 3, 4, -100, 5, 6, 7, 8, 9]]
+    assert batch.model_inputs["scored"].tolist() == [2, 3, 4, 5, 7, 8, 9, 10, 11]
+    assert batch.labels.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
     assert batch.model_inputs["position_ids"][0].tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2, 1, 2, 3]]
     assert torch.equal(batch.unpack(batch.labels.float()), ids.float() * mask)
     first, second = batch.model_inputs["groups"]

@@ -99,14 +99,13 @@ class Group:
 class PackedBatch:
     """A micro-batch of groups as one row of L tokens; B completions of at most C tokens."""
 
-    model_inputs: dict[str, Any]  # input_ids (1, L), position_ids (3, 1, L), images, and the layout for attention
-    labels: torch.Tensor  # (1, L), already shifted: what each position predicts, or -100
+    model_inputs: dict[str, Any]  # input_ids (1, L), position_ids (3, 1, L), images, groups, scored positions (S,)
+    labels: torch.Tensor  # (1, S): the token that each scored position predicts
     completion_mask: torch.Tensor  # (B, C)
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """Per-token values (1, L) of the packed row -> (B, C), zero where there is no completion token."""
-        output = values.new_zeros(self.completion_mask.shape)
-        return output.masked_scatter(self.completion_mask, values[self.labels != -100])
+        """Values (1, S) of the scored positions -> (B, C), zero where there is no completion token."""
+        return values.new_zeros(self.completion_mask.shape).masked_scatter(self.completion_mask, values)
 
 
 def rows_by_prompt(prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -125,7 +124,7 @@ def pack(prompts: Sequence[Prompt], completion_ids: torch.Tensor, completion_mas
     device = completion_ids.device
     completion_mask = completion_mask.bool()
     lengths = completion_mask.sum(dim=1).tolist()
-    ids, positions, labels, groups, shared = [], [], [], [], []
+    ids, positions, scored, labels, groups, shared = [], [], [], [], [], []
     start = 0
     for rows in rows_by_prompt(prompts):
         prompt = prompts[rows[0]]
@@ -133,7 +132,6 @@ def pack(prompts: Sequence[Prompt], completion_ids: torch.Tensor, completion_mas
         shared.append(prompt)
         ids.append(prompt_ids[:-1])
         positions.append(prompt_positions[:, :-1])
-        labels.append(torch.full_like(prompt_ids[:-1], -100))
         branch_lengths = [lengths[row] for row in rows if lengths[row]]
         continued = prompt.continue_positions(max(branch_lengths, default=0)).to(device)
         for row in rows:
@@ -142,12 +140,17 @@ def pack(prompts: Sequence[Prompt], completion_ids: torch.Tensor, completion_mas
                 ids += [prompt_ids[-1:], completion_ids[row, : length - 1]]
                 positions += [prompt_positions[:, -1:], continued[:, : length - 1]]
                 labels.append(completion_ids[row, :length])
-        groups.append(locate_group(start, len(prompt) - 1, branch_lengths, device))
-        start += groups[-1].length
+        group = locate_group(start, len(prompt) - 1, branch_lengths, device)
+        scored.append(torch.arange(start + group.prefix, start + group.length, device=device))
+        groups.append(group)
+        start += group.length
+    if not labels:  # nothing to score: one position without a label keeps the model in the graph, with no gradient
+        scored, labels = [torch.zeros(1, dtype=torch.long, device=device)], [torch.full((1,), -100, device=device)]
     model_inputs = {
         "input_ids": torch.cat(ids)[None],
         "position_ids": torch.cat(positions, dim=1)[:, None],
         "groups": groups,
+        "scored": torch.cat(scored),
         **concat_images(shared, device),
     }
     return PackedBatch(model_inputs, torch.cat(labels)[None], completion_mask)
@@ -259,10 +262,25 @@ def decode_attention(
     return attended.reshape(batch, 1, heads, dim)
 
 
+def keep_scored(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of the language model: of a packed row keep the hidden states that are scored, (1, S, hidden).
+
+    So the LM head does not run over prompts. TRL's fused head would skip them too, but only with Triton.
+    """
+    if kwargs.get("scored") is not None:
+        output.last_hidden_state = output.last_hidden_state[:, kwargs["scored"]]
+    return output
+
+
 AttentionInterface.register(ATTENTION, grouped_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def use_grouped_attention(model: PreTrainedModel) -> None:
-    """Let the language model attend by `grouped_attention`; the vision tower keeps its own attention."""
-    model.set_attn_implementation({"text_config": ATTENTION})
+def enable_grouping(model: PreTrainedModel) -> None:
+    """Let a model score packed rows and decode with `grouped_attention`; the vision tower keeps its own attention.
+
+    Other inputs give what they gave before.
+    """
+    if model.config.get_text_config()._attn_implementation != ATTENTION:
+        model.set_attn_implementation({"text_config": ATTENTION})
+        model.base_model.language_model.register_forward_hook(keep_scored, with_kwargs=True)

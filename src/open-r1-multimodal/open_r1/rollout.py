@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicLayer, GenerationConfig, PreTrainedModel
 
-from open_r1.grouping import Prompt, concat_images, encode_prompt, use_grouped_attention
+from open_r1.grouping import Prompt, concat_images, enable_grouping, encode_prompt
 
 __all__ = ["Prompt", "encode_prompt", "generate"]
 
@@ -69,7 +69,7 @@ def generate(
     Returns:
         The token ids of each completion with its end token, if it came to one; the prompts' order, repeats together.
     """
-    use_grouped_attention(model)
+    enable_grouping(model)
     device = model.device
     owner = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(repeats))  # (B,)
 

@@ -31,11 +31,11 @@ from trl.trainer.utils import split_tensor_dict
 
 from open_r1.grouping import (
     collapse_image_tokens,
+    enable_grouping,
     encode_prompt,
     pack,
     rows_by_prompt,
     shuffle_groups,
-    use_grouped_attention,
 )
 from open_r1.modeling import load_model, reset_generation_config, vision_token_ids
 from open_r1.rollout import generate
@@ -183,9 +183,9 @@ class Qwen2VLGRPOTrainer(GRPOTrainer):
         # Tool calls put images and foreign tokens into completions; they stay on TRL's path.
         self.shared_prefix = getattr(args, "shared_prefix", True) and not (self.tools or self.rollout_func)
         if self.shared_prefix:
-            use_grouped_attention(self._plain_model())
+            enable_grouping(self._plain_model())
             if self.ref_model is not None:
-                use_grouped_attention(self.accelerator.unwrap_model(self.ref_model))
+                enable_grouping(self.accelerator.unwrap_model(self.ref_model))
         self._rollout_seconds = 0.0  # of the optimiser step under way
         self.trajectory_dir = Path(args.output_dir) / "trajectories"
         self.add_callback(ContinueRollouts(self))
@@ -294,7 +294,7 @@ class Qwen2VLGRPOTrainer(GRPOTrainer):
                 logps.append(batch.unpack(outputs.log_probs))  # (b, C)
                 if compute_entropy:
                     entropies.append(batch.unpack(outputs.entropy))
-                packed_tokens += batch.labels.numel()
+                packed_tokens += batch.model_inputs["input_ids"].numel()
             saved = 1 - packed_tokens / input_ids.numel()
             self._metrics[self._mode()]["packing/tokens_saved"].append(saved)
             return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None

@@ -1,0 +1,489 @@
+"""The GRPO step of this repository against stock `trl.GRPOTrainer`; the `step` command of `benchmark.py`.
+
+Both trainers live in one process with the same weights, data, settings and number of threads, and take turns. A round
+is one optimiser step each, so a slow spell of the machine hits both. Timed are, inside the real trainer code: the
+rollout, image preprocessing, reference scoring, the policy's forward and backward, and the step around them.
+
+What is equal: both sample with the same law (an end token made likely, so that lengths vary as a model's do); scoring
+and update then run on one fixed set of completions, so that both do the same job. tests/test_grouping.py holds the
+numbers of both equal.
+
+"possible" is arithmetic: the multiply-adds that stock runs over those of the unique tokens and patches. "reached" is
+the measured ratio's share of it; it can exceed 1 where stock loses time on other things than multiply-adds.
+"""
+
+import argparse
+import ctypes
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, List
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import Qwen2VLConfig
+from trl import GRPOTrainer
+
+from open_r1.modeling import load_model, load_processor
+from open_r1.prompts import load_chat_template
+from open_r1.tiny import make_model, make_processor, make_tokenizer
+from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
+
+WAYS = {"stock": GRPOTrainer, "ours": Qwen2VLGRPOTrainer}
+WORDS = ("where", "is", "the", "red", "ball", "large", "green", "box", "seen", "from", "left", "side", "of", "room")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A size to measure at. Lengths in tokens, image sides in pixels."""
+
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    dtype: str
+    image_side: int
+    question_words: int
+    group_size: int
+    prompts_per_step: int
+    min_length: int
+    max_length: int
+    mean_extra: float  # of a completion beyond min_length; the end token's probability is its inverse
+
+
+PRESETS = {
+    "sat-cpu": Preset(
+        text={
+            "vocab_size": 2048,
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+        },
+        # as in the 2B model at 512x512, the tower is about 1.5 times the work of the prompt's tokens
+        vision={"depth": 4, "embed_dim": 256, "num_heads": 4, "hidden_size": 256},
+        dtype="float32",
+        image_side=280,
+        question_words=60,
+        group_size=8,
+        prompts_per_step=2,
+        min_length=32,
+        max_length=128,
+        mean_extra=32,
+    ),
+    # Qwen2-VL-2B's own configuration, random weights
+    "sat-2b": Preset(
+        text={
+            "vocab_size": 151936,
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision={"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536},
+        dtype="bfloat16",
+        image_side=512,
+        question_words=60,
+        group_size=8,
+        prompts_per_step=8,
+        min_length=50,
+        max_length=700,
+        mean_extra=150,
+    ),
+}
+
+
+# --- what is measured ------------------------------------------------------------------------------
+
+
+def write_checkpoint(preset: Preset, folder: Path) -> None:
+    """A random checkpoint of the preset's size with a tokenizer of one token a byte."""
+    # about a token a word, as the published vocabulary has it
+    tokenizer = make_tokenizer([" ".join(WORDS), load_chat_template("base")] * 9, vocab_size=1024)
+    make_processor(tokenizer).save_pretrained(folder)
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(token)
+        for name, token in {
+            "image_token_id": "<|image_pad|>",
+            "video_token_id": "<|video_pad|>",
+            "vision_start_token_id": "<|vision_start|>",
+            "vision_end_token_id": "<|vision_end|>",
+        }.items()
+    }
+    special = {
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = Qwen2VLConfig(
+        text_config={**preset.text, **special}, vision_config=preset.vision, tie_word_embeddings=True, **ids
+    )
+    make_model(config).to(getattr(torch, preset.dtype)).save_pretrained(folder)
+
+
+def make_dataset(preset: Preset, folder: Path) -> Dataset:
+    """As many noise images with random questions as a step needs."""
+    draw = random.Random(0)
+    rows = []
+    for index in range(preset.prompts_per_step):
+        path = folder / f"{index}.png"
+        Image.effect_noise((preset.image_side, preset.image_side), 60).convert("RGB").save(path)
+        question = " ".join(draw.choice(WORDS) for _ in range(preset.question_words))
+        rows.append({"prompt": [{"role": "user", "content": question}], "images": [str(path)]})
+    return Dataset.from_list(rows)
+
+
+def make_trainer(way: str, preset: Preset, checkpoint: Path, data: Dataset, checkpointing: bool) -> GRPOTrainer:
+    """A trainer that is ready to step, with its optimiser."""
+    processor = load_processor(checkpoint, chat_template="base", max_pixels=401408)
+    end = processor.tokenizer.eos_token_id
+    args = Qwen2VLGRPOConfig(
+        output_dir=tempfile.mkdtemp(dir=checkpoint.parent),
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,  # weights and computation are in the preset's dtype
+        gradient_checkpointing=checkpointing,
+        num_generations=preset.group_size,
+        per_device_train_batch_size=preset.group_size,
+        gradient_accumulation_steps=preset.prompts_per_step,
+        max_completion_length=preset.max_length,
+        beta=0.04,
+        loss_type="grpo",
+        report_to=[],
+        generation_kwargs={
+            "min_new_tokens": preset.min_length,
+            # logits of random weights are about equal, so this gives the end token a probability of 1 / mean_extra
+            "sequence_bias": [[[end], float(torch.tensor(preset.text["vocab_size"] / preset.mean_extra).log())]],
+        },
+    )
+    if way == "stock":
+        data = data.cast_column("images", List(ImageFeature(mode="RGB")))  # paths -> decoded images
+    trainer = WAYS[way](
+        model=load_model(checkpoint, dtype=preset.dtype),
+        reward_funcs=lambda completions, **kwargs: [random.random() for _ in completions],
+        args=args,
+        train_dataset=data,
+        processing_class=processor,
+    )
+    trainer.create_optimizer()
+    trainer.model.train()
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    return trainer
+
+
+def given_completions(preset: Preset) -> list[list[int]]:
+    """The completions that both score: lengths drawn by the law that sampling follows."""
+    draw = random.Random(1)
+    lengths = [
+        min(preset.min_length + int(draw.expovariate(1 / preset.mean_extra)), preset.max_length)
+        for _ in range(preset.group_size * preset.prompts_per_step)
+    ]
+    return [[draw.randrange(256) for _ in range(length)] for length in lengths]
+
+
+class Stopwatch:
+    """Seconds by part of the step; on a GPU it waits for the device at both ends."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+        synchronize()
+        start = time.perf_counter()
+        yield
+        synchronize()
+        self.seconds[part] += time.perf_counter() - start
+
+    def wrap(self, owner: Any, name: str, part: str, only_without_gradients: bool = False) -> None:
+        """Time every call of a method under `part`."""
+        method = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if only_without_gradients and torch.is_grad_enabled():
+                return method(*args, **kwargs)
+            with self.timing(part):
+                return method(*args, **kwargs)
+
+        setattr(owner, name, timed)
+
+
+def instrument(trainer: GRPOTrainer, completions: list[list[int]]) -> Stopwatch:
+    """Time the parts of the trainer's step; scoring gets the given completions in place of the sampled ones."""
+    watch = Stopwatch()
+    watch.wrap(trainer, "_generate_single_turn", "rollout")
+    sample = trainer._generate_single_turn
+
+    def sample_and_replace(*args: Any) -> tuple[list[list[int]], None]:
+        sampled, _ = sample(*args)
+        watch.sampled_tokens = sum(map(len, sampled))
+        return completions, None
+
+    trainer._generate_single_turn = sample_and_replace
+    watch.wrap(trainer, "_get_per_token_logps_and_entropies", "reference scoring", only_without_gradients=True)
+    watch.wrap(trainer.processing_class.image_processor, "preprocess", "image preprocessing")
+    watch.wrap(trainer, "_prepare_inputs", "before the update")
+    return watch
+
+
+def run_step(trainer: GRPOTrainer, watch: Stopwatch) -> dict[str, float]:
+    """One optimiser step as `Trainer` does it; returns the seconds of its parts."""
+    watch.seconds.clear()
+    rows = next(iter(trainer.get_train_dataloader()))
+    with watch.timing("whole step"):
+        for _ in range(trainer.args.gradient_accumulation_steps):
+            trainer.training_step(trainer.model, rows, None)
+        with watch.timing("optimiser"):
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+    seconds = dict(watch.seconds)
+    seconds["policy update"] = seconds["whole step"] - seconds["before the update"] - seconds["optimiser"]
+    trainer.state.global_step += 1
+    return seconds
+
+
+def peak_memory(trainer: GRPOTrainer, watch: Stopwatch) -> float:
+    """GB of a step, after one to warm up, above what is held before it: of the device, or resident in this process."""
+    run_step(trainer, watch)
+    if torch.cuda.is_available():
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run_step(trainer, watch)
+        return (torch.cuda.max_memory_allocated() - held) / 1e9
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # hand freed memory back, so that it does not hide what the step takes
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (proc_pid_clear_refs(5))
+    held = memory_status("VmRSS")
+    run_step(trainer, watch)
+    return (memory_status("VmHWM") - held) / 1e9
+
+
+def memory_status(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+# --- what is possible ------------------------------------------------------------------------------
+
+
+def count_work(trainer: GRPOTrainer, preset: Preset, completions: list[list[int]]) -> dict[str, dict[str, float]]:
+    """Multiply-adds of a step's parts: what stock runs, and those of unique tokens and patches.
+
+    A linear layer costs its weights once a token; attention 2 x heads x head size for every pair of tokens that see
+    each other. Embeddings, norms and softmax are left out on both sides.
+    """
+    model = trainer.model
+    text, vision = model.config.text_config, model.config.vision_config
+    rows = next(iter(trainer.get_train_dataloader()))
+    prompt, patches = prompt_size(trainer, rows[0])
+    body = linear_weights(model.model.language_model)
+    head = text.vocab_size * text.hidden_size
+    pair = 2 * text.num_hidden_layers * text.hidden_size
+    merge = vision.spatial_merge_size**2
+    tower = linear_weights(model.model.visual) - linear_weights(model.model.visual.merger)
+    image = patches * tower + patches / merge * linear_weights(model.model.visual.merger)
+    image += 2 * vision.depth * vision.embed_dim * patches**2
+
+    group, prompts = preset.group_size, preset.prompts_per_step
+    lengths = [len(completion) for completion in completions]
+    longest = max(lengths)
+
+    def causal(prefix: int, new: int) -> float:
+        return pair * (new * prefix + new * (new + 1) / 2)
+
+    # scoring: stock pads a generation batch to its longest completion; without Triton its head runs at every position
+    width = prompt + longest
+    stock_forward = sum(
+        image + width * body + causal(0, width) + head * (length if torch.cuda.is_available() else width)
+        for length in lengths
+    )
+    unique_forward = prompts * (image + prompt * body + causal(0, prompt))
+    unique_forward += sum(length * (body + head) + causal(prompt, length) for length in lengths)
+    # rollout: stock prefills every row and decodes every row to the longest of the batch
+    prefill = image + prompt * body + causal(0, prompt) + head
+    stock_rollout = sum(prefill + longest * (body + head) + causal(prompt, longest) for _ in lengths)
+    unique_rollout = prompts * prefill + sum(length * (body + head) + causal(prompt, length) for length in lengths)
+    return {
+        "rollout": {"stock": stock_rollout, "ours": unique_rollout},
+        "reference scoring": {"stock": stock_forward, "ours": unique_forward},
+        "policy update": {"stock": 3 * stock_forward, "ours": 3 * unique_forward},
+        "whole step": {
+            "stock": stock_rollout + 4 * stock_forward,
+            "ours": unique_rollout + 4 * unique_forward,
+        },
+        "image preprocessing": {"stock": 2 * group, "ours": 1},  # images processed for each one
+        "sizes": {"prompt": prompt, "patches": patches, "completions": sum(lengths)},
+    }
+
+
+def linear_weights(module: torch.nn.Module) -> int:
+    """Weights of the linear layers and convolutions in a module: multiply-adds a token."""
+    kinds = (torch.nn.Linear, torch.nn.Conv3d)
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, kinds))
+
+
+def prompt_size(trainer: GRPOTrainer, row: dict[str, Any]) -> tuple[int, int]:
+    """Tokens and patches of a prompt."""
+    content = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": row["prompt"][0]["content"]}]
+    inputs = trainer.processing_class.apply_chat_template(
+        [[{"role": "user", "content": content}]],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    return inputs["input_ids"].shape[1], inputs["pixel_values"].shape[0]
+
+
+# --- the command -----------------------------------------------------------------------------------
+
+
+def measure(preset: Preset, rounds: int, checkpointing: bool, parts: bool = True) -> dict[str, Any]:
+    """Alternating rounds of both trainers, after one each to warm up."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_checkpoint(preset, folder / "model")
+        data = make_dataset(preset, folder)
+        completions = given_completions(preset)
+        trainers = {way: make_trainer(way, preset, folder / "model", data, checkpointing) for way in WAYS}
+        watches = {way: instrument(trainer, completions) for way, trainer in trainers.items()}
+        seconds: dict[str, dict[str, list[float]]] = defaultdict(lambda: {way: [] for way in WAYS})
+        for number in range(rounds + 1):
+            for way, trainer in trainers.items():
+                for part, value in run_step(trainer, watches[way]).items():
+                    if number:
+                        seconds[part][way].append(value)
+                print(f"round {number} of {rounds}: {way} {watches[way].seconds['whole step']:.2f} s", file=sys.stderr)
+        result: dict[str, Any] = {"seconds": seconds, "work": count_work(trainers["ours"], preset, completions)}
+        if parts:
+            result["peak memory"] = {
+                way: peak_memory(trainers[way], watches[way])
+                if torch.cuda.is_available()
+                else peak_memory_alone(way, preset, checkpointing)
+                for way in WAYS
+            }
+            tokens = sum(map(len, completions))
+            step = statistics.median(seconds["whole step"]["ours"])
+            result["completion tokens per second"] = {"ours": tokens / step}
+    return result
+
+
+def peak_memory_alone(way: str, preset: Preset, checkpointing: bool) -> float:
+    """`peak_memory` in a process of its own, since resident memory never shrinks back."""
+    name = next(name for name, known in PRESETS.items() if known == preset)
+    command = [sys.executable, __file__, way, name, *(["--gradient_checkpointing"] if checkpointing else [])]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(output.splitlines()[-1])
+
+
+ROWS = ("rollout", "reference scoring", "policy update", "whole step", "image preprocessing")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as text: medians, and the range of the rounds."""
+    lines = [f"{'':22}{'stock':>22}{'ours':>22}{'ratio':>8}{'possible':>10}{'reached':>9}"]
+    for row in ROWS:
+        values = result["seconds"][row]
+        medians = {way: statistics.median(values[way]) for way in WAYS}
+        cells = [f"{medians[way]:.3f} s [{min(values[way]):.3f}, {max(values[way]):.3f}]" for way in WAYS]
+        ratio = medians["stock"] / medians["ours"]
+        possible = result["work"][row]["stock"] / result["work"][row]["ours"]
+        lines.append(f"{row:22}{cells[0]:>22}{cells[1]:>22}{ratio:7.2f}x{possible:9.2f}x{ratio / possible:9.0%}")
+    if "peak memory" in result:
+        memory = result["peak memory"]
+        ratio = memory["stock"] / memory["ours"]
+        lines.append(f"{'peak memory of a step':22}{memory['stock']:19.3f} GB{memory['ours']:19.3f} GB{ratio:7.2f}x")
+    return "\n".join(lines)
+
+
+def plot_group_sizes(results: dict[int, dict[str, Any]], path: Path) -> None:
+    """Seconds of a whole step against the number of completions of a prompt."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    for way, colour in (("stock", "tab:gray"), ("ours", "tab:blue")):
+        seconds = [statistics.median(result["seconds"]["whole step"][way]) for result in results.values()]
+        axes.plot(list(results), seconds, "o-", color=colour, label="stock TRL" if way == "stock" else "shared prefix")
+    axes.set(xlabel="completions of one prompt, G", ylabel="seconds a step", ylim=(0, None), xticks=list(results))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def run_step_benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print, and return what `--json` keeps."""
+    preset = PRESETS[args.preset]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    result = {"benchmark": "step", "preset": args.preset, "device": device, "rounds": args.rounds}
+    if args.plot:
+        sizes = {size: replace(preset, group_size=size, prompts_per_step=1) for size in args.group_sizes}
+        results = {n: measure(each, args.rounds, args.gradient_checkpointing, parts=False) for n, each in sizes.items()}
+        plot_group_sizes(results, args.plot)
+        for size, each in results.items():
+            print(f"G = {size}\n{table(each)}")
+        return result | {"group_sizes": results}
+    result |= measure(preset, args.rounds, args.gradient_checkpointing)
+    sizes = result["work"]["sizes"]
+    print(
+        f"{args.preset} on {device}: {preset.prompts_per_step} prompts of {sizes['prompt']} tokens with "
+        f"{sizes['patches']} patches, {preset.group_size} completions each, {sizes['completions']} completion tokens; "
+        f"medians of {args.rounds} rounds [lowest, highest]\n{table(result)}\n"
+        f"completion tokens per second of a whole step, ours: {result['completion tokens per second']['ours']:.0f}"
+    )
+    return result
+
+
+def add_step_parser(commands: Any) -> None:
+    """The `step` command of `benchmark.py`."""
+    parser = commands.add_parser(
+        "step",
+        help="a GRPO step, against stock TRL",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="sat-cpu", help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="in both")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="instead, draw the step's time against G")
+    parser.add_argument(
+        "--group_sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32], metavar="G", help="of --plot (default: 2..32)"
+    )
+    parser.set_defaults(run=run_step_benchmark)
+
+
+def print_peak_memory() -> None:
+    """What `peak_memory_alone` starts: `benchmark_step.py WAY PRESET`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("way", choices=WAYS)
+    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    args = parser.parse_args()
+    preset = PRESETS[args.preset]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_checkpoint(preset, folder / "model")
+        data = make_dataset(preset, folder)
+        trainer = make_trainer(args.way, preset, folder / "model", data, args.gradient_checkpointing)
+        watch = instrument(trainer, given_completions(preset))
+        print(peak_memory(trainer, watch))
+
+
+if __name__ == "__main__":
+    print_peak_memory()
