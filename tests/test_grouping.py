@@ -42,7 +42,7 @@ def make_trainers(model_path, data, output, *, freeze_vision=False, lora=False, 
         trainer = trainer_class(
             model=model,
             reward_funcs=vowel_share,
-            args=make_config(output, optim="sgd", **changes),
+            args=make_config(output, **{"optim": "sgd", **changes}),
             train_dataset=dataset,
             processing_class=processor,
             peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False) if lora else None,
@@ -155,6 +155,28 @@ def test_five_steps_end_in_the_same_weights(changes, tiny_model, datasets_by_ima
     stock, ours = (dict(trainer.model.named_parameters()) for trainer in trainers)
     assert any((stock[name] - before[name]).abs().max() > 1e-4 for name in before)
     assert all(torch.allclose(stock[name], ours[name], atol=1e-5) for name in before)
+
+
+@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+def test_a_frozen_tower_encodes_each_image_once_a_step(model_type, tiny_models, datasets_by_images, tmp_path):
+    """Rollout, reference and policy share its features; the step is the one that encodes again."""
+    norms = []
+    for shared in (True, False):
+        _, trainer = make_trainers(
+            tiny_models[model_type], datasets_by_images[2], tmp_path, freeze_vision=True, max_steps=2, optim="sgd"
+        )
+        del trainer._generate_single_turn  # really generate
+        trainer.tower_is_frozen = trainer.tower_is_frozen and shared
+        calls = []
+        visual = trainer.model.base_model.visual
+        visual.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        trainer.ref_model.base_model.visual.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        torch.manual_seed(0)
+        trainer.train()
+        norms.append([log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log])
+        # two steps of two prompts: once each; or once in the rollout, and a micro-batch in reference and policy
+        assert len(calls) == (4 if shared else 2 * (1 + 2 + 2))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and all(norms[0])
 
 
 def test_the_switch_off_is_trls_path(tiny_model, datasets_by_images, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ prompt in each branch, and the image is encoded once. The numbers are those of s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, ProcessorMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 ATTENTION = "grouped_sdpa"  # the name under which transformers knows `grouped_attention`
 
@@ -33,6 +34,7 @@ class Prompt:
     position_ids: torch.Tensor  # (3, P), M-RoPE: time, height, width
     pixel_values: torch.Tensor | None  # (N, D)
     image_grid_thw: torch.Tensor | None  # (I, 3)
+    image_features: Any = None  # the vision tower's output, where it is frozen; see `encode_images`
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -69,15 +71,38 @@ def encode_prompt(
     return Prompt(inputs["input_ids"][0], position_ids[:, 0], inputs.get("pixel_values"), grid)
 
 
-def concat_images(prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:
+@torch.no_grad()
+def encode_images(model: PreTrainedModel, prompt: Prompt) -> Prompt:
+    """The prompt with the output of a frozen vision tower, so that rollout, reference and policy share it."""
+    if prompt.pixel_values is None:
+        return prompt
+    features = model.base_model.get_image_features(
+        prompt.pixel_values.to(model.device), prompt.image_grid_thw.to(model.device)
+    )
+    return replace(prompt, image_features=features)
+
+
+def concat_images(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
     """The model's image inputs of several prompts, in their order; nothing for prompts without images."""
     prompts = [prompt for prompt in prompts if prompt.pixel_values is not None]
     if not prompts:
         return {}
-    return {
+    inputs: dict[str, Any] = {
         "pixel_values": torch.cat([prompt.pixel_values for prompt in prompts]).to(device),
         "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in prompts]).to(device),
     }
+    if all(prompt.image_features is not None for prompt in prompts):
+        inputs["image_features"] = concat_features([prompt.image_features for prompt in prompts])
+    return inputs
+
+
+def concat_features(features: Sequence[Any]) -> BaseModelOutputWithPooling:
+    """Vision outputs of several prompts as one: embeddings an image, and Qwen3-VL's deepstack features a layer."""
+    joined = type(features[0])(pooler_output=[image for each in features for image in each.pooler_output])
+    if getattr(features[0], "deepstack_features", None) is not None:
+        layers = zip(*(each.deepstack_features for each in features), strict=True)
+        joined.deepstack_features = [torch.cat(layer) for layer in layers]
+    return joined
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,6 +306,14 @@ def enable_grouping(model: PreTrainedModel) -> None:
 
     Other inputs give what they gave before.
     """
-    if model.config.get_text_config()._attn_implementation != ATTENTION:
-        model.set_attn_implementation({"text_config": ATTENTION})
-        model.base_model.language_model.register_forward_hook(keep_scored, with_kwargs=True)
+    if model.config.get_text_config()._attn_implementation == ATTENTION:
+        return
+    model.set_attn_implementation({"text_config": ATTENTION})
+    backbone = model.base_model
+    backbone.language_model.register_forward_hook(keep_scored, with_kwargs=True)
+    encode = backbone.get_image_features
+
+    def get_image_features(*args: Any, image_features: Any = None, **kwargs: Any) -> Any:
+        return encode(*args, **kwargs) if image_features is None else image_features
+
+    backbone.get_image_features = get_image_features

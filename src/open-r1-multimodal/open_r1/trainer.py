@@ -32,6 +32,7 @@ from trl.trainer.utils import split_tensor_dict
 from open_r1.grouping import (
     collapse_image_tokens,
     enable_grouping,
+    encode_images,
     encode_prompt,
     pack,
     rows_by_prompt,
@@ -184,6 +185,8 @@ class Qwen2VLGRPOTrainer(GRPOTrainer):
         self.shared_prefix = getattr(args, "shared_prefix", True) and not (self.tools or self.rollout_func)
         if self.shared_prefix:
             enable_grouping(self._plain_model())
+            tower = self._plain_model().base_model.visual
+            self.tower_is_frozen = not any(parameter.requires_grad for parameter in tower.parameters())
             if self.ref_model is not None:
                 enable_grouping(self.accelerator.unwrap_model(self.ref_model))
         self._rollout_seconds = 0.0  # of the optimiser step under way
@@ -265,8 +268,11 @@ class Qwen2VLGRPOTrainer(GRPOTrainer):
                     self.accelerator,
                     gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
                 ) as model:
-                    groups = rows_by_prompt(self._prompts)
-                    unique, repeats = [self._prompts[rows[0]] for rows in groups], [len(rows) for rows in groups]
+                    repeats = [len(rows) for rows in rows_by_prompt(self._prompts)]
+                    unique = [prompt for prompt, _ in groupby(self._prompts)]
+                    if self.tower_is_frozen:
+                        unique = [encode_images(self._plain_model(), prompt) for prompt in unique]
+                        self._prompts = [p for p, count in zip(unique, repeats, strict=True) for _ in range(count)]
                     output = generate(model, unique, repeats, self.generation_config), None
         tokens = sum(len(ids) for ids in output[0])
         self._metrics[self._mode()]["rollout/tokens_per_second"].append(tokens / self._last_seconds)
