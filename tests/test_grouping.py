@@ -163,7 +163,12 @@ def test_a_frozen_tower_encodes_each_image_once_a_step(model_type, tiny_models, 
     norms = []
     for shared in (True, False):
         _, trainer = make_trainers(
-            tiny_models[model_type], datasets_by_images[2], tmp_path, freeze_vision=True, max_steps=2, optim="sgd"
+            tiny_models[model_type],
+            datasets_by_images[2],
+            tmp_path,
+            freeze_vision=True,
+            max_steps=2,
+            max_completion_length=64,
         )
         del trainer._generate_single_turn  # really generate
         trainer.tower_is_frozen = trainer.tower_is_frozen and shared
