@@ -1,4 +1,4 @@
-"""CV-Bench (`nyu-visionx/CV-Bench`): its schema, and a parquet row -> a question. No torch.
+"""CV-Bench (`nyu-visionx/CV-Bench`): its schema, a parquet row -> a question, and its official score. No torch.
 
 Source: the dataset card. Split `test`, in two files: `test_2d.parquet` (1438 rows), `test_3d.parquet` (1200).
 """
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+HUB_ID = "nyu-visionx/CV-Bench"
 COLUMNS = (
     "idx",
     "type",
@@ -32,16 +33,20 @@ LETTERS = "ABCDEF"
 
 @dataclass(frozen=True)
 class Question:
-    """One question: `answer` is the right choice's letter without parentheses, `image` an encoded image."""
+    """One question: `answer` is the right choice's letter without parentheses.
+
+    `image` is the file's cell: encoded bytes, a path when the bytes are kept elsewhere, or None.
+    """
 
     idx: int
+    type: str
     task: str
     source: str
     question: str
     choices: tuple[str, ...]
     answer: str
     prompt: str
-    image: bytes
+    image: bytes | str | None
 
 
 def render_prompt(question: str, choices: tuple[str, ...]) -> str:
@@ -60,13 +65,26 @@ def convert_row(row: Mapping[str, Any]) -> Question:
     answer = row["answer"].strip("()")
     if answer not in tuple(LETTERS[: len(choices)]):
         raise ValueError(f"idx {row['idx']}: answer {row['answer']!r} is not one of its {len(choices)} choices")
+    image = row["image"] or {}
     return Question(
         idx=row["idx"],
+        type=row["type"],
         task=row["task"],
         source=row["source"],
         question=row["question"],
         choices=choices,
         answer=answer,
         prompt=row["prompt"],
-        image=row["image"]["bytes"],
+        image=image.get("bytes") or image.get("path"),
     )
+
+
+def official_score(accuracy: Mapping[str, Any]) -> Any:
+    """1/2 * ((ADE20K + COCO) / 2 + Omni3D), the authors' combination of the accuracies by source.
+
+    Works on numbers and on arrays of them. The paper reports the micro average over all questions instead.
+
+    Raises:
+        KeyError: a source is missing.
+    """
+    return ((accuracy["ADE20K"] + accuracy["COCO"]) / 2 + accuracy["Omni3D"]) / 2

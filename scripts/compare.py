@@ -1,0 +1,181 @@
+"""Compare evaluation results: a table, a bar chart, and paired tests over the questions that they share.
+
+    python scripts/compare.py src/eval/results/CVBench_result_*_reasoning.json
+
+The first result is the one that the others are compared with. The difference of two results is paired: each question
+is its own control. Its p-value is McNemar's exact test; a question in several rotations counts as right when it is
+right in all of them. Warnings say what else differs: values move by ten points with the prompt or the parser alone.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from open_r1.scoring import TOTAL, by_question, check_rows, mcnemar, paired_difference
+
+CHART_FORMATS = (".png", ".svg", ".pdf")
+# What two results must share to be compared, and how a warning names it.
+CONDITIONS = {
+    "benchmark": "benchmarks",
+    "prompt": "prompts",
+    "parser": "parsers",
+    "questions": "questions",
+    "generation": "generation settings",
+    "pixels": "image sizes",
+    "dtype": "number formats",
+}
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result file of the evaluation.
+
+    Raises:
+        OSError, ValueError: missing, or something else.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(result, dict) or "scores" not in result:
+        raise ValueError(f"{path}: no scores in it; score it with test_qwen2vl_CVBench.py --precomputed_json {path}")
+    check_rows(result.get("results"), str(path))
+    return result
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The file names without what all of them begin and end with, at whole words; the stems if that leaves nothing."""
+    words = [path.stem.split("_") for path in paths]
+    while len(words) > 1 and all(len(own) > 1 and own[0] == words[0][0] for own in words):
+        words = [own[1:] for own in words]
+    while len(words) > 1 and all(len(own) > 1 and own[-1] == words[0][-1] for own in words):
+        words = [own[:-1] for own in words]
+    names = ["_".join(own) for own in words]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def outcomes(result: Mapping[str, Any]) -> dict[Hashable, bool]:
+    """Question -> whether it was answered right, in all its rotations."""
+    questions = by_question(result["results"])
+    return {
+        (rows[0].get("id", position), rows[0]["question"]): all(row["correct"] for row in rows)
+        for position, rows in enumerate(questions)
+    }
+
+
+def differing_conditions(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of the conditions under which not all results were made; unknown ones differ from known ones."""
+    return [
+        name
+        for key, name in CONDITIONS.items()
+        if len({json.dumps(result.get(key), sort_keys=True) for result in results}) > 1
+    ]
+
+
+def score_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy in % and its 95 % interval: a line a score, a column a result."""
+    labels = list(dict.fromkeys(label for result in results for label in result["scores"]))
+    lines = [f"| | {' | '.join(names)} |", f"|:-|{'-:|' * len(names)}"]
+    for label in labels:
+        cells = []
+        for result in results:
+            value = result["scores"].get(label)
+            low, high = (100 * bound for bound in value["interval"]) if value else (0, 0)
+            cells.append(f"{100 * value['accuracy']:.2f} ({low:.1f} - {high:.1f})" if value else "-")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    for key in ("unparsable_share", "truncated_share"):
+        cells = [f"{100 * result['shares'][key]:.2f}" for result in results]
+        lines.append(f"| {key.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def paired_line(name: str, first: Mapping[Hashable, bool], second: Mapping[Hashable, bool]) -> str:
+    """How `second` differs from `first` over the questions that both answered.
+
+    Raises:
+        ValueError: they share none.
+    """
+    shared = first.keys() & second.keys()
+    if not shared:
+        raise ValueError(f"{name}: shares no question with the first result")
+    only_first = sum(first[key] and not second[key] for key in shared)
+    only_second = sum(second[key] and not first[key] for key in shared)
+    difference, low, high = (100 * value for value in paired_difference(only_first, only_second, len(shared)))
+    p = mcnemar(only_first, only_second)
+    return (
+        f"| {name} | {difference:+.2f} ({low:+.1f} - {high:+.1f}) | {only_second} | {only_first} "
+        f"| {len(shared)} | {p:.2g} |"
+    )
+
+
+def draw(path: Path, names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
+    """A group of bars a score, with 95 % intervals and the level of chance."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    labels = list(results[0]["scores"])
+    width = 0.8 / len(results)
+    figure, axes = plt.subplots(figsize=(max(6, 1.1 * len(labels)), 4), layout="constrained")
+    for number, (name, result) in enumerate(zip(names, results, strict=True)):
+        shown = [(at, result["scores"][label]) for at, label in enumerate(labels) if label in result["scores"]]
+        x = [at + (number - (len(results) - 1) / 2) * width for at, _ in shown]
+        height = [100 * value["accuracy"] for _, value in shown]
+        # An interval of quantiles may lie beside its own point estimate by a rounding error.
+        below = [max(0, 100 * (value["accuracy"] - value["interval"][0])) for _, value in shown]
+        above = [max(0, 100 * (value["interval"][1] - value["accuracy"])) for _, value in shown]
+        axes.bar(x, height, width, yerr=(below, above), capsize=2, label=name)
+    chance = [100 * results[0]["scores"][label]["chance"] for label in labels]
+    edges = [[at + side for at in range(len(labels))] for side in (-0.45, 0.45)]
+    axes.hlines(chance, *edges, "k", "dotted")
+    axes.set_xticks(range(len(labels)), labels, rotation=20)
+    axes.set_ylabel("accuracy in %, 95 % interval; dotted: chance")
+    axes.set_ylim(0, 100)
+    axes.legend()
+    temporary = path.with_name(f".tmp-{path.name}")
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(path)
+
+
+def chart_path(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in CHART_FORMATS:
+        raise argparse.ArgumentTypeError(f"expected a name that ends in {', '.join(CHART_FORMATS)}, not {text!r}")
+    return path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="result file of the evaluation")
+    parser.add_argument(
+        "--chart", type=chart_path, metavar="FILE", help="PNG, SVG or PDF (default: comparison.png beside the first)"
+    )
+    args = parser.parse_args()
+    chart = args.chart or args.results[0].parent / "comparison.png"
+    try:
+        results = [read_result(path) for path in args.results]
+        names = short_names(args.results)
+        print(score_table(names, results))
+        first, *others = map(outcomes, results)
+        if others:
+            print(f"\n| against {names[0]} | {TOTAL} in points | it alone right | not it | shared | McNemar p |")
+            print("|:-|-:|-:|-:|-:|-:|")
+        for name, other in zip(names[1:], others, strict=True):
+            print(paired_line(name, first, other))
+        draw(chart, names, results)
+    except (OSError, ValueError) as error:
+        print(f"compare: error: {error}", file=sys.stderr)
+        return 1
+    for condition in differing_conditions(results):
+        print(f"warning: the {condition} differ; the results are not like for like", file=sys.stderr)
+    print(f"\n{chart}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

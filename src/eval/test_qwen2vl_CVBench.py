@@ -1,0 +1,369 @@
+"""Evaluate a checkpoint on CV-Bench, or on another spatial question set; base and instruct models alike.
+
+    python test_qwen2vl_CVBench.py                                             the newest GRPO output, else Qwen2-VL-2B
+    python test_qwen2vl_CVBench.py --model_path Qwen/Qwen2-VL-2B-Instruct --no-use_reasoning_prompt
+    accelerate launch test_qwen2vl_CVBench.py --model_path ...                 on every GPU of the machine
+    python test_qwen2vl_CVBench.py --precomputed_json results/X.json           score saved responses again, no model
+
+It writes results/CVBench_result_{model}_{reasoning|no_reasoning}.json: every response with how it was read, the
+scores with 95 % intervals, and all that they depend on. Decoding is greedy without a repetition penalty. Every batch
+is saved; the same command continues an interrupted run. An earlier result made with other settings is kept aside.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from open_r1.benchmarks import BENCHMARKS, Item, digest, read
+from open_r1.prompts import REPO_ROOT
+from open_r1.scoring import PARSERS, check_rows, judge_row, score, shares, table
+from open_r1.trajectories import append_rows
+
+if TYPE_CHECKING:  # re-scoring starts without torch
+    from accelerate import PartialState
+
+    from open_r1.evaluation import Backend
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_MODEL = "Qwen/Qwen2-VL-2B"
+BACKEND_NAMES = ("hf",)  # of evaluation.BACKENDS, which imports torch
+MEASURED = ("parser", "accuracy", "scores", "shares", "results")  # in a result file, what scoring adds
+
+
+# --- names and places ---------------------------------------------------------------------------------------
+
+
+def newest_grpo_output(outputs: Path) -> Path | None:
+    """The newest model that a GRPO run left: a folder with trajectories, or a complete checkpoint in one.
+
+    An adapter that was not merged has no `config.json` and is passed over.
+    """
+    runs = [folder.parent for folder in outputs.glob("*/trajectories")]
+    # Both files are written when the rest of the model is there.
+    marks = [mark for run in runs for mark in (run / "trainer_state.json", *run.glob("checkpoint-*/complete.json"))]
+    found = [mark for mark in marks if mark.is_file() and mark.with_name("config.json").is_file()]
+    return max(found, key=lambda mark: mark.stat().st_mtime).parent if found else None
+
+
+def model_name(model_path: str) -> str:
+    """The model's name for a file: its last path component, with the run's name before a `checkpoint-N`."""
+    parts = Path(model_path).absolute().parts if os.path.isdir(model_path) else model_path.split("/")
+    names = [part for part in parts if part.strip("/")]
+    return "_".join(names[-2:] if names[-1].startswith("checkpoint-") else names[-1:])
+
+
+def result_path(args: argparse.Namespace) -> Path:
+    mode = "reasoning" if args.use_reasoning_prompt else "no_reasoning"
+    name = f"{BENCHMARKS[args.benchmark].name}_result_{model_name(args.model_path)}_{mode}.json"
+    return args.output_dir / name
+
+
+def partial_paths(path: Path) -> list[Path]:
+    """The unfinished work of a result: one file of JSON lines a process."""
+    return sorted(path.parent.glob(f"{path.stem}.partial*.jsonl"))
+
+
+def put_aside(path: Path) -> None:
+    """Rename a file that is in the way by the time it was written, so that nothing measured is ever lost."""
+    written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
+    aside = path.with_name(f"{path.stem}.{written}{path.suffix}.old")
+    path.replace(aside)
+    print(f"{path} was made with other settings; it is now {aside.name}")
+
+
+# --- results ------------------------------------------------------------------------------------------------
+
+
+def make_result(rows: Sequence[dict[str, Any]], about: dict[str, Any], parser: str) -> dict[str, Any]:
+    """The content of a result file.
+
+    Args:
+        rows: with responses; judged here.
+        about: what the responses depend on (`args`, `settings`, ...); recorded as it is.
+        parser: how answers are read, `lenient` or `strict`.
+    """
+    judged = [judge_row(row, parser) for row in rows]
+    combination = BENCHMARKS[about["benchmark"]].combination
+    scores = score(judged, combination)
+    sources = {row.get("source") for row in judged}
+    accuracy = {name: value["accuracy"] for name, value in scores.items() if name not in sources}
+    if combination is not None:
+        accuracy.setdefault(combination[0], None)  # not every source was asked
+    return {
+        **about,
+        "parser": parser,
+        "accuracy": accuracy,
+        "scores": scores,
+        "shares": shares(judged),
+        "results": judged,
+    }
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write under a temporary name that becomes `path` when all is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def report(path: Path, result: dict[str, Any]) -> None:
+    """Print what was measured."""
+    counts, prompt = result["shares"], result.get("prompt")
+    print(table(result["scores"]))
+    print(
+        f"{counts['responses']} responses: {counts['unparsable_share']:.1%} without a readable answer, "
+        f"{counts['truncated_share']:.1%} cut off"
+        + (f"; {counts['image_errors']} without a usable image count as wrong" if counts["image_errors"] else "")
+    )
+    print(f"prompt: {prompt['name']}, {prompt['style']}; " if prompt else "", f"parser: {result['parser']}", sep="")
+    print(path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; ValueError when it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+
+
+def rescore(args: argparse.Namespace) -> None:
+    """Read saved responses again: a result file of this script or of the reference, or a plain list of rows."""
+    content = read_json(args.precomputed_json)
+    content = content if isinstance(content, dict) else {"results": content}
+    rows = check_rows(content.get("results"), str(args.precomputed_json))
+    about = {key: value for key, value in content.items() if key not in MEASURED}
+    if about.setdefault("benchmark", args.benchmark) not in BENCHMARKS:
+        raise ValueError(f"{args.precomputed_json}: unknown benchmark {about['benchmark']!r}")
+    path = args.output_dir / args.precomputed_json.name
+    result = make_result(rows, about, args.parser)
+    if path.exists() and read_json(path) != result:
+        put_aside(path)
+    write_result(path, result)
+    report(path, result)
+
+
+# --- unfinished work ----------------------------------------------------------------------------------------
+
+
+def read_partial(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The rows of unfinished work, whose first line are the settings; None when those are others.
+
+    A process killed at any moment leaves whole lines and at most one torn one, which is cut off here.
+
+    Raises:
+        ValueError: a line in the middle is damaged.
+    """
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if len(whole) < len(lines):
+        os.truncate(path, sum(map(len, whole)))
+    try:
+        header, *rows = map(json.loads, whole) if whole else [settings]
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it to start over") from error
+    return rows if header == settings else None
+
+
+def collect(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[str, Any]]:
+    """What has been answered under these settings, by id and rotation; other work is put aside."""
+    done = {}
+    for partial in partial_paths(path):
+        rows = read_partial(partial, settings)
+        if rows is None:
+            put_aside(partial)
+            continue
+        done |= {(row["id"], row["rotation"]): row for row in rows}
+    return done
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Answer what is not answered yet, then score everything."""
+    items = read(BENCHMARKS[args.benchmark], args.dataset_path, args.limit)
+
+    import accelerate
+    import torch
+    import transformers
+
+    from open_r1.evaluation import (
+        BACKENDS,
+        MIN_PIXELS,
+        generation_settings,
+        load_prompting,
+        messages,
+        model_fingerprint,
+    )
+
+    # A process that is done waits for the slowest, which may take longer than the default timeout.
+    state = accelerate.PartialState(timeout=timedelta(days=1))
+    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if state.device.type == "cuda" else "float32"
+    processor, prompt_name = load_prompting(args.model_path, args.prompt, args.max_pixels)
+    style = "reasoning" if args.use_reasoning_prompt else "direct"
+    settings = {
+        "benchmark": args.benchmark,
+        "questions": digest(items),
+        "model": model_fingerprint(args.model_path),
+        "prompt": {"name": prompt_name, "style": style, "template": processor.chat_template},
+        "generation": generation_settings(processor, args.max_new_tokens),
+        "pixels": {"min": MIN_PIXELS, "max": args.max_pixels},
+        "backend": args.backend,
+        "dtype": dtype,
+    }
+    state.print(f"{args.model_path}: {len(items)} prompts, chat template {prompt_name}, style {style}")
+    path = result_path(args)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    answered = path.is_file() and is_made_with(read_json(path), settings)
+    state.wait_for_everyone()  # nobody writes before all have read
+    if answered:
+        if state.is_main_process:
+            print("answered before; the responses are scored again")
+            args.precomputed_json = path
+            rescore(args)
+        return
+
+    if state.is_main_process:
+        collect(path, settings)  # mends or puts aside what a killed run left
+    state.wait_for_everyone()
+    done = collect(path, settings)
+    missing = [item for item in items if item.key not in done]
+    state.wait_for_everyone()  # nobody writes before all have read
+    if missing:
+        load = BACKENDS[args.backend]
+        backend = load(args.model_path, processor, state.device, dtype, style, args.max_new_tokens)
+        partial = path.with_name(f"{path.stem}.partial{state.process_index}.jsonl")
+        if not partial.exists() or partial.stat().st_size == 0:
+            append_rows(partial, [settings])
+        try:
+            answer(backend, missing, args.bs, partial, state)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"--bs {args.bs}: out of memory; a smaller one continues where this was") from error
+        state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+
+    done = collect(path, settings)
+    example = processor.apply_chat_template(
+        messages(items[0].images, items[0].prompt), add_generation_prompt=True, style=style
+    )
+    about = {
+        "args": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        **settings,
+        "prompt_example": example,
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type,
+        },
+    }
+    result = make_result([done[item.key] for item in items], about, args.parser)
+    if path.is_file():
+        put_aside(path)
+    write_result(path, result)
+    for partial in partial_paths(path):
+        partial.unlink()
+    report(path, result)
+
+
+def is_made_with(result: dict[str, Any], settings: dict[str, Any]) -> bool:
+    return all(result.get(key) == value for key, value in settings.items())
+
+
+def answer(backend: "Backend", items: Sequence[Item], batch_size: int, partial: Path, state: "PartialState") -> None:
+    """Answer this process's share of the items; each batch is on disk before the next one starts."""
+    from tqdm import tqdm
+
+    from open_r1.evaluation import answer_batches, make_batches
+
+    batches = make_batches(backend, items, batch_size)[state.process_index :: state.num_processes]
+    count, start = sum(map(len, batches)), time.perf_counter()
+    with tqdm(total=count, desc="answering", unit="question", disable=not state.is_local_main_process) as bar:
+        for answered in answer_batches(backend, batches):
+            append_rows(partial, [{**item.to_row(), **response.to_row()} for item, response in answered])
+            bar.update(len(answered))
+    seconds = time.perf_counter() - start
+    print(f"process {state.process_index}: {count} questions in {seconds:.1f} s, {count / seconds:.2f} a second")
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+    return int(text)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model_path", help=f"folder or Hub name (default: the newest GRPO output in outputs/, else {DEFAULT_MODEL})")
+    add(
+        "--prompt",
+        default="auto",
+        metavar="{auto,base,instruct}",
+        help="chat template, or a Jinja file with the styles reasoning and direct; auto: the one that the checkpoint "
+        "was trained with, if this project saved it, else instruct for a model that ships ChatML, else base",
+    )
+    add(
+        "--use_reasoning_prompt",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ask for reasoning in <think> and an answer in <answer>",
+    )
+    add("--benchmark", choices=BENCHMARKS, default="CV-Bench", help="(default: %(default)s)")
+    add("--dataset_path", help="Hub id, parquet (or .jsonl) file, or folder (default: the benchmark's on the Hub)")
+    add("--limit", type=positive, metavar="N", help="ask N questions only, the same share of each task, seeded")
+    add("--bs", type=positive, default=32, help="questions a batch (default: %(default)s)")
+    add("--max_new_tokens", type=positive, default=700, help="longest response (default: %(default)s, as in training)")
+    add("--max_pixels", type=positive, default=401408, help="larger images are shrunk (default: %(default)s)")
+    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="auto: bfloat16 on a GPU")
+    add("--backend", choices=BACKEND_NAMES, default="hf", help="what generates (default: %(default)s)")
+    add(
+        "--parser",
+        choices=PARSERS,
+        default="lenient",
+        help="lenient: a response without <answer> counts when it clearly names one option; strict: as in training "
+        "(default: %(default)s)",
+    )
+    add("--output_dir", type=Path, default=HERE / "results", help="(default: results/ beside this script)")
+    add("--precomputed_json", type=Path, metavar="FILE", help="score the responses of a result file; loads no model")
+    args = parser.parse_args(argv)
+    if args.model_path is None:
+        args.model_path = str(newest_grpo_output(REPO_ROOT / "outputs") or DEFAULT_MODEL)
+    return args
+
+
+def first_line(error: Exception) -> str:
+    """transformers explains a missing model in a paragraph; its first line says it."""
+    return str(error).strip().split("\n")[0]
+
+
+def main() -> int:
+    args = parse_args()
+    try:
+        (rescore if args.precomputed_json else evaluate)(args)
+    except (OSError, ValueError) as error:
+        print(f"test_qwen2vl_CVBench: error: {first_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ntest_qwen2vl_CVBench: interrupted; the same command continues where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

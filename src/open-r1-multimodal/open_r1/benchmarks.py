@@ -1,0 +1,305 @@
+"""The question sets of the evaluation, each a small definition: where it is, and a row -> what is asked. No torch.
+
+To add one, write a function from a row to its `Item`s and name it in `BENCHMARKS`; everything else (reading parquet
+files and JSON Lines from a file, a folder or the Hub, stratified limits, generation, resuming, scores) is shared.
+"""
+
+import hashlib
+import json
+import random
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from open_r1 import cvbench, sat
+from open_r1.prompts import sat_question
+from open_r1.scoring import Combination
+
+BATCH_ROWS = 64  # read at a time
+LIMIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to ask.
+
+    Attributes:
+        id: of the question; rotations of its options share it.
+        question: the question alone.
+        options: in the order shown.
+        answer: the right option's text or, when `prompt` shows letters, its letter as in "(C)".
+        prompt: the user's text in full, before the chat template.
+        images: as the converters see them a cell of the file (bytes, {bytes, path} or a path); as `read` returns them
+            encoded bytes, None for an image that is not there.
+        type, source: further groups to score, if the set has them.
+    """
+
+    id: int | str
+    task: str
+    question: str
+    options: tuple[str, ...]
+    answer: str
+    prompt: str
+    images: tuple[Any, ...]
+    type: str | None = None
+    source: str | None = None
+    rotation: int = 0
+
+    @property
+    def key(self) -> tuple[int | str, int]:
+        return self.id, self.rotation
+
+    def to_row(self) -> dict[str, Any]:
+        """The part of a result's row that does not depend on the response."""
+        return {
+            "id": self.id,
+            "rotation": self.rotation,
+            "question": self.question,
+            "options": list(self.options),
+            "task": self.task,
+            "type": self.type,
+            "source": self.source,
+            "ground_truth": self.answer,
+        }
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A question set.
+
+    Attributes:
+        name: in the result's file name.
+        hub_id: of the data set.
+        files: patterns of its files in a folder or on the Hub; each must match.
+        convert: a row and its number -> what to ask; nothing for a row that cannot be scored, which is reported;
+            ValueError for one that no intact file holds.
+        combination: name and formula of an official score over the sources' accuracies.
+    """
+
+    name: str
+    hub_id: str
+    files: tuple[str, ...]
+    convert: Callable[[Mapping[str, Any], int], list[Item]]
+    combination: tuple[str, Combination] | None = None
+
+
+# --- definitions --------------------------------------------------------------------------------------------
+
+
+def cvbench_items(row: Mapping[str, Any], number: int) -> list[Item]:
+    """CV-Bench asks its `prompt` column as it is."""
+    question = cvbench.convert_row(row)
+    return [
+        Item(
+            id=question.idx,
+            task=question.task,
+            type=question.type,
+            source=question.source,
+            question=question.question,
+            options=question.choices,
+            answer=f"({question.answer})",
+            prompt=question.prompt,
+            images=(question.image,),
+        )
+    ]
+
+
+def sat_items(row: Mapping[str, Any], number: int) -> list[Item]:
+    """Circular evaluation, as SAT's card asks for: the question once for each rotation of its options."""
+    options = tuple(dict.fromkeys(row["answers"] or ()))
+    if row["correct_answer"] not in options:
+        return []
+    rotations = [options[shift:] + options[:shift] for shift in range(len(options))]
+    return [
+        Item(
+            id=number,
+            rotation=shift,
+            task=row["question_type"],
+            question=row["question"],
+            options=rotated,
+            answer=row["correct_answer"],
+            prompt=sat_question(row["question"], rotated),
+            images=tuple(sat.image_bytes(row["image_bytes"])) or (None,),
+        )
+        for shift, rotated in enumerate(rotations)
+    ]
+
+
+def blink_items(row: Mapping[str, Any], number: int) -> list[Item]:
+    """BLINK asks its `prompt` column; up to four images. Only the answers of `val` are public."""
+    images = tuple(row[name] for name in ("image_1", "image_2", "image_3", "image_4") if row[name] is not None)
+    return [
+        Item(
+            id=row["idx"],
+            task=row["sub_task"],
+            question=row["question"],
+            options=tuple(row["choices"]),
+            answer=row["answer"],
+            prompt=row["prompt"],
+            images=images or (None,),
+        )
+    ]
+
+
+def vsr_items(row: Mapping[str, Any], number: int) -> list[Item]:
+    """VSR gives captions that are true or false; the wording of the question is ours.
+
+    Its files are JSON Lines that name COCO images; those lie beside them or in `images/`.
+    """
+    question, options = f'Is this statement about the image true? "{row["caption"]}"', ("True", "False")
+    return [
+        Item(
+            id=number,
+            task="VSR",
+            question=question,
+            options=options,
+            answer="(A)" if int(row["label"]) == 1 else "(B)",
+            prompt=cvbench.render_prompt(question, options),
+            images=(row["image"],),
+        )
+    ]
+
+
+BLINK = "BLINK-Benchmark/BLINK"
+BENCHMARKS = {
+    "CV-Bench": Benchmark(
+        "CVBench", cvbench.HUB_ID, tuple(cvbench.FILES.values()), cvbench_items, ("CV-Bench", cvbench.official_score)
+    ),
+    "SAT-val": Benchmark("SAT-val", "array/SAT", ("SAT_val.parquet",), sat_items),
+    "SAT-test": Benchmark("SAT-test", "array/SAT", ("SAT_test.parquet",), sat_items),
+    "BLINK": Benchmark("BLINK", BLINK, ("Relative_Depth/val-*.parquet", "Spatial_Relation/val-*.parquet"), blink_items),
+    "VSR": Benchmark("VSR", "cambridgeltl/vsr_zeroshot", ("test.jsonl",), vsr_items),
+}
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def read(benchmark: Benchmark, dataset_path: str | None = None, limit: int | None = None) -> list[Item]:
+    """Everything to ask, in the files' order; images are read but not decoded.
+
+    Args:
+        dataset_path: a file, a folder, or a data set on the Hub; None for the benchmark's own on the Hub.
+        limit: at most this many questions; see `stratified`.
+
+    Raises:
+        OSError, ValueError: nothing to read there, or a row that contradicts itself; in one line.
+    """
+    questions: list[tuple[list[Item], Path]] = []
+    rows = 0
+    for file in locate(benchmark, dataset_path or benchmark.hub_id):
+        for row in read_rows(file):
+            try:
+                if asked := benchmark.convert(row, rows):
+                    questions.append((asked, file.parent))
+            except KeyError as error:
+                raise ValueError(f"{file}: no column {error}; is this {benchmark.name}?") from error
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
+            rows += 1
+    if left_out := rows - len(questions):
+        print(f"{benchmark.name}: left out {left_out} of {rows} rows without a right option", file=sys.stderr)
+    if not questions:
+        raise ValueError(f"{dataset_path or benchmark.hub_id}: no question in it")
+    if limit is not None:
+        questions = [questions[i] for i in stratified([items[0].task for items, _ in questions], limit)]
+    return [with_images(item, folder) for items, folder in questions for item in items]
+
+
+def locate(benchmark: Benchmark, dataset_path: str) -> list[Path]:
+    """The files to read: the one named, or those of a folder or of a data set on the Hub.
+
+    Raises:
+        OSError: no such file or folder, none of the expected files in it, or the Hub does not give it.
+    """
+    path = Path(dataset_path).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", dataset_path):
+            raise FileNotFoundError(f"{dataset_path}: no such file or folder")
+        from huggingface_hub import snapshot_download  # half a second that local files need not wait for
+
+        try:
+            path = Path(snapshot_download(dataset_path, repo_type="dataset", allow_patterns=list(benchmark.files)))
+        except (OSError, ValueError) as error:  # which Hub errors are
+            reason = str(error).strip().split("\n")[0]
+            raise FileNotFoundError(f"{dataset_path}: neither here nor to be had from the Hub ({reason})") from error
+    found = []
+    for pattern in benchmark.files:
+        matches = sorted(path.glob(pattern))
+        if not matches:
+            raise FileNotFoundError(f"{path}: no {pattern} in it; give a single file to evaluate that alone")
+        found += matches
+    return found
+
+
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet or JSON Lines file.
+
+    Raises:
+        ValueError: damaged, or something else.
+    """
+    if file.suffix == ".jsonl":
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{file}: line {number} is not JSON ({error})") from error
+        return
+    try:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS):
+            yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{file}: not a complete parquet file ({reason})") from error
+
+
+def with_images(item: Item, folder: Path) -> Item:
+    return replace(item, images=tuple(image_data(cell, folder) for cell in item.images))
+
+
+def image_data(cell: Any, folder: Path) -> bytes | None:
+    """An image cell (bytes, {bytes, path}, a path, or nothing) -> the encoded image; None when it is not there."""
+    if isinstance(cell, Mapping):
+        cell = cell.get("bytes") or cell.get("path")
+    if not isinstance(cell, str):
+        return cell or None
+    for path in (folder / cell, folder / "images" / cell):
+        if path.is_file():
+            return path.read_bytes()
+    return None
+
+
+def stratified(tasks: Sequence[str], limit: int) -> list[int]:
+    """The indices of `limit` questions, drawn with a fixed seed, from each task in proportion to its size.
+
+    Seats that do not divide go to the largest remainders, so that the shares are as close as they can be.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, task in enumerate(tasks):
+        members[task].append(index)
+    limit = min(limit, len(tasks))
+    seats = {task: limit * len(indices) // len(tasks) for task, indices in members.items()}
+    remainders = sorted(members, key=lambda task: (-(limit * len(members[task]) % len(tasks)), task))
+    for task in remainders[: limit - sum(seats.values())]:
+        seats[task] += 1
+    rng = random.Random(LIMIT_SEED)
+    return sorted(index for task, indices in members.items() for index in rng.sample(indices, seats[task]))
+
+
+def digest(items: Sequence[Item]) -> str:
+    """SHA-256 of all that is asked, images included, wherever the files lie."""
+    total = hashlib.sha256()
+    for item in items:
+        images = [hashlib.sha256(data or b"").hexdigest() for data in item.images]
+        total.update(json.dumps([item.to_row(), item.prompt, images]).encode())
+    return total.hexdigest()

@@ -1,0 +1,239 @@
+"""Answer a benchmark's questions with a model: greedy, in batches of like length, preprocessing ahead of the model.
+
+The prompts are rendered and the completions decoded by the code that training rolls out with (`rollout`); only the
+sampling is greedy here.
+"""
+
+import copy
+import hashlib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, ProcessorMixin
+
+from open_r1.benchmarks import Item
+from open_r1.modeling import end_token_ids, load_model, load_processor, reset_generation_config, vision_token_ids
+from open_r1.prompts import load_chat_template
+from open_r1.rollout import Prompt, encode_prompt, generate
+from open_r1.sat import DECODE_ERRORS, MAX_ASPECT_RATIO
+
+MIN_PIXELS = 3136  # training's bound
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a weight file, for its fingerprint
+
+
+@dataclass(frozen=True)
+class Response:
+    """What came back for one item; `error` says why there was nothing to ask."""
+
+    response: str
+    tokens: int
+    truncated: bool
+    error: str | None = None
+
+    def to_row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class BrokenImage(ValueError):
+    """An image that cannot be shown to a model; the message is short enough to be counted by."""
+
+
+class Backend(Protocol):
+    """What generates. Another one (vLLM, an API) has these methods, and a function that loads it in `BACKENDS`."""
+
+    def length(self, item: Item) -> int:
+        """About how many tokens the prompt has; batches are sorted by it."""
+
+    def encode(self, item: Item) -> Any:
+        """Everything that can be done before the model is free; runs in another thread. Raises BrokenImage."""
+
+    def generate(self, prompts: Sequence[Any]) -> list[Response]:
+        """Answer encoded items, in their order."""
+
+
+# --- prompts and images -------------------------------------------------------------------------------------
+
+
+def choose_chat_template(name: str, own: str | None) -> tuple[str, str]:
+    """The name and the text of the chat template to evaluate with.
+
+    Args:
+        name: `base`, `instruct` or a file; or `auto`: a template that knows `style`, as those that this project saves
+            with its checkpoints do, is used as it is; otherwise a checkpoint that ships ChatML is an instruct model,
+            and one that does not is a base model. The path never matters.
+        own: the checkpoint's chat template, if it has one.
+
+    Raises:
+        FileNotFoundError: no such file or name.
+    """
+    if name != "auto":
+        return name, load_chat_template(name)
+    if own is None or not re.search(r"\bstyle\b", own):
+        name = "instruct" if "<|im_start|>" in (own or "") else "base"
+        return name, load_chat_template(name)
+    known = {load_chat_template(known): known for known in ("base", "instruct")}
+    return known.get(own, "checkpoint"), own
+
+
+def open_image(data: bytes | None) -> Image.Image:
+    """Decode an image whole.
+
+    Raises:
+        BrokenImage: it is missing, damaged, or of a shape that the image processor refuses.
+    """
+    if data is None:
+        raise BrokenImage("missing image")
+    try:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+    except DECODE_ERRORS as error:
+        raise BrokenImage("corrupt image") from error
+    if is_too_long(image):
+        raise BrokenImage(f"image aspect ratio over {MAX_ASPECT_RATIO}")
+    return image
+
+
+def image_size(data: bytes | None) -> tuple[int, int] | None:
+    """Height and width from the header; None for an image that `open_image` would not take."""
+    try:
+        with Image.open(io.BytesIO(data or b"")) as image:
+            return None if is_too_long(image) else (image.height, image.width)
+    except DECODE_ERRORS:
+        return None
+
+
+def is_too_long(image: Image.Image) -> bool:
+    return max(image.size) > MAX_ASPECT_RATIO * min(image.size)
+
+
+def messages(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
+    """One user turn, its images first."""
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+# --- the backend --------------------------------------------------------------------------------------------
+
+
+class TransformersBackend:
+    """Greedy decoding with transformers, over the rollout that training uses."""
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, style: str, max_new_tokens: int) -> None:
+        reset_generation_config(model, processor)
+        self.model, self.processor, self.style = model, processor, style
+        self.generation_config = GenerationConfig(**generation_settings(processor, max_new_tokens))
+        # The other thread sets the padding of the processor's tokenizer; one in use must not be changed.
+        self.tokenizer = copy.deepcopy(processor.tokenizer)
+
+    def length(self, item: Item) -> int:
+        text = len(self.tokenizer(item.prompt)["input_ids"])
+        sizes = [size for data in item.images if (size := image_size(data))]
+        # vLLM's own way to ask a processor for this; the pixels are not touched
+        per_image = self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] if sizes else []
+        return text + sum(per_image)
+
+    def encode(self, item: Item) -> Prompt:
+        images = [open_image(data) for data in item.images]
+        return encode_prompt(self.model, self.processor, messages(images, item.prompt), style=self.style)
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Response]:
+        completions = generate(self.model, prompts, [1] * len(prompts), self.generation_config)
+        ends = set(self.generation_config.eos_token_id)
+        return [
+            Response(
+                response=self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+                tokens=len(ids),
+                truncated=not ids or ids[-1] not in ends,
+            )
+            for ids in completions
+        ]
+
+
+def generation_settings(processor: ProcessorMixin, max_new_tokens: int) -> dict[str, Any]:
+    """Every setting of the generation, so that none is inherited from a checkpoint (Qwen2-VL: penalty 1.05)."""
+    return {
+        "do_sample": False,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": 0,
+        "eos_token_id": end_token_ids(processor),
+        "pad_token_id": processor.tokenizer.pad_token_id,
+        "suppress_tokens": vision_token_ids(processor),
+    }
+
+
+def load_transformers(
+    model_path: str, processor: ProcessorMixin, device: torch.device, dtype: str, style: str, max_new_tokens: int
+) -> TransformersBackend:
+    """Load the model onto the device."""
+    model = load_model(model_path, dtype=dtype).to(device).eval()
+    return TransformersBackend(model, processor, style, max_new_tokens)
+
+
+BACKENDS = {"hf": load_transformers}
+
+
+def load_prompting(model_path: str, prompt: str, max_pixels: int) -> tuple[ProcessorMixin, str]:
+    """The processor, with the chat template to evaluate with, and that template's name."""
+    processor = load_processor(model_path, min_pixels=MIN_PIXELS, max_pixels=max_pixels)
+    name, processor.chat_template = choose_chat_template(prompt, processor.chat_template)
+    return processor, name
+
+
+def model_fingerprint(model_path: str) -> str:
+    """What tells a model from another at the same place: the Hub's commit, or a hash of samples of its weights."""
+    folder = Path(model_path)
+    if not folder.is_dir():
+        return AutoConfig.from_pretrained(model_path)._commit_hash
+    total = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        total.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for block in range(SAMPLED_BLOCKS):
+                file.seek(block * size // SAMPLED_BLOCKS)
+                total.update(file.read(BLOCK_BYTES))
+    return total.hexdigest()
+
+
+# --- the loop -----------------------------------------------------------------------------------------------
+
+
+def make_batches(backend: Backend, items: Sequence[Item], batch_size: int) -> list[list[Item]]:
+    """Batches of like length, so that little is padding; the longest first: memory runs out at once or never."""
+    ordered = sorted(items, key=backend.length, reverse=True)
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def answer_batches(backend: Backend, batches: Sequence[Sequence[Item]]) -> Iterator[list[tuple[Item, Response]]]:
+    """Answer one batch after the other; the next one is prepared in a thread while the model works."""
+
+    def encode(batch: Sequence[Item]) -> list[Any]:
+        return [encode_or_fail(backend, item) for item in batch]
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = pool.submit(encode, batches[0]) if batches else None
+        for batch, following in zip(batches, [*batches[1:], None], strict=True):
+            encoded = ahead.result()
+            if following is not None:
+                ahead = pool.submit(encode, following)
+            prompts = [prompt for prompt in encoded if not isinstance(prompt, Response)]
+            answers = iter(backend.generate(prompts) if prompts else [])
+            responses = [prompt if isinstance(prompt, Response) else next(answers) for prompt in encoded]
+            yield list(zip(batch, responses, strict=True))
+
+
+def encode_or_fail(backend: Backend, item: Item) -> Any:
+    """The encoded item, or the response that says why there is none."""
+    try:
+        return backend.encode(item)
+    except BrokenImage as error:
+        return Response(response="", tokens=0, truncated=False, error=str(error))

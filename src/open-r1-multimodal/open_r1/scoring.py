@@ -1,0 +1,223 @@
+"""From responses to scores: judging rows, intervals, baselines, paired tests. No torch.
+
+A row is one response, as a dictionary with the reference's keys (`question`, `options`, `task`, `ground_truth`,
+`response`, `model_answer`, `correct`) and, when they are known, `id`, `rotation`, `type`, `source`, `truncated` and
+`error`. Rows of one `id` are the same question with its options rotated (circular evaluation).
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from open_r1.answers import judge
+
+Row = Mapping[str, Any]
+Combination = Callable[[Mapping[str, Any]], Any]  # accuracy by source -> one number; also of arrays
+
+Z_95 = 1.959963984540054  # the standard normal's 97.5 % quantile
+BOOTSTRAP_SAMPLES = 10_000
+BOOTSTRAP_SEED = 0
+PARSERS = ("lenient", "strict")
+TOTAL = "Total"
+ALL_ROTATIONS = "Total, right in every rotation"
+REQUIRED_KEYS = ("question", "options", "task", "ground_truth", "response")
+_LETTER = re.compile(r"\([A-Z]\)")
+
+
+# --- the mathematics ----------------------------------------------------------------------------------------
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion; (0, 1) without observations.
+
+    `successes` may be fractional: the mean over a question's rotations varies no more than a single draw, so that
+    the interval is then, if anything, too wide.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = successes / n, Z_95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    # At 0 and 1 the bound is exact; rounding would leave it a hair inside.
+    return 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half
+
+
+def bootstrap(right: Mapping[str, tuple[int, int]], combine: Combination) -> tuple[float, float]:
+    """Percentile bootstrap 95 % interval of a combination of proportions, resampled within each of them.
+
+    Args:
+        right: name -> (right answers, answers). Resampling n zeros and ones and counting the ones is a binomial draw.
+        combine: name -> proportion to the combined number; called once, with arrays (samples,).
+    """
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    draws = {name: rng.binomial(n, k / n, BOOTSTRAP_SAMPLES) / n for name, (k, n) in right.items()}
+    low, high = np.quantile(combine(draws), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """McNemar's exact two-sided p-value: could a fair coin split the questions that only one got right like this?"""
+    n = only_first + only_second
+    tail = sum(math.comb(n, i) for i in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def paired_difference(only_first: int, only_second: int, n: int) -> tuple[float, float, float]:
+    """Second accuracy minus first over the same n questions, and Wald's 95 % interval of it for paired data."""
+    difference = (only_second - only_first) / n
+    half = Z_95 * math.sqrt(max(0.0, (only_first + only_second) / n - difference**2) / n)
+    return difference, difference - half, difference + half
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+
+def judge_row(row: Row, parser: str) -> dict[str, Any]:
+    """The row with `model_answer` and `correct` as the package's answer checker reads its response.
+
+    Raises:
+        ValueError: the ground truth is none of the options.
+    """
+    gold, options = row["ground_truth"], row["options"]
+    lettered = _LETTER.fullmatch(gold) is not None
+    verdict = judge(row["response"], gold, options, lettered=lettered, lenient=parser == "lenient")
+    return {**row, "model_answer": verdict.answer, "correct": verdict.correct}
+
+
+def check_rows(rows: Any, origin: str) -> list[Row]:
+    """The rows, if that is what they are.
+
+    Raises:
+        ValueError: something else; the message names the origin and the row.
+    """
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{origin}: no list of responses")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{origin}: row {number}: expected an object")
+        if missing := [key for key in REQUIRED_KEYS if key not in row]:
+            raise ValueError(f"{origin}: row {number}: missing {', '.join(missing)}")
+        if not isinstance(row["response"], str) or not isinstance(row["options"], list) or not row["options"]:
+            raise ValueError(f"{origin}: row {number}: expected text as response and a list of options")
+    return rows
+
+
+def by_question(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each question together, in order of appearance; a row without an id is its own question."""
+    questions: dict[Hashable, list[Row]] = defaultdict(list)
+    for position, row in enumerate(rows):
+        questions[row.get("id", ("position", position))].append(row)
+    return list(questions.values())
+
+
+def gold_index(row: Row) -> int:
+    """The position of the right option."""
+    gold = row["ground_truth"]
+    return ord(gold[1]) - ord("A") if _LETTER.fullmatch(gold) else row["options"].index(gold)
+
+
+def majority_positions(rows: Iterable[Row]) -> dict[str, int]:
+    """Task -> the position at which the right option stands most often, the first of several."""
+    counts: dict[str, Counter[int]] = defaultdict(Counter)
+    for row in rows:
+        counts[row["task"]][gold_index(row)] += 1
+    return {task: min(count, key=lambda position: (-count[position], position)) for task, count in counts.items()}
+
+
+# --- scores -------------------------------------------------------------------------------------------------
+
+
+def proportion(values: Sequence[float], chance: Sequence[float], majority: Sequence[float]) -> dict[str, Any]:
+    """One score: a value in [0, 1] a question, with what guessing and a constant choice would have got."""
+    n, right = len(values), math.fsum(values)
+    return {
+        "accuracy": right / n,
+        "n": n,
+        "interval": list(wilson(right, n)),
+        "chance": math.fsum(chance) / n,
+        "majority": math.fsum(majority) / n,
+    }
+
+
+def score(rows: Sequence[Row], combination: tuple[str, Combination] | None = None) -> dict[str, dict[str, Any]]:
+    """Every score of judged rows, by name: the Total, each task, type and source, and the combination.
+
+    Each holds `accuracy` (micro average), `n` (questions), `interval` (95 %: Wilson; bootstrap for the combination)
+    and two baselines: `chance`, a uniform guess, and `majority`, the most frequent position of each task. A question
+    in several rotations counts once, with its mean; one more score then asks for all its rotations to be right.
+
+    Args:
+        combination: a name and a formula over the sources' accuracies; left out when a source is missing.
+    """
+    constant = majority_positions(rows)
+    names: dict[str, list[int]] = {TOTAL: []}
+    questions = by_question(rows)
+    for field in ("task", "type", "source"):
+        for index, question in enumerate(questions):
+            if (name := question[0].get(field)) is not None:
+                names.setdefault(name, []).append(index)
+    names[TOTAL] = list(range(len(questions)))
+
+    def mean(value: Callable[[Row], float]) -> list[float]:
+        return [math.fsum(map(value, question)) / len(question) for question in questions]
+
+    right = mean(lambda row: row["correct"])
+    chance = mean(lambda row: 1 / len(row["options"]))
+    majority = mean(lambda row: gold_index(row) == constant[row["task"]])
+    scores = {
+        name: proportion(*([values[index] for index in indices] for values in (right, chance, majority)))
+        for name, indices in names.items()
+    }
+    if len(rows) > len(questions):
+        all_right = [float(value == 1) for value in right]
+        all_chance = [math.prod(1 / len(row["options"]) for row in question) for question in questions]
+        scores[ALL_ROTATIONS] = proportion(all_right, all_chance, [float(value == 1) for value in majority])
+    if combination is not None:
+        name, combine = combination
+        sources = {row["source"] for row in rows if row.get("source") is not None}
+        try:
+            combined = {
+                key: float(combine({source: scores[source][key] for source in sources}))
+                for key in ("accuracy", "chance", "majority")
+            }
+        except KeyError:  # a source that the formula needs is not among the rows
+            return scores
+        counts = {s: (round(scores[s]["accuracy"] * scores[s]["n"]), scores[s]["n"]) for s in sorted(sources)}
+        interval = list(bootstrap(counts, combine))
+        scores[name] = {**combined, "n": sum(n for _, n in counts.values()), "interval": interval}
+    return scores
+
+
+def shares(rows: Sequence[Row]) -> dict[str, Any]:
+    """What went wrong otherwise: responses without a readable answer, cut off, or without their image."""
+    failed = [row for row in rows if row.get("error")]
+    unparsable = sum(row["model_answer"] is None for row in rows) - len(failed)
+    truncated = sum(bool(row.get("truncated")) for row in rows)
+    return {
+        "responses": len(rows),
+        "unparsable": unparsable,
+        "unparsable_share": unparsable / len(rows),
+        "truncated": truncated,
+        "truncated_share": truncated / len(rows),
+        "image_errors": len(failed),
+    }
+
+
+def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """The scores in %, as a Markdown table."""
+    width = max(map(len, scores))
+    lines = [
+        f"| {'':{width}} | accuracy | 95 % interval | chance | majority |    n |",
+        f"|:{'-' * width}-|---------:|--------------:|-------:|---------:|-----:|",
+    ]
+    for name, value in scores.items():
+        low, high = (100 * bound for bound in value["interval"])
+        lines.append(
+            f"| {name:{width}} | {100 * value['accuracy']:8.2f} | {low:5.1f} - {high:5.1f} "
+            f"| {100 * value['chance']:6.1f} | {100 * value['majority']:8.1f} | {value['n']:4d} |"
+        )
+    return "\n".join(lines)

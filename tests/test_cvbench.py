@@ -1,0 +1,377 @@
+"""Question sets, scores and their intervals, re-scoring and comparing: all that needs no model."""
+
+import copy
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from open_r1 import cvbench, scoring, world
+from open_r1.benchmarks import BENCHMARKS, Item, digest, read, stratified
+from open_r1.prompts import REPO_ROOT
+
+SCRIPT = REPO_ROOT / "src/eval/test_qwen2vl_CVBench.py"
+COMPARE = REPO_ROOT / "scripts/compare.py"
+CV_BENCH = BENCHMARKS["CV-Bench"]
+EASY = world.LEVELS["easy"]
+NAMES = ["Total", "Count", "Relation", "Depth", "Distance", "2D", "3D", "ADE20K", "COCO", "Omni3D", "CV-Bench"]
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory) -> Path:
+    """A folder with CV-Bench's two files."""
+    folder = tmp_path_factory.mktemp("cvbench")
+    world.write_cvbench(folder, 400, 3, EASY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def items(rendered) -> list[Item]:
+    return read(CV_BENCH, str(rendered))
+
+
+def respond(items: list[Item], *responses: str) -> list[dict]:
+    """Rows of a result, not yet judged; the responses take turns."""
+    turns = [responses[i % len(responses)] for i in range(len(items))]
+    return [{**item.to_row(), "response": turn, "truncated": False} for item, turn in zip(items, turns, strict=True)]
+
+
+def judged(rows: list[dict]) -> list[dict]:
+    return [scoring.judge_row(row, "lenient") for row in rows]
+
+
+def run(script: Path, *args: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True)
+
+
+# --- scores ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dress", ["{}", "It is near, so <answer> {} </answer>", "The answer is {}.", "</think>\n{}"])
+def test_oracle_scores_one(items, dress):
+    rows = [row | {"response": dress.format(row["ground_truth"])} for row in respond(items, "")]
+    scores = scoring.score(judged(rows), CV_BENCH.combination)
+    assert list(scores) == NAMES
+    assert all(value["accuracy"] == 1 and value["interval"][1] == 1 for value in scores.values())
+
+
+def test_uniform_guessers_are_at_chance(items):
+    """Of forty seeded guessers the 95 % intervals of nearly all hold the level of chance."""
+    rows = respond(items, "")
+    hits = {"Total": 0, "CV-Bench": 0}
+    for seed in range(40):
+        rng = random.Random(seed)
+        guesses = [
+            row | {"response": f"<answer>({rng.choice('ABCDEF'[: len(row['options'])])})</answer>"} for row in rows
+        ]
+        scores = scoring.score(judged(guesses), CV_BENCH.combination)
+        assert scores["Count"]["chance"] == 1 / 4 and scores["Depth"]["chance"] == 1 / 2
+        for name in hits:
+            low, high = scores[name]["interval"]
+            hits[name] += low <= scores[name]["chance"] <= high
+    assert all(hit >= 34 for hit in hits.values()), hits
+
+
+def test_official_score_weighs_sources_and_total_weighs_questions():
+    rows = []
+    for source, right, n in (("ADE20K", 1, 4), ("COCO", 1, 2), ("Omni3D", 3, 4)):
+        for i in range(n):
+            rows.append({"id": len(rows), "task": "Count", "source": source, "options": ["1", "2"], "question": "?"})
+            rows[-1] |= {"ground_truth": "(A)", "response": "(A)" if i < right else "(B)"}
+    scores = scoring.score(judged(rows), CV_BENCH.combination)
+    assert scores["Total"]["accuracy"] == 5 / 10
+    assert scores["CV-Bench"]["accuracy"] == ((1 / 4 + 1 / 2) / 2 + 3 / 4) / 2
+    assert scores["CV-Bench"]["chance"] == 1 / 2 and scores["CV-Bench"]["n"] == 10
+    assert "CV-Bench" not in scoring.score(judged(rows[:6]), CV_BENCH.combination)  # without Omni3D
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(8, 10, 0.490162, 0.943318), (0, 10, 0.0, 0.277533), (10, 10, 0.722467, 1.0), (0, 0, 0.0, 1.0)],
+)
+def test_wilson(successes, n, low, high):
+    assert scoring.wilson(successes, n) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_bootstrap_is_seeded_and_as_wide_as_theory():
+    right = {"ADE20K": (300, 600), "COCO": (400, 838), "Omni3D": (700, 1200)}
+    low, high = scoring.bootstrap(right, cvbench.official_score)
+    assert (low, high) == scoring.bootstrap(right, cvbench.official_score)
+    weights = {"ADE20K": 1 / 4, "COCO": 1 / 4, "Omni3D": 1 / 2}
+    variance = sum(weights[name] ** 2 * k / n * (1 - k / n) / n for name, (k, n) in right.items())
+    centre = cvbench.official_score({name: k / n for name, (k, n) in right.items()})
+    assert (low + high) / 2 == pytest.approx(centre, abs=1e-3)
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(variance), rel=0.05)
+
+
+@pytest.mark.parametrize(("b", "c", "p"), [(0, 0, 1), (5, 0, 0.0625), (10, 2, 2 * 79 / 4096), (3, 3, 1)])
+def test_mcnemar(b, c, p):
+    assert scoring.mcnemar(b, c) == scoring.mcnemar(c, b) == pytest.approx(p)
+
+
+def test_mcnemar_of_a_whole_benchmark_is_finite():
+    assert 0 < scoring.mcnemar(1500, 1000) < 1e-20
+
+
+def test_paired_difference():
+    assert scoring.paired_difference(10, 30, 100) == pytest.approx(
+        (0.2, 0.2 - 1.96 * 0.06, 0.2 + 1.96 * 0.06), abs=1e-4
+    )
+    assert scoring.paired_difference(0, 0, 10) == (0, 0, 0)
+
+
+def test_baselines_by_hand():
+    golds = {"Count": ["(B)", "(B)", "(A)"], "Depth": ["(A)", "(A)"]}
+    rows = [
+        {"task": task, "question": "?", "options": ["1", "2", "3", "4"], "ground_truth": gold, "response": ""}
+        for task, of_task in golds.items()
+        for gold in of_task
+    ]
+    scores = scoring.score(judged(rows))
+    assert [scores[name]["majority"] for name in ("Total", "Count", "Depth")] == [4 / 5, 2 / 3, 1]
+    assert scores["Total"]["chance"] == 1 / 4 and scores["Total"]["n"] == 5
+
+
+def test_the_article_is_no_answer_and_neither_are_two_options(items):
+    asked = [item for item in items if item.task == "Depth" and item.answer == "(A)"][:1]
+    for response in ("There is a chair in the image.", "a", "(A) or (B)", "A and B", ""):
+        row = scoring.judge_row(respond(asked, response)[0], "lenient")
+        assert row["model_answer"] is None or response == "a", response  # alone, "a" is a letter and no article
+        assert response == "a" or not row["correct"]
+
+
+def test_parsers_differ_on_untagged_responses(items):
+    row = {**respond(items[:1], "")[0]}
+    row["response"] = f"The answer is {row['ground_truth']}."
+    assert scoring.judge_row(row, "lenient")["correct"] and not scoring.judge_row(row, "strict")["correct"]
+
+
+def test_shares():
+    rows = [
+        {"model_answer": "(A)", "truncated": False, "error": None},
+        {"model_answer": None, "truncated": True, "error": None},
+        {"model_answer": None, "truncated": False, "error": "corrupt image"},
+        {"model_answer": "(B)"},
+    ]
+    counts = scoring.shares(rows)
+    assert (counts["unparsable"], counts["truncated"], counts["image_errors"]) == (1, 1, 1)
+    assert counts["unparsable_share"] == counts["truncated_share"] == 1 / 4
+
+
+# --- question sets ----------------------------------------------------------------------------------------------
+
+
+def test_cvbench_asks_its_prompt_column(rendered, items):
+    rows = [row for name in cvbench.FILES.values() for row in pq.read_table(rendered / name).to_pylist()]
+    assert [item.prompt for item in items] == [row["prompt"] for row in rows]
+    assert [item.answer for item in items] == [row["answer"] for row in rows]
+    assert [item.images for item in items] == [(row["image"]["bytes"],) for row in rows]
+    assert {(item.type, item.source) for item in items} == {("2D", "ADE20K"), ("2D", "COCO"), ("3D", "Omni3D")}
+
+
+def test_sat_is_evaluated_in_every_rotation(tmp_path):
+    world.write_sat(tmp_path / "SAT_val.parquet", 12, 0, EASY, ["count", "left"])
+    asked = read(BENCHMARKS["SAT-val"], str(tmp_path))
+    for number in range(12):
+        rotations = [item for item in asked if item.id == number]
+        options = rotations[0].options
+        assert [item.options[0] for item in rotations] == list(options)
+        assert all(sorted(item.options) == sorted(options) and item.answer in options for item in rotations)
+        assert all(f"options: {item.options[0]}" in item.prompt for item in rotations)
+    # Always the first option: right in exactly one rotation of each question.
+    scores = scoring.score(judged([row | {"response": row["options"][0]} for row in respond(asked, "")]))
+    assert scores["Total"]["n"] == 12 < len(asked)
+    assert scores["Total"]["accuracy"] == pytest.approx(scores["Total"]["chance"])
+    assert scores[scoring.ALL_ROTATIONS]["accuracy"] == 0
+
+
+def test_sat_rows_without_a_right_option_are_left_out_and_reported(tmp_path, capsys):
+    rows = [world.sat_row(i, 0, EASY) for i in range(3)]
+    rows[1]["correct_answer"] = "none of these"
+    pq.write_table(pa.Table.from_pylist(rows, world.SAT_SCHEMA), tmp_path / "SAT_test.parquet")
+    assert {item.id for item in read(BENCHMARKS["SAT-test"], str(tmp_path))} == {0, 2}
+    assert "left out 1 of 3 rows" in capsys.readouterr().err
+
+
+def test_blink_and_vsr_rows(tmp_path, items):
+    image = items[0].images[0]
+    row = {"idx": "val_Relative_Depth_1", "sub_task": "Relative_Depth", "question": "Which is closer?", "answer": "(B)"}
+    row |= {"choices": ["A is closer", "B is closer"], "prompt": "Which is closer?\n(A) A is closer\n(B) B is closer"}
+    row |= {"image_1": {"bytes": image, "path": None}, "image_2": None, "image_3": None, "image_4": None}
+    for task in ("Relative_Depth", "Spatial_Relation"):
+        (tmp_path / task).mkdir()
+        table = pa.Table.from_pylist([{**row, "idx": f"{task}_1", "sub_task": task}])
+        pq.write_table(table, tmp_path / task / "val-00000-of-00001.parquet")
+    asked = read(BENCHMARKS["BLINK"], str(tmp_path))
+    assert [item.task for item in asked] == ["Relative_Depth", "Spatial_Relation"]
+    assert asked[0].images == (image,) and asked[0].prompt == row["prompt"]
+    assert all(row["correct"] for row in judged(respond(asked, "(B)", "B is closer")))
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/1.jpg").write_bytes(image)
+    lines = [{"image": "1.jpg", "caption": "The cat is on the mat.", "label": 1}, {"image": "2.jpg", "caption": "?"}]
+    lines[1]["label"] = 0
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = read(BENCHMARKS["VSR"], str(tmp_path))
+    assert [item.images for item in asked] == [(image,), (None,)]
+    assert all(row["correct"] for row in judged(respond(asked, "True", "(B) False")))
+
+
+def test_limit_keeps_the_shares_of_the_tasks():
+    tasks = ["Count"] * 788 + ["Relation"] * 650 + ["Depth"] * 600 + ["Distance"] * 600
+    chosen = stratified(tasks, 100)
+    assert chosen == sorted(set(chosen)) == stratified(tasks, 100)
+    assert [sum(tasks[i] == task for i in chosen) for task in dict.fromkeys(tasks)] == [30, 24, 23, 23]
+    assert stratified(tasks, 10_000) == list(range(2638))
+    assert len(stratified(tasks, 1)) == 1
+
+
+def test_digest_depends_on_what_is_asked(items, rendered):
+    assert digest(items) == digest(read(CV_BENCH, str(rendered)))
+    assert digest(items) != digest(items[:-1])
+    assert digest(items) != digest(read(CV_BENCH, str(rendered / "test_2d.parquet")))
+
+
+def test_bad_data_is_one_clear_line(tmp_path, rendered):
+    def refuse(path: Path | str, match: str, benchmark: str = "CV-Bench") -> None:
+        with pytest.raises((OSError, ValueError), match=match):
+            read(BENCHMARKS[benchmark], str(path))
+
+    refuse(tmp_path / "no", "no such file or folder")
+    refuse(tmp_path, "no test_2d.parquet in it")
+    refuse("nobody/nothing-of-this-name", "neither here nor to be had from the Hub")
+    (tmp_path / "test_2d.parquet").write_bytes((rendered / "test_2d.parquet").read_bytes()[:-100])
+    refuse(tmp_path / "test_2d.parquet", "not a complete parquet file")
+    refuse(rendered / "test_2d.parquet", "no column 'answers'; is this SAT-val", "SAT-val")
+    rows = pq.read_table(rendered / "test_3d.parquet").slice(0, 3).to_pylist()
+    pq.write_table(pa.Table.from_pylist([*rows, rows[0] | {"answer": "(F)"}]), tmp_path / "bad.parquet")
+    refuse(tmp_path / "bad.parquet", "bad.parquet: idx 200: answer")
+
+
+# --- re-scoring ---------------------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, rows: list[dict], **about: object) -> Path:
+    path.write_text(json.dumps({**about, "results": rows}))
+    return path
+
+
+def test_rescoring_a_whole_run_is_quick_and_complete_and_needs_no_torch(tmp_path, items):
+    responses = ["(A)", "The answer is B.", "<answer>C</answer>", "hm " * 200, "1/2", "twenty-one"]
+    rows = respond((items * 7)[:2638], *responses)
+    for number, row in enumerate(rows):
+        row["id"] = number
+    rows[-1]["response"] = rows[-1]["ground_truth"]
+    saved = write_rows(tmp_path / "saved.json", rows)
+    code = f"""if True:
+        import runpy, sys
+        sys.argv = ["", "--precomputed_json", {str(saved)!r}, "--output_dir", {str(tmp_path / "out")!r}]
+        try:
+            runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+        finally:
+            assert "torch" not in sys.modules
+    """
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out/saved.json").read_text())
+    assert len(result["results"]) == result["scores"]["Total"]["n"] == 2638
+    assert result["results"][-1]["correct"]
+    assert seconds < 10, "3 seconds is the aim; a busy machine gets more"
+
+
+def test_rescoring_reproduces_a_result_bit_for_bit(tmp_path, items):
+    saved = write_rows(tmp_path / "run.json", respond(items, "(A)", "2", "?"), args={"bs": 4}, benchmark="CV-Bench")
+    for folder, source in (("a", saved), ("b", tmp_path / "a/run.json"), ("a", tmp_path / "a/run.json")):
+        assert run(SCRIPT, "--precomputed_json", source, "--output_dir", tmp_path / folder).returncode == 0
+    assert (tmp_path / "a/run.json").read_bytes() == (tmp_path / "b/run.json").read_bytes()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["run.json"]
+    result = json.loads((tmp_path / "a/run.json").read_text())
+    assert result["parser"] == "lenient" and result["args"] == {"bs": 4}
+    assert list(result["accuracy"]) == [name for name in NAMES if name not in ("ADE20K", "COCO", "Omni3D")]
+
+    done = run(SCRIPT, "--precomputed_json", saved, "--output_dir", tmp_path / "a", "--parser", "strict")
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "a/run.json").read_text())["accuracy"]["Total"] == 0
+    assert len(list((tmp_path / "a").glob("*.old"))) == 1  # the lenient one
+
+
+def test_rescoring_takes_the_references_file(tmp_path, items):
+    keys = ("question", "options", "task", "ground_truth", "response", "model_answer", "correct")
+    rows = [{key: row.get(key) for key in keys} for row in judged(respond(items, "(A)"))]
+    saved = write_rows(tmp_path / "CVBench_result_x_reasoning.json", rows, accuracy={"Total": 0.5}, args={})
+    done = run(SCRIPT, "--precomputed_json", saved, "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out" / saved.name).read_text())
+    assert result["accuracy"]["Total"] == sum(row["ground_truth"] == "(A)" for row in rows) / len(rows)
+    assert result["accuracy"]["CV-Bench"] is None  # the file does not name the sources
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ("{}", "no list of responses"),
+        ("[3]", "row 0: expected an object"),
+        ('[{"question": "?"}]', "row 0: missing options, task, ground_truth, response"),
+    ],
+)
+def test_rescoring_refuses_other_files(tmp_path, content, message):
+    (tmp_path / "saved.json").write_text(content)
+    done = run(SCRIPT, "--precomputed_json", tmp_path / "saved.json", "--output_dir", tmp_path)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# --- comparing ----------------------------------------------------------------------------------------------------
+
+
+def test_compare(tmp_path, items):
+    rng = random.Random(0)
+    paths = []
+    for name, skill in (("base", 0.3), ("grpo", 0.8)):
+        rows = respond(items, "?")
+        for row in rows:
+            if rng.random() < skill:
+                row["response"] = row["ground_truth"]
+        about = {"benchmark": "CV-Bench", "prompt": {"name": name, "style": "reasoning"}}
+        saved = write_rows(tmp_path / f"CVBench_result_{name}_reasoning.json", rows, **about)
+        assert run(SCRIPT, "--precomputed_json", saved, "--output_dir", tmp_path / "scored").returncode == 0
+        paths.append(tmp_path / "scored" / saved.name)
+    done = run(COMPARE, *paths, "--chart", tmp_path / "chart.svg")
+    assert done.returncode == 0, done.stderr
+    assert "| | base | grpo |" in done.stdout and "<svg" in (tmp_path / "chart.svg").read_text()
+    assert "the prompts differ" in done.stderr and "parsers" not in done.stderr
+    first, second = (json.loads(path.read_text())["results"] for path in paths)
+    only_second = sum(b["correct"] and not a["correct"] for a, b in zip(first, second, strict=True))
+    only_first = sum(a["correct"] and not b["correct"] for a, b in zip(first, second, strict=True))
+    points = 100 * (only_second - only_first) / 400
+    assert f"| grpo | {points:+.2f} (" in done.stdout and f"| {only_second} | {only_first} | 400 |" in done.stdout
+
+    strict = copy.deepcopy(json.loads(paths[0].read_text())) | {"parser": "strict"}
+    (tmp_path / "strict.json").write_text(json.dumps(strict))
+    done = run(COMPARE, paths[0], tmp_path / "strict.json")
+    assert "the parsers differ" in done.stderr and "prompts" not in done.stderr
+    assert (tmp_path / "scored/comparison.png").stat().st_size > 10_000
+
+
+def test_compare_refuses_what_is_not_a_result(tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    for path, message in ((tmp_path / "x.json", "no scores in it"), (tmp_path / "no.json", "No such file")):
+        done = run(COMPARE, path)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_intervals_are_plain_numbers(items):
+    scores = scoring.score(judged(respond(items, "(A)")), CV_BENCH.combination)
+    assert json.loads(json.dumps(scores)) == scores
+    assert not any(isinstance(bound, np.generic) for value in scores.values() for bound in value["interval"])

@@ -1,0 +1,386 @@
+"""The evaluation with a model: what is asked, how it is decoded, and that no work is lost."""
+
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+
+from open_r1 import evaluation, world
+from open_r1.benchmarks import BENCHMARKS, Item, read
+from open_r1.modeling import load_model, load_processor
+from open_r1.prompts import REPO_ROOT, load_chat_template, sat_question
+from open_r1.tiny import make_processor, make_tokenizer, save_tiny_model
+
+SCRIPT = REPO_ROOT / "src/eval/test_qwen2vl_CVBench.py"
+GOLDEN = json.loads((Path(__file__).parent / "data/prompts.json").read_text())
+QWEN_BASE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+CHATML = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """The evaluation script as a module."""
+    spec = importlib.util.spec_from_file_location("evaluation_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model_path(tiny_model, tmp_path_factory) -> Path:
+    """A tiny model with something to say: as initialised it repeats its last token for ever.
+
+    Large weights make every response another one, of another length.
+    """
+    model, processor = load_model(str(tiny_model), "float32"), load_processor(str(tiny_model))
+    with torch.no_grad():
+        for parameter in model.model.language_model.layers.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    folder = tmp_path_factory.mktemp("models") / "talkative"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory) -> Path:
+    """CV-Bench's two files with questions of different lengths and images of different sizes."""
+    folder = tmp_path_factory.mktemp("cvbench")
+    world.write_cvbench(folder, 24, 3, world.LEVELS["easy"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def items(rendered) -> list[Item]:
+    return read(BENCHMARKS["CV-Bench"], str(rendered))
+
+
+@pytest.fixture(scope="module")
+def backend(model_path) -> evaluation.TransformersBackend:
+    processor, _ = evaluation.load_prompting(str(model_path), "base", 12544)
+    return evaluation.TransformersBackend(load_model(str(model_path), "float32"), processor, "reasoning", TOKENS)
+
+
+@pytest.fixture
+def arguments(script, model_path, rendered, tmp_path) -> list[str]:
+    """Arguments of a quick run; one batch is four questions of 24."""
+    return [
+        *("--model_path", str(model_path), "--dataset_path", str(rendered), "--output_dir", str(tmp_path / "results")),
+        *("--bs", "4", "--max_new_tokens", str(TOKENS)),
+    ]
+
+
+def answers(backend: evaluation.Backend, items: list[Item], batch_size: int) -> dict[tuple, evaluation.Response]:
+    batches = evaluation.make_batches(backend, items, batch_size)
+    return {item.key: response for batch in evaluation.answer_batches(backend, batches) for item, response in batch}
+
+
+def run(script: ModuleType, arguments: list[str]) -> dict:
+    """Run the script in this process; returns the result file's content."""
+    args = script.parse_args(arguments)
+    script.evaluate(args)
+    return json.loads(script.result_path(args).read_text())
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["base/reasoning", "base/direct", "instruct/reasoning", "instruct/direct"])
+def test_prompts_are_the_golden_ones(name, backend, tmp_path):
+    template, style = name.split("/")
+    processor = make_processor(make_tokenizer(), chat_template=template)  # one token a byte, as the golden ids
+    Image.new("RGB", (56, 56)).save(tmp_path / "image.png")
+    question = sat_question("Is the red ball to the left of the box?", ["yes", "no"])
+    item = Item(0, "other", question, ("yes", "no"), "yes", question, ((tmp_path / "image.png").read_bytes(),))
+    own = evaluation.TransformersBackend(backend.model, processor, style, TOKENS)
+    assert own.encode(item).input_ids.tolist() == GOLDEN[name]["ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "expected"),
+    [
+        ("auto", load_chat_template("base"), "base"),
+        ("auto", load_chat_template("instruct"), "instruct"),
+        ("auto", QWEN_BASE, "base"),
+        ("auto", CHATML, "instruct"),
+        ("auto", None, "base"),
+        ("auto", "{{ style }}", "checkpoint"),
+        ("base", load_chat_template("instruct"), "base"),
+        ("instruct", load_chat_template("base"), "instruct"),
+    ],
+)
+def test_the_chat_template_says_what_kind_of_model_it_is(name, own, expected):
+    chosen, text = evaluation.choose_chat_template(name, own)
+    assert chosen == expected
+    assert text == (own if expected == "checkpoint" else load_chat_template(expected))
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_the_template_is_found_in_the_checkpoint_whatever_its_path(tmp_path, end):
+    """The reference looked for `os.path.join(path, "/chat_template.json")`, a file at the root of the disk."""
+    folder = save_tiny_model(tmp_path / "some-base-model", vocab_size=256, chat_template="instruct")
+    _, name = evaluation.load_prompting(f"{folder}{end}", "auto", 12544)
+    assert name == "instruct"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--prompt", "llama", "no template of that name (known: base, instruct)"),
+        ("--model_path", "/no/such/model", "/no/such/model"),
+        ("--dataset_path", "/no/such/data", "/no/such/data: no such file or folder"),
+    ],
+)
+def test_mistakes_are_one_line(script, arguments, option, value, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["", *arguments, option, value])
+    assert script.main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("test_qwen2vl_CVBench: error: ") and message in line
+
+
+def test_large_images_are_shrunk_to_max_pixels(tiny_model, items):
+    big = replace(items[0], images=(world.sat_row(1, 1, world.LEVELS["full"])["image_bytes"][0],))
+    for max_pixels in (56 * 56, 112 * 112, 224 * 224):
+        processor, _ = evaluation.load_prompting(str(tiny_model), "base", max_pixels)
+        own = evaluation.TransformersBackend(load_model(str(tiny_model), "float32"), processor, "reasoning", 1)
+        prompt = own.encode(big)
+        pixels = int(prompt.image_grid_thw[0].prod()) * 14 * 14
+        assert max_pixels / 3 < pixels <= max_pixels
+        assert own.length(big) == len(processor.tokenizer(big.prompt)["input_ids"]) + pixels // 28**2
+
+
+# --- how it is decoded --------------------------------------------------------------------------------------------
+
+
+def test_batch_size_does_not_change_answers(backend, items):
+    one, four, sixteen = (answers(backend, items, size) for size in (1, 4, 16))
+    assert one == four == sixteen and len(one) == len(items)
+    assert len({response.response for response in one.values()}) > len(items) / 2
+    assert len({response.tokens for response in one.values()}) > 3
+
+
+def test_decoding_is_plainly_greedy(backend, items):
+    """As argmax over the whole prompt, token for token: no repetition penalty, no top-k, no vision token."""
+    settings = backend.generation_config
+    assert settings.repetition_penalty == 1.0 and not settings.do_sample
+    assert backend.model.generation_config.repetition_penalty in (None, 1.0)
+    got = answers(backend, items[:3], 3)
+    for item in items[:3]:
+        prompt = backend.encode(item)
+        ids = prompt.input_ids[None]
+        banned = torch.tensor(settings.suppress_tokens)
+        for _ in range(TOKENS):
+            with torch.no_grad():
+                logits = backend.model(
+                    input_ids=ids,
+                    pixel_values=prompt.pixel_values,
+                    image_grid_thw=prompt.image_grid_thw,
+                    mm_token_type_ids=(ids == backend.processor.image_token_id).int(),
+                ).logits[0, -1]
+            logits[banned] = -torch.inf
+            ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
+            if ids[0, -1] in torch.tensor(settings.eos_token_id):
+                break
+        expected = backend.tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)
+        assert got[item.key].response == expected
+
+
+def test_an_ended_response_is_not_truncated(backend, items):
+    ends = backend.generation_config.eos_token_id
+    got = answers(backend, items, 8).values()
+    assert {response.truncated for response in got} == {False, True}
+    assert all(response.tokens == TOKENS for response in got if response.truncated)
+    biased = evaluation.TransformersBackend(backend.model, backend.processor, "reasoning", TOKENS)
+    biased.generation_config.sequence_bias = [[[token], 1e3] for token in ends]
+    assert set(answers(biased, items[:2], 2).values()) == {evaluation.Response("", 1, False)}
+
+
+def test_batches_are_of_like_length_the_longest_first(backend, items):
+    batches = evaluation.make_batches(backend, items, 5)
+    lengths = [backend.length(item) for batch in batches for item in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [len(batch) for batch in batches] == [5, 5, 5, 5, 4]
+
+
+def test_missing_and_broken_images_are_counted(backend, items, script):
+    whole = items[0].images[0]
+    long = io.BytesIO()
+    Image.new("RGB", (3, 900)).save(long, "PNG")
+    broken = [None, b"", b"no image", whole[: len(whole) // 2], long.getvalue()]
+    asked = [*items[:2], *(replace(items[2], id=f"broken {n}", images=(data,)) for n, data in enumerate(broken))]
+    got = answers(backend, asked, 3)
+    assert got.keys() == {item.key for item in asked}
+    assert [bool(got[item.key].error) for item in asked] == [False] * 2 + [True] * len(broken)
+    alone = answers(backend, [items[0]], 1)
+    assert got[items[0].key] == alone[items[0].key]
+    rows = [{**item.to_row(), **got[item.key].to_row()} for item in asked]
+    result = script.make_result(rows, {"benchmark": "CV-Bench"}, "lenient")
+    assert result["shares"]["image_errors"] == len(broken) and result["scores"]["Total"]["n"] == len(asked)
+
+
+def test_a_batch_of_broken_images_alone(backend, items):
+    broken = [replace(item, images=(None,)) for item in items[:3]]
+    assert {response.error for response in answers(backend, broken, 2).values()} == {"missing image"}
+
+
+# --- no work is lost ----------------------------------------------------------------------------------------------
+
+
+def test_a_result_records_what_it_depends_on(script, arguments, tmp_path):
+    result = run(script, arguments)
+    path = next((tmp_path / "results").iterdir())
+    assert path.name == "CVBench_result_talkative_reasoning.json"
+    assert len(result["results"]) == 24
+    reference = {"question", "options", "task", "ground_truth", "response", "model_answer", "correct"}
+    assert all(reference <= row.keys() for row in result["results"])
+    assert list(result["accuracy"]) == ["Total", "Count", "Relation", "Depth", "Distance", "2D", "3D", "CV-Bench"]
+    assert result["prompt"] == {"name": "base", "style": "reasoning", "template": load_chat_template("base")}
+    assert result["prompt_example"].endswith("<think>") and "<|image_pad|>" in result["prompt_example"]
+    assert result["parser"] == "lenient" and result["args"]["bs"] == 4
+    assert result["generation"]["repetition_penalty"] == 1.0 and result["generation"]["max_new_tokens"] == TOKENS
+    assert result["pixels"] == {"min": 3136, "max": 401408} and result["dtype"] == "float32"
+
+
+def test_an_interrupted_run_continues_and_ends_the_same(script, arguments, tmp_path, monkeypatch):
+    undisturbed = run(script, arguments)
+    path = next((tmp_path / "results").iterdir())
+    whole = path.read_bytes()
+    path.unlink()
+
+    saved = script.append_rows
+
+    def save_or_die(partial: Path, rows: list[dict]) -> None:
+        if partial.exists() and len(partial.read_text().splitlines()) > 8:  # settings and two batches
+            with partial.open("a") as file:
+                file.write('{"id": 3, "resp')  # what a kill in the middle of a write leaves
+            raise KeyboardInterrupt
+        saved(partial, rows)
+
+    monkeypatch.setattr(script, "append_rows", save_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        run(script, arguments)
+    monkeypatch.undo()
+    assert not path.exists()
+
+    assert run(script, arguments) == undisturbed
+    assert path.read_bytes() == whole
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
+
+
+def test_a_finished_run_is_scored_again_and_another_is_kept_aside(script, arguments, tmp_path, monkeypatch, capsys):
+    first = run(script, arguments)
+    with monkeypatch.context() as patch:
+        patch.setitem(evaluation.BACKENDS, "hf", lambda *args: pytest.fail("loads the model again"))
+        assert run(script, arguments) == first
+        assert "answered before" in capsys.readouterr().out
+        assert not list((tmp_path / "results").glob("*.old"))
+        assert run(script, [*arguments, "--parser", "strict"])["parser"] == "strict"
+        first = run(script, arguments)
+    for kept in (tmp_path / "results").glob("*.old"):
+        kept.unlink()
+    second = run(script, [*arguments, "--limit", "8"])
+    assert len(second["results"]) == 8
+    kept = list((tmp_path / "results").glob("*.old"))
+    assert len(kept) == 1 and json.loads(kept[0].read_text()) == first
+
+
+def test_unfinished_work_of_other_settings_is_kept_aside(script, tmp_path):
+    path = tmp_path / "x.json"
+    partial = tmp_path / "x.partial0.jsonl"
+    partial.write_text('{"dtype": "float32"}\n{"id": 1, "rotation": 0}\n')
+    assert script.collect(path, {"dtype": "bfloat16"}) == {}
+    assert not partial.exists() and len(list(tmp_path.glob("*.old"))) == 1
+    partial.write_text('{"dtype": "float32"}\n{"id": 1, "rotation": 0}\n{"id": 2')
+    assert list(script.collect(path, {"dtype": "float32"})) == [(1, 0)]
+    assert partial.read_text().endswith("}\n")
+    partial.write_text('{"dtype": "float32"}\n{"id": 1, \n{"id": 2}\n')
+    with pytest.raises(ValueError, match="damaged"):
+        script.collect(path, {"dtype": "float32"})
+
+
+def test_new_weights_at_the_same_place_are_another_model(tmp_path):
+    folder = save_tiny_model(tmp_path / "model", vocab_size=256)
+    before = evaluation.model_fingerprint(str(folder))
+    assert before == evaluation.model_fingerprint(f"{folder}/")
+    save_tiny_model(folder, vocab_size=256, seed=1)
+    assert evaluation.model_fingerprint(str(folder)) != before
+
+
+def test_a_run_killed_in_its_first_line_continues(script, arguments):
+    path = script.result_path(script.parse_args(arguments))
+    path.parent.mkdir()
+    path.with_name(f"{path.stem}.partial0.jsonl").write_text('{"bench')
+    assert len(run(script, arguments)["results"]) == 24
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("Qwen/Qwen2-VL-2B", "Qwen2-VL-2B"),
+        ("outputs/grpo_sat", "grpo_sat"),
+        ("outputs/grpo_sat/", "grpo_sat"),
+        ("outputs/grpo_sat/checkpoint-100/", "grpo_sat_checkpoint-100"),
+    ],
+)
+def test_model_name(script, path, name, tmp_path, monkeypatch):
+    assert script.model_name(path) == name
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path).mkdir(parents=True)
+    assert script.model_name(path) == name
+
+
+def test_default_model_is_the_newest_grpo_output(script, tmp_path):
+    assert script.newest_grpo_output(tmp_path) is None
+    marks = ["old/trainer_state.json", "new/checkpoint-20/complete.json", "sft/trainer_state.json"]
+    marks.append("adapter/trainer_state.json")
+    for age, mark in enumerate(reversed(marks)):
+        (tmp_path / mark).parent.mkdir(parents=True)
+        (tmp_path / mark).touch()
+        os.utime(tmp_path / mark, (1000 - age, 1000 - age))
+        if not mark.startswith("adapter"):
+            (tmp_path / mark).with_name("config.json").touch()
+    (tmp_path / "new/checkpoint-30").mkdir()  # half-written
+    for run_name in ("old", "new", "adapter"):
+        (tmp_path / run_name / "trajectories").mkdir()
+    assert script.newest_grpo_output(tmp_path) == tmp_path / "new/checkpoint-20"
+
+
+@pytest.mark.heavy
+def test_a_killed_process_continues_and_several_processes_agree(script, arguments, tmp_path):
+    """SIGKILL in the middle, then the same command; and the same questions over two processes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    slow = [*arguments, "--bs", "1", "--max_new_tokens", "200"]
+    command = [sys.executable, str(SCRIPT), *slow]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    path = script.result_path(script.parse_args(slow))
+    whole = path.read_bytes()
+    path.unlink()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not any(len(partial.read_bytes().splitlines()) > 3 for partial in script.partial_paths(path)):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not path.exists()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert path.read_bytes() == whole
+
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", str(SCRIPT), *slow, "--output_dir", str(tmp_path / "two")]
+    subprocess.run(launch, env=environment, check=True, capture_output=True)
+    one, two = (json.loads(file.read_text()) for file in (path, tmp_path / "two" / path.name))
+    assert two["results"] == one["results"] and two["scores"] == one["scores"]
