@@ -11,8 +11,11 @@ import pytest
 import torch
 from trl import ModelConfig, TrlParser
 
-from open_r1.grpo import GRPOScriptArguments, resolve_checkpoint, resolve_report_to
+from open_r1.checkpoints import resolve_checkpoint, seal
+from open_r1.entry import resolve_report_to
+from open_r1.grpo import GRPOScriptArguments
 from open_r1.prompts import REPO_ROOT
+from open_r1.sft import Qwen2VLSFTConfig, SFTScriptArguments
 from open_r1.trainer import Qwen2VLGRPOConfig
 from support import launch_env, load_weights, read_jsonl, run_grpo
 
@@ -32,13 +35,18 @@ def test_scripts_parse(shell, script):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(REPO_ROOT / "configs")))
 def test_recipes_parse(recipe, tmp_path):
     """Unknown keys raise; values reach the dataclasses."""
-    parser = TrlParser((GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig))
+    is_sft = recipe.name.startswith("sft")
+    types = (SFTScriptArguments, Qwen2VLSFTConfig) if is_sft else (GRPOScriptArguments, Qwen2VLGRPOConfig)
     args = ["--config", str(recipe), "--dataset_name", "x.json", "--output_dir", str(tmp_path)]
-    script_args, training_args, _ = parser.parse_args_and_config([*args, "--use_cpu", "true", "--bf16", "false"])
-    assert script_args.dataset_name == "x.json"
-    per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    assert per_step == training_args.completions_per_step
-    assert training_args.temperature == 1.0 and training_args.top_k == 0
+    script_args, training_args, model_args = TrlParser((*types, ModelConfig)).parse_args_and_config(
+        [*args, "--use_cpu", "true", "--bf16", "false"]
+    )
+    assert script_args.dataset_name == "x.json" and script_args.chat_template == "base"
+    assert model_args.use_peft == ("lora" in recipe.name)  # qlora too
+    if not is_sft:
+        per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+        assert per_step == training_args.completions_per_step
+        assert training_args.temperature == 1.0 and training_args.top_k == 0
 
 
 def test_the_papers_recipe(tmp_path):
@@ -81,9 +89,12 @@ def test_resume_auto_takes_the_newest_checkpoint(tmp_path):
     assert resolve_checkpoint("auto", str(tmp_path / "none")) is None
     for step in (9, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        seal(tmp_path / f"checkpoint-{step}")
     assert resolve_checkpoint("auto", str(tmp_path)) == str(tmp_path / "checkpoint-10")
     assert resolve_checkpoint("none", str(tmp_path)) is None
-    assert resolve_checkpoint("elsewhere", str(tmp_path)) == "elsewhere"
+    assert resolve_checkpoint(str(tmp_path), "elsewhere") == str(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder nowhere"):
+        resolve_checkpoint("nowhere", str(tmp_path))
 
 
 def test_launch_errors_are_one_line(tmp_path, tiny_model):

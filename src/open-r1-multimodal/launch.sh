@@ -9,7 +9,8 @@
 #   CONFIG             recipe, a file                      (default: configs/RECIPE.yaml)
 #   OUTPUT             output folder                       (default: outputs/ and the recipe's name)
 #   NUM_PROCESSES      processes                           (default: the GPUs; 2 without one)
-#   ACCELERATE_CONFIG  how to launch: zero2, zero3, ddp, cpu, or a file  (default: zero2; cpu without a GPU)
+#   ACCELERATE_CONFIG  how to launch: zero2, zero3, ddp, cpu, or a file
+#                      (default: zero2, and cpu without a GPU; zero3 for run_sft.sh)
 # Arguments override the recipe: `--max_steps 100 --beta 0`; `--help` lists them all.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)

@@ -1,15 +1,23 @@
 """Prepared examples as the `datasets.Dataset` that a trainer takes, without prompts that are too long."""
 
+import hashlib
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import datasets
+import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 from PIL import Image
+from qwen_vl_utils import process_vision_info
 from tqdm import tqdm
 from transformers import ProcessorMixin
+from trl import ModelConfig
 from trl.data_utils import prepare_multimodal_messages
 
-from open_r1.sat import read_examples
+from open_r1.modeling import load_processor
+from open_r1.sat import DECODE_ERRORS, read_examples
 
 
 @dataclass
@@ -39,12 +47,63 @@ class DataArguments:
     )
 
 
+def load_processor_from_args(model_args: ModelConfig, data_args: DataArguments) -> ProcessorMixin:
+    """`load_processor` with the values of a recipe."""
+    return load_processor(
+        model_args.model_name_or_path,
+        chat_template=data_args.chat_template,
+        min_pixels=data_args.min_pixels,
+        max_pixels=data_args.max_pixels,
+        revision=model_args.model_revision,
+    )
+
+
 def opens_think(processor: ProcessorMixin, **template_kwargs: str) -> bool:
     """Whether the chat template ends a prompt inside an opened `<think>`, so that completions start there."""
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": ""}], add_generation_prompt=True, tokenize=False, **template_kwargs
     )
     return prompt.rstrip().endswith("<think>")
+
+
+def open_image(path: str) -> Image.Image:
+    """Decode an image file to RGB and close it.
+
+    Raises:
+        OSError: one line that names the file, when it is missing or cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white instead of scaling it
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except OSError as error:
+        raise OSError(f"image {path}: {error}; run prepare_dataset.sh again") from error
+
+
+def store_image(reference: str) -> str:
+    """The path of an image: the path itself, or a file in the `datasets` cache for a base64 data URL.
+
+    So that an image is decoded when it is used, and trajectories name it instead of repeating it.
+
+    Raises:
+        ValueError: when the data URL holds no image.
+    """
+    if not reference.startswith("data:image"):
+        return reference
+    digest = hashlib.sha256(reference.encode()).hexdigest()
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "open_r1_images" / f"{digest}.png"
+    if not path.exists():
+        messages = [{"role": "user", "content": [{"type": "image", "image": reference}]}]
+        try:
+            image = process_vision_info(messages)[0][0]
+        except DECODE_ERRORS as error:
+            raise ValueError(f"image {reference[:40]}...: not an image in base64 ({error})") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{digest}.{os.getpid()}.tmp")  # every process of a run may write it
+        image.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    return str(path)
 
 
 def count_prompt_tokens(example: dict, processor: ProcessorMixin, **template_kwargs: str) -> int | None:
@@ -82,6 +141,8 @@ def load_dataset(
         ValueError: when no example is left.
     """
     examples = read_examples(json_path)
+    for example in examples:
+        example["images"] = [store_image(image) for image in example["images"]]
     state = PartialState()
     progress = tqdm(examples, desc="measuring prompts", unit="prompt", disable=not state.is_main_process)
     lengths = [count_prompt_tokens(example, processor, **template_kwargs) for example in progress]

@@ -2,8 +2,12 @@
 
 import importlib.util
 import logging
+from collections import Counter
+from dataclasses import dataclass, field
 
 import torch
+from peft import PeftConfig
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -13,7 +17,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from open_r1.prompts import load_chat_template
 
@@ -84,7 +88,16 @@ def load_model(
 
 
 def load_model_from_args(model_args: ModelConfig) -> PreTrainedModel:
-    """`load_model` with the values of TRL's `ModelConfig`."""
+    """`load_model` with the values of TRL's `ModelConfig`.
+
+    Raises:
+        ImportError: when the recipe quantises and bitsandbytes is not there.
+    """
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            "load_in_4bit, load_in_8bit: bitsandbytes is not installed; it needs a GPU and comes with "
+            "requirements-gpu.txt (or train the adapter on 16-bit weights: --load_in_4bit false)"
+        )
     return load_model(
         model_args.model_name_or_path,
         dtype=model_args.dtype,
@@ -148,15 +161,87 @@ def reset_generation_config(model: PreTrainedModel, processor: ProcessorMixin) -
     )
 
 
-def freeze(model: PreTrainedModel, freeze_vision: bool = False, freeze_llm: bool = False) -> None:
-    """Stop gradients into the vision tower (its merger included) or into the language model (head included).
+@dataclass
+class FreezeArguments:
+    """What is not trained."""
+
+    freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision tower."})
+    freeze_llm: bool = field(default=False, metadata={"help": "Do not train the language model."})
+    freeze_merger: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to train the merger, the layers between vision tower and language model; "
+            "None does with it what freeze_vision says."
+        },
+    )
+
+
+PARTS = ("vision tower", "merger", "language model", "adapter")
+
+
+def part_of(name: str) -> str:
+    """The one of `PARTS` that a parameter or module belongs to, by its name in `named_parameters`."""
+    if "lora_" in name:
+        return "adapter"
+    if ".visual." not in f".{name}":
+        return "language model"
+    return "merger" if "merger" in name else "vision tower"  # Qwen3-VL: deepstack_merger_list too
+
+
+def frozen_parts(freeze_vision: bool = False, freeze_llm: bool = False, freeze_merger: bool | None = None) -> list[str]:
+    """The names in `PARTS` that are not trained.
 
     Raises:
         ValueError: when nothing would be left to train.
     """
-    if freeze_vision and freeze_llm:
-        raise ValueError("freeze_vision and freeze_llm: with both set nothing is left to train; unset one")
+    flags = (freeze_vision, freeze_vision if freeze_merger is None else freeze_merger, freeze_llm)
+    if all(flags):
+        raise ValueError("freeze_vision, freeze_merger, freeze_llm: nothing is left to train; unset one")
+    return [part for part, frozen in zip(PARTS, flags, strict=False) if frozen]
+
+
+def freeze(
+    model: PreTrainedModel, freeze_vision: bool = False, freeze_llm: bool = False, freeze_merger: bool | None = None
+) -> None:
+    """Stop gradients into the vision tower, the language model (head included) or the merger between them.
+
+    `freeze_merger` None follows `freeze_vision`. Raises what `frozen_parts` raises.
+    """
+    frozen = frozen_parts(freeze_vision, freeze_llm, freeze_merger)
     for name, parameter in model.named_parameters():
-        is_vision = ".visual." in f".{name}"
-        if (is_vision and freeze_vision) or (not is_vision and freeze_llm):
+        if part_of(name) in frozen:
             parameter.requires_grad_(False)
+
+
+def get_adapter_config(model_args: ModelConfig, freezing: FreezeArguments) -> PeftConfig | None:
+    """TRL's LoRA configuration for a recipe, with no adapter in a frozen part; None without `use_peft`."""
+    config = get_peft_config(model_args)
+    frozen = frozen_parts(freezing.freeze_vision, freezing.freeze_llm, freezing.freeze_merger)
+    if config is not None and frozen:
+        patterns = {
+            "vision tower": r".*\bvisual\.(?!\w*merger).*",
+            "merger": r".*\bvisual\.\w*merger.*",
+            "language model": r"(?!.*\bvisual\.).*",
+        }
+        config.exclude_modules = "|".join(patterns[part] for part in frozen)
+    return config
+
+
+def count_elements(parameter: nn.Parameter) -> int:
+    """Elements of a parameter as the model has it: whole under ZeRO-3, unpacked when quantised to 4 bits."""
+    if hasattr(parameter, "quant_state"):  # bitsandbytes keeps two weights in a byte
+        return parameter.quant_state.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def parameter_table(model: nn.Module) -> str:
+    """How many parameters each part of the model has and how many of them are trained, one line a part."""
+    total, trained = Counter(), Counter()
+    for name, parameter in model.named_parameters():
+        count = count_elements(parameter)
+        total[part_of(name)] += count
+        trained[part_of(name)] += count * parameter.requires_grad
+    rows = [(part, total[part], trained[part]) for part in PARTS if total[part]]
+    rows.append(("all", total.total(), trained.total()))
+    lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}"]
+    return "\n".join(lines + [f"{part:<16}{count:>16,}{trains:>16,}" for part, count, trains in rows])

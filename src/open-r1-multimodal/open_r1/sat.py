@@ -176,9 +176,13 @@ def to_record(example: Example, image_paths: Sequence[str]) -> dict[str, Any]:
 def read_examples(json_path: str | Path) -> list[dict[str, Any]]:
     """The records of a prepared JSON file in the form TRL trains on; images are named, not opened.
 
+    A record is in ShareGPT's form, which `to_record` writes, or its user message is a list of parts as
+    qwen-vl-utils reads them: `{"type": "image", "image": PATH, file:// URL or base64 data URL}` before
+    `{"type": "text", "text": ...}`. `options` and `question_type` may be left out.
+
     Returns:
-        One dict a record: `prompt` (conversational, without the `<image>` marks), `images` (absolute paths),
-        `solution`, `options`, `question_type`.
+        One dict a record: `prompt` (conversational, without the `<image>` marks), `images` (absolute paths, or
+        data URLs as they are), `solution`, `options` (maybe none), `question_type` (maybe empty).
 
     Raises:
         FileNotFoundError: no such file, or no such image beside it.
@@ -206,35 +210,75 @@ def _from_record(record: Any, folder: Path) -> dict[str, Any]:
     """One ShareGPT record -> one dict of `read_examples`, whose errors it raises without file and row."""
     if not isinstance(record, dict):
         raise ValueError("expected an object")
-    if missing := [key for key in ("messages", "images", "options", "question_type") if key not in record]:
-        raise ValueError(f"missing {', '.join(missing)}")
-    for key in ("images", "options"):
-        if not isinstance(record[key], list) or not all(isinstance(item, str) for item in record[key]):
-            raise ValueError(f"{key}: expected a list of strings")
+    if "messages" not in record:
+        raise ValueError("missing messages")
     user, assistant = _contents(record["messages"])
-    marks = IMAGE_PLACEHOLDER * len(record["images"])
-    text = user.removeprefix(marks)
-    if not user.startswith(marks) or IMAGE_PLACEHOLDER in text:
-        raise ValueError(
-            f"{user.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} marks for {len(record['images'])} images; "
-            "expected one mark an image, all of them in front of the question"
-        )
-    images = [folder / image for image in record["images"]]
-    for image in images:
-        if not image.is_file():
-            raise FileNotFoundError(f"no image {image}")
+    if isinstance(user, list):
+        text, references = _from_parts(user)
+    else:
+        references = _strings(record, "images")
+        marks = IMAGE_PLACEHOLDER * len(references)
+        text = user.removeprefix(marks)
+        if not user.startswith(marks) or IMAGE_PLACEHOLDER in text:
+            raise ValueError(
+                f"{user.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} marks for {len(references)} images; "
+                "expected one mark an image, all of them in front of the question"
+            )
+    images = [_locate(reference, folder) for reference in references]
     return {
         "prompt": [{"role": "user", "content": text}],
-        "images": [str(image) for image in images],
+        "images": images,
         "solution": assistant,
-        "options": record["options"],
-        "question_type": record["question_type"],
+        "options": _strings(record, "options"),
+        "question_type": str(record.get("question_type", "")),
     }
 
 
-def _contents(messages: Any) -> tuple[str, str]:
-    """The texts of the one user and the one assistant message; ValueError when it is not these two."""
+def _contents(messages: Any) -> tuple[str | list[Any], str]:
+    """The contents of the one user and the one assistant message; ValueError when it is not these two."""
     match messages:
-        case [{"role": "user", "content": str(user)}, {"role": "assistant", "content": str(assistant)}]:
+        case [{"role": "user", "content": str() | list() as user}, {"role": "assistant", "content": str(assistant)}]:
+            return user, assistant
+        case [
+            {"role": "user", "content": str() | list() as user},
+            {"role": "assistant", "content": [{"type": "text", "text": str(assistant)}]},
+        ]:
             return user, assistant
     raise ValueError("messages: expected one user and one assistant message with text")
+
+
+def _strings(record: dict[str, Any], key: str) -> list[str]:
+    """A field that is a list of strings, or none at all."""
+    value = record.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{key}: expected a list of strings")
+    return value
+
+
+def _from_parts(parts: list[Any]) -> tuple[str, list[str]]:
+    """The text and the image references of a user message's parts, images first."""
+    texts, references = [], []
+    for part in parts:
+        match part:
+            case {"type": "image", "image": str(reference)} if not texts:
+                references.append(reference)
+            case {"type": "text", "text": str(text)} if IMAGE_PLACEHOLDER not in text:
+                texts.append(text)
+            case _:
+                raise ValueError(
+                    f"messages: cannot read the part {str(part)[:80]}; expected images "
+                    '{"type": "image", "image": ...} and after them texts {"type": "text", "text": ...}'
+                )
+    return "".join(texts), references
+
+
+def _locate(reference: str, folder: Path) -> str:
+    """An image reference as an absolute path; a base64 data URL stays what it is."""
+    if reference.startswith("data:image"):
+        return reference
+    if reference.startswith(("http://", "https://")):
+        raise ValueError(f"image {reference}: download it first and name the file")
+    path = folder / reference.removeprefix("file://")
+    if not path.is_file():
+        raise FileNotFoundError(f"no image {path}")
+    return str(path)

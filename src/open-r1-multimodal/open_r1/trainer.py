@@ -9,12 +9,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from PIL import Image
-from torch import nn
 from transformers import (
     AutoProcessor,
     PreTrainedModel,
@@ -29,6 +27,8 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import split_tensor_dict
 
+from open_r1.checkpoints import LoadWeightsMixin
+from open_r1.data import open_image
 from open_r1.grouping import (
     collapse_image_tokens,
     enable_grouping,
@@ -81,21 +81,6 @@ class Qwen2VLGRPOConfig(GRPOConfig):
         self.gradient_accumulation_steps = self.completions_per_step // per_pass
 
 
-def open_image(path: str) -> Image.Image:
-    """Decode an image file to RGB and close it.
-
-    Raises:
-        OSError: one line that names the file, when it is missing or cannot be decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white instead of scaling it
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
-    except OSError as error:
-        raise OSError(f"image {path}: {error}; run prepare_dataset.sh again") from error
-
-
 def open_images(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages with every image path replaced by its decoded image."""
     return [
@@ -133,7 +118,7 @@ class ContinueRollouts(TrainerCallback):
                 print(f"{path}: dropped {dropped} lines after step {state.global_step}, which this run repeats")
 
 
-class Qwen2VLGRPOTrainer(GRPOTrainer):
+class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
     """TRL's `GRPOTrainer` for Qwen2-VL, Qwen2.5-VL and Qwen3-VL, with the same signature.
 
     A dataset row holds `prompt` (conversational, text only), `images` (file paths, put in front of the text),
@@ -192,16 +177,6 @@ class Qwen2VLGRPOTrainer(GRPOTrainer):
         self._rollout_seconds = 0.0  # of the optimiser step under way
         self.trajectory_dir = Path(args.output_dir) / "trajectories"
         self.add_callback(ContinueRollouts(self))
-
-    # transformers saves Qwen2-VL under its Hub names (visual.*) but resumes by its names in memory (model.visual.*),
-    # without an error when none matches: outside DeepSpeed a run would go on from the weights it started with.
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.model if model is None else model
-        if not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
-        target.load_state_dict(saved.state_dict())
 
     # The one place that sees a rollout's prompts, completions, rewards and advantages together. TRL has no public
     # hook there; tests/test_trainer.py fails when its contract changes.

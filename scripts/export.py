@@ -1,0 +1,52 @@
+"""Merge a LoRA checkpoint into its base model: one folder that transformers and vLLM load.
+
+    python scripts/export.py --adapter outputs/grpo_sat_lora --output outputs/grpo_sat_lora_merged
+
+The prompt (chat template) and the image bounds go along. A QLoRA adapter is merged into the 16-bit base weights.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+
+from open_r1.modeling import load_model, load_processor, reset_generation_config
+
+
+def main() -> None:
+    """Command line entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--adapter", type=Path, required=True, help="folder with adapter_config.json: a run's or a checkpoint"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist")
+    parser.add_argument("--base", help="base model (default: the one that the adapter names)")
+    parser.add_argument("--dtype", default="auto", help="of the merged weights (default: auto, the base model's)")
+    args = parser.parse_args()
+    if args.output.exists():
+        sys.exit(f"error: --output: {args.output} exists; name another folder or delete it")
+    if not (args.adapter / "adapter_config.json").is_file():
+        sys.exit(f"error: --adapter: no adapter_config.json in {args.adapter}; a full checkpoint needs no export")
+    try:
+        base = args.base or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+        model = load_model(base, dtype=args.dtype)
+        processor = load_processor(args.adapter)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(model, args.adapter).merge_and_unload(safe_merge=True)
+    reset_generation_config(model, processor)
+    temporary = args.output.with_name(args.output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    os.replace(temporary, args.output)
+    print(f"{args.output}: {base} with the adapter of {args.adapter} merged in")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""How much memory a recipe needs on each GPU, counted from the model's configuration alone.
+
+The model is built without its numbers (torch's `meta` device), so a count takes a second and no download of weights.
+Counted are weights, gradients, optimiser, reference model, what autograd keeps for one micro-batch, the LM head's
+tiles and the rollout's cache; not counted are the CUDA context (about 0.5 GB), vLLM and the allocator's fragments.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from trl import ModelConfig
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
+from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCAB_CHUNK_SIZE
+
+from open_r1.modeling import FreezeArguments, freeze, get_adapter_config, resolve_dtype
+
+FP32 = 4  # bytes
+# DeepSpeed's defaults, in parameters: what is reduced at a time, and what ZeRO-3 keeps gathered
+REDUCE_BUCKET = 500_000_000
+ZERO3_LIVE = 1_000_000_000
+ATTENTION = "counted_attention"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a recipe is launched: the number of GPUs and ZeRO's stage, or None without DeepSpeed."""
+
+    num_processes: int = 1
+    zero_stage: int | None = None
+
+    def share(self, amount: float, from_stage: int) -> float:
+        """A GPU's part of an amount that ZeRO splits from a stage on."""
+        is_split = self.zero_stage is not None and self.zero_stage >= from_stage
+        return amount / self.num_processes if is_split else amount
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one GPU works on at a time.
+
+    Attributes:
+        prompts: in a micro-batch, each once: the completions of a group share theirs.
+        prompt_tokens, completion_tokens: the longest, image tokens included.
+        patches: of a prompt's images.
+        completions: in a micro-batch; SFT has one answer a prompt.
+        rollout: completions that are sampled at once; 0 for SFT.
+    """
+
+    prompts: int
+    prompt_tokens: int
+    completion_tokens: int
+    patches: int
+    completions: int
+    rollout: int = 0
+
+    @property
+    def packed_tokens(self) -> int:
+        """The length of the micro-batch as one row."""
+        return self.prompts * self.prompt_tokens + self.completions * self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Count:
+    """Bytes on one GPU. `base` lies there all the time, the others for a phase of a step."""
+
+    base: dict[str, float]
+    rollout: dict[str, float]
+    backward: dict[str, float]
+    update: dict[str, float]
+
+    @property
+    def peak(self) -> float:
+        """The most at any time, in bytes."""
+        phases = (self.rollout, self.backward, self.update)
+        return sum(self.base.values()) + max(sum(phase.values()) for phase in phases)
+
+
+class _SavedAttention(torch.autograd.Function):
+    """What fused attention keeps for the backward pass: its inputs, its output, and a number for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+
+def _attend(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    return _SavedAttention.apply(query, key, value).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+def build_model(
+    config: PreTrainedConfig, model_args: ModelConfig, freezing: FreezeArguments, launch: Launch
+) -> PreTrainedModel:
+    """The policy as it will be trained (frozen, with its adapter, in its dtype), without numbers."""
+    dtype = resolve_dtype(model_args.dtype)
+    if dtype == "auto":
+        dtype = config.dtype or torch.float32
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+        freeze(model, freezing.freeze_vision, freezing.freeze_llm, freezing.freeze_merger)
+        if model_args.use_peft:
+            model = get_peft_model(model, get_adapter_config(model_args, freezing))
+    if launch.zero_stage is not None or model_args.load_in_4bit:
+        model.to(dtype)  # PEFT makes adapters float32; DeepSpeed, and TRL for QLoRA, bring them back
+    return model
+
+
+def load_config(model_name_or_path: str, revision: str = "main") -> PreTrainedConfig:
+    """The configuration of a model on the Hub or in a folder."""
+    return AutoConfig.from_pretrained(model_name_or_path, revision=revision)
+
+
+def weight_bytes(model: nn.Module, model_args: ModelConfig) -> float:
+    """The weights as they lie in memory: bitsandbytes quantises every linear layer but the head and the adapters."""
+    quantised = set()
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        quantised = {
+            module.weight
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and "lora_" not in name and not name.endswith("lm_head")
+        }
+    # a scale for 64 weights, in float32, or in 8 bits with a float32 for 256 of them
+    scale = (1 + FP32 / 256) / 64 if model_args.use_bnb_nested_quant else FP32 / 64
+    packed = 0.5 + scale if model_args.load_in_4bit else 1
+    return sum(p.numel() * (packed if p in quantised else p.element_size()) for p in model.parameters())
+
+
+@contextmanager
+def _count_saved(model: nn.Module) -> Iterator[Counter[str]]:
+    """While it is open, add up what autograd keeps (bytes, each storage once), by decoder layer or vision block."""
+    saved: Counter[str] = Counter()
+    storages = {p.untyped_storage()._cdata: p for p in model.parameters()}  # kept alive, so that no address recurs
+    current = [""]
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_meta and storage._cdata not in storages:
+            storages[storage._cdata] = storage
+            saved[current[0]] += storage.nbytes()
+        return tensor
+
+    handles = []
+    for kind, layers in (("block", vision_tower(model).blocks), ("layer", text_model(model).layers)):
+        for layer in layers:
+            handles.append(layer.register_forward_pre_hook(lambda *_, kind=kind: current.__setitem__(0, kind)))
+            handles.append(layer.register_forward_hook(lambda *_: current.__setitem__(0, "")))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+    for handle in handles:
+        handle.remove()
+
+
+def vision_tower(model: nn.Module) -> nn.Module:
+    """The vision tower of a policy, with or without an adapter."""
+    return next(module for name, module in model.named_modules() if name.endswith("visual"))
+
+
+def text_model(model: nn.Module) -> nn.Module:
+    """The decoder of a policy, with or without an adapter."""
+    return next(module for name, module in model.named_modules() if name.endswith("language_model"))
+
+
+def activation_bytes(model: nn.Module, load: Load, gradient_checkpointing: bool) -> float:
+    """What autograd keeps of one micro-batch's forward pass, found by running it without numbers.
+
+    With checkpointing: every layer's input, and all of the one layer that is being computed again. On top come the
+    gradients that are alive in the backward pass of an MLP: three of its width.
+    """
+    vision, text = vision_tower(model), text_model(model)
+    dtype = next(model.parameters()).dtype
+    patches, tokens = load.prompts * load.patches, load.packed_tokens
+    patch = vision.patch_embed.proj.weight.shape[1:].numel()
+    trains_vision = any(p.requires_grad for p in vision.parameters())
+    with torch.device("meta"), _count_saved(model) as saved:
+        states = vision.patch_embed(torch.empty(patches, patch, dtype=dtype))  # (patches, width)
+        width = states.shape[-1]
+        rotary = torch.empty(patches, width // vision.blocks[0].attn.num_heads, dtype=dtype)
+        for block in vision.blocks:
+            lengths = torch.tensor([0, patches], device="cpu")
+            states = block(states, cu_seqlens=lengths, position_embeddings=(rotary, rotary))
+        vision.merger(states)
+        # Whatever is trained in the vision tower or the adapter, the gradient goes through the whole decoder.
+        embedded = torch.empty(1, tokens, text.config.hidden_size, dtype=dtype, requires_grad=True)
+        text(inputs_embeds=embedded, position_ids=torch.zeros(3, 1, tokens, dtype=torch.long), use_cache=False)
+    flowing = 3 * tokens * text.config.intermediate_size * embedded.element_size()
+    if not gradient_checkpointing:
+        return saved.total() + flowing
+    inputs = len(text.layers) * embedded.nbytes + trains_vision * len(vision.blocks) * states.nbytes
+    return saved[""] + inputs + flowing + max(saved["layer"] / len(text.layers), saved["block"] / len(vision.blocks))
+
+
+def head_bytes(model: PreTrainedModel, load: Load, is_cpu: bool) -> float:
+    """TRL's fused LM head: a tile of logits, and in the backward pass the gradients in float32."""
+    weight = model.get_output_embeddings().weight  # (V, H)
+    # On a GPU only the completions' positions are projected, and kernels work inside the tile; on a CPU all are,
+    # half a dozen copies of a tile in float32 are alive at once, and memory that is not written costs nothing.
+    scored = load.packed_tokens if is_cpu else load.completions * load.completion_tokens
+    rows, columns = min(scored, TOKEN_CHUNK_SIZE), min(VOCAB_CHUNK_SIZE, weight.shape[0])
+    tile = rows * (columns * (weight.element_size() + 6 * FP32) if is_cpu else VOCAB_CHUNK_SIZE * weight.element_size())
+    return tile + FP32 * (scored * weight.shape[1] + weight.requires_grad * weight.numel())
+
+
+def rollout_bytes(model: PreTrainedModel, load: Load) -> float:
+    """The key-value cache of all completions at full length, and the scores of the next tokens in float32."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    size = model.get_output_embeddings().weight.element_size()
+    tokens = load.prompt_tokens + load.completion_tokens
+    return load.rollout * (cached * size * tokens + config.vocab_size * (size + 2 * FP32))
+
+
+def count_memory(
+    config: PreTrainedConfig,
+    model_args: ModelConfig,
+    freezing: FreezeArguments,
+    load: Load,
+    launch: Launch,
+    has_reference: bool = False,
+    gradient_checkpointing: bool = True,
+    is_cpu: bool = False,
+) -> Count:
+    """Count a training step's memory on one GPU.
+
+    Args:
+        config: of the model; see `load_config`.
+        model_args: dtype, adapter, quantisation.
+        has_reference: whether KL takes a model of its own; with an adapter it never does.
+        is_cpu: count the CPU's way to run the LM head.
+    """
+    model = build_model(config, model_args, freezing, launch)
+    weights = weight_bytes(model, model_args)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    elements = sum(p.numel() for p in trained)
+    gradients = sum(p.nbytes for p in trained)
+    has_zero = launch.zero_stage is not None
+    base = {
+        "weights": launch.share(weights, from_stage=3),
+        # Adam's two moments; DeepSpeed keeps them, and a master copy of the weights, in float32
+        "optimiser": launch.share(3 * FP32 * elements if has_zero else 2 * gradients, from_stage=1),
+    }
+    if has_reference and not model_args.use_peft:
+        base["reference model"] = launch.share(weights, from_stage=3)
+    gathered = {}
+    if launch.zero_stage == 3:
+        size = weights / sum(p.numel() for p in model.parameters())
+        gathered = {"gathered weights": min(weights, ZERO3_LIVE * size)}
+    backward = {
+        "gradients": launch.share(gradients, from_stage=2),
+        "activations": activation_bytes(model, load, gradient_checkpointing),
+        "LM head": head_bytes(model, load, is_cpu),
+        **gathered,
+    }
+    update = {"gradients": backward["gradients"]}
+    if has_zero:
+        backward["reduce bucket"] = REDUCE_BUCKET * gradients / elements
+        update["gradients in float32"] = launch.share(FP32 * elements, from_stage=1)
+    rollout = {}
+    if load.rollout:
+        rollout = {"cache and scores": rollout_bytes(model, load)}
+        if launch.zero_stage == 3:
+            rollout["gathered weights"] = weights  # TRL gathers all of the model to sample from it
+    return Count(base, rollout, backward, update)

@@ -1,0 +1,100 @@
+"""Fine-tune on the answers of a prepared dataset: the paper's SFT baseline, on TRL's `SFTTrainer`.
+
+Launch it with `run_sft.sh`, or by hand: `accelerate launch open_r1/sft.py --config configs/sft_sat.yaml
+--dataset_name SAT_train_15000.json`. It leaves `output_dir` with Hugging Face checkpoints.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from open_r1.checkpoints import LoadWeightsMixin
+from open_r1.data import DataArguments, load_dataset, load_processor_from_args, open_image
+from open_r1.entry import run
+from open_r1.modeling import (
+    FreezeArguments,
+    freeze,
+    get_adapter_config,
+    load_model_from_args,
+    reset_generation_config,
+)
+
+
+@dataclass
+class SFTScriptArguments(FreezeArguments, DataArguments):
+    """What is asked and what is trained."""
+
+
+@dataclass
+class Qwen2VLSFTConfig(SFTConfig):
+    """TRL's `SFTConfig`, with the prompt of an answer without reasoning and nothing truncated."""
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
+
+    chat_template_kwargs: dict | str | None = field(
+        default_factory=lambda: {"style": "direct"},
+        metadata={"help": "For the chat template; `direct` asks for the answer alone, as evaluation does."},
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Unused: a cut would lose image tokens. See max_prompt_length."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Unused: the collator reads the columns of a prepared dataset."}
+    )
+
+
+@dataclass
+class AnswerCollator(DataCollatorForVisionLanguageModeling):
+    """TRL's vision collator on rows of `load_dataset`: opens the images, labels the answer and its end alone."""
+
+    completion_only_loss: bool = True
+    template_kwargs: dict[str, str] = field(default_factory=dict)
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """B rows -> `input_ids`, `attention_mask`, `labels` (B, T), `pixel_values` and `image_grid_thw`."""
+        return super().torch_call(
+            [
+                {
+                    "prompt": row["prompt"],
+                    "completion": [{"role": "assistant", "content": row["solution"]}],
+                    "images": [open_image(path) for path in row["images"]],
+                    "chat_template_kwargs": self.template_kwargs,
+                }
+                for row in examples
+            ]
+        )
+
+
+class Qwen2VLSFTTrainer(LoadWeightsMixin, SFTTrainer):
+    """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed."""
+
+
+def build_trainer(
+    script_args: SFTScriptArguments, training_args: Qwen2VLSFTConfig, model_args: ModelConfig
+) -> Qwen2VLSFTTrainer:
+    """The trainer that a parsed recipe describes."""
+    template_kwargs = training_args.chat_template_kwargs or {}
+    processor = load_processor_from_args(model_args, script_args)
+    train_dataset, eval_dataset = (
+        load_dataset(path, processor, script_args.max_prompt_length, **template_kwargs) if path else None
+        for path in (script_args.dataset_name, script_args.eval_dataset_name)
+    )
+    model = load_model_from_args(model_args)
+    reset_generation_config(model, processor)
+    freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
+    return Qwen2VLSFTTrainer(
+        model=model,
+        args=training_args,
+        data_collator=AnswerCollator(processor=processor, template_kwargs=template_kwargs),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        peft_config=get_adapter_config(model_args, script_args),
+    )
+
+
+if __name__ == "__main__":
+    run((SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig), build_trainer)

@@ -1,0 +1,143 @@
+"""LoRA: the adapter alone is trained and saved, the reference is the model without it, the export is the same model."""
+
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from trl import ModelConfig, TrlParser
+
+from open_r1.data import load_dataset
+from open_r1.grpo import GRPOScriptArguments, build_trainer
+from open_r1.modeling import (
+    FreezeArguments,
+    get_adapter_config,
+    load_model,
+    load_model_from_args,
+    load_processor,
+    parameter_table,
+    part_of,
+)
+from open_r1.prompts import REPO_ROOT
+from open_r1.sft import AnswerCollator
+from open_r1.trainer import Qwen2VLGRPOConfig
+from support import load_weights
+
+LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_dropout", "0.0", "--freeze_vision", "true"]
+LORA += ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def parse(recipe: str, *arguments: str) -> tuple[GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig]:
+    parser = TrlParser((GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig))
+    args = ["--config", str(REPO_ROOT / f"configs/{recipe}.yaml"), "--use_cpu", "true", "--bf16", "false"]
+    return parser.parse_args_and_config([*args, *arguments])
+
+
+def make_trainer(model, data, output, *arguments):
+    settings = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(output)]
+    settings += ["--reward_funcs", "support:vowel_share", "--learning_rate", "1e-2", "--max_steps", "2"]
+    settings += ["--save_steps", "1", "--disable_tqdm", "true"]
+    return build_trainer(*parse("tiny/grpo", *settings, *LORA, *arguments))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, examples_json, tmp_path_factory):
+    """A finished GRPO run of two steps with an adapter, and the base weights before it."""
+    output = tmp_path_factory.mktemp("lora")
+    trainer = make_trainer(tiny_model, examples_json, output)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    trainer.save_model(str(output))
+    return trainer, before, output
+
+
+def test_adapter_alone_is_trained(run):
+    trainer, before, _ = run
+    for name, parameter in trainer.model.named_parameters():
+        # B starts at zero and A's gradient goes through it, so A moves from the second step on
+        assert torch.equal(before[name], parameter) == (part_of(name) != "adapter"), name
+    table = {line[:16].strip(): line.split()[-1] for line in parameter_table(trainer.model).splitlines()}
+    assert table["language model"] == table["vision tower"] == "0" and table["adapter"] == table["all"] != "0"
+
+
+def test_reference_is_the_model_without_its_adapter(run):
+    trainer, _, _ = run
+    assert trainer.ref_model is None and trainer.beta > 0
+    logs = [log["kl"] for log in trainer.state.log_history if "kl" in log]
+    assert logs[0] == pytest.approx(0, abs=1e-6) and logs[1] > 1e-6  # equal to the policy at first, not later
+
+
+def test_only_the_adapter_is_saved(run, tiny_model):
+    *_, output = run
+    for folder in (output, output / "checkpoint-1", output / "checkpoint-2"):
+        assert not (folder / "model.safetensors").exists()
+        size = (folder / "adapter_model.safetensors").stat().st_size
+        assert size < (tiny_model / "model.safetensors").stat().st_size / 5
+
+
+def test_resume_is_exact(run, tiny_model, examples_json, tmp_path):
+    *_, output = run
+    resumed = make_trainer(tiny_model, examples_json, tmp_path)
+    resumed.train(resume_from_checkpoint=str(output / "checkpoint-1"))
+    trained = dict(run[0].model.named_parameters())
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, trained[name]), name
+
+
+def test_export_is_the_adapted_model(run, tiny_model, examples_json, tmp_path, monkeypatch):
+    *_, output = run
+    sys.path.insert(0, str(REPO_ROOT / "scripts"))
+    import export
+
+    def run_export(adapter, output):
+        monkeypatch.setattr(sys, "argv", ["export.py", "--adapter", str(adapter), "--output", str(output)])
+        export.main()
+
+    run_export(output, tmp_path / "merged")
+    processor = load_processor(tmp_path / "merged")
+    rows = load_dataset(examples_json, processor)
+    inputs = AnswerCollator(processor=processor)([rows[0], rows[1]])
+    base = load_model(tiny_model, dtype="float32")
+    with torch.no_grad():
+        plain = base(**inputs).logits
+        adapted = PeftModel.from_pretrained(base, output).eval()(**inputs).logits
+        merged = load_model(tmp_path / "merged", dtype="float32")(**inputs).logits
+    assert (adapted - merged).abs().max() < 1e-5 < (adapted - plain).abs().max()
+    assert load_weights(tmp_path / "merged").keys() == load_weights(tiny_model).keys()  # the names vLLM knows
+    assert processor.chat_template == load_processor(tiny_model, chat_template="base").chat_template
+    with pytest.raises(SystemExit, match=r"error: --output: .* exists"):
+        run_export(output, tmp_path / "merged")
+    with pytest.raises(SystemExit, match=r"error: --adapter: no adapter_config\.json"):
+        run_export(tiny_model, tmp_path / "other")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_frozen_part_gets_no_adapter(tiny_models, tmp_path, model_type):
+    """In Qwen2.5-VL and Qwen3-VL the vision tower has layers of the language model's names."""
+    arguments = ["--output_dir", str(tmp_path), "--dataset_name", "x", "--lora_target_modules", "all-linear"]
+    _, _, model_args = parse("tiny/grpo", "--use_peft", "true", *arguments)
+    flags = {"vision tower": "freeze_vision", "merger": "freeze_merger", "language model": "freeze_llm"}
+    for frozen in ({"vision tower", "merger"}, {"merger"}, {"language model"}, set()):
+        freezing = FreezeArguments(**{flags[part]: True for part in frozen})
+        if frozen == {"language model"}:
+            freezing.freeze_merger = False
+        model = load_model(tiny_models[model_type], dtype="float32")
+        model.add_adapter(get_adapter_config(model_args, freezing))
+        names = [name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name]
+        assert {part_of(name) for name in names} == {"vision tower", "merger", "language model"} - frozen
+
+
+def test_recipes_say_what_the_readme_says(tmp_path):
+    for name in ("grpo_sat_lora", "grpo_sat_qlora"):
+        script_args, training_args, model_args = parse(name, "--dataset_name", "x", "--output_dir", str(tmp_path))
+        assert model_args.use_peft and script_args.freeze_vision and training_args.beta == 0.04
+        assert training_args.completions_per_step == 64
+        assert model_args.load_in_4bit == (name == "grpo_sat_qlora")
+
+
+@pytest.mark.skipif("bitsandbytes" in sys.modules, reason="bitsandbytes is installed")
+def test_missing_bitsandbytes_is_one_clear_line(tiny_model, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="bitsandbytes is not installed; it needs a GPU") as raised:
+        load_model_from_args(ModelConfig(model_name_or_path=str(tiny_model), load_in_4bit=True))
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,277 @@
+"""SFT: the loss is on the answer alone, the prompt is the one of evaluation, what is frozen stays, the model learns."""
+
+import base64
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from trl import ModelConfig, TrlParser
+
+from open_r1 import sat, world
+from open_r1.data import load_dataset, open_image
+from open_r1.modeling import PARTS, freeze, load_model, load_processor, parameter_table, part_of, vision_token_ids
+from open_r1.prompts import REPO_ROOT
+from open_r1.sft import AnswerCollator, Qwen2VLSFTConfig, SFTScriptArguments, build_trainer
+from open_r1.tiny import make_config as make_model_config
+from open_r1.tiny import make_model, make_processor, make_tokenizer
+from support import launch_env, load_weights, write_examples
+
+# One batch of 32 examples a step; the second moment forgets soon, as suits a loss that falls from 6 to 0.01.
+MEMORISE = ["--max_steps", "260", "--save_strategy", "no", "--learning_rate", "4e-3", "--lr_scheduler_type", "cosine"]
+MEMORISE += ["--warmup_steps", "20", "--adam_beta2", "0.95"]
+
+
+def parse(arguments: list[str]) -> tuple[SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig]:
+    """What a command line says; a parser keeps the values of the recipe it read, so each has its own."""
+    return TrlParser((SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig)).parse_args_and_config(arguments)
+
+
+def make_trainer(model: Path, data: Path, output: Path, *arguments: str):
+    """The trainer of the tiny recipe, in this process."""
+    args = ["--config", str(REPO_ROOT / "configs/tiny/sft.yaml"), "--model_name_or_path", str(model)]
+    args += ["--dataset_name", str(data), "--output_dir", str(output), "--use_cpu", "true", "--disable_tqdm", "true"]
+    return build_trainer(*parse([*args, *arguments]))
+
+
+def run_sft(model: Path, data: Path, output: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
+    """`sh run_sft.sh` with the tiny recipe, from an unrelated directory."""
+    env = {"CONFIG": str(REPO_ROOT / "configs/tiny/sft.yaml"), "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(
+        ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_sft.sh"), *args],
+        env=launch_env(model, data, output, **env),
+        cwd=output.parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("recipe", ["sft_sat", "sft_sat_lora", "tiny/sft"])
+def test_recipes_parse(recipe, tmp_path):
+    args = ["--config", str(REPO_ROOT / f"configs/{recipe}.yaml"), "--dataset_name", "x.json"]
+    script_args, training_args, model_args = parse(
+        [*args, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    )
+    assert script_args.chat_template == "base" and training_args.chat_template_kwargs == {"style": "direct"}
+    assert training_args.max_length is None and not training_args.packing
+    if recipe == "sft_sat":  # the paper's
+        assert (training_args.learning_rate, training_args.num_train_epochs) == (2e-5, 2)
+        assert (training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps) == (1, 2)
+        assert script_args.max_pixels == 512 * 28 * 28 and training_args.gradient_checkpointing
+        assert not model_args.use_peft
+    if recipe == "sft_sat_lora":
+        assert model_args.use_peft and script_args.freeze_vision
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_loss_is_on_the_answer_and_its_end_alone(tiny_models, examples_json, model_type):
+    processor = load_processor(tiny_models[model_type], chat_template="base")
+    rows = load_dataset(examples_json, processor, style="direct")
+    batch = AnswerCollator(processor=processor, template_kwargs={"style": "direct"})([rows[i] for i in range(4)])
+    for ids, labels, mask, row in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], rows, strict=False):
+        is_answer = labels != -100
+        assert processor.decode(labels[is_answer]) == row["solution"] + "<|im_end|>"
+        assert torch.equal(ids[is_answer], labels[is_answer])
+        prompt = ids[~is_answer & mask.bool()]
+        assert not is_answer[: len(prompt)].any()  # all of the prompt, image tokens included, and then the answer
+        assert (prompt == processor.image_token_id).any()
+        assert processor.decode(prompt).endswith(f"\nUser: {row['prompt'][0]['content']} \nAssistant: ")
+        # and evaluation without reasoning asks with the same tokens
+        content = [{"type": "image", "image": row["images"][0]}]
+        content += [{"type": "text", "text": row["prompt"][0]["content"]}]
+        asked = processor.apply_chat_template(
+            [[{"role": "user", "content": content}]],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            style="direct",
+        )["input_ids"][0]
+        assert prompt.tolist() == list(asked)
+
+
+def test_images_in_messages(tiny_model, tmp_path):
+    """A path, a file:// URL and base64 in qwen-vl-utils' form give the pixels of the ShareGPT form."""
+    records = json.loads(write_examples(tmp_path, count=3).read_text())
+    picture = tmp_path / records[0]["images"][0]
+    encoded = base64.b64encode(picture.read_bytes()).decode()
+    forms = ["images/0_0.png", f"file://{picture}", f"data:image/png;base64,{encoded}"]
+    question, answer = records[0]["messages"][0]["content"].removeprefix("<image>"), records[0]["messages"][1]
+    messages = [
+        [
+            {"role": "user", "content": [{"type": "image", "image": form}, {"type": "text", "text": question}]},
+            answer if form == forms[0] else {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+        ]
+        for form in forms
+    ]
+    data = tmp_path / "messages.json"
+    data.write_text(json.dumps([records[0], *({"messages": pair} for pair in messages)]))
+    processor = load_processor(tiny_model, chat_template="base")
+    rows = load_dataset(data, processor)
+    assert all(row["prompt"] == rows[0]["prompt"] and row["solution"] == "red" for row in rows)
+    assert rows[1]["options"] == [] and rows[1]["question_type"] == ""
+    expected = open_image(str(picture)).tobytes()
+    assert all(open_image(row["images"][0]).tobytes() == expected for row in rows)
+
+
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        ({"type": "image", "image": "none.png"}, "row 0: no image .*none.png"),
+        ({"type": "image", "image": "https://example.org/a.png"}, "row 0: image https.*: download it first"),
+        ({"type": "video", "video": "a.mp4"}, "row 0: messages: cannot read the part"),
+        ({"type": "image", "image": "data:image/png;base64,aGVsbG8="}, "not an image in base64"),
+    ],
+)
+def test_unreadable_parts_are_one_clear_line(tiny_model, tmp_path, part, message):
+    content = [part, {"type": "text", "text": "What?"}]
+    pair = [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": pair}]))
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+        load_dataset(tmp_path / "data.json", load_processor(tiny_model, chat_template="base"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("frozen", [{"vision tower", "merger"}, {"vision tower"}, {"language model"}])
+def test_frozen_parameters_stay_bit_for_bit_and_have_no_state(tiny_model, examples_json, tmp_path, frozen):
+    flags = ["--freeze_vision", str("vision tower" in frozen), "--freeze_llm", str("language model" in frozen)]
+    if frozen == {"vision tower"}:
+        flags += ["--freeze_merger", "false"]
+    trainer = make_trainer(tiny_model, examples_json, tmp_path, "--max_steps", "2", "--save_steps", "2", *flags)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    assert_moved(before, dict(trainer.model.named_parameters()), frozen)
+    state = torch.load(tmp_path / "checkpoint-2/optimizer.pt", weights_only=True)["state"]
+    trained = [name for name in before if part_of(name) not in frozen]
+    assert len(state) == len(trained)
+    table = parameter_table(trainer.model).splitlines()
+    assert [line[:16].strip() for line in table] == ["part", *PARTS[:3], "all"]
+    total = int(table[-1].split()[-1].replace(",", ""))
+    assert total == sum(before[name].numel() for name in trained)
+    assert all(line.split()[-1] == "0" for line in table if line[:16].strip() in frozen)
+
+
+def assert_moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], frozen: set[str]) -> None:
+    """Every parameter of the frozen parts is as before, every other one is not."""
+    for name in before:
+        # the bias of keys shifts every score of a softmax alike, so it has no gradient by construction
+        if "k_proj.bias" not in name and "attn.qkv.bias" not in name:
+            assert torch.equal(before[name], after[name]) == (part_of(name) in frozen), name
+
+
+def test_merger_alone_can_be_trained_but_not_nothing(tiny_models):
+    for path in tiny_models.values():
+        model = load_model(path, dtype="float32")
+        freeze(model, freeze_vision=True, freeze_llm=True, freeze_merger=False)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained and all("merger" in name for name in trained)
+        with pytest.raises(ValueError, match="nothing is left to train"):
+            freeze(model, freeze_vision=True, freeze_llm=True)
+
+
+def test_checkpoint_carries_the_prompt_and_resume_is_exact(tiny_model, examples_json, tmp_path):
+    settings = ["--max_steps", "4", "--save_steps", "2", "--learning_rate", "1e-3"]
+    make_trainer(tiny_model, examples_json, tmp_path, *settings).train()
+    whole = load_weights(tmp_path / "checkpoint-4")
+    resumed = make_trainer(tiny_model, examples_json, tmp_path, *settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    again = load_weights(tmp_path / "checkpoint-4")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    saved = load_processor(tmp_path / "checkpoint-4")
+    assert saved.chat_template == load_processor(tiny_model, chat_template="base").chat_template
+    generation = json.loads((tmp_path / "checkpoint-4/generation_config.json").read_text())
+    assert "top_k" not in generation and len(set(generation["eos_token_id"])) == 2
+
+
+# --- several processes ------------------------------------------------------------------------------
+
+
+@pytest.mark.heavy
+def test_frozen_parameters_stay_under_zero3(tiny_model, examples_json, tmp_path):
+    for script in ("sft", "grpo"):
+        output = tmp_path / script
+        config = {"CONFIG": str(REPO_ROOT / f"configs/tiny/{script}.yaml")}
+        command = "run_sft.sh" if script == "sft" else "run_grpo_SAT.sh"
+        arguments = ["--max_steps", "2", "--learning_rate", "1e-3", "--freeze_vision", "true"]
+        arguments += ["--reward_funcs", "support:vowel_share"] if script == "grpo" else []
+        result = subprocess.run(
+            ["sh", str(REPO_ROOT / "src/open-r1-multimodal" / command), *arguments],
+            env=launch_env(tiny_model, examples_json, output, ACCELERATE_CONFIG="zero3", OMP_NUM_THREADS="1", **config),
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        names = {"model." + name for name in load_weights(tiny_model)}  # as part_of knows them
+        before = {name: load_weights(tiny_model)[name.removeprefix("model.")] for name in names}
+        after = {name: load_weights(output)[name.removeprefix("model.")] for name in names}
+        assert_moved(before, after, {"vision tower", "merger"})
+        counts = {line[:16].strip(): line.split()[-1] for line in result.stdout.splitlines() if line[:6] in "vision"}
+        assert counts.get("vision tower") == "0"
+        # Adam's two moments and the master copy of one of two processes: no more than half of what trains
+        trained = sum(before[name].numel() for name in names if "visual" not in name)
+        states = list(output.glob("checkpoint-2/global_step2/*optim_states.pt"))
+        assert len(states) == 2 and all(path.stat().st_size < 3 * 4 * trained / 2 * 1.3 + 2**18 for path in states)
+
+
+def write_scenes(folder: Path, count: int) -> Path:
+    """A prepared dataset of rendered scenes."""
+    (folder / "images").mkdir(parents=True)
+    records = []
+    for row in range(count):
+        example = sat.convert_row(world.sat_row(row, 0, world.LEVELS["easy"]), row, seed=0)
+        (image, extension) = example.images[0]
+        (folder / f"images/{row}.{extension}").write_bytes(image)
+        records.append(sat.to_record(example, [f"images/{row}.{extension}"]))
+    (folder / "scenes.json").write_text(json.dumps(records))
+    return folder / "scenes.json"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("processes, strategy", [("1", "ddp"), ("2", "zero3")])
+def test_sft_memorises_64_scenes(tmp_path, processes, strategy):
+    data = write_scenes(tmp_path, 64)
+    texts = [message["content"] for record in json.loads(data.read_text()) for message in record["messages"]]
+    tokenizer = make_tokenizer(texts, 1024)
+    make_processor(tokenizer).save_pretrained(tmp_path / "model")
+    make_model(make_model_config(tokenizer, hidden_size=128)).save_pretrained(tmp_path / "model")
+    result = run_sft(
+        tmp_path / "model",
+        data,
+        tmp_path / "out",
+        *["--per_device_train_batch_size", str(32 // int(processes)), *MEMORISE],
+        NUM_PROCESSES=processes,
+        ACCELERATE_CONFIG=strategy,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    processor = load_processor(tmp_path / "out")
+    model = load_model(tmp_path / "out", dtype="float32")
+    rows = load_dataset(data, processor)
+    answers = []
+    for start in range(0, 64, 16):
+        batch = [rows[i] for i in range(start, start + 16)]
+        messages = [
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": row["images"][0]},
+                        {"type": "text", "text": row["prompt"][0]["content"]},
+                    ],
+                }
+            ]
+            for row in batch
+        ]
+        inputs = processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            style="direct",
+            padding=True,
+        )
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=32, suppress_tokens=vision_token_ids(processor))
+        answers += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    exact = sum(answer == row["solution"] for answer, row in zip(answers, rows, strict=True))
+    assert exact >= 0.95 * 64
