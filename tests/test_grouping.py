@@ -26,7 +26,7 @@ END = "<|im_end|>"
 def datasets_by_images(tmp_path_factory):
     """Number of images an example -> prepared JSON file."""
     folder = tmp_path_factory.mktemp("data")
-    return {count: write_examples(folder / str(count), images_per_example=count) for count in (1, 2)}
+    return {count: write_examples(folder / str(count), 12, count) for count in (1, 2)}
 
 
 def make_trainers(model_path, data, output, *, freeze_vision=False, lora=False, **changes):

@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import RewardFunc
-from trl.trainer.utils import split_tensor_dict
+from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.data import open_image
@@ -118,6 +118,18 @@ class ContinueRollouts(TrainerCallback):
                 print(f"{path}: dropped {dropped} lines after step {state.global_step}, which this run repeats")
 
 
+class EpochSampler(RepeatSampler):
+    """TRL's sampler with an order that follows from the seed and the epoch, so that a resumed run finds it again.
+
+    TRL's draws epoch after epoch from one generator, which a resumed run would start from the first.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """accelerate calls it at the start of every epoch, also of the one it resumes in."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
+
+
 class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
     """TRL's `GRPOTrainer` for Qwen2-VL, Qwen2.5-VL and Qwen3-VL, with the same signature.
 
@@ -177,6 +189,12 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
         self._rollout_seconds = 0.0  # of the optimiser step under way
         self.trajectory_dir = Path(args.output_dir) / "trajectories"
         self.add_callback(ContinueRollouts(self))
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
+        """TRL's, as an `EpochSampler`."""
+        sampler = super()._get_train_sampler(dataset)
+        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
+        return EpochSampler(**{name: getattr(sampler, name) for name in names})
 
     # The one place that sees a rollout's prompts, completions, rewards and advantages together. TRL has no public
     # hook there; tests/test_trainer.py fails when its contract changes.
