@@ -430,6 +430,8 @@ def plot_group_sizes(results: dict[int, dict[str, Any]], path: Path) -> None:
 def run_step_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return what `--json` keeps."""
     preset = PRESETS[args.preset]
+    if args.threads:
+        torch.set_num_threads(args.threads)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     result = {"benchmark": "step", "preset": args.preset, "device": device, "rounds": args.rounds}
     if args.plot:
@@ -460,6 +462,7 @@ def add_step_parser(commands: Any) -> None:
     )
     parser.add_argument("--preset", choices=PRESETS, default="sat-cpu", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: one a core)")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="in both")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="instead, draw the step's time against G")
     parser.add_argument(
