@@ -259,16 +259,41 @@ def test_one_step_is_the_same_number_of_completions_on_any_number_of_gpus(tmp_pa
         config.resolve_accumulation()
 
 
-def test_the_seams_in_trl_are_where_we_override_them():
+SEAMS = {
+    "_generate_and_score_completions": ["inputs"],
+    "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
+    "_tokenize_prompts": ["prompts"],
+    "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+    "_compute_loss": ["model", "inputs"],
+    "_prepare_inputs": ["generation_batch"],
+    "_get_train_sampler": ["dataset"],
+    "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+}
+
+
+@pytest.mark.parametrize("name", SEAMS)
+def test_the_seams_in_trl_are_where_we_override_them(name):
     """What this project relies on inside TRL; a new release that moves it must fail here, not in a run."""
-    assert list(inspect.signature(GRPOTrainer._generate_and_score_completions).parameters) == [
-        "self",
-        "inputs",
+    assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == ["self", *SEAMS[name]]
+
+
+def test_the_scoring_seam_has_the_arguments_that_we_read():
+    parameters = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert parameters[1:7] == [
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
     ]
-    assert list(inspect.signature(GRPOTrainer._calculate_rewards).parameters) == [
-        "self",
-        "inputs",
-        "prompts",
-        "completions",
-        "completion_ids_list",
-    ]
+
+
+def test_the_log_splits_the_seconds_of_a_step(run):
+    trainer, *_ = run
+    logs = [log for log in trainer.state.log_history if "step_time" in log]
+    assert len(logs) == 2
+    for log in logs:
+        parts = [log["time/rollout"], log["time/scoring"], log["time/update"]]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(log["step_time"], rel=1e-6)
+        assert log["rollout/tokens_per_second"] > 0 and 0 < log["packing/tokens_saved"] < 1

@@ -328,7 +328,8 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
         yield
         synchronize()
         self._last_seconds = time.perf_counter() - start
-        self._rollout_seconds += self._last_seconds
+        if self.model.training:
+            self._rollout_seconds += self._last_seconds
         self._metrics[self._mode()][f"time/{name}"].append(self._last_seconds)
 
     def training_step(self, model, inputs, num_items_in_batch):
