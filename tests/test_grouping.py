@@ -129,7 +129,7 @@ CASES = {
     "high-entropy tokens only": {"top_entropy_quantile": 0.5},
     "sequence-level ratios": {"importance_sampling_level": "sequence"},
     "temperature": {"temperature": 0.7},
-    **{f"loss {name}": {"loss_type": name} for name in ("bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")},
+    **{f"loss {name}": {"loss_type": name} for name in ("bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")},
 }
 
 
