@@ -229,8 +229,7 @@ def instrument(trainer: GRPOTrainer, completions: list[list[int]]) -> Stopwatch:
     sample = trainer._generate_single_turn
 
     def sample_and_replace(*args: Any) -> tuple[list[list[int]], None]:
-        sampled, _ = sample(*args)
-        watch.sampled_tokens = sum(map(len, sampled))
+        sample(*args)
         return completions, None
 
     trainer._generate_single_turn = sample_and_replace

@@ -1,7 +1,6 @@
 """Load a policy and its processor the way a recipe says: architecture, dtype, attention, pixels, what trains."""
 
 import importlib.util
-import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -20,8 +19,6 @@ from transformers import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from open_r1.prompts import load_chat_template
-
-logger = logging.getLogger(__name__)
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # Qwen's two ends of text: a base model writes the first, a chat model the second. Both end a completion.
