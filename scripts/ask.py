@@ -8,8 +8,12 @@ import argparse
 import sys
 
 import torch
+from transformers import GenerationConfig
 
-from open_r1.modeling import load_model, load_processor, reset_generation_config, vision_token_ids
+from open_r1.data import open_image
+from open_r1.evaluation import generation_settings, messages
+from open_r1.modeling import load_model, load_processor, reset_generation_config
+from open_r1.rollout import encode_prompt, generate
 from open_r1.sat import read_examples
 
 
@@ -42,18 +46,14 @@ def main() -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     question = example["prompt"][0]["content"]
-    content = [{"type": "image", "image": path} for path in example["images"]]
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
-    ids = model.generate(
-        **inputs,
-        do_sample=False,
-        max_new_tokens=args.max_new_tokens,
-        suppress_tokens=vision_token_ids(processor),
-    )
-    completion = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    try:
+        conversation = messages([open_image(path) for path in example["images"]], question)
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    prompt = encode_prompt(model, processor, conversation)
+    settings = GenerationConfig(**generation_settings(processor, args.max_new_tokens))
+    (ids,) = generate(model, [prompt], [1], settings)
+    completion = processor.decode(ids, skip_special_tokens=True)
     print(f"question:   {question}")
     if "solution" in example:
         print(f"solution:   {example['solution']}")

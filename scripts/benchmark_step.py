@@ -36,7 +36,7 @@ from trl import GRPOTrainer
 
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import load_chat_template
-from open_r1.tiny import make_model, make_processor, make_tokenizer
+from open_r1.tiny import make_model, make_processor, make_tokenizer, vision_token_arguments
 from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 
 WAYS = {"stock": GRPOTrainer, "ours": Qwen2VLGRPOTrainer}
@@ -113,22 +113,16 @@ def write_checkpoint(preset: Preset, folder: Path) -> None:
     # about a token a word, as the published vocabulary has it
     tokenizer = make_tokenizer([" ".join(WORDS), load_chat_template("base")] * 9, vocab_size=1024)
     make_processor(tokenizer).save_pretrained(folder)
-    ids = {
-        name: tokenizer.convert_tokens_to_ids(token)
-        for name, token in {
-            "image_token_id": "<|image_pad|>",
-            "video_token_id": "<|video_pad|>",
-            "vision_start_token_id": "<|vision_start|>",
-            "vision_end_token_id": "<|vision_end|>",
-        }.items()
-    }
     special = {
         "bos_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = Qwen2VLConfig(
-        text_config={**preset.text, **special}, vision_config=preset.vision, tie_word_embeddings=True, **ids
+        text_config={**preset.text, **special},
+        vision_config=preset.vision,
+        tie_word_embeddings=True,
+        **vision_token_arguments(tokenizer),
     )
     make_model(config).to(getattr(torch, preset.dtype)).save_pretrained(folder)
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -384,3 +385,9 @@ def test_a_killed_process_continues_and_several_processes_agree(script, argument
     subprocess.run(launch, env=environment, check=True, capture_output=True)
     one, two = (json.loads(file.read_text()) for file in (path, tmp_path / "two" / path.name))
     assert two["results"] == one["results"] and two["scores"] == one["scores"]
+
+
+def test_16_bit_grey_is_shown_as_in_training():
+    data = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 0x4000, dtype=np.uint16)).save(data, format="PNG")
+    assert evaluation.open_image(data.getvalue()).getpixel((0, 0)) == (0x40, 0x40, 0x40)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +67,13 @@ def opens_think(processor: ProcessorMixin, **template_kwargs: str) -> bool:
     return prompt.rstrip().endswith("<think>")
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image, decoded, in RGB."""
+    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white instead of scaling it
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
 def open_image(path: str) -> Image.Image:
     """Decode an image file to RGB and close it.
 
@@ -74,9 +82,7 @@ def open_image(path: str) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white instead of scaling it
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+            return to_rgb(image)
     except OSError as error:
         raise OSError(f"image {path}: {error}; run prepare_dataset.sh again") from error
 
@@ -106,6 +112,12 @@ def store_image(reference: str) -> str:
     return str(path)
 
 
+def count_image_tokens(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -> int:
+    """Tokens of images of these heights and widths, all together; the pixels are not touched."""
+    # vLLM's own way to ask a processor for this
+    return sum(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]) if sizes else 0
+
+
 def count_prompt_tokens(example: dict, processor: ProcessorMixin, **template_kwargs: str) -> int | None:
     """Length of an example's prompt in tokens, those of its images included, from the images' headers alone.
 
@@ -121,9 +133,7 @@ def count_prompt_tokens(example: dict, processor: ProcessorMixin, **template_kwa
     for path in example["images"]:
         with Image.open(path) as image:
             sizes.append((image.height, image.width))
-    # vLLM's own way to ask a processor for this; the pixels are not touched
-    per_image = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] if sizes else []
-    return len(ids) + sum(per_image) - len(per_image)
+    return len(ids) - len(sizes) + count_image_tokens(processor, sizes)  # each image has one token in the text
 
 
 def load_dataset(

@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from open_r1.benchmarks import Item
+from open_r1.data import count_image_tokens, to_rgb
 from open_r1.modeling import end_token_ids, load_model, load_processor, reset_generation_config, vision_token_ids
 from open_r1.prompts import load_chat_template
 from open_r1.rollout import Prompt, encode_prompt, generate
@@ -91,7 +92,7 @@ def open_image(data: bytes | None) -> Image.Image:
     if data is None:
         raise BrokenImage("missing image")
     try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = to_rgb(Image.open(io.BytesIO(data)))
     except DECODE_ERRORS as error:
         raise BrokenImage("corrupt image") from error
     if is_too_long(image):
@@ -134,9 +135,7 @@ class TransformersBackend:
     def length(self, item: Item) -> int:
         text = len(self.tokenizer(item.prompt)["input_ids"])
         sizes = [size for data in item.images if (size := image_size(data))]
-        # vLLM's own way to ask a processor for this; the pixels are not touched
-        per_image = self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] if sizes else []
-        return text + sum(per_image)
+        return text + count_image_tokens(self.processor, sizes)
 
     def encode(self, item: Item) -> Prompt:
         images = [open_image(data) for data in item.images]

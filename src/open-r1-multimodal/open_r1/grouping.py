@@ -200,10 +200,8 @@ def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
     Args:
         batch: tensors and lists, `prompts` (as `pack` takes them) among them.
     """
-    rows_of = [
-        list(rows) for _, rows in groupby(range(len(batch["prompts"])), key=lambda row: id(batch["prompts"][row]))
-    ]
-    order = [row for group in torch.randperm(len(rows_of)).tolist() for row in rows_of[group]]
+    groups = rows_by_prompt(batch["prompts"])
+    order = [row for group in torch.randperm(len(groups)).tolist() for row in groups[group]]
 
     def reorder(values: Any) -> Any:
         if isinstance(values, torch.Tensor):

@@ -97,19 +97,21 @@ def make_processor(
     return processor_class(images, tokenizer, videos, chat_template=template)
 
 
+def vision_token_arguments(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+    """The ids of vision tokens, by their names in a configuration."""
+    tokens = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
+    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+
+
 def make_config(
     tokenizer: Qwen2Tokenizer, model_type: str = "qwen2_vl", hidden_size: int = 64, num_layers: int = 2
 ) -> PreTrainedConfig:
     """The family's configuration at a size that trains on a CPU: heads of 16 dimensions, 2 vision blocks."""
-    ids = {
-        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
-        for name, token in {
-            "image": "<|image_pad|>",
-            "video": "<|video_pad|>",
-            "vision_start": "<|vision_start|>",
-            "vision_end": "<|vision_end|>",
-        }.items()
-    }
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}  # of head_dim / 2 = 8
     text = {
         "vocab_size": len(tokenizer),
@@ -124,7 +126,7 @@ def make_config(
         "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
         "pad_token_id": tokenizer.pad_token_id,
     }
-    common = {"tie_word_embeddings": True, **ids}
+    common = {"tie_word_embeddings": True, **vision_token_arguments(tokenizer)}
     if model_type == "qwen2_vl":
         vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": hidden_size}
         return Qwen2VLConfig(text_config=text, vision_config=vision, **common)

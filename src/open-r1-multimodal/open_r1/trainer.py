@@ -261,8 +261,8 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
                     self.accelerator,
                     gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
                 ) as model:
-                    repeats = [len(rows) for rows in rows_by_prompt(self._prompts)]
-                    unique = [prompt for prompt, _ in groupby(self._prompts)]
+                    groups = rows_by_prompt(self._prompts)
+                    unique, repeats = [self._prompts[rows[0]] for rows in groups], [len(rows) for rows in groups]
                     if self.tower_is_frozen:
                         unique = [encode_images(self._plain_model(), prompt) for prompt in unique]
                         self._prompts = [p for p, count in zip(unique, repeats, strict=True) for _ in range(count)]
