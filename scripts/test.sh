@@ -8,6 +8,14 @@ sh "$ROOT/setup.sh"
 if [ "${1:-}" = "--all" ]; then
     shift
     set -- -m "heavy or not heavy" "$@"
+    # The report's tests open it in a browser; without one they say what to install.
+    if { ! command -v chromium && ! command -v google-chrome || ! command -v chromedriver; } >/dev/null 2>&1 &&
+        [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+        echo "test: installing chromium and chromium-driver"
+        { apt-get update -qq &&
+            DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; } >/dev/null ||
+            echo "test: could not install a browser; the report's tests will say so"
+    fi
 fi
 cd "$ROOT"
 "$PYTHON" -m ruff check .

@@ -1,0 +1,31 @@
+"""Make the report of a run, finished, killed or still going on: one page that opens from disk.
+
+python scripts/report.py outputs/grpo_sat
+python scripts/report.py outputs/grpo_sat --output report.html
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from open_r1.report import write_report
+
+
+def main() -> int:
+    """Command line entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder that training wrote (its output_dir)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: report.html in RUN)")
+    args = parser.parse_args()
+    try:
+        print(write_report(args.run, args.output))
+    except (OSError, ValueError) as error:
+        print(f"report: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

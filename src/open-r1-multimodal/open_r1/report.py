@@ -1,0 +1,478 @@
+"""A run's folder -> one self-contained `report.html`: curves, "aha moments", a browser of its completions. No torch.
+
+The page needs no network and runs no script but its own. Statistics use every completion; of the texts and images as
+many are embedded as fit its size, and it says how many. Model output, prompts and paths are untrusted: Jinja escapes
+what it writes, and the page's script puts text only where text belongs.
+"""
+
+import base64
+import hashlib
+import io
+import math
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+from PIL import Image
+
+from open_r1.answers import extract_answer
+from open_r1.curves import (
+    NARROW,
+    WIDE,
+    Curves,
+    accuracy_length_legend,
+    accuracy_length_svg,
+    chart_svg,
+    collect,
+    is_sft,
+    legend,
+    save_accuracy_length,
+)
+from open_r1.runs import Rollouts, Run, ends, is_usable, read_run, reflection_statistics, scan_rollouts
+from open_r1.sat import DECODE_ERRORS, EXTENSIONS, MAX_PIXELS
+
+TEXT_LIMIT = 4000  # characters of one text in the page; longer ones keep this much of their beginning and end
+TEXT_HEAD = 3000
+IMAGE_SIDE = 256  # pixels of the longer side
+MAX_GROUPS = 32  # prompts of one step
+MAX_IMAGES = 8  # of one prompt
+MAX_EXAMPLES = 6
+QUOTE = 160  # characters of an example on either side of its first reflection
+# Bytes that the page spends on the completions of each source, and on images before base64 adds a third.
+TEXT_BUDGETS = {"train": 6_000_000, "eval": 3_000_000}
+IMAGE_BUDGET = 6_000_000
+ROW_BYTES = 200  # of a completion beside its text
+
+# The arguments that the page names, where the run has them.
+SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "beta",
+    "loss_type",
+    "scale_rewards",
+    "num_generations",
+    "num_iterations",
+    "temperature",
+    "max_completion_length",
+    "max_prompt_length",
+    "max_pixels",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "freeze_vision",
+    "use_peft",
+    "seed",
+)
+KEY_CHARTS = ("rewards", "held-out", "length", "loss", "token-accuracy")  # their first panels head the page
+
+_TAG = re.compile(r"</?(?:think|answer)>")
+# Control characters by their pictures, U+2400 on: a random model writes them, and nobody would see them. Half a
+# character by the sign for it: it is no text.
+_VISIBLE = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"},
+    127: 0x2421,
+    **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),
+}
+
+
+def write_report(run: Path, output: Path | None = None) -> Path:
+    """Make the report of a run, finished or not.
+
+    Args:
+        run: the folder that training wrote (its `output_dir`).
+        output: the page to write (default: `report.html` in the run's folder). The figure `accuracy_length.png` and
+            `.svg` goes beside it, when there is something to draw.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OSError, ValueError: not a run, a damaged file, or no room to write; one line.
+    """
+    output = output or run / "report.html"
+    with ExitStack() as stack:
+        log = read_run(run)
+        train, held_out = (
+            stack.enter_context(scan_rollouts(run / f"trajectories/{name}.jsonl")) for name in ("train", "eval")
+        )
+        curves = collect(log, train, held_out)
+        page = render(log, train, held_out, curves)
+    temporary = output.with_name(f".tmp-{output.name}")
+    # Lone surrogates, of a file name that is not UTF-8, cannot be written.
+    temporary.write_text(page, encoding="utf-8", errors="replace")
+    os.replace(temporary, output)
+    if curves.accuracy or curves.length:
+        for ending in (".png", ".svg"):
+            save_accuracy_length(curves, output.with_name(f"accuracy_length{ending}"))
+    return output
+
+
+def render(run: Run, train: Rollouts, held_out: Rollouts, curves: Curves) -> str:
+    """The page's HTML."""
+    here = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(here),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    script = (here / "report.js").read_text(encoding="utf-8")
+    picked = pick_examples(train)
+    return environment.get_template("report.html.jinja").render(
+        style=Markup((here / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        name=run.path.resolve().name,
+        summary=summary(run, train, held_out),
+        figures=key_figures(curves),
+        settings=[(name, run.info["arguments"][name]) for name in SETTINGS if name in run.info.get("arguments", {})],
+        accuracy_length=[
+            accuracy_length_svg(curves, f"accuracy-length-{name}", size)
+            for name, size in (("wide", WIDE), ("narrow", NARROW))
+            if curves.accuracy or curves.length
+        ],
+        accuracy_length_legend=accuracy_length_legend(curves),
+        charts=[(chart, legend(chart), chart_svg(chart)) for chart in curves.charts],
+        missing=curves.missing,
+        reflections=[
+            (title, reflection_statistics(rollouts))
+            for title, rollouts in (("training", train), ("held-out", held_out))
+            if len(rollouts)
+        ],
+        examples=examples(train, picked),
+        browser=browser_data({"train": train, "eval": held_out}, {"train": picked, "eval": ()}),
+    )
+
+
+# --- the head of the page -----------------------------------------------------------------------------------
+
+
+def summary(run: Run, train: Rollouts, held_out: Rollouts) -> dict[str, Any]:
+    """What the run is and how far it came."""
+    done = run.steps_done or int(train.rows["step"].max(initial=0))
+    if run.max_steps is not None and done >= run.max_steps:
+        state = "finished"
+    elif done:
+        state = f"stopped at step {done} or still running"
+    else:
+        state = "no step finished yet"
+    return {
+        "kind": "SFT" if is_sft(run, train) else "GRPO",
+        "model": run.info.get("model"),
+        "dataset": run.info.get("dataset"),
+        "eval_dataset": run.info.get("eval_dataset"),
+        "processes": run.info.get("world_size"),
+        "steps": done,
+        "max_steps": run.max_steps,
+        "state": state,
+        "last_time": None if run.last_time is None else utc(datetime.fromtimestamp(run.last_time, timezone.utc)),
+        "completions": len(train),
+        "held_out_completions": len(held_out),
+        "made": utc(datetime.now(timezone.utc)),
+    }
+
+
+def utc(time: datetime) -> str:
+    """A time as people write it, to the second."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def key_figures(curves: Curves) -> list[tuple[str, str, str]]:
+    """Label, value at the start and value at the end of what a run is about."""
+    figures = []
+    for chart in curves.charts:
+        panel = chart.panels[0]
+        for line in panel.lines if chart.name in KEY_CHARTS else ():
+            values = line.points.values
+            first, last = (values[0], values[-1]) if line.marked else ends(values)
+            figures.append((line.label, *(f"{100 * v:.1f} %" if panel.percent else f"{v:.3g}" for v in (first, last))))
+    return figures
+
+
+# --- steps -------------------------------------------------------------------------------------------------
+
+Steps = dict[int, list[list[int]]]  # step -> the rows of each group, in the file's order
+
+
+def steps_of(rollouts: Rollouts) -> Steps:
+    """The rows of every step, group by group."""
+    groups: dict[int, list[int]] = {}
+    for index, group in enumerate(rollouts.rows["group"].tolist()):
+        groups.setdefault(group, []).append(index)
+    steps: Steps = {}
+    for rows in groups.values():
+        steps.setdefault(int(rollouts.rows["step"][rows[0]]), []).append(rows)
+    return dict(sorted(steps.items()))
+
+
+# --- aha moments --------------------------------------------------------------------------------------------
+
+
+def pick_examples(rollouts: Rollouts, count: int = MAX_EXAMPLES) -> list[int]:
+    """Rows worth reading: the first with a reflection, then self-corrections that ended right, over the whole run."""
+    reflective = np.flatnonzero(rollouts.rows["reflective"])
+    right = reflective[rollouts.rows["corrected"][reflective] & (rollouts.correct()[reflective] == 1)]
+    chosen = set(reflective[:1].tolist())
+    for pool in (right, reflective):
+        rest = [index for index in pool.tolist() if index not in chosen]
+        places = np.linspace(0, len(rest) - 1, min(count - len(chosen), len(rest)), dtype=int)
+        chosen.update(rest[place] for place in places)
+    return sorted(chosen)
+
+
+def examples(rollouts: Rollouts, rows: Iterable[int]) -> list[dict[str, Any]]:
+    """Quotations of completions around their first reflections."""
+    steps, correct = steps_of(rollouts), rollouts.correct()
+    return [quotation(rollouts, steps, index, correct[index]) for index in rows]
+
+
+def quotation(rollouts: Rollouts, steps: Steps, index: int, correct: float) -> dict[str, Any]:
+    """What a completion says around its first reflection, and where the page's browser has the whole of it."""
+    record = rollouts.read(index)
+    step, text, (start, end) = record["step"], record["completion"], min(record["reflections"])
+    group, rows = next((number, rows) for number, rows in enumerate(steps[step], start=1) if index in rows)
+    return {
+        "step": step,
+        "link": f"#train/{step}/{group}/{rows.index(index) + 1}",
+        "before": visible(("…" if start > QUOTE else "") + text[max(0, start - QUOTE) : start]),
+        "reflection": visible(text[start : min(end, start + QUOTE)]),
+        "after": visible(text[end : end + QUOTE] + ("…" if end + QUOTE < len(text) else "")),
+        "considered": shown(record.get("considered")),
+        "answer": shown(extract_answer(text)),
+        "corrected": record.get("self_corrected", False),
+        "correct": None if math.isnan(correct) else bool(correct),
+    }
+
+
+# --- the browser of completions -----------------------------------------------------------------------------
+
+
+def choose_steps(prompts: Mapping[int, Collection[int]], count: int, required: Collection[int] = ()) -> list[int]:
+    """About `count` steps to show: the first, the last, the required ones, and others evenly between.
+
+    Of each stretch of steps the one is taken in which most prompts of the steps before it recur, so that one can see
+    what became of them; of equals the one in the middle.
+
+    Args:
+        prompts: step, in order -> the prompts that it asks.
+    """
+    steps = list(prompts)
+    if len(steps) <= count:
+        return steps
+    wanted = {steps[0], steps[-1], *required}
+    chosen, seen = {steps[0]}, set(prompts[steps[0]])
+    edges = np.linspace(1, len(steps) - 1, max(count - 1, 1)).round().astype(int)  # of count - 2 stretches
+    for low, high in pairwise(edges):
+        stretch = steps[low:high]
+        middle = (len(stretch) - 1) / 2
+        taken = [step for step in stretch if step in wanted] or [
+            max(
+                enumerate(stretch),
+                key=lambda place: (len(seen.intersection(prompts[place[1]])), -abs(place[0] - middle)),
+            )[1]
+        ]
+        chosen.update(taken)
+        for step in taken:
+            seen.update(prompts[step])
+    return sorted(chosen | wanted)
+
+
+def choose_groups(
+    rollouts: Rollouts, groups: Sequence[list[int]], often: np.ndarray, required: set[int]
+) -> list[tuple[int, list[int]]]:
+    """At most `MAX_GROUPS` of a step's groups, with their numbers in it: required rows, then prompts that recur.
+
+    Args:
+        often: prompt -> in how many groups of the file it is asked.
+    """
+
+    def rank(place: int) -> tuple:
+        rows = groups[place]
+        prompt = rollouts.rows["prompt"][rows[0]]
+        return required.isdisjoint(rows), -often[prompt], prompt
+
+    places = sorted(sorted(range(len(groups)), key=rank)[:MAX_GROUPS])
+    return [(place + 1, groups[place]) for place in places]
+
+
+class Shared:
+    """What the page holds once, however often it is asked: prompts and images."""
+
+    def __init__(self) -> None:
+        self.prompts: list[dict[str, Any]] = []
+        self.images: list[dict[str, str]] = []
+        self._prompt_numbers: dict[tuple[int, int], int] = {}
+        self._image_numbers: dict[str, int] = {}
+        self._budget = IMAGE_BUDGET
+
+    def prompt(self, rollouts: Rollouts, index: int, record: Mapping[str, Any]) -> int:
+        """The number of a completion's prompt."""
+        key = id(rollouts), int(rollouts.rows["prompt"][index])
+        if key not in self._prompt_numbers:
+            self._prompt_numbers[key] = len(self.prompts)
+            head, question, tail = rollouts.question(record["prompt"])
+            self.prompts.append(
+                {
+                    "head": segments(head),
+                    "question": segments(question.strip()),
+                    "tail": segments(tail),
+                    "opens_think": record["prompt"].endswith("<think>"),
+                    "images": [self.image(path) for path in record["images"][:MAX_IMAGES]],
+                }
+            )
+        return self._prompt_numbers[key]
+
+    def image(self, path: str) -> int:
+        """The number of an image."""
+        if path not in self._image_numbers:
+            self._image_numbers[path] = len(self.images)
+            record = {"name": visible(Path(path).name)[:QUOTE]}
+            try:
+                data, kind = thumbnail(Path(path))
+            except DECODE_ERRORS as error:
+                record["missing"] = "no such file" if isinstance(error, FileNotFoundError) else "cannot be decoded"
+            else:
+                self._budget -= len(data)
+                if self._budget >= 0:
+                    record["source"] = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+                else:
+                    record["missing"] = "left out to keep this page small"
+            self.images.append(record)
+        return self._image_numbers[path]
+
+
+def browser_data(sources: Mapping[str, Rollouts], required: Mapping[str, Collection[int]]) -> dict[str, Any]:
+    """What the page's script browses.
+
+    Args:
+        sources: name -> its completions.
+        required: name -> rows that must be among those embedded.
+    """
+    shared = Shared()
+    embedded = {
+        name: embed(rollouts, set(required[name]), TEXT_BUDGETS[name], shared) for name, rollouts in sources.items()
+    }
+    return {"sources": embedded, "prompts": shared.prompts, "images": shared.images}
+
+
+def embed(rollouts: Rollouts, required: set[int], budget: int, shared: Shared) -> dict[str, Any]:
+    """As many steps of one source as fit the budget (in bytes), in whole groups."""
+    steps, correct = steps_of(rollouts), rollouts.correct()
+    asked = {step: [int(rollouts.rows["prompt"][rows[0]]) for rows in groups] for step, groups in steps.items()}
+    often = np.bincount([prompt for prompts in asked.values() for prompt in prompts], minlength=1)
+    groups = {step: choose_groups(rollouts, steps[step], often, required) for step in steps}
+    size = np.minimum(rollouts.rows["size"], TEXT_LIMIT) + ROW_BYTES
+    total = sum(int(size[rows].sum()) for chosen in groups.values() for _, rows in chosen)
+    required_steps = {int(rollouts.rows["step"][index]) for index in required}
+    chosen = choose_steps(asked, max(2, int(len(steps) * budget / max(total, 1))), required_steps)
+    first = [step for step in chosen if step in {chosen[0], chosen[-1], *required_steps}]
+    records: dict[int, dict[str, Any]] = {}
+    for step in [*first, *(step for step in chosen if step not in first)]:
+        of_step = [group_record(rollouts, correct, number, rows, shared) for number, rows in groups[step]]
+        budget -= len(htmlsafe_json_dumps(of_step))
+        if budget < 0 and records:  # escapes may take more than was reckoned
+            break
+        records[step] = {"step": step, "asked": len(steps[step]), "groups": of_step}
+    return {
+        "steps": [records[step] for step in sorted(records)],
+        "total": len(steps),
+        "rewards": [visible(name) for name in rollouts.rewards],
+    }
+
+
+def group_record(
+    rollouts: Rollouts, correct: np.ndarray, number: int, rows: Sequence[int], shared: Shared
+) -> dict[str, Any]:
+    """One prompt of one step, the `number`-th, and its completions."""
+    records = [rollouts.read(index) for index in rows]
+    return {
+        "number": number,
+        "prompt": shared.prompt(rollouts, rows[0], records[0]),
+        "solution": shown(records[0].get("solution")),
+        "completions": [
+            {
+                "text": segments(record["completion"], record.get("reflections", ())),
+                "rewards": [rounded(record["rewards"].get(name)) for name in rollouts.rewards],
+                "advantage": rounded(record["advantage"]),
+                "length": record["length"],
+                "truncated": not record["ended"],
+                "correct": None if math.isnan(correct[index]) else bool(correct[index]),
+                "reflective": bool(record.get("reflections")),
+                "considered": shown(record.get("considered")) if record.get("self_corrected") else None,
+            }
+            for index, record in zip(rows, records, strict=True)
+        ],
+    }
+
+
+# --- untrusted texts and images -----------------------------------------------------------------------------
+
+
+def visible(text: str) -> str:
+    """The text with a sign for what has none."""
+    return text.translate(_VISIBLE)
+
+
+def shown(text: str | None) -> str | None:
+    """A short text, cut to what fits a line or two."""
+    return text if text is None else visible(text if len(text) <= QUOTE else text[:QUOTE] + "…")
+
+
+def rounded(value: float | None) -> float | None:
+    """A number as JSON can hold it."""
+    return round(value, 3) if is_usable(value) else None
+
+
+def segments(text: str, reflections: Iterable[Sequence[int]] = ()) -> list[tuple[str, str]]:
+    """The text as pieces (kind, text): `text`, `tag`, `reflection`; `cut` names what is left out of a long one."""
+    windows = [(0, len(text))]
+    if len(text) > TEXT_LIMIT:
+        windows = [(0, TEXT_HEAD), (len(text) - (TEXT_LIMIT - TEXT_HEAD), len(text))]
+    pieces: list[tuple[str, str]] = []
+    position = 0
+    for start, end in windows:
+        if start > position:
+            pieces.append(("cut", f"{start - position:,} characters left out"))
+        position = start
+        marks = [(match.start(), match.end(), "tag") for match in _TAG.finditer(text, start, end)]
+        marks += [(first, last, "reflection") for first, last in reflections]
+        for first, last, kind in sorted(marks):
+            first, last = max(first, position), min(last, end)
+            if first < last:
+                pieces += [("text", text[position:first]), (kind, text[first:last])]
+                position = last
+        pieces.append(("text", text[position:end]))
+        position = end
+    return [(kind, visible(piece)) for kind, piece in pieces if piece]
+
+
+def thumbnail(path: Path) -> tuple[bytes, str]:
+    """A small copy of an image and its format, `png` or `jpeg`.
+
+    Raises:
+        one of `DECODE_ERRORS`: not a file, no image, damaged or too large.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(path)
+    with Image.open(path, formats=[name for name in EXTENSIONS if name != "MPO"]) as image:
+        if image.width * image.height > MAX_PIXELS:  # known before any pixel is decoded
+            raise ValueError(f"over {MAX_PIXELS} pixels")
+        image.draft("RGB", (2 * IMAGE_SIDE, 2 * IMAGE_SIDE))  # a large JPEG is decoded at a fraction of its size
+        small = image.convert("RGB")
+    small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    buffer = io.BytesIO()
+    if small.getcolors(256):  # flat colours: smaller and sharper as PNG
+        small.save(buffer, format="PNG", optimize=True)
+        return buffer.getvalue(), "png"
+    small.save(buffer, format="JPEG", quality=80)
+    return buffer.getvalue(), "jpeg"

@@ -1,0 +1,479 @@
+"""The folder that a run leaves -> what happened in it: its arguments, its log, its completions, statistics. No torch.
+
+A run may still be going on: the last line of a file may be half written. Anything else that is damaged is an error in
+one line. Completions are kept as columns of numbers; their texts stay in the file until somebody asks for one.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from open_r1.scoring import wilson
+
+ACCURACY, FORMAT = "accuracy_reward", "format_reward"  # as the trainer logs the registry's rewards
+MAX_REWARDS = 32  # a run has a handful; more is a damaged file, and each is a column
+_LARGEST = 2**53  # integers up to it survive a trip through JSON
+_YEAR_10000 = 253402300800  # in seconds since 1970
+_IMAGE_TAGS = re.compile(r"<\|vision_start\|>(?:<\|(?:image|video)_pad\|>)*<\|vision_end\|>")
+# A place where a template's own text may end and a question begin, and the other way round.
+_QUESTION_STARTS = re.compile(r"\n|[.:?!] ")
+_QUESTION_ENDS = re.compile(r"\n|  |<\|")
+
+
+# --- untrusted data -----------------------------------------------------------------------------------------
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number; NaN and the infinities, which Python writes into JSON, are."""
+    return isinstance(value, float) or (_is_integer(value) and abs(value) <= _LARGEST)
+
+
+def is_usable(value: Any) -> bool:
+    """Whether it is a number that can be averaged and drawn."""
+    return is_number(value) and abs(value) <= _LARGEST  # false for NaN
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_integer(value) and 0 <= value <= _LARGEST
+
+
+def _is_time(value: Any) -> bool:
+    return is_number(value) and 0 <= value < _YEAR_10000
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_null(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _are_rewards(value: Any) -> bool:
+    return isinstance(value, dict) and all(reward is None or is_number(reward) for reward in value.values())
+
+
+def _are_spans(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(span, list) and len(span) == 2 and all(map(_is_count, span)) for span in value
+    )
+
+
+Fields = Mapping[str, tuple[Callable[[Any], bool], str]]  # name -> what must hold, and how an error calls it
+
+COMPLETION: Fields = {
+    "step": (_is_count, "a number of steps"),
+    "prompt": (_is_text, "text"),
+    "images": (_are_texts, "a list of paths"),
+    "completion": (_is_text, "text"),
+    "rewards": (_are_rewards, "numbers or null by name"),
+    "advantage": (is_number, "a number"),
+    "length": (_is_count, "a number of tokens"),
+    "ended": (lambda value: isinstance(value, bool), "true or false"),
+}
+# Older runs have not all of them.
+COMPLETION_OPTIONAL: Fields = {
+    "solution": (_is_text_or_null, "text or null"),
+    "group": (_is_count, "a number"),
+    "reflections": (_are_spans, "pairs of offsets"),
+    "considered": (_is_text_or_null, "text or null"),
+    "self_corrected": (lambda value: isinstance(value, bool), "true or false"),
+}
+EVENT: Fields = {"step": (_is_count, "a number of steps")}
+EVENT_OPTIONAL: Fields = {"time": (_is_time, "seconds since 1970")}
+INFO_OPTIONAL: Fields = {
+    "command": (_is_text, "text"),
+    "started": (_is_text, "text"),
+    "world_size": (_is_count, "a number of processes"),
+    "max_steps": (_is_integer, "a number of steps"),
+    "model": (_is_text, "text"),
+    "dataset": (_is_text_or_null, "text or null"),
+    "eval_dataset": (_is_text_or_null, "text or null"),
+    "arguments": (lambda value: isinstance(value, dict), "an object"),
+}
+
+
+def check(record: Any, required: Fields, optional: Fields, origin: str) -> dict[str, Any]:
+    """The record, if it is an object whose fields have the right types.
+
+    Raises:
+        ValueError: it is not; one line that names the origin and the field.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"{origin}: expected an object")
+    for name, (holds, what) in required.items():
+        if name not in record or not holds(record[name]):
+            raise ValueError(f"{origin}: {name}: expected {what}")
+    for name, (holds, what) in optional.items():
+        if name in record and not holds(record[name]):
+            raise ValueError(f"{origin}: {name}: expected {what}")
+    return record
+
+
+def read_object(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON; delete it or restore it from a copy") from error
+
+
+def read_lines(file: BinaryIO, required: Fields, optional: Fields) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The byte offset and the object of every line of a JSON Lines file; a half-written last line is left out.
+
+    Raises:
+        ValueError: another line is not JSON, or a field has the wrong type; the message names file, line and field.
+    """
+    offset = 0
+    for number, line in enumerate(file, start=1):
+        origin = f"{file.name}, line {number}"
+        if not line.isspace():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                # Without its end it is being written, or a crash cut it; the crash of a machine may also leave zeros.
+                if not line.endswith(b"\n") or not file.read(1):
+                    return
+                raise ValueError(f"{origin}: not JSON; delete the line or restore the file from a copy") from error
+            yield offset, check(record, required, optional, origin)
+        offset += len(line)
+
+
+# --- the log ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run says about itself.
+
+    Attributes:
+        path: its folder.
+        info: the content of run.json; empty for an older run.
+        events: the log's events in order, each with `step` and metrics.
+        max_steps: how many steps it was to take; None when unknown.
+    """
+
+    path: Path
+    info: dict[str, Any]
+    events: list[dict[str, Any]]
+    max_steps: int | None
+
+    def series(self, name: str) -> "Series":
+        """A metric of the log against steps; a value that is no finite number is left out."""
+        points = {event["step"]: float(event[name]) for event in self.events if is_usable(event.get(name))}
+        steps = sorted(points)
+        return Series(np.array(steps, dtype=np.int64), np.array([points[step] for step in steps]))
+
+    @property
+    def steps_done(self) -> int:
+        """The last step that the log knows of."""
+        return max((event["step"] for event in self.events), default=0)
+
+    @property
+    def last_time(self) -> float | None:
+        """Seconds since 1970 of the last event, where events have a time."""
+        return max((event["time"] for event in self.events if "time" in event), default=None)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values (n,) or (n, k) against increasing steps (n,)."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def read_run(path: Path) -> Run:
+    """Read run.json and log.jsonl; without the latter, the log in the newest trainer_state.json.
+
+    Raises:
+        OSError, ValueError: not the folder of a run, or a damaged file; one line.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder")
+    states = [state for state in (path / "trainer_state.json", *_checkpoint_states(path)) if state.is_file()]
+    has_log, has_info = (path / "log.jsonl").is_file(), (path / "run.json").is_file()
+    if not (states or has_log or has_info or (path / "trajectories").is_dir()):
+        raise ValueError(f"{path}: nothing of a run in it (run.json, log.jsonl, trajectories/, trainer_state.json)")
+    info = check(read_object(path / "run.json"), {}, INFO_OPTIONAL, str(path / "run.json")) if has_info else {}
+    state = _read_state(states)
+    events = [check(event, EVENT, EVENT_OPTIONAL, f"{state['origin']}: log_history") for event in state["log_history"]]
+    if has_log:
+        with (path / "log.jsonl").open("rb") as file:
+            events = [event for _, event in read_lines(file, EVENT, EVENT_OPTIONAL)]
+    max_steps = info.get("max_steps", state.get("max_steps"))
+    return Run(path, info, events, max_steps if _is_count(max_steps) and max_steps > 0 else None)
+
+
+def _checkpoint_states(path: Path) -> list[Path]:
+    """trainer_state.json of every checkpoint, the newest first."""
+    numbers = [(re.fullmatch(r"checkpoint-(\d{1,18})", folder.name), folder) for folder in path.glob("checkpoint-*")]
+    found = sorted(((int(match[1]), folder) for match, folder in numbers if match), reverse=True)
+    return [folder / "trainer_state.json" for _, folder in found]
+
+
+def _read_state(states: Sequence[Path]) -> dict[str, Any]:
+    """The one that went furthest of the run's own and the newest checkpoint's; a crash may have cut the latter."""
+    furthest = {"origin": None, "log_history": []}
+    for path in states:
+        try:
+            state = read_object(path)
+        except ValueError:
+            continue
+        if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
+            raise ValueError(f"{path}: log_history: expected a list")
+        if len(state["log_history"]) > len(furthest["log_history"]):
+            furthest = {**state, "origin": path}
+        if path.parent.name.startswith("checkpoint-"):
+            break
+    return furthest
+
+
+# --- the completions ----------------------------------------------------------------------------------------
+
+COLUMNS = np.dtype(
+    [
+        ("offset", np.int64),  # of the line in the file, in bytes
+        ("size", np.int64),  # of the line's text, in characters
+        ("step", np.int64),
+        ("group", np.int64),  # the same number for the completions of one prompt in one step, unique in the file
+        ("prompt", np.int64),  # the same number for the same text and images, wherever they recur
+        ("length", np.int64),  # in tokens
+        ("ended", np.bool_),
+        ("has_reflections", np.bool_),  # whether the run looked for them
+        ("reflective", np.bool_),
+        ("corrected", np.bool_),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """A trajectory file: every completion as a row of numbers, and its text on demand.
+
+    Attributes:
+        file: stays open, so that a run that rewrites its file on resuming does not move the texts.
+        rows: (n,) of `COLUMNS`.
+        rewards: name -> (n,); NaN where a reward function gave none.
+        head, tail: what all prompts share before and behind the question, their image tags left out.
+    """
+
+    file: BinaryIO
+    rows: np.ndarray
+    rewards: dict[str, np.ndarray]
+    head: str
+    tail: str
+
+    def __enter__(self) -> "Rollouts":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> dict[str, Any]:
+        """The whole record of one completion."""
+        self.file.seek(self.rows["offset"][index])
+        return json.loads(self.file.readline())
+
+    def correct(self) -> np.ndarray:
+        """(n,) 1.0 where the accuracy reward says right, 0.0 where it says wrong, NaN where there is none."""
+        reward = self.rewards.get(ACCURACY)
+        if reward is None:
+            return np.full(len(self), np.nan)
+        return np.where(np.isnan(reward), np.nan, (reward > 0.5).astype(float))
+
+    def question(self, prompt: str) -> tuple[str, str, str]:
+        """A prompt without its image tags, divided into the shared head, its own question and the shared tail."""
+        prompt = _IMAGE_TAGS.sub("", prompt)
+        middle = len(prompt) - len(self.tail)
+        if middle <= len(self.head):
+            return "", prompt, ""
+        return self.head, prompt[len(self.head) : middle], self.tail
+
+
+def scan_rollouts(path: Path) -> Rollouts:
+    """Read a trajectory file once, in order; a file that is not there has no rows.
+
+    Raises:
+        OSError, ValueError: a damaged line; the message names file, line and field.
+    """
+    file = (path if path.is_file() else Path(os.devnull)).open("rb")
+    try:
+        return _scan(file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _scan(file: BinaryIO) -> Rollouts:
+    rows: list[tuple] = []
+    rewards: dict[str, dict[int, float]] = {}
+    prompts: dict[bytes, int] = {}
+    groups: dict[tuple[int, int, int], int] = {}
+    head = tail = None
+    for offset, record in read_lines(file, COMPLETION, COMPLETION_OPTIONAL):
+        prompt = record["prompt"]
+        digest = hashlib.blake2b(repr((prompt, record["images"])).encode(), digest_size=16).digest()
+        if digest not in prompts:
+            text = _IMAGE_TAGS.sub("", prompt)
+            head = text if head is None else _shared(head, text)
+            tail = text[::-1] if tail is None else _shared(tail, text[::-1])
+        prompt_id = prompts.setdefault(digest, len(prompts))
+        # An evaluation in several batches counts its groups anew in each.
+        key = (record["step"], record.get("group", 0), prompt_id)
+        for name, reward in record["rewards"].items():
+            if is_usable(reward):
+                rewards.setdefault(name, {})[len(rows)] = float(reward)
+        if len(rewards) > MAX_REWARDS:
+            raise ValueError(f"{file.name}: more than {MAX_REWARDS} names of rewards")
+        reflections = record.get("reflections")
+        rows.append(
+            (
+                offset,
+                len(record["completion"]),
+                record["step"],
+                groups.setdefault(key, len(groups)),
+                prompt_id,
+                record["length"],
+                record["ended"],
+                reflections is not None,
+                bool(reflections),
+                record.get("self_corrected", False),
+            )
+        )
+    columns = {}
+    for name, values in rewards.items():
+        columns[name] = np.full(len(rows), np.nan)
+        columns[name][list(values)] = list(values.values())
+    head, tail = _template(head, tail[::-1]) if len(prompts) > 1 else ("", "")
+    return Rollouts(file, np.array(rows, dtype=COLUMNS), columns, head, tail)
+
+
+def _shared(first: str, second: str) -> str:
+    """What two texts begin with alike."""
+    if second.startswith(first):  # as soon as the template alone is left
+        return first
+    return first[: next((at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))]
+
+
+def _template(head: str, tail: str) -> tuple[str, str]:
+    """The shared beginning and end of the prompts without what questions merely happen to share."""
+    starts = [match.end() for match in _QUESTION_STARTS.finditer(head)]
+    ends = _QUESTION_ENDS.search(tail)
+    return head[: starts[-1]] if starts else "", tail[ends.start() :] if ends else ""
+
+
+# --- statistics ---------------------------------------------------------------------------------------------
+
+
+def by_step(steps: np.ndarray, values: np.ndarray, reduce: Callable[[np.ndarray], Any] = np.mean) -> Series:
+    """One number (or several) a step from the values (n,) of its completions; NaN values do not count."""
+    known = ~np.isnan(values)
+    steps, values = steps[known], values[known]
+    order = np.argsort(steps, kind="stable")
+    unique, starts = np.unique(steps[order], return_index=True)
+    parts = np.split(values[order], starts[1:]) if len(unique) else []
+    return Series(unique, np.array([reduce(part) for part in parts]))
+
+
+def quartiles(values: np.ndarray) -> np.ndarray:
+    """(2,) the lower and the upper quartile."""
+    return np.quantile(values, (0.25, 0.75))
+
+
+def group_accuracy(rollouts: Rollouts) -> Series:
+    """Accuracy a step with Wilson's 95 % interval: values (n, 3) as mean, low, high.
+
+    The observation is the question: completions of one question are not independent, so they count once, with
+    their mean.
+    """
+    steps, correct, groups = rollouts.rows["step"], rollouts.correct(), rollouts.rows["group"]
+    means = by_step(groups, correct)  # a group's number belongs to one step
+    step_of = dict(zip(groups.tolist(), steps.tolist(), strict=True))
+    return by_step(
+        np.array([step_of[group] for group in means.steps.tolist()], dtype=np.int64),
+        means.values.astype(float),
+        lambda part: (part.mean(), *wilson(part.sum(), len(part))),
+    )
+
+
+def ends(values: np.ndarray) -> tuple[float, float] | None:
+    """The means of the first and of the last tenth, at least one value each; None without values."""
+    if not len(values):
+        return None
+    tenth = -(-len(values) // 10)
+    return float(values[:tenth].mean()), float(values[-tenth:].mean())
+
+
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """(n,) centred means over `window` (odd) values, over fewer at the ends."""
+
+    def sums(addends: np.ndarray) -> np.ndarray:
+        return np.convolve(addends, np.ones(window))[window // 2 :][: len(addends)]
+
+    return sums(values) / sums(np.ones(len(values)))
+
+
+@dataclass(frozen=True)
+class Reflections:
+    """How often completions reconsider, and whether it helps.
+
+    Attributes:
+        measured: completions in which reflections were looked for.
+        reflective, first_step: how many have one, and the first step with one.
+        accuracy_with, accuracy_without: (right, judged) of those with and without a reflection.
+        corrections, corrected_right: how many changed their option, and how many of these (right, judged) ended right.
+    """
+
+    measured: int
+    reflective: int
+    first_step: int | None
+    accuracy_with: tuple[int, int]
+    accuracy_without: tuple[int, int]
+    corrections: int
+    corrected_right: tuple[int, int]
+
+
+def reflection_statistics(rollouts: Rollouts) -> Reflections:
+    """Counts over all completions in which the run looked for reflections."""
+    rows, correct = rollouts.rows, rollouts.correct()
+    measured = rows["has_reflections"]
+    with_one, corrected = measured & rows["reflective"], measured & rows["corrected"]
+
+    def right(chosen: np.ndarray) -> tuple[int, int]:
+        return int((correct[chosen] == 1).sum()), int((~np.isnan(correct[chosen])).sum())
+
+    return Reflections(
+        measured=int(measured.sum()),
+        reflective=int(with_one.sum()),
+        first_step=int(rows["step"][with_one].min()) if with_one.any() else None,
+        accuracy_with=right(with_one),
+        accuracy_without=right(measured & ~rows["reflective"]),
+        corrections=int(corrected.sum()),
+        corrected_right=right(corrected),
+    )

@@ -1,0 +1,579 @@
+"""The report of a run: right numbers from whatever a run left, hostile texts made harmless, errors in one line."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fake_run import PROMPT, STARTED, fake_events, fake_rows, row, write_images, write_lines, write_run
+from open_r1 import report
+from open_r1.curves import MAX_POINTS, collect, step_time, thin
+from open_r1.prompts import REPO_ROOT
+from open_r1.report import choose_steps, segments, write_report
+from open_r1.runs import (
+    by_step,
+    ends,
+    group_accuracy,
+    moving_average,
+    quartiles,
+    read_run,
+    reflection_statistics,
+    scan_rollouts,
+)
+from open_r1.scoring import wilson
+
+SCRIPT = REPO_ROOT / "scripts/report.py"
+RIGHT, WRONG = {"accuracy_reward": 1.0, "format_reward": 1.0}, {"accuracy_reward": 0.0, "format_reward": 1.0}
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements, attributes and the text outside of scripts and styles."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text, self.scripts = "", []
+        self._inside = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.data = json.loads(self.scripts[0])
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.text += data
+
+    def completions(self, source: str = "train") -> list[dict]:
+        steps = self.data["sources"][source]["steps"]
+        return [completion for step in steps for group in step["groups"] for completion in group["completions"]]
+
+    def titles(self) -> list[str]:
+        """The headings of the charts."""
+        return re.findall(r"<figcaption>\s*<h3>([^<]*)</h3>", self.source)
+
+
+def make(run: Path) -> Page:
+    return Page(write_report(run))
+
+
+def plain(completion: dict) -> str:
+    return "".join(text for _, text in completion["text"])
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+TINY = [
+    row(step=1, group=0, rewards=RIGHT, length=10),
+    row(step=1, group=0, rewards=WRONG, length=20, ended=False),
+    row(step=1, group=1, rewards=RIGHT, length=30, reflections=[[0, 2]], considered="left", self_corrected=False),
+    row(step=1, group=1, rewards=WRONG, length=40, reflections=[[0, 2]], considered="left", self_corrected=True),
+    row(step=3, group=0, rewards=RIGHT, length=100, reflections=[[3, 5]], considered="right", self_corrected=True),
+    row(step=3, group=0, rewards={"accuracy_reward": None, "format_reward": 0.0}, length=200),
+]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    run = write_run(tmp_path / "run", TINY, eval_rows=TINY)
+    with scan_rollouts(run / "trajectories/train.jsonl") as rollouts:
+        yield rollouts
+
+
+def test_statistics_of_a_tiny_run(tiny):
+    steps = tiny.rows["step"]
+    accuracy = by_step(steps, tiny.rewards["accuracy_reward"])
+    assert accuracy.steps.tolist() == [1, 3] and accuracy.values.tolist() == [0.5, 1.0]  # null does not count
+    assert by_step(steps, tiny.rewards["format_reward"]).values.tolist() == [1.0, 0.5]
+    assert by_step(steps, tiny.rows["length"].astype(float)).values.tolist() == [25, 150]
+    assert by_step(steps, tiny.rows["length"].astype(float), quartiles).values.tolist() == [[17.5, 32.5], [125, 175]]
+    assert by_step(steps, (~tiny.rows["ended"]).astype(float)).values.tolist() == [0.25, 0]
+
+
+def test_reflections_are_counted(tiny):
+    counts = reflection_statistics(tiny)
+    assert (counts.measured, counts.reflective, counts.first_step) == (6, 3, 1)
+    assert counts.accuracy_with == (2, 3) and counts.accuracy_without == (1, 2)
+    assert counts.corrections == 2 and counts.corrected_right == (1, 2)
+
+
+def test_held_out_interval_counts_questions(tiny):
+    """Two completions of a question are half an observation each."""
+    series = group_accuracy(tiny)
+    assert series.steps.tolist() == [1, 3]
+    np.testing.assert_allclose(series.values[0], [0.5, *wilson(1.0, 2)])
+    np.testing.assert_allclose(series.values[1], [1.0, *wilson(1.0, 1)])
+
+
+def test_evaluation_in_several_batches(tmp_path):
+    """Groups are numbered anew in each batch of an evaluation: the same number may mean two questions."""
+    rows = [row(step=5, group=g, prompt=PROMPT.format(f"{b}{g}?"), rewards=RIGHT) for b in (0, 1) for g in (0, 1)]
+    run = write_run(tmp_path / "run", eval_rows=rows)
+    with scan_rollouts(run / "trajectories/eval.jsonl") as rollouts:
+        np.testing.assert_allclose(group_accuracy(rollouts).values[0], [1.0, *wilson(4, 4)])
+    [step] = make(run).data["sources"]["eval"]["steps"]
+    assert [group["number"] for group in step["groups"]] == [1, 2, 3, 4] and step["asked"] == 4
+
+
+def test_rows_of_two_processes(tmp_path):
+    """Both ranks' completions stand one behind the other; the groups of a step are told by their number."""
+    rows = [row(step=s, group=g, prompt=PROMPT.format(f"{g}?")) for s in (1, 2) for g in range(4) for _ in range(2)]
+    page = make(write_run(tmp_path / "run", rows, events=fake_events(2), world_size=2))
+    steps = page.data["sources"]["train"]["steps"]
+    assert [[len(group["completions"]) for group in step["groups"]] for step in steps] == [[2] * 4] * 2
+    # the same prompts in the second step, held once
+    assert [group["prompt"] for group in steps[0]["groups"]] == [group["prompt"] for group in steps[1]["groups"]]
+    assert len(page.data["prompts"]) == 4
+
+
+def test_small_functions():
+    assert ends(np.arange(20.0)) == (0.5, 18.5) and ends(np.array([3.0])) == (3, 3) and ends(np.array([])) is None
+    np.testing.assert_allclose(moving_average(np.array([1.0, 2, 3, 10]), 3), [1.5, 2, 5, 6.5])
+    np.testing.assert_allclose(moving_average(np.array([1.0, 3]), 9), [2, 2])
+
+
+def test_thinning_keeps_spikes_and_ends():
+    values = np.sin(np.arange(10_000.0))
+    values[4321], values[8765] = 50, -50
+    kept = thin(values)
+    assert len(kept) <= MAX_POINTS and {0, 4321, 8765, 9999} <= set(kept.tolist()) and (np.diff(kept) > 0).all()
+
+
+def test_step_time_parts_add_up(tmp_path):
+    events = [
+        {"step": 1, "step_time": 10.0, "time/rollout": 6.0, "time/scoring": 1.0, "time/update": 2.0},
+        {"step": 2, "step_time": 5.0, "time/update": 5.5},  # a step that reuses a rollout; clocks that disagree
+    ]
+    lines = step_time(read_run(write_run(tmp_path / "run", events=events)))
+    values = {line.label: line.points.values.tolist() for line in lines}
+    assert values == {"rollout": [6, 0], "scoring": [1, 0], "update": [2, 5.5], "rest": [1, 0]}
+
+
+def test_the_question_without_its_template(tmp_path):
+    questions = ["Where is a? Choose: b or c", "How many? Choose: 1 or 2"]
+    page = make(write_run(tmp_path / "run", [row(group=n, prompt=PROMPT.format(q)) for n, q in enumerate(questions)]))
+    for prompt, question in zip(page.data["prompts"], questions, strict=True):
+        parts = [plain({"text": prompt[name]}) for name in ("head", "question", "tail")]
+        assert parts[1] == question and prompt["opens_think"]
+        assert parts[0].endswith("User: ") and parts[2] == "\nAssistant: Let me solve this step by step.\n<think>"
+
+
+# --- runs of every kind -------------------------------------------------------------------------------------
+
+
+def test_a_finished_run(tmp_path):
+    questions = write_images(tmp_path / "images", 6)
+    rows = fake_rows(questions, range(1, 5), 4, prompts=2, group=4)
+    held_out = fake_rows(questions, (2, 4), 4, prompts=6, group=1)
+    page = make(write_run(tmp_path / "my run", rows, held_out, fake_events(4, eval_every=2)))
+    assert "my run" in page.text and "finished" in page.text and "4 of 4 steps" in page.text
+    assert "32 completions, 12 held-out" in page.text
+    assert page.titles() == [
+        "Accuracy and completion length",
+        "Accuracy and format reward",
+        "Held-out accuracy",
+        "Completion length",
+        "Reflection and self-correction",
+        "Entropy",
+        "KL to the reference model",
+        "Reward spread and groups without signal",
+        "Seconds a step",
+        "Gradient norm",
+    ]
+    assert len(page.completions()) == 32 and len(page.completions("eval")) == 12
+    assert all(image["source"].startswith("data:image/png;base64,") for image in page.data["images"])
+
+
+def test_curves_follow_every_completion(tmp_path):
+    """The log's own mean may cover several steps; the completions are those of each."""
+    run = write_run(tmp_path / "run", TINY, events=[{"step": 3, "rewards/accuracy_reward/mean": 0.123, "kl": 0.5}])
+    with scan_rollouts(run / "trajectories/train.jsonl") as train, scan_rollouts(run / "none.jsonl") as held_out:
+        curves = collect(read_run(run), train, held_out)
+    assert curves.accuracy[0].points.values.tolist() == [0.5, 1.0]
+    assert "Held-out accuracy" in curves.missing and "KL to the reference model" not in curves.missing
+
+
+def test_a_killed_run_with_half_a_line(tmp_path):
+    run = write_run(tmp_path / "run", [row(step=1), row(step=2)], events=fake_events(2))
+    for name in ("log.jsonl", "trajectories/train.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"step": 3, "promp')
+    page = make(run)
+    assert "stopped at step 2 or still running" in page.text and len(page.completions()) == 2
+    assert f"last logged {report.utc(report.datetime.fromtimestamp(STARTED + 40, report.timezone.utc))}" in page.text
+
+
+def test_zeros_behind_the_last_line(tmp_path):
+    """What a machine that lost its power may leave."""
+    run = write_run(tmp_path / "run", [row()])
+    with (run / "trajectories/train.jsonl").open("ab") as file:
+        file.write(b"\0" * 300 + b"\n")
+    assert len(make(run).completions()) == 1
+
+
+def test_a_run_before_its_first_step(tmp_path):
+    page = make(write_run(tmp_path / "run"))
+    assert "Nothing was logged yet" in page.text and "Qwen/Qwen2-VL-2B" in page.text and page.titles() == []
+    (tmp_path / "old/trajectories").mkdir(parents=True)
+    assert "Nothing was logged yet" in make(tmp_path / "old").text
+    assert not list(tmp_path.rglob("accuracy_length*"))  # nothing to draw
+
+
+def test_older_rows_and_an_older_log(tmp_path):
+    """No run.json, no log.jsonl, rows without options and reflections: the newest whole checkpoint's log serves."""
+    new = ("options", "reflections", "considered", "self_corrected", "group")
+    rows = [{key: value for key, value in row(step=step).items() if key not in new} for step in (1, 2)]
+    run = tmp_path / "run"
+    write_lines(run / "trajectories/train.jsonl", rows)
+    for number, text in ((9, "[1"), (10, "{"), (2, json.dumps({"max_steps": 5, "log_history": list(fake_events(2))}))):
+        (run / f"checkpoint-{number}").mkdir()
+        (run / f"checkpoint-{number}/trainer_state.json").write_text(text)
+    page = make(run)
+    assert "2 of 5 steps" in page.text and "did not look for reflections" in page.text
+    assert "Entropy" in page.titles() and "Reflection and self-correction" not in page.titles()
+    assert all(completion["considered"] is None for completion in page.completions())
+
+
+def test_the_log_that_went_furthest(tmp_path):
+    """A run that had finished, was continued, and then killed: its own trainer_state.json is the older one."""
+    for folder, steps in (("run", 2), ("run/checkpoint-4", 4), ("run/checkpoint-3", 3)):
+        (tmp_path / folder).mkdir()
+        state = {"max_steps": 9, "log_history": list(fake_events(steps))}
+        (tmp_path / folder / "trainer_state.json").write_text(json.dumps(state))
+    assert read_run(tmp_path / "run").steps_done == 4
+
+
+def test_a_run_without_completions(tmp_path):
+    events = [{**event, "rewards/accuracy_reward/mean": 0.5} for event in fake_events(3)]
+    page = make(write_run(tmp_path / "run", events=events))
+    assert "Accuracy and format reward" in page.titles() and "Rollouts" not in page.text
+
+
+def test_a_supervised_run(tmp_path):
+    events = [{"step": s, "loss": 1 / s, "mean_token_accuracy": 0.5, "learning_rate": 1e-5} for s in range(1, 60)]
+    page = make(write_run(tmp_path / "run", events=events, command="sft", max_steps=59))
+    assert page.titles() == ["Loss", "Token accuracy", "Learning rate"] and "not drawn: Entropy" in page.text
+    assert "SFT run" in page.text and "Aha" not in page.text and "Rollouts" not in page.text
+
+
+def test_another_reward_has_its_own_curve(tmp_path):
+    rows = [row(step=step, rewards={"my_reward": step / 10}) for step in (1, 2, 3)]
+    page = make(write_run(tmp_path / "run", rows))
+    assert "Reward: my_reward" in page.titles() and "Accuracy and format reward" not in page.titles()
+    assert {completion["correct"] for completion in page.completions()} == {None}
+
+
+def test_numbers_that_are_none(tmp_path):
+    """A loss that exploded is written as NaN; JSON in a page has no such number."""
+    rows = [row(step=1, advantage=float("nan"), rewards={"accuracy_reward": float("inf")}), row(step=2)]
+    page = make(write_run(tmp_path / "run", rows, events=[{"step": 1, "kl": float("nan")}, {"step": 2, "kl": 1e300}]))
+    first, second = page.completions()
+    assert (first["advantage"], first["rewards"], first["correct"]) == (None, [None, None], None)
+    assert (second["advantage"], second["correct"]) == (0.5, True) and "KL to the reference model" not in page.titles()
+
+
+def test_a_run_that_resumes_meanwhile(tmp_path):
+    """Resuming replaces the file; the texts that the report then fetches are still those that it counted."""
+    run = write_run(tmp_path / "run", [row(step=1, completion="first"), row(step=2, completion="second")])
+    path = run / "trajectories/train.jsonl"
+    with scan_rollouts(path) as rollouts:
+        write_lines(run / "new", [row(step=1, completion="x" * 1000)]).replace(path)
+        assert [rollouts.read(index)["completion"] for index in (1, 0)] == ["second", "first"]
+
+
+# --- images -------------------------------------------------------------------------------------------------
+
+
+def test_missing_and_damaged_images(tmp_path):
+    good, damaged, large, pipe = (tmp_path / name for name in ("good.png", "damaged.png", "large.png", "pipe.png"))
+    Image.new("RGB", (900, 300), "red").save(good)
+    damaged.write_bytes(good.read_bytes()[:60])
+    Image.new("1", (8192, 4096)).save(large)
+    os.mkfifo(pipe)
+    paths = [str(path) for path in (good, tmp_path / "gone.png", damaged, large, pipe, tmp_path)]
+    page = make(write_run(tmp_path / "run", [row(images=paths), row(images=paths), row(images=["a\0b"])]))
+    first, *others = page.data["images"]
+    assert [image["missing"] for image in others] == [
+        "no such file",
+        "cannot be decoded",
+        "cannot be decoded",
+        "no such file",
+        "no such file",
+        "no such file",
+    ]
+    small = base64.b64decode(first["source"].removeprefix("data:image/png;base64,"))
+    (tmp_path / "small.png").write_bytes(small)
+    assert Image.open(tmp_path / "small.png").size == (256, 85)
+
+
+def test_photographs_become_jpeg_and_the_budget_holds(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
+    rows = []
+    for number in range(4):
+        path = tmp_path / f"{number}.jpg"
+        Image.fromarray(noise).save(path)
+        rows.append(row(step=number, images=[str(path)]))
+    size = len(report.thumbnail(path)[0])
+    monkeypatch.setattr(report, "IMAGE_BUDGET", 2 * size)
+    images = make(write_run(tmp_path / "run", rows)).data["images"]
+    assert [image["name"] for image in images if "source" in image] == ["0.jpg", "3.jpg"]  # the first and last step
+    assert all(image["source"].startswith("data:image/jpeg") for image in images if "source" in image)
+
+
+# --- hostile texts ------------------------------------------------------------------------------------------
+
+HOSTILE = [
+    "<script>window.hit = 1</script>",
+    "</script><script>window.hit = 1</script>",
+    "<!-- <script>",
+    "<img src=x onerror='window.hit = 1'>",
+    "{{ 7 * 7 }} {% raw %}",
+    "\u2028\u2029\x00\x1b[31m\ud800",
+    "\u202egnp.exe",
+    "]]></svg>&lt;$\\frac{1}$",
+]
+
+
+def test_hostile_texts_are_inert(tmp_path):
+    """In completions, prompts, solutions, image names, names of rewards, metrics and the run itself."""
+    rows = [
+        row(
+            step=step,
+            prompt=text,
+            images=[f"/tmp/{text}.png"],
+            solution=text,
+            completion=text,
+            rewards={text: 1.0, "accuracy_reward": 1.0},
+            reflections=[[0, 5]],
+            considered=text,
+            self_corrected=True,
+        )
+        for step, text in enumerate(HOSTILE)
+    ]
+    events = [{"step": 1, f"rewards/{text}/mean": 1.0} for text in HOSTILE]
+    bad_name = HOSTILE[0].replace("/", "|")
+    run = write_run(tmp_path / bad_name, rows, events=events, model=HOSTILE[1], arguments={"beta": HOSTILE[0]})
+    page = make(run)
+    assert page.tags.count("script") == 2 and "img" not in page.tags
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    for text in HOSTILE[:5]:
+        assert text in [plain(completion) for completion in page.completions()]
+        assert text in page.text  # its reward's title, escaped
+    assert [plain(page.completions()[5])] == ["\u2028\u2029␀␛[31m\ufffd"]
+    assert "<" not in page.scripts[0]
+
+
+def test_a_long_completion_is_cut(tmp_path):
+    text = "a" * 3_000 + "b" * 5_000_000 + "c" * 1_000
+    run = write_run(tmp_path / "run", [row(completion=text, prompt=text, reflections=[[2_000_000, 2_000_004]] * 99)])
+    page = make(run)
+    [completion] = page.completions()
+    assert completion["text"] == [
+        ["text", "a" * 3_000],
+        ["cut", "5,000,000 characters left out"],
+        ["text", "c" * 1_000],
+    ]
+    assert len(page.source) < 1_000_000
+
+
+def test_segments():
+    text = "hm. wait, no.</think><answer>left</answer>"
+    assert segments(text, [[4, 8], [6, 12]]) == [
+        ("text", "hm. "),
+        ("reflection", "wait"),
+        ("reflection", ", no"),
+        ("text", "."),
+        ("tag", "</think>"),
+        ("tag", "<answer>"),
+        ("text", "left"),
+        ("tag", "</answer>"),
+    ]
+    assert segments("short", [[3, 99], [50, 60], [2, 1]]) == [("text", "sho"), ("reflection", "rt")]
+    assert segments("") == []
+
+
+def test_the_page_runs_its_own_script_alone(tmp_path):
+    page = make(write_run(tmp_path / "run", [row()], events=fake_events(3)))
+    policy = next(value for name, value in page.attributes if name == "content" and "default-src" in value)
+    digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
+    assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
+    loaded = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action")]
+    assert all(value.startswith(("#", "data:")) for value in loaded)
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    referred = {value for name, value in page.attributes if name in ("aria-labelledby", "for")}
+    assert referred <= set(ids) and set(re.findall(r"url\(#([^)]+)\)", page.source)) <= set(ids)
+
+
+# --- size ---------------------------------------------------------------------------------------------------
+
+
+def test_choice_of_steps():
+    prompts = {step: {step} for step in range(1, 101)}
+    chosen = choose_steps(prompts, 10, required=[37])
+    assert {1, 37, 100} <= set(chosen) and len(chosen) <= 11 and chosen == sorted(chosen)
+    assert max(np.diff(chosen)) <= 24
+    # a prompt of step 1 recurs beside the middle of a stretch
+    recurring = prompts | {step: {1} for step in (14, 44, 58, 91)}
+    assert {14, 44, 58, 91} <= set(choose_steps(recurring, 10))
+    assert choose_steps(prompts, 200) == list(prompts) and choose_steps(prompts, 2) == [1, 100]
+    assert choose_steps({}, 2) == []
+
+
+def test_1500_steps_of_64_completions(tmp_path):
+    questions = [
+        {"question": f"Where is shape {n}?", "options": ["left", "right"], "answer": "left", "images": []}
+        for n in range(15_000)
+    ]
+    rows = list(fake_rows(questions, range(1, 11), 10, prompts=8, group=8))
+    run = write_run(tmp_path / "run", events=fake_events(1500), max_steps=1500)
+    (run / "trajectories").mkdir()
+    with (run / "trajectories/train.jsonl").open("w") as file:
+        for step in range(1500):
+            part = rows[64 * (step % 10) : 64 * (step % 10 + 1)]
+            text = "".join(json.dumps(record) + "\n" for record in part)
+            file.write(text.replace(f'"step": {step % 10 + 1},', f'"step": {step + 1},'))
+    page = make(run)
+    assert "96,000 completions" in page.text and len(page.source) < 30_000_000
+    train = page.data["sources"]["train"]
+    assert train["total"] == 1500 and 20 < len(train["steps"]) < 1500
+    assert (train["steps"][0]["step"], train["steps"][-1]["step"]) == (1, 1500)
+    assert all(len(group["completions"]) == 8 for step in train["steps"] for group in step["groups"])
+
+
+def test_texts_that_swell_when_escaped_stay_within_the_budget(tmp_path):
+    rows = [row(step=step, completion="<" * 4000) for step in range(1500)]
+    page = make(write_run(tmp_path / "run", rows))
+    assert len(page.source) < 7_000_000
+    steps = [step["step"] for step in page.data["sources"]["train"]["steps"]]
+    assert steps[0] == 0 and steps[-1] == 1499
+
+
+def test_examples_are_among_the_embedded(tmp_path, monkeypatch):
+    monkeypatch.setitem(report.TEXT_BUDGETS, "train", 4_000)
+    rows = [row(step=step, completion=f"It is {step}. Wait, no.") for step in range(200)]
+    for step in (33, 77, 123):
+        rows[step] |= {"reflections": [[9, 14]], "considered": "right", "self_corrected": True}
+    page = make(write_run(tmp_path / "run", rows))
+    steps = [step["step"] for step in page.data["sources"]["train"]["steps"]]
+    assert {33, 77, 123} <= set(steps) and len(steps) < 40
+    links = [value for name, value in page.attributes if name == "href" and value.startswith("#train/")]
+    assert links == ["#train/33/1/1", "#train/77/1/1", "#train/123/1/1"]
+
+
+def test_a_large_evaluation_is_thinned_to_the_same_prompts(tmp_path):
+    rows = [row(step=s, group=g, prompt=PROMPT.format(f"{g}?")) for s in (1, 2) for g in range(100)]
+    steps = make(write_run(tmp_path / "run", eval_rows=rows)).data["sources"]["eval"]["steps"]
+    shown = [[group["prompt"] for group in step["groups"]] for step in steps]
+    assert shown[0] == shown[1] and len(shown[0]) == report.MAX_GROUPS and steps[0]["asked"] == 100
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_command_writes_the_page_and_the_figure(tmp_path):
+    run = write_run(tmp_path / "run", TINY)
+    assert command(run).stdout == f"{run / 'report.html'}\n"
+    assert (run / "accuracy_length.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (run / "accuracy_length.svg").read_text()
+    before = sorted(run.rglob("*"))
+    (tmp_path / "elsewhere").mkdir()
+    page = tmp_path / "elsewhere/page.html"
+    assert command(run, "--output", page).returncode == 0
+    assert sorted(path.name for path in page.parent.iterdir()) == [
+        "accuracy_length.png",
+        "accuracy_length.svg",
+        "page.html",
+    ]
+    assert sorted(run.rglob("*")) == before
+
+
+def test_the_same_run_gives_the_same_report(tmp_path):
+    run = write_run(tmp_path / "run", TINY, events=fake_events(50))
+
+    def content() -> list[bytes]:
+        write_report(run)
+        page = re.sub(rb'<time id="made">[^<]*', b"", (run / "report.html").read_bytes())
+        return [page, *((run / f"accuracy_length.{ending}").read_bytes() for ending in ("png", "svg"))]
+
+    assert content() == content()
+
+
+def damage(name: str, text: str):
+    def change(run: Path) -> None:
+        (run / name).write_text(text)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (damage("trajectories/train.jsonl", f"{{}}x\n{json.dumps(row())}\n"), "train.jsonl, line 1: not JSON; delete"),
+        (damage("trajectories/train.jsonl", "[" * 99_999 + "\n\n1\n"), "train.jsonl, line 1: not JSON; delete"),
+        (damage("trajectories/train.jsonl", '{"step": ' + "9" * 9_999 + "}\n\n1\n"), "line 1: not JSON"),
+        (damage("trajectories/train.jsonl", "\n7\n"), "train.jsonl, line 2: expected an object"),
+        (damage("trajectories/eval.jsonl", json.dumps(row(step=-1))), "eval.jsonl, line 1: step: expected a number"),
+        (damage("trajectories/train.jsonl", json.dumps(row(step=True))), "line 1: step: expected a number"),
+        (damage("trajectories/train.jsonl", json.dumps(row(length=10**30))), "line 1: length: expected a number"),
+        (damage("trajectories/train.jsonl", json.dumps(row(completion=None))), "line 1: completion: expected text"),
+        (damage("trajectories/train.jsonl", json.dumps(row(rewards=[1]))), "line 1: rewards: expected numbers"),
+        (damage("trajectories/train.jsonl", json.dumps(row(images="a"))), "line 1: images: expected a list of paths"),
+        (damage("trajectories/train.jsonl", json.dumps(row(reflections=[[1]]))), "line 1: reflections: expected pairs"),
+        (
+            damage("trajectories/train.jsonl", json.dumps(row(rewards={str(n): 0.0 for n in range(40)}))),
+            "more than 32 names of rewards",
+        ),
+        (damage("log.jsonl", '{"loss": 1}\n'), "log.jsonl, line 1: step: expected a number"),
+        (damage("log.jsonl", '{"step": 1, "time": 1e300}\n'), "log.jsonl, line 1: time: expected seconds"),
+        (damage("run.json", "{"), "run.json: not JSON"),
+        (damage("run.json", '{"model": 3}'), "run.json: model: expected text"),
+        (damage("run.json", '{"arguments": []}'), "run.json: arguments: expected an object"),
+    ],
+)
+def test_damage_is_one_line(tmp_path, change, message):
+    run = write_run(tmp_path / "run", [row()])
+    change(run)
+    with pytest.raises(ValueError) as caught:
+        write_report(run)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(run.glob("*.html")) and not list(run.glob(".tmp*"))
+
+
+def test_not_a_run(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path, message in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "nothing of a run in it")):
+        done = command(path)
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith(f"report: error: {path}: {message}") and done.stderr.count("\n") == 1
+
+
+def test_report_imports_no_torch():
+    code = (
+        "import sys, open_r1.report; sys.exit(bool({'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
