@@ -75,20 +75,37 @@ def differing_conditions(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def score_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy in % and its 95 % interval: a line a score, a column a result."""
-    labels = list(dict.fromkeys(label for result in results for label in result["scores"]))
+    """Accuracy in % and its 95 % interval: a line a result, a column a task and the Total."""
+    tasks = dict.fromkeys(row["task"] for result in results for row in result["results"])
+    columns = [*tasks, TOTAL]
+    lines = [f"| | {' | '.join(columns)} |", f"|:-|{'-:|' * len(columns)}"]
+    for name, result in zip(names, results, strict=True):
+        lines.append(f"| {name} | {' | '.join(interval(result['scores'].get(column)) for column in columns)} |")
+    chances = (results[0]["scores"].get(column) for column in columns)
+    cells = [f"{100 * value['chance']:.2f}" if value else "-" for value in chances]
+    lines.append(f"| chance | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def detail_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
+    """The other scores, and the shares of responses that could not be read or were cut off: a column a result."""
+    tasks = {row["task"] for result in results for row in result["results"]}
+    labels = dict.fromkeys(label for result in results for label in result["scores"])
     lines = [f"| | {' | '.join(names)} |", f"|:-|{'-:|' * len(names)}"]
-    for label in labels:
-        cells = []
-        for result in results:
-            value = result["scores"].get(label)
-            low, high = (100 * bound for bound in value["interval"]) if value else (0, 0)
-            cells.append(f"{100 * value['accuracy']:.2f} ({low:.1f} - {high:.1f})" if value else "-")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+    for label in (label for label in labels if label not in tasks and label != TOTAL):
+        lines.append(f"| {label} | {' | '.join(interval(result['scores'].get(label)) for result in results)} |")
     for key in ("unparsable_share", "truncated_share"):
         cells = [f"{100 * result['shares'][key]:.2f}" for result in results]
         lines.append(f"| {key.replace('_', ' ')} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def interval(value: Mapping[str, Any] | None) -> str:
+    """`"45.20 (41.0 - 49.0)"`, or a dash for a score that there is none of."""
+    if value is None:
+        return "-"
+    low, high = (100 * bound for bound in value["interval"])
+    return f"{100 * value['accuracy']:.2f} ({low:.1f} - {high:.1f})"
 
 
 def paired_line(name: str, first: Mapping[Hashable, bool], second: Mapping[Hashable, bool]) -> str:
@@ -152,6 +169,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="result file of the evaluation")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call the results (default: by their files)")
     parser.add_argument(
         "--chart", type=chart_path, metavar="FILE", help="PNG, SVG or PDF (default: comparison.png beside the first)"
     )
@@ -159,8 +177,11 @@ def main() -> int:
     chart = args.chart or args.results[0].parent / "comparison.png"
     try:
         results = [read_result(path) for path in args.results]
-        names = short_names(args.results)
+        names = args.names or short_names(args.results)
+        if len(names) != len(results):
+            raise ValueError(f"--names: {len(names)} names for {len(results)} results")
         print(score_table(names, results))
+        print(f"\n{detail_table(names, results)}")
         first, *others = map(outcomes, results)
         if others:
             print(f"\n| against {names[0]} | {TOTAL} in points | it alone right | not it | shared | McNemar p |")

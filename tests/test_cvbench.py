@@ -350,6 +350,10 @@ def test_compare(tmp_path, items):
     done = run(COMPARE, *paths, "--chart", tmp_path / "chart.svg")
     assert done.returncode == 0, done.stderr
     assert "| | base | grpo |" in done.stdout and "<svg" in (tmp_path / "chart.svg").read_text()
+    assert "| | Count | Relation | Depth | Distance | Total |" in done.stdout
+    totals = [100 * json.loads(path.read_text())["accuracy"]["Total"] for path in paths]
+    for line, total in zip(done.stdout.splitlines()[2:4], totals, strict=True):
+        assert line.count("(") == 5 and line.rpartition(" | ")[2].startswith(f"{total:.2f} (")
     assert "the prompts differ" in done.stderr and "parsers" not in done.stderr
     first, second = (json.loads(path.read_text())["results"] for path in paths)
     only_second = sum(b["correct"] and not a["correct"] for a, b in zip(first, second, strict=True))
@@ -361,6 +365,10 @@ def test_compare(tmp_path, items):
     (tmp_path / "strict.json").write_text(json.dumps(strict))
     done = run(COMPARE, paths[0], tmp_path / "strict.json")
     assert "the parsers differ" in done.stderr and "prompts" not in done.stderr
+    done = run(COMPARE, *paths, "--names", "Base", "+GRPO")
+    assert "| | Base | +GRPO |" in done.stdout
+    done = run(COMPARE, *paths, "--names", "Base")
+    assert done.returncode == 1 and done.stderr == "compare: error: --names: 1 names for 2 results\n"
     assert (tmp_path / "scored/comparison.png").stat().st_size > 10_000
 
 
