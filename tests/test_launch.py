@@ -1,5 +1,6 @@
 """The commands: every script parses, every recipe parses, launches agree with each other, signals end them."""
 
+import json
 import os
 import re
 import signal
@@ -175,6 +176,34 @@ def test_ddp_zero2_and_zero3_agree(tmp_path, tiny_model, examples_json):
     for strategy in ("cpu", "zero3"):
         assert torch.allclose(torch.tensor(logs[strategy]), torch.tensor(logs["ddp"]), atol=1e-4)
         assert all(torch.allclose(weights[strategy][name], weights["ddp"][name], atol=1e-4) for name in weights["ddp"])
+
+
+@pytest.mark.heavy
+def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, examples_json):
+    """On written completions; the prompts of one process reflect more than those of the other."""
+    logs = {}
+    for processes in ("1", "2"):
+        output = tmp_path / processes
+        arguments = ["--max_steps", "3", "--reward_funcs", "accuracy", "planted:zero", "--max_completion_length", "128"]
+        arguments += ["--eval_dataset_name", str(examples_json), "--eval_strategy", "steps", "--eval_steps", "3"]
+        arguments += ["--per_device_eval_batch_size", "4"]
+        result = run_grpo(tiny_model, examples_json, output, *arguments, NUM_PROCESSES=processes)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert f"report: {output}/report.html" in result.stdout and (output / "report.html").stat().st_size
+        assert "{" not in result.stdout and result.stdout.count("\nstep ") == 4  # three steps and an evaluation
+        assert json.loads((output / "run.json").read_text())["world_size"] == int(processes)
+        rows = [log for log in read_jsonl(output / "log.jsonl") if "loss" in log or "eval_loss" in log]
+        logs[processes] = [{name: log[name] for name in log if "reflection/" in name} for log in rows]
+        rollouts = read_jsonl(output / "trajectories/train.jsonl")
+        for log in rows[:3]:
+            shares = [bool(row["reflections"]) for row in rollouts if row["step"] == log["step"]]
+            assert log["reflection/share"] == sum(shares) / len(shares) and len(shares) == 16
+    assert logs["1"] == logs["2"] and len(logs["1"]) == 4
+    assert logs["1"][3] == {
+        "eval_reflection/share": 3 / 8,
+        "eval_reflection/self_correction": 2 / 8,
+        "eval_reflection/correction_success": 1 / 2,
+    }
 
 
 @pytest.mark.heavy

@@ -8,14 +8,17 @@ import random
 import signal
 import subprocess
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from trl import ModelConfig
 
 from open_r1 import checkpoints
 from open_r1 import trainer as trainer_module
+from open_r1.callbacks import add_run_callbacks
 from open_r1.checkpoints import (
     MANIFEST,
     CompleteCheckpoints,
@@ -25,7 +28,7 @@ from open_r1.checkpoints import (
     resolve_checkpoint,
     seal,
 )
-from open_r1.data import load_dataset
+from open_r1.data import DataArguments, load_dataset
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.trainer import Qwen2VLGRPOTrainer
@@ -151,6 +154,7 @@ def train(model: Path, data: Path, output: Path, place: str | None = None, count
         callbacks=[moments],
     )
     trainer.add_callback(CompleteCheckpoints(args))
+    add_run_callbacks(trainer, "grpo", DataArguments(str(data)), ModelConfig(str(model)))
     trainer.train(resume_from_checkpoint=resolve_checkpoint("auto", str(output)))
     trainer.save_model(str(output))
 
@@ -239,9 +243,17 @@ def kill_processes_naming(path: str) -> None:
 
 
 def assert_equal_runs(whole: Path, killed: Path) -> None:
-    """The same weights, bit for bit, the same trajectories and the same log."""
+    """The same weights, bit for bit, the same trajectories and the same log, every step once; one start."""
     expected, weights = load_weights(whole), load_weights(killed)
     assert all(torch.equal(expected[name], weights[name]) for name in expected)
     rows = read_jsonl(whole / "trajectories/train.jsonl")
     assert rows and read_jsonl(killed / "trajectories/train.jsonl") == rows
+    logs = [
+        [(log["step"], log["loss"], log["reward"]) for log in read_jsonl(run / "log.jsonl") if "loss" in log]
+        for run in (whole, killed)
+    ]
+    assert logs[0] == logs[1] and [step for step, *_ in logs[0]] == list(range(1, STEPS + 1))
+    record = json.loads((killed / "run.json").read_text())
+    first = read_jsonl(killed / "log.jsonl")[0]["time"]
+    assert abs(datetime.fromisoformat(record["started"]).timestamp() - first) < 60 and record["max_steps"] == STEPS
     assert [path.name for path in killed.glob("checkpoint-*")] == [path.name for path in whole.glob("checkpoint-*")]

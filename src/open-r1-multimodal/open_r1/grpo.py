@@ -53,4 +53,4 @@ def build_trainer(
 
 
 if __name__ == "__main__":
-    run((GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig), build_trainer)
+    run("grpo", (GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig), build_trainer)

@@ -97,4 +97,4 @@ def build_trainer(
 
 
 if __name__ == "__main__":
-    run((SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig), build_trainer)
+    run("sft", (SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig), build_trainer)

@@ -1,11 +1,13 @@
 """GRPO for vision-language models: TRL's trainer, with the rollouts this project's users need to see and trust."""
 
+import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
+from open_r1.callbacks import LogRollouts
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.data import open_image
 from open_r1.grouping import (
@@ -39,6 +42,7 @@ from open_r1.grouping import (
     shuffle_groups,
 )
 from open_r1.modeling import load_model, reset_generation_config, vision_token_ids
+from open_r1.reflection import analyse, shares
 from open_r1.rollout import generate
 from open_r1.trajectories import append_rows, keep_rows
 
@@ -139,7 +143,9 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
     - every end-of-text id ends a completion, vision tokens are never sampled, and sampling settings come from
       `args` alone, never from the checkpoint's generation_config;
     - the prompt of a group is encoded, prefilled and scored once (`open_r1.grouping`, `open_r1.rollout`);
-    - every completion goes to `{output_dir}/trajectories/{train,eval}.jsonl`.
+    - every completion goes to `{output_dir}/trajectories/{train,eval}.jsonl`, and a few are shown where the run
+      reports to;
+    - the log says how many completions reflect, and how many correct themselves (`open_r1.reflection`).
 
     Args:
         model: Hub name or folder (loaded by `open_r1.modeling.load_model` with `args.model_init_kwargs`) or a model.
@@ -188,7 +194,9 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
                 enable_grouping(self.accelerator.unwrap_model(self.ref_model))
         self._rollout_seconds = 0.0  # of the optimiser step under way
         self.trajectory_dir = Path(args.output_dir) / "trajectories"
+        self.last_rollout: list[dict[str, Any]] = []  # trajectory rows of all processes, the newest in training
         self.add_callback(ContinueRollouts(self))
+        self.add_callback(LogRollouts(self))
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
         """TRL's, as an `EpochSampler`."""
@@ -342,34 +350,54 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
         return loss
 
     def _save_trajectories(self, inputs: list[dict[str, Any]], advantages: list[float]) -> None:
-        """Write this rollout's completions, those of all processes in order, from the main process."""
+        """Write this rollout's completions, those of all processes in order, from the main process; log reflections."""
         mode = self._mode()
         # A rollout in training serves the step under way, which the log counts when it is done.
         step = self.state.global_step + (mode == "train")
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
-        rows = []
-        for row, completion, ids, rewards, advantage in zip(inputs, *self._rollout, advantages, strict=True):
-            messages = prepare_multimodal_messages(row["prompt"], images=row["images"])
+        prompts = []
+        for (prompt, images), repeats in groupby(inputs, key=itemgetter("prompt", "images")):
+            messages = prepare_multimodal_messages(prompt, images=images)
             rendered = self.processing_class.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
             )
+            prompts += [rendered] * len(list(repeats))
+        rows = []
+        for row, prompt, completion, ids, rewards, advantage in zip(
+            inputs, prompts, *self._rollout, advantages, strict=True
+        ):
+            text = completion[0]["content"]
+            options = row.get("options") or None
+            reflection = analyse(text, options)
             rows.append(
                 {
                     "step": step,
-                    "prompt": rendered,
+                    "prompt": prompt,
                     "images": row["images"],
                     "solution": row.get("solution"),
-                    "completion": completion[0]["content"],
-                    "rewards": dict(zip(self.reward_func_names, rewards, strict=True)),
+                    "options": options,
+                    "completion": text,
+                    # a reward function that has nothing to say about a completion returns None, TRL's NaN
+                    "rewards": {
+                        name: None if math.isnan(reward) else reward
+                        for name, reward in zip(self.reward_func_names, rewards, strict=True)
+                    },
                     "advantage": advantage,
                     "length": len(ids),
                     "ended": ids[-1] in self.eos_token_ids,
+                    "reflections": reflection.spans,
+                    "considered": reflection.considered,
+                    "self_corrected": reflection.self_corrected,
                 }
             )
         rows = gather_object(rows)
+        for index, row in enumerate(rows):
+            row["group"] = index // group_size
+        for name, value in shares(rows).items():
+            self._metrics[mode][name].append(value)
+        if mode == "train":
+            self.last_rollout = rows
         if self.accelerator.is_main_process:
-            for index, row in enumerate(rows):
-                row["group"] = index // group_size
             append_rows(self.trajectory_dir / f"{mode}.jsonl", rows)
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: one JSON line a completion, in order, without duplicates or holes after a resume."""
+"""The files that a run leaves behind: JSON lines in order, without duplicates or holes after a resume."""
 
 import json
 import os
@@ -34,7 +34,12 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
             else:
                 dropped += 1
     if dropped:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, path)
+        replace_file(path, b"".join(kept))
     return dropped
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a file new content at once: a crash leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,309 @@
+"""What a run shows while it trains and leaves in its folder beside trajectories and checkpoints.
+
+`RunLog` writes `run.json`, what was run, and `log.jsonl`, one line a log event. `ProgressLines` prints one line a log
+event. `LogRollouts` shows a few rollouts in Weights & Biases and TensorBoard, which get the scalars from transformers'
+own callbacks, under its names for them: `train/reward`, `eval/reward`. After a resume these two show repeated steps
+twice; `log.jsonl` holds every step once.
+"""
+
+import json
+import math
+import re
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback, WandbCallback
+
+from open_r1.data import open_image
+from open_r1.trajectories import append_rows, keep_rows, replace_file
+
+RUN, LOG = "run.json", "log.jsonl"
+_SECRET = re.compile(r"(?:^|_)(?:token|password|secret|api_key)$", re.IGNORECASE)
+SHORT = {"accuracy_reward": "accuracy", "format_reward": "format"}  # in a line; other rewards keep their name
+RECENT_STEPS = 20  # whose seconds the ETA expects of the steps to come
+SHOWN_ROLLOUTS = 10  # in a whole run, beside the first
+MAX_SHOWN_CHARS = 10_000  # of a text
+MAX_SHOWN_PIXELS = 512  # a side
+
+
+def add_run_callbacks(trainer: Trainer, command: str, script_args: Any, model_args: Any) -> None:
+    """Give a trainer its run files, and lines of progress in place of transformers' bar and dictionaries.
+
+    Args:
+        trainer: of GRPO or SFT.
+        command: "grpo" or "sft".
+        script_args: dataclass with `dataset_name` and `eval_dataset_name`.
+        model_args: dataclass with `model_name_or_path`.
+    """
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ProgressLines())
+    trainer.add_callback(
+        RunLog(
+            {
+                "command": command,
+                "model": model_args.model_name_or_path,
+                "dataset": script_args.dataset_name,
+                "eval_dataset": script_args.eval_dataset_name,
+                "reward_funcs": getattr(trainer, "reward_func_names", []),
+                "arguments": without_secrets({**asdict(model_args), **asdict(script_args), **trainer.args.to_dict()}),
+            }
+        )
+    )
+
+
+# --- run.json and log.jsonl -----------------------------------------------------------------------------------
+
+
+def without_secrets(value: Any) -> Any:
+    """A copy for JSON: tokens and passwords are left out at any depth, what JSON has no word for becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): without_secrets(item) for key, item in value.items() if not _SECRET.search(str(key))}
+    if isinstance(value, list | tuple | set):
+        return [without_secrets(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+class RunLog(TrainerCallback):
+    """Write `run.json` when training starts and a line of `log.jsonl` at every log event.
+
+    Args:
+        run: what `run.json` holds beside `started`, `world_size` and `max_steps`, which only a started run knows.
+    """
+
+    def __init__(self, run: Mapping[str, Any]):
+        self.run = run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Describe the run, and drop the log of steps that are about to be repeated."""
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        if state.global_step:
+            started = first_start(folder / RUN) or started
+        record = {**self.run, "started": started, "world_size": args.world_size, "max_steps": state.max_steps}
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / RUN, json.dumps(record, indent=2).encode() + b"\n")
+        # A run that starts anew keeps nothing, not even an evaluation before its first step.
+        keep_rows(folder / LOG, lambda row: 0 < state.global_step >= row["step"])
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Write the event down."""
+        if state.is_world_process_zero:
+            row = {"step": state.global_step, "time": time.time(), **without_secrets(logs)}
+            append_rows(Path(args.output_dir) / LOG, [row])
+
+
+def first_start(path: Path) -> str | None:
+    """When the run that left this `run.json` started; None when there is none to read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["started"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+# --- one line a log event -------------------------------------------------------------------------------------
+
+
+def describe(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The figures of a log event that tell how training goes, as cells of equal width from event to event.
+
+    Args:
+        logs: of GRPO or SFT, as the trainer logs them.
+        prefix: "eval_" for an evaluation.
+    """
+    found = (re.fullmatch(rf"{prefix}rewards/(.+)/mean", key) for key in logs)
+    names = [match[1] for match in found if match]
+    if names:
+        cells = [] if prefix else [("reward", "reward", "6.3f")]  # "held-out" stands there
+        cells += [(SHORT.get(name, name), f"rewards/{name}/mean", "5.3f") for name in names]
+        cells += [("length", "completions/mean_length", "4.0f"), ("kl", "kl", "6.4f")]
+    else:
+        cells = [("loss", "loss", "7.4f"), ("token accuracy", "mean_token_accuracy", "5.3f")]
+    values = [(label, logs[prefix + key], form) for label, key, form in cells if prefix + key in logs]
+    return [f"{label} {'-' if value is None else format(value, form)}" for label, value, form in values]
+
+
+class ProgressLines(TrainerCallback):
+    """Print a line for every logged step and evaluation, from the main process."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None  # of an evaluation
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock; steps before a resume took another session's time."""
+        self.first_step, self.start = state.global_step, time.perf_counter()
+        self.steps_seconds = 0.0
+        self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.since_log: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """A step starts with its rollout."""
+        self.step_start = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Its update is done."""
+        seconds = time.perf_counter() - self.step_start
+        self.steps_seconds += seconds
+        self.recent.append(seconds)
+        self.since_log.append(seconds)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Print the event; the summary at the end of training is left to the run files."""
+        self.close_bar()
+        is_evaluation = any(key.startswith("eval_") for key in logs)
+        if not state.is_world_process_zero or not (is_evaluation or "loss" in logs):
+            return
+        cells = [f"step {state.global_step:{len(str(state.max_steps))}}/{state.max_steps}"]
+        if is_evaluation:
+            cells += ["held-out     " if "eval_reward" in logs else "held-out", *describe(logs, "eval_")]
+        else:
+            seconds = sum(self.since_log) / max(len(self.since_log), 1)
+            self.since_log.clear()
+            left = self.seconds_left(state)
+            cells += [*describe(logs), f"{seconds:5.1f} s", f"ETA {tqdm.format_interval(left)}"]
+        print("  ".join(cells), flush=True)
+
+    def seconds_left(self, state: TrainerState) -> float:
+        """What the steps to come take: as long as recent ones, and their share of evaluations and checkpoints."""
+        done = state.global_step - self.first_step
+        if not done:
+            return 0.0
+        between = max(time.perf_counter() - self.start - self.steps_seconds, 0.0) / done
+        return (state.max_steps - state.global_step) * (sum(self.recent) / len(self.recent) + between)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show on a terminal how far an evaluation is; nothing of it stays."""
+        if state.is_world_process_zero:
+            if self.bar is None:
+                self.bar = tqdm(total=len(eval_dataloader), desc="held-out", leave=False, disable=None)
+            self.bar.update(1)
+
+    def close_bar(self) -> None:
+        """The evaluation is over."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+# --- rollouts to look at ----------------------------------------------------------------------------------------
+
+
+class LogRollouts(TrainerCallback):
+    """Show the first group of a rollout, its image and its completions, where the run reports to.
+
+    It does so at the first logged step of a session and then at the first one after every tenth of `max_steps`.
+
+    Args:
+        trainer: its `last_rollout` holds the trajectory rows of its newest rollout in training.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The next logged step is the first."""
+        self.due = 0
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Show a group when one is due."""
+        if not state.is_world_process_zero or "loss" not in logs or state.global_step < self.due:
+            return
+        every = max(state.max_steps // SHOWN_ROLLOUTS, 1)
+        self.due = (state.global_step // every + 1) * every
+        callbacks = self.trainer.callback_handler.callbacks
+        rows = [row for row in self.trainer.last_rollout if row["group"] == 0]
+        for callback in callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                show_in_tensorboard(callback.tb_writer, rows, state.global_step)
+            elif isinstance(callback, WandbCallback):
+                show_in_wandb(rows, state.global_step)
+
+
+def shown_images(paths: Sequence[str]) -> list[Image.Image]:
+    """The images of a prompt, no larger than needed to see what they show."""
+    images = [open_image(path) for path in paths]
+    for image in images:
+        image.thumbnail((MAX_SHOWN_PIXELS, MAX_SHOWN_PIXELS))
+    return images
+
+
+def show_in_tensorboard(writer: Any, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    """One group as a text and images."""
+    writer.add_text("rollout", rollout_markdown(rows), step)
+    for number, image in enumerate(shown_images(rows[0]["images"]), start=1):
+        writer.add_image(f"rollout/image_{number}", np.asarray(image), step, dataformats="HWC")
+
+
+def show_in_wandb(rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    """One group as a table, a row a completion. Its texts are cells, which W&B never renders as HTML."""
+    import wandb
+
+    images = [wandb.Image(image) for image in shown_images(rows[0]["images"])]
+    rewards = list(rows[0]["rewards"])
+    columns = ["step", *(f"image_{number}" for number in range(1, len(images) + 1)), "prompt", "solution", "completion"]
+    table = wandb.Table(columns=[*columns, *rewards, "advantage", "length"])
+    for row in rows:
+        texts = [row["prompt"], str(row["solution"]), row["completion"]]
+        table.add_data(
+            *[step, *images, *(text[:MAX_SHOWN_CHARS] for text in texts)],
+            *[*row["rewards"].values(), row["advantage"], row["length"]],
+        )
+    wandb.log({"rollout": table, "train/global_step": step})
+
+
+def rollout_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One group's prompt, solution and completions; all texts in code blocks, where markup means nothing."""
+    first = rows[0]
+    parts = [f"prompt\n\n{code_block(first['prompt'])}", f"solution\n\n{code_block(str(first['solution']))}"]
+    for number, row in enumerate(rows, start=1):
+        figures = {**row["rewards"], "advantage": row["advantage"]}
+        values = ", ".join(f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in figures.items())
+        parts.append(f"completion {number}: {values}\n\n{code_block(row['completion'])}")
+    return "\n\n".join(parts)
+
+
+def code_block(text: str) -> str:
+    """The text in a Markdown code block that it cannot end: the fence is longer than any run of backticks in it."""
+    text = text[:MAX_SHOWN_CHARS]
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 3)
+    return f"{fence}\n{text}\n{fence}"

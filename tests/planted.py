@@ -1,0 +1,44 @@
+"""A rollout of written completions in place of sampled ones, so that reflections are known; importing it plants it.
+
+In a launched run the import comes with the reward: `--reward_funcs accuracy planted:zero`.
+"""
+
+import re
+
+from transformers import AutoTokenizer
+
+from open_r1 import trainer
+
+QUESTION = re.compile(r"What colour is picture (\d+)\? Choose between the following options: (\w+) or (\w+)")
+
+
+def written(prompt: str) -> list[str]:
+    """Four completions of a question of `support.write_examples`, whose first option is the right one."""
+    number, right, wrong = QUESTION.search(prompt).groups()
+    plain = [f"It is {wrong}.</think><answer>{right}</answer>", "no answer"]
+    if int(number) % 2:  # so that processes see different shares
+        return [f"It is {right}.</think><answer>{right}</answer>", f"<answer>{wrong}</answer>", *plain]
+    return [
+        f"It is {wrong}. Wait, look.</think><answer>{right}</answer>",  # corrects itself
+        f"It is {right}. Hmm, no.</think><answer>{wrong}</answer>",  # and gets it wrong
+        f"It is {right}. Let me double-check.</think><answer>{right}</answer>",  # reflects only
+        *plain[:1],
+    ]
+
+
+def generate(model, prompts, repeats, generation_config):
+    """`open_r1.rollout.generate`, from paper."""
+    tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+    completions = []
+    for prompt, count in zip(prompts, repeats, strict=True):
+        texts = written(tokenizer.decode(prompt.input_ids))
+        completions += [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts][:count]
+    return completions
+
+
+def zero(completions, **kwargs):
+    """A reward that is there for its import."""
+    return [0.0] * len(completions)
+
+
+trainer.generate = generate

@@ -1,0 +1,420 @@
+"""What a run shows and leaves behind: reflections in rows and log, run.json, log.jsonl, lines of progress, rollouts."""
+
+import contextlib
+import io
+import json
+import logging
+import re
+import struct
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from tensorboard import plugin_util
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerControl, TrainerState
+from trl import ModelConfig
+
+from open_r1 import callbacks, entry
+from open_r1.callbacks import (
+    LogRollouts,
+    ProgressLines,
+    RunLog,
+    add_run_callbacks,
+    code_block,
+    describe,
+    rollout_markdown,
+    without_secrets,
+)
+from open_r1.data import DataArguments, load_dataset
+from open_r1.modeling import load_model, load_processor
+from open_r1.reflection import find_reflections
+from open_r1.rewards import accuracy_reward, format_reward
+from open_r1.trainer import Qwen2VLGRPOTrainer
+from support import make_config, read_jsonl
+
+LINE = re.compile(r"step +(\d+)/(\d+)  (held-out +)?(.+?)(?:  +([\d.]+) s  ETA ([\d:]+))?")
+CELL = re.compile(r"([a-z_]+) +(-?\d+(?:\.\d+)?)(?:  |$)")
+REFLECTION = ("reflection/share", "reflection/self_correction", "reflection/correction_success")
+
+
+def train_planted(model: Path, data: Path, output: Path, **changes: object) -> str:
+    """A run on written completions, half of whose prompts get reflective ones; what it printed."""
+    import planted
+    from open_r1 import trainer as trainer_module
+
+    processor = load_processor(model, chat_template="base", max_pixels=12544)
+    settings = {"per_device_eval_batch_size": 4, "max_completion_length": 128, "disable_tqdm": True, **changes}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "generate", planted.generate)
+        trainer = Qwen2VLGRPOTrainer(
+            model=load_model(model, dtype="float32"),
+            reward_funcs=[accuracy_reward, format_reward],
+            args=make_config(output, hub_token="hf_secret", **settings),
+            train_dataset=load_dataset(data, processor),
+            eval_dataset=load_dataset(data, processor),
+            processing_class=processor,
+        )
+        script_args = DataArguments(dataset_name=str(data), eval_dataset_name=str(data))
+        add_run_callbacks(trainer, "grpo", script_args, ModelConfig(model_name_or_path=str(model)))
+        trainer.train()
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, examples_json, tmp_path_factory):
+    """A folder after three planted steps with an evaluation after the second, and what was printed."""
+    output = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORBOARD_LOGGING_DIR", str(output / "runs"))
+        printed = train_planted(
+            tiny_model,
+            examples_json,
+            output,
+            max_steps=3,
+            eval_strategy="steps",
+            eval_steps=2,
+            report_to=["tensorboard"],
+        )
+    return output, printed
+
+
+# --- reflections in rows and log ------------------------------------------------------------------------------
+
+
+def test_rows_name_reflections_and_corrections(run):
+    output, _ = run
+    for name in ("train", "eval"):
+        rows = read_jsonl(output / f"trajectories/{name}.jsonl")
+        for row in rows:
+            right, wrong = row["options"]
+            assert row["solution"] == right and f"{right} or {wrong}" in row["prompt"]
+            assert row["reflections"] == [list(span) for span in find_reflections(row["completion"])]
+            text = row["completion"]
+            if "Wait" in text:
+                assert (row["considered"], row["self_corrected"]) == (wrong, True)
+                assert row["rewards"]["accuracy_reward"] == 1
+            elif "Hmm" in text:
+                assert (row["considered"], row["self_corrected"]) == (right, True)
+                assert row["rewards"]["accuracy_reward"] == 0
+            elif "double-check" in text:
+                assert (row["considered"], row["self_corrected"]) == (right, False)
+            else:
+                assert (row["reflections"], row["considered"], row["self_corrected"]) == ([], None, False)
+        assert len({"Wait" in row["completion"] for row in rows}) == 2
+
+
+def test_the_log_holds_the_shares_of_its_rows(run):
+    output, _ = run
+    logs = read_jsonl(output / "log.jsonl")
+    for step in (1, 2, 3):
+        (log,) = (log for log in logs if log["step"] == step and "loss" in log)
+        rows = [row for row in read_jsonl(output / "trajectories/train.jsonl") if row["step"] == step]
+        # per prompt: 3 of 4 reflect, 2 correct themselves, 1 of these ends right; or none of all that
+        prompts = sum("Wait" in row["completion"] for row in rows)
+        assert len(rows) == 8 and log["reflection/share"] == pytest.approx(prompts * 3 / 8)
+        assert log["reflection/self_correction"] == pytest.approx(prompts * 2 / 8)
+        assert log.get("reflection/correction_success") == (0.5 if prompts else None)
+    (log,) = (log for log in logs if "eval_loss" in log and log["step"] == 2)
+    # 4 of the 8 prompts, one prompt an evaluation batch; a batch without a correction has no success to average
+    assert [log[f"eval_{name}"] for name in REFLECTION] == [3 / 8, 2 / 8, 1 / 2]
+
+
+# --- run.json and log.jsonl -----------------------------------------------------------------------------------
+
+
+def test_run_json_describes_the_run_without_secrets(run, tiny_model, examples_json):
+    output, _ = run
+    text = (output / "run.json").read_text()
+    record = json.loads(text)
+    assert (record["command"], record["world_size"], record["max_steps"]) == ("grpo", 1, 3)
+    assert (record["model"], record["dataset"]) == (str(tiny_model), str(examples_json))
+    assert record["eval_dataset"] == str(examples_json)
+    assert record["reward_funcs"] == ["accuracy_reward", "format_reward"]
+    assert record["arguments"]["learning_rate"] == 1e-3 and record["arguments"]["max_completion_length"] == 128
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["started"])
+    assert "hf_secret" not in text and "hub_token" not in text
+    assert not list(output.glob("*.tmp"))
+
+
+def test_secrets_are_left_out_at_any_depth():
+    arguments = {
+        "hub_token": "a",
+        "max_completion_length": 3,
+        "model_init_kwargs": {"token": "b", "revision": "main", "list": [{"api_key": "c", "x": Path("p")}]},
+        "rate": float("nan"),
+    }
+    assert without_secrets(arguments) == {
+        "max_completion_length": 3,
+        "model_init_kwargs": {"revision": "main", "list": [{"x": "p"}]},
+        "rate": None,
+    }
+
+
+def test_the_log_is_what_the_trainer_logged(run):
+    output, _ = run
+    logs = read_jsonl(output / "log.jsonl")
+    kinds = ["loss", "loss", "eval_loss", "loss", "eval_loss", "train_runtime"]
+    assert [(log["step"], kind in log) for log, kind in zip(logs, kinds, strict=True)] == [
+        (1, True),
+        (2, True),
+        (2, True),
+        (3, True),
+        (3, True),
+        (3, True),
+    ]
+    assert all(first["time"] <= second["time"] for first, second in pairwise(logs))
+    for name in ("reward", "kl", "grad_norm", "step_time", "rewards/accuracy_reward/mean"):
+        assert all(name in log for log in logs if "loss" in log)
+    assert "eval_rewards/accuracy_reward/mean" in logs[2]
+
+
+def test_a_resumed_run_goes_on_and_a_new_one_begins_anew(tmp_path):
+    args = make_config(tmp_path)
+    log = RunLog({"command": "sft"})
+
+    def start(step: int) -> dict:
+        state = TrainerState(global_step=step, max_steps=9, is_world_process_zero=True)
+        log.on_train_begin(args, state, TrainerControl())
+        return json.loads((tmp_path / "run.json").read_text())
+
+    start(0)
+    (tmp_path / "run.json").write_text('{"started": "earlier"}')
+    for step in range(1, 6):
+        state = TrainerState(global_step=step, is_world_process_zero=True)
+        log.on_log(args, state, TrainerControl(), logs={"loss": float("nan") if step == 2 else 1.0})
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "los')
+    assert start(3) == {"command": "sft", "started": "earlier", "world_size": 1, "max_steps": 9}
+    rows = read_jsonl(tmp_path / "log.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[1]["loss"] is None
+    assert start(0)["started"] != "earlier"
+    assert read_jsonl(tmp_path / "log.jsonl") == []
+    other = TrainerState(global_step=1, is_world_process_zero=False)
+    log.on_log(args, other, TrainerControl(), logs={"loss": 1.0})
+    assert read_jsonl(tmp_path / "log.jsonl") == []
+    (tmp_path / "run.json").write_text('{"started"')  # damaged: this start is the first one known
+    assert start(3)["started"].endswith("+00:00")
+
+
+# --- progress ---------------------------------------------------------------------------------------------------
+
+
+def test_every_event_is_one_line_and_nothing_else_is_printed(run):
+    output, printed = run
+    logs = [log for log in read_jsonl(output / "log.jsonl") if "train_runtime" not in log]
+    lines = [line for line in printed.splitlines() if not line.startswith("measuring")]
+    assert len(lines) == len(logs) == 5 and "{" not in printed
+    for line, log in zip(lines, logs, strict=True):
+        match = LINE.fullmatch(line)
+        assert match, line
+        step, of, held_out, cells, seconds, eta = match.groups()
+        assert (int(step), int(of)) == (log["step"], 3)
+        prefix = "eval_" if "eval_loss" in log else ""
+        assert bool(held_out) == bool(prefix) == (seconds is None) == (eta is None)
+        assert not CELL.sub("", cells).strip(), cells
+        cells = dict(CELL.findall(cells))
+        assert float(cells["accuracy"]) == pytest.approx(log[f"{prefix}rewards/accuracy_reward/mean"], abs=1e-3)
+        assert float(cells["format"]) == pytest.approx(log[f"{prefix}rewards/format_reward/mean"], abs=1e-3)
+        assert float(cells["length"]) == pytest.approx(log[f"{prefix}completions/mean_length"], abs=0.51)
+        if not prefix:
+            assert float(cells["reward"]) == pytest.approx(log["reward"], abs=1e-3)
+            assert float(seconds) == pytest.approx(log["step_time"], abs=0.2)
+    # columns stand under each other
+    assert len({line.index("accuracy") for line in lines}) == len({line.index("length") for line in lines}) == 1
+
+
+def test_other_rewards_keep_their_name_and_what_is_missing_is_left_out():
+    logs = {"loss": 1.0, "reward": -0.5, "rewards/length_reward/mean": None, "completions/mean_length": 12.4}
+    assert describe(logs) == ["reward -0.500", "length_reward -", "length   12"]
+    sft = {"loss": 1.5, "mean_token_accuracy": 0.25, "entropy": 3.0}
+    assert describe(sft) == ["loss  1.5000", "token accuracy 0.250"]
+    assert describe({f"eval_{key}": value for key, value in sft.items()}, "eval_") == describe(sft)
+
+
+def test_the_time_left_comes_from_recent_steps_of_this_session(tmp_path, monkeypatch, capsys):
+    """Resumed at step 100 of 200: two seconds a step, one second between steps; a line every second step."""
+    now = [1000.0]
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
+    args, control, lines = make_config(tmp_path), TrainerControl(), ProgressLines()
+    state = TrainerState(global_step=100, max_steps=200, is_world_process_zero=True)
+    lines.on_train_begin(args, state, control)
+    for step in range(101, 105):
+        lines.on_step_begin()
+        now[0] += 2
+        lines.on_step_end()
+        state.global_step = step
+        if step % 2 == 0:
+            lines.on_log(args, state, control, logs={"loss": 1.0, "mean_token_accuracy": 0.5})
+        now[0] += 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 102/200  loss  1.0000  token accuracy 0.500    2.0 s  ETA")
+    assert first.endswith("ETA 04:05")  # 98 steps of 2 s, and 1 s between two steps so far
+    assert second.endswith("ETA 04:24")  # 96 steps of 2 s, and 3 s between four
+
+
+# --- rollouts ---------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_the_scalars_of_the_log_and_rollouts(run):
+    output, _ = run
+    events = EventAccumulator(str(output / "runs"))
+    events.Reload()
+    logs = read_jsonl(output / "log.jsonl")
+    for prefix, folder in (("", "train/"), ("eval_", "eval/")):
+        written = {
+            (f"{folder}{name.removeprefix('eval_')}", log["step"]): value
+            for log in logs
+            for name, value in log.items()
+            if name.startswith("eval_") == bool(prefix) and name not in ("step", "time") and value is not None
+        }
+        read = {
+            (tag, event.step): event.value
+            for tag in events.Tags()["scalars"]
+            if tag.startswith(folder)
+            for event in events.Scalars(tag)
+        }
+        assert read == {key: pytest.approx(value, rel=1e-6, abs=1e-30) for key, value in written.items()}
+    assert {f"train/{name}" for name in REFLECTION} <= set(events.Tags()["scalars"])
+    text = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("rollout/text_summary")]
+    rows = [row for row in read_jsonl(output / "trajectories/train.jsonl") if row["step"] == 1 and row["group"] == 0]
+    assert len(text) == 3 and all(row["completion"] in text[0] for row in rows)  # max_steps 3: at every step
+    assert [event.step for event in events.Images("rollout/image_1")] == [1, 2, 3]
+    assert events.Images("rollout/image_1")[0].width == 56 + 28 * (
+        int(re.search(r"(\d+)_0", rows[0]["images"][0])[1]) % 3
+    )
+
+
+def wandb_records(path: Path):
+    """The records of W&B's offline file, which is LevelDB's log format."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, part = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        part += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(part)
+            yield record
+            part = b""
+
+
+def test_wandb_offline_has_the_same_scalars_and_a_table(tiny_model, examples_json, tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    try:
+        train_planted(tiny_model, examples_json, tmp_path / "out", max_steps=2, report_to=["wandb"])
+    finally:
+        wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"hf_secret" not in file.read_bytes()
+    scalars, images = {}, []
+    for record in wandb_records(file):
+        row = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+        if "train/loss" in row:
+            scalars[int(row["train/global_step"])] = {key: json.loads(value) for key, value in row.items()}
+        images += [entry.path for entry in record.artifact.manifest.contents if entry.path.endswith(".png")]
+    logs = [log for log in read_jsonl(tmp_path / "out/log.jsonl") if "loss" in log]
+    assert list(scalars) == [1, 2]
+    for log in logs:
+        for name, value in log.items():
+            if name not in ("step", "time"):
+                assert scalars[log["step"]][f"train/{name}"] == pytest.approx(value)
+    tables = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("wandb/offline-run-*/**/*.table.json"))]
+    assert len(tables) == 2 and len(images) == 2
+    rows = read_jsonl(tmp_path / "out/trajectories/train.jsonl")
+    for table in tables:
+        step = table["data"][0][0]
+        column = table["columns"].index("completion")
+        group = [row["completion"] for row in rows if row["step"] == step and row["group"] == 0]
+        assert [line[column] for line in table["data"]] == group
+        assert {"image_1", "prompt", "accuracy_reward", "advantage"} <= set(table["columns"])
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "```\n# heading\n<img src=x onerror=alert(1)>\n```",
+    "````\n``````````\n<b>bold</b>\n~~~\n[link](javascript:alert(1))",
+    "\r\n```\r<h1>\u2028```\x0b<iframe>",
+    "</code></pre><h2>out</h2>",
+    "    \n\n***\n\n| a | b |\n|---|---|\n| <i> | 2 |",
+    "`" * 200 + "\n<u>",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_markup_in_model_text_means_nothing(text):
+    row = {"prompt": text, "solution": text, "completion": text, "rewards": {"r": None}, "advantage": 0.0}
+    rendered = plugin_util.markdown_to_safe_html(rollout_markdown([row]))
+    assert set(re.findall(r"<(\w+)", rendered)) == {"p", "pre", "code"}
+    assert len(re.findall("<pre><code>", rendered)) == 3
+
+
+def test_long_texts_are_cut():
+    assert len(code_block("`" * 1_000_000)) < 50_000
+
+
+@pytest.mark.parametrize(
+    "resumed_at, logging_steps, shown", [(0, 1, [1, *range(10, 101, 10)]), (54, 7, [56, 63, 70, 84, 91])]
+)
+def test_rollouts_are_shown_first_and_after_every_tenth(tmp_path, monkeypatch, resumed_at, logging_steps, shown):
+    seen = []
+
+    class Trainer:
+        last_rollout = ()
+
+        class callback_handler:
+            callbacks = (callbacks.WandbCallback.__new__(callbacks.WandbCallback),)
+
+    monkeypatch.setattr(callbacks, "show_in_wandb", lambda rows, step: seen.append(step))
+    rollouts, args, control = LogRollouts(Trainer()), make_config(tmp_path), TrainerControl()
+    state = TrainerState(global_step=resumed_at, max_steps=100, is_world_process_zero=True)
+    rollouts.on_train_begin(args, state, control)
+    for step in range(resumed_at + 1, 101):
+        state.global_step = step
+        if step % logging_steps == 0:
+            rollouts.on_log(args, state, control, logs={"loss": 0.0})
+            rollouts.on_log(args, state, control, logs={"eval_loss": 0.0})
+    assert seen == shown
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, part", entry.NOISE.items())
+def test_only_the_noise_is_silenced(name, part, monkeypatch):
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger(name)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "filters", [])
+    entry.quiet()
+    logger.warning("[RANK 0] %s, says a library", part)
+    logger.warning("something else")
+    assert messages == ["something else"]
+
+
+def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(entry, "write_report", lambda run: run / "report.html")
+    entry.report(str(tmp_path))
+
+    def fail(run):
+        raise ValueError(f"{run}: log.jsonl: line 3: not JSON")
+
+    monkeypatch.setattr(entry, "write_report", fail)
+    entry.report(str(tmp_path))
+    captured = capsys.readouterr()
+    assert captured.out == f"report: {tmp_path}/report.html\n"
+    assert captured.err == f"no report: {tmp_path}: log.jsonl: line 3: not JSON\n"

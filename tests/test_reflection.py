@@ -1,0 +1,129 @@
+"""Reflections in completions: against a hand-labelled table, on hostile texts, and the metrics that follow."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from open_r1.reflection import Reflection, analyse, find_reflections, shares
+
+LABELLED = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "data/reflections.jsonl").read_text(encoding="utf-8").splitlines()
+]
+MIN_PRECISION, MIN_RECALL = 0.9, 0.85
+
+
+@pytest.mark.parametrize("languages", [{"en", "zh", "de", "fr", "es"}, {"en"}], ids=["all", "English"])
+def test_precision_and_recall_on_the_labelled_table(languages):
+    rows = [row for row in LABELLED if row["language"] in languages]
+    found = {row["text"]: bool(find_reflections(row["text"])) for row in rows}
+    missed = [row["text"] for row in rows if row["reflective"] and not found[row["text"]]]
+    wrong = [row["text"] for row in rows if found[row["text"]] and not row["reflective"]]
+    true = sum(row["reflective"] for row in rows) - len(missed)
+    precision, recall = true / (true + len(wrong)), true / (true + len(missed))
+    print(f"{len(rows)} texts: precision {precision:.3f}, recall {recall:.3f}")
+    print(*(f"missed: {text}" for text in missed), *(f"wrong: {text}" for text in wrong), sep="\n")
+    assert precision >= MIN_PRECISION and recall >= MIN_RECALL
+
+
+def test_the_table_is_large_and_about_half_of_it_is_negative():
+    assert len(LABELLED) >= 120 and len({row["text"] for row in LABELLED}) == len(LABELLED)
+    assert 0.4 < sum(row["reflective"] for row in LABELLED) / len(LABELLED) < 0.6
+    assert {row["language"] for row in LABELLED} == {"en", "zh", "de", "fr", "es"}
+
+
+def test_considered_and_final_options_on_the_labelled_table():
+    rows = [row for row in LABELLED if "options" in row]
+    wrong = []
+    for row in rows:
+        read = analyse(row["text"], row["options"])
+        if (read.considered, read.final, read.self_corrected) != (
+            row["considered"],
+            row["final"],
+            row["self_corrected"],
+        ):
+            wrong.append((row["text"], read))
+    print(f"{len(rows)} texts", *wrong, sep="\n")
+    assert len(rows) >= 20 and len(wrong) <= 0.1 * len(rows)
+    assert not any(read.self_corrected for _, read in wrong)  # the misses do not invent a correction
+
+
+def test_spans_are_offsets_of_the_original_text():
+    # a full-width word, a curly apostrophe, characters beyond 16 bits and one that normalises to many
+    text = "\U0001f600 \ufdfa. \uff37\uff21\uff29\uff34, the cup. Let\u2019s double-check. \u1e9e"
+    assert [text[start:end] for start, end in find_reflections(text)] == [
+        "\uff37\uff21\uff29\uff34",
+        "Let\u2019s double-check",
+    ]
+    assert find_reflections("wait") == [(0, 4)]
+    assert find_reflections("") == []
+
+
+def test_overlapping_phrases_are_one_span():
+    text = "Let me go back and look at the chair again."
+    assert len(find_reflections(text)) == 1
+    text = "But wait! I can think of something else."
+    assert [text[start:end] for start, end in find_reflections(text)] == ["wait", "I can think of something"]
+
+
+@pytest.mark.parametrize("unit", ["a", "i ", "wait, ", "let me look ", ". ", "\u7b49", "\ufdfa", "<answer>", "\n"])
+def test_a_megabyte_of_hostile_text_takes_linear_time(unit):
+    text = (unit * 1_000_000)[:1_000_000]
+    start = time.perf_counter()
+    analyse(text, ["left", "right"])
+    assert time.perf_counter() - start < 30  # 5 s on a slow machine; quadratic time would be hours
+
+
+def test_without_options_there_is_nothing_to_correct():
+    text = "Left. Wait, right. <answer>right</answer>"
+    for options in (None, [], [""]):
+        assert analyse(text, options) == Reflection(((6, 10),), None, None)
+        assert not analyse(text, options).self_corrected
+
+
+@pytest.mark.parametrize(
+    "text, considered, final",
+    [
+        ("It is left. It is not right. Wait, no. <answer>right</answer>", "left", "right"),
+        ("It is right, not left. Hmm, no. <answer>left</answer>", None, "left"),  # one sentence names both
+        ("First right. Then left. Wait, hm. <answer>right</answer>", "left", "right"),  # the last one counts
+        ("It is left. <answer>right</answer>", None, "right"),  # no reflection
+        ("Left. Wait, left or right? <answer>left or right</answer>", "left", None),  # a hedge is no answer
+        ("Left. Wait, I run out of", "left", None),  # cut off
+        ("Wait, left. Wait, right. <answer>right</answer>", None, "right"),  # nothing before the first reflection
+    ],
+)
+def test_the_option_before_the_first_reflection(text, considered, final):
+    read = analyse(text, ["left", "right"])
+    assert (read.considered, read.final) == (considered, final)
+    assert read.self_corrected == (None not in (considered, final) and considered != final)
+
+
+def row(reflections: list, self_corrected: bool, **rewards: float | None) -> dict:
+    return {"reflections": reflections, "self_corrected": self_corrected, "rewards": rewards}
+
+
+def test_shares():
+    rows = [
+        row([[0, 4]], True, accuracy_reward=1.0),
+        row([[0, 4]], True, accuracy_reward=0.0),
+        row([[0, 4], [9, 12]], False, accuracy_reward=1.0),
+        row([], False, accuracy_reward=1.0),
+    ]
+    assert shares(rows) == {
+        "reflection/share": 0.75,
+        "reflection/self_correction": 0.5,
+        "reflection/correction_success": 0.5,
+    }
+    assert "reflection/correction_success" not in shares(rows[2:])  # nothing was corrected
+    assert "reflection/correction_success" not in shares([row([[0, 4]], True, my_reward=1.0)])  # nobody judged
+    assert "reflection/correction_success" not in shares([row([[0, 4]], True, accuracy_reward=None)])
+
+
+def test_it_starts_without_torch():
+    code = "import sys, open_r1.reflection; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
