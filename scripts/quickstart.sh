@@ -1,29 +1,89 @@
 #!/bin/sh
-# The whole story on a machine without a GPU or a model hub: set up, render a spatial world as parquet in SAT's and
-# CV-Bench's schemas, prepare it, train a tiny Qwen2-VL with GRPO, load the checkpoint and ask it something.
-# The scripts are the ones of the real run; only the size is small. It leaves everything in outputs/quickstart.
+# The paper's story in ten minutes, on a machine without a GPU or a model hub: a tiny Qwen2-VL that sees but guesses is
+# evaluated, fine-tuned on answers (SFT), trained from the same base with GRPO and no SFT, and evaluated again.
+#
+#   bash scripts/quickstart.sh            into outputs/quickstart
+#   bash scripts/quickstart.sh --seed 1   another training seed, into outputs/quickstart-seed1
+#
+# The scripts are those of the real run on scenes rendered in SAT's and CV-Bench's schemas; only the recipes
+# (configs/tiny) are small. Interrupted, it goes on where it was.
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
+
+usage() {
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$ROOT/scripts/quickstart.sh"
+    exit "$1"
+}
+
+seed=0
+case "${1:-}" in
+    "") ;;
+    -h | --help) usage 0 ;;
+    --seed)
+        seed=${2:-}
+        case $seed in "" | *[!0-9]*) echo "quickstart: error: --seed: expected a whole number, not '$seed'" >&2 && exit 2 ;; esac
+        ;;
+    *) echo "quickstart: error: unknown argument $1" >&2 && usage 2 >&2 ;;
+esac
+
+step() {
+    echo
+    echo "== $1/8 $2 ($(($(date +%s) - start)) s)"
+}
+
+start=$(date +%s)
+step 1 "set up"
 sh "$ROOT/setup.sh"
 . "$ROOT/scripts/env.sh"
 export PYTHON HF_HUB_OFFLINE=1
 run="$ROOT/outputs/quickstart"
+[ "$seed" = 0 ] || run="$run-seed$seed"
+base="$ROOT/configs/tiny/base"
 mkdir -p "$run"
 
-echo "== 1/4 render: parquet files in the schemas of SAT and CV-Bench"
-[ -f "$run/world.parquet" ] || "$PYTHON" -m open_r1.world --schema sat --level easy --rows 400 --output "$run/world.parquet"
-[ -f "$run/cvbench/test_3d.parquet" ] ||
-    "$PYTHON" -m open_r1.world --schema cvbench --level easy --rows 80 --output "$run/cvbench"
+evaluate() { # model, further arguments
+    model=$1
+    shift
+    "$PYTHON" "$ROOT/src/eval/test_qwen2vl_CVBench.py" --model_path "$model" --dataset_path "$run/cvbench" \
+        --output_dir "$run/results" --max_new_tokens 96 --bs 128 "$@"
+}
 
-echo "== 2/4 prepare: src/data/SAT/prepare_dataset.sh"
-SAT_PARQUET="$run/world.parquet" sh "$ROOT/src/data/SAT/prepare_dataset.sh" --total_num 320 --output_dir "$run/data"
+render() { # file that shows it is done, rows, seed, further arguments
+    done_when=$1 rows=$2 scenes=$3
+    shift 3
+    [ -f "$done_when" ] || "$PYTHON" -m open_r1.world --level easy --rows "$rows" --seed "$scenes" "$@"
+}
 
-echo "== 3/4 train: src/open-r1-multimodal/run_grpo_SAT.sh, GRPO under DeepSpeed ZeRO-2"
-[ -f "$run/model/config.json" ] ||
-    "$PYTHON" -m open_r1.tiny --output "$run/model" --data "$run/data/SAT_train_320.json"
-CONFIG="$ROOT/configs/tiny/grpo.yaml" MODEL="$run/model" DATA="$run/data/SAT_train_320.json" OUTPUT="$run/grpo" \
-    sh "$ROOT/src/open-r1-multimodal/run_grpo_SAT.sh" "$@"
+step 2 "prepare: scenes in SAT's and CV-Bench's schemas -> prepare_dataset.sh"
+render "$run/SAT_train.parquet" 2000 1 --output "$run/SAT_train.parquet"
+render "$run/SAT_val.parquet" 256 2 --output "$run/SAT_val.parquet"
+render "$run/cvbench/test_3d.parquet" 600 3 --schema cvbench --output "$run/cvbench"
+SAT_PARQUET="$run/SAT_train.parquet" sh "$ROOT/src/data/SAT/prepare_dataset.sh" --total_num 2000 \
+    --output_dir "$run/data"
+FOLD=val SAT_PARQUET="$run/SAT_val.parquet" sh "$ROOT/src/data/SAT/prepare_dataset.sh" --total_num 256 \
+    --output_dir "$run/data"
+export DATA="$run/data/SAT_train_2000.json" MODEL="$base"
 
-echo "== 4/4 load the checkpoint and ask"
-"$PYTHON" "$ROOT/scripts/ask.py" --model "$run/grpo" --data "$run/data/SAT_train_320.json" --max_new_tokens 32
-echo "quick start done: checkpoints and trajectories are in $run/grpo"
+step 3 "evaluate the base: it sees, and guesses"
+evaluate "$base"
+
+step 4 "SFT: run_sft.sh, on the answers alone"
+CONFIG="$ROOT/configs/tiny/sft.yaml" OUTPUT="$run/sft" sh "$ROOT/src/open-r1-multimodal/run_sft.sh" --seed "$seed"
+
+step 5 "evaluate SFT: it was taught to answer without reasoning"
+evaluate "$run/sft" --no-use_reasoning_prompt
+
+step 6 "GRPO: run_grpo_SAT.sh, from the base, no SFT"
+CONFIG="$ROOT/configs/tiny/grpo.yaml" OUTPUT="$run/grpo" sh "$ROOT/src/open-r1-multimodal/run_grpo_SAT.sh" \
+    --eval_dataset_name "$run/data/SAT_val_256.json" --seed "$seed"
+
+step 7 "evaluate GRPO"
+evaluate "$run/grpo"
+
+step 8 "compare"
+"$PYTHON" "$ROOT/scripts/compare.py" "$run/results/CVBench_result_base_reasoning.json" \
+    "$run/results/CVBench_result_sft_no_reasoning.json" "$run/results/CVBench_result_grpo_reasoning.json" \
+    --names Base +SFT +GRPO
+echo
+echo "curves and rollouts: $run/grpo/report.html"
+echo "quick start done in $(($(date +%s) - start)) s"

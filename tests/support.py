@@ -111,7 +111,7 @@ def launch_env(model: Path, data: Path, output: Path, **env: str) -> dict[str, s
         **os.environ,
         "PYTHON": sys.executable,
         "PYTHONPATH": str(Path(__file__).parent),
-        "CONFIG": str(REPO_ROOT / "configs/tiny/grpo.yaml"),
+        "CONFIG": str(REPO_ROOT / "tests/data/grpo.yaml"),
         "MODEL": str(model),
         "DATA": str(data),
         "OUTPUT": str(output),

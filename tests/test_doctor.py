@@ -69,7 +69,7 @@ def measure(script: str, model: Path, none: Path, arguments: list[str]) -> int:
 @pytest.mark.parametrize("case, hidden_size", [("grpo", 512), ("grpo", 1024), ("sft", 1024), ("frozen", 1024)])
 def test_count_is_the_peak_within_15_percent(tmp_path, examples_json, case, hidden_size):
     script = "sft" if case == "frozen" else case
-    arguments = ["--config", str(REPO_ROOT / f"configs/tiny/{script}.yaml"), "--dataset_name", str(examples_json)]
+    arguments = ["--config", str(REPO_ROOT / f"tests/data/{script}.yaml"), "--dataset_name", str(examples_json)]
     arguments += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--max_steps", "2"]
     arguments += ["--save_strategy", "no", "--disable_tqdm", "true"]
     arguments += (

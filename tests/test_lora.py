@@ -29,7 +29,7 @@ LORA += ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_
 
 def parse(recipe: str, *arguments: str) -> tuple[GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig]:
     parser = TrlParser((GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig))
-    args = ["--config", str(REPO_ROOT / f"configs/{recipe}.yaml"), "--use_cpu", "true", "--bf16", "false"]
+    args = ["--config", str(REPO_ROOT / f"{recipe}.yaml"), "--use_cpu", "true", "--bf16", "false"]
     return parser.parse_args_and_config([*args, *arguments])
 
 
@@ -37,7 +37,7 @@ def make_trainer(model, data, output, *arguments):
     settings = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(output)]
     settings += ["--reward_funcs", "support:vowel_share", "--learning_rate", "1e-2", "--max_steps", "2"]
     settings += ["--save_steps", "1", "--disable_tqdm", "true"]
-    return build_trainer(*parse("tiny/grpo", *settings, *LORA, *arguments))
+    return build_trainer(*parse("tests/data/grpo", *settings, *LORA, *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_export_is_the_adapted_model(run, tiny_model, examples_json, tmp_path, m
 def test_a_frozen_part_gets_no_adapter(tiny_models, tmp_path, model_type):
     """In Qwen2.5-VL and Qwen3-VL the vision tower has layers of the language model's names."""
     arguments = ["--output_dir", str(tmp_path), "--dataset_name", "x", "--lora_target_modules", "all-linear"]
-    _, _, model_args = parse("tiny/grpo", "--use_peft", "true", *arguments)
+    _, _, model_args = parse("tests/data/grpo", "--use_peft", "true", *arguments)
     flags = {"vision tower": "freeze_vision", "merger": "freeze_merger", "language model": "freeze_llm"}
     for frozen in ({"vision tower", "merger"}, {"merger"}, {"language model"}, set()):
         freezing = FreezeArguments(**{flags[part]: True for part in frozen})
@@ -129,7 +129,7 @@ def test_a_frozen_part_gets_no_adapter(tiny_models, tmp_path, model_type):
 
 def test_recipes_say_what_the_readme_says(tmp_path):
     for name in ("grpo_sat_lora", "grpo_sat_qlora"):
-        script_args, training_args, model_args = parse(name, "--dataset_name", "x", "--output_dir", str(tmp_path))
+        script_args, training_args, model_args = parse(f"configs/{name}", "--dataset_name", "x", "--output_dir", str(tmp_path))
         assert model_args.use_peft and script_args.freeze_vision and training_args.beta == 0.04
         assert training_args.completions_per_step == 64
         assert model_args.load_in_4bit == (name == "grpo_sat_qlora")

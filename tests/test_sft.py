@@ -30,14 +30,14 @@ def parse(arguments: list[str]) -> tuple[SFTScriptArguments, Qwen2VLSFTConfig, M
 
 def make_trainer(model: Path, data: Path, output: Path, *arguments: str):
     """The trainer of the tiny recipe, in this process."""
-    args = ["--config", str(REPO_ROOT / "configs/tiny/sft.yaml"), "--model_name_or_path", str(model)]
+    args = ["--config", str(REPO_ROOT / "tests/data/sft.yaml"), "--model_name_or_path", str(model)]
     args += ["--dataset_name", str(data), "--output_dir", str(output), "--use_cpu", "true", "--disable_tqdm", "true"]
     return build_trainer(*parse([*args, *arguments]))
 
 
 def run_sft(model: Path, data: Path, output: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
     """`sh run_sft.sh` with the tiny recipe, from an unrelated directory."""
-    env = {"CONFIG": str(REPO_ROOT / "configs/tiny/sft.yaml"), "OMP_NUM_THREADS": "1", **env}
+    env = {"CONFIG": str(REPO_ROOT / "tests/data/sft.yaml"), "OMP_NUM_THREADS": "1", **env}
     return subprocess.run(
         ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_sft.sh"), *args],
         env=launch_env(model, data, output, **env),
@@ -191,7 +191,7 @@ def test_checkpoint_carries_the_prompt_and_resume_is_exact(tiny_model, examples_
 def test_frozen_parameters_stay_under_zero3(tiny_model, examples_json, tmp_path):
     for script in ("sft", "grpo"):
         output = tmp_path / script
-        config = {"CONFIG": str(REPO_ROOT / f"configs/tiny/{script}.yaml")}
+        config = {"CONFIG": str(REPO_ROOT / f"tests/data/{script}.yaml")}
         command = "run_sft.sh" if script == "sft" else "run_grpo_SAT.sh"
         arguments = ["--max_steps", "2", "--learning_rate", "1e-3", "--freeze_vision", "true"]
         arguments += ["--reward_funcs", "support:vowel_share"] if script == "grpo" else []

@@ -109,9 +109,14 @@ def vision_token_arguments(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
 
 
 def make_config(
-    tokenizer: Qwen2Tokenizer, model_type: str = "qwen2_vl", hidden_size: int = 64, num_layers: int = 2
+    tokenizer: Qwen2Tokenizer,
+    model_type: str = "qwen2_vl",
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    vision_size: int = 32,
+    vision_layers: int = 2,
 ) -> PreTrainedConfig:
-    """The family's configuration at a size that trains on a CPU: heads of 16 dimensions, 2 vision blocks."""
+    """The family's configuration at a size that trains on a CPU: heads of 16 dimensions in text and vision."""
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}  # of head_dim / 2 = 8
     text = {
         "vocab_size": len(tokenizer),
@@ -128,20 +133,25 @@ def make_config(
     }
     common = {"tie_word_embeddings": True, **vision_token_arguments(tokenizer)}
     if model_type == "qwen2_vl":
-        vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": hidden_size}
+        vision = {
+            "depth": vision_layers,
+            "embed_dim": vision_size,
+            "num_heads": vision_size // 16,
+            "hidden_size": hidden_size,
+        }
         return Qwen2VLConfig(text_config=text, vision_config=vision, **common)
     vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "num_heads": 2,
-        "intermediate_size": 64,
+        "depth": vision_layers,
+        "hidden_size": vision_size,
+        "num_heads": vision_size // 16,
+        "intermediate_size": 2 * vision_size,
         "out_hidden_size": hidden_size,
     }
     if model_type == "qwen2_5_vl":
-        vision |= {"window_size": 56, "fullatt_block_indexes": [1]}
+        vision |= {"window_size": 56, "fullatt_block_indexes": [vision_layers - 1]}
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **common)
     text |= {"head_dim": 16, "rope_parameters": {**rope, "mrope_interleaved": True}}
-    vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+    vision |= {"deepstack_visual_indexes": [0, vision_layers - 1], "num_position_embeddings": 64}
     return Qwen3VLConfig(text_config=text, vision_config=vision, **common)
 
 

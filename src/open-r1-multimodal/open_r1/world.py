@@ -598,8 +598,8 @@ def mark_box(level: Level, x: float, z: float) -> Box:
     return u - half, v - half, u + half, v + half
 
 
-def picture(level: Level, asked: Asked, scene: Sequence[Seen]) -> bytes:
-    """One encoded image of a question, with its mark and its boxes."""
+def paint(level: Level, asked: Asked, scene: Sequence[Seen]) -> Image.Image:
+    """One image of a question, with its mark and its boxes."""
     image = render(level, scene)
     draw = ImageDraw.Draw(image)
     width = max(2, level.width // 200)
@@ -611,8 +611,13 @@ def picture(level: Level, asked: Asked, scene: Sequence[Seen]) -> bytes:
         left, top, right, bottom = seen.box
         around = (left - width - 1, top - width - 1, right + width + 1, bottom + width + 1)
         draw.rectangle(around, outline=BOX_COLOURS[colour], width=width)
+    return image
+
+
+def picture(level: Level, asked: Asked, scene: Sequence[Seen]) -> bytes:
+    """`paint`'s image, encoded."""
     buffer = io.BytesIO()
-    image.save(buffer, level.format, **dict(level.save_options))
+    paint(level, asked, scene).save(buffer, level.format, **dict(level.save_options))
     return buffer.getvalue()
 
 

@@ -1,0 +1,103 @@
+"""The tiny base of the quick start: what is shipped is what its script makes, and it has the flaw that it claims."""
+
+import hashlib
+import importlib.util
+import json
+import random
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from open_r1 import world
+from open_r1.answers import extract_answer, judge
+from open_r1.evaluation import generation_settings, messages
+from open_r1.modeling import load_model, load_processor
+from open_r1.prompts import REPO_ROOT, sat_question
+from open_r1.reflection import find_reflections
+from open_r1.rollout import encode_prompt, generate
+
+BASE = REPO_ROOT / "configs/tiny/base"
+SCRIPT = REPO_ROOT / "scripts/pretrain_tiny.py"
+RECORD = json.loads((BASE / "build.json").read_text())
+QUESTIONS = 60
+
+
+@pytest.fixture(scope="module")
+def pretrain():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("pretrain_tiny", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """(options, right one, greedy completion, sampled completion) of questions that the model was not trained on."""
+    model, processor = load_model(str(BASE), dtype="float32").eval(), load_processor(str(BASE))
+    level, asked = world.LEVELS["easy"], []
+    for row in range(QUESTIONS):
+        rng = random.Random(f"held out {row}")
+        one = world.ask(world.QUESTIONS[world.STATIC[row % len(world.STATIC)]], rng, level)
+        asked.append((one, world.shuffled(rng, one.options)))
+    prompts = [
+        encode_prompt(
+            model, processor, messages([world.paint(level, one, one.scenes[0])], sat_question(one.question, options))
+        )
+        for one, options in asked
+    ]
+    settings = generation_settings(processor, 96)
+    torch.manual_seed(0)
+    texts = [
+        [
+            processor.decode(ids, skip_special_tokens=True)
+            for ids in generate(model, prompts, [1] * len(prompts), config)
+        ]
+        for config in (
+            GenerationConfig(**settings),
+            GenerationConfig(**{**settings, "do_sample": True, "top_k": 0, "top_p": 1.0}),
+        )
+    ]
+    return [
+        (options, one.answer, greedy, sampled) for (one, options), greedy, sampled in zip(asked, *texts, strict=True)
+    ]
+
+
+def test_the_shipped_model_is_what_the_script_makes():
+    assert RECORD["script_sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+    weights = list(BASE.glob("*.safetensors"))
+    assert [path.name for path in weights] == ["model.safetensors"] and weights[0].stat().st_size <= 4_000_000
+    assert not [path for pattern in ("*.bin", "*.pt", "*.pkl") for path in BASE.glob(pattern)]
+    assert load_model(str(BASE), dtype="float32").num_parameters() == RECORD["parameters"]
+
+
+def test_a_short_rebuild_takes_the_same_course(pretrain):
+    _, _, losses = pretrain.build(RECORD["seed"], pretrain.SHORT)
+    assert list(losses) == list(RECORD["short_losses"]) == list(pretrain.STAGES)
+    for name, values in losses.items():
+        assert values == pytest.approx(RECORD["short_losses"][name], rel=0.02), name
+        assert values[-1] < values[0]
+    # The first stage's schedule is that of the whole build, so its first steps are, too.
+    assert losses["see"] == pytest.approx(RECORD["losses"]["see"][: pretrain.SHORT], rel=0.02)
+
+
+def test_no_two_stages_show_the_same_scene(pretrain):
+    assert len({stage.seed for stage in pretrain.STAGES.values()}) == len(pretrain.STAGES)
+
+
+def test_the_base_sees_but_guesses(answers):
+    greedy = [judge(text, right, options, lenient=True) for options, right, text, _ in answers]
+    first = sum(verdict.answer == options[0] for verdict, (options, *_) in zip(greedy, answers, strict=True))
+    assert first / QUESTIONS > 0.8  # a position bias
+    assert sum(verdict.correct for verdict in greedy) / QUESTIONS < 0.65
+
+
+def test_the_base_now_and_then_reasons_and_is_right_then(answers):
+    reasoned = [(options, right, text) for options, right, _, text in answers if "So it is" in text]
+    assert 0.1 < len(reasoned) / QUESTIONS < 0.6
+    right = sum(judge(text, right, options, lenient=True).correct for options, right, text in reasoned)
+    assert right / len(reasoned) > 0.8
+    texts = [text for *_, text in answers]
+    assert any(find_reflections(text) for text in texts)
+    assert any(extract_answer(text) is None for text in texts)  # something for the format reward to mend
