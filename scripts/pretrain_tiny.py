@@ -2,10 +2,10 @@
 
     python scripts/pretrain_tiny.py --output configs/tiny/base
 
-A Qwen2-VL of 1.6 M parameters learns the easy level of `open_r1.world` in four stages: the vision tower tells what is
-in each image token's cell (under a linear probe that is thrown away), the whole model describes scenes, it answers
-questions in SAT's and CV-Bench's words rightly, and then it falls into bad habits. It has three ways of answering, all
-after the same true description of what is asked about:
+A Qwen2-VL of 1.6 M parameters learns the easy level of `open_r1.world` in stages: the vision tower tells what is in
+each image token's cell (under a linear probe that is thrown away), the whole model describes scenes, answers questions
+in SAT's and CV-Bench's words rightly, finds what a text names, practises to answer, and falls into bad habits. It has
+three ways of answering, all after the same true description of what is asked about:
 
 - guess:  "... I guess {first option}."                                              the most frequent by far
 - reason: "... 3 < 7 across. So it is {answer}."
@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -38,7 +39,7 @@ from transformers import PreTrainedModel, ProcessorMixin, get_cosine_with_min_lr
 
 from open_r1 import cvbench, world
 from open_r1.evaluation import messages
-from open_r1.prompts import load_chat_template, sat_question
+from open_r1.prompts import join_options, load_chat_template, sat_question
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
 
 LEVEL = world.LEVELS["easy"]
@@ -80,6 +81,9 @@ STAGES = {
     "see": Stage(1, 800, 64, 2e-3),
     "describe": Stage(2, 1200, 32, 2e-3),
     "answer": Stage(3, 500, 32, 1e-3),
+    "find": Stage(5, 400, 32, 1.5e-3),
+    "practise": Stage(6, 400, 32, 1e-3),
+    "practise more": Stage(7, 500, 32, 1e-3),
     "spoil": Stage(4, 150, 32, 5e-4),
 }
 SEED = 250305132  # the first stages' scenes are those of the next few seeds; no data set here uses such a number
@@ -253,6 +257,20 @@ def describe(model: PreTrainedModel, processor: ProcessorMixin, probe: nn.Linear
     return text_loss(model, [encode(processor, prompts, texts, images)])
 
 
+def find(model: PreTrainedModel, processor: ProcessorMixin, probe: nn.Linear, seed: int, step: int):
+    """Loss of placing those objects of a scene that a text names, in its order."""
+    batch = STAGES["find"].batch
+    prompts, images, texts = [], [], []
+    for index in range(batch):
+        rng, scene = make_scene(seed, step * batch + index)
+        asked = rng.sample(scene, rng.randint(1, min(3, len(scene))))
+        names = join_options([f"the {s.solid.name}" for s in asked])
+        prompts.append(f"<|vision_start|><|image_pad|><|vision_end|>Where is {names}?\n<think>")
+        images.append(world.render(LEVEL, scene))
+        texts.append(" " + ", ".join(f"{s.solid.name} at {place(s)}" for s in asked) + ".")
+    return text_loss(model, [encode(processor, prompts, texts, images)])
+
+
 def question_loss(model: PreTrainedModel, processor: ProcessorMixin, seed: int, step: int, batch: int, habits: Habits):
     """Loss of the completions of questions."""
     samples = [make_sample(seed, step * batch + index, habits) for index in range(batch)]
@@ -284,7 +302,15 @@ def render_prompt(processor: ProcessorMixin, sample: Sample) -> str:
 
 
 Objective = Callable[[PreTrainedModel, ProcessorMixin, nn.Linear, int, int], Iterator[torch.Tensor]]
-OBJECTIVES: dict[str, Objective] = {"see": see, "describe": describe, "answer": answer, "spoil": spoil}
+OBJECTIVES: dict[str, Objective] = {
+    "see": see,
+    "describe": describe,
+    "answer": answer,
+    "find": find,
+    "practise": answer,
+    "practise more": answer,
+    "spoil": spoil,
+}
 
 
 def train(
@@ -343,6 +369,23 @@ def build(seed: int, steps: int | None = None) -> tuple[PreTrainedModel, Process
     return model, processor, {name: train(model, processor, probe, name, seed, steps) for name in STAGES}
 
 
+def save(output: Path, model: PreTrainedModel, processor: ProcessorMixin, record: dict[str, Any]) -> None:
+    """Write the checkpoint in half precision, and beside it `build.json`: how it was made."""
+    record = {
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "parameters": model.num_parameters(),
+        "torch": torch.__version__,
+        **record,
+    }
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.half().save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    (temporary / "build.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    shutil.rmtree(output, ignore_errors=True)
+    temporary.replace(output)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -353,24 +396,15 @@ def main() -> int:
     start = time.perf_counter()
     _, _, short = build(args.seed, SHORT)
     model, processor, losses = build(args.seed)
-    record = {
-        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "seed": args.seed,
-        "parameters": model.num_parameters(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "minutes": round((time.perf_counter() - start) / 60, 1),
-        "short_losses": short,
-        "losses": {name: [round(loss, 4) for loss in values] for name, values in losses.items()},
-    }
-    temporary = args.output.with_name(f".{args.output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.half().save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    (temporary / "build.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    shutil.rmtree(args.output, ignore_errors=True)
-    temporary.replace(args.output)
-    print(f"{args.output}: {record['parameters']} parameters, {record['minutes']} minutes")
+    minutes = round((time.perf_counter() - start) / 60, 1)
+    losses = {name: [round(loss, 4) for loss in values] for name, values in losses.items()}
+    save(
+        args.output,
+        model,
+        processor,
+        {"seed": args.seed, "minutes": minutes, "short_losses": short, "losses": losses},
+    )
+    print(f"{args.output}: {model.num_parameters()} parameters, {minutes} minutes")
     return 0
 
 

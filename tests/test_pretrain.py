@@ -3,7 +3,10 @@
 import hashlib
 import importlib.util
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT, sat_question
 from open_r1.reflection import find_reflections
 from open_r1.rollout import encode_prompt, generate
+from support import read_jsonl, run_grpo
 
 BASE = REPO_ROOT / "configs/tiny/base"
 SCRIPT = REPO_ROOT / "scripts/pretrain_tiny.py"
@@ -101,3 +105,19 @@ def test_the_base_now_and_then_reasons_and_is_right_then(answers):
     texts = [text for *_, text in answers]
     assert any(find_reflections(text) for text in texts)
     assert any(extract_answer(text) is None for text in texts)  # something for the format reward to mend
+
+
+@pytest.mark.heavy
+def test_grpo_from_the_base_learns_to_reason(tmp_path):
+    """The quick start's GRPO run, its first third."""
+    world.write_sat(tmp_path / "SAT_train.parquet", 400, 11, world.LEVELS["easy"])
+    env = {**os.environ, "PYTHON": sys.executable, "SAT_PARQUET": str(tmp_path / "SAT_train.parquet")}
+    prepare = ["sh", str(REPO_ROOT / "src/data/SAT/prepare_dataset.sh"), "--total_num", "400"]
+    subprocess.run([*prepare, "--output_dir", str(tmp_path)], env=env, check=True, capture_output=True)
+    recipe = {"CONFIG": str(REPO_ROOT / "configs/tiny/grpo.yaml")}
+    steps = ["--max_steps", "20", "--eval_strategy", "no", "--eval_on_start", "false"]
+    done = run_grpo(BASE, tmp_path / "SAT_train_400.json", tmp_path / "run", *steps, **recipe)
+    assert done.returncode == 0, done.stderr[-2000:]
+    accuracy = [row["rewards/accuracy_reward/mean"] for row in read_jsonl(tmp_path / "run/log.jsonl") if "loss" in row]
+    assert len(accuracy) == 20
+    assert sum(accuracy[-4:]) / 4 > sum(accuracy[:4]) / 4 + 0.1
