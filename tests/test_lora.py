@@ -129,7 +129,9 @@ def test_a_frozen_part_gets_no_adapter(tiny_models, tmp_path, model_type):
 
 def test_recipes_say_what_the_readme_says(tmp_path):
     for name in ("grpo_sat_lora", "grpo_sat_qlora"):
-        script_args, training_args, model_args = parse(f"configs/{name}", "--dataset_name", "x", "--output_dir", str(tmp_path))
+        script_args, training_args, model_args = parse(
+            f"configs/{name}", "--dataset_name", "x", "--output_dir", str(tmp_path)
+        )
         assert model_args.use_peft and script_args.freeze_vision and training_args.beta == 0.04
         assert training_args.completions_per_step == 64
         assert model_args.load_in_4bit == (name == "grpo_sat_qlora")

@@ -93,15 +93,16 @@ def test_no_two_stages_show_the_same_scene(pretrain):
 def test_the_base_sees_but_guesses(answers):
     greedy = [judge(text, right, options, lenient=True) for options, right, text, _ in answers]
     first = sum(verdict.answer == options[0] for verdict, (options, *_) in zip(greedy, answers, strict=True))
-    assert first / QUESTIONS > 0.8  # a position bias
+    assert first / QUESTIONS > 0.65  # a position bias: chance is about 0.4
     assert sum(verdict.correct for verdict in greedy) / QUESTIONS < 0.65
 
 
-def test_the_base_now_and_then_reasons_and_is_right_then(answers):
+def test_the_base_now_and_then_reasons_and_is_right_more_often_then(answers):
     reasoned = [(options, right, text) for options, right, _, text in answers if "So it is" in text]
     assert 0.1 < len(reasoned) / QUESTIONS < 0.6
     right = sum(judge(text, right, options, lenient=True).correct for options, right, text in reasoned)
-    assert right / len(reasoned) > 0.8
+    guessed = sum(judge(text, right, options, lenient=True).correct for options, right, text, _ in answers)
+    assert right / len(reasoned) > guessed / QUESTIONS + 0.15
     texts = [text for *_, text in answers]
     assert any(find_reflections(text) for text in texts)
     assert any(extract_answer(text) is None for text in texts)  # something for the format reward to mend
