@@ -1,13 +1,8 @@
-"""A rollout of written completions in place of sampled ones, so that reflections are known; importing it plants it.
-
-In a launched run the import comes with the reward: `--reward_funcs accuracy planted:zero`.
-"""
+"""A rollout of written completions in place of sampled ones, so that reflections are known."""
 
 import re
 
 from transformers import AutoTokenizer
-
-from open_r1 import trainer
 
 QUESTION = re.compile(r"What colour is picture (\d+)\? Choose between the following options: (\w+) or (\w+)")
 
@@ -34,11 +29,3 @@ def generate(model, prompts, repeats, generation_config):
         texts = written(tokenizer.decode(prompt.input_ids))
         completions += [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts][:count]
     return completions
-
-
-def zero(completions, **kwargs):
-    """A reward that is there for its import."""
-    return [0.0] * len(completions)
-
-
-trainer.generate = generate

@@ -184,7 +184,15 @@ def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, example
     logs = {}
     for processes in ("1", "2"):
         output = tmp_path / processes
-        arguments = ["--max_steps", "3", "--reward_funcs", "accuracy", "planted:zero", "--max_completion_length", "128"]
+        arguments = [
+            "--max_steps",
+            "3",
+            "--reward_funcs",
+            "accuracy",
+            "planting:zero",
+            "--max_completion_length",
+            "128",
+        ]
         arguments += ["--eval_dataset_name", str(examples_json), "--eval_strategy", "steps", "--eval_steps", "3"]
         arguments += ["--per_device_eval_batch_size", "4"]
         result = run_grpo(tiny_model, examples_json, output, *arguments, NUM_PROCESSES=processes)
