@@ -9,7 +9,6 @@ import base64
 import hashlib
 import io
 import math
-import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -39,6 +38,7 @@ from open_r1.curves import (
 )
 from open_r1.runs import Rollouts, Run, ends, is_usable, read_run, reflection_statistics, scan_rollouts
 from open_r1.sat import DECODE_ERRORS, EXTENSIONS, MAX_PIXELS
+from open_r1.trajectories import replace_file
 
 TEXT_LIMIT = 4000  # characters of one text in the page; longer ones keep this much of their beginning and end
 TEXT_HEAD = 3000
@@ -105,10 +105,8 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         )
         curves = collect(log, train, held_out)
         page = render(log, train, held_out, curves)
-    temporary = output.with_name(f".tmp-{output.name}")
     # Lone surrogates, of a file name that is not UTF-8, cannot be written.
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(temporary, output)
+    replace_file(output, page.encode("utf-8", errors="replace"))
     if curves.accuracy or curves.length:
         for ending in (".png", ".svg"):
             save_accuracy_length(curves, output.with_name(f"accuracy_length{ending}"))
