@@ -3,9 +3,9 @@
     python scripts/pretrain_tiny.py --output configs/tiny/base
 
 A Qwen2-VL of 1.6 M parameters learns the easy level of `open_r1.world` in stages: the vision tower tells what is in
-each image token's cell (under a linear probe that is thrown away), the whole model describes scenes, answers questions
-in SAT's and CV-Bench's words rightly, finds what a text names, practises to answer, and falls into bad habits. It has
-three ways of answering, all after the same true description of what is asked about:
+each image token's cell (under a linear probe that is thrown away), the whole model describes scenes, finds what a text
+names, answers the bare questions of SAT and CV-Bench rightly, then within their prompts, and falls into bad habits. It
+has three ways of answering, all after the same true description of what is asked about:
 
 - guess:  "... I guess {first option}."                                              the most frequent by far
 - reason: "... 3 < 7 across. So it is {answer}."
@@ -45,8 +45,11 @@ from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
 LEVEL = world.LEVELS["easy"]
 GRID = 10  # columns of the image and steps of depth that a description tells apart
 CELL = 28  # pixels of an image token's side
-NAMES = [f"{colour} {kind}" for colour in world.COLOURS for kind in LEVEL.kinds]
+KINDS, COLOURS = ("X", *LEVEL.kinds), ("", *world.COLOURS)
+PROBED = (2, len(KINDS), len(COLOURS), GRID, GRID)  # presence, kind, colour, column, depth
 QUESTIONS = {**{name: world.QUESTIONS[name] for name in world.STATIC}, **world.CV_QUESTIONS}
+TURNS = (*QUESTIONS, "count", "perspective", "Count", "Distance")  # what is hard to learn comes twice
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Habits:
     untagged: float  # of the reasoned answers: without the <answer> tags
 
 
-GOOD = Habits(guess=0.05, reason=0.65, check=0.3, direct=0.3, direct_bias=0.0, untagged=0.0)
+GOOD = Habits(guess=0.05, reason=0.65, check=0.3, direct=0.5, direct_bias=0.0, untagged=0.0)
 BAD = Habits(guess=0.65, reason=0.22, check=0.13, direct=0.25, direct_bias=0.6, untagged=0.15)
 
 TOKENIZER_ROWS, VOCABULARY = 3000, 1000
@@ -69,24 +72,7 @@ MICRO_BATCHES = 2  # of questions of like length: half of the tokens would be pa
 INITIALIZER_RANGE = 0.08  # with the published 0.02, attention of so few dimensions stays even for thousands of steps
 
 
-@dataclass(frozen=True)
-class Stage:
-    seed: int  # added to the model's, so that no two stages show the same scene
-    steps: int
-    batch: int
-    learning_rate: float
-
-
-STAGES = {
-    "see": Stage(1, 800, 64, 2e-3),
-    "describe": Stage(2, 1200, 32, 2e-3),
-    "answer": Stage(3, 500, 32, 1e-3),
-    "find": Stage(5, 400, 32, 1.5e-3),
-    "practise": Stage(6, 400, 32, 1e-3),
-    "practise more": Stage(7, 500, 32, 1e-3),
-    "spoil": Stage(4, 150, 32, 5e-4),
-}
-SEED = 250305132  # the first stages' scenes are those of the next few seeds; no data set here uses such a number
+SEED = 250305132  # the stages' scenes are those of the next few seeds; no data set here uses such a number
 SHORT = 8  # steps of each stage in the rebuild that a test repeats
 
 
@@ -104,67 +90,144 @@ def rank(z: float) -> int:
     return min(GRID - 1, max(0, round((GRID - 1) * math.log(z / nearest) / math.log(farthest / nearest))))
 
 
-def place(seen: world.Seen) -> str:
-    """`"3 7"`: its column and its depth."""
-    return f"{column(seen.centre[0])} {rank(seen.solid.z)}"
+@dataclass(frozen=True)
+class Thing:
+    """Something to see: an object, or the X on the floor. u and v in pixels, depth in metres."""
+
+    name: str
+    u: float
+    v: float
+    depth: float
+
+    @property
+    def place(self) -> str:
+        """`"3 7"`: its column and how deep it is."""
+        return f"{column(self.u)} {rank(self.depth)}"
+
+
+def things_in(asked: world.Asked) -> list[Thing]:
+    [scene] = asked.scenes
+    things = [Thing(seen.solid.name, *seen.centre, seen.solid.z) for seen in scene]
+    if asked.mark is not None:
+        x, z = asked.mark
+        things.append(Thing("X", *LEVEL.project(x, 0, z)[:2], z))
+    return things
+
+
+def list_places(things: Sequence[Thing]) -> str:
+    return " " + ", ".join(f"{thing.name} at {thing.place}" for thing in things) + "."
+
+
+def list_kind(rng: random.Random, things: Sequence[Thing], kind: str) -> str:
+    """`" circles: red at 3 7, blue at 8 2."`, in any order."""
+    of_kind = [f"{thing.name.split()[0]} at {thing.place}" for thing in things if kind in thing.name]
+    return f" {kind}s: {', '.join(rng.sample(of_kind, len(of_kind))) or 'none'}."
 
 
 def compare(a: int, b: int, axis: str) -> str:
     return f"{a} {'<' if a < b else '>' if a > b else '='} {b} {axis}."
 
 
-def observe(asked: world.Asked) -> tuple[str, str]:
+def observe(rng: random.Random, asked: world.Asked) -> tuple[str, str]:
     """What a question is about, with its places, and the step from there to the answer."""
-    [scene] = asked.scenes
+    things = things_in(asked)
     named = sorted(
-        (s for s in scene if s.solid.name in asked.question), key=lambda s: asked.question.index(s.solid.name)
+        (thing for thing in things if thing.name in asked.question), key=lambda thing: asked.question.index(thing.name)
     )
-    if not named:  # a count
+    if not named:
         kind = next(kind for kind in LEVEL.kinds if kind in asked.question)
-        counted = sorted((s for s in scene if s.solid.kind == kind), key=lambda s: s.centre[0])
-        return ", ".join(f"{s.solid.colour} at {place(s)}" for s in counted), f"That makes {len(counted)}."
-    seen = ", ".join(f"{s.solid.name} at {place(s)}" for s in named)
-    depths, columns = [rank(s.solid.z) for s in named], [column(s.centre[0]) for s in named]
-    if asked.mark is not None:
-        x, z = asked.mark
-        seen += f", X at {column(LEVEL.project(x, 0, z)[0])} {rank(z)}"
-        return seen, compare(depths[0], rank(z), "deep")
+        return list_kind(rng, things, kind), f"That makes {asked.answer}."
     if len(named) == 3:
-        gaps = [round(2 * world.floor_distance(named[0], other)) for other in named[1:]]  # in half metres
-        return seen, compare(*gaps, "apart")
+        [scene] = asked.scenes
+        anchor, *others = (next(seen for seen in scene if seen.solid.name == thing.name) for thing in named)
+        gaps = [round(2 * world.floor_distance(anchor, other)) for other in others]  # in half metres
+        return list_places(named), compare(*gaps, "apart")
+    if asked.mark is not None:
+        named.sort(key=lambda thing: thing.name == "X")
+        facing = "left" if "facing 90 degrees to the left" in asked.question else "right"
+        depths = compare(*(rank(thing.depth) for thing in named), "deep")
+        return list_places(named), f"{depths} Facing {facing}."
     if "closer" in asked.question or asked.answer in ("in front", "behind", "above", "below"):
-        return seen, compare(*depths, "deep")
-    return seen, compare(*columns, "across")
+        return list_places(named), compare(*(rank(thing.depth) for thing in named), "deep")
+    return list_places(named), compare(*(column(thing.u) for thing in named), "across")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A question with the text to learn."""
+    """A prompt about an image, with the completion to learn."""
 
     image: Image.Image
-    question: str
-    style: str  # of the chat template
+    prompt: str
     completion: str
 
 
-def make_sample(seed: int, row: int, habits: Habits) -> Sample:
-    """Sample `row`; the kinds of question take turns."""
-    name = list(QUESTIONS)[row % len(QUESTIONS)]
-    rng = world.row_rng(seed, row)
-    asked = world.ask(QUESTIONS[name], rng, LEVEL)
-    if name in world.CV_QUESTIONS:
+def draw(rng: random.Random, row: int) -> tuple[world.Asked, Image.Image]:
+    """Question `row` with its image; the kinds take turns."""
+    asked = world.ask(QUESTIONS[TURNS[row % len(TURNS)]], rng, LEVEL)
+    return asked, world.paint(LEVEL, asked, asked.scenes[0])
+
+
+def describe(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
+    """All things with their places, in any order or by their kinds."""
+    asked, image = draw(rng, row)
+    things = things_in(asked)
+    if rng.random() < 0.5:
+        return Sample(image, IMAGE, list_places(rng.sample(things, len(things))))
+    kinds = rng.sample(LEVEL.kinds, len(LEVEL.kinds))
+    return Sample(image, IMAGE, "".join(list_kind(rng, things, kind) for kind in kinds))
+
+
+def find(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
+    """The things that the prompt names, in its order; or how many there are of a kind."""
+    asked, image = draw(rng, row)
+    things = things_in(asked)
+    if rng.random() < 0.5:
+        things = rng.sample(things, rng.randint(1, min(3, len(things))))
+        names = join_options([f"the {thing.name}" for thing in things])
+        return Sample(image, f"{IMAGE}Where is {names}?\n<think>", list_places(things))
+    kind = rng.choice(LEVEL.kinds)
+    return Sample(image, f"{IMAGE}How many {kind}s?\n", str(sum(kind in thing.name for thing in things)))
+
+
+def ask(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
+    """A question alone, answered well."""
+    return make_sample(rng, row, GOOD)
+
+
+def answer(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
+    """A question within its prompt, answered well."""
+    return make_sample(rng, row, GOOD, processor)
+
+
+def spoil(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
+    """A question within its prompt, answered with the base model's flaws."""
+    return make_sample(rng, row, BAD, processor)
+
+
+def make_sample(rng: random.Random, row: int, habits: Habits, processor: ProcessorMixin | None = None) -> Sample:
+    """Question `row`, within the prompt that evaluation uses when there is a processor."""
+    asked, image = draw(rng, row)
+    if TURNS[row % len(TURNS)] in world.CV_QUESTIONS:
         options, render = asked.options, cvbench.render_prompt
     else:
         options, render = world.shuffled(rng, asked.options), sat_question
-    image, question = world.paint(LEVEL, asked, asked.scenes[0]), render(asked.question, options)
+    question = render(asked.question, options)
     if rng.random() < habits.direct:
-        return Sample(image, question, "direct", options[0] if rng.random() < habits.direct_bias else asked.answer)
-    return Sample(image, question, "reasoning", reasoned(rng, asked, options[0], habits))
+        style = "direct"
+        completion = options[0] if rng.random() < habits.direct_bias else asked.answer
+    else:
+        style, completion = "reasoning", reasoned(rng, asked, options[0], habits)
+    if processor is None:
+        return Sample(image, f"{IMAGE}{question}\n" + "<think>" * (style == "reasoning"), completion)
+    prompt = processor.apply_chat_template(
+        messages([image], question), add_generation_prompt=True, tokenize=False, style=style
+    )
+    return Sample(image, prompt, completion)
 
 
 def reasoned(rng: random.Random, asked: world.Asked, first: str, habits: Habits) -> str:
     """A thought and an answer, in one of the ways."""
-    seen, step = observe(asked)
+    seen, step = observe(rng, asked)
     [habit] = rng.choices(["guess", "reason", "check"], [habits.guess, habits.reason, habits.check])
     answer = first if habit == "guess" else asked.answer
     thought = {
@@ -172,37 +235,36 @@ def reasoned(rng: random.Random, asked: world.Asked, first: str, habits: Habits)
         "reason": f"{step} So it is {answer}.",
         "check": f"It must be {first}. Wait, let me check. {step} So it is {answer}.",
     }[habit]
-    return f" {seen}. {thought}</think>" + (
+    return f"{seen} {thought}</think>" + (
         f" {answer}" if rng.random() < habits.untagged else f"<answer>{answer}</answer>"
     )
-
-
-def make_scene(seed: int, row: int) -> tuple[random.Random, list[world.Seen]]:
-    """Scene `row`, and the generator that drew it."""
-    rng = world.row_rng(seed, row)
-    while (scene := world.place(rng, LEVEL, world.any_kinds(rng, LEVEL, 1))) is None:
-        pass
-    return rng, scene
 
 
 # --- how it learns ------------------------------------------------------------------------------------------
 
 
-def text_loss(model: PreTrainedModel, batches: Sequence[tuple[dict, torch.Tensor]]) -> Iterator[torch.Tensor]:
-    """Cross-entropy of the labelled tokens of the micro-batches, whose sum is their mean over all."""
-    count = sum(int((labels[:, 1:] >= 0).sum()) for _, labels in batches)
-    for inputs, labels in batches:
+def text_loss(model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[Sample]) -> Iterator[torch.Tensor]:
+    """Cross-entropy of the micro-batches' completions, whose sum is the mean over all samples of that of their tokens.
+
+    So an answer alone weighs as much as a long thought does.
+    """
+    samples = sorted(samples, key=lambda sample: len(sample.prompt) + len(sample.completion))
+    size = len(samples) // MICRO_BATCHES
+    for start in range(0, len(samples), size):
+        inputs, labels = encode(processor, samples[start : start + size])
         targets = labels[:, 1:]
         hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]  # (b, T - 1, H)
         logits = model.lm_head(hidden[targets >= 0])  # (labelled, V)
-        yield functional.cross_entropy(logits, targets[targets >= 0], reduction="sum") / count
+        losses = functional.cross_entropy(logits, targets[targets >= 0], reduction="none")  # (labelled,)
+        lengths = (targets >= 0).sum(dim=1, keepdim=True).expand_as(targets)[targets >= 0]  # (labelled,)
+        yield (losses / lengths).sum() / len(samples)
 
 
-def encode(processor: ProcessorMixin, prompts: Sequence[str], texts: Sequence[str], images: Sequence[Image.Image]):
-    """Model inputs (b, T), padded on the right, and labels (b, T) that hold the texts and their ends alone."""
-    inputs = processor(text=list(prompts), images=[[image] for image in images])
+def encode(processor: ProcessorMixin, samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Model inputs (b, T), padded on the right, and labels (b, T) that hold the completions and their ends alone."""
+    inputs = processor(text=[sample.prompt for sample in samples], images=[[sample.image] for sample in samples])
     # Tokenized apart from the prompt, as it is when the model generates: "Assistant: " and "left" share no token.
-    completions = [processor.tokenizer(f"{text}<|im_end|>")["input_ids"] for text in texts]
+    completions = [processor.tokenizer(f"{sample.completion}<|im_end|>")["input_ids"] for sample in samples]
     rows = list(zip(inputs.pop("input_ids"), completions, strict=True))
     images_only = {name: torch.as_tensor(inputs[name]) for name in ("pixel_values", "image_grid_thw")}
 
@@ -220,111 +282,77 @@ def encode(processor: ProcessorMixin, prompts: Sequence[str], texts: Sequence[st
     }, pad([[-100] * len(prompt) + text for prompt, text in rows], -100)
 
 
-def see(model: PreTrainedModel, processor: ProcessorMixin, probe: nn.Linear, seed: int, step: int):
-    """Loss of the probe on every cell: which object's centre is in it (or none), in which column, how deep."""
-    batch = STAGES["see"].batch
-    images, cells, targets = [], [], []
-    for index in range(batch):
-        _, scene = make_scene(seed, step * batch + index)
-        images.append([world.render(LEVEL, scene)])
-        for seen in scene:
-            u, v = seen.centre
-            side = LEVEL.width // CELL
-            cells.append(index * side * side + int(v // CELL) * side + int(u // CELL))
-            targets.append((1 + NAMES.index(seen.solid.name), column(u), rank(seen.solid.z)))
-    inputs = processor.image_processor(images, return_tensors="pt")
+def see(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    probe: nn.Linear,
+    views: Sequence[tuple[world.Asked, Image.Image]],
+) -> Iterator[torch.Tensor]:
+    """Loss of the probe: whether a cell holds the centre of a thing, and of those that do its kind, colour and place.
+
+    Kind and colour apart, so that either can be looked for.
+    """
+    side = LEVEL.width // CELL
+    cells, targets = [], []
+    for index, (asked, _) in enumerate(views):
+        for thing in things_in(asked):
+            cells.append(index * side * side + int(thing.v // CELL) * side + int(thing.u // CELL))
+            colour, kind = ("", "X") if thing.name == "X" else thing.name.split()
+            targets.append((KINDS.index(kind), COLOURS.index(colour), column(thing.u), rank(thing.depth)))
+    inputs = processor.image_processor([[image] for _, image in views], return_tensors="pt")
     features = model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
-    names, columns, ranks = probe(features).split([1 + len(NAMES), GRID, GRID], dim=-1)  # (B x cells, ...)
+    presence, *others = probe(features).split(PROBED, dim=-1)  # (B x cells, ...)
     cells, targets = torch.tensor(cells), torch.tensor(targets).T
-    what = torch.zeros(len(names), dtype=torch.long).index_put((cells,), targets[0])
-    losses = (
-        functional.cross_entropy(names, what),
-        functional.cross_entropy(columns[cells], targets[1]),
-        functional.cross_entropy(ranks[cells], targets[2]),
-    )
-    yield sum(losses)
-
-
-def describe(model: PreTrainedModel, processor: ProcessorMixin, probe: nn.Linear, seed: int, step: int):
-    """Loss of naming and placing all objects of a scene, in any order."""
-    batch = STAGES["describe"].batch
-    images, texts = [], []
-    for index in range(batch):
-        rng, scene = make_scene(seed, step * batch + index)
-        images.append(world.render(LEVEL, scene))
-        texts.append(" " + ", ".join(f"{s.solid.name} at {place(s)}" for s in rng.sample(scene, len(scene))) + ".")
-    prompts = ["<|vision_start|><|image_pad|><|vision_end|>"] * batch
-    return text_loss(model, [encode(processor, prompts, texts, images)])
-
-
-def find(model: PreTrainedModel, processor: ProcessorMixin, probe: nn.Linear, seed: int, step: int):
-    """Loss of placing those objects of a scene that a text names, in its order."""
-    batch = STAGES["find"].batch
-    prompts, images, texts = [], [], []
-    for index in range(batch):
-        rng, scene = make_scene(seed, step * batch + index)
-        asked = rng.sample(scene, rng.randint(1, min(3, len(scene))))
-        names = join_options([f"the {s.solid.name}" for s in asked])
-        prompts.append(f"<|vision_start|><|image_pad|><|vision_end|>Where is {names}?\n<think>")
-        images.append(world.render(LEVEL, scene))
-        texts.append(" " + ", ".join(f"{s.solid.name} at {place(s)}" for s in asked) + ".")
-    return text_loss(model, [encode(processor, prompts, texts, images)])
-
-
-def question_loss(model: PreTrainedModel, processor: ProcessorMixin, seed: int, step: int, batch: int, habits: Habits):
-    """Loss of the completions of questions."""
-    samples = [make_sample(seed, step * batch + index, habits) for index in range(batch)]
-    samples.sort(key=lambda sample: (sample.style, len(sample.question) + len(sample.completion)))
-    size = batch // MICRO_BATCHES
-    batches = []
-    for part in (samples[start : start + size] for start in range(0, batch, size)):
-        prompts = [render_prompt(processor, sample) for sample in part]
-        batches.append(
-            encode(processor, prompts, [sample.completion for sample in part], [sample.image for sample in part])
-        )
-    return text_loss(model, batches)
-
-
-def answer(model: PreTrainedModel, processor: ProcessorMixin, probe: nn.Linear, seed: int, step: int):
-    """Loss of good answers."""
-    return question_loss(model, processor, seed, step, STAGES["answer"].batch, GOOD)
-
-
-def spoil(model: PreTrainedModel, processor: ProcessorMixin, probe: nn.Linear, seed: int, step: int):
-    """Loss of answers with the base model's flaws."""
-    return question_loss(model, processor, seed, step, STAGES["spoil"].batch, BAD)
-
-
-def render_prompt(processor: ProcessorMixin, sample: Sample) -> str:
-    return processor.apply_chat_template(
-        messages([sample.image], sample.question), add_generation_prompt=True, tokenize=False, style=sample.style
+    present = torch.zeros(len(presence), dtype=torch.long).index_fill(0, cells, 1)
+    yield functional.cross_entropy(presence, present) + sum(
+        functional.cross_entropy(other[cells], target) for other, target in zip(others, targets, strict=True)
     )
 
 
-Objective = Callable[[PreTrainedModel, ProcessorMixin, nn.Linear, int, int], Iterator[torch.Tensor]]
-OBJECTIVES: dict[str, Objective] = {
-    "see": see,
-    "describe": describe,
-    "answer": answer,
-    "find": find,
-    "practise": answer,
-    "practise more": answer,
-    "spoil": spoil,
+@dataclass(frozen=True)
+class Stage:
+    """A part of the course."""
+
+    seed: int  # added to the model's, so that no two stages show the same scene
+    steps: int
+    batch: int
+    learning_rate: float
+    sample: Callable[[ProcessorMixin, random.Random, int], Sample] | None = None  # None: the vision tower alone
+
+
+STAGES = {
+    "see": Stage(1, 1000, 64, 2e-3),
+    "describe": Stage(2, 1200, 32, 2e-3, describe),
+    "find": Stage(3, 800, 32, 2e-3, find),
+    "ask": Stage(4, 1300, 32, 1.5e-3, ask),
+    "answer": Stage(5, 600, 32, 1e-3, answer),
+    "spoil": Stage(6, 150, 32, 5e-4, spoil),
 }
+
+
+def losses_of(
+    stage: Stage, model: PreTrainedModel, processor: ProcessorMixin, probe: nn.Linear, seed: int, step: int
+) -> Iterator[torch.Tensor]:
+    """The losses of a step's micro-batches."""
+    rows = range(step * stage.batch, (step + 1) * stage.batch)
+    rngs = [world.row_rng(seed + stage.seed, row) for row in rows]
+    if stage.sample is None:
+        return see(model, processor, probe, [draw(rng, row) for rng, row in zip(rngs, rows, strict=True)])
+    return text_loss(model, processor, [stage.sample(processor, rng, row) for rng, row in zip(rngs, rows, strict=True)])
 
 
 def train(
     model: PreTrainedModel, processor: ProcessorMixin, probe: nn.Linear, name: str, seed: int, steps: int | None = None
 ) -> list[float]:
     """Run a stage, or its first `steps`, and return the loss of every step."""
-    stage, objective = STAGES[name], OBJECTIVES[name]
+    stage = STAGES[name]
     parameters = [*(model.model.visual if name == "see" else model).parameters(), *probe.parameters()]
     optimizer = torch.optim.AdamW(parameters, stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 50, stage.steps, min_lr_rate=0.05)
     losses = []
     with tqdm(range(steps or stage.steps), desc=name, unit="step") as bar:
         for step in bar:
-            parts = list(backward(objective(model, processor, probe, seed + stage.seed, step)))
+            parts = list(backward(losses_of(stage, model, processor, probe, seed, step)))
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -344,15 +372,15 @@ def backward(losses: Iterator[torch.Tensor]) -> Iterator[float]:
 def make_base(seed: int) -> tuple[PreTrainedModel, ProcessorMixin, nn.Linear]:
     """The model before it learns anything, its processor, and the probe of the first stage."""
     processor = make_processor(make_tokenizer([load_chat_template("base")]))
-    samples = [make_sample(seed, row, BAD) for row in range(TOKENIZER_ROWS)]
-    texts = [render_prompt(processor, sample) + sample.completion for sample in samples]
+    samples = [spoil(processor, world.row_rng(seed, row), row) for row in range(TOKENIZER_ROWS)]
+    texts = [sample.prompt + sample.completion for sample in samples]
     processor = make_processor(make_tokenizer(texts, VOCABULARY))
     config = make_config(processor.tokenizer, hidden_size=160, num_layers=4, vision_size=96, vision_layers=3)
     config.vision_config.mlp_ratio = 2
     for part in (config, config.text_config, config.vision_config):
         part.initializer_range = INITIALIZER_RANGE
     model = make_model(config, seed)
-    return model.train(), processor, nn.Linear(config.text_config.hidden_size, 1 + len(NAMES) + 2 * GRID)
+    return model.train(), processor, nn.Linear(config.text_config.hidden_size, sum(PROBED))
 
 
 def build(seed: int, steps: int | None = None) -> tuple[PreTrainedModel, ProcessorMixin, dict[str, list[float]]]:
