@@ -68,9 +68,8 @@ GOOD = Habits(guess=0.05, reason=0.65, check=0.3, direct=0.5, direct_bias=0.0, u
 BAD = Habits(guess=0.65, reason=0.22, check=0.13, direct=0.25, direct_bias=0.6, untagged=0.15)
 
 TOKENIZER_ROWS, VOCABULARY = 3000, 1000
-MICRO_BATCHES = 2  # of questions of like length: half of the tokens would be padding otherwise
+MICRO_BATCHES = 2  # of samples of like length: half of the tokens would be padding otherwise
 INITIALIZER_RANGE = 0.08  # with the published 0.02, attention of so few dimensions stays even for thousands of steps
-
 
 SEED = 250305132  # the stages' scenes are those of the next few seeds; no data set here uses such a number
 SHORT = 8  # steps of each stage in the rebuild that a test repeats
@@ -346,7 +345,7 @@ def train(
 ) -> list[float]:
     """Run a stage, or its first `steps`, and return the loss of every step."""
     stage = STAGES[name]
-    parameters = [*(model.model.visual if name == "see" else model).parameters(), *probe.parameters()]
+    parameters = [*(model.model.visual if stage.sample is None else model).parameters(), *probe.parameters()]
     optimizer = torch.optim.AdamW(parameters, stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 50, stage.steps, min_lr_rate=0.05)
     losses = []
