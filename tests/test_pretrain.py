@@ -93,7 +93,7 @@ def test_no_two_stages_show_the_same_scene(pretrain):
 def test_the_base_sees_but_guesses(answers):
     greedy = [judge(text, right, options, lenient=True) for options, right, text, _ in answers]
     first = sum(verdict.answer == options[0] for verdict, (options, *_) in zip(greedy, answers, strict=True))
-    assert first / QUESTIONS > 0.55  # a position bias: chance is about 0.4
+    assert first / QUESTIONS > 0.6  # a position bias: chance is about 0.4
     assert sum(verdict.correct for verdict in greedy) / QUESTIONS < 0.65
 
 
