@@ -35,7 +35,6 @@ CPU_LENGTHS = {
     "grpo": ["--max_completion_length", "24", "--completions_per_step", "8"],
     "sft": [],
 }
-CPU_PRECISION = ["--dtype", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -158,6 +157,12 @@ def libraries() -> int:
     return int(output.splitlines()[-1]) * 1024
 
 
+def cpu_dtype() -> str:
+    """What this processor multiplies fastest: bfloat16 where it has the instructions, else float32."""
+    has = torch.cpu.get_capabilities()
+    return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
+
+
 def free_memory() -> int:
     """Bytes that can be had on this machine, or on its first card."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
@@ -190,11 +195,11 @@ def training(folder: Path, model: str, sizes: Sequence[str]) -> list[Phase]:
     """
     on_gpu = torch.cuda.is_available()
 
-    def phase(name: str, recipe: str, steps: int, *overrides: str, launch: str = "") -> Phase:
+    def phase(name: str, recipe: str, steps: int, *overrides: str, launch: str = "", dtype: str = cpu_dtype()) -> Phase:
         kind = recipe.split("_")[0]
         script = {"grpo": "run_grpo_SAT.sh", "sft": "run_sft.sh"}[kind]
         output = folder / "-".join([recipe, *(part.strip("-") for part in overrides)][:2])
-        overrides = (*overrides, *(() if on_gpu else (*CPU_PRECISION, *CPU_LENGTHS[kind])))
+        overrides = (*overrides, *(() if on_gpu else (*("--dtype", dtype), *CPU_LENGTHS[kind])))
         config = REPO_ROOT / f"configs/{recipe}.yaml"
         env = {"CONFIG": config, "MODEL": model, "DATA": folder / "data/SAT_train_32.json", "OUTPUT": output}
         processes = str(torch.cuda.device_count() or 1)
@@ -216,10 +221,10 @@ def training(folder: Path, model: str, sizes: Sequence[str]) -> list[Phase]:
     ]
     if on_gpu:
         return [*phases, phase("GRPO, everything trained, a step", "grpo_sat", 1)]
-    # DeepSpeed's float32 copies of 1.5 B parameters need more than most machines have; plain AdamW on bfloat16
-    # weights loses small updates, but takes the same steps.
-    frozen = ("--freeze_vision", "true")
-    return [*phases, phase("SFT, vision frozen, all else trained, a step", "sft_sat", 1, *frozen, launch="ddp")]
+    # Float32 weights, or DeepSpeed's float32 copies, of 1.5 B trained parameters need more than most machines have;
+    # plain AdamW on bfloat16 weights loses small updates, but takes the same steps.
+    name, frozen = "SFT, vision frozen, all else trained, a step", ("--freeze_vision", "true")
+    return [*phases, phase(name, "sft_sat", 1, *frozen, launch="ddp", dtype="bfloat16")]
 
 
 def using(folder: Path, model: str) -> list[Phase]:
@@ -227,8 +232,8 @@ def using(folder: Path, model: str) -> list[Phase]:
     merged = folder / "merged"
     results = folder / "results"
     evaluate = [sys.executable, REPO_ROOT / "src/eval/test_qwen2vl_CVBench.py", "--model_path", merged]
-    evaluate += ["--dataset_path", folder / "cvbench", "--output_dir", results, "--limit", "4", "--dtype", "bfloat16"]
-    evaluate += [] if torch.cuda.is_available() else ["--max_new_tokens", "24"]
+    evaluate += ["--dataset_path", folder / "cvbench", "--output_dir", results, "--limit", "4"]
+    evaluate += [] if torch.cuda.is_available() else ["--max_new_tokens", "24", "--dtype", cpu_dtype()]
     adapter = folder / "grpo_sat_lora"
     export = [sys.executable, REPO_ROOT / "scripts/export.py", "--adapter", adapter, "--output", merged]
     return [Phase("export: merge the adapter", export, {}), Phase("evaluate 4 questions", evaluate, {})]
