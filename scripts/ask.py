@@ -6,6 +6,12 @@ python scripts/ask.py --model Qwen/Qwen2-VL-2B --image photo.jpg --question "How
 
 import argparse
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
+from open_r1.front_door import use_environment
+
+use_environment()
 
 import torch
 from transformers import GenerationConfig

@@ -21,6 +21,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "open-r1-multimodal"))
+from open_r1.front_door import use_environment
+
+use_environment()
+
 from open_r1.benchmarks import BENCHMARKS, Item, digest, read
 from open_r1.prompts import REPO_ROOT
 from open_r1.scoring import PARSERS, check_rows, judge_row, score, shares, table
