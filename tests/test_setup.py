@@ -117,27 +117,7 @@ def test_an_nvidia_smi_that_hangs_is_no_gpu(tmp_path, shell):
 def tools(folder: Path, *names: str) -> str:
     """A PATH with what a system without Python has."""
     folder.mkdir()
-    for name in (
-        *[
-            "sh",
-            "cat",
-            "cksum",
-            "dirname",
-            "date",
-            "df",
-            "awk",
-            "head",
-            "grep",
-            "sed",
-            "rm",
-            "git",
-            "c++",
-            "cc",
-            "timeout",
-            "env",
-        ],
-        *names,
-    ):
+    for name in (*SYSTEM_TOOLS.split(), *names):
         if found := shutil.which(name):
             (folder / name).symlink_to(found)
     return str(folder)
