@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import get_scheduler
 from trl import ModelConfig, TrlParser
 
 from open_r1.checkpoints import resolve_checkpoint, seal
@@ -69,8 +70,15 @@ def test_the_papers_recipe(tmp_path):
         "temperature": 1.0,
     }
     assert {name: getattr(training_args, name) for name in expected} == expected
-    # the line of a linear schedule over two epochs of 15000 examples at 8 prompts a step, cut at step 1500
-    assert training_args.lr_scheduler_kwargs["lr_end"] == pytest.approx(1e-6 * (1 - 1500 / (2 * 15000 / 8)))
+    # a linear schedule over two epochs of 15000 examples at 8 prompts a step, cut at step 1500, whatever max_steps is
+    for max_steps in (100, 1500):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=training_args.learning_rate)
+        schedule = get_scheduler(
+            training_args.lr_scheduler_type, optimizer, 0, max_steps, training_args.lr_scheduler_kwargs
+        )
+        rates = [schedule.lr_lambdas[0](step) * 1e-6 for step in range(1501)]
+        assert rates == pytest.approx([1e-6 * (1 - step / (2 * 15000 / 8)) for step in range(1501)])
+        assert rates[1500] == pytest.approx(6e-7)
 
 
 def test_reports_never_wait_for_an_answer(monkeypatch, tmp_path):

@@ -46,6 +46,9 @@ def quiet() -> None:
     for name, part in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
+    warnings.filterwarnings(
+        "ignore", "Both num_training_steps and num_stable_steps are specified"
+    )  # as the recipes mean
     downloads_are_shown = not are_progress_bars_disabled()
     disable_progress_bar()  # of loading and writing weights; it takes the bars of downloads along
     if downloads_are_shown:
