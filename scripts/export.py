@@ -12,14 +12,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import use_environment
+from open_r1.front_door import first_line, use_environment
 
 use_environment()
 
-import torch
-from peft import PeftConfig, PeftModel
-
-from open_r1.modeling import load_model, load_processor, reset_generation_config
+from open_r1.modeling import adapter_base, load_checkpoint, load_processor, reset_generation_config
 
 
 def main() -> None:
@@ -34,23 +31,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.exists():
         sys.exit(f"error: --output: {args.output} exists; name another folder or delete it")
-    if not (args.adapter / "adapter_config.json").is_file():
+    if (named := adapter_base(args.adapter)) is None:
         sys.exit(f"error: --adapter: no adapter_config.json in {args.adapter}; a full checkpoint needs no export")
     try:
-        base = args.base or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
-        model = load_model(base, dtype=args.dtype)
-        processor = load_processor(args.adapter)
+        model = load_checkpoint(args.adapter, args.dtype, args.base)
+        processor = load_processor(str(args.adapter))
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    with torch.no_grad():
-        model = PeftModel.from_pretrained(model, args.adapter).merge_and_unload(safe_merge=True)
+        sys.exit(f"error: {first_line(error)}")
     reset_generation_config(model, processor)
     temporary = args.output.with_name(args.output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     processor.save_pretrained(temporary)
     os.replace(temporary, args.output)
-    print(f"{args.output}: {base} with the adapter of {args.adapter} merged in")
+    print(f"{args.output}: {args.base or named} with the adapter of {args.adapter} merged in")
 
 
 if __name__ == "__main__":

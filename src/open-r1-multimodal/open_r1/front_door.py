@@ -1,7 +1,7 @@
-"""Start a script under the Python that `setup.sh` installed the packages into, whatever `python` the user typed.
+"""What scripts that users call by their path share: the right Python, whatever `python` they typed, and short errors.
 
-A front door (a script that users call by its path) puts this package's folder on `sys.path`, calls `use_environment()`
-and only then imports the packages. Any Python 3 must be able to read this file, and it needs nothing installed.
+Such a front door puts this package's folder on `sys.path`, calls `use_environment()` and only then imports what
+`setup.sh` installed. Any Python 3 must be able to read this file, and it needs nothing installed.
 """
 
 import importlib.util
@@ -12,6 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 PROBE = "trl"  # nothing else brings it: whoever has it has what setup.sh installs
 CHOSEN = "OPEN_R1_PYTHON"  # environment variable: the Python that the script was started anew with
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; libraries go on to explain it in paragraphs."""
+    return str(error).strip().split("\n")[0]
 
 
 def use_environment() -> None:

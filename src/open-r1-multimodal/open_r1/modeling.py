@@ -3,9 +3,10 @@
 import importlib.util
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,6 +19,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from open_r1.hub import model_folder
 from open_r1.prompts import load_chat_template
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -82,6 +84,34 @@ def load_model(
         attn_implementation=resolve_attn_implementation(attn_implementation, torch_dtype),
         quantization_config=quantization_config,
     )
+
+
+def adapter_base(folder: str | Path) -> str | None:
+    """The base model that a LoRA run's folder names; None for a folder of whole weights."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return None
+    return PeftConfig.from_pretrained(folder).base_model_name_or_path
+
+
+def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | None = None) -> PreTrainedModel:
+    """A model to use: `load_model`, or for a LoRA run's folder its base with the adapter merged into the weights.
+
+    Args:
+        dtype: see `load_model`.
+        base: in place of the base model that the adapter names.
+
+    Raises:
+        OSError, ValueError: what `load_model` raises; of an adapter's base, the message names both.
+    """
+    base = base or adapter_base(folder)
+    if base is None:
+        return load_model(str(folder), dtype=dtype)
+    try:
+        model = load_model(str(model_folder(base)), dtype=dtype)
+    except OSError as error:
+        raise OSError(f"{folder} is an adapter of a base model that does not load: {error}") from error
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
 
 
 def load_model_from_args(model_args: ModelConfig) -> PreTrainedModel:
