@@ -16,6 +16,7 @@ from open_r1.front_door import first_line, use_environment
 
 use_environment()
 
+from open_r1.hub import model_folder
 from open_r1.modeling import adapter_base, load_checkpoint, load_processor, reset_generation_config
 
 
@@ -31,10 +32,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.exists():
         sys.exit(f"error: --output: {args.output} exists; name another folder or delete it")
-    if (named := adapter_base(args.adapter)) is None:
+    if not (args.adapter / "adapter_config.json").is_file():
         sys.exit(f"error: --adapter: no adapter_config.json in {args.adapter}; a full checkpoint needs no export")
     try:
-        model = load_checkpoint(args.adapter, args.dtype, args.base)
+        base = model_folder(args.base) if args.base else adapter_base(args.adapter)
+        model = load_checkpoint(args.adapter, args.dtype, base)
         processor = load_processor(str(args.adapter))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {first_line(error)}")
@@ -44,7 +46,7 @@ def main() -> None:
     model.save_pretrained(temporary)
     processor.save_pretrained(temporary)
     os.replace(temporary, args.output)
-    print(f"{args.output}: {args.base or named} with the adapter of {args.adapter} merged in")
+    print(f"{args.output}: {base} with the adapter of {args.adapter} merged in")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ class Hub:
         """
         self._trouble.append([part, how, times])
 
+    def recover(self) -> None:
+        """Nothing fails any more."""
+        self._trouble.clear()
+
     def environment(self, home: Path) -> dict[str, str]:
         """What makes the clients ask this hub and nobody else, with their caches in `home`."""
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}

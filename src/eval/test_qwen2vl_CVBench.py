@@ -27,6 +27,7 @@ from open_r1.front_door import first_line, use_environment
 use_environment()
 
 from open_r1.benchmarks import BENCHMARKS, Item, digest, read
+from open_r1.hub import model_folder
 from open_r1.prompts import REPO_ROOT
 from open_r1.scoring import PARSERS, check_rows, judge_row, score, shares, table
 from open_r1.trajectories import append_rows
@@ -219,6 +220,7 @@ def collect(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[
 
 def evaluate(args: argparse.Namespace) -> None:
     """Answer what is not answered yet, then score everything."""
+    folder = model_folder(args.model_path)
     items = read(BENCHMARKS[args.benchmark], args.dataset_path, args.limit)
 
     import accelerate
@@ -232,14 +234,12 @@ def evaluate(args: argparse.Namespace) -> None:
         messages,
         model_fingerprint,
     )
-    from open_r1.hub import model_folder
 
     # accelerate takes processes on the CPU for one another's strangers, each the main one, unless it is told of it.
     on_cpu = not torch.accelerator.is_available() or accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
     # A process that is done waits for the slowest, which may take longer than the default timeout.
     state = accelerate.PartialState(cpu=on_cpu, timeout=timedelta(days=1))
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if state.device.type == "cuda" else "float32"
-    folder = model_folder(args.model_path)
     processor, prompt_name = load_prompting(folder, args.prompt, args.max_pixels)
     size = processor.image_processor.size
     style = "reasoning" if args.use_reasoning_prompt else "direct"

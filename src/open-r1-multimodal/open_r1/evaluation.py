@@ -20,7 +20,6 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from open_r1.benchmarks import Item
 from open_r1.data import count_image_tokens, to_rgb
-from open_r1.hub import model_folder
 from open_r1.modeling import (
     adapter_base,
     end_token_ids,
@@ -215,7 +214,7 @@ def model_fingerprint(folder: Path) -> str:
         return folder.name
     total = hashlib.sha256()
     if base := adapter_base(folder):
-        total.update(model_fingerprint(model_folder(base)).encode())
+        total.update(model_fingerprint(base).encode())
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = path.stat().st_size
         total.update(f"{path.name} {size}".encode())

@@ -6,6 +6,8 @@ The libraries would ask file by file while they load, and wait for minutes when 
 from collections.abc import Sequence
 from pathlib import Path
 
+from open_r1.front_door import first_line
+
 MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
 
@@ -19,20 +21,26 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
     """
     import httpx  # what the hub's client speaks through; both need half a second that local files do without
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns=list(files)))
     except HFValidationError as error:
-        raise FileNotFoundError(f"{repo_id}: no such folder") from error
-    except GatedRepoError as error:
-        reason, cause = "it asks for a login: accept its terms on its page, then run `hf auth login`", error
-    except RepositoryNotFoundError as error:
-        reason, cause = "the Hub has no such repository, or only for a login: `hf auth login`", error
+        raise FileNotFoundError(f"{repo_id}: no such file or folder") from error
     except (OSError, httpx.HTTPError) as error:
-        lines = str(error).strip().splitlines()
-        reason, cause = f"{lines[0] if lines else type(error).__name__}; the same command tries again", error
-    raise OSError(f"{repo_id}: neither here nor to be had from the Hub ({reason})") from cause
+        # The client says that it found nothing in its cache; why it looked there is behind that.
+        known = isinstance(error, LocalEntryNotFoundError) and error.__cause__
+        reason = f"{first_line(known or error)}; the same command tries again"
+        if isinstance(error, RepositoryNotFoundError):
+            reason = "the Hub has no such repository, or only for a login: `hf auth login`"
+        if isinstance(error, GatedRepoError):  # also a RepositoryNotFoundError
+            reason = "it asks for a login: accept its terms on its page, then `hf auth login`"
+        raise OSError(f"{repo_id}: neither here nor to be had from the Hub ({reason})") from error
 
 
 def model_folder(model_name_or_path: str | Path, revision: str = "main") -> Path:

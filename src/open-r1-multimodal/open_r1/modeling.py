@@ -86,30 +86,35 @@ def load_model(
     )
 
 
-def adapter_base(folder: str | Path) -> str | None:
-    """The base model that a LoRA run's folder names; None for a folder of whole weights."""
+def adapter_base(folder: str | Path) -> Path | None:
+    """The folder of the base model that a LoRA run's folder names; None for a folder of whole weights.
+
+    Raises:
+        OSError: there is no such base model, here or on the hub; the message names both.
+    """
     if not (Path(folder) / "adapter_config.json").is_file():
         return None
-    return PeftConfig.from_pretrained(folder).base_model_name_or_path
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    try:
+        return model_folder(base)
+    except OSError as error:
+        raise OSError(f"{folder} is an adapter without its base model: {error}") from error
 
 
-def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | None = None) -> PreTrainedModel:
+def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | Path | None = None) -> PreTrainedModel:
     """A model to use: `load_model`, or for a LoRA run's folder its base with the adapter merged into the weights.
 
     Args:
         dtype: see `load_model`.
-        base: in place of the base model that the adapter names.
+        base: folder in place of the base model that the adapter names.
 
     Raises:
-        OSError, ValueError: what `load_model` raises; of an adapter's base, the message names both.
+        OSError, ValueError: what `adapter_base` and `load_model` raise.
     """
     base = base or adapter_base(folder)
     if base is None:
         return load_model(str(folder), dtype=dtype)
-    try:
-        model = load_model(str(model_folder(base)), dtype=dtype)
-    except OSError as error:
-        raise OSError(f"{folder} is an adapter of a base model that does not load: {error}") from error
+    model = load_model(str(base), dtype=dtype)
     with torch.no_grad():
         return PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
 
