@@ -452,7 +452,7 @@ def test_prepare_dataset_takes_a_local_file_from_any_directory(tmp_path, shell):
     [
         ({"FOLD": "dev"}, [], "FOLD=dev: expected train, static, val or test"),
         ({}, ["--fold", "val"], "--fold: set FOLD or SAT_PARQUET in the environment instead"),
-        ({"PYTHON": "/bin/false"}, [], "run setup.sh"),
+        ({"PYTHON": "/bin/false"}, [], "run `bash setup.sh`"),
     ],
 )
 def test_prepare_dataset_refuses_in_one_line(environment, arguments, message):

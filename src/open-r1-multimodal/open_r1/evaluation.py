@@ -16,16 +16,25 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from open_r1.benchmarks import Item
 from open_r1.data import count_image_tokens, to_rgb
-from open_r1.modeling import end_token_ids, load_model, load_processor, reset_generation_config, vision_token_ids
+from open_r1.modeling import (
+    adapter_base,
+    end_token_ids,
+    load_checkpoint,
+    load_processor,
+    reset_generation_config,
+    vision_token_ids,
+)
 from open_r1.prompts import load_chat_template
 from open_r1.rollout import Prompt, encode_prompt, generate
 from open_r1.sat import DECODE_ERRORS, MAX_ASPECT_RATIO
 
-MIN_PIXELS = 3136  # training's bound
+PAPER_MAX_PIXELS = 401408  # what the paper trains and evaluates at
+# The bound that Qwen publishes (16384 image tokens) fits no recipe's prompt: nothing was trained at it here.
+PUBLISHED_MAX_PIXELS = 12845056
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a weight file, for its fingerprint
 
 
@@ -170,29 +179,42 @@ def generation_settings(processor: ProcessorMixin, max_new_tokens: int) -> dict[
 
 
 def load_transformers(
-    model_path: str, processor: ProcessorMixin, device: torch.device, dtype: str, style: str, max_new_tokens: int
+    folder: Path, processor: ProcessorMixin, device: torch.device, dtype: str, style: str, max_new_tokens: int
 ) -> TransformersBackend:
-    """Load the model onto the device."""
-    model = load_model(model_path, dtype=dtype).to(device).eval()
+    """Load the model onto the device; a LoRA run's folder is merged into its base."""
+    model = load_checkpoint(folder, dtype=dtype).to(device).eval()
     return TransformersBackend(model, processor, style, max_new_tokens)
 
 
 BACKENDS = {"hf": load_transformers}
 
 
-def load_prompting(model_path: str, prompt: str, max_pixels: int) -> tuple[ProcessorMixin, str]:
-    """The processor, with the chat template to evaluate with, and that template's name."""
-    processor = load_processor(model_path, min_pixels=MIN_PIXELS, max_pixels=max_pixels)
+def load_prompting(folder: str | Path, prompt: str, max_pixels: int | None = None) -> tuple[ProcessorMixin, str]:
+    """The processor, with the chat template to evaluate with, and that template's name.
+
+    Args:
+        prompt: see `choose_chat_template`.
+        max_pixels: larger images are shrunk to this area. None: the checkpoint's own bound, which is the one that it
+            was trained with; or the paper's for a published checkpoint, whose bound holds for no training.
+    """
+    processor = load_processor(str(folder), max_pixels=max_pixels)
     name, processor.chat_template = choose_chat_template(prompt, processor.chat_template)
+    size = processor.image_processor.size
+    if max_pixels is None and size["longest_edge"] >= PUBLISHED_MAX_PIXELS:
+        processor.image_processor.size = {**size, "longest_edge": PAPER_MAX_PIXELS}
     return processor, name
 
 
-def model_fingerprint(model_path: str) -> str:
-    """What tells a model from another at the same place: the Hub's commit, or a hash of samples of its weights."""
-    folder = Path(model_path)
-    if not folder.is_dir():
-        return AutoConfig.from_pretrained(model_path)._commit_hash
+def model_fingerprint(folder: Path) -> str:
+    """What tells a model from another at the same place: the Hub's commit, or a hash of samples of its weights.
+
+    For a LoRA run's folder, of the adapter and of its base.
+    """
+    if folder.parent.name == "snapshots":  # the Hub's cache
+        return folder.name
     total = hashlib.sha256()
+    if base := adapter_base(folder):
+        total.update(model_fingerprint(base).encode())
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = path.stat().st_size
         total.update(f"{path.name} {size}".encode())
@@ -213,17 +235,20 @@ def make_batches(backend: Backend, items: Sequence[Item], batch_size: int) -> li
 
 
 def answer_batches(backend: Backend, batches: Sequence[Sequence[Item]]) -> Iterator[list[tuple[Item, Response]]]:
-    """Answer one batch after the other; the next one is prepared in a thread while the model works."""
+    """Answer one batch after the other; the next one is prepared in a thread while the model works.
+
+    Without a batch there is nothing to do: of several processes, one may get none.
+    """
 
     def encode(batch: Sequence[Item]) -> list[Any]:
         return [encode_or_fail(backend, item) for item in batch]
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = pool.submit(encode, batches[0]) if batches else None
-        for batch, following in zip(batches, [*batches[1:], None], strict=True):
+        for number, batch in enumerate(batches, start=1):
             encoded = ahead.result()
-            if following is not None:
-                ahead = pool.submit(encode, following)
+            if number < len(batches):
+                ahead = pool.submit(encode, batches[number])
             prompts = [prompt for prompt in encoded if not isinstance(prompt, Response)]
             answers = iter(backend.generate(prompts) if prompts else [])
             responses = [prompt if isinstance(prompt, Response) else next(answers) for prompt in encoded]

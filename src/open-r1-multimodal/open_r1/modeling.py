@@ -3,9 +3,10 @@
 import importlib.util
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,6 +19,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from open_r1.hub import model_folder
 from open_r1.prompts import load_chat_template
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -82,6 +84,39 @@ def load_model(
         attn_implementation=resolve_attn_implementation(attn_implementation, torch_dtype),
         quantization_config=quantization_config,
     )
+
+
+def adapter_base(folder: str | Path) -> Path | None:
+    """The folder of the base model that a LoRA run's folder names; None for a folder of whole weights.
+
+    Raises:
+        OSError: there is no such base model, here or on the hub; the message names both.
+    """
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return None
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    try:
+        return model_folder(base)
+    except OSError as error:
+        raise OSError(f"{folder} is an adapter without its base model: {error}") from error
+
+
+def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | Path | None = None) -> PreTrainedModel:
+    """A model to use: `load_model`, or for a LoRA run's folder its base with the adapter merged into the weights.
+
+    Args:
+        dtype: see `load_model`.
+        base: folder in place of the base model that the adapter names.
+
+    Raises:
+        OSError, ValueError: what `adapter_base` and `load_model` raise.
+    """
+    base = base or adapter_base(folder)
+    if base is None:
+        return load_model(str(folder), dtype=dtype)
+    model = load_model(str(base), dtype=dtype)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
 
 
 def load_model_from_args(model_args: ModelConfig) -> PreTrainedModel:
