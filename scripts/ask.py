@@ -10,11 +10,11 @@ import sys
 import torch
 from transformers import GenerationConfig
 
-from open_r1.data import open_image
 from open_r1.evaluation import generation_settings, messages
+from open_r1.images import open_image
 from open_r1.modeling import load_model, load_processor, reset_generation_config
+from open_r1.records import read_examples
 from open_r1.rollout import encode_prompt, generate
-from open_r1.sat import read_examples
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ sampling is greedy here.
 
 import copy
 import hashlib
-import io
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,15 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from open_r1.benchmarks import Item
-from open_r1.data import count_image_tokens, to_rgb
+from open_r1.images import BrokenImage, count_image_tokens, image_size, open_image
 from open_r1.modeling import end_token_ids, load_model, load_processor, reset_generation_config, vision_token_ids
 from open_r1.prompts import load_chat_template
 from open_r1.rollout import Prompt, encode_prompt, generate
-from open_r1.sat import DECODE_ERRORS, MAX_ASPECT_RATIO
 
 MIN_PIXELS = 3136  # training's bound
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a weight file, for its fingerprint
@@ -40,10 +37,6 @@ class Response:
 
     def to_row(self) -> dict[str, Any]:
         return asdict(self)
-
-
-class BrokenImage(ValueError):
-    """An image that cannot be shown to a model; the message is short enough to be counted by."""
 
 
 class Backend(Protocol):
@@ -83,34 +76,12 @@ def choose_chat_template(name: str, own: str | None) -> tuple[str, str]:
     return known.get(own, "checkpoint"), own
 
 
-def open_image(data: bytes | None) -> Image.Image:
-    """Decode an image whole.
-
-    Raises:
-        BrokenImage: it is missing, damaged, or of a shape that the image processor refuses.
-    """
-    if data is None:
-        raise BrokenImage("missing image")
-    try:
-        image = to_rgb(Image.open(io.BytesIO(data)))
-    except DECODE_ERRORS as error:
-        raise BrokenImage("corrupt image") from error
-    if is_too_long(image):
-        raise BrokenImage(f"image aspect ratio over {MAX_ASPECT_RATIO}")
-    return image
-
-
-def image_size(data: bytes | None) -> tuple[int, int] | None:
+def known_size(data: bytes | None) -> tuple[int, int] | None:
     """Height and width from the header; None for an image that `open_image` would not take."""
     try:
-        with Image.open(io.BytesIO(data or b"")) as image:
-            return None if is_too_long(image) else (image.height, image.width)
-    except DECODE_ERRORS:
+        return image_size(data)
+    except BrokenImage:
         return None
-
-
-def is_too_long(image: Image.Image) -> bool:
-    return max(image.size) > MAX_ASPECT_RATIO * min(image.size)
 
 
 def messages(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
@@ -134,7 +105,7 @@ class TransformersBackend:
 
     def length(self, item: Item) -> int:
         text = len(self.tokenizer(item.prompt)["input_ids"])
-        sizes = [size for data in item.images if (size := image_size(data))]
+        sizes = [size for data in item.images if (size := known_size(data))]
         return text + count_image_tokens(self.processor, sizes)
 
     def encode(self, item: Item) -> Prompt:
