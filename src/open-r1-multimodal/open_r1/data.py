@@ -220,8 +220,9 @@ def load_dataset(
         )
     if not kept:
         raise ValueError(f"{source}: no example left; raise max_prompt_length or lower max_pixels")
+    names = dict.fromkeys(name for example in kept for name in example)  # `from_list` takes those of the first row
     try:
         # A field of an own kind in every row reaches the rewards as it is.
-        return Dataset.from_list(kept, on_mixed_types="use_json")
+        return Dataset.from_list([{name: row.get(name) for name in names} for row in kept], on_mixed_types="use_json")
     except (pa.ArrowException, OverflowError, TypeError) as error:
         raise ValueError(f"{source}: a field holds what a table cannot: {error}") from error

@@ -42,7 +42,7 @@ def accuracy_reward(
 
 
 def check_gold(row: Mapping[str, Any]) -> None:
-    """Raise ValueError for a row of a dataset on which `accuracy_reward` would raise, or has nothing to compare with."""
+    """Raise ValueError for a row of a dataset that `accuracy_reward` could not judge."""
     gold = row["solution"]
     if gold is None or not gold.strip():
         raise ValueError("no answer, which the accuracy reward compares with (--answer_column names its field)")
