@@ -328,7 +328,9 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
     # TRL's would decode and preprocess the prompt's images G times.
     def _tokenize_prompts(self, prompts: list) -> tuple[list, list | None, dict]:
         if not self.shared_prefix:
-            return super()._tokenize_prompts(prompts)
+            ids, images, fields = super()._tokenize_prompts(prompts)
+            # TRL has None for a row without images, which its next call of the processor does not take.
+            return ids, images and [each or [] for each in images], fields
         self._prompts, self._images = [], []
         model = self._plain_model()
         for prompt, repeats in groupby(prompts):
