@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from open_r1.data import open_image
+from open_r1.images import BrokenImage, open_image
 from open_r1.trajectories import append_rows, keep_rows, replace_file
 
 RUN, LOG = "run.json", "log.jsonl"
@@ -260,10 +260,15 @@ class LogRollouts(TrainerCallback):
 
 
 def shown_images(paths: Sequence[str]) -> list[Image.Image]:
-    """The images of a prompt, no larger than needed to see what they show."""
-    images = [open_image(path) for path in paths]
-    for image in images:
+    """The images of a prompt that are files, no larger than needed to see what they show."""
+    images = []
+    for path in paths:
+        try:
+            image = open_image(path)
+        except BrokenImage:  # one that was never a file, or was deleted since
+            continue
         image.thumbnail((MAX_SHOWN_PIXELS, MAX_SHOWN_PIXELS))
+        images.append(image)
     return images
 
 

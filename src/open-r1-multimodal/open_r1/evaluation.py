@@ -6,7 +6,6 @@ sampling is greedy here.
 
 import copy
 import hashlib
-import io
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from open_r1.benchmarks import Item
-from open_r1.data import count_image_tokens, to_rgb
+from open_r1.images import BrokenImage, count_image_tokens, image_size, open_image
 from open_r1.modeling import (
     adapter_base,
     end_token_ids,
@@ -30,7 +28,6 @@ from open_r1.modeling import (
 )
 from open_r1.prompts import load_chat_template
 from open_r1.rollout import Prompt, encode_prompt, generate
-from open_r1.sat import DECODE_ERRORS, MAX_ASPECT_RATIO
 
 PAPER_MAX_PIXELS = 401408  # what the paper trains and evaluates at
 # The bound that Qwen publishes (16384 image tokens) fits no recipe's prompt: nothing was trained at it here.
@@ -49,10 +46,6 @@ class Response:
 
     def to_row(self) -> dict[str, Any]:
         return asdict(self)
-
-
-class BrokenImage(ValueError):
-    """An image that cannot be shown to a model; the message is short enough to be counted by."""
 
 
 class Backend(Protocol):
@@ -92,34 +85,12 @@ def choose_chat_template(name: str, own: str | None) -> tuple[str, str]:
     return known.get(own, "checkpoint"), own
 
 
-def open_image(data: bytes | None) -> Image.Image:
-    """Decode an image whole.
-
-    Raises:
-        BrokenImage: it is missing, damaged, or of a shape that the image processor refuses.
-    """
-    if data is None:
-        raise BrokenImage("missing image")
-    try:
-        image = to_rgb(Image.open(io.BytesIO(data)))
-    except DECODE_ERRORS as error:
-        raise BrokenImage("corrupt image") from error
-    if is_too_long(image):
-        raise BrokenImage(f"image aspect ratio over {MAX_ASPECT_RATIO}")
-    return image
-
-
-def image_size(data: bytes | None) -> tuple[int, int] | None:
+def known_size(data: bytes | None) -> tuple[int, int] | None:
     """Height and width from the header; None for an image that `open_image` would not take."""
     try:
-        with Image.open(io.BytesIO(data or b"")) as image:
-            return None if is_too_long(image) else (image.height, image.width)
-    except DECODE_ERRORS:
+        return image_size(data)
+    except BrokenImage:
         return None
-
-
-def is_too_long(image: Image.Image) -> bool:
-    return max(image.size) > MAX_ASPECT_RATIO * min(image.size)
 
 
 def messages(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
@@ -143,7 +114,7 @@ class TransformersBackend:
 
     def length(self, item: Item) -> int:
         text = len(self.tokenizer(item.prompt)["input_ids"])
-        sizes = [size for data in item.images if (size := image_size(data))]
+        sizes = [size for data in item.images if (size := known_size(data))]
         return text + count_image_tokens(self.processor, sizes)
 
     def encode(self, item: Item) -> Prompt:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig
 
-from open_r1.data import DataArguments, load_dataset, load_processor_from_args, opens_think
+from open_r1.data import DataArguments, load_datasets_from_args, load_processor_from_args, opens_think
 from open_r1.entry import run
 from open_r1.modeling import FreezeArguments, freeze, get_adapter_config, load_model_from_args
-from open_r1.rewards import get_reward_funcs
+from open_r1.rewards import accuracy_reward, check_gold, get_reward_funcs
 from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 
 
@@ -34,11 +34,9 @@ def build_trainer(
     """The trainer that a parsed recipe describes."""
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args)
-    train_dataset, eval_dataset = (
-        load_dataset(path, processor, script_args.max_prompt_length, **template_kwargs) if path else None
-        for path in (script_args.dataset_name, script_args.eval_dataset_name)
-    )
     reward_funcs = get_reward_funcs(script_args.reward_funcs, think_prefilled=opens_think(processor, **template_kwargs))
+    checks = [check_gold] if accuracy_reward in reward_funcs else []
+    train_dataset, eval_dataset = load_datasets_from_args(script_args, processor, template_kwargs, checks)
     model = load_model_from_args(model_args)
     freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
     return Qwen2VLGRPOTrainer(
