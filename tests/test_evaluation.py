@@ -433,8 +433,8 @@ def test_an_adapter_whose_base_is_gone_is_one_line(script, arguments, adapter, t
     monkeypatch.setattr(sys, "argv", ["", *arguments, "--model_path", str(folder)])
     assert script.main() == 1
     (line,) = capsys.readouterr().err.splitlines()
-    missing = "gone/away/base: no such file or folder"
-    assert line == f"test_qwen2vl_CVBench: error: {folder} is an adapter without its base model: {missing}"
+    reason = f"{folder} is an adapter without its base model: gone/away/base: no such file or folder"
+    assert line == f"test_qwen2vl_CVBench: error: {reason}"
 
 
 # --- saved responses ----------------------------------------------------------------------------------------------

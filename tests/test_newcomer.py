@@ -19,7 +19,8 @@ from hub import BREAK_OFF, Hub, render_repositories, serve
 from open_r1.prompts import REPO_ROOT
 
 pytestmark = pytest.mark.heavy
-SHORT = "--max_steps 2 --max_completion_length 16"
+SHORT = "--max_steps 1 --max_completion_length 16"
+ROWS = 16  # of each fold and of CV-Bench
 
 
 @dataclass
@@ -47,7 +48,7 @@ def newcomer(tmp_path_factory) -> Iterator[Newcomer]:
     folder = tmp_path_factory.mktemp("newcomer")
     root = folder / "clone"
     subprocess.run(["git", "clone", "--quiet", REPO_ROOT, root], check=True)
-    with serve(render_repositories(folder / "hub")) as hub:
+    with serve(render_repositories(folder / "hub", ROWS)) as hub:
         # `python` is one without the packages: this one's own, of no environment
         env = new_shell(f"{sys.base_prefix}/bin:{SYSTEM_PATH}", **hub.environment(folder / "home"))
         env.pop("HF_HUB_OFFLINE")
@@ -63,25 +64,25 @@ def test_the_papers_commands(newcomer):
     hub.fail("SAT_train.parquet", BREAK_OFF, times=1)
     types("src/data/SAT", "bash prepare_dataset.sh")
     assert "SAT_train_15000" in types("src/data/SAT", "sh prepare_dataset.sh", "sh")
-    assert len(json.loads((root / "src/data/SAT/SAT_train_15000.json").read_text())) == 48
+    assert len(json.loads((root / "src/data/SAT/SAT_train_15000.json").read_text())) == ROWS
 
     # GRPO with the paper's recipe, then what it left: the evaluation's default model
     run = types("src/open-r1-multimodal", f"bash run_grpo_SAT.sh {SHORT}")
-    assert "\nstep 2/2" in run or "step 2" in run, run[-2000:]
+    assert "\nstep 1/1" in run, run[-2000:]
     assert (root / "outputs/grpo_sat/config.json").is_file()
-    assert "grpo_sat: 48 prompts" in types("src/eval", "python test_qwen2vl_CVBench.py --max_new_tokens 16")
+    assert f"grpo_sat: {ROWS} prompts" in types("src/eval", "python test_qwen2vl_CVBench.py --max_new_tokens 16")
 
     # the same with LoRA, under sh
     types("src/open-r1-multimodal", f"CONFIG=../../configs/grpo_sat_lora.yaml sh run_grpo_SAT.sh {SHORT}", "sh")
-    assert "grpo_sat_lora: 48 prompts" in types("src/eval", "python test_qwen2vl_CVBench.py --max_new_tokens 16")
+    assert f"grpo_sat_lora: {ROWS} prompts" in types("src/eval", "python test_qwen2vl_CVBench.py --max_new_tokens 16")
     types("", "python scripts/export.py --adapter outputs/grpo_sat_lora --output outputs/merged")
     assert (root / "outputs/merged/config.json").is_file()
 
-    types("src/open-r1-multimodal", "bash run_sft.sh --max_steps 2")
+    types("src/open-r1-multimodal", "bash run_sft.sh --max_steps 1")
     assert (root / "outputs/sft_sat/config.json").is_file()
 
     command = "python test_qwen2vl_CVBench.py --model_path Qwen/Qwen2-VL-2B --max_new_tokens 16"
-    assert "Qwen/Qwen2-VL-2B: 48 prompts, chat template base" in types("src/eval", command)
+    assert f"Qwen/Qwen2-VL-2B: {ROWS} prompts, chat template base" in types("src/eval", command)
     results = root / "src/eval/results"
     paths = [results / f"CVBench_result_{name}_reasoning.json" for name in ("Qwen2-VL-2B", "grpo_sat", "grpo_sat_lora")]
     base, full, lora = (json.loads(path.read_text()) for path in paths)
@@ -95,8 +96,8 @@ def test_the_papers_commands(newcomer):
     table = types("src/eval", f"python ../../scripts/compare.py results/{paths[0].name} results/{paths[2].name}")
     assert "McNemar" in table and (results / "comparison.png").is_file()
 
-    image = next((root / "src/data/SAT/images").rglob("*.jpg"))
-    for model in ("outputs/grpo_sat", "outputs/grpo_sat_lora", "Qwen/Qwen2-VL-2B"):
+    image = next((root / "src/data/SAT/images").rglob("*.png"))
+    for model in ("outputs/grpo_sat_lora", "Qwen/Qwen2-VL-2B"):
         question = f'--image {image} --question "How many chairs are there?" --max_new_tokens 8'
         assert "completion:" in types("", f"python scripts/ask.py --model {model} {question}")
     assert types("", "python scripts/report.py outputs/grpo_sat").strip() == "outputs/grpo_sat/report.html"
@@ -127,17 +128,17 @@ def test_a_mistake_is_one_line(newcomer, folder, command, named):
 
 
 @pytest.mark.parametrize(
-    ("folder", "command", "named"),
+    ("folder", "command", "named", "status"),
     [
-        ("src/eval", "python test_qwen2vl_CVBench.py --model_path Qwen/Qwen2-VL-2B", "Qwen/Qwen2-VL-2B"),
-        ("", "python scripts/ask.py --model Qwen/Qwen2-VL-2B --image x.jpg --question Why?", "Qwen/Qwen2-VL-2B"),
-        ("", "python scripts/doctor.py --memory --config configs/grpo_sat.yaml", "Qwen/Qwen2-VL-2B"),
-        ("src/data/SAT", "FOLD=val bash prepare_dataset.sh", "SAT_val.parquet of array/SAT"),
+        ("src/eval", "python test_qwen2vl_CVBench.py --model_path Qwen/Qwen2-VL-2B", "Qwen/Qwen2-VL-2B", 503),
+        ("", "python scripts/ask.py --model Qwen/Qwen2-VL-2B --image x.jpg --question Why?", "Qwen/Qwen2-VL-2B", 429),
+        ("", "python scripts/doctor.py --memory --config configs/grpo_sat.yaml", "Qwen/Qwen2-VL-2B", None),
+        ("src/data/SAT", "FOLD=val bash prepare_dataset.sh", "SAT_val.parquet of array/SAT", 503),
+        ("src/data/SAT", "FOLD=val bash prepare_dataset.sh", "SAT_val.parquet of array/SAT", None),
     ],
 )
-@pytest.mark.parametrize("status", [429, 503, None], ids=["429", "503", "nobody"])
 def test_a_hub_on_a_bad_day_is_one_line(newcomer, tmp_path, folder, command, named, status):
-    """It is the last line, and comes within a minute, the tries of the hub's own client among it."""
+    """It is the last line, and comes soon, the tries of the hub's own client among it. None: nobody answers."""
     newcomer.types("", "bash setup.sh")
     env = {**newcomer.env, "HF_HOME": str(tmp_path)}  # nothing cached
     if status is None:
@@ -149,4 +150,4 @@ def test_a_hub_on_a_bad_day_is_one_line(newcomer, tmp_path, folder, command, nam
     newcomer.hub.recover()
     line = error.splitlines()[-1]
     assert "error: " in line and named in line and sum("error: " in line for line in error.splitlines()) == 1
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 120  # mostly imports, on a busy machine

@@ -43,11 +43,11 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
         raise OSError(f"{repo_id}: neither here nor to be had from the Hub ({reason})") from error
 
 
-def model_folder(model_name_or_path: str | Path, revision: str = "main") -> Path:
-    """The folder of a model: itself, or where the hub's model of that name is now.
+def model_folder(model_name_or_path: str | Path, revision: str = "main", files: Sequence[str] = MODEL_FILES) -> Path:
+    """The folder of a model: itself, or where these files of the hub's model of that name are now.
 
     Raises:
         OSError: what `fetch` raises.
     """
     folder = Path(model_name_or_path).expanduser()
-    return folder if folder.is_dir() else fetch(str(model_name_or_path), MODEL_FILES, revision=revision)
+    return folder if folder.is_dir() else fetch(str(model_name_or_path), files, revision=revision)

@@ -26,6 +26,7 @@ from trl import ModelConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCAB_CHUNK_SIZE
 
+from open_r1.hub import model_folder
 from open_r1.modeling import FreezeArguments, freeze, get_adapter_config, resolve_dtype
 
 FP32 = 4  # bytes
@@ -128,7 +129,7 @@ def build_model(
 
 def load_config(model_name_or_path: str, revision: str = "main") -> PreTrainedConfig:
     """The configuration of a model on the Hub or in a folder."""
-    return AutoConfig.from_pretrained(model_name_or_path, revision=revision)
+    return AutoConfig.from_pretrained(model_folder(model_name_or_path, revision, ["config.json"]))
 
 
 def weight_bytes(model: nn.Module, model_args: ModelConfig) -> float:
