@@ -99,7 +99,7 @@ def test_two_processes_give_the_figures_of_one(generations, tiny_model, tmp_path
         script = output / "worker.py"
         values = {"tests": str(REPO_ROOT / "tests"), "model": str(tiny_model), "output": str(output)}
         script.write_text(WORKER.format(**values, generations=generations))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", "0"]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         env = launch_env(tiny_model, output, output, OMP_NUM_THREADS="1")
         subprocess.run([*launch, str(script)], env=env, check=True)
         assert len(read_jsonl(output / "trajectories/eval.jsonl")) == 5 * generations

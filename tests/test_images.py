@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -155,6 +156,12 @@ def test_what_is_no_file_is_one_line(source):
     with pytest.raises(BrokenImage) as caught:
         open_image(source)
     assert "\n" not in str(caught.value) and (source is None or source in str(caught.value))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BrokenImage, match="pipe: no such file"):
+        open_image(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("name", PICTURES)

@@ -308,7 +308,7 @@ def test_missing_and_damaged_images(tmp_path):
     good, damaged, large, pipe = (tmp_path / name for name in ("good.png", "damaged.png", "large.png", "pipe.png"))
     Image.new("RGB", (900, 300), "red").save(good)
     damaged.write_bytes(good.read_bytes()[:60])
-    Image.new("1", (8192, 4096)).save(large)
+    Image.new("1", (8193, 8193)).save(large)
     os.mkfifo(pipe)
     paths = [str(path) for path in (good, tmp_path / "gone.png", damaged, large, pipe, tmp_path)]
     page = make(write_run(tmp_path / "run", [row(images=paths), row(images=paths), row(images=["a\0b"])]))

@@ -121,7 +121,8 @@ def test_images_in_messages(tiny_model, tmp_path):
         ({"type": "image", "image": "none.png"}, "row 0: no image .*none.png"),
         ({"type": "image", "image": "https://example.org/a.png"}, "row 0: image https.*: download it first"),
         ({"type": "video", "video": "a.mp4"}, "row 0: messages: cannot read the part"),
-        ({"type": "image", "image": "data:image/png;base64,aGVsbG8="}, "not an image in base64"),
+        ({"type": "image", "image": "data:image/png;base64,aGVsbG8="}, "row 0: corrupt image"),
+        ({"type": "image", "image": "data:image/png;base64,a?"}, "row 0: image data:.*: not an image in base64"),
     ],
 )
 def test_unreadable_parts_are_one_clear_line(tiny_model, tmp_path, part, message):

@@ -268,6 +268,8 @@ SEAMS = {
     "_compute_loss": ["model", "inputs"],
     "_prepare_inputs": ["generation_batch"],
     "_get_train_sampler": ["dataset"],
+    "get_eval_dataloader": ["eval_dataset"],
+    "log": ["logs", "start_time"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
 }
 

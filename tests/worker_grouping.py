@@ -8,10 +8,17 @@ import sys
 import open_r1.trainer
 from open_r1.data import load_dataset
 from open_r1.modeling import load_model, load_processor
-from support import fake_completions, make_config, vowel_share
+from support import fake_completions, make_config
 
 model_path, data, output, per_device = sys.argv[1:]
 open_r1.trainer.shuffle_groups = lambda batch: batch  # the same completions in every micro-batch, whatever the layout
+
+
+def remainder(completion_ids, **kwargs):
+    """A reward that differs from one completion to the next."""
+    return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+
 args = make_config(
     output,
     optim="sgd",
@@ -23,7 +30,7 @@ args = make_config(
 processor = load_processor(model_path, chat_template="base", max_pixels=12544)
 trainer = open_r1.trainer.Qwen2VLGRPOTrainer(
     model=load_model(model_path, dtype="float32"),
-    reward_funcs=vowel_share,
+    reward_funcs=remainder,
     args=args,
     train_dataset=load_dataset(data, processor),
     processing_class=processor,

@@ -43,7 +43,7 @@ FORMAT_VERSION = 1  # of the output; part of the settings, so that a change neve
 PAPER_EXAMPLES = 15000
 BATCH_BYTES = 8 << 20  # of rows held as Python objects at a time
 BUFFER_BYTES = 1 << 20  # of each column read from disk at a time
-MAX_WORKERS = 4  # each may hold one decoded image of sat.MAX_PIXELS
+MAX_WORKERS = 4  # each may hold one decoded image of images.MAX_PIXELS
 
 Batch = list[tuple[int, dict[str, Any] | None]]  # (row index, columns or None when its text is not UTF-8)
 

@@ -72,7 +72,9 @@ def opened(source: ImageSource | None) -> Iterator[Image.Image]:
             _check_bounds(source, name)
             yield source
             return
-        file = io.BytesIO(data) if data is not None else Path(name or "")
+        if data is None and not Path(name or "").is_file():  # a pipe would be waited for
+            raise BrokenImage("no such file", name or "without a name")
+        file = io.BytesIO(data) if data is not None else Path(name)
         with Image.open(file, formats=FORMATS) as image:
             _check_bounds(image, name)
             yield image

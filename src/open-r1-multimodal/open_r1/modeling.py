@@ -232,7 +232,8 @@ def accept_missing_images(model: PreTrainedModel, always_encode: bool) -> None:
 
     backbone.register_forward_pre_hook(before_backbone, with_kwargs=True)
     if always_encode:
-        backbone.language_model.register_forward_pre_hook(before_language_model, with_kwargs=True)
+        # in front of DeepSpeed's own hook, which a reference model has by now
+        backbone.language_model.register_forward_pre_hook(before_language_model, prepend=True, with_kwargs=True)
 
 
 @dataclass

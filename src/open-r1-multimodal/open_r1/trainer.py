@@ -329,6 +329,8 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
     def _tokenize_prompts(self, prompts: list) -> tuple[list, list | None, dict]:
         if not self.shared_prefix:
             ids, images, fields = super()._tokenize_prompts(prompts)
+            # TRL gathers the images for its table from the ranks that have some; a rank without would wait elsewhere.
+            self.log_multimodal = self.args.log_multimodal and all(gather_object([images is not None]))
             # TRL has None for a row without images, which its next call of the processor does not take.
             return ids, images and [each or [] for each in images], fields
         self._prompts, self._images = [], []
