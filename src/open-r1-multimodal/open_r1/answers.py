@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Protocol
 
 from open_r1.values import MAX_TEXT_CHARS, is_quantity, normalize, same_value, tidy
@@ -130,16 +130,20 @@ def _declaration(text: "_Text", question: "_Question") -> Outcome:
     """The last declaration, since it corrects the earlier ones; one that merely stands beside another does not."""
     said = [(place, outcome) for place in _said(text) if (outcome := _declared(place.clause, question)) is not None]
     for (before, first), (after, second) in pairwise(said):
-        if after.bare and after.sentence == before.sentence + 1 and first != second:
+        if after.bare and after.sentence == before.sentence + 1 and second != first and not isinstance(first, Unread):
             # Line after line of answers: the model runs on, to questions that nobody asked.
             return first if after.line > before.line else Unread.SEVERAL
     if said:
         return said[-1][1]
-    return _answer_only(question.named([clause]) for clause in reversed([*_chosen(text), *_praised(text)]))
+    announced = (question.stated(line) for line in reversed(list(_announced(text))))
+    weaker = (question.named([clause]) for clause in reversed([*_praised(text), *_chosen(text)]))
+    return _answer_only(chain(announced, weaker))
 
 
 def _declared(clause: str, question: "_Question") -> Outcome:
-    return Unread.REFUSED if _DENIAL.match(clause) else question.declared(clause)
+    if _DENIAL.match(clause) and question.stated(clause) is None:
+        return Unread.REFUSED
+    return question.declared(clause)
 
 
 def _first_line(text: "_Text", question: "_Question") -> Outcome:
@@ -165,12 +169,17 @@ def _conclusion(text: "_Text", question: "_Question") -> Outcome:
 
 
 def _opening(text: "_Text", question: "_Question") -> Outcome:
-    opening = [sentence.text for sentence in text.sentences[:1] if not _DESCRIBES.search(sentence.text)]
-    return _answer_only(question.named([sentence]) for sentence in opening)
+    if question.ends_with_answer or not text.lines or _is_list(text.lines[:2]):
+        return None
+    if _DESCRIBES.search(text.sentences[0].text):
+        return None
+    return _answer_only([question.named([text.sentences[0].text])])
 
 
 def _closing(text: "_Text", question: "_Question") -> Outcome:
-    return _answer_only(question.named([sentence.text]) for sentence in text.sentences[-1:])
+    if not text.lines or _is_list(text.lines[-2:]):
+        return None
+    return _answer_only([question.named([text.sentences[-1].text])])
 
 
 def _whole_text(text: "_Text", question: "_Question") -> Outcome:
@@ -233,8 +242,8 @@ _PRONOUN_ONE = re.compile(
     r"(?i)\b(the|this|that|each|every|which|another|other|no|some|first|second|left|right) one\b|\bone of\b"
 )
 _NEXT_QUESTION = re.compile(r"(?<=\S)\s*\n\s*\**(?:Question|Q|User|Human|问题)\b[ \d]*\**:")
-# After a full stop; but not after that of "B." or of "3.5".
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Za-z]\.)(?<!\b[ei]\.[ge]\.)[\"')\]]?\s+|(?<=[。!?])")
+# After a full stop; but not after that of "B. left", at the start of a line, or of "3.5".
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!^[A-Za-z]\.)(?<!\b[ei]\.[ge]\.)[\"')\]]?\s+|(?<=[。!?])")
 _LIST_ITEM = re.compile(r"[(\[]?(?P<letter>[A-Za-z])[)\].:]+\s*\S")
 _SENTENCE_PUNCTUATION = tuple(".!?。:)]}>$\"'*|")
 LONG_RESPONSE_CHARS = 300
@@ -311,10 +320,11 @@ _CHOSEN = re.compile(
 _PRAISED = re.compile(
     r"(?i:\b(?:is|are|seems?|appears?|be)\b(?: (?:to be|likely|therefore|thus|indeed|actually|probably)\b){0,2}"
     r"(?: (?:the|my|a|our)\b)?"
-    r" (?:most|more|best|correct|right|final|answer|closest|nearest|only (?:correct|right|option|choice))\b|正确)"
+    r" (?:most|best|correct|right|final|answer|closest|nearest|more (?:likely|similar|appropriate|suitable|accurate)"
+    r"|only (?:correct|right|option|choice))\b|正确)"
 )
 _DENIAL = re.compile(
-    r"(?i)(?:not (?:listed|given|provided|available|clear|possible|shown|visible|among|one of|in the|here|present)"
+    r"(?i)(?:(?:therefore|thus|probably|likely|actually|simply) )?(?:not (?:listed|given|provided|available|clear|possible|shown|visible|among|one of|in the|here|present)"
     r"|unclear|unknown|impossible|cannot\b|can't\b|none of (?:the|these)|missing)"
 )
 _REFUSAL = re.compile(
@@ -354,6 +364,13 @@ def _said(text: _Text) -> Iterator[_Said]:
         yield _Said(number, sentence.line, clause, _BARE.match(sentence.text) is not None)
 
 
+def _announced(text: _Text) -> Iterator[str]:
+    """A line that stands alone behind a colon."""
+    for number, (line, following) in enumerate(pairwise(text.lines)):
+        if line.endswith(":") and not _is_list(text.lines[number + 1 : number + 3]):
+            yield following
+
+
 def _chosen(text: _Text) -> Iterator[str]:
     for sentence in text.sentences:
         if found := _CHOSEN.search(sentence.text):
@@ -371,6 +388,8 @@ def _praised(text: _Text) -> Iterator[str]:
 
 class _Question(Protocol):
     """What was asked, and so what an answer looks like."""
+
+    ends_with_answer: bool  # a choice may be named first and then defended; a computation starts from what is given
 
     def exact(self, text: str) -> Outcome:
         """The answer that the text is, read strictly."""
@@ -432,12 +451,14 @@ _PREAMBLE = re.compile(
 _REASON = re.compile(
     r"(?i)\b(?:whereas|than|compared (?:to|with)|unlike|as opposed to|rather than|instead of|because|since|due to"
     r"|in contrast|as (?:it|both|the|they|this|these|there|its|seen|shown|indicated))\b"
-    r"|,? while\b|, (?:but|although|though|which|where|who|given|not)\b|;|因为"
+    r"|,? while\b|, (?:but|although|though|given|not)\b|;|因为"
 )
 
 
 class _Choice:
     """A question with options."""
+
+    ends_with_answer = False
 
     def __init__(self, options: tuple[str, ...], lettered: bool) -> None:
         self.options, self.lettered, self.gold = options, lettered, 0
@@ -480,7 +501,7 @@ class _Choice:
         if not found:
             return index
         index, rest = _index(found["bracketed"] or found["bare"]), normalize(found["rest"])
-        if index >= len(self.texts) or _MORE_LETTERS.search(found["rest"]):
+        if index >= len(self.texts) or _MORE_LETTERS.search(found["rest"]) or _ASIDE_AFTER.match(found["rest"]):
             return None
         begun = [other for other, text in enumerate(self.texts) if text and _begins(rest, text)]
         return Unread.CONFLICT if begun and index not in begun else index
@@ -560,7 +581,7 @@ def _labels(options: tuple[str, ...]) -> dict[str, int]:
 _ALONE = r"(?![A-Za-z0-9'°])(?!-\w)"
 _NO_ARTICLE = rf"{_ALONE}(?![^\S\n]+(?!(?:is|or|and|because|since|appears|looks|seems|has|does|fits|matches)\b)[A-Za-z])"
 _LETTERS = re.compile(
-    r"(?<![A-Za-z])[(\[]\s*(?P<bracketed>[A-Za-z])\s*[)\]]"
+    r"(?<![A-Za-z])[(\[]\s*(?P<bracketed>[A-Za-z])\s*[)\]]|(?<!\w)([\"'])(?P<quoted>[A-Z])[.,]?\2"
     rf"|(?i:\boptions?|\bchoice|选项|选择|选)\s*(?P<option>(?![AaIi])[A-Za-z]{_ALONE}|[AaIi]{_NO_ARTICLE})"
     rf"|\b(?i:{_LABEL_NOUNS})s?\s+[\"'(]?(?P<label>[A-Z]){_ALONE}"
     rf"|(?<![A-Za-z0-9°])(?P<lone>(?![AI])[A-Z]{_ALONE}|[AI]{_NO_ARTICLE})"
@@ -602,6 +623,8 @@ _SURROUNDINGS = " \t.,:;$*"
 
 class _Open:
     """A question without options."""
+
+    ends_with_answer = True
 
     def __init__(self, gold: str) -> None:
         self.gold = gold
