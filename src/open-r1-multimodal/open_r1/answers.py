@@ -127,10 +127,11 @@ def _box(text: "_Text", question: "_Question") -> Outcome:
 
 
 def _declaration(text: "_Text", question: "_Question") -> Outcome:
-    """The last declaration, since it corrects the earlier ones; one that merely stands beside another does not."""
+    """The last declaration, since it corrects the earlier ones; not if it repeats the words of the one before."""
     said = [(place, outcome) for place in _said(text) if (outcome := _declared(place.clause, question)) is not None]
     for (before, first), (after, second) in pairwise(said):
-        if after.bare and after.sentence == before.sentence + 1 and second != first and not isinstance(first, Unread):
+        again = after.sentence == before.sentence + 1 and after.lead == before.lead
+        if again and second != first and not isinstance(first, Unread):
             # Line after line of answers: the model runs on, to questions that nobody asked.
             return first if after.line > before.line else Unread.SEVERAL
     if said:
@@ -171,7 +172,7 @@ def _conclusion(text: "_Text", question: "_Question") -> Outcome:
 def _opening(text: "_Text", question: "_Question") -> Outcome:
     if question.ends_with_answer or not text.lines or _is_list(text.lines[:2]):
         return None
-    if _DESCRIBES.search(text.sentences[0].text):
+    if _DESCRIBES.search(text.sentences[0].text) or text.sentences[0].text.startswith("To "):
         return None
     return _answer_only([question.named([text.sentences[0].text])])
 
@@ -309,7 +310,6 @@ _SAID = re.compile(
     r"[^?\n]{0,80}?(?:\b(?i:is|are|be|was)\b|[:=])"
     r"|(?:答案|选项|选择|应选|故选)[^。\n]{0,10}?[是为:选])[\s:*\"']*"
 )
-_BARE = re.compile(r"(?i)(?:(?:so|thus|therefore|hence),? )?(?:the )?(?:correct |right )?answer\b")
 # "I would choose", "we conclude that"; what follows is the clause.
 _CHOSEN = re.compile(
     r"(?i)\b(?:I|we)(?:'d|'ll)?"
@@ -328,10 +328,12 @@ _DENIAL = re.compile(
     r"|unclear|unknown|impossible|cannot\b|can't\b|none of (?:the|these)|missing)"
 )
 _REFUSAL = re.compile(
-    r"(?i)\b(?:(?:can(?:no|')t|can not|(?:un|not )able to|(?:not |im)possible to|difficult to|hard to|challenging to)"
-    r" (?:\w+ ){0,3}?(?:tell|determine|provide|see|view|answer|identify|help|assist|say|interpret|analyze|calculate|be)"
-    r"|unclear|i'm sorry|i am sorry|apologi[sz]e|not (?:listed|provided in|enough information|sufficient)"
-    r"|no (?:correct|right) (?:answer|option)|need (?:a|an|the|more|to see)\b|without (?:knowing|seeing|the image|more))"
+    r"(?i)\b(?:(?:can(?:no|')t|can not|(?:un|not )able to|(?:not |im)possible to|(?:difficult|hard|challenging) to)"
+    r" (?:\w+ ){0,3}?(?:tell|determined?|provided?|see|view|answer(?:ed)?|identify|help|assist|say|interpret|analy[sz]e)"
+    r"|unclear|i'm sorry|i am sorry|apologi[sz]e|not listed|(?:not (?:\w+ )?|no |in)(?:enough|sufficient) (?:\w+ ){0,2}?"
+    r"(?:information|context|data|details)|not (?:provide|give|contain) (?:\w+ )?(?:information|details)"
+    r"|(?:none of the|no) (?:\w+ )?(?:options?|choices|answers?) (?:\w+ ){0,2}?(?:match|correct|right|fit|for)"
+    r"|need (?:a|an|the|more|to see)\b|without (?:knowing|seeing|(?:the|an) (?:actual )?image|more|further|additional))"
 )
 _THEREFORE = re.compile(
     r"(?i)\W*(?:(?:and|but)\b\W*)?(?:therefore|thus|so|hence|consequently|overall|accordingly|to conclude|finally"
@@ -342,12 +344,12 @@ _DESCRIBES = re.compile(r"(?i)\b(?:shows?|depicts?|features?|displays?|portrays?
 
 @dataclass(frozen=True)
 class _Said:
-    """Where "the answer is B" stands, what it declares, and whether the sentence says nothing else."""
+    """Where "the answer is B" stands: its beginning, "the answer is", and what it declares, "B"."""
 
     sentence: int
     line: int
+    lead: str
     clause: str
-    bare: bool
 
 
 def _said(text: _Text) -> Iterator[_Said]:
@@ -361,7 +363,7 @@ def _said(text: _Text) -> Iterator[_Said]:
         if not clause:  # it announces the next line, or the options once more
             following = [after.text for after in text.sentences[number + 1 : number + 3]]
             clause = " ".join(following if _is_list(following) else following[:1])
-        yield _Said(number, sentence.line, clause, _BARE.match(sentence.text) is not None)
+        yield _Said(number, sentence.line, sentence.text[: found.end()], clause)
 
 
 def _announced(text: _Text) -> Iterator[str]:
@@ -427,7 +429,11 @@ _LEAD_IN = re.compile(
 _LETTER = re.compile(r"(?P<letter>[a-z])(?:(?:[)\].:,\s]+(?:-\s+|-(?=\D))?|-\s*)(?P<text>.+))?")  # "b) -5" is minus 5
 _SHORTENED = re.compile(r"\s|[,;:(]")  # what may follow on the part of an option's text that stands for it
 _LEADING = re.compile(r"(?:(?i:option|choice)\s+)?(?:[(\[](?P<bracketed>[A-Za-z])[)\]]|(?P<bare>[A-Z])[).:])[.:]*(?P<rest>.*)")
-_MORE_LETTERS = re.compile(r"[(\[][A-Z][)\]]|^\W*(?:and|or|&)?\W*[A-Z]\b(?!')")
+_MORE_LETTERS = re.compile(r"[(\[][A-Z][)\]]|^\s*(?:and\b|or\b|[&,/])\W*[A-Z]\b(?!')")
+
+# What Qwen models that answer in Chinese write.
+_TRANSLATED = {"左": "left", "左边": "left", "左侧": "left", "右": "right", "右边": "right", "右侧": "right"}
+_TRANSLATED |= {"是": "yes", "是的": "yes", "否": "no", "不是": "no"}
 
 # Directly around a mention: words that take it back, and words that leave it open.
 _LINKS = r"\s*(?:(?:the|an?|option|choice|in|on|to|at|be|that of|is|answer)\s+){0,2}[\"'(]?$"
@@ -496,7 +502,7 @@ class _Choice:
         return text == own or bool(text and shortened and text not in self.texts)
 
     def stated(self, line: str) -> Outcome:
-        index = self.equal(line)
+        index = self.equal(_TRANSLATED.get(line.strip(" .。"), line))
         found = _LEADING.match(line) if self.lettered and index is None else None
         if not found:
             return index
@@ -547,15 +553,14 @@ class _Choice:
                     yield start, end, index, False
                 start = lowered.find(text, end)
         for found in _LETTERS.finditer(clause) if self.lettered or self.labels else ():
-            if any(taken[found.start() : found.end()]):
-                continue
-            letter = found[found.lastgroup].upper()
-            if found["label"] or (found["lone"] and letter in self.labels):
+            form = found.lastgroup
+            start, letter = found.start(form), found[form].upper()
+            if form == "label" or (form == "lone" and letter in self.labels):
                 index = self.labels.get(letter)
             else:
                 index = _index(letter) if self.lettered else None
-            if index is not None and index < len(self.texts):
-                yield found.start(), found.end(), index, True
+            if index is not None and index < len(self.texts) and not taken[start]:
+                yield start, found.end(), index, True
 
 
 @lru_cache(maxsize=256)
@@ -563,27 +568,28 @@ def _texts(options: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(map(normalize, options))
 
 
-_LABEL_NOUNS = (
-    "point|box|picture|image|figure|shape|line|angle|side|vertex|triangle|circle|curve|graph|region|area|object|person"
-    "|car|row|column|station|node|room|group|case|project|fund|class|label|labell?ed|marked|circled"
-)
-_LABELLED = re.compile(rf"(?:(?:the )?(?i:{_LABEL_NOUNS}) )?(?P<label>[A-Z])(?: (?:is|looks|seems|appears|has)\b.*)?$")
+_LABELLED = re.compile(r"(?:(?:the )?[A-Za-z]+ )?(?P<label>[A-Z])(?: (?:is|looks|seems|appears|has)\b.*)?$")
 
 
 @lru_cache(maxsize=256)
 def _labels(options: tuple[str, ...]) -> dict[str, int]:
-    """Which option has which label in its text: "Point A", "A is closer"."""
+    """Which option has which label in its text ("Point A", "A is closer"), if the labels go from A on."""
     found = ((_LABELLED.match(tidy(option).strip(" $()")), index) for index, option in enumerate(options))
-    return {match["label"]: index for match, index in found if match}
+    labels = {match["label"]: index for match, index in found if match}
+    return labels if len(labels) > 1 and sorted(map(_index, labels)) == list(range(len(labels))) else {}
 
 
 # "A" before a word is the article and "I" the pronoun, unless that word shows that the letter is meant.
 _ALONE = r"(?![A-Za-z0-9'°])(?!-\w)"
 _NO_ARTICLE = rf"{_ALONE}(?![^\S\n]+(?!(?:is|or|and|because|since|appears|looks|seems|has|does|fits|matches)\b)[A-Za-z])"
+_NO_NOUN = (
+    r"(?i:(?:is|be|are|was|as|by|to|so|for|with|and|or|nor|not|than|only|but|thus|hence|therefore|answers?|n?either|both"
+    r"|choose|chose|select|pick|say|go|letter|options?|choice|because|since)\b)"
+)
 _LETTERS = re.compile(
     r"(?<![A-Za-z])[(\[]\s*(?P<bracketed>[A-Za-z])\s*[)\]]|(?<!\w)([\"'])(?P<quoted>[A-Z])[.,]?\2"
     rf"|(?i:\boptions?|\bchoice|选项|选择|选)\s*(?P<option>(?![AaIi])[A-Za-z]{_ALONE}|[AaIi]{_NO_ARTICLE})"
-    rf"|\b(?i:{_LABEL_NOUNS})s?\s+[\"'(]?(?P<label>[A-Z]){_ALONE}"
+    rf"|\b(?!{_NO_NOUN})[A-Za-z]{{2,}}\s+(?P<label>[A-Z]){_ALONE}"  # of something else: "point A"
     rf"|(?<![A-Za-z0-9°])(?P<lone>(?![AI])[A-Z]{_ALONE}|[AI]{_NO_ARTICLE})"
 )
 _BARE_INTERJECTION = re.compile(r"\s*(?:$|[^\w\s]|\b(?:because|since)\b)")
