@@ -237,6 +237,7 @@ def _answer_only(outcomes: Iterable[Outcome]) -> Outcome:
 # --- a response, and where in it an answer is declared --------------------------------------------------------
 
 MAX_BOXES = 4
+MAX_SENTENCE_CHARS = 1_000  # of a longer one, the end counts
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]{0,99}\}){0,99}\}){0,200})\}")
 # "one" as a pronoun is no number
 _PRONOUN_ONE = re.compile(
@@ -277,7 +278,7 @@ class _Text:
     @cached_property
     def sentences(self) -> list[_Sentence]:
         return [
-            _Sentence(sentence, number)
+            _Sentence(sentence[-MAX_SENTENCE_CHARS:], number)
             for number, line in enumerate(self.lines)
             for sentence in _SENTENCE_END.split(line)
             if sentence.strip()
