@@ -170,7 +170,7 @@ UNREAD = {
     "I'm sorry, I cannot see the image.": "refused",
     "It is (A) or (B).": "several named",
     "The answer is (A) table.": "letter and text disagree",
-    "<think>The chair seems": "cut off",
+    "<think>The picture shows": "cut off",
     "Something else.": "unreadable",
 }
 
