@@ -187,7 +187,8 @@ def test_a_megabyte_of_anything_is_no_problem(piece):
 HOSTILE = [
     *ENGLISH, *MARKUP, "The answer is 1/2. ", r"\boxed{1/2} ", r"\boxed{{{", "I would choose ", "is the most ", "A: ",
     "\nQuestion: ", "\n", " ", "\t\n ", "point A ", "(A) x\n(B) y\n", "right best option ", "because, ", "not ",
-    "no ", "= ", '"A', "cannot ", "a b c ", "{", "[", "a.b. ", "12 1/2=", "> ", "√{", "while a", "İ", "。", "A、", "<think>", "either A ",
+    "no ", "= ", '"A', "cannot ", "a b c ", "{", "[", "a.b. ", "12 1/2=", "> ", "√{",
+    "while a", "İ", "。", "A、", "<think>", "either A ",
 ]  # fmt: skip
 
 
