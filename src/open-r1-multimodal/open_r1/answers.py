@@ -145,7 +145,9 @@ def _last_line(response: Response, question: Question) -> Outcome:
 
 
 def _refusal(response: Response, question: Question) -> Outcome:
-    return Unread.REFUSED if response.refuses else None
+    if response.refuses:
+        return Unread.REFUSED
+    return Unread.UNREADABLE if response.boxes else None  # it commits itself, to something that is no option
 
 
 def _conclusion(response: Response, question: Question) -> Outcome:
@@ -161,6 +163,8 @@ def _closing(response: Response, question: Question) -> Outcome:
 
 
 def _whole_text(response: Response, question: Question) -> Outcome:
+    if response.conclusion is not None:  # what led to a conclusion that names no option is none either
+        return None
     return question.named([sentence.text for sentence in response.sentences])
 
 

@@ -161,8 +161,10 @@ class Choice:
         if not found:
             return index
         index, rest = _index(found["bracketed"] or found["bare"]), normalize(found["rest"])
-        if index >= len(self.texts) or _MORE_LETTERS.search(found["rest"]) or _ASIDE_AFTER.match(found["rest"]):
+        if _MORE_LETTERS.search(found["rest"]) or _ASIDE_AFTER.match(found["rest"]):
             return None
+        if index >= len(self.texts):
+            return Unread.CONFLICT if rest else None
         begun = [other for other, text in enumerate(self.texts) if text and _begins(rest, text)]
         return Unread.CONFLICT if begun and index not in begun else index
 
@@ -196,12 +198,9 @@ class Choice:
         lowered = clause.lower()
         if len(lowered) != len(clause):  # the lower case of "İ" is two characters
             lowered = "".join(character.lower()[0] for character in clause)
-        taken = bytearray(len(clause))  # longest first, so that "left front" is not read as "left"
-        for index in sorted(range(len(self.texts)), key=lambda index: -len(self.texts[index])):
-            text = self.texts[index]
-            if len(text) == 1 and text.isalpha():
-                continue  # its own label
-            start = lowered.find(text) if text else -1
+        taken = bytearray(len(clause))
+        for text, index in _forms(self.options):
+            start = lowered.find(text)
             while start >= 0:
                 end = start + len(text)
                 if _stands_alone(lowered, start, end) and not any(taken[start:end]):
@@ -224,6 +223,19 @@ def _texts(options: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(map(normalize, options))
 
 
+@lru_cache(maxsize=256)
+def _forms(options: tuple[str, ...]) -> list[tuple[str, int]]:
+    """The ways to write each option out ("5 cm", "5cm"), the longest first: "left front" is not "left"."""
+    forms = {
+        (form, index)
+        for index, text in enumerate(_texts(options))
+        for form in (text, _UNIT_APART.sub(" ", text), _UNIT_APART.sub("", text))
+        if len(form) > 1 or not form.isalpha()  # one letter is a label
+    }
+    return sorted((form for form in forms if form[0]), key=lambda form: (-len(form[0]), form))
+
+
+_UNIT_APART = re.compile(r"(?<=\d) ?(?=[a-z°])")
 _LABELLED = re.compile(r"(?:(?:the )?[A-Za-z]+ )?(?P<label>[A-Z])(?: (?:is|looks|seems|appears|has)\b.*)?$")
 
 
@@ -236,7 +248,7 @@ def _labels(options: tuple[str, ...]) -> dict[str, int]:
 
 
 # "A" before a word is the article and "I" the pronoun, unless that word shows that the letter is meant.
-_ALONE = r"(?![A-Za-z0-9'°])(?!-\w)"
+_ALONE = r"(?![A-Za-z0-9'°])(?!-\w)(?!\s*[=^_\\])"  # nor a variable in a formula
 _NO_ARTICLE = (
     rf"{_ALONE}(?![^\S\n]+(?!(?:is|or|and|because|since|appears|looks|seems|has|does|fits|matches)\b)[A-Za-z])"
 )

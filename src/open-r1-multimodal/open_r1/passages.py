@@ -76,16 +76,18 @@ class Response:
 
     @property
     def opening(self) -> str | None:
-        """The first sentence, unless it begins a list, describes the picture or says what is to be done."""
+        """The first sentence, unless it begins a list, describes the picture, denies, or says what is to be done."""
         if not self.sentences or is_list(self.lines[:2]):
             return None
         first = self.sentences[0].text
-        return None if _DESCRIBES.search(first) or first.startswith("To ") else first
+        return None if _DESCRIBES.search(first) or _NEGATES.search(first) or first.startswith("To ") else first
 
     @property
     def closing(self) -> str | None:
-        """The last sentence, unless it ends a list."""
-        return self.sentences[-1].text if self.sentences and not is_list(self.lines[-2:]) else None
+        """The last sentence, unless it ends a list or denies."""
+        if not self.sentences or is_list(self.lines[-2:]) or _NEGATES.search(self.sentences[-1].text):
+            return None
+        return self.sentences[-1].text
 
     @property
     def is_cut_off(self) -> bool:
@@ -115,11 +117,12 @@ _SAID = re.compile(
     r"[^?\n]{0,80}?(?:\b(?i:is|are|be|was)\b|[:=])"
     r"|(?:答案|选项|选择|应选|故选)[^。\n]{0,10}?[是为:选])[\s:*\"']*"
 )
-# "I would choose", "we conclude that"; what follows is the clause.
+# "I would choose", "we conclude that", "the diagnosis is (B)"; what follows is the clause.
 _CHOSEN = re.compile(
     r"(?i)\b(?:I|we)(?:'d|'ll)?"
     r"(?: (?:would|will|must|might|can|could|should|had|have|to|also|therefore|thus|then)\b){0,3}"
     r" (?:choose|select|pick|go with|say|opt for|lean towards?|conclude|believe|think|guess|determine)\b(?: that\b)?"
+    r"|\b(?:is|be)\b:?\s*(?=[(\[][A-Z][)\]])"
 )
 # "is the correct option", "appears to be most similar"; what stands before is the clause.
 _PRAISED = re.compile(
@@ -147,6 +150,7 @@ _THEREFORE = re.compile(
     r"(?i)\W*(?:(?:and|but)\b\W*)?(?:therefore|thus|so|hence|consequently|overall|accordingly|to conclude|finally"
     r"|in (?:conclusion|summary|short)|based on|given|considering)\b|因此|所以"
 )
+_NEGATES = re.compile(r"(?i)\b(?:not|cannot|never)\b|n't\b")
 _DESCRIBES = re.compile(
     r"(?i)\b(?:shows?|depicts?|features?|displays?|portrays?|contains?|located|labell?ed|provided)\b"
 )
@@ -190,7 +194,8 @@ def announced(response: Response) -> Iterator[str]:
 def chosen(response: Response) -> Iterator[str]:
     """ "I would choose B": what is chosen."""
     for sentence in response.sentences:
-        if found := _CHOSEN.search(sentence.text):
+        found = _CHOSEN.search(sentence.text)
+        if found and not _NEGATES.search(sentence.text, 0, found.start()):
             yield sentence.text[found.end() :]
 
 
