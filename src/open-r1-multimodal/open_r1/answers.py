@@ -121,6 +121,8 @@ def _declaration(response: Response, question: Question) -> Outcome:
             return first if after.line > before.line else Unread.SEVERAL
     if found:
         return found[-1][1]
+    if question.ends_with_answer:  # weaker words introduce its steps, too
+        return None
     alone = (question.stated(line) for line in reversed(list(announced(response))))
     weaker = (question.named([clause]) for clause in reversed([*praised(response), *chosen(response)]))
     return _first_answer(chain(alone, weaker))
