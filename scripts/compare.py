@@ -19,7 +19,8 @@ from open_r1.front_door import use_environment
 
 use_environment()
 
-from open_r1.scoring import TOTAL, by_question, check_rows, mcnemar, paired_difference
+from open_r1.answers import Unread
+from open_r1.scoring import TOTAL, by_question, check_rows, mcnemar, paired_difference, unread_warning
 
 CHART_FORMATS = (".png", ".svg", ".pdf")
 # What two results must share to be compared, and how a warning names it.
@@ -80,7 +81,7 @@ def differing_conditions(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def score_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy in % and its 95 % interval: a line a result, a column a task and the Total."""
+    """Accuracy in %, its 95 % interval and its bounds: a line a result, a column a task and the Total."""
     tasks = dict.fromkeys(row["task"] for result in results for row in result["results"])
     columns = [*tasks, TOTAL]
     lines = [f"| | {' | '.join(columns)} |", f"|:-|{'-:|' * len(columns)}"]
@@ -102,15 +103,20 @@ def detail_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> 
     for key in ("unparsable_share", "truncated_share"):
         cells = [f"{100 * result['shares'][key]:.2f}" for result in results]
         lines.append(f"| {key.replace('_', ' ')} | {' | '.join(cells)} |")
+    for reason in Unread:
+        shares = [result["shares"].get("unread_shares", {}).get(reason.value) for result in results]
+        cells = ["-" if share is None else f"{100 * share:.2f}" for share in shares]
+        lines.append(f"| unread: {reason.value} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def interval(value: Mapping[str, Any] | None) -> str:
-    """`"45.20 (41.0 - 49.0)"`, or a dash for a score that there is none of."""
+    """`"45.20 (41.0 - 49.0) [45.2 - 47.9]"`, or a dash for a score that there is none of."""
     if value is None:
         return "-"
     low, high = (100 * bound for bound in value["interval"])
-    return f"{100 * value['accuracy']:.2f} ({low:.1f} - {high:.1f})"
+    bounds = " [{:.1f} - {:.1f}]".format(*(100 * bound for bound in value["bounds"])) if "bounds" in value else ""
+    return f"{100 * value['accuracy']:.2f} ({low:.1f} - {high:.1f}){bounds}"
 
 
 def paired_line(name: str, first: Mapping[Hashable, bool], second: Mapping[Hashable, bool]) -> str:
@@ -186,6 +192,7 @@ def main() -> int:
         if len(names) != len(results):
             raise ValueError(f"--names: {len(names)} names for {len(results)} results")
         print(score_table(names, results))
+        print("accuracy in % (95 % interval) [if every response that could not be read were wrong - right]")
         print(f"\n{detail_table(names, results)}")
         first, *others = map(outcomes, results)
         if others:
@@ -197,6 +204,9 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"compare: error: {error}", file=sys.stderr)
         return 1
+    for name, result in zip(names, results, strict=True):
+        if warning := unread_warning(result["shares"]):
+            print(f"warning: {name}: {warning}", file=sys.stderr)
     for condition in differing_conditions(results):
         print(f"warning: the {condition} differ; the results are not like for like", file=sys.stderr)
     print(f"\n{chart}")

@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from open_r1 import answers
-from open_r1.answers import Verdict, extract_answer, is_correct, judge, normalize
+from open_r1 import answers, passages, values
+from open_r1.answers import EVIDENCE, Unread, Verdict, extract_answer, is_correct, judge, normalize
 
 TABLE = json.loads((Path(__file__).parent / "data" / "responses.json").read_text(encoding="utf-8"))
 COUNT = {"gold": "(B)", "options": ["3", "2", "1", "0"]}
@@ -111,6 +112,31 @@ def test_gold_outside_the_options_is_an_error_in_the_data(gold):
         ("1/2", "1/0", False),
         ("1/2", "", False),
         ("1/2", None, False),
+        ("60°", "60", True),
+        ("60", "60 degrees", True),
+        (r"60^\circ", "60°", True),
+        ("60°", "60 cm", False),
+        ("4cm", "4", True),
+        ("4", "4 cm", True),
+        ("4cm", "4mm", False),
+        ("4cm^{2}", "4cm²", True),
+        ("4cm^{2}", "4cm", False),
+        ("6米", "6.0", True),
+        ("50", "50%", True),
+        ("2√{3}", r"2\sqrt{3}", True),
+        (r"2\sqrt{3}", "2√3", True),
+        ("10√{2}", "10.0√2", True),
+        ("2√{3}", "2√{5}", False),
+        ("3√{3}cm", "3.0", False),
+        ("9π", "9pi", True),
+        ("9πcm^{2}", r"9\pi", True),
+        ("9π", "9", False),
+        (r"\frac{4}{3}", "1.3333333333333333", True),
+        ("(a+b)/2", "(b+a)/2", True),
+        ("(a+b)/2", "(a-b)/2", False),
+        ("24", r"32\sqrt{2}", False),
+        ("5", "5 chairs", False),
+        ("5 chairs", "5", False),
     ],
 )
 def test_symbolic_equality_is_the_last_resort(gold, answer, equal):
@@ -156,6 +182,78 @@ def test_a_megabyte_of_anything_is_no_problem(piece):
         for lenient in (False, True):
             judge(response, **COUNT, lenient=lenient)
             judge(response, "1/2", lenient=lenient)
+
+
+HOSTILE = [
+    *ENGLISH, *MARKUP, "The answer is 1/2. ", r"\boxed{1/2} ", r"\boxed{{{", "I would choose ", "is the most ", "A: ",
+    "\nQuestion: ", "\n", " ", "\t\n ", "point A ", "(A) x\n(B) y\n", "right best option ", "because, ", "not ",
+    "no ", "= ", '"A', "cannot ", "a b c ", "{", "[", "a.b. ", "12 1/2=", "> ", "√{",
+    "while a", "İ", "。", "A、", "<think>", "either A ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_reading_is_linear_in_the_response(piece, monkeypatch):
+    """A response eight times as long takes about eight times as long, not sixty-four; above the bound, no longer."""
+    for module in (passages, values):
+        monkeypatch.setattr(module, "MAX_TEXT_CHARS", 10**9)
+
+    def seconds(characters: int) -> float:
+        text = piece * (characters // len(piece))
+        best = float("inf")
+        for _ in range(3):
+            start = time.process_time()
+            judge(text, **COUNT, lenient=True)
+            best = min(best, time.process_time() - start)
+        return best
+
+    seconds(100)
+    short, long = seconds(4_000), seconds(32_000)
+    assert long < 24 * short + 0.05, f"{short:.4f} s, then {long:.4f} s"
+
+
+def test_every_rule_and_every_reason_has_its_responses():
+    readings = {
+        judge(response, **TABLE["questions"][question], lenient=True).reading
+        for question, mode, response, *_ in TABLE["responses"]
+        if mode == "lenient"
+    }
+    assert readings == {*EVIDENCE, *(reason.value for reason in Unread)} - {"refusal"}  # which finds no answer
+
+
+@pytest.mark.parametrize(
+    ("response", "reading"),
+    [
+        ("So the answer is (A). <answer>B</answer>", "tag"),
+        ("The answer is (A), that is \\boxed{B}.", "box"),
+        ("(A) 3\nOn second thought, the answer is (B).", "declaration"),
+        ("(B) 2\nThere are 2 of 3 organs.", "first line"),
+        ("There are 2 or 3 organs.\n(B) 2", "last line"),
+        ("There may be 3 or 1. Therefore, there are 2.", "conclusion"),
+        ("There are 2 organs. I saw 3 at first, and 1 later.", "opening"),
+        ("This shows 3 pianos and 1 flute. There are 2 organs.", "closing"),
+        ("This shows a hall. There are 2 organs. They are old.", "whole text"),
+    ],
+)
+def test_the_order_of_evidence(response, reading):
+    verdict = judge(response, **COUNT, lenient=True)
+    assert verdict == Verdict("(B)", True) and verdict.reading == reading
+
+
+@pytest.mark.parametrize(
+    ("response", "reading"),
+    [
+        ("<answer>2</answer>", "tag"),
+        ("<answer>2 or 3</answer>", "several named"),
+        ("<answer>(A) 2</answer>", "letter and text disagree"),
+        ("<answer>maybe 2</answer>", "unreadable"),
+        ("2", "unreadable"),
+        ("<answer>2", "cut off"),
+        ("<think>There are", "cut off"),
+    ],
+)
+def test_strict_reading_says_why(response, reading):
+    assert judge(response, **COUNT).reading == reading
 
 
 def test_overlong_answers():

@@ -166,6 +166,53 @@ def test_shares():
     assert counts["unparsable_share"] == counts["truncated_share"] == 1 / 4
 
 
+UNREAD = {
+    "I'm sorry, I cannot see the image.": "refused",
+    "It is (A) or (B).": "several named",
+    "The answer is (A) table.": "letter and text disagree",
+    "<think>The picture shows": "cut off",
+    "Something else.": "unreadable",
+}
+
+
+def test_what_could_not_be_read_is_told_apart_and_bounds_the_score():
+    row = {"question": "?", "task": "Depth", "options": ["chair", "table"], "ground_truth": "(B)"}
+    responses = [*UNREAD, "(B)", "(B) table", "(A)", "Therefore, the table is closer.", ""]
+    rows = judged([{**row, "response": response} for response in responses])
+    assert [row["reading"] for row in rows[:5]] == list(UNREAD.values())
+    assert [row["reading"] for row in rows[5:9]] == ["first line", "first line", "first line", "conclusion"]
+    counts = scoring.shares(rows)
+    assert counts["unread_shares"] == {reason: 1 / 10 + (reason == "unreadable") / 10 for reason in UNREAD.values()}
+    assert sum(counts["unread_shares"].values()) == pytest.approx(counts["unparsable_share"]) == 6 / 10
+    total = scoring.score(rows)["Total"]
+    assert total["bounds"] == [3 / 10, 9 / 10] and total["accuracy"] == 3 / 10
+    assert "30.0 -  90.0" in scoring.table({"Total": total})
+    assert "60.0% of the responses could not be read (refused 10.0%" in scoring.unread_warning(counts)
+    assert scoring.unread_warning(counts | {"unparsable_share": 0.05}) is None
+
+
+def test_a_response_without_an_answer_that_was_cut_off_says_so():
+    row = {"question": "?", "task": "Depth", "options": ["chair", "table"], "ground_truth": "(B)"}
+    rows = judged(
+        [{**row, "response": "I see", "truncated": True}, {**row, "response": "(A) or (B)", "truncated": True}]
+    )
+    assert [row["reading"] for row in rows] == ["cut off", "several named"]
+
+
+def test_bounds_of_rotations_and_of_the_combination():
+    row = {"task": "Count", "question": "?", "options": ["1", "2"], "ground_truth": "(A)"}
+    responses = {"ADE20K": ["(A)", "?"], "COCO": ["(A)", "(B)"], "Omni3D": ["?", "?"]}
+    rows = [
+        {**row, "id": source, "rotation": rotation, "source": source, "response": response}
+        for source, answers in responses.items()
+        for rotation, response in enumerate(answers)
+    ]
+    scores = scoring.score(judged(rows), CV_BENCH.combination)
+    assert scores["Total"]["bounds"] == pytest.approx([2 / 6, 5 / 6])
+    assert scores[scoring.ALL_ROTATIONS]["bounds"] == pytest.approx([0, 2 / 3])
+    assert scores["CV-Bench"]["bounds"] == pytest.approx([((1 / 2 + 1 / 2) / 2 + 0) / 2, ((1 + 1 / 2) / 2 + 1) / 2])
+
+
 # --- question sets ----------------------------------------------------------------------------------------------
 
 
@@ -355,6 +402,13 @@ def test_compare(tmp_path, items):
     for line, total in zip(done.stdout.splitlines()[2:4], totals, strict=True):
         assert line.count("(") == 5 and line.rpartition(" | ")[2].startswith(f"{total:.2f} (")
     assert "the prompts differ" in done.stderr and "parsers" not in done.stderr
+    unread = json.loads(paths[0].read_text())["shares"]["unparsable_share"]
+    assert f"warning: base: {unread:.1%} of the responses could not be read (unreadable {unread:.1%})" in done.stderr
+    assert (
+        f"| unread: unreadable | {100 * unread:.2f} |" in done.stdout
+        and "| unread: refused | 0.00 | 0.00 |" in done.stdout
+    )
+    assert f"[{totals[0]:.1f} - 100.0]" in done.stdout
     first, second = (json.loads(path.read_text())["results"] for path in paths)
     only_second = sum(b["correct"] and not a["correct"] for a, b in zip(first, second, strict=True))
     only_first = sum(a["correct"] and not b["correct"] for a, b in zip(first, second, strict=True))

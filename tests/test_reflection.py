@@ -89,7 +89,8 @@ def test_without_options_there_is_nothing_to_correct():
     "text, considered, final",
     [
         ("It is left. It is not right. Wait, no. <answer>right</answer>", "left", "right"),
-        ("It is right, not left. Hmm, no. <answer>left</answer>", None, "left"),  # one sentence names both
+        ("It is right, not left. Hmm, no. <answer>left</answer>", "right", "left"),  # "not" sets the other aside
+        ("It is right or left. Hmm, no. <answer>left</answer>", None, "left"),  # one sentence names both
         ("First right. Then left. Wait, hm. <answer>right</answer>", "left", "right"),  # the last one counts
         ("It is left. <answer>right</answer>", None, "right"),  # no reflection
         ("Left. Wait, left or right? <answer>left or right</answer>", "left", None),  # a hedge is no answer

@@ -54,6 +54,19 @@ def test_accuracy_of_numbers_and_symbols():
     assert accuracy("The values are 3 and <answer>4</answer>", "3", None) == 0.0
 
 
+def test_accuracy_of_a_letter_with_a_shortened_text_and_of_quantities():
+    sides = ["Rightward - to the right", "Leftward - to the left"]
+    assert accuracy("<answer>B. Leftward</answer>", "(B)", sides) == 1.0
+    assert accuracy("<answer>A. Leftward</answer>", "(B)", sides) == 0.0
+    assert accuracy("<answer>(B) -5</answer>", "(B)", ["5", "-5"]) == 1.0
+    assert accuracy("<answer>(A) -5</answer>", "(A)", ["5", "-5"]) == 0.0
+    for solution, answer in (("60°", "60"), ("4", "4cm"), ("2√{3}", r"2\sqrt{3}"), ("9π", "9pi")):
+        assert accuracy(f"<answer>{answer}</answer>", solution, None) == 1.0
+    assert accuracy("<answer>5 chairs</answer>", "5", None) == 0.0
+    assert accuracy("<answer>5 chairs</answer>", "5 chairs", ["5 chairs", "6 chairs"]) == 1.0
+    assert accuracy("<answer>左</answer>", "left", SIDES) == 0.0  # another language is no spelling
+
+
 def test_accuracy_takes_texts_and_conversations_without_options():
     texts = ["<answer>left</answer>", "<answer>right</answer>"]
     for completions in (texts, [as_conversation(text) for text in texts]):

@@ -29,7 +29,7 @@ use_environment()
 from open_r1.benchmarks import BENCHMARKS, Item, digest, read
 from open_r1.hub import model_folder
 from open_r1.prompts import REPO_ROOT
-from open_r1.scoring import PARSERS, check_rows, judge_row, score, shares, table
+from open_r1.scoring import PARSERS, check_rows, judge_row, score, shares, table, unread_warning
 from open_r1.trajectories import append_rows
 
 if TYPE_CHECKING:  # re-scoring starts without torch
@@ -127,6 +127,8 @@ def report(path: Path, result: dict[str, Any]) -> None:
         f"{counts['truncated_share']:.1%} cut off"
         + (f"; {counts['image_errors']} without a usable image count as wrong" if counts["image_errors"] else "")
     )
+    if warning := unread_warning(counts):
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"prompt: {prompt['name']}, {prompt['style']}; " if prompt else "", f"parser: {result['parser']}", sep="")
     print(path)
 

@@ -1,8 +1,9 @@
 """From responses to scores: judging rows, intervals, baselines, paired tests. No torch.
 
 A row is one response, as a dictionary with the reference's keys (`question`, `options`, `task`, `ground_truth`,
-`response`, `model_answer`, `correct`) and, when they are known, `id`, `rotation`, `type`, `source`, `truncated` and
-`error`. Rows of one `id` are the same question with its options rotated (circular evaluation).
+`response`, `model_answer`, `correct`), `reading` (the rule that found the answer, or why there is none) and, when they
+are known, `id`, `rotation`, `type`, `source`, `truncated` and `error`. Rows of one `id` are the same question with its
+options rotated (circular evaluation).
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from open_r1.answers import judge
+from open_r1.answers import Unread, judge
 
 Row = Mapping[str, Any]
 Combination = Callable[[Mapping[str, Any]], Any]  # accuracy by source -> one number; also of arrays
@@ -22,6 +23,7 @@ Z_95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 BOOTSTRAP_SAMPLES = 10_000
 BOOTSTRAP_SEED = 0
 PARSERS = ("lenient", "strict")
+UNREAD_WARNING_SHARE = 0.05
 TOTAL = "Total"
 ALL_ROTATIONS = "Total, right in every rotation"
 REQUIRED_KEYS = ("question", "options", "task", "ground_truth", "response")
@@ -77,7 +79,9 @@ def paired_difference(only_first: int, only_second: int, n: int) -> tuple[float,
 
 
 def judge_row(row: Row, parser: str) -> dict[str, Any]:
-    """The row with `model_answer` and `correct` as the package's answer checker reads its response.
+    """The row with `model_answer`, `correct` and `reading` as the package's answer checker reads its response.
+
+    What it finds unreadable counts as cut off where generation is known to have been.
 
     Raises:
         ValueError: the ground truth is none of the options.
@@ -85,7 +89,15 @@ def judge_row(row: Row, parser: str) -> dict[str, Any]:
     gold, options = row["ground_truth"], row["options"]
     lettered = _LETTER.fullmatch(gold) is not None
     verdict = judge(row["response"], gold, options, lettered=lettered, lenient=parser == "lenient")
-    return {**row, "model_answer": verdict.answer, "correct": verdict.correct}
+    reading = verdict.reading
+    if row.get("truncated") and reading == Unread.UNREADABLE.value:
+        reading = Unread.CUT_OFF.value
+    return {**row, "model_answer": verdict.answer, "correct": verdict.correct, "reading": reading}
+
+
+def is_unread(row: Row) -> bool:
+    """Whether there is a response, but no answer could be read in it."""
+    return row["model_answer"] is None and not row.get("error")
 
 
 def check_rows(rows: Any, origin: str) -> list[Row]:
@@ -131,13 +143,19 @@ def majority_positions(rows: Iterable[Row]) -> dict[str, int]:
 # --- scores -------------------------------------------------------------------------------------------------
 
 
-def proportion(values: Sequence[float], chance: Sequence[float], majority: Sequence[float]) -> dict[str, Any]:
-    """One score: a value in [0, 1] a question, with what guessing and a constant choice would have got."""
+def proportion(
+    values: Sequence[float], best: Sequence[float], chance: Sequence[float], majority: Sequence[float]
+) -> dict[str, Any]:
+    """One score: a value in [0, 1] a question; `best` is that value if what could not be read were right.
+
+    The other two are what guessing and a constant choice would have got.
+    """
     n, right = len(values), math.fsum(values)
     return {
         "accuracy": right / n,
         "n": n,
         "interval": list(wilson(right, n)),
+        "bounds": [right / n, math.fsum(best) / n],
         "chance": math.fsum(chance) / n,
         "majority": math.fsum(majority) / n,
     }
@@ -146,8 +164,9 @@ def proportion(values: Sequence[float], chance: Sequence[float], majority: Seque
 def score(rows: Sequence[Row], combination: tuple[str, Combination] | None = None) -> dict[str, dict[str, Any]]:
     """Every score of judged rows, by name: the Total, each task, type and source, and the combination.
 
-    Each holds `accuracy` (micro average), `n` (questions), `interval` (95 %: Wilson; bootstrap for the combination)
-    and two baselines: `chance`, a uniform guess, and `majority`, the most frequent position of each task. A question
+    Each holds `accuracy` (micro average), `n` (questions), `interval` (95 %: Wilson; bootstrap for the combination),
+    `bounds` (the accuracy if every response that could not be read were wrong, as it is counted, or right) and two
+    baselines: `chance`, a uniform guess, and `majority`, the most frequent position of each task. A question
     in several rotations counts once, with its mean; one more score then asks for all its rotations to be right.
 
     Args:
@@ -166,16 +185,19 @@ def score(rows: Sequence[Row], combination: tuple[str, Combination] | None = Non
         return [math.fsum(map(value, question)) / len(question) for question in questions]
 
     right = mean(lambda row: row["correct"])
+    best = mean(lambda row: row["correct"] or is_unread(row))
     chance = mean(lambda row: 1 / len(row["options"]))
     majority = mean(lambda row: gold_index(row) == constant[row["task"]])
     scores = {
-        name: proportion(*([values[index] for index in indices] for values in (right, chance, majority)))
+        name: proportion(*([values[index] for index in indices] for values in (right, best, chance, majority)))
         for name, indices in names.items()
     }
     if len(rows) > len(questions):
-        all_right = [float(value == 1) for value in right]
+        all_right, all_best, all_majority = (
+            [float(value == 1) for value in values] for values in (right, best, majority)
+        )
         all_chance = [math.prod(1 / len(row["options"]) for row in question) for question in questions]
-        scores[ALL_ROTATIONS] = proportion(all_right, all_chance, [float(value == 1) for value in majority])
+        scores[ALL_ROTATIONS] = proportion(all_right, all_best, all_chance, all_majority)
     if combination is not None:
         name, combine = combination
         sources = {row["source"] for row in rows if row.get("source") is not None}
@@ -184,40 +206,57 @@ def score(rows: Sequence[Row], combination: tuple[str, Combination] | None = Non
                 key: float(combine({source: scores[source][key] for source in sources}))
                 for key in ("accuracy", "chance", "majority")
             }
+            best_combined = float(combine({source: scores[source]["bounds"][1] for source in sources}))
         except KeyError:  # a source that the formula needs is not among the rows
             return scores
         counts = {s: (round(scores[s]["accuracy"] * scores[s]["n"]), scores[s]["n"]) for s in sorted(sources)}
         interval = list(bootstrap(counts, combine))
-        scores[name] = {**combined, "n": sum(n for _, n in counts.values()), "interval": interval}
+        bounds = [combined["accuracy"], best_combined]
+        scores[name] = {**combined, "n": sum(n for _, n in counts.values()), "interval": interval, "bounds": bounds}
     return scores
 
 
 def shares(rows: Sequence[Row]) -> dict[str, Any]:
-    """What went wrong otherwise: responses without a readable answer, cut off, or without their image."""
-    failed = [row for row in rows if row.get("error")]
-    unparsable = sum(row["model_answer"] is None for row in rows) - len(failed)
+    """What went wrong otherwise: responses without a readable answer and why, cut off, or without their image."""
+    reasons = Counter(row.get("reading", Unread.UNREADABLE.value) for row in rows if is_unread(row))
+    unparsable = reasons.total()
     truncated = sum(bool(row.get("truncated")) for row in rows)
     return {
         "responses": len(rows),
         "unparsable": unparsable,
         "unparsable_share": unparsable / len(rows),
+        "unread_shares": {reason.value: reasons[reason.value] / len(rows) for reason in Unread},
         "truncated": truncated,
         "truncated_share": truncated / len(rows),
-        "image_errors": len(failed),
+        "image_errors": sum(bool(row.get("error")) for row in rows),
     }
+
+
+def unread_warning(shares: Mapping[str, Any]) -> str | None:
+    """One line when too much could not be read for the accuracy to stand alone."""
+    if shares["unparsable_share"] <= UNREAD_WARNING_SHARE:
+        return None
+    reasons = ", ".join(f"{reason} {share:.1%}" for reason, share in shares.get("unread_shares", {}).items() if share)
+    return (
+        f"{shares['unparsable_share']:.1%} of the responses could not be read"
+        + (f" ({reasons})" if reasons else "")
+        + " and count as wrong; read the bounds beside the accuracy"
+    )
 
 
 def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """The scores in %, as a Markdown table."""
     width = max(map(len, scores))
     lines = [
-        f"| {'':{width}} | accuracy | 95 % interval | chance | majority |    n |",
-        f"|:{'-' * width}-|---------:|--------------:|-------:|---------:|-----:|",
+        f"| {'':{width}} | accuracy | 95 % interval | unread wrong - right | chance | majority |    n |",
+        f"|:{'-' * width}-|---------:|--------------:|---------------------:|-------:|---------:|-----:|",
     ]
     for name, value in scores.items():
         low, high = (100 * bound for bound in value["interval"])
+        worst, best = (100 * bound for bound in value["bounds"])
         lines.append(
             f"| {name:{width}} | {100 * value['accuracy']:8.2f} | {low:5.1f} - {high:5.1f} "
+            f"| {worst:12.1f} - {best:5.1f} "
             f"| {100 * value['chance']:6.1f} | {100 * value['majority']:8.1f} | {value['n']:4d} |"
         )
     return "\n".join(lines)
