@@ -1,4 +1,5 @@
 # Sourced by the other scripts, with ROOT set: chooses PYTHON. The active environment wins over .venv.
+# Python scripts choose alike: open_r1/front_door.py.
 if [ -z "${PYTHON:-}" ]; then
     for candidate in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}" "$ROOT/.venv"; do
         if [ -n "$candidate" ] && [ -x "$candidate/bin/python" ]; then
@@ -8,3 +9,11 @@ if [ -z "${PYTHON:-}" ]; then
     done
 fi
 PYTHON="${PYTHON:-python3}"
+
+# The names of the NVIDIA GPUs, one a line. Nothing when nvidia-smi is missing, fails, hangs or lists something else:
+# with a broken driver it prints its error on stdout.
+gpu_names() {
+    command -v nvidia-smi >/dev/null 2>&1 || return 0
+    listed=$(timeout -k 1 30 nvidia-smi --list-gpus 2>/dev/null) || return 0
+    printf '%s\n' "$listed" | sed -n 's/^GPU [0-9][0-9]*: \(.*\) (UUID: GPU-.*)$/\1/p'
+}

@@ -86,6 +86,18 @@ def get_reward_funcs(names: Sequence[str], think_prefilled: bool = False) -> lis
     return [_bind(_find_reward(name), think_prefilled) for name in names]
 
 
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The names of reward functions, told apart: of two called `score` the second is `score_2`."""
+    unique: list[str] = []
+    for name in names:
+        count, candidate = 1, name
+        while candidate in unique:
+            count += 1
+            candidate = f"{name}_{count}"
+        unique.append(candidate)
+    return unique
+
+
 def completion_text(completion: Completion) -> str:
     """The model's text in one completion, which TRL gives as a string or as a conversation."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
@@ -114,7 +126,8 @@ def _find_reward(name: str) -> Reward:
         raise ValueError(f"reward_funcs: no module {module_name!r} for reward {name!r}") from error
     reward = getattr(module, function_name, None)
     if not callable(reward):
-        raise ValueError(f"reward_funcs: module {module_name!r} has no function {function_name!r}")
+        where = getattr(module, "__file__", None) or "built in"
+        raise ValueError(f"reward_funcs: module {module_name!r} ({where}) has no function {function_name!r}")
     return reward
 
 

@@ -13,9 +13,10 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.data import DataArguments, load_dataset, load_processor_from_args, open_image
-from open_r1.entry import run
+from open_r1.entry import Command, run
 from open_r1.modeling import (
     FreezeArguments,
+    check_model,
     freeze,
     get_adapter_config,
     load_model_from_args,
@@ -72,29 +73,43 @@ class Qwen2VLSFTTrainer(LoadWeightsMixin, SFTTrainer):
     """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed."""
 
 
-def build_trainer(
+def prepare(
     script_args: SFTScriptArguments, training_args: Qwen2VLSFTConfig, model_args: ModelConfig
-) -> Qwen2VLSFTTrainer:
-    """The trainer that a parsed recipe describes."""
+) -> dict[str, Any]:
+    """What the trainer takes beside the weights.
+
+    Raises:
+        ValueError, OSError, ImportError: for a model or data that no run can start with.
+    """
+    check_model(model_args)
+    peft_config = get_adapter_config(model_args, script_args)
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args)
     train_dataset, eval_dataset = (
         load_dataset(path, processor, script_args.max_prompt_length, **template_kwargs) if path else None
         for path in (script_args.dataset_name, script_args.eval_dataset_name)
     )
-    model = load_model_from_args(model_args)
-    reset_generation_config(model, processor)
-    freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
-    return Qwen2VLSFTTrainer(
-        model=model,
-        args=training_args,
-        data_collator=AnswerCollator(processor=processor, template_kwargs=template_kwargs),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processor,
-        peft_config=get_adapter_config(model_args, script_args),
-    )
+    return {
+        "processing_class": processor,
+        "data_collator": AnswerCollator(processor=processor, template_kwargs=template_kwargs),
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
+        "peft_config": peft_config,
+    }
 
+
+def build_trainer(
+    script_args: SFTScriptArguments, training_args: Qwen2VLSFTConfig, model_args: ModelConfig
+) -> Qwen2VLSFTTrainer:
+    """The trainer that a parsed recipe describes."""
+    prepared = prepare(script_args, training_args, model_args)
+    model = load_model_from_args(model_args)
+    reset_generation_config(model, prepared["processing_class"])
+    freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
+    return Qwen2VLSFTTrainer(model=model, args=training_args, **prepared)
+
+
+COMMAND = Command("sft", (SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig), prepare, build_trainer)
 
 if __name__ == "__main__":
-    run("sft", (SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig), build_trainer)
+    run(COMMAND)
