@@ -12,6 +12,7 @@ import yaml
 from accelerate import DistributedType, PartialState
 from accelerate.commands.config import load_config_from_file
 from torch import nn
+from torch.serialization import register_package
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 MANIFEST = "complete.json"
@@ -218,10 +219,11 @@ class CompleteCheckpoints(TrainerCallback):
 
 
 class LoadWeightsMixin:
-    """In front of a `Trainer`: resuming outside DeepSpeed loads the weights.
+    """In front of a `Trainer`: resuming outside DeepSpeed loads the weights, and on the CPU the optimizer's state.
 
     transformers 5.17 saves Qwen2-VL under its Hub names (visual.*) but resumes by its names in memory
     (model.visual.*), without an error when none matches: the run would go on from the weights it started with.
+    Several CPU processes it tells to load the state to "cpu:0", a place that `torch.load` does not know.
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -231,3 +233,7 @@ class LoadWeightsMixin:
             return
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        register_package(0, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None)
+        super()._load_optimizer_and_scheduler(checkpoint)

@@ -154,7 +154,7 @@ def load_dataset(
     for example in examples:
         example["images"] = [store_image(image) for image in example["images"]]
     state = PartialState()
-    progress = tqdm(examples, desc="measuring prompts", unit="prompt", disable=None if state.is_main_process else True)
+    progress = tqdm(examples, desc="measuring prompts", unit="prompt", disable=not state.is_main_process)
     lengths = [count_prompt_tokens(example, processor, **template_kwargs) for example in progress]
     limit = max_prompt_length or float("inf")
     kept = [

@@ -1,11 +1,11 @@
 """What the entry points `grpo.py` and `sft.py` share: read a recipe, continue or start, train, save."""
 
-import contextlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,19 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
     """
     prepare_process()
     os.environ[PLANNED_PROCESSES] = str(processes)
-    with mistakes(*USER_ERRORS), contextlib.redirect_stdout(None):  # the processes say it again
+    with mistakes(*USER_ERRORS), silence():
         layout = Layout.of_config(config_file, processes)
         settings = read_settings(command, arguments)
         checkpoint = find_checkpoint(command, settings, layout)
         if not (checkpoint and is_finished(checkpoint, settings[1])):
             command.prepare(*settings)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Print nothing; for what the processes of a run are going to say again."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, TrainingArguments, Any]:
@@ -127,7 +134,10 @@ def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, Trai
     """
     script_args, args, model_args = read_recipe(command.arguments, arguments)
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
-        raise ValueError("max_steps, num_train_epochs: nothing would be trained; -1 trains num_train_epochs")
+        raise ValueError(
+            f"max_steps {args.max_steps}, num_train_epochs {args.num_train_epochs}: nothing would be trained; "
+            "max_steps: -1 trains num_train_epochs"
+        )
     Trainer.get_optimizer_cls_and_kwargs(args)  # raises for an optimizer whose package is not there
     args.report_to = resolve_report_to(args.report_to)
     return script_args, args, model_args

@@ -1,7 +1,6 @@
 """Load a policy and its processor the way a recipe says: architecture, dtype, attention, pixels, what trains."""
 
 import importlib.util
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +14,12 @@ from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from open_r1.hub import model_folder
 from open_r1.prompts import load_chat_template
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -51,40 +50,37 @@ def resolve_attn_implementation(name: str | None, dtype: torch.dtype | str) -> s
     return "flash_attention_2" if usable else "sdpa"
 
 
-def load_config(model_name_or_path: str, revision: str = "main") -> PreTrainedConfig:
-    """The configuration of a vision-language policy.
+def check_model(model_args: ModelConfig) -> None:
+    """Fetch the policy of a recipe from the Hub, and see that it can be loaded, without doing so.
 
     Raises:
-        OSError: when there is no such model.
-        ValueError: for a model type that this project was not tested with.
+        OSError: there is no such model.
+        ValueError: it is of a type that this project was not tested with, or the recipe cannot train it.
+        ImportError: the recipe quantises, and bitsandbytes is not there.
     """
-    where, folder = f"model_name_or_path: {model_name_or_path}", Path(model_name_or_path)
-    if not folder.is_dir() and (folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model_name_or_path)):
-        raise OSError(f"{where}: no such folder")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        is_adapter = (folder / "adapter_config.json").is_file()
-        raise OSError(
-            f"{where} holds {'an adapter; merge it with scripts/export.py' if is_adapter else 'no model (config.json)'}"
-        )
-    if folder.is_dir() and not (any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))):
-        raise OSError(f"{where} holds a config.json and no weights (*.safetensors)")
-    try:
-        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
-    except OSError as error:
-        raise OSError(f"{where}: {error}") from error
-    if config.model_type not in MODEL_TYPES:
-        raise ValueError(f"{where} is a {config.model_type!r} model; supported: {', '.join(MODEL_TYPES)}")
-    return config
-
-
-def check_model(model_args: ModelConfig) -> None:
-    """See that the policy of a recipe can be loaded, without doing so. Raises what `load_model_from_args` raises."""
-    load_config(model_args.model_name_or_path, model_args.model_revision)
+    name = model_args.model_name_or_path
+    folder = model_folder(name, model_args.model_revision)
+    where = f"model_name_or_path: {name}"
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise OSError(f"{where} holds an adapter; make a model of it with scripts/export.py")
+    if not (any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))):
+        raise OSError(f"{where} holds no model (config.json, *.safetensors)")
+    check_model_type(name, model_args.model_revision)
     quantises = model_args.load_in_4bit or model_args.load_in_8bit
     if quantises and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("load_in_4bit, load_in_8bit: bitsandbytes is not installed; run setup.sh again")
     if quantises and not model_args.use_peft:
         raise ValueError("load_in_4bit, load_in_8bit: quantised weights cannot be trained; set use_peft: true")
+
+
+def check_model_type(model_name_or_path: str, revision: str | None = None) -> None:
+    """Raise ValueError for a model type that this project was not tested with."""
+    config = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"model_name_or_path: {model_name_or_path} is a {config.model_type!r} model; "
+            f"supported: {', '.join(MODEL_TYPES)}"
+        )
 
 
 def load_model(
@@ -107,7 +103,7 @@ def load_model(
     Raises:
         ValueError: for a model type that this project was not tested with.
     """
-    load_config(model_name_or_path, revision)
+    check_model_type(model_name_or_path, revision)
     if Path(model_name_or_path).is_dir():  # an adapter remembers the name, and is loaded from other folders
         model_name_or_path = str(Path(model_name_or_path).resolve())
     torch_dtype = resolve_dtype(dtype)

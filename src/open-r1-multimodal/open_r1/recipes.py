@@ -23,6 +23,7 @@ class RecipeParser(TrlParser):
 
     def __init__(self, dataclass_types: Sequence[type]):
         super().__init__(dataclass_types, allow_abbrev=False)
+        self.recipe = ""  # its file
         self.hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
 
     def error(self, message: str) -> None:
@@ -38,16 +39,22 @@ class RecipeParser(TrlParser):
 
     def set_defaults_with_config(self, **recipe: Any) -> list[str]:
         """TRL's, which believes every value; here each is read as it would be on the command line."""
+        try:
+            self._check_recipe(recipe)
+        except ValueError as error:
+            raise ValueError(f"{self.recipe}: {error}") from error
+        return super().set_defaults_with_config(**recipe)
+
+    def _check_recipe(self, recipe: dict[str, Any]) -> None:
         actions = {action.dest: action for action in reversed(self._actions)}  # --x, and not the --no_x after it
         for name, value in recipe.items():
             if name not in actions:
                 raise ValueError(self._unknown("setting", name))
             self._check(actions[name], value)
-        return super().set_defaults_with_config(**recipe)
 
     def _unknown(self, kind: str, name: str) -> str:
         known = [action.dest for action in self._actions]
-        close = difflib.get_close_matches(name.partition("=")[0].lstrip("-").replace("-", "_"), known, n=1)
+        close = difflib.get_close_matches(str(name).partition("=")[0].lstrip("-").replace("-", "_"), known, n=1)
         return f"unknown {kind} {name!r}" + (f"; did you mean {close[0]}?" if close else "; --help lists them")
 
     def _check(self, action: argparse.Action, value: Any) -> None:
@@ -84,9 +91,10 @@ def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tu
         ValueError: for an unknown name, or a value that its setting or the dataclasses do not take.
         OSError: when the recipe cannot be read.
     """
-    arguments = list(arguments)
-    recipe = arguments[arguments.index("--config") + 1] if "--config" in arguments[:-1] else None
+    parser = RecipeParser(dataclass_types)
+    if "--config" in arguments[:-1]:
+        parser.recipe = arguments[arguments.index("--config") + 1]
     try:
-        return RecipeParser(dataclass_types).parse_args_and_config(arguments)
+        return parser.parse_args_and_config(arguments)
     except yaml.YAMLError as error:
-        raise ValueError(f"{recipe}: not YAML: {error}") from error
+        raise ValueError(f"{parser.recipe}: not YAML: {error}") from error
