@@ -8,7 +8,9 @@ recipe's limits (longest prompt, largest image, longest completions), in GB of 1
 """
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -33,7 +35,7 @@ def read_launch(name: str, num_processes: int) -> Launch:
     return Launch(num_processes, (settings.get("deepspeed_config") or {}).get("zero_stage"))
 
 
-def count_recipe(recipe: str, launch: Launch, overrides: list[str]) -> tuple[str, Count]:
+def count_recipe(recipe: str, launch: Launch, overrides: list[str], is_cpu: bool = False) -> tuple[str, Count]:
     """The model's name and the count for a recipe of GRPO or SFT."""
     is_grpo = "num_generations" in yaml.safe_load(Path(recipe).read_text())
     types = (
@@ -62,6 +64,7 @@ def count_recipe(recipe: str, launch: Launch, overrides: list[str]) -> tuple[str
         launch,
         has_reference=is_grpo and args.beta > 0,
         gradient_checkpointing=args.gradient_checkpointing,
+        is_cpu=is_cpu,
     )
 
 
@@ -83,12 +86,17 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="recipe, a file in configs/")
     parser.add_argument("--num_processes", type=int, default=1, help="GPUs (default: 1)")
     parser.add_argument("--accelerate_config", default="zero2", help="zero2, zero3, ddp or a file (default: zero2)")
+    parser.add_argument("--cpu", action="store_true", help="count for processes on a CPU")
+    parser.add_argument("--json", action="store_true", help="print bytes as JSON")
     args, overrides = parser.parse_known_args()
     try:
         launch = read_launch(args.accelerate_config, args.num_processes)
-        model, count = count_recipe(args.config, launch, overrides)
+        model, count = count_recipe(args.config, launch, overrides, args.cpu)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    if args.json:
+        print(json.dumps({"model": model, "peak": count.peak, **asdict(count)}))
+        return
     print(f"{model}, {args.config}, {args.num_processes} GPUs, {args.accelerate_config}: computed, GB on each GPU")
     print(format_count(count))
 

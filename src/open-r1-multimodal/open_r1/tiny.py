@@ -75,9 +75,12 @@ def make_tokenizer(texts: Iterable[str] = (), vocab_size: int = 256) -> Qwen2Tok
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     learned = json.loads(bpe.to_str())["model"]
-    vocab = learned["vocab"]
-    vocab |= {token: len(vocab) + i for i, token in enumerate(SPECIAL_TOKENS)}
-    merges = [tuple(merge) for merge in learned["merges"]]
+    return build_tokenizer(learned["vocab"], [tuple(merge) for merge in learned["merges"]])
+
+
+def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Qwen2Tokenizer:
+    """Qwen's tokenizer from a byte-level vocabulary and its merges; the special tokens get the ids behind it."""
+    vocab = vocab | {token: len(vocab) + i for i, token in enumerate(SPECIAL_TOKENS)}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
@@ -159,10 +162,16 @@ def make_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A randomly initialised float32 model of the configuration's family, the same for the same seed."""
     set_seed(seed)
     model = MODEL_CLASSES[config.model_type](config)
-    text = config.get_text_config()
-    # What the published base checkpoints carry and a trainer must never inherit: sampling settings that
-    # disagree with the log-probabilities it computes.
-    model.generation_config = GenerationConfig(
+    model.generation_config = own_sampling_settings(config.get_text_config())
+    return model
+
+
+def own_sampling_settings(text: PreTrainedConfig) -> GenerationConfig:
+    """What the published checkpoints carry and a trainer must never inherit.
+
+    These settings disagree with the log-probabilities that it computes.
+    """
+    return GenerationConfig(
         bos_token_id=text.bos_token_id,
         eos_token_id=[text.eos_token_id, text.bos_token_id],
         pad_token_id=text.pad_token_id,
@@ -170,7 +179,6 @@ def make_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         top_k=1,
         repetition_penalty=1.05,
     )
-    return model
 
 
 def save_tiny_model(
