@@ -1,5 +1,6 @@
 #!/bin/sh
-# Install the pinned stack with uv, into the active virtual or conda environment, else into .venv beside this file.
+# Install the pinned stack with uv, into the active virtual or conda environment, else into .venv beside this file, made
+# with the system's Python 3.11 to 3.14 or with one that uv fetches.
 # Running it again takes a second when nothing changed. `sh setup.sh` works as well as `bash setup.sh`.
 set -eu
 ROOT=$(cd "$(dirname "$0")" && pwd)
@@ -11,29 +12,45 @@ fail() {
 
 # The interpreter: the active environment's, else that of .venv, else a system Python to make .venv with
 . "$ROOT/scripts/env.sh"
+is_supported() { # trl needs 3.11; the newest with wheels of every package is 3.14
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null
+}
 if [ "$PYTHON" = python3 ]; then
     system=""
-    for candidate in python3.12 python3.11 python3.10 python3; do
-        if command -v "$candidate" >/dev/null 2>&1 &&
-            "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    for candidate in python3.12 python3.11 python3.13 python3.14 python3; do
+        if command -v "$candidate" >/dev/null 2>&1 && is_supported "$candidate"; then
             system=$candidate
             break
         fi
     done
-    [ -n "$system" ] || fail "no Python 3.10, 3.11 or 3.12 found; install one (or activate a conda environment with it)"
-    echo "setup: making $ROOT/.venv with $("$system" --version)"
-    "$system" -m venv "$ROOT/.venv" ||
-        fail "$system cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"
+    if [ -n "$system" ]; then
+        echo "setup: making $ROOT/.venv with $("$system" --version)"
+        "$system" -m venv "$ROOT/.venv" || {
+            rm -rf "$ROOT/.venv" # half of one would be taken for whole next time
+            fail "$system cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"
+        }
+    else
+        echo "setup: no Python 3.11 to 3.14 found; uv brings one into $ROOT/.venv"
+        uv=$(command -v uv) || {
+            uv="$ROOT/.uv/bin/uv"
+            [ -x "$uv" ] || { python3 -m venv "$ROOT/.uv" && "$ROOT/.uv/bin/pip" install --quiet uv; } ||
+                fail "no Python 3.11 to 3.14 found, and no uv to fetch one; install either and run this again"
+        }
+        {
+            "$uv" venv --managed-python --python '>=3.11,<3.15' "$ROOT/.venv" &&
+                "$uv" pip install --quiet --python "$ROOT/.venv/bin/python" uv
+        } || {
+            rm -rf "$ROOT/.venv"
+            fail "no Python 3.11 to 3.14 found, and uv could not fetch one (its message is above); install one"
+        }
+    fi
     PYTHON="$ROOT/.venv/bin/python"
 fi
-"$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
-    fail "$("$PYTHON" --version) in $PYTHON is not supported; use Python 3.10, 3.11 or 3.12"
+is_supported "$PYTHON" ||
+    fail "$("$PYTHON" --version) in $PYTHON is not supported; use Python 3.11, 3.12, 3.13 or 3.14"
 prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
 
-gpu=""
-if command -v nvidia-smi >/dev/null 2>&1; then
-    gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 || true)
-fi
+gpu=$(gpu_names | head -n 1)
 
 # Nothing changed since the last time: say so and stop
 stamp="$prefix/.setup-stamp"

@@ -6,26 +6,37 @@ python scripts/ask.py --model Qwen/Qwen2-VL-2B --image photo.jpg --question "How
 
 import argparse
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
+from open_r1.front_door import first_line, use_environment
+
+use_environment()
 
 import torch
 from transformers import GenerationConfig
 
-from open_r1.data import open_image
-from open_r1.evaluation import generation_settings, messages
-from open_r1.modeling import load_model, load_processor, reset_generation_config
+from open_r1.evaluation import generation_settings, load_prompting, messages
+from open_r1.hub import model_folder
+from open_r1.images import open_image
+from open_r1.modeling import load_checkpoint, reset_generation_config
+from open_r1.records import read_examples
 from open_r1.rollout import encode_prompt, generate
-from open_r1.sat import read_examples
 
 
 def main() -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint folder or Hub name")
+    parser.add_argument("--model", required=True, help="folder of a run (LoRA too) or Hub name")
     parser.add_argument("--data", help="prepared JSON file to take the question from")
     parser.add_argument("--row", type=int, default=0, help="which of its examples (default: 0)")
     parser.add_argument("--image", help="image file to ask about")
     parser.add_argument("--question", help="the question to ask about --image")
-    parser.add_argument("--chat_template", help="base, instruct or a file (default: the checkpoint's own)")
+    parser.add_argument(
+        "--chat_template",
+        default="auto",
+        help="base, instruct or a file; auto: as the evaluation chooses, the one that the checkpoint was trained with",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=700, help="longest answer in tokens (default: 700)")
     args = parser.parse_args()
     if bool(args.data) == bool(args.image and args.question):
@@ -36,12 +47,13 @@ def main() -> None:
             if args.data
             else {"prompt": [{"content": args.question}], "images": [args.image]}
         )
-        processor = load_processor(args.model, chat_template=args.chat_template)
-        model = load_model(args.model, dtype="auto")
+        folder = model_folder(args.model)
+        processor, _ = load_prompting(folder, args.chat_template)
+        model = load_checkpoint(folder)
     except IndexError:
         sys.exit(f"error: --row {args.row}: {args.data} has fewer rows")
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {first_line(error)}")
     reset_generation_config(model, processor)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -49,7 +61,7 @@ def main() -> None:
     try:
         conversation = messages([open_image(path) for path in example["images"]], question)
     except OSError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {first_line(error)}")
     prompt = encode_prompt(model, processor, conversation)
     settings = GenerationConfig(**generation_settings(processor, args.max_new_tokens))
     (ids,) = generate(model, [prompt], [1], settings)

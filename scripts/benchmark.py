@@ -25,6 +25,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
+from open_r1.front_door import use_environment
+
+use_environment()
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq

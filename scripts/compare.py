@@ -14,6 +14,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
+from open_r1.front_door import use_environment
+
+use_environment()
+
 from open_r1.scoring import TOTAL, by_question, check_rows, mcnemar, paired_difference
 
 CHART_FORMATS = (".png", ".svg", ".pdf")

@@ -13,6 +13,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
+from open_r1.front_door import use_environment
+
+use_environment()
+
 import yaml
 from trl import ModelConfig, TrlParser
 

@@ -10,6 +10,13 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 PYTHON="${PYTHON:-python3}"
 
+# Ends the script in one line when PYTHON lacks the packages.
+need_packages() {
+    "$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("trl"))' 2>/dev/null && return
+    echo "error: $PYTHON does not have this repository's packages; run \`bash setup.sh\` in $ROOT" >&2
+    exit 1
+}
+
 # The names of the NVIDIA GPUs, one a line. Nothing when nvidia-smi is missing, fails, hangs or lists something else:
 # with a broken driver it prints its error on stdout.
 gpu_names() {

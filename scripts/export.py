@@ -11,10 +11,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-from peft import PeftConfig, PeftModel
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
+from open_r1.front_door import first_line, use_environment
 
-from open_r1.modeling import load_model, load_processor, reset_generation_config
+use_environment()
+
+from open_r1.hub import model_folder
+from open_r1.modeling import adapter_base, load_checkpoint, load_processor, reset_generation_config
 
 
 def main() -> None:
@@ -32,13 +35,11 @@ def main() -> None:
     if not (args.adapter / "adapter_config.json").is_file():
         sys.exit(f"error: --adapter: no adapter_config.json in {args.adapter}; a full checkpoint needs no export")
     try:
-        base = args.base or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
-        model = load_model(base, dtype=args.dtype)
-        processor = load_processor(args.adapter)
+        base = model_folder(args.base) if args.base else adapter_base(args.adapter)
+        model = load_checkpoint(args.adapter, args.dtype, base)
+        processor = load_processor(str(args.adapter))
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    with torch.no_grad():
-        model = PeftModel.from_pretrained(model, args.adapter).merge_and_unload(safe_merge=True)
+        sys.exit(f"error: {first_line(error)}")
     reset_generation_config(model, processor)
     temporary = args.output.with_name(args.output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

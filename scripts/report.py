@@ -8,6 +8,11 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
+from open_r1.front_door import use_environment
+
+use_environment()
+
 from open_r1.report import write_report
 
 

@@ -77,6 +77,9 @@ def start(argv: list[str], environment: dict[str, str], folder: str) -> None:
     os.environ.update(environment)
     os.chdir(folder)
     sys.executable = argv[0]
+    if argv[1] == "-c":
+        exec(argv[2], {"__name__": "__main__"})
+        sys.exit()
     sys.argv = argv[2:] if argv[1] == "-u" else argv[1:]
     script = os.path.abspath(sys.argv[0])
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]

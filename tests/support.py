@@ -45,6 +45,17 @@ def write_examples(folder: Path, count: int = 8, images_per_example: int = 1) ->
     return path
 
 
+def write_mixed(folder: Path, count: int = 8) -> Path:
+    """A prepared dataset in which every other row has no image."""
+    path = write_examples(folder, count)
+    records = json.loads(path.read_text())
+    for record in records[1::2]:
+        record["images"] = []
+        record["messages"][0]["content"] = record["messages"][0]["content"].removeprefix("<image>")
+    path.write_text(json.dumps(records))
+    return path
+
+
 def vowel_share(completions: list, **kwargs: object) -> list[float]:
     """A reward that varies over the noise of a random model: the share of vowels in the text."""
     texts = [completion[0]["content"] for completion in completions]

@@ -4,6 +4,8 @@ import importlib.util
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from open_r1 import evaluation, world
@@ -163,6 +166,25 @@ def test_large_images_are_shrunk_to_max_pixels(tiny_model, items):
         assert own.length(big) == len(processor.tokenizer(big.prompt)["input_ids"]) + pixels // 28**2
 
 
+@pytest.mark.parametrize(
+    ("saved", "asked", "used"),
+    [
+        (200704, None, 200704),  # what the run was trained at
+        (802816, None, 802816),
+        (12845056, None, 401408),  # Qwen2-VL as published: the paper's
+        (16777216, None, 401408),  # Qwen3-VL as published
+        (200704, 401408, 401408),
+        (12845056, 12845056, 12845056),
+    ],
+)
+def test_images_are_shrunk_as_in_training(tiny_model, tmp_path, saved, asked, used):
+    load_processor(str(tiny_model), min_pixels=6272, max_pixels=saved).save_pretrained(tmp_path)
+    processor, _ = evaluation.load_prompting(tmp_path, "base", asked)
+    assert processor.image_processor.size["longest_edge"] == used
+    assert processor.image_processor.size["shortest_edge"] == 6272
+    assert evaluation.count_image_tokens(processor, [(10000, 10000)]) <= used // 28**2
+
+
 # --- how it is decoded --------------------------------------------------------------------------------------------
 
 
@@ -232,6 +254,10 @@ def test_missing_and_broken_images_are_counted(backend, items, script):
     assert result["shares"]["image_errors"] == len(broken) and result["scores"]["Total"]["n"] == len(asked)
 
 
+def test_a_process_without_a_batch_has_nothing_to_do(backend):
+    assert list(evaluation.answer_batches(backend, [])) == []
+
+
 def test_a_batch_of_broken_images_alone(backend, items):
     broken = [replace(item, images=(None,)) for item in items[:3]]
     assert {response.error for response in answers(backend, broken, 2).values()} == {"missing image"}
@@ -252,7 +278,7 @@ def test_a_result_records_what_it_depends_on(script, arguments, tmp_path):
     assert result["prompt_example"].endswith("<think>") and "<|image_pad|>" in result["prompt_example"]
     assert result["parser"] == "lenient" and result["args"]["bs"] == 4
     assert result["generation"]["repetition_penalty"] == 1.0 and result["generation"]["max_new_tokens"] == TOKENS
-    assert result["pixels"] == {"min": 3136, "max": 401408} and result["dtype"] == "float32"
+    assert result["pixels"] == {"min": 3136, "max": 12544} and result["dtype"] == "float32"  # the checkpoint's own
 
 
 def test_an_interrupted_run_continues_and_ends_the_same(script, arguments, tmp_path, monkeypatch):
@@ -314,10 +340,10 @@ def test_unfinished_work_of_other_settings_is_kept_aside(script, tmp_path):
 
 def test_new_weights_at_the_same_place_are_another_model(tmp_path):
     folder = save_tiny_model(tmp_path / "model", vocab_size=256)
-    before = evaluation.model_fingerprint(str(folder))
-    assert before == evaluation.model_fingerprint(f"{folder}/")
+    before = evaluation.model_fingerprint(folder)
+    assert before == evaluation.model_fingerprint(Path(f"{folder}/"))
     save_tiny_model(folder, vocab_size=256, seed=1)
-    assert evaluation.model_fingerprint(str(folder)) != before
+    assert evaluation.model_fingerprint(folder) != before
 
 
 def test_a_run_killed_in_its_first_line_continues(script, arguments):
@@ -347,22 +373,129 @@ def test_model_name(script, path, name, tmp_path, monkeypatch):
 def test_default_model_is_the_newest_grpo_output(script, tmp_path):
     assert script.newest_grpo_output(tmp_path) is None
     marks = ["old/trainer_state.json", "new/checkpoint-20/complete.json", "sft/trainer_state.json"]
-    marks.append("adapter/trainer_state.json")
     for age, mark in enumerate(reversed(marks)):
         (tmp_path / mark).parent.mkdir(parents=True)
         (tmp_path / mark).touch()
         os.utime(tmp_path / mark, (1000 - age, 1000 - age))
-        if not mark.startswith("adapter"):
-            (tmp_path / mark).with_name("config.json").touch()
+        (tmp_path / mark).with_name("config.json").touch()
     (tmp_path / "new/checkpoint-30").mkdir()  # half-written
-    for run_name in ("old", "new", "adapter"):
+    for run_name in ("old", "new"):
         (tmp_path / run_name / "trajectories").mkdir()
     assert script.newest_grpo_output(tmp_path) == tmp_path / "new/checkpoint-20"
+    (tmp_path / "lora/trajectories").mkdir(parents=True)
+    (tmp_path / "lora/trainer_state.json").touch()
+    assert script.newest_grpo_output(tmp_path) == tmp_path / "new/checkpoint-20"  # no model in it
+    (tmp_path / "lora/adapter_config.json").touch()
+    assert script.newest_grpo_output(tmp_path) == tmp_path / "lora"
+
+
+# --- an adapter -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(model_path, tmp_path_factory) -> Path:
+    """What a LoRA run leaves: an adapter that changes what the model says, and the processor."""
+    torch.manual_seed(0)
+    settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(load_model(str(model_path), "float32"), settings)
+    folder = tmp_path_factory.mktemp("runs") / "lora"
+    model.save_pretrained(folder)
+    processor = load_processor(str(model_path), chat_template="instruct", max_pixels=6272)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_is_evaluated_as_its_merged_model_with_its_own_prompt(script, arguments, adapter, tmp_path):
+    command = [sys.executable, str(REPO_ROOT / "scripts/export.py"), "--adapter", str(adapter), "--output"]
+    subprocess.run([*command, str(tmp_path / "merged")], check=True, capture_output=True)
+    base = run(script, arguments)
+    lora, merged = (run(script, [*arguments, "--model_path", str(path)]) for path in (adapter, tmp_path / "merged"))
+    assert lora["results"] == merged["results"] and lora["model"] != merged["model"]
+    assert lora["prompt"]["name"] == "instruct" and lora["pixels"]["max"] == 6272
+    changed = [a["response"] != b["response"] for a, b in zip(lora["results"], base["results"], strict=True)]
+    assert sum(changed) > len(changed) / 2
+
+
+def test_the_fingerprint_of_an_adapter_holds_its_base(adapter, model_path, tmp_path):
+    first = evaluation.model_fingerprint(adapter)
+    other = shutil.copytree(adapter, tmp_path / "other")
+    assert evaluation.model_fingerprint(other) == first
+    settings = json.loads((other / "adapter_config.json").read_text())
+    new_base = save_tiny_model(tmp_path / "base", vocab_size=300, seed=5)
+    (other / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(new_base)}))
+    assert evaluation.model_fingerprint(other) != first
+
+
+def test_an_adapter_whose_base_is_gone_is_one_line(script, arguments, adapter, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(adapter, tmp_path / "lora")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "gone/away/base"}))
+    monkeypatch.setattr(sys, "argv", ["", *arguments, "--model_path", str(folder)])
+    assert script.main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    missing = "gone/away/base: no such file or folder"
+    assert line == f"test_qwen2vl_CVBench: error: {folder} is an adapter without its base model: {missing}"
+
+
+# --- saved responses ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reference_file(items, tmp_path) -> Path:
+    """A result file as the reference writes it, in the data set's order."""
+    names = ("question", "options", "task", "ground_truth")
+    rows = [{**{name: item.to_row()[name] for name in names}, "response": "(A)"} for item in items]
+    path = tmp_path / "CVBench_result_reference.json"
+    path.write_text(json.dumps({"results": rows, "accuracy": 0.5, "args": {}}))
+    return path
+
+
+def rescored(script: ModuleType, path: Path, *more: str) -> dict:
+    args = script.parse_args(["--precomputed_json", str(path), "--output_dir", str(path.parent / "scored"), *more])
+    script.rescore(args)
+    return json.loads((path.parent / "scored" / path.name).read_text())
+
+
+def test_the_references_rows_get_type_and_source_from_the_data_set(script, reference_file, rendered, items):
+    alone = rescored(script, reference_file)
+    assert "2D" not in alone["scores"] and alone["accuracy"]["CV-Bench"] is None
+    joined = rescored(script, reference_file, "--dataset_path", str(rendered))
+    assert joined["scores"]["Total"] == alone["scores"]["Total"]
+    for name, key in (("2D", "type"), ("3D", "type"), ("COCO", "source"), ("Omni3D", "source")):
+        chosen = [item.answer == "(A)" for item in items if getattr(item, key) == name]
+        assert joined["scores"][name]["accuracy"] == sum(chosen) / len(chosen)
+    assert 0 < joined["accuracy"]["CV-Bench"] < 1
+    assert [row["id"] for row in joined["results"]] == [item.id for item in items]
+
+
+@pytest.mark.parametrize("key", ["question", "ground_truth"])
+def test_a_row_of_another_question_is_named(script, reference_file, rendered, key):
+    content = json.loads(reference_file.read_text())
+    content["results"][7][key] = "(F)" if key == "ground_truth" else "How many?"
+    reference_file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"reference\.json: row 7: .*--dataset_path") as caught:
+        rescored(script, reference_file, "--dataset_path", str(rendered))
+    assert "\n" not in str(caught.value)
+    content["results"] = [*content["results"], content["results"][0]]
+    reference_file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="25 rows, but the data set has 24 questions"):
+        rescored(script, reference_file, "--dataset_path", str(rendered))
+
+
+def test_prompts_in_place_of_questions_join_too(script, reference_file, rendered, items):
+    content = json.loads(reference_file.read_text())
+    for row, item in zip(content["results"], items, strict=True):
+        row["question"] = item.prompt
+    reference_file.write_text(json.dumps(content))
+    assert rescored(script, reference_file, "--dataset_path", str(rendered))["scores"]["3D"]["n"] == 12
+
+
+# --- several processes --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.heavy
-def test_a_killed_process_continues_and_several_processes_agree(script, arguments, tmp_path):
-    """SIGKILL in the middle, then the same command; and the same questions over two processes."""
+def test_a_killed_process_continues(script, arguments):
+    """SIGKILL in the middle, then the same command."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     slow = [*arguments, "--bs", "1", "--max_new_tokens", "200"]
     command = [sys.executable, str(SCRIPT), *slow]
@@ -380,11 +513,41 @@ def test_a_killed_process_continues_and_several_processes_agree(script, argument
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert path.read_bytes() == whole
 
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0", str(SCRIPT), *slow, "--output_dir", str(tmp_path / "two")]
-    subprocess.run(launch, env=environment, check=True, capture_output=True)
-    one, two = (json.loads(file.read_text()) for file in (path, tmp_path / "two" / path.name))
-    assert two["results"] == one["results"] and two["scores"] == one["scores"]
+
+LAUNCHES = {
+    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--config_file", str(REPO_ROOT / "src/open-r1-multimodal/configs/ddp.yaml")),
+        *("--num_processes", "2", "--main_process_port", "0"),
+    ],
+    # accelerate starts one process here, whatever the number, without MPI
+    "accelerate --cpu": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"],
+}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("batch", ["4", "32"])  # 32: one process gets no batch
+def test_several_processes_answer_as_one(script, arguments, tmp_path, launch, batch):
+    expected = run(script, arguments)
+    output = tmp_path / "two"
+    command = [sys.executable, "-m", *LAUNCHES[launch], str(SCRIPT), *arguments, "--bs", batch]
+    result = subprocess.run(
+        [*command, "--output_dir", str(output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    answered = dict(re.findall(r"process (\d): (\d+) questions", result.stdout))
+    if launch == "accelerate --cpu":
+        assert answered == {"0": "24"}
+    else:
+        assert answered == ({"0": "12", "1": "12"} if batch == "4" else {"0": "24", "1": "0"})
+    assert result.stdout.count("parser: lenient") == 1  # one of them is the main one
+    (path,) = output.iterdir()
+    got = json.loads(path.read_text())
+    assert got["results"] == expected["results"] and got["scores"] == expected["scores"]
 
 
 def test_16_bit_grey_is_shown_as_in_training():

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -105,32 +104,6 @@ def test_resume_auto_takes_the_newest_checkpoint(tmp_path):
     assert resolve_checkpoint(str(tmp_path), "elsewhere") == str(tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder nowhere"):
         resolve_checkpoint("nowhere", str(tmp_path))
-
-
-def run_setup(python: Path, **env: str) -> subprocess.CompletedProcess:
-    command = ["sh", str(REPO_ROOT / "setup.sh")]
-    env = {**os.environ, "PYTHON": str(python), "PATH": "/usr/bin:/bin", **env}  # no uv on this path
-    return subprocess.run(command, env=env, capture_output=True, text=True)
-
-
-def test_setup_refuses_an_unsupported_python(tmp_path):
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.18\nexit 1\n')
-    python.chmod(0o755)
-    result = run_setup(python)
-    assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.strip() == f"error: Python 3.9.18 in {python} is not supported; use Python 3.10, 3.11 or 3.12"
-
-
-def test_setup_without_a_network_says_so(tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_RETRIES": "0"}
-    result = run_setup(tmp_path / "venv/bin/python", PIP_CONFIG_FILE=os.devnull, PIP_FIND_LINKS="", **nowhere)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith(
-        "error: could not get uv from the package index; check the network"
-    )
-    assert not (tmp_path / "venv/.setup-stamp").exists()
 
 
 def test_launch_errors_are_one_line(tmp_path, tiny_model):

@@ -20,6 +20,7 @@ from PIL import Image
 
 from open_r1 import sat
 from open_r1.prompts import REPO_ROOT, sat_question
+from open_r1.records import read_examples
 
 SCRIPT = REPO_ROOT / "src" / "data" / "SAT" / "process_dataset.py"
 SHELL_SCRIPT = SCRIPT.with_name("prepare_dataset.sh")
@@ -136,7 +137,7 @@ def files(folder: Path) -> dict[str, bytes]:
         (encode(photo(size=(1, 1))), "jpg"),
         (encode(photo(size=(200, 1)), "PNG"), "png"),
         (encode(photo(size=(201, 1)), "PNG"), sat.Skip.TOO_LONG),
-        (encode(Image.new("1", (5000, 5000)), "PNG"), sat.Skip.TOO_LARGE),
+        (encode(Image.new("1", (8193, 8193)), "PNG"), sat.Skip.TOO_LARGE),
         (encode(Image.new("1", (20000, 20000)), "PNG"), sat.Skip.TOO_LARGE),
         (JPEG[: len(JPEG) // 2], sat.Skip.CORRUPT),
         (JPEG[:20], sat.Skip.CORRUPT),
@@ -444,7 +445,7 @@ def test_prepare_dataset_takes_a_local_file_from_any_directory(tmp_path, shell):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert len(sat.read_examples(tmp_path / "out dir" / "SAT_static_2.json")) == 2
+    assert len(read_examples(tmp_path / "out dir" / "SAT_static_2.json")) == 2
 
 
 @pytest.mark.parametrize(
@@ -452,7 +453,7 @@ def test_prepare_dataset_takes_a_local_file_from_any_directory(tmp_path, shell):
     [
         ({"FOLD": "dev"}, [], "FOLD=dev: expected train, static, val or test"),
         ({}, ["--fold", "val"], "--fold: set FOLD or SAT_PARQUET in the environment instead"),
-        ({"PYTHON": "/bin/false"}, [], "run setup.sh"),
+        ({"PYTHON": "/bin/false"}, [], "run `bash setup.sh`"),
     ],
 )
 def test_prepare_dataset_refuses_in_one_line(environment, arguments, message):
@@ -514,7 +515,7 @@ def test_help_starts_without_heavy_imports():
 def test_read_examples(tmp_path):
     rows = [row(), row(image_bytes=[JPEG, PNG16], correct_answer="yes")]
     assert prepare(write_parquet(tmp_path / "sat.parquet", rows), tmp_path, "--multi_image", "keep").returncode == 0
-    first, second = sat.read_examples(tmp_path / "SAT_train_15000.json")
+    first, second = read_examples(tmp_path / "SAT_train_15000.json")
     assert first["prompt"] == [{"role": "user", "content": sat_question(rows[0]["question"], first["options"])}]
     assert first["solution"] == "no" and second["solution"] == "yes" and first["question_type"] == "other"
     assert [Path(image).read_bytes() for image in second["images"]] == [JPEG, PNG16]
@@ -556,11 +557,11 @@ def test_read_examples_names_file_and_row(tmp_path, content, message):
     path = tmp_path / "data.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        sat.read_examples(path)
+        read_examples(path)
     text = str(caught.value)
     assert str(path) in text and message in text and "\n" not in text
 
 
 def test_read_examples_without_a_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"prepare_dataset\.sh"):
-        sat.read_examples(tmp_path / "none.json")
+        read_examples(tmp_path / "none.json")

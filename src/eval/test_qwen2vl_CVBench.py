@@ -21,7 +21,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "open-r1-multimodal"))
+from open_r1.front_door import first_line, use_environment
+
+use_environment()
+
 from open_r1.benchmarks import BENCHMARKS, Item, digest, read
+from open_r1.hub import model_folder
 from open_r1.prompts import REPO_ROOT
 from open_r1.scoring import PARSERS, check_rows, judge_row, score, shares, table
 from open_r1.trajectories import append_rows
@@ -41,14 +47,12 @@ MEASURED = ("parser", "accuracy", "scores", "shares", "results")  # in a result 
 
 
 def newest_grpo_output(outputs: Path) -> Path | None:
-    """The newest model that a GRPO run left: a folder with trajectories, or a complete checkpoint in one.
-
-    An adapter that was not merged has no `config.json` and is passed over.
-    """
+    """The newest model that a GRPO run left: a folder with trajectories, or a complete checkpoint in one."""
     runs = [folder.parent for folder in outputs.glob("*/trajectories")]
     # Both files are written when the rest of the model is there.
     marks = [mark for run in runs for mark in (run / "trainer_state.json", *run.glob("checkpoint-*/complete.json"))]
-    found = [mark for mark in marks if mark.is_file() and mark.with_name("config.json").is_file()]
+    models = ("config.json", "adapter_config.json")
+    found = [mark for mark in marks if mark.is_file() and any(mark.with_name(name).is_file() for name in models)]
     return max(found, key=lambda mark: mark.stat().st_mtime).parent if found else None
 
 
@@ -135,14 +139,40 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON ({error})") from error
 
 
+def join_rows(rows: Sequence[dict[str, Any]], items: Sequence[Item], origin: Path) -> list[dict[str, Any]]:
+    """Rows as the reference writes them, in the data set's order, with the id, type and source of their questions.
+
+    Raises:
+        ValueError: a row asks something else than the question at its place; the message names it.
+    """
+    if len(rows) > len(items):
+        raise ValueError(f"{origin}: {len(rows)} rows, but the data set has {len(items)} questions")
+    for number, (row, item) in enumerate(zip(rows, items, strict=False)):
+        if row["question"] not in (item.question, item.prompt) or row["ground_truth"] != item.answer:
+            raise ValueError(
+                f"{origin}: row {number}: {row['question']!r} is not the data set's {item.question!r} with the answer "
+                f"{item.answer}; give the --dataset_path that was evaluated"
+            )
+    return [
+        {**row, "id": item.id, "rotation": item.rotation, "type": item.type, "source": item.source}
+        for row, item in zip(rows, items, strict=False)
+    ]
+
+
 def rescore(args: argparse.Namespace) -> None:
-    """Read saved responses again: a result file of this script or of the reference, or a plain list of rows."""
+    """Read saved responses again: a result file of this script or of the reference, or a plain list of rows.
+
+    The reference's rows know neither type nor source; with --dataset_path they get them, by their place in it.
+    """
     content = read_json(args.precomputed_json)
     content = content if isinstance(content, dict) else {"results": content}
     rows = check_rows(content.get("results"), str(args.precomputed_json))
     about = {key: value for key, value in content.items() if key not in MEASURED}
     if about.setdefault("benchmark", args.benchmark) not in BENCHMARKS:
         raise ValueError(f"{args.precomputed_json}: unknown benchmark {about['benchmark']!r}")
+    if args.dataset_path and not any("id" in row for row in rows):
+        items = read(BENCHMARKS[about["benchmark"]], args.dataset_path)
+        rows = join_rows(rows, items, args.precomputed_json)
     path = args.output_dir / args.precomputed_json.name
     result = make_result(rows, about, args.parser)
     if path.exists() and read_json(path) != result:
@@ -190,6 +220,7 @@ def collect(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[
 
 def evaluate(args: argparse.Namespace) -> None:
     """Answer what is not answered yet, then score everything."""
+    folder = model_folder(args.model_path)
     items = read(BENCHMARKS[args.benchmark], args.dataset_path, args.limit)
 
     import accelerate
@@ -198,25 +229,27 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from open_r1.evaluation import (
         BACKENDS,
-        MIN_PIXELS,
         generation_settings,
         load_prompting,
         messages,
         model_fingerprint,
     )
 
+    # accelerate takes processes on the CPU for one another's strangers, each the main one, unless it is told of it.
+    on_cpu = not torch.accelerator.is_available() or accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
     # A process that is done waits for the slowest, which may take longer than the default timeout.
-    state = accelerate.PartialState(timeout=timedelta(days=1))
+    state = accelerate.PartialState(cpu=on_cpu, timeout=timedelta(days=1))
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if state.device.type == "cuda" else "float32"
-    processor, prompt_name = load_prompting(args.model_path, args.prompt, args.max_pixels)
+    processor, prompt_name = load_prompting(folder, args.prompt, args.max_pixels)
+    size = processor.image_processor.size
     style = "reasoning" if args.use_reasoning_prompt else "direct"
     settings = {
         "benchmark": args.benchmark,
         "questions": digest(items),
-        "model": model_fingerprint(args.model_path),
+        "model": model_fingerprint(folder),
         "prompt": {"name": prompt_name, "style": style, "template": processor.chat_template},
         "generation": generation_settings(processor, args.max_new_tokens),
-        "pixels": {"min": MIN_PIXELS, "max": args.max_pixels},
+        "pixels": {"min": size["shortest_edge"], "max": size["longest_edge"]},
         "backend": args.backend,
         "dtype": dtype,
     }
@@ -240,7 +273,7 @@ def evaluate(args: argparse.Namespace) -> None:
     state.wait_for_everyone()  # nobody writes before all have read
     if missing:
         load = BACKENDS[args.backend]
-        backend = load(args.model_path, processor, state.device, dtype, style, args.max_new_tokens)
+        backend = load(folder, processor, state.device, dtype, style, args.max_new_tokens)
         partial = path.with_name(f"{path.stem}.partial{state.process_index}.jsonl")
         if not partial.exists() or partial.stat().st_size == 0:
             append_rows(partial, [settings])
@@ -329,7 +362,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--limit", type=positive, metavar="N", help="ask N questions only, the same share of each task, seeded")
     add("--bs", type=positive, default=32, help="questions a batch (default: %(default)s)")
     add("--max_new_tokens", type=positive, default=700, help="longest response (default: %(default)s, as in training)")
-    add("--max_pixels", type=positive, default=401408, help="larger images are shrunk (default: %(default)s)")
+    add(
+        "--max_pixels",
+        type=positive,
+        help="larger images are shrunk to this area (default: what the checkpoint was trained at; 401408, the paper's, "
+        "for a published one)",
+    )
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="auto: bfloat16 on a GPU")
     add("--backend", choices=BACKEND_NAMES, default="hf", help="what generates (default: %(default)s)")
     add(
@@ -340,16 +378,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "(default: %(default)s)",
     )
     add("--output_dir", type=Path, default=HERE / "results", help="(default: results/ beside this script)")
-    add("--precomputed_json", type=Path, metavar="FILE", help="score the responses of a result file; loads no model")
+    add(
+        "--precomputed_json",
+        type=Path,
+        metavar="FILE",
+        help="score the responses of a result file; loads no model. One of the reference gets 2D, 3D and the official "
+        "score with the --dataset_path that it asked",
+    )
     args = parser.parse_args(argv)
     if args.model_path is None:
         args.model_path = str(newest_grpo_output(REPO_ROOT / "outputs") or DEFAULT_MODEL)
     return args
-
-
-def first_line(error: Exception) -> str:
-    """transformers explains a missing model in a paragraph; its first line says it."""
-    return str(error).strip().split("\n")[0]
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 ROOT=$(cd "$here/../.." && pwd)
 . "$ROOT/scripts/env.sh"
+need_packages
 fail() {
     echo "error: $*" >&2
     exit 2

@@ -29,7 +29,7 @@ done
 
 ROOT=$(CDPATH='' cd -- "$here/../../.." && pwd)
 . "$ROOT/scripts/env.sh"
-"$PYTHON" -c 'import open_r1' 2>/dev/null || fail "$PYTHON does not have this repository's packages; run setup.sh"
+need_packages
 
 case " $* " in *" --help "* | *" -h "*) exec "$PYTHON" "$here/process_dataset.py" --help ;; esac
 

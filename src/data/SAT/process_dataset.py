@@ -27,6 +27,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "open-r1-multimodal"))
+from open_r1.front_door import use_environment
+
+use_environment()
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image

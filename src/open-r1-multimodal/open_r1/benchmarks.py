@@ -7,7 +7,6 @@ files and JSON Lines from a file, a folder or the Hub, stratified limits, genera
 import hashlib
 import json
 import random
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from open_r1 import cvbench, sat
+from open_r1.hub import fetch
 from open_r1.prompts import sat_question
 from open_r1.scoring import Combination
 
@@ -223,15 +223,7 @@ def locate(benchmark: Benchmark, dataset_path: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", dataset_path):
-            raise FileNotFoundError(f"{dataset_path}: no such file or folder")
-        from huggingface_hub import snapshot_download  # half a second that local files need not wait for
-
-        try:
-            path = Path(snapshot_download(dataset_path, repo_type="dataset", allow_patterns=list(benchmark.files)))
-        except (OSError, ValueError) as error:  # which Hub errors are
-            reason = str(error).strip().split("\n")[0]
-            raise FileNotFoundError(f"{dataset_path}: neither here nor to be had from the Hub ({reason})") from error
+        path = fetch(dataset_path, benchmark.files, repo_type="dataset")
     found = []
     for pattern in benchmark.files:
         matches = sorted(path.glob(pattern))

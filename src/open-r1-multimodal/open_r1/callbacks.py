@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from open_r1.data import open_image
+from open_r1.images import BrokenImage, open_image
 from open_r1.trajectories import append_rows, keep_rows, replace_file
 
 RUN, LOG = "run.json", "log.jsonl"
@@ -47,7 +47,8 @@ MAX_SHOWN_PIXELS = 512  # a side
 CONTINUED = (
     *("command", "model_name_or_path", "model_revision", "dtype", "use_peft", "lora_r", "lora_alpha"),
     *("lora_target_modules", "load_in_4bit", "load_in_8bit", "freeze_vision", "freeze_llm", "freeze_merger"),
-    *("dataset_name", "chat_template", "chat_template_kwargs", "max_prompt_length", "max_pixels", "min_pixels"),
+    *("dataset_name", "dataset_config", "dataset_train_split", "question_column", "answer_column", "image_column"),
+    *("options_column", "chat_template", "chat_template_kwargs", "max_prompt_length", "max_pixels", "min_pixels"),
     *("reward_funcs", "reward_weights", "num_generations", "examples_per_step", "max_completion_length"),
     *("temperature", "top_p", "top_k", "beta", "epsilon", "loss_type", "scale_rewards", "num_iterations"),
     *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "seed"),
@@ -321,10 +322,15 @@ class LogRollouts(TrainerCallback):
 
 
 def shown_images(paths: Sequence[str]) -> list[Image.Image]:
-    """The images of a prompt, no larger than needed to see what they show."""
-    images = [open_image(path) for path in paths]
-    for image in images:
+    """The images of a prompt that are files, no larger than needed to see what they show."""
+    images = []
+    for path in paths:
+        try:
+            image = open_image(path)
+        except BrokenImage:  # one that was never a file, or was deleted since
+            continue
         image.thumbnail((MAX_SHOWN_PIXELS, MAX_SHOWN_PIXELS))
+        images.append(image)
     return images
 
 

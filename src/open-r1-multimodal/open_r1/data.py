@@ -1,33 +1,64 @@
-"""Prepared examples as the `datasets.Dataset` that a trainer takes, without prompts that are too long."""
+"""Examples as the `datasets.Dataset` that a trainer takes: images checked, without prompts that are too long."""
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
-import numpy as np
+import pyarrow as pa
 from accelerate import PartialState
 from datasets import Dataset
-from PIL import Image
-from qwen_vl_utils import process_vision_info
 from tqdm import tqdm
 from transformers import ProcessorMixin
 from trl import ModelConfig
 from trl.data_utils import prepare_multimodal_messages
 
+from open_r1.images import EXTENSIONS, ImageSource, check_image, count_image_tokens, image_bytes, image_size, opened
 from open_r1.modeling import load_processor
-from open_r1.sat import DECODE_ERRORS, read_examples
+from open_r1.records import Columns, iter_examples
+
+Row = dict[str, Any]
 
 
 @dataclass
 class DataArguments:
-    """What is asked, and how it looks to the model."""
+    """What is asked, and how it looks to the model. Names that TRL's `ScriptArguments` have mean the same here."""
 
-    dataset_name: str = field(metadata={"help": "Prepared JSON file to train on."})
+    dataset_name: str = field(
+        metadata={
+            "help": "What to train on: a JSON, JSON Lines or parquet file, a folder that datasets reads or has saved, "
+            "or a name on the Hub."
+        }
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a folder or a Hub data set that has several."}
+    )
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split of a folder or a Hub data set to train on."}
+    )
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split of eval_dataset_name, when it is a folder or on the Hub."}
+    )
     eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Prepared JSON file of held-out examples, for eval_strategy."}
+        default=None, metadata={"help": "Held-out examples, for eval_strategy; all that dataset_name can be."}
+    )
+    question_column: str | None = field(
+        default=None,
+        metadata={"help": "Field with the question. None: messages, conversations, prompt, question or problem."},
+    )
+    answer_column: str | None = field(
+        default=None, metadata={"help": "Field with the answer. None: that of the dialogue, solution or answer."}
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Field with the image or the list of images. None: images or image."}
+    )
+    options_column: str | None = field(
+        default=None,
+        metadata={"help": "Field with the options, which are then written behind the question as in SAT."},
     )
     chat_template: str | None = field(
         default=None,
@@ -59,6 +90,34 @@ def load_processor_from_args(model_args: ModelConfig, data_args: DataArguments) 
     )
 
 
+def load_datasets_from_args(
+    data_args: DataArguments,
+    processor: ProcessorMixin,
+    template_kwargs: dict[str, str],
+    checks: Sequence[Callable[[Row], None]] = (),
+) -> tuple[Dataset, Dataset | None]:
+    """`load_dataset` with the values of a recipe: what to train on, and what is held out."""
+    columns = Columns(
+        data_args.question_column, data_args.answer_column, data_args.image_column, data_args.options_column
+    )
+
+    def load(name: str, split: str) -> Dataset:
+        return load_dataset(
+            name,
+            processor,
+            data_args.max_prompt_length,
+            columns=columns,
+            config=data_args.dataset_config,
+            split=split,
+            checks=checks,
+            **template_kwargs,
+        )
+
+    train = load(data_args.dataset_name, data_args.dataset_train_split)
+    held_out = data_args.eval_dataset_name
+    return train, load(held_out, data_args.dataset_test_split) if held_out else None
+
+
 def opens_think(processor: ProcessorMixin, **template_kwargs: str) -> bool:
     """Whether the chat template ends a prompt inside an opened `<think>`, so that completions start there."""
     prompt = processor.apply_chat_template(
@@ -67,105 +126,103 @@ def opens_think(processor: ProcessorMixin, **template_kwargs: str) -> bool:
     return prompt.rstrip().endswith("<think>")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened image, decoded, in RGB."""
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white instead of scaling it
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
-
-
-def open_image(path: str) -> Image.Image:
-    """Decode an image file to RGB and close it.
+def store_image(source: ImageSource) -> str:
+    """The path of an image file; what carries its bytes is written, unchanged, to a file in the datasets' cache.
 
     Raises:
-        OSError: one line that names the file, when it is missing or cannot be decoded.
+        BrokenImage: the bytes are no image.
     """
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except OSError as error:
-        raise OSError(f"image {path}: {error}; run prepare_dataset.sh again") from error
-
-
-def store_image(reference: str) -> str:
-    """The path of an image: the path itself, or a file in the `datasets` cache for a base64 data URL.
-
-    So that an image is decoded when it is used, and trajectories name it instead of repeating it.
-
-    Raises:
-        ValueError: when the data URL holds no image.
-    """
-    if not reference.startswith("data:image"):
-        return reference
-    digest = hashlib.sha256(reference.encode()).hexdigest()
-    path = Path(datasets.config.HF_DATASETS_CACHE) / "open_r1_images" / f"{digest}.png"
-    if not path.exists():
-        messages = [{"role": "user", "content": [{"type": "image", "image": reference}]}]
-        try:
-            image = process_vision_info(messages)[0][0]
-        except DECODE_ERRORS as error:
-            raise ValueError(f"image {reference[:40]}...: not an image in base64 ({error})") from error
+    data = image_bytes(source)
+    if data is None:
+        return str(source["path"] if isinstance(source, dict) else source)
+    with opened(data) as image:
+        extension = EXTENSIONS[image.format]
+    digest = hashlib.sha256(data).hexdigest()
+    path = Path(datasets.config.HF_DATASETS_CACHE, "open_r1_images", f"{digest}.{extension}")
+    if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{digest}.{os.getpid()}.tmp")  # every process of a run may write it
-        image.save(temporary, format="PNG")
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     return str(path)
 
 
-def count_image_tokens(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -> int:
-    """Tokens of images of these heights and widths, all together; the pixels are not touched."""
-    # vLLM's own way to ask a processor for this
-    return sum(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]) if sizes else 0
+def special_tokens(processor: ProcessorMixin) -> list[str]:
+    """The texts that the tokenizer takes for something else than text."""
+    return [str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
 
 
-def count_prompt_tokens(example: dict, processor: ProcessorMixin, **template_kwargs: str) -> int | None:
-    """Length of an example's prompt in tokens, those of its images included, from the images' headers alone.
-
-    Returns:
-        The count, or None when the question holds an image token of its own, which no image would fill.
-    """
+def count_prompt_tokens(example: Row, processor: ProcessorMixin, **template_kwargs: str) -> int:
+    """Length of an example's prompt in tokens, those of its images included, from the images' headers alone."""
     messages = prepare_multimodal_messages(example["prompt"], images=example["images"])
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
-    ids = processor.tokenizer(text)["input_ids"]
-    if ids.count(processor.image_token_id) != len(example["images"]):
-        return None
-    sizes = []
-    for path in example["images"]:
-        with Image.open(path) as image:
-            sizes.append((image.height, image.width))
-    return len(ids) - len(sizes) + count_image_tokens(processor, sizes)  # each image has one token in the text
+    sizes = [image_size(image) for image in example["images"]]
+    # each image has one token in the text
+    return len(processor.tokenizer(text)["input_ids"]) - len(sizes) + count_image_tokens(processor, sizes)
+
+
+@contextmanager
+def naming(source: str | Path, row: int) -> Iterator[None]:
+    """In the block, what is wrong with a row is told with its file and number."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: row {row}: {error}") from error
 
 
 def load_dataset(
-    json_path: str, processor: ProcessorMixin, max_prompt_length: int | None = None, **template_kwargs: str
+    source: str | Path,
+    processor: ProcessorMixin,
+    max_prompt_length: int | None = None,
+    *,
+    columns: Columns | None = None,
+    config: str | None = None,
+    split: str = "train",
+    checks: Sequence[Callable[[Row], None]] = (),
+    **template_kwargs: str,
 ) -> Dataset:
-    """Read a prepared JSON file; leave out, never truncate, the prompts over `max_prompt_length` tokens.
+    """Read a data set; leave out, never truncate, the prompts over `max_prompt_length` tokens.
 
     Args:
-        json_path: what `prepare_dataset.sh` wrote, or any file in the same form.
+        source, columns, config, split: see `records.iter_examples`.
         processor: renders and measures the prompts.
         max_prompt_length: in tokens, image tokens included; None keeps every length.
+        checks: each raises ValueError for a row that cannot be trained on.
         template_kwargs: for the chat template.
 
     Raises:
-        ValueError: when no example is left.
+        OSError, ValueError: one line that names the file and the row with what is wrong, an image that cannot be
+            opened included; or no example is left.
     """
-    examples = read_examples(json_path)
-    for example in examples:
-        example["images"] = [store_image(image) for image in example["images"]]
     state = PartialState()
-    progress = tqdm(examples, desc="measuring prompts", unit="prompt", disable=not state.is_main_process)
-    lengths = [count_prompt_tokens(example, processor, **template_kwargs) for example in progress]
-    limit = max_prompt_length or float("inf")
-    kept = [
-        example for example, length in zip(examples, lengths, strict=True) if length is not None and length <= limit
-    ]
-    stray = sum(length is None for length in lengths)
-    if len(kept) < len(examples):
+    specials = special_tokens(processor)
+    kept, total, stray = [], 0, 0
+    examples = iter_examples(source, columns, config, split)
+    for row, example in enumerate(tqdm(examples, desc="examples", unit="", disable=not state.is_main_process)):
+        total += 1
+        with naming(source, row):
+            example["images"] = [store_image(image) for image in example["images"]]
+            for path in example["images"]:
+                check_image(path)
+            for check in checks:
+                check(example)
+            texts = [*(message["content"] for message in example["prompt"]), example["solution"] or ""]
+            if any(token in text for text in texts for token in specials):
+                stray += 1
+                continue
+            if max_prompt_length and count_prompt_tokens(example, processor, **template_kwargs) > max_prompt_length:
+                continue
+        kept.append(example)
+    if len(kept) < total:
         state.print(
-            f"{json_path}: kept {len(kept)} of {len(examples)} examples; left out {len(examples) - len(kept) - stray} "
-            f"with a prompt over {max_prompt_length} tokens, {stray} with an image token in the question"
+            f"{source}: kept {len(kept)} of {total} examples; left out {total - len(kept) - stray} "
+            f"with a prompt over {max_prompt_length} tokens, {stray} with a special token in their text"
         )
     if not kept:
-        raise ValueError(f"{json_path}: no example left; raise max_prompt_length or lower max_pixels")
-    return Dataset.from_list(kept)
+        raise ValueError(f"{source}: no example left; raise max_prompt_length or lower max_pixels")
+    names = dict.fromkeys(name for example in kept for name in example)  # `from_list` takes those of the first row
+    try:
+        # A field of an own kind in every row reaches the rewards as it is.
+        return Dataset.from_list([{name: row.get(name) for name in names} for row in kept], on_mixed_types="use_json")
+    except (pa.ArrowException, OverflowError, TypeError) as error:
+        raise ValueError(f"{source}: a field holds what a table cannot: {error}") from error

@@ -6,7 +6,6 @@ sampling is greedy here.
 
 import copy
 import hashlib
-import io
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,17 +14,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from open_r1.benchmarks import Item
-from open_r1.data import count_image_tokens, to_rgb
-from open_r1.modeling import end_token_ids, load_model, load_processor, reset_generation_config, vision_token_ids
+from open_r1.images import BrokenImage, count_image_tokens, image_size, open_image
+from open_r1.modeling import (
+    adapter_base,
+    end_token_ids,
+    load_checkpoint,
+    load_processor,
+    reset_generation_config,
+    vision_token_ids,
+)
 from open_r1.prompts import load_chat_template
 from open_r1.rollout import Prompt, encode_prompt, generate
-from open_r1.sat import DECODE_ERRORS, MAX_ASPECT_RATIO
 
-MIN_PIXELS = 3136  # training's bound
+PAPER_MAX_PIXELS = 401408  # what the paper trains and evaluates at
+# The bound that Qwen publishes (16384 image tokens) fits no recipe's prompt: nothing was trained at it here.
+PUBLISHED_MAX_PIXELS = 12845056
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a weight file, for its fingerprint
 
 
@@ -40,10 +46,6 @@ class Response:
 
     def to_row(self) -> dict[str, Any]:
         return asdict(self)
-
-
-class BrokenImage(ValueError):
-    """An image that cannot be shown to a model; the message is short enough to be counted by."""
 
 
 class Backend(Protocol):
@@ -83,34 +85,12 @@ def choose_chat_template(name: str, own: str | None) -> tuple[str, str]:
     return known.get(own, "checkpoint"), own
 
 
-def open_image(data: bytes | None) -> Image.Image:
-    """Decode an image whole.
-
-    Raises:
-        BrokenImage: it is missing, damaged, or of a shape that the image processor refuses.
-    """
-    if data is None:
-        raise BrokenImage("missing image")
-    try:
-        image = to_rgb(Image.open(io.BytesIO(data)))
-    except DECODE_ERRORS as error:
-        raise BrokenImage("corrupt image") from error
-    if is_too_long(image):
-        raise BrokenImage(f"image aspect ratio over {MAX_ASPECT_RATIO}")
-    return image
-
-
-def image_size(data: bytes | None) -> tuple[int, int] | None:
+def known_size(data: bytes | None) -> tuple[int, int] | None:
     """Height and width from the header; None for an image that `open_image` would not take."""
     try:
-        with Image.open(io.BytesIO(data or b"")) as image:
-            return None if is_too_long(image) else (image.height, image.width)
-    except DECODE_ERRORS:
+        return image_size(data)
+    except BrokenImage:
         return None
-
-
-def is_too_long(image: Image.Image) -> bool:
-    return max(image.size) > MAX_ASPECT_RATIO * min(image.size)
 
 
 def messages(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
@@ -134,7 +114,7 @@ class TransformersBackend:
 
     def length(self, item: Item) -> int:
         text = len(self.tokenizer(item.prompt)["input_ids"])
-        sizes = [size for data in item.images if (size := image_size(data))]
+        sizes = [size for data in item.images if (size := known_size(data))]
         return text + count_image_tokens(self.processor, sizes)
 
     def encode(self, item: Item) -> Prompt:
@@ -170,29 +150,42 @@ def generation_settings(processor: ProcessorMixin, max_new_tokens: int) -> dict[
 
 
 def load_transformers(
-    model_path: str, processor: ProcessorMixin, device: torch.device, dtype: str, style: str, max_new_tokens: int
+    folder: Path, processor: ProcessorMixin, device: torch.device, dtype: str, style: str, max_new_tokens: int
 ) -> TransformersBackend:
-    """Load the model onto the device."""
-    model = load_model(model_path, dtype=dtype).to(device).eval()
+    """Load the model onto the device; a LoRA run's folder is merged into its base."""
+    model = load_checkpoint(folder, dtype=dtype).to(device).eval()
     return TransformersBackend(model, processor, style, max_new_tokens)
 
 
 BACKENDS = {"hf": load_transformers}
 
 
-def load_prompting(model_path: str, prompt: str, max_pixels: int) -> tuple[ProcessorMixin, str]:
-    """The processor, with the chat template to evaluate with, and that template's name."""
-    processor = load_processor(model_path, min_pixels=MIN_PIXELS, max_pixels=max_pixels)
+def load_prompting(folder: str | Path, prompt: str, max_pixels: int | None = None) -> tuple[ProcessorMixin, str]:
+    """The processor, with the chat template to evaluate with, and that template's name.
+
+    Args:
+        prompt: see `choose_chat_template`.
+        max_pixels: larger images are shrunk to this area. None: the checkpoint's own bound, which is the one that it
+            was trained with; or the paper's for a published checkpoint, whose bound holds for no training.
+    """
+    processor = load_processor(str(folder), max_pixels=max_pixels)
     name, processor.chat_template = choose_chat_template(prompt, processor.chat_template)
+    size = processor.image_processor.size
+    if max_pixels is None and size["longest_edge"] >= PUBLISHED_MAX_PIXELS:
+        processor.image_processor.size = {**size, "longest_edge": PAPER_MAX_PIXELS}
     return processor, name
 
 
-def model_fingerprint(model_path: str) -> str:
-    """What tells a model from another at the same place: the Hub's commit, or a hash of samples of its weights."""
-    folder = Path(model_path)
-    if not folder.is_dir():
-        return AutoConfig.from_pretrained(model_path)._commit_hash
+def model_fingerprint(folder: Path) -> str:
+    """What tells a model from another at the same place: the Hub's commit, or a hash of samples of its weights.
+
+    For a LoRA run's folder, of the adapter and of its base.
+    """
+    if folder.parent.name == "snapshots":  # the Hub's cache
+        return folder.name
     total = hashlib.sha256()
+    if base := adapter_base(folder):
+        total.update(model_fingerprint(base).encode())
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = path.stat().st_size
         total.update(f"{path.name} {size}".encode())
@@ -213,17 +206,20 @@ def make_batches(backend: Backend, items: Sequence[Item], batch_size: int) -> li
 
 
 def answer_batches(backend: Backend, batches: Sequence[Sequence[Item]]) -> Iterator[list[tuple[Item, Response]]]:
-    """Answer one batch after the other; the next one is prepared in a thread while the model works."""
+    """Answer one batch after the other; the next one is prepared in a thread while the model works.
+
+    Without a batch there is nothing to do: of several processes, one may get none.
+    """
 
     def encode(batch: Sequence[Item]) -> list[Any]:
         return [encode_or_fail(backend, item) for item in batch]
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = pool.submit(encode, batches[0]) if batches else None
-        for batch, following in zip(batches, [*batches[1:], None], strict=True):
+        for number, batch in enumerate(batches, start=1):
             encoded = ahead.result()
-            if following is not None:
-                ahead = pool.submit(encode, following)
+            if number < len(batches):
+                ahead = pool.submit(encode, batches[number])
             prompts = [prompt for prompt in encoded if not isinstance(prompt, Response)]
             answers = iter(backend.generate(prompts) if prompts else [])
             responses = [prompt if isinstance(prompt, Response) else next(answers) for prompt in encoded]

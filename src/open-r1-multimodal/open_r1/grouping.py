@@ -46,24 +46,30 @@ class Prompt:
 
 
 def encode_prompt(
-    model: PreTrainedModel, processor: ProcessorMixin, messages: list[dict[str, Any]], **template_kwargs: Any
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    prompt: list[dict[str, Any]] | str,
+    **template_kwargs: Any,
 ) -> Prompt:
     """Render, tokenize and preprocess one conversation whose image parts hold images; on the CPU.
 
     Args:
         model: gives the positions; a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model (not wrapped).
         processor: with the chat template and the pixel bounds.
-        messages: conversational, with content parts of type `image` (an image or a path) and `text`.
+        prompt: conversational, with content parts of type `image` (an image or a path) and `text`; or rendered text.
         template_kwargs: for the chat template.
     """
-    inputs = processor.apply_chat_template(
-        [messages],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        **template_kwargs,
-    )
+    if isinstance(prompt, str):
+        inputs = processor(text=[prompt], return_tensors="pt", return_mm_token_type_ids=True)
+    else:
+        inputs = processor.apply_chat_template(
+            [prompt],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **template_kwargs,
+        )
     grid = inputs.get("image_grid_thw")
     position_ids, _ = model.base_model.get_rope_index(
         inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=grid

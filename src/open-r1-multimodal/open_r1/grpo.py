@@ -9,11 +9,11 @@ from typing import Any
 
 from trl import ModelConfig
 
-from open_r1.data import DataArguments, load_dataset, load_processor_from_args, opens_think
+from open_r1.data import DataArguments, load_datasets_from_args, load_processor_from_args, opens_think
 from open_r1.entry import Command, run
 from open_r1.modeling import FreezeArguments, check_model, freeze, get_adapter_config, load_model_from_args
-from open_r1.rewards import get_reward_funcs
-from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
+from open_r1.rewards import accuracy_reward, check_gold, get_reward_funcs
+from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer, check_settings
 
 
 @dataclass
@@ -37,15 +37,14 @@ def prepare(
     Raises:
         ValueError, OSError, ImportError: for a model, rewards or data that no run can start with.
     """
+    check_settings(training_args, training_args.shared_prefix)
     check_model(model_args)
     peft_config = get_adapter_config(model_args, script_args)
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args)
     reward_funcs = get_reward_funcs(script_args.reward_funcs, think_prefilled=opens_think(processor, **template_kwargs))
-    train_dataset, eval_dataset = (
-        load_dataset(path, processor, script_args.max_prompt_length, **template_kwargs) if path else None
-        for path in (script_args.dataset_name, script_args.eval_dataset_name)
-    )
+    checks = [check_gold] if accuracy_reward in reward_funcs else []
+    train_dataset, eval_dataset = load_datasets_from_args(script_args, processor, template_kwargs, checks)
     prompts = training_args.generation_batch_size // training_args.num_generations
     if len(train_dataset) < prompts:
         raise ValueError(

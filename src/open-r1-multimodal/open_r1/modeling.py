@@ -4,9 +4,10 @@ import importlib.util
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -15,6 +16,7 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -116,6 +118,39 @@ def load_model(
     )
 
 
+def adapter_base(folder: str | Path) -> Path | None:
+    """The folder of the base model that a LoRA run's folder names; None for a folder of whole weights.
+
+    Raises:
+        OSError: there is no such base model, here or on the hub; the message names both.
+    """
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return None
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    try:
+        return model_folder(base)
+    except OSError as error:
+        raise OSError(f"{folder} is an adapter without its base model: {error}") from error
+
+
+def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | Path | None = None) -> PreTrainedModel:
+    """A model to use: `load_model`, or for a LoRA run's folder its base with the adapter merged into the weights.
+
+    Args:
+        dtype: see `load_model`.
+        base: folder in place of the base model that the adapter names.
+
+    Raises:
+        OSError, ValueError: what `adapter_base` and `load_model` raise.
+    """
+    base = base or adapter_base(folder)
+    if base is None:
+        return load_model(str(folder), dtype=dtype)
+    model = load_model(str(base), dtype=dtype)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
+
+
 def load_model_from_args(model_args: ModelConfig) -> PreTrainedModel:
     """`load_model` with the values of TRL's `ModelConfig`.
 
@@ -161,29 +196,64 @@ def load_processor(
     return processor
 
 
-def end_token_ids(processor: ProcessorMixin) -> list[int]:
+def end_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: the tokenizer's own and both of Qwen's."""
-    tokenizer = processor.tokenizer
+    tokenizer = getattr(processor, "tokenizer", processor)
     known = [tokenizer.convert_tokens_to_ids(token) for token in END_TOKENS if token in tokenizer.get_vocab()]
     return sorted({tokenizer.eos_token_id, *known})
 
 
-def vision_token_ids(processor: ProcessorMixin) -> list[int]:
+def vision_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
     """The ids that a policy must never sample."""
-    tokenizer = processor.tokenizer
-    vocab = tokenizer.get_vocab()
+    vocab = getattr(processor, "tokenizer", processor).get_vocab()
     return sorted(vocab[token] for token in VISION_TOKENS if token in vocab)
 
 
-def reset_generation_config(model: PreTrainedModel, processor: ProcessorMixin) -> None:
+def reset_generation_config(model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:
     """Drop every sampling setting that the checkpoint carries (Qwen2-VL: top_k 1, repetition penalty 1.05).
 
     `generate` fills what a caller leaves unset from the model, and samples drawn that way would not follow the
     policy whose log-probabilities are trained. What is left says only where a completion ends.
     """
     model.generation_config = GenerationConfig(
-        eos_token_id=end_token_ids(processor), pad_token_id=processor.tokenizer.pad_token_id
+        eos_token_id=end_token_ids(processor), pad_token_id=getattr(processor, "tokenizer", processor).pad_token_id
     )
+
+
+def accept_missing_images(model: PreTrainedModel, always_encode: bool) -> None:
+    """Let a model take batches in which no row has an image; see tests/test_mixed.py.
+
+    Args:
+        model: not wrapped.
+        always_encode: run the vision tower on a blank image then, with weight zero, so that every process of a run
+            does the same work: under ZeRO the ranks exchange what a part of the model needs whenever it runs.
+    """
+    backbone, vision = model.base_model, model.config.vision_config
+    merge, patch = vision.spatial_merge_size, vision.patch_size
+    blank = torch.zeros(merge**2, vision.in_channels * vision.temporal_patch_size * patch**2)
+    grid = torch.tensor([[1, merge, merge]])
+
+    def before_backbone(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if kwargs.get("pixel_values") is not None and not len(kwargs["pixel_values"]):  # TRL's slice of a batch
+            kwargs |= {"pixel_values": None, "image_grid_thw": None}
+        backbone.is_without_images = kwargs.get("pixel_values") is None
+        return args, kwargs
+
+    # Here, and not where the tokens are embedded, the tower has its usual place in the order of the exchanges.
+    def before_language_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        cache = kwargs.get("past_key_values")
+        is_decoding = cache is not None and cache.get_seq_length() > 0
+        if backbone.is_without_images and not is_decoding:
+            embeds = kwargs["inputs_embeds"]
+            features = backbone.get_image_features(blank.to(embeds.device), grid.to(embeds.device))
+            for part in [*features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]:
+                embeds = embeds + (part * 0).sum().to(embeds.dtype)
+            kwargs["inputs_embeds"] = embeds
+        return args, kwargs
+
+    backbone.register_forward_pre_hook(before_backbone, with_kwargs=True)
+    if always_encode:
+        backbone.language_model.register_forward_pre_hook(before_language_model, with_kwargs=True)
 
 
 @dataclass

@@ -21,7 +21,6 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
-from PIL import Image
 
 from open_r1.answers import extract_answer
 from open_r1.curves import (
@@ -36,8 +35,8 @@ from open_r1.curves import (
     legend,
     save_accuracy_length,
 )
+from open_r1.images import DECODE_ERRORS, opened, to_rgb
 from open_r1.runs import Rollouts, Run, ends, is_usable, read_run, reflection_statistics, scan_rollouts
-from open_r1.sat import DECODE_ERRORS, EXTENSIONS, MAX_PIXELS
 from open_r1.trajectories import replace_file
 
 TEXT_LIMIT = 4000  # characters of one text in the page; longer ones keep this much of their beginning and end
@@ -462,11 +461,9 @@ def thumbnail(path: Path) -> tuple[bytes, str]:
     """
     if not path.is_file():  # a pipe would be waited for
         raise FileNotFoundError(path)
-    with Image.open(path, formats=[name for name in EXTENSIONS if name != "MPO"]) as image:
-        if image.width * image.height > MAX_PIXELS:  # known before any pixel is decoded
-            raise ValueError(f"over {MAX_PIXELS} pixels")
+    with opened(path) as image:
         image.draft("RGB", (2 * IMAGE_SIDE, 2 * IMAGE_SIDE))  # a large JPEG is decoded at a fraction of its size
-        small = image.convert("RGB")
+        small = to_rgb(image)
     small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     buffer = io.BytesIO()
     if small.getcolors(256):  # flat colours: smaller and sharper as PNG

@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from open_r1.answers import extract_answer, is_correct
@@ -39,6 +39,14 @@ def accuracy_reward(
     answers = [extract_answer(completion_text(completion)) for completion in completions]
     golds = [extract_answer(gold) or gold for gold in solution]
     return [float(is_correct(*sample)) for sample in zip(answers, golds, options, strict=True)]
+
+
+def check_gold(row: Mapping[str, Any]) -> None:
+    """Raise ValueError for a row of a dataset that `accuracy_reward` could not judge."""
+    gold = row["solution"]
+    if gold is None or not gold.strip():
+        raise ValueError("no answer, which the accuracy reward compares with (--answer_column names its field)")
+    is_correct(None, extract_answer(gold) or gold, row["options"])
 
 
 def format_reward(completions: Sequence[Completion], think_prefilled: bool = False, **kwargs: Any) -> list[float]:
@@ -84,18 +92,6 @@ def get_reward_funcs(names: Sequence[str], think_prefilled: bool = False) -> lis
         ValueError: in one line, when a name is unknown or does not lead to a callable.
     """
     return [_bind(_find_reward(name), think_prefilled) for name in names]
-
-
-def unique_names(names: Sequence[str]) -> list[str]:
-    """The names of reward functions, told apart: of two called `score` the second is `score_2`."""
-    unique: list[str] = []
-    for name in names:
-        count, candidate = 1, name
-        while candidate in unique:
-            count += 1
-            candidate = f"{name}_{count}"
-        unique.append(candidate)
-    return unique
 
 
 def completion_text(completion: Completion) -> str:

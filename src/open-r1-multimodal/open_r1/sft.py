@@ -4,18 +4,23 @@ Launch it with `run_sft.sh`, or by hand: `accelerate launch open_r1/sft.py --con
 --dataset_name SAT_train_15000.json`. It leaves `output_dir` with Hugging Face checkpoints.
 """
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
+from PIL import Image
 from trl import ModelConfig, SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from open_r1.checkpoints import LoadWeightsMixin
-from open_r1.data import DataArguments, load_dataset, load_processor_from_args, open_image
+from open_r1.data import DataArguments, load_datasets_from_args, load_processor_from_args
 from open_r1.entry import Command, run
+from open_r1.images import BrokenImage, open_image
 from open_r1.modeling import (
     FreezeArguments,
+    accept_missing_images,
     check_model,
     freeze,
     get_adapter_config,
@@ -53,6 +58,7 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
 
     completion_only_loss: bool = True
     template_kwargs: dict[str, str] = field(default_factory=dict)
+    last: tuple[dict[str, Any], list[Image.Image]] | None = None  # the newest row whose images could be opened
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """B rows -> `input_ids`, `attention_mask`, `labels` (B, T), `pixel_values` and `image_grid_thw`."""
@@ -61,16 +67,32 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
                 {
                     "prompt": row["prompt"],
                     "completion": [{"role": "assistant", "content": row["solution"]}],
-                    "images": [open_image(path) for path in row["images"]],
+                    "images": images,
                     "chat_template_kwargs": self.template_kwargs,
                 }
-                for row in examples
+                for row, images in map(self.open_images, examples)
             ]
         )
+
+    def open_images(self, row: dict[str, Any]) -> tuple[dict[str, Any], list[Image.Image]]:
+        """The row and its images; the last good row when one is broken by now, so that no run ends after hours."""
+        try:
+            self.last = row, [open_image(path) for path in row["images"]]
+        except BrokenImage as error:  # `load_dataset` has seen it whole
+            if self.last is None:
+                raise
+            print(f"warning: {error}; the row before it is repeated", file=sys.stderr, flush=True)
+        return self.last
 
 
 class Qwen2VLSFTTrainer(LoadWeightsMixin, SFTTrainer):
     """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed."""
+
+
+def check_answer(row: dict[str, Any]) -> None:
+    """Raise ValueError for a row that says nothing to learn."""
+    if row["solution"] is None:
+        raise ValueError("no answer to train on (--answer_column names its field)")
 
 
 def prepare(
@@ -85,10 +107,7 @@ def prepare(
     peft_config = get_adapter_config(model_args, script_args)
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args)
-    train_dataset, eval_dataset = (
-        load_dataset(path, processor, script_args.max_prompt_length, **template_kwargs) if path else None
-        for path in (script_args.dataset_name, script_args.eval_dataset_name)
-    )
+    train_dataset, eval_dataset = load_datasets_from_args(script_args, processor, template_kwargs, [check_answer])
     return {
         "processing_class": processor,
         "data_collator": AnswerCollator(processor=processor, template_kwargs=template_kwargs),
@@ -105,6 +124,7 @@ def build_trainer(
     prepared = prepare(script_args, training_args, model_args)
     model = load_model_from_args(model_args)
     reset_generation_config(model, prepared["processing_class"])
+    accept_missing_images(model, always_encode=PartialState().num_processes > 1)
     freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
     return Qwen2VLSFTTrainer(model=model, args=training_args, **prepared)
 

@@ -1,36 +1,39 @@
 """GRPO for vision-language models: TRL's trainer, with the rollouts this project's users need to see and trust."""
 
+import json
 import math
+import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import (
     AutoProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainerCallback,
     TrainerControl,
     TrainerState,
 )
 from trl import GRPOConfig, GRPOTrainer
-from trl.data_utils import prepare_multimodal_messages
+from trl.data_utils import is_conversational, prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import RewardFunc
-from trl.trainer.utils import RepeatSampler, split_tensor_dict
+from trl.trainer.utils import RepeatSampler, get_config_model_id, split_tensor_dict
 
 from open_r1.callbacks import LogRollouts
 from open_r1.checkpoints import LoadWeightsMixin
-from open_r1.data import open_image
 from open_r1.grouping import (
     collapse_image_tokens,
     enable_grouping,
@@ -40,15 +43,25 @@ from open_r1.grouping import (
     rows_by_prompt,
     shuffle_groups,
 )
-from open_r1.modeling import load_model, reset_generation_config, vision_token_ids
+from open_r1.heldout import held_out_figures
+from open_r1.images import BrokenImage, ImageSource, image_name, open_image
+from open_r1.modeling import (
+    accept_missing_images,
+    check_model_type,
+    end_token_ids,
+    reset_generation_config,
+    vision_token_ids,
+)
 from open_r1.recipes import count_processes
 from open_r1.reflection import analyse, shares
-from open_r1.rewards import unique_names
+from open_r1.rewards import completion_text
 from open_r1.rollout import generate
 from open_r1.trajectories import append_rows, keep_rows
 
 # TRL's own, which it checks in the first step
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's metrics, never logged
+PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
 
 
 @dataclass
@@ -117,23 +130,56 @@ class Qwen2VLGRPOConfig(GRPOConfig):
             )
 
 
-def open_images(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with every image path replaced by its decoded image."""
+def row_images(row: dict[str, Any]) -> list[ImageSource]:
+    """The images of a dataset's row, by TRL's rule: those of `images` where there is such a column, else `image`."""
+    if "images" in row:
+        return list(row["images"] or [])
+    return [] if row.get("image") is None else [row["image"]]
+
+
+def images_of(messages: list[dict[str, Any]]) -> list[Any]:
+    """The images in messages, in their order."""
+    return [
+        part["image"]
+        for message in messages
+        if isinstance(message["content"], list)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+
+
+def put_images(messages: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:
+    """The messages with these images in place of their own."""
+    following = iter(images)
     return [
         {
             **message,
             "content": [
-                {**part, "image": open_image(part["image"])} if part["type"] == "image" else part
-                for part in message["content"]
+                {**part, "image": next(following)} if part["type"] == "image" else part for part in message["content"]
             ],
         }
         for message in messages
     ]
 
 
-def images_of(messages: list[dict[str, Any]]) -> list[Image.Image]:
-    """The images in messages, in their order."""
-    return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+def with_images_inside(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose images are parts of its prompt.
+
+    Raises:
+        ValueError: for images beside a prompt that is rendered text.
+    """
+    images = row_images(row)
+    if not is_conversational(row):
+        if images:
+            raise ValueError("prompt: a text has no place for images; give a conversation ([{role, content}])")
+        return row
+    prompt = prepare_multimodal_messages(row["prompt"], images=images)
+    return {**{name: value for name, value in row.items() if name not in ("image", "images")}, "prompt": prompt}
+
+
+def text_or_none(value: Any) -> str | None:
+    """A value for a trajectory's row."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 class ContinueRollouts(TrainerCallback):
@@ -167,67 +213,74 @@ class EpochSampler(RepeatSampler):
 
 
 class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
-    """TRL's `GRPOTrainer` for Qwen2-VL, Qwen2.5-VL and Qwen3-VL, with the same signature.
+    """TRL's `GRPOTrainer` for Qwen2-VL, Qwen2.5-VL and Qwen3-VL, with the same signature, defaults and datasets.
 
-    A dataset row holds `prompt` (conversational, text only), `images` (file paths, put in front of the text),
-    `solution`, and whatever else the reward functions take. Beside TRL's behaviour:
+    A dataset row holds `prompt`, conversational or (without images) a text; `images` or `image`, if any, as whatever
+    `open_r1.images` opens, which go in front of the text; and whatever else the reward functions take. Beside TRL's
+    behaviour:
 
     - every end-of-text id ends a completion, vision tokens are never sampled, and sampling settings come from
       `args` alone, never from the checkpoint's generation_config;
     - the prompt of a group is encoded, prefilled and scored once (`open_r1.grouping`, `open_r1.rollout`);
+    - rows with and without images may be mixed, in any number of processes;
+    - an image that cannot be opened any more ends no run: completions about it earn nothing and are counted;
+    - the figures of an evaluation are over its questions, each once (`open_r1.heldout`);
     - every completion goes to `{output_dir}/trajectories/{train,eval}.jsonl`, and a few are shown where the run
       reports to;
     - the log says how many completions reflect, and how many correct themselves (`open_r1.reflection`).
 
     Args:
-        model: Hub name or folder (loaded by `open_r1.modeling.load_model` with `args.model_init_kwargs`) or a model.
+        model: Hub name or folder (loaded by TRL, in float32 unless `args.model_init_kwargs` says otherwise) or a model.
         reward_funcs: see TRL; callables of `open_r1.rewards` among them.
         args: TRL's configuration or `Qwen2VLGRPOConfig`.
-        train_dataset, eval_dataset, processing_class, kwargs: see TRL.
+        train_dataset, eval_dataset, processing_class, more, kwargs: see TRL.
     """
 
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: RewardFunc | list[RewardFunc],
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: GRPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: ProcessorMixin | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        *more: Any,
         **kwargs: Any,
     ):
-        if isinstance(model, str):
-            model = load_model(model, **((args and args.model_init_kwargs) or {}))
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
-            args = Qwen2VLGRPOConfig(f"{Path(model.config.name_or_path).name}-GRPO")
+            args = Qwen2VLGRPOConfig(f"{name.split('/')[-1]}-GRPO")
+        shared_prefix = getattr(args, "shared_prefix", True)
+        check_settings(args, shared_prefix)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        if isinstance(model, str):
+            check_model_type(model, revision)
         if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(model.config.name_or_path, padding_side="left")
-        reset_generation_config(model, processing_class)
+            processing_class = AutoProcessor.from_pretrained(name, revision=revision, padding_side="left")
         args.generation_kwargs = {
             **ban_tokens(vision_token_ids(processing_class), args.use_vllm),
+            **({} if args.use_vllm else {"eos_token_id": end_token_ids(processing_class)}),
             **(args.generation_kwargs or {}),
         }
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
-        self.reward_func_names = unique_names(self.reward_func_names)  # they are keys in log and trajectories
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *more, **kwargs)
+        plain, reference = self._plain_model(), self.ref_model and self.accelerator.unwrap_model(self.ref_model)
+        reset_generation_config(plain, processing_class)
+        self.eos_token_ids = end_token_ids(processing_class)
+        self.reward_func_names = told_apart(self.reward_func_names)
         # Tool calls put images and foreign tokens into completions; they stay on TRL's path.
-        self.shared_prefix = getattr(args, "shared_prefix", True) and not (self.tools or self.rollout_func)
-        if self.shared_prefix:
-            enable_grouping(self._plain_model())
-            tower = self._plain_model().base_model.visual
-            self.tower_is_frozen = not any(parameter.requires_grad for parameter in tower.parameters())
-            if self.ref_model is not None:
-                enable_grouping(self.accelerator.unwrap_model(self.ref_model))
+        self.shared_prefix = shared_prefix and self._is_vlm and not (self.tools or self.rollout_func)
+        self.tower_is_frozen = not any(parameter.requires_grad for parameter in plain.base_model.visual.parameters())
+        encodes_once = self.shared_prefix and self.tower_is_frozen and not self.use_vllm  # in the rollout
+        for each in filter(None, (plain, reference)):
+            accept_missing_images(each, always_encode=self.accelerator.num_processes > 1 and not encodes_once)
+            if self.shared_prefix:
+                enable_grouping(each)
         self._rollout_seconds = 0.0  # of the optimiser step under way
         self.trajectory_dir = Path(args.output_dir) / "trajectories"
         self.last_rollout: list[dict[str, Any]] = []  # trajectory rows of all processes, the newest in training
+        self._held_out: list[dict[str, Any]] = []  # trajectory rows of the evaluation under way
+        self._held_out_left = math.inf  # how many it has still to see
+        self._broken_images: set[str] = set()  # those that were told of
         self.add_callback(ContinueRollouts(self))
         self.add_callback(LogRollouts(self))
 
@@ -237,34 +290,63 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
         names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
         return EpochSampler(**{name: getattr(sampler, name) for name in names})
 
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
+        """TRL's. An evaluation begins here: what its processes get beyond its questions, to be even, will not count."""
+        dataloader = super().get_eval_dataloader(eval_dataset)
+        dataset = dataloader.dataset
+        self._held_out = []
+        self._held_out_left = len(dataset) * self.num_generations_eval if isinstance(dataset, Dataset) else math.inf
+        return dataloader
+
     # The one place that sees a rollout's prompts, completions, rewards and advantages together. TRL has no public
     # hook there; tests/test_trainer.py fails when its contract changes.
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs
+        self._is_broken = [False] * len(inputs)
         if self.shared_prefix:
-            # The images go inside the prompts, as paths: rows without an `images` column keep TRL from preprocessing
-            # every image again for every completion.
-            rows = [
-                {**row, "prompt": prepare_multimodal_messages(row["prompt"], images=row["images"])} for row in inputs
-            ]
-            for row in rows:
-                del row["images"]
+            # The images go inside the prompts, as they are: rows without an `images` column keep TRL from
+            # preprocessing every image again for every completion. Neighbours share one prompt, which is copied once.
+            rows = []
+            for _, group in groupby(inputs, key=lambda row: (row["prompt"], row_images(row))):
+                group = list(group)
+                prompt = with_images_inside(group[0])["prompt"]
+                rows += [{**with_images_inside(row), "prompt": prompt} for row in group]
         else:
-            images = {path: open_image(path) for path in {path for row in inputs for path in row["images"]}}
-            rows = [{**row, "images": [images[path] for path in row["images"]]} for row in inputs]
+            rows = [{**row, "images": self._open(row_images(row), [index])} for index, row in enumerate(inputs)]
+            if not any(row["images"] for row in rows):
+                rows = [{name: row[name] for name in row if name not in ("image", "images")} for row in rows]
         output = super()._generate_and_score_completions(rows)
         if self.shared_prefix:
             output["prompts"] = self._prompts
-        self._save_trajectories(inputs, output["advantages"].tolist())
+        self._save_trajectories(inputs, output)
         return output
 
     # Keeps what TRL reduces to means: the texts, ids and every single reward of this process. Reward functions see
     # the rows as the dataset has them.
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(self._rows, prompts, completions, completion_ids_list)  # (all B, funcs)
+        is_broken = self.accelerator.gather(torch.tensor(self._is_broken, device=rewards.device))  # (all B,)
+        if is_broken.any():
+            rewards[is_broken] = torch.nan  # TRL's word for: no advantage, and no part in a mean
+            self._metrics[self._mode()]["broken_images/completions"].append(is_broken.sum().item())
         start = self.accelerator.process_index * len(prompts)
         self._rollout = (completions, completion_ids_list, rewards[start : start + len(prompts)].tolist())
         return rewards
+
+    def _open(self, sources: list[ImageSource], rows: Iterable[int]) -> list[Image.Image]:
+        """The images of these rows of the rollout, decoded; in place of one that is broken stands a blank."""
+        images = []
+        for source in sources:
+            try:
+                images.append(open_image(source))
+            except BrokenImage as error:  # `load_dataset` has seen it whole
+                images.append(Image.new("RGB", (56, 56), "white"))
+                for row in rows:
+                    self._is_broken[row] = True
+                if str(error) not in self._broken_images:
+                    self._broken_images.add(str(error))
+                    print(f"warning: {error}; completions about it earn nothing", file=sys.stderr, flush=True)
+        return images
 
     # ---- The shared prefix: from here on each override does once a group what TRL does once a completion.
 
@@ -276,15 +358,20 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
     # TRL's would decode and preprocess the prompt's images G times.
     def _tokenize_prompts(self, prompts: list) -> tuple[list, list | None, dict]:
         if not self.shared_prefix:
-            return super()._tokenize_prompts(prompts)
+            ids, images, fields = super()._tokenize_prompts(prompts)
+            # TRL has None for a row without images, which its next call of the processor does not take.
+            return ids, images and [each or [] for each in images], fields
         self._prompts, self._images = [], []
         model = self._plain_model()
         for prompt, repeats in groupby(prompts):
-            messages = open_images(prompt)
-            encoded = encode_prompt(model, self.processing_class, messages, **self.chat_template_kwargs)
-            count = len(list(repeats))
-            self._prompts += [encoded] * count
-            self._images += [images_of(messages)] * count
+            rows = range(len(self._prompts), len(self._prompts) + len(list(repeats)))
+            images = []
+            if not isinstance(prompt, str):
+                images = self._open(images_of(prompt), rows)
+                prompt = put_images(prompt, images)
+            encoded = encode_prompt(model, self.processing_class, prompt, **self.chat_template_kwargs)
+            self._prompts += [encoded] * len(rows)
+            self._images += [images or None] * len(rows)
         return [prompt.input_ids.tolist() for prompt in self._prompts], None, {}
 
     # TRL's would encode and prefill the prompt G times; and it hands vLLM prompts whose image tokens are expanded,
@@ -294,8 +381,9 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
             if not self.shared_prefix:
                 output = super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, *args)
             elif self.use_vllm:
+                images = self._images if any(self._images) else None
                 collapsed = [collapse_image_tokens(ids, self.processing_class.image_token_id) for ids in prompt_ids]
-                output = super()._generate_single_turn(collapsed, self._images, {}, num_generations, *args)
+                output = super()._generate_single_turn(collapsed, images, {}, num_generations, *args)
             else:
                 with unwrap_model_for_generation(
                     self.model_wrapped,
@@ -343,6 +431,9 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
     def _compute_loss(self, model, inputs):
         if self.shared_prefix:
             self._prompts = inputs["prompts"]
+        if not self.model.training:
+            tokens = self.accelerator.reduce(inputs["completion_mask"].sum(), reduction="sum").item()
+            self._metrics["eval"][TOKENS].append(tokens)
         return super()._compute_loss(model, inputs)
 
     # TRL's shuffles completions across micro-batches, which would scatter the groups.
@@ -382,32 +473,51 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
             self._rollout_seconds = 0.0
         return loss
 
-    def _save_trajectories(self, inputs: list[dict[str, Any]], advantages: list[float]) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's; of an evaluation the figures over its questions, where TRL has the means of its batches' means."""
+        if self._mode() == "eval" and self._held_out:
+            metrics = self._metrics["eval"]
+            tokens = metrics.pop(TOKENS, [])
+            for name in metrics:
+                if name in PER_TOKEN or (name.startswith("clip_ratio/") and name.endswith("_mean")):
+                    total = sum(value * count for value, count in zip(metrics[name], tokens, strict=True))
+                    metrics[name] = [total / max(sum(tokens), 1)]
+            figures = held_out_figures(self._held_out, self.reward_weights.tolist(), self.num_generations_eval)
+            metrics.update({name: [value] for name, value in {**figures, **shares(self._held_out)}.items()})
+            self._held_out = []
+        super().log(logs, start_time)
+
+    def _save_trajectories(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
         """Write this rollout's completions, those of all processes in order, from the main process; log reflections."""
         mode = self._mode()
         # A rollout in training serves the step under way, which the log counts when it is done.
         step = self.state.global_step + (mode == "train")
-        group_size = self.num_generations if mode == "train" else self.num_generations_eval
         prompts = []
-        for (prompt, images), repeats in groupby(inputs, key=itemgetter("prompt", "images")):
-            messages = prepare_multimodal_messages(prompt, images=images)
-            rendered = self.processing_class.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
-            )
-            prompts += [rendered] * len(list(repeats))
+        for (prompt, images), repeats in groupby(inputs, key=lambda row: (row["prompt"], row_images(row))):
+            rendered = prompt
+            if not isinstance(prompt, str):
+                messages = prepare_multimodal_messages(prompt, images=images)
+                rendered = self.processing_class.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
+                )
+                images = images_of(messages)
+            names = [image_name(image) or "(not a file)" for image in images]
+            prompts += [(rendered, names)] * len(list(repeats))
         rows = []
-        for row, prompt, completion, ids, rewards, advantage in zip(
-            inputs, prompts, *self._rollout, advantages, strict=True
+        for row, (prompt, names), completion, ids, rewards, advantage in zip(
+            inputs, prompts, *self._rollout, output["advantages"].tolist(), strict=True
         ):
-            text = completion[0]["content"]
+            text = completion_text(completion)
             options = row.get("options") or None
+            if not (isinstance(options, list) and all(isinstance(option, str) for option in options)):
+                options = None
             reflection = analyse(text, options)
             rows.append(
                 {
                     "step": step,
                     "prompt": prompt,
-                    "images": row["images"],
-                    "solution": row.get("solution"),
+                    "images": names,
+                    "solution": text_or_none(row.get("solution")),
                     "options": options,
                     "completion": text,
                     # a reward function that has nothing to say about a completion returns None, TRL's NaN
@@ -423,15 +533,44 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
                     "self_corrected": reflection.self_corrected,
                 }
             )
+        first = self.accelerator.process_index * len(rows)
         rows = gather_object(rows)
-        for index, row in enumerate(rows):
-            row["group"] = index // group_size
-        for name, value in shares(rows).items():
-            self._metrics[mode][name].append(value)
         if mode == "train":
+            group_size, start = self.num_generations, 0
             self.last_rollout = rows
+            for name, value in shares(rows).items():
+                self._metrics[mode][name].append(value)
+        else:
+            group_size, start = self.num_generations_eval, len(self._held_out)
+            rows = rows[: int(min(self._held_out_left, len(rows)))]
+            self._held_out_left -= len(rows)
+            self._held_out += rows
+            output["completion_mask"][max(len(rows) - first, 0) :] = 0  # nor do their tokens count
+        for index, row in enumerate(rows, start=start):
+            row["group"] = index // group_size
         if self.accelerator.is_main_process:
             append_rows(self.trajectory_dir / f"{mode}.jsonl", rows)
+
+
+def check_settings(args: GRPOConfig, shared_prefix: bool) -> None:
+    """Raise ValueError for settings that the shared prefix does not go with."""
+    if shared_prefix and args.torch_compile:
+        raise ValueError(
+            "torch_compile: the shared prefix packs a row of another shape for every micro-batch, which would be "
+            "compiled anew each time; leave it out, or add --shared_prefix false"
+        )
+    if shared_prefix and not args.ds3_gather_for_generation:
+        raise ValueError("ds3_gather_for_generation: the shared prefix needs true; or add --shared_prefix false")
+
+
+def told_apart(names: list[str]) -> list[str]:
+    """The names, with a number behind one that was there before."""
+    seen: Counter[str] = Counter()
+    result = []
+    for name in names:
+        seen[name] += 1
+        result.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return result
 
 
 def ban_tokens(ids: list[int], use_vllm: bool) -> dict[str, Any]:

@@ -1,0 +1,17 @@
+"""Render a spatial world in SAT's or CV-Bench's schema: `python -m open_r1.world`, without an environment activated.
+
+python scripts/world.py --output world.parquet --rows 2000 --level full
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
+from open_r1.front_door import use_environment
+
+use_environment()
+
+from open_r1.world import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""What a held-out evaluation says, over its questions, each once, whatever the batches and processes they came in."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from trl.trainer.utils import nanstd
+
+
+def held_out_figures(
+    rows: Sequence[Mapping[str, Any]], weights: Sequence[float], group_size: int
+) -> dict[str, float | None]:
+    """The figures of an evaluation under the names, and in the definitions, of TRL's metrics of one batch.
+
+    Args:
+        rows: trajectory rows of all N completions, those of a question together; see `open_r1.trainer`.
+        weights: of the reward functions, in the order of the rows' `rewards`.
+        group_size: completions of each question.
+    """
+    names = list(rows[0]["rewards"])
+    rewards = torch.tensor(
+        [[float("nan") if row["rewards"][name] is None else row["rewards"][name] for name in names] for row in rows]
+    )  # (N, functions); NaN where a function says nothing
+    total = (rewards * torch.tensor(weights)).nansum(dim=1)  # (N,)
+    total[rewards.isnan().all(dim=1)] = float("nan")
+    groups = total[: len(total) // group_size * group_size].view(-1, group_size)
+    spread = groups.std(dim=1) if group_size > 1 else torch.zeros(len(groups))
+    figures = {
+        "reward": total.nanmean(),
+        "reward_std": nanstd(total),
+        "frac_reward_zero_std": torch.isclose(spread, torch.zeros_like(spread)).float().mean(),
+    }
+    for name, column in zip(names, rewards.T, strict=True):
+        figures |= {f"rewards/{name}/mean": column.nanmean(), f"rewards/{name}/std": nanstd(column)}
+    lengths = torch.tensor([row["length"] for row in rows], dtype=torch.float)
+    ended = torch.tensor([row["ended"] for row in rows])
+    figures["completions/clipped_ratio"] = 1 - ended.float().mean()
+    for kind, some in (("", lengths), ("terminated_", lengths[ended] if ended.any() else torch.zeros(1))):
+        figures |= {
+            f"completions/mean_{kind}length": some.mean(),
+            f"completions/min_{kind}length": some.min(),
+            f"completions/max_{kind}length": some.max(),
+        }
+    return {name: value.item() for name, value in figures.items()}

@@ -1,0 +1,193 @@
+"""Pictures of any source as the pixels that a model sees: one way to open, to measure and to refuse them. No torch.
+
+A source is a path, a `file://` URL, a base64 `data:` URL, encoded bytes, a `{"bytes", "path"}` mapping (how `datasets`
+stores an image) or a PIL image. The same picture gives the same pixels from each of them.
+"""
+
+import base64
+import binascii
+import io
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+ImageSource = str | os.PathLike[str] | bytes | Mapping[str, Any] | Image.Image
+
+# A format's name in Pillow -> the extension of its files. MPO is a JPEG with more pictures behind the first. Pillow
+# reads more formats, some of them by running other programs (EPS): not on files from a data set.
+EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "TIFF": "tif",
+}
+FORMATS = [name for name in EXTENSIONS if name != "MPO"]  # Pillow opens an MPO as a JPEG
+
+# The largest photos of today's phones and cameras; a progressive JPEG takes about 10 bytes a pixel to decode, 640 MiB
+# at this size. Larger is a decompression bomb or a poster; the model looks at 0.4 megapixels.
+MAX_PIXELS = 2**26
+MAX_ASPECT_RATIO = 200  # Qwen2-VL's image processor raises above it
+
+# What Pillow raises on damaged files of the formats above.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+# How a file of these formats ends; one that is cut off does not.
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_TAIL = 4096  # bytes in which to look for the end; some programs write zeros or notes behind it
+
+
+# Why an image is refused, short enough to be counted by.
+MISSING, CORRUPT = "missing image", "corrupt image"
+TOO_LARGE = f"image over {MAX_PIXELS} pixels"
+TOO_LONG = f"image aspect ratio over {MAX_ASPECT_RATIO}"
+
+
+class BrokenImage(OSError):
+    """An image that cannot be shown to a model. The message is one line and names the file, if it is one."""
+
+    def __init__(self, reason: str, name: str | None = None):
+        self.reason = reason
+        super().__init__(f"image {name}: {reason}" if name else reason)
+
+
+@contextmanager
+def opened(source: ImageSource | None) -> Iterator[Image.Image]:
+    """The image with its header read and its bounds checked; what Pillow raises inside becomes `BrokenImage`."""
+    if source is None:
+        raise BrokenImage(MISSING)
+    name, data = image_name(source), image_bytes(source)
+    try:
+        if isinstance(source, Image.Image):
+            _check_bounds(source, name)
+            yield source
+            return
+        file = io.BytesIO(data) if data is not None else Path(name or "")
+        with Image.open(file, formats=FORMATS) as image:
+            _check_bounds(image, name)
+            yield image
+    except BrokenImage:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's own bound, met while it reads the header
+        raise BrokenImage(TOO_LARGE, name) from error
+    except DECODE_ERRORS as error:
+        raise BrokenImage(getattr(error, "strerror", None) or CORRUPT, name) from error
+
+
+def open_image(source: ImageSource | None) -> Image.Image:
+    """Decode an image whole, turn it upright as its EXIF data say, and convert it to RGB on white; no file stays open.
+
+    Raises:
+        BrokenImage: it is missing, damaged, too large, or of a shape that the image processor refuses.
+    """
+    with opened(source) as image:
+        return to_rgb(image)
+
+
+def image_size(source: ImageSource | None) -> tuple[int, int]:
+    """Height and width from the header alone, as stored: EXIF rotation swaps them, which changes no count of tokens.
+
+    Raises:
+        BrokenImage: as `open_image` does, as far as the header tells.
+    """
+    with opened(source) as image:
+        return image.height, image.width
+
+
+def check_image(path: str) -> None:
+    """Find out whether `open_image` will take a file, decoding it only when its last bytes leave that open.
+
+    Raises:
+        BrokenImage: it will not.
+    """
+    with opened(path) as image:
+        end = _ENDS.get("JPEG" if image.format == "MPO" else image.format)
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - _TAIL))
+            is_whole = end is not None and end in file.read()
+        if not is_whole:
+            image.load()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image, decoded, upright, in RGB; what is transparent becomes white, 16-bit grey is scaled to 8."""
+    image.load()
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # Pillow would clip it to white
+        values = np.asarray(image).astype(np.int64)
+        if image.mode != "I" or values.max(initial=0) > 255:
+            values >>= 8
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def local_path(reference: str) -> str:
+    """The path that a `file://` URL, percent-encoded or not, stands for; a path stays what it is."""
+    if not reference.startswith("file://"):
+        return reference
+    plain = reference.removeprefix("file://")
+    return plain if os.path.exists(plain) else url2pathname(urlsplit(reference).path)
+
+
+def image_bytes(source: ImageSource) -> bytes | None:
+    """The encoded bytes that a source carries itself; None when it names a file or is a PIL image.
+
+    Raises:
+        BrokenImage: a data URL that is not base64.
+    """
+    if isinstance(source, Mapping):
+        return source.get("bytes")
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, str) and source.startswith("data:"):
+        try:
+            return base64.b64decode(source.partition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise BrokenImage("not an image in base64", f"{source[:32]}...") from error
+    return None
+
+
+def image_name(source: ImageSource) -> str | None:
+    """The path of the file that an image is or was opened from, where it is known."""
+    if isinstance(source, Mapping):
+        return source.get("path")
+    if isinstance(source, Image.Image):
+        return getattr(source, "filename", None) or None
+    if isinstance(source, bytes) or str(source).startswith("data:"):
+        return None
+    return local_path(os.fspath(source))
+
+
+def count_image_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> int:
+    """Tokens of images of these heights and widths, all together; the pixels are not touched."""
+    # vLLM's own way to ask a processor for this
+    return sum(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]) if sizes else 0
+
+
+def _check_bounds(image: Image.Image, name: str | None) -> None:
+    if image.width * image.height > MAX_PIXELS:  # known before any pixel is decoded
+        raise BrokenImage(TOO_LARGE, name)
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise BrokenImage(TOO_LONG, name)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 for upright. Damaged EXIF data say nothing; the picture is there without them."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODE_ERRORS:
+        return 1

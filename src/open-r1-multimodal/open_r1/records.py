@@ -1,0 +1,330 @@
+"""Any data set as rows to train on: what a file, a folder or the Hub holds -> records -> rows in TRL's form. No torch.
+
+A record names its images, and nothing here opens one. The forms of a record:
+
+- a dialogue: `messages` (`role`, `content`), LLaMA-Factory's `conversations` (`from`, `value`) or TRL's `prompt`, with
+  `images` and `<image>` marks in front of the question, or with content parts as qwen-vl-utils reads them;
+- columns: a question, an answer, an image or several, options, under names of the data set's own (`Columns`).
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from open_r1.images import image_bytes, local_path
+from open_r1.prompts import IMAGE_PLACEHOLDER, sat_question
+
+DIALOGUES = ("messages", "conversations", "prompt")
+ROLES = {"human": "user", "gpt": "assistant"}  # LLaMA-Factory's names
+# Where a question, an answer and images are looked for unless the user names the columns.
+QUESTIONS, ANSWERS, IMAGES = ("question", "problem"), ("solution", "answer"), ("images", "image")
+# What a trainer hands to reward functions itself, beside the fields of a row.
+TAKEN = ("prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+LINES = (".jsonl", ".ndjson")
+FILES = (".json", *LINES, ".parquet")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of a data set's own columns; None looks for the usual ones.
+
+    Attributes:
+        options: they are written behind the question, as in SAT. None: the question names them itself, if it has any.
+    """
+
+    question: str | None = None
+    answer: str | None = None
+    image: str | None = None
+    options: str | None = None
+
+
+def read_examples(
+    source: str | Path, columns: Columns | None = None, config: str | None = None, split: str = "train"
+) -> list[dict[str, Any]]:
+    """`iter_examples` as a list."""
+    return list(iter_examples(source, columns, config, split))
+
+
+def iter_examples(
+    source: str | Path, columns: Columns | None = None, config: str | None = None, split: str = "train"
+) -> Iterator[dict[str, Any]]:
+    """The rows of a data set, in its order; images are named, not opened.
+
+    Args:
+        source: a JSON, JSON Lines or parquet file, a folder that `datasets` reads or has saved, or a name on the Hub.
+        columns: of a data set without dialogues.
+        config: of a folder or a Hub data set that has several.
+        split: of a folder or a Hub data set.
+
+    Yields:
+        One dict a record: `prompt` (conversational, without `<image>` marks), `images` (absolute paths, or what
+        carries its bytes), `solution` (None without an answer), `options` (maybe none), `question_type` (maybe
+        empty), and every other field of the record as it is.
+
+    Raises:
+        OSError: no such file, data set, or image.
+        ValueError: content of another form. Both messages are one line and name the file and the row.
+    """
+    path = Path(source).absolute()
+    folder = path.parent if path.is_file() else path if path.is_dir() else Path.cwd()
+    count = 0
+    for row, record in enumerate(read_records(source, config, split)):
+        try:
+            yield to_row(record, folder, columns or Columns())
+        except (OSError, ValueError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{source}: row {row}: {error}") from error
+        count += 1
+    if not count:
+        raise ValueError(f"{source}: expected at least one record")
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+def read_records(source: str | Path, config: str | None = None, split: str = "train") -> Iterable[Any]:
+    """The records of a file, a folder or a Hub data set, unchecked. Arguments and errors: see `iter_examples`."""
+    path = Path(source)
+    if path.is_file():
+        return read_parquet(path) if path.suffix == ".parquet" else read_json(path)
+    if not path.exists() and (path.suffix in FILES or path.is_absolute() or str(source).count("/") > 1):
+        raise FileNotFoundError(f"{path}: no such file; make it with src/data/SAT/prepare_dataset.sh")
+    return read_dataset(str(source), config, split)
+
+
+def read_json(path: Path) -> list[Any]:
+    """A JSON list, or JSON Lines under the name of either."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        records = None if path.suffix in LINES else json.loads(text)
+    except (ValueError, RecursionError) as error:  # neither JSON nor UTF-8
+        if getattr(error, "msg", None) != "Extra data":  # behind a first value: a file of lines
+            raise ValueError(f"{path}: not a JSON file ({error})") from error
+        records = None
+    if records is None:
+        return read_lines(path, text)
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{path}: expected a list with at least one record")
+    return records
+
+
+def read_lines(path: Path, text: str) -> list[Any]:
+    """One JSON value a line; blank lines do not count."""
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number}: not JSON ({error})") from error
+    return records
+
+
+def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, a few at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=64):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
+
+
+def read_dataset(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of a folder or a Hub data set through `datasets`; images stay encoded."""
+    import datasets
+    import httpx
+    import pyarrow as pa
+
+    saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    try:
+        data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config, split=split)
+        if isinstance(data, datasets.DatasetDict):
+            if split not in data:
+                raise ValueError(f"no split {split!r}; it has {', '.join(data)}")
+            data = data[split]
+        for column, feature in data.features.items():
+            if (encoded := undecoded(feature)) is not feature:
+                data = data.cast_column(column, encoded)
+        yield from data
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        pa.ArrowException,
+        httpx.HTTPError,
+        datasets.exceptions.DatasetsError,
+    ) as error:  # a folder of any content, a network, a hub
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{name}: cannot be read as a data set: {one_line(error)}") from error
+
+
+def undecoded(feature: Any) -> Any:
+    """A feature of images, or of lists of them, that leaves them encoded; any other feature as it is."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(mode=feature.mode, decode=False)
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        inner = undecoded(feature.feature)
+        return feature if inner is feature.feature else datasets.List(inner)
+    return feature
+
+
+def one_line(error: Exception) -> str:
+    """What an error says first, and what its cause says."""
+    texts = [str(part).strip().partition("\n")[0] for part in (error, error.__cause__) if part is not None]
+    return ": ".join(filter(None, texts)) or type(error).__name__
+
+
+# --- a record -> a row ----------------------------------------------------------------------------------------
+
+
+def to_row(record: Any, folder: Path, columns: Columns) -> dict[str, Any]:
+    """One record -> one row of `iter_examples`, whose errors it raises without file and row.
+
+    Args:
+        folder: where relative image paths start.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError("expected an object")
+    fields = {key: value for key, value in record.items() if value is not None}  # null is absent
+    for key in TAKEN:
+        if key in fields:
+            raise ValueError(f"the field {key} has a name that reward functions get from the trainer; rename it")
+    references = find_images(fields, columns.image)
+    form = None if columns.question else next((key for key in DIALOGUES if key in fields), None)
+    if form and not isinstance(fields[form], str):
+        system, user, answer = dialogue(form, fields[form])
+        if isinstance(user, list):
+            text, inside = from_parts(user, form)
+            references = references + inside
+        else:
+            text = without_marks(user, len(references), must_have=form != "prompt")
+    else:
+        system, answer = [], None
+        question = text_of(fields, columns.question, ("prompt", *QUESTIONS))
+        if question is None:
+            known = ", ".join(map(str, record))
+            raise ValueError(
+                f"no messages, conversations, prompt or question; it has {known}: name one with --question_column"
+            )
+        text = without_marks(question, len(references), must_have=False)
+    options = strings(fields, columns.options or "options")
+    if columns.options and options:
+        text = sat_question(text, options)
+    row = {
+        "prompt": [*system, {"role": "user", "content": text}],
+        "images": [locate(reference, folder) for reference in references],
+        "solution": text_of(fields, columns.answer, ANSWERS) if answer is None else answer,
+        "options": options,
+        "question_type": str(fields.get("question_type", "")),
+    }
+    read = {*DIALOGUES, *IMAGES, columns.image}
+    return {**{key: value for key, value in record.items() if key not in read}, **row}
+
+
+def dialogue(form: str, messages: Any) -> tuple[list[dict[str, str]], str | list[Any], str | None]:
+    """The system messages, the user's content and the assistant's text; ValueError unless it is one turn of each."""
+    pairs = [
+        (ROLES.get(role, role), content)
+        for message in (messages if isinstance(messages, list) else [])
+        if isinstance(message, Mapping)
+        for role in [message.get("role", message.get("from"))]
+        for content in [message.get("content", message.get("value"))]
+    ]
+    system = [{"role": "system", "content": text} for role, text in pairs[:1] if role == "system"]
+    match pairs[len(system) :]:
+        case [("user", str() | list() as user)]:
+            return system, user, None
+        case [("user", str() | list() as user), ("assistant", str(answer))]:
+            return system, user, answer
+        case [("user", str() | list() as user), ("assistant", [{"type": "text", "text": str(answer)}])]:
+            return system, user, answer
+    raise ValueError(f"{form}: expected one user and one assistant message with text")
+
+
+def find_images(fields: Mapping[str, Any], column: str | None) -> list[Any]:
+    """The image references of a record: one, or a list of them."""
+    key = column or next((key for key in IMAGES if key in fields), "images")
+    value = fields.get(key, [])
+    if key != "images" and not isinstance(value, list):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(item, str | bytes | Mapping) for item in value):
+        raise ValueError(f"{key}: expected a list of strings (paths), or of images with their bytes")
+    return value
+
+
+def text_of(fields: Mapping[str, Any], given: str | None, known: Sequence[str]) -> str | None:
+    """The text or number in the field that the user named, which must be there, or in the first known one."""
+    key = given or next((name for name in known if name in fields), None)
+    if key is None:
+        return None
+    if key not in fields:
+        raise ValueError(f"no field {key}; it has {', '.join(map(str, fields))}")
+    if not isinstance(fields[key], str | int | float):
+        raise ValueError(f"{key}: expected a text or a number")
+    return str(fields[key])
+
+
+def strings(fields: Mapping[str, Any], key: str) -> list[str]:
+    """A field that is a list of strings, or none at all."""
+    value = fields.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{key}: expected a list of strings")
+    return value
+
+
+def without_marks(text: str, images: int, must_have: bool) -> str:
+    """The text without the `<image>` marks in front of it, as many as there are images.
+
+    Args:
+        must_have: whether images without any mark are a mistake; else they go in front too.
+    """
+    count, rest = 0, text
+    while rest.lstrip().startswith(IMAGE_PLACEHOLDER):
+        count, rest = count + 1, rest.lstrip().removeprefix(IMAGE_PLACEHOLDER)
+    if IMAGE_PLACEHOLDER in rest or (count != images and (must_have or count)):
+        raise ValueError(
+            f"{text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} marks for {images} images; "
+            "expected one mark an image, all of them in front of the question"
+        )
+    return rest.lstrip("\n") if count else rest
+
+
+def from_parts(parts: list[Any], form: str) -> tuple[str, list[Any]]:
+    """The text and the image references of a user message's parts, images first."""
+    texts, references = [], []
+    for part in parts:
+        match part:
+            case {"type": "image", "image": str() | bytes() | Mapping() as reference} if not texts:
+                references.append(reference)
+            case {"type": "text", "text": str(text)} if IMAGE_PLACEHOLDER not in text:
+                texts.append(text)
+            case _:
+                raise ValueError(
+                    f"{form}: cannot read the part {str(part)[:80]}; expected images "
+                    '{"type": "image", "image": ...} and after them texts {"type": "text", "text": ...}'
+                )
+    return "".join(texts), references
+
+
+def locate(reference: Any, folder: Path) -> Any:
+    """An image reference as an absolute path; what carries its bytes stays what it is."""
+    if image_bytes(reference) is not None:
+        return reference
+    text = reference.get("path") if isinstance(reference, Mapping) else reference
+    if not text:
+        raise ValueError("an image without bytes and without a path")
+    if text.startswith(("http://", "https://")):
+        raise ValueError(f"image {text}: download it first and name the file")
+    path = folder / local_path(text)
+    if not path.is_file():
+        raise FileNotFoundError(f"no image {path}" + (", that is a folder" if path.is_dir() else ""))
+    return str(path)

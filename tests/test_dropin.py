@@ -1,0 +1,232 @@
+"""`Qwen2VLGRPOTrainer` in place of `trl.GRPOTrainer`: only the class name changes.
+
+The first part is what TRL's own suite (tests/test_grpo_trainer.py) asks of vision-language models, told again on a tiny
+local model and rendered data of its data sets' form, since there is no hub here: training, padding to a multiple,
+beta > 0, LoRA, importance sampling, several images. Left out are its tests of other architectures (Gemma, LLaVA), which
+this class refuses, of Liger kernels and vLLM, which need a GPU, and of tools, which need a model that calls them.
+"""
+
+import inspect
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from peft import LoraConfig
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+from trl import GRPOConfig, GRPOTrainer
+
+from open_r1.grouping import ATTENTION
+from open_r1.trainer import Qwen2VLGRPOTrainer, told_apart
+from support import read_jsonl
+
+MESSAGE = [{"role": Value("string"), "content": Value("string")}]
+
+
+def noise(row: int) -> Image.Image:
+    return Image.effect_noise((56 + 28 * (row % 2), 56), 80).convert("RGB")
+
+
+def question(row: int) -> list[dict]:
+    return [{"role": "user", "content": f"What is in picture {row}?"}]
+
+
+def one_image(rows: int = 4) -> Dataset:
+    """The form of TRL's `zen-image`: a conversation and an `image` column."""
+    data = {"prompt": [question(row) for row in range(rows)], "image": [noise(row) for row in range(rows)]}
+    return Dataset.from_dict(data, features=Features({"prompt": MESSAGE, "image": ImageFeature()}))
+
+
+def several_images(rows: int = 4) -> Dataset:
+    """The form of TRL's `zen-multi-image`: an `images` column with one image or more."""
+    data = {
+        "prompt": [question(row) for row in range(rows)],
+        "images": [[noise(k) for k in range(1 + row % 2)] for row in range(rows)],
+    }
+    return Dataset.from_dict(data, features=Features({"prompt": MESSAGE, "images": List(ImageFeature())}))
+
+
+def by_length(completions, **kwargs):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+def stock_config(output: Path, **changes: object) -> GRPOConfig:
+    """TRL's own configuration class, as its tests set it."""
+    settings = {"learning_rate": 0.1, "per_device_train_batch_size": 3, "num_generations": 3, "report_to": "none"}
+    settings |= {"max_completion_length": 8, "use_cpu": True, "bf16": False, "max_steps": 4}
+    return GRPOConfig(str(output), **{**settings, **changes})
+
+
+CASES = {
+    "train": (one_image, {}),
+    "pad_to_multiple_of": (one_image, {"pad_to_multiple_of": 8}),
+    "beta": (one_image, {"beta": 0.1}),
+    "importance sampling": (one_image, {"steps_per_generation": 2}),
+    "several images": (several_images, {}),
+}
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_trl_asks_of_vision_language_models(case, model_type, tiny_models, tmp_path):
+    make, changes = CASES[case]
+    trainer = Qwen2VLGRPOTrainer(
+        model=str(tiny_models[model_type]),
+        reward_funcs=by_length,
+        args=stock_config(tmp_path, **changes),
+        train_dataset=make(),
+    )
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.state.log_history[-1]["train_loss"] is not None
+    for name, parameter in before.items():
+        assert not torch.equal(parameter, trainer.model.get_parameter(name)), f"{name} has not changed"
+
+
+def test_what_trl_asks_with_lora(tiny_models, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_models["qwen2_5_vl"])
+    base = {f"base_model.model.{name}" for name, _ in model.named_parameters()}
+    trainer = Qwen2VLGRPOTrainer(
+        model=model,
+        reward_funcs=by_length,
+        args=stock_config(tmp_path),
+        train_dataset=one_image(),
+        peft_config=LoraConfig(target_modules=["q_proj", "v_proj"]),
+    )
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.state.log_history[-1]["train_loss"] is not None
+    for name, parameter in before.items():
+        if name in base or "base_layer" in name:
+            assert torch.allclose(parameter, trainer.model.get_parameter(name)), f"{name} has changed"
+        else:
+            assert not torch.allclose(parameter, trainer.model.get_parameter(name)), f"{name} has not changed"
+
+
+# --- signature and defaults -----------------------------------------------------------------------------------
+
+
+def test_the_signature_is_trls(tiny_model, tmp_path):
+    theirs, ours = (list(inspect.signature(kind.__init__).parameters) for kind in (GRPOTrainer, Qwen2VLGRPOTrainer))
+    assert ours[:-2] == theirs[: len(ours) - 2]  # what follows is handed on as it came, by position too
+    callback_class = Qwen2VLGRPOTrainer(
+        str(tiny_model), by_length, stock_config(tmp_path), one_image(), None, None, None, []
+    )
+    assert callback_class.reward_funcs == [by_length]
+
+
+def test_a_name_loads_as_in_trl(tiny_model, tmp_path):
+    """In float32 unless asked otherwise: plain AdamW rounds updates of 1e-6 to bfloat16 weights away."""
+    for kwargs, dtype in [(None, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16)]:
+        dtypes = []
+        for kind in (GRPOTrainer, Qwen2VLGRPOTrainer):
+            args = stock_config(tmp_path, model_init_kwargs=kwargs, beta=0.1)
+            trainer = kind(model=str(tiny_model), reward_funcs=by_length, args=args, train_dataset=one_image())
+            dtypes.append({p.dtype for model in (trainer.model, trainer.ref_model) for p in model.parameters()})
+        assert dtypes == [{dtype}, {dtype}]
+    assert trainer.model.config.get_text_config()._attn_implementation == ATTENTION
+    assert set(trainer.model.generation_config.eos_token_id) == set(trainer.eos_token_ids)
+
+
+def test_what_the_shared_prefix_does_not_go_with(tiny_model, tmp_path):
+    for changes, message in [
+        ({"torch_compile": True}, "torch_compile: .*--shared_prefix false"),
+        ({"ds3_gather_for_generation": False}, "ds3_gather_for_generation: .*--shared_prefix false"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Qwen2VLGRPOTrainer(str(tiny_model), by_length, stock_config(tmp_path, **changes), one_image())
+
+
+def test_rewards_of_one_name_are_told_apart():
+    assert told_apart(["a", "b", "a", "a"]) == ["a", "b", "a_2", "a_3"]
+
+
+# --- dataset forms --------------------------------------------------------------------------------------------
+
+
+def png(row: int) -> bytes:
+    buffer = io.BytesIO()
+    noise(row).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def paths(folder: Path) -> list[str]:
+    for row in range(4):
+        (folder / f"{row}.png").write_bytes(png(row))
+    return [str(folder / f"{row}.png") for row in range(4)]
+
+
+QUESTIONS = [question(row) for row in range(4)]
+FORMS = {
+    "image feature": lambda folder: one_image(),
+    "images feature": lambda folder: several_images(),
+    "paths": lambda folder: Dataset.from_dict({"prompt": QUESTIONS, "image": paths(folder)}),
+    "lists of paths": lambda folder: Dataset.from_dict({"prompt": QUESTIONS, "images": [[p] for p in paths(folder)]}),
+    "bytes": lambda folder: Dataset.from_dict({"prompt": QUESTIONS, "image": [png(row) for row in range(4)]}),
+    "dicts": lambda folder: Dataset.from_dict(
+        {"prompt": QUESTIONS, "images": [[{"bytes": png(row), "path": None}] for row in range(4)]}
+    ),
+    "no images": lambda folder: Dataset.from_dict({"prompt": QUESTIONS}),
+    "texts": lambda folder: Dataset.from_dict({"prompt": [f"What is {row}?" for row in range(4)]}),
+    "some with an image": lambda folder: Dataset.from_dict(
+        {"prompt": QUESTIONS, "image": [noise(0), None, noise(1), None]},
+        features=Features({"prompt": MESSAGE, "image": ImageFeature()}),
+    ),
+    "some with images": lambda folder: Dataset.from_dict(
+        {"prompt": QUESTIONS, "images": [[], paths(folder)[:2], None, paths(folder)[:1]]}
+    ),
+}
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_dataset_forms(form, shared_prefix, tiny_model, tmp_path):
+    """Without a solution, which no reward asks for; the rows come to the reward as the dataset has them."""
+    dataset = FORMS[form](tmp_path)
+    columns = []
+
+    def reward(prompts, completions, **kwargs):
+        columns.append(kwargs)
+        assert all(isinstance(completion, str) == isinstance(prompts[0], str) for completion in completions)
+        return [float(len(str(completion))) for completion in completions]
+
+    args = stock_config(tmp_path / "out", gradient_accumulation_steps=2, max_steps=2)
+    args.shared_prefix = shared_prefix
+    trainer = Qwen2VLGRPOTrainer(model=str(tiny_model), reward_funcs=reward, args=args, train_dataset=dataset)
+    assert trainer.shared_prefix == shared_prefix
+    trainer.train()
+    rows = read_jsonl(tmp_path / "out/trajectories/train.jsonl")
+    assert len(rows) == 12 and all(row["solution"] is None for row in rows)
+    expected = [0] * 4 if form in ("no images", "texts") else [1, 2, 1, 2] if form == "images feature" else [1] * 4
+    expected = {"some with an image": [1, 0, 1, 0], "some with images": [0, 2, 0, 1]}.get(form, expected)
+    counts = sorted(row["prompt"].count("<|image_pad|>") for row in rows)
+    assert counts == sorted(3 * expected) and counts == sorted(len(row["images"]) for row in rows)
+    assert all({"image", "images"} & set(seen) == {"image", "images"} & set(dataset.column_names) for seen in columns)
+
+
+def test_a_text_has_no_place_for_images(tiny_model, tmp_path):
+    dataset = Dataset.from_dict({"prompt": ["What?"] * 4, "image": paths(tmp_path)})
+    trainer = Qwen2VLGRPOTrainer(str(tiny_model), by_length, stock_config(tmp_path), dataset)
+    with pytest.raises(ValueError, match="a text has no place for images"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_an_image_that_breaks_in_mid_run_ends_no_run(shared_prefix, tiny_model, tmp_path, capsys):
+    files = paths(tmp_path)
+    dataset = Dataset.from_dict({"prompt": QUESTIONS, "image": files})
+    Path(files[2]).write_bytes(b"")
+    args = stock_config(tmp_path / "out", max_steps=4)
+    args.shared_prefix = shared_prefix
+    trainer = Qwen2VLGRPOTrainer(str(tiny_model), by_length, args, dataset)
+    trainer.train()
+    rows = read_jsonl(tmp_path / "out/trajectories/train.jsonl")
+    broken = [row for row in rows if row["images"] == [files[2]]]
+    assert len(rows) == 12 and len(broken) == 3
+    assert all(row["advantage"] == 0 and row["rewards"] == {"by_length": None} for row in broken)
+    assert capsys.readouterr().err.count(f"warning: image {files[2]}: corrupt image") == 1  # once, not once a step
+    logs = [log["broken_images/completions"] for log in trainer.state.log_history if "broken_images/completions" in log]
+    assert sum(logs) == 3

@@ -1,0 +1,318 @@
+"""A data set in any form that people have becomes the same rows; a mistake in it is one line with file and row."""
+
+import base64
+import io
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from open_r1.data import DataArguments, load_dataset, load_datasets_from_args
+from open_r1.images import open_image
+from open_r1.modeling import load_processor
+from open_r1.prompts import sat_question
+from open_r1.records import Columns, read_examples
+from open_r1.rewards import check_gold
+from open_r1.sft import check_answer
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+COLOURS = ["red", "lime", "blue"]
+OPTIONS = ["red", "lime", "blue"]
+
+
+def picture(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (56, 84), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def question(colour: str) -> str:
+    return f"Is {colour} the colour?"
+
+
+def dialogues(form: str) -> list[dict]:
+    """Three records in ShareGPT's or LLaMA-Factory's form, with paths."""
+    records = []
+    for colour in COLOURS:
+        user, answer = f"<image>\n{question(colour)}", colour
+        if form == "conversations":
+            dialogue = [{"from": "human", "value": user}, {"from": "gpt", "value": answer}]
+        else:
+            dialogue = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+        records.append({form: dialogue, "images": [f"pictures/{colour}.png"], "options": OPTIONS, "box": [1, 2]})
+    return records
+
+
+def table() -> datasets.Dataset:
+    """Three rows as the Hub has them: an Image column, and columns of the data set's own names."""
+    rows = {
+        "query": [question(colour) for colour in COLOURS],
+        "label": COLOURS,
+        "picture": [{"bytes": picture(colour), "path": None} for colour in COLOURS],
+        "choices": [OPTIONS] * 3,
+        "box": [[1, 2]] * 3,
+    }
+    return datasets.Dataset.from_dict(rows).cast_column("picture", datasets.Image())
+
+
+TABLE_COLUMNS = Columns("query", "label", "picture", None)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    for colour in COLOURS:
+        (tmp_path / f"pictures/{colour}.png").write_bytes(picture(colour))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def make_json(folder: Path) -> Path:
+    (folder / "a.json").write_text(json.dumps(dialogues("messages")))
+    return folder / "a.json"
+
+
+def make_lines(folder: Path, name: str = "a.jsonl") -> Path:
+    (folder / name).write_text("\n".join(json.dumps(record) for record in dialogues("messages")) + "\n\n")
+    return folder / name
+
+
+def make_llama_factory(folder: Path) -> Path:
+    (folder / "b.json").write_text(json.dumps(dialogues("conversations")))
+    return folder / "b.json"
+
+
+def make_parquet(folder: Path) -> Path:
+    pq.write_table(pa.Table.from_pylist(dialogues("messages")), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def make_saved(folder: Path) -> Path:
+    table().save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def make_saved_splits(folder: Path) -> Path:
+    datasets.DatasetDict(train=table(), test=table().select([0])).save_to_disk(folder / "splits")
+    return folder / "splits"
+
+
+def make_plain_folder(folder: Path) -> Path:
+    (folder / "plain").mkdir()
+    table().to_parquet(folder / "plain/train-00000-of-00001.parquet")
+    return folder / "plain"
+
+
+def make_parquet_with_images(folder: Path) -> Path:
+    table().to_parquet(folder / "images.parquet")
+    return folder / "images.parquet"
+
+
+MAKERS = {
+    "JSON": make_json,
+    "JSON Lines": make_lines,
+    "JSON Lines named JSON": lambda folder: make_lines(folder, "lines.json"),
+    "LLaMA-Factory": make_llama_factory,
+    "parquet": make_parquet,
+    "parquet with images": make_parquet_with_images,
+    "saved by datasets": make_saved,
+    "saved by datasets, with splits": make_saved_splits,
+    "folder of parquet": make_plain_folder,
+}
+
+
+def check_rows(rows: datasets.Dataset) -> None:
+    assert [row["prompt"] for row in rows] == [[{"role": "user", "content": question(c)}] for c in COLOURS]
+    assert [row["solution"] for row in rows] == COLOURS
+    assert [row["box"] for row in rows] == [[1, 2]] * 3
+    for row, colour in zip(rows, COLOURS, strict=True):
+        (image,) = row["images"]
+        assert open_image(image).tobytes() == Image.new("RGB", (56, 84), colour).tobytes()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_form_gives_the_same_rows(name, folder, tiny_model):
+    source = MAKERS[name](folder)
+    columns = (
+        None if name in ("JSON", "JSON Lines", "JSON Lines named JSON", "LLaMA-Factory", "parquet") else TABLE_COLUMNS
+    )
+    check_rows(load_dataset(source, load_processor(tiny_model), columns=columns))
+
+
+def test_a_set_on_the_hub_by_its_columns(folder, tiny_model):
+    """As typed: `--dataset_name ID --dataset_train_split ... --question_column ...`, in a process of its own."""
+    import os
+    import subprocess
+
+    from hub import serve
+
+    repository = folder / "repository"
+    repository.mkdir()
+    table().to_parquet(repository / "train.parquet")
+    table().select([1]).to_parquet(repository / "test.parquet")
+    command = f"""
+from transformers import HfArgumentParser
+from open_r1.data import DataArguments, load_datasets_from_args
+from open_r1.modeling import load_processor
+(args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses()
+train, test = load_datasets_from_args(args, load_processor({str(tiny_model)!r}), {{}})
+print("ROWS", [*train["solution"]], [*test["solution"]], train[2]["prompt"][0]["content"], train[0]["choices"])
+"""
+    with serve({"datasets/someone/colours": repository}) as hub:
+        arguments = "--dataset_name someone/colours --eval_dataset_name someone/colours --question_column query "
+        arguments += "--answer_column label --image_column picture --options_column choices"
+        done = subprocess.run(
+            [sys.executable, "-c", command, *arguments.split()],
+            env={**os.environ, **hub.environment(folder / "home")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        asked = sat_question(question("blue"), OPTIONS)
+        assert f"ROWS {COLOURS} ['lime'] {asked} {OPTIONS}" in done.stdout
+        missing = subprocess.run(
+            [sys.executable, "-c", "from open_r1.records import *; read_examples('someone/nothing')"],
+            env={**os.environ, **hub.environment(folder / "home")},
+            capture_output=True,
+            text=True,
+        )
+    assert "someone/nothing: cannot be read as a data set: " in missing.stderr.splitlines()[-1]
+
+
+def test_fields_reach_the_rows_as_they_are(folder, tiny_model):
+    """Rewards take them as keyword lists; mixed kinds and absent ones too."""
+    fields = [
+        {"box": [1, 2], "info": {"a": 1}},
+        {"box": None, "info": {"b": ["x", 2]}, "level": "hard"},
+        {"info": None},
+    ]
+    records = [record | extra for record, extra in zip(dialogues("messages"), fields, strict=True)]
+    del records[2]["box"]
+    (folder / "a.json").write_text(json.dumps(records))
+    # a field that the first record lacks, like `level`, is the file's too
+    rows = load_dataset(folder / "a.json", load_processor(tiny_model))
+    assert [row["info"] for row in rows] == [{"a": 1}, {"b": ["x", 2]}, None]
+    assert [row["box"] for row in rows] == [[1, 2], None, None]
+    assert [row["level"] for row in rows] == [None, "hard", None]
+
+
+def test_null_is_absent(folder, tiny_model):
+    record = {"messages": dialogues("messages")[0]["messages"][:1], "images": None, "options": None}
+    record |= {"question_type": None, "solution": None}
+    record["messages"] = [{"role": "user", "content": "What?"}]
+    (folder / "a.json").write_text(json.dumps([record]))
+    (row,) = load_dataset(folder / "a.json", load_processor(tiny_model))
+    assert (row["images"], row["options"], row["solution"], row["question_type"]) == ([], [], None, "")
+
+
+def test_a_system_message_and_images_with_bytes(folder, tiny_model):
+    url = "data:image/png;base64," + base64.b64encode(picture("red")).decode()
+    content = [{"type": "image", "image": url, "text": None}, {"type": "text", "text": "What?", "image": None}]
+    record = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]}
+    (folder / "a.json").write_text(json.dumps([record]))
+    (row,) = load_dataset(folder / "a.json", load_processor(tiny_model))
+    assert row["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]
+    assert Path(row["images"][0]).read_bytes() == picture("red")  # unchanged: neither decoded nor resized
+
+
+def test_special_tokens_in_a_text_leave_the_row_out(folder, tiny_model, capsys):
+    records = dialogues("messages")
+    records[0]["messages"][0]["content"] += " <|video_pad|>"
+    records[1]["messages"][1]["content"] = "<|image_pad|>"
+    (folder / "a.json").write_text(json.dumps(records))
+    rows = load_dataset(folder / "a.json", load_processor(tiny_model))
+    assert rows["solution"] == ["blue"]
+    assert (
+        "kept 1 of 3 examples; left out 0 with a prompt over None tokens, 2 with a special" in capsys.readouterr().out
+    )
+
+
+def damaged(content: bytes):
+    def make(folder: Path, records: list[dict]) -> None:
+        (folder / "pictures/bad.png").write_bytes(content)
+        records[1]["images"] = ["pictures/bad.png"]
+
+    return make
+
+
+def changed(**fields: object):
+    def make(folder: Path, records: list[dict]) -> None:
+        records[1] |= fields
+
+    return make
+
+
+MISTAKES = {
+    "cut image": (damaged(picture("red")[:-60]), "pictures/bad.png: corrupt image"),
+    "empty image": (damaged(b""), "pictures/bad.png: corrupt image"),
+    "no image": (changed(images=["pictures"]), "no image .*pictures, that is a folder"),
+    "web": (changed(images=["https://example.org/a.png"]), "download it first"),
+    "gold": (changed(options=["cyan", "pink"]), "lime"),
+    "no answer": (changed(messages=[{"role": "user", "content": "<image>What?"}]), "no answer"),
+    "name": (changed(completions=[1]), "the field completions has a name"),
+    "form": (changed(messages=None), "no messages, conversations, prompt or question; it has .*--question_column"),
+    "turns": (changed(messages=[{"role": "assistant", "content": "a"}]), "expected one user and one assistant"),
+    "options": (changed(options="red, lime"), "options: expected a list of strings"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_with_file_and_row(name, folder, tiny_model):
+    records = dialogues("messages")
+    MISTAKES[name][0](folder, records)
+    path = folder / "a.json"
+    path.write_text(json.dumps(records))
+    with pytest.raises((OSError, ValueError), match=MISTAKES[name][1]) as caught:
+        load_dataset(path, load_processor(tiny_model), checks=[check_gold])
+    assert str(caught.value).startswith(f"{path}: row 1: ") and "\n" not in str(caught.value)
+
+
+def test_sft_needs_an_answer(folder, tiny_model):
+    (folder / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "What?"}]}))
+    assert read_examples(folder / "a.jsonl")[0]["solution"] is None
+    with pytest.raises(ValueError, match="row 0: no answer to train on"):
+        load_dataset(folder / "a.jsonl", load_processor(tiny_model), checks=[check_answer])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", b'{"question": "a"}\n{"quest', "a.jsonl: line 2: not JSON"),
+        ("a.jsonl", b"", "at least one record"),
+        ("a.json", b"\xff\xfe", "not a JSON file"),
+        ("a.parquet", b"PAR1", "not a parquet file"),
+    ],
+)
+def test_files_that_are_none(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_examples(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_that_are_not_there(folder):
+    make_saved(folder)
+    for columns, field in [(Columns("text"), "text"), (Columns("query", "gold"), "gold")]:
+        with pytest.raises(ValueError, match=f"row 0: no field {field}; it has query, label, picture"):
+            read_examples(folder / "saved", columns)
+    with pytest.raises(ValueError, match=r"no messages, .*; it has query, label, picture, choices, box"):
+        read_examples(folder / "saved")
+    with pytest.raises(ValueError, match="no split 'dev'; it has train, test"):
+        read_examples(make_saved_splits(folder), split="dev")
+    assert [row["images"][0]["bytes"] for row in read_examples(folder / "saved", TABLE_COLUMNS)] == [
+        picture(colour) for colour in COLOURS
+    ]
+
+
+def test_the_columns_are_settings_of_a_recipe(folder, tiny_model):
+    arguments = DataArguments(str(make_saved_splits(folder)), question_column="query", answer_column="label")
+    arguments.image_column, arguments.eval_dataset_name = "picture", arguments.dataset_name
+    train, held_out = load_datasets_from_args(arguments, load_processor(tiny_model), {})
+    check_rows(train)
+    assert held_out["solution"] == ["red"]

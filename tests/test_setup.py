@@ -1,0 +1,269 @@
+"""From a fresh clone to a Python that has the packages: setup.sh, and what every script then finds by itself."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fresh import SYSTEM_PATH, clone, new_shell
+from open_r1.front_door import ROOT as FRONT_DOOR_ROOT
+from open_r1.prompts import REPO_ROOT
+
+SYSTEM_TOOLS = "sh bash cat cksum dirname date df awk head grep sed rm git c++ cc timeout env uname"
+STARTED_BY_OTHERS = {"benchmark_step.py"}  # by benchmark.py, with its own Python
+FRONT_DOORS = sorted(
+    path
+    for folder in ("scripts", "src/eval", "src/data")
+    for path in (REPO_ROOT / folder).rglob("*.py")
+    if "__main__" in path.read_text() and path.name not in STARTED_BY_OTHERS
+)
+LIGHT = {"report.py", "compare.py", "world.py", "process_dataset.py", "test_qwen2vl_CVBench.py"}  # no torch for --help
+H100 = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1c2d)"
+
+
+def write_script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def fake_python(path: Path, minor: int) -> Path:
+    """A Python of another version, with a prefix of its own, that has no pip."""
+    patches = f"import sys; sys.version_info = (3, {minor}, 0); sys.prefix = '{path.parent.parent}'"
+    return write_script(
+        path,
+        f'[ "$1" = --version ] && echo Python 3.{minor}.0 && exit\n[ "$1" = -c ] || exit 1\n'
+        f'exec {sys.executable} -c "{patches}; $2"',
+    )
+
+
+def run_setup(root: Path = REPO_ROOT, path: str = SYSTEM_PATH, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["sh", str(root / "setup.sh")], env=new_shell(path, **env), capture_output=True, text=True)
+
+
+# --- setup.sh -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("minor", [9, 10, 15])
+def test_setup_refuses_an_unsupported_python(tmp_path, minor):
+    python = fake_python(tmp_path / "bin/python", minor)
+    result = run_setup(PYTHON=str(python))
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.strip() == (
+        f"error: Python 3.{minor}.0 in {python} is not supported; use Python 3.11, 3.12, 3.13 or 3.14"
+    )
+
+
+@pytest.mark.parametrize("minor", [11, 12, 13, 14])
+def test_setup_takes_a_supported_python(tmp_path, minor):
+    """Up to the next thing that is missing: a pip that gets uv."""
+    result = run_setup(PYTHON=str(fake_python(tmp_path / "bin/python", minor)))
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: could not get uv from the package index; check the network")
+    assert not (tmp_path / ".setup-stamp").exists()
+
+
+def test_setup_without_a_network_says_so(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_RETRIES": "0"}
+    python = str(tmp_path / "venv/bin/python")
+    result = run_setup(PYTHON=python, PIP_CONFIG_FILE=os.devnull, PIP_FIND_LINKS="", **nowhere)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: could not get uv from the package index; check the network"
+    )
+    assert not (tmp_path / "venv/.setup-stamp").exists()
+
+
+@pytest.mark.parametrize(
+    ("listing", "status", "found"),
+    [
+        (H100, 0, True),
+        ("Failed to initialize NVML: Driver/library version mismatch", 18, False),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 9, False),
+        ("No devices were found", 0, False),
+        (H100, 15, False),  # one GPU of several is lost
+        ("GPU access blocked by the operating system", 0, False),
+    ],
+)
+def test_setup_installs_vllm_where_nvidia_smi_lists_a_gpu(tmp_path, listing, status, found):
+    python = fake_python(tmp_path / "env/bin/python", 12)
+    write_script(tmp_path / "bin/nvidia-smi", f'echo "{listing}"\nexit {status}')
+    write_script(tmp_path / "bin/df", 'echo head\necho "disk 0 0 99999999"')
+    write_script(tmp_path / "bin/uv", f'echo "$@" >>{tmp_path}/asked')
+    result = run_setup(path=f"{tmp_path}/bin:{SYSTEM_PATH}", PYTHON=str(python))
+    assert result.returncode == 0, result.stderr
+    asked = (tmp_path / "asked").read_text()
+    assert "requirements.txt" in asked and ("requirements-gpu.txt" in asked) == found
+    assert ("NVIDIA H100 80GB HBM3: with vLLM" in result.stdout) == found
+    assert ("no NVIDIA GPU found" in result.stdout) != found
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_an_nvidia_smi_that_hangs_is_no_gpu(tmp_path, shell):
+    write_script(tmp_path / "nvidia-smi", f'trap "" TERM\necho "{H100}"\nwhile :; do sleep 1; done')
+    command = f"set -eu; ROOT={REPO_ROOT}; . {REPO_ROOT}/scripts/env.sh; gpu_names; echo end"
+    env = {"PATH": f"{tmp_path}:{SYSTEM_PATH}"}
+    result = subprocess.run([shell, "-c", command], env=env, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "end\n")
+
+
+def tools(folder: Path, *names: str) -> str:
+    """A PATH with what a system without Python has."""
+    folder.mkdir()
+    for name in (*SYSTEM_TOOLS.split(), *names):
+        if found := shutil.which(name):
+            (folder / name).symlink_to(found)
+    return str(folder)
+
+
+def test_without_a_python_setup_says_what_to_install(tmp_path):
+    result = run_setup(clone(tmp_path / "clone"), path=tools(tmp_path / "bin"))
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        "error: no Python 3.11 to 3.14 found, and no uv to fetch one; install either and run this again"
+    )
+    assert not (tmp_path / "clone/.venv").exists()
+
+
+@pytest.mark.heavy
+def test_uv_brings_a_python_where_the_system_has_an_old_one(tmp_path):
+    """The one that uv manages stands for the download: this Python, under the name that uv gives to its own."""
+    root, uv = clone(tmp_path / "clone"), Path(sys.prefix, "bin/uv")
+    path = f"{tools(tmp_path / 'bin')}:{fake_python(tmp_path / 'old/python3', 10).parent}"
+    (tmp_path / "bin/uv").symlink_to(uv if uv.is_file() else shutil.which("uv"))
+    nothing = {"UV_PYTHON_INSTALL_DIR": str(tmp_path / "none"), "UV_PYTHON_DOWNLOADS": "never"}
+    result = run_setup(root, path=path, **nothing)
+    assert result.returncode == 1 and not (root / ".venv").exists()
+    assert result.stderr.splitlines()[-1].startswith("error: no Python 3.11 to 3.14 found, and uv could not fetch one")
+
+    version = ".".join(map(str, sys.version_info[:3]))
+    machine = os.uname().machine
+    managed = tmp_path / f"managed/cpython-{version}-linux-{machine}-gnu"
+    managed.mkdir(parents=True)
+    for part in Path(sys.base_prefix).iterdir():
+        (managed / part.name).symlink_to(part)
+    result = run_setup(root, path=path, UV_PYTHON_INSTALL_DIR=str(managed.parent), UV_PYTHON_DOWNLOADS="never")
+    assert result.returncode == 0, result.stderr
+    assert "uv brings one" in result.stdout
+    again = run_setup(root, path=tools(tmp_path / "bare"))  # uv is in .venv, too
+    assert again.stdout.strip() == f"setup: {root}/.venv is up to date"
+    help_text = subprocess.run([root / ".venv/bin/python", root / "scripts/report.py", "--help"], capture_output=True)
+    assert help_text.returncode == 0
+
+
+# --- front doors --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory) -> Path:
+    """A Python without any packages."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder / "bin/python"
+
+
+def start(python: Path, script: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    """`cd FOLDER && python SCRIPT` in a new shell."""
+    return subprocess.run(
+        [python, script.name, *arguments],
+        cwd=script.parent,
+        env=new_shell(f"{python.parent}:{SYSTEM_PATH}", **env),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def doors(tmp_path_factory) -> Path:
+    """A clone whose .venv is this environment."""
+    root = clone(tmp_path_factory.mktemp("doors") / "with a space")
+    (root / ".venv").symlink_to(sys.prefix)
+    return root
+
+
+@pytest.mark.parametrize(
+    "door",
+    [pytest.param(door, id=door.name, marks=[] if door.name in LIGHT else [pytest.mark.heavy]) for door in FRONT_DOORS],
+)
+def test_every_script_finds_what_setup_made(door, doors, bare_python):
+    result = start(bare_python, doors / door.relative_to(REPO_ROOT), "--help")
+    assert result.returncode == 0 and result.stdout.startswith("usage: "), result.stderr
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("door", FRONT_DOORS, ids=lambda path: path.name)
+def test_old_pythons_read_a_script_as_far_as_its_front_door(door):
+    """Compiled whole before its first line runs; and nothing that must be installed is imported too early."""
+    tree = ast.parse(door.read_text(), feature_version=(3, 9))
+    ast.parse((REPO_ROOT / "src/open-r1-multimodal/open_r1/front_door.py").read_text(), feature_version=(3, 6))
+    for statement in tree.body:
+        if isinstance(statement, ast.Expr) and "use_environment" in ast.dump(statement):
+            break
+        names = [getattr(statement, "module", None)] if isinstance(statement, ast.ImportFrom) else []
+        names += [name.name for name in statement.names] if isinstance(statement, ast.Import) else []
+        assert all(name.split(".")[0] in {*sys.stdlib_module_names, "open_r1"} for name in names), names
+    else:
+        pytest.fail(f"{door}: no use_environment()")
+
+
+def test_without_an_environment_one_line_says_setup(tmp_path, bare_python):
+    root = clone(tmp_path / "clone")
+    for script in ("src/eval/test_qwen2vl_CVBench.py", "scripts/report.py", "src/data/SAT/process_dataset.py"):
+        result = start(bare_python, root / script, "--help")
+        assert result.returncode == 1 and result.stdout == ""
+        assert result.stderr == (
+            f"error: {bare_python} does not have this repository's packages; run `bash setup.sh` in {root}\n"
+        )
+    shell = subprocess.run(
+        ["sh", "prepare_dataset.sh"],
+        cwd=root / "src/data/SAT",
+        env=new_shell(f"{bare_python.parent}:{SYSTEM_PATH}"),
+        capture_output=True,
+        text=True,
+    )
+    assert shell.returncode == 1
+    assert shell.stderr == f"error: python3 does not have this repository's packages; run `bash setup.sh` in {root}\n"
+
+
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_the_active_environment_wins(doors, bare_python, tmp_path, variable):
+    """Also when it lacks the packages: `bash setup.sh` would install into it."""
+    script = doors / "scripts/report.py"
+    other = bare_python.parents[1]
+    result = start(bare_python, script, "--help", **{variable: str(other)})
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {other}/bin/python does not have this repository's packages")
+    (doors / ".venv").rename(doors / "elsewhere")
+    try:
+        assert start(bare_python, script, "--help", **{variable: str(doors / "elsewhere")}).returncode == 0
+    finally:
+        (doors / "elsewhere").rename(doors / ".venv")
+
+
+def test_python_and_shell_choose_alike(doors, bare_python):
+    """scripts/env.sh and front_door.py hold the same order."""
+    for env in ({}, {"VIRTUAL_ENV": "/nowhere"}, {"CONDA_PREFIX": str(bare_python.parents[1])}):
+        env = new_shell(**env)
+        command = f'ROOT="{doors}"; . "$ROOT/scripts/env.sh"; printf %s "$PYTHON"'
+        shell = subprocess.run(["sh", "-c", command], env=env, capture_output=True, text=True).stdout
+        code = (
+            "import os, sys; sys.path.insert(0, sys.argv[1]); from open_r1 import front_door\n"
+            "os.execve = lambda python, *_: sys.exit(print(python, end=''))\nfront_door.use_environment()"
+        )
+        command = [bare_python, "-c", code, doors / "src/open-r1-multimodal"]
+        assert subprocess.run(command, env=env, capture_output=True, text=True).stdout == shell
+
+
+def test_arguments_and_interpreter_options_survive(doors, bare_python, tmp_path):
+    """An argument with spaces, and `-X dev`, reach the script that runs in the end."""
+    run = tmp_path / "no such run"
+    result = start(bare_python, doors / "scripts/report.py", str(run))
+    assert result.returncode == 1 and str(run) in result.stderr and result.stderr.count("\n") == 1
+    assert FRONT_DOOR_ROOT == REPO_ROOT
