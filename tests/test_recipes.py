@@ -8,8 +8,6 @@ import math
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,26 +26,6 @@ RECIPES = sorted(
 LAUNCHES = ("zero2", "zero3", "ddp")
 BASE = REPO_ROOT / "configs/tiny/base"
 STEPS = 3
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.2)
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An interpreter that starts at once; see preloaded.py."""
-    folder = tmp_path_factory.mktemp("python")
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("preloaded.py")), str(folder / "socket"), str(folder / "python")],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-    )
-    wait_for(folder / "python", server)
-    yield folder / "python"
-    server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +52,7 @@ def optimizer_steps(value: object) -> set[int]:
 @pytest.mark.heavy
 @pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_trains_and_goes_on(recipe, launch, python, data, tmp_path):
+def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, tmp_path):
     settings = yaml.safe_load((REPO_ROOT / f"configs/{recipe}.yaml").read_text())
     is_sft = Path(recipe).name.startswith("sft")
     arguments = ["--logging_steps", "1", "--save_steps", "1"]
@@ -89,7 +67,7 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, python, data, tmp_path):
             ["sh", str(REPO_ROOT / "src/open-r1-multimodal" / script), *arguments, "--max_steps", str(steps)],
             env={
                 **os.environ,
-                "PYTHON": str(python),
+                "PYTHON": str(quick_python),
                 "CONFIG": str(REPO_ROOT / f"configs/{recipe}.yaml"),
                 "MODEL": str(BASE),
                 "DATA": str(data),

@@ -40,21 +40,24 @@ class RecipeParser(TrlParser):
     def set_defaults_with_config(self, **recipe: Any) -> list[str]:
         """TRL's, which believes every value; here each is read as it would be on the command line."""
         try:
-            self._check_recipe(recipe)
+            recipe = self._read(recipe)
         except ValueError as error:
             raise ValueError(f"{self.recipe}: {error}") from error
         return super().set_defaults_with_config(**recipe)
 
-    def _check_recipe(self, recipe: dict[str, Any]) -> None:
+    def _read(self, recipe: dict[str, Any]) -> dict[str, Any]:
         actions = {action.dest: action for action in reversed(self._actions)}  # --x, and not the --no_x after it
         for name, value in recipe.items():
             if name not in actions:
                 raise ValueError(self._unknown("setting", name))
-            self._check(actions[name], value)
+            if actions[name].nargs == "+" and isinstance(value, str):
+                recipe[name] = [value]
+            self._check(actions[name], recipe[name])
+        return recipe
 
     def _unknown(self, kind: str, name: str) -> str:
         known = [action.dest for action in self._actions]
-        close = difflib.get_close_matches(str(name).partition("=")[0].lstrip("-").replace("-", "_"), known, n=1)
+        close = difflib.get_close_matches(name.partition("=")[0].lstrip("-").replace("-", "_"), known, n=1)
         return f"unknown {kind} {name!r}" + (f"; did you mean {close[0]}?" if close else "; --help lists them")
 
     def _check(self, action: argparse.Action, value: Any) -> None:
