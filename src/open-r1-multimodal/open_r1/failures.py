@@ -17,6 +17,7 @@ from typing import Any
 
 MISTAKE = 2  # exit code, as argparse's
 FIRST = "first_failure"
+PAUSE = 1.0  # seconds
 SETTLED = 5  # seconds that the failures of one cause lie apart; torch's launcher waits 30 before it kills
 
 
@@ -55,10 +56,13 @@ def _is_first(error: Exception) -> bool:
     path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])  # {folder of the launch}/{rank}/error.json
     path.write_text(json.dumps({"message": f"{type(error).__name__}: {error}", "timestamp": int(time.time())}))
     try:
-        with (path.parent.parent / FIRST).open("x") as file:
-            file.write(os.environ["RANK"])
+        file = (path.parent.parent / FIRST).open("x")
     except FileExistsError:
+        time.sleep(2 * PAUSE)  # the launcher ends the others with the first that leaves
         return False
+    time.sleep(PAUSE)  # if what failed here is that another process was killed, the launcher ends this one now
+    with file:
+        file.write(os.environ["RANK"])
     return True
 
 
@@ -74,21 +78,22 @@ def last_word(failures: Mapping[int, Any], processes: int) -> tuple[int, str]:
     """
     start = min(failure.timestamp for failure in failures.values())
     marks = {Path(failure.error_file).parent.parent / FIRST for failure in failures.values()}
-    told = [int(path.read_text()) for path in marks if path.is_file()]
+    told = [int(text) for path in marks if path.is_file() and (text := path.read_text())]
     # A killed process told nothing, and what the others saw of it is not the cause.
     killed = [
         rank
         for rank, failure in failures.items()
         if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and failure.timestamp - start < SETTLED
     ]
-    rank = (killed or told or [min(failures, key=lambda rank: failures[rank].timestamp)])[0]
+    ended = sorted(failures, key=lambda rank: (failures[rank].exitcode == -signal.SIGTERM, failures[rank].timestamp))
+    rank = (killed or told or ended)[0]
     code = failures[rank].exitcode if rank in failures else 1
     if code == MISTAKE and rank in told:
         return code, ""
     name = f"rank {rank} of {processes}"
+    if rank in told:
+        return max(code, 1), f"error: {name} failed; its traceback is above"
     if code < 0:
         cause = ", as the kernel does when memory runs out" if code == -signal.SIGKILL else ""
         return 128 - code, f"error: {name} was ended by {signal.Signals(-code).name}{cause}"
-    if rank in told:
-        return code, f"error: {name} failed; its traceback is above"
     return code, f"error: {name} ended with exit code {code}"
