@@ -1,5 +1,6 @@
 """Checkpoints that are whole or passed over: a manifest written last says which, and resuming believes only it."""
 
+import functools
 import json
 import os
 import re
@@ -218,6 +219,12 @@ class CompleteCheckpoints(TrainerCallback):
             shutil.rmtree(checkpoint)
 
 
+@functools.cache  # once is enough, and all that torch takes
+def know_the_first_cpu() -> None:
+    """Teach `torch.load` that "cpu:0" is the CPU."""
+    register_package(0, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None)
+
+
 class LoadWeightsMixin:
     """In front of a `Trainer`: resuming outside DeepSpeed loads the weights, and on the CPU the optimizer's state.
 
@@ -235,5 +242,5 @@ class LoadWeightsMixin:
         target.load_state_dict(saved.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        register_package(0, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None)
+        know_the_first_cpu()
         super()._load_optimizer_and_scheduler(checkpoint)
