@@ -1,6 +1,7 @@
 """What a user gets wrong is one line, before any process of a run starts; what fails in a run is told once."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -178,6 +179,24 @@ def test_the_script_tells_its_own(tmp_path, tiny_model, environment, message):
     result = run_grpo(tiny_model, tmp_path / "no.json", tmp_path / "out", **environment)
     assert (result.returncode, result.stderr) == (2, f"{message}\n")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "lists, gpus",
+    [
+        ("echo 'NVIDIA-SMI has failed because it could not talk to the driver.'; exit 9", 0),
+        ("echo 'No devices were found'", 0),
+        ("echo 'GPU 0: H100 (UUID: GPU-a)'; echo 'GPU 1: H100 (UUID: GPU-b)'", 2),
+    ],
+)
+def test_a_gpu_is_one_that_can_be_listed(tmp_path, tiny_model, examples_json, lists, gpus):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{lists}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NUM_PROCESSES": "3", "ACCELERATE_CONFIG": "zero9"}
+    result = run_grpo(tiny_model, examples_json, tmp_path / "out", **env)
+    assert result.returncode == 2 and ("no GPU found" in result.stdout) == (gpus == 0)
+    told = "NUM_PROCESSES: 3 is more than the 2 GPUs" if gpus else "ACCELERATE_CONFIG: no file"
+    assert result.stderr.startswith(f"error: {told}") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.heavy

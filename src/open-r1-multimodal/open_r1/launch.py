@@ -53,7 +53,7 @@ def main() -> None:
 
     checking.join()
     if checking.exitcode:
-        sys.exit(checking.exitcode)
+        sys.exit(checking.exitcode if checking.exitcode > 0 else f"error: signal {-checking.exitcode} ended the check")
     logging.disable(logging.ERROR)  # in this process: what torch's launcher says of failures is in the last word
     try:
         launch_command(launch_command_parser().parse_args(["--main_process_port", "0", *sys.argv[1:]]))
