@@ -67,6 +67,7 @@ CHANGES = [
     ({"completions_per_step": 60}, r"completions_per_step 60 is not a multiple of 16 .*; 48 and 64 would fit"),
     ({"loss_type": "gpro"}, r"loss_type: 'gpro' is none of grpo, "),
     ({"temperature": 0}, r"temperature 0.*: completions are sampled"),
+    ({"accelerator_config": {"split": True}}, r".*/recipe\.yaml: .*unexpected keyword argument 'split'"),
     ({"max_steps": 0}, r"max_steps 0, num_train_epochs 3.0: nothing would be trained"),
     ({"max_steps": -1, "num_train_epochs": 0}, r"max_steps -1, num_train_epochs 0.*: nothing would be trained"),
     ({"torch_compile": True}, r"torch_compile: "),

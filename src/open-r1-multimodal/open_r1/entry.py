@@ -67,9 +67,7 @@ def quiet() -> None:
     for name, part in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
-    warnings.filterwarnings(
-        "ignore", "Both num_training_steps and num_stable_steps are specified"
-    )  # as the recipes mean
+    warnings.filterwarnings("ignore", "Both num_training_steps and num_stable_steps are specified")  # as it should be
     downloads_are_shown = not are_progress_bars_disabled()
     disable_progress_bar()  # of loading and writing weights; it takes the bars of downloads along
     if downloads_are_shown:
@@ -77,7 +75,7 @@ def quiet() -> None:
 
 
 # What a recipe, a dataset, a model folder, a reward or a chat template of the user's can raise.
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError, jinja2.TemplateError)
+USER_ERRORS = (ValueError, OSError, ImportError, jinja2.TemplateError)
 
 
 @dataclass(frozen=True)
@@ -160,11 +158,7 @@ def find_checkpoint(command: Command, settings: tuple[Any, TrainingArguments, An
 
 def run(command: Command) -> None:
     """The whole of a training command; `launch.py` starts it in every process."""
-    quiet()
-    sys.path.remove(
-        str(Path(__file__).parent)
-    )  # open_r1's modules are no top-level ones; a user's may have their names
-    sys.path.append(os.getcwd())  # where a user's own `module:function` reward lies; nothing there replaces a library
+    prepare_process()
     with told_once():
         train(command, sys.argv[1:])
 

@@ -101,3 +101,5 @@ def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tu
         return parser.parse_args_and_config(arguments)
     except yaml.YAMLError as error:
         raise ValueError(f"{parser.recipe}: not YAML: {error}") from error
+    except TypeError as error:  # of a dictionary among the settings, whose keys the dataclasses pass on
+        raise ValueError(f"{parser.recipe or 'arguments'}: {error}") from error
