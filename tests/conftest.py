@@ -5,6 +5,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
 
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,3 +37,22 @@ def examples_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support import write_examples
 
     return write_examples(tmp_path_factory.mktemp("examples"))
+
+
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An interpreter whose scripts find everything imported; see preloaded.py."""
+    folder = tmp_path_factory.mktemp("python")
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("preloaded.py")), str(folder / "socket"), str(folder / "python")],
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 180
+    while not os.access(folder / "python", os.X_OK):
+        assert server.poll() is None and time.monotonic() < deadline, "preloaded.py did not start"
+        time.sleep(0.2)
+    yield folder / "python"
+    server.kill()
+    server.wait()

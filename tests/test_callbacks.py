@@ -313,10 +313,12 @@ def test_wandb_offline_has_the_same_scalars_and_a_table(tiny_model, examples_jso
     monkeypatch.setenv("WANDB_SILENT", "true")
     for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
+    wandb.teardown()  # what an earlier run of this process set up, its folder among it, would stay
     try:
         train_planted(tiny_model, examples_json, tmp_path / "out", max_steps=2, report_to=["wandb"])
     finally:
-        wandb.finish()
+        wandb.finish()  # comes back before the run's file is written
+        wandb.teardown()  # waits for it
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert b"hf_secret" not in file.read_bytes()
     scalars, images = {}, []

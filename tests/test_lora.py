@@ -4,13 +4,14 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from trl import ModelConfig, TrlParser
 
 from open_r1.data import load_dataset
 from open_r1.grpo import GRPOScriptArguments, build_trainer
 from open_r1.modeling import (
     FreezeArguments,
+    adapter_base,
     get_adapter_config,
     load_model,
     load_model_from_args,
@@ -137,9 +138,21 @@ def test_recipes_say_what_the_readme_says(tmp_path):
         assert model_args.load_in_4bit == (name == "grpo_sat_qlora")
 
 
-@pytest.mark.skipif("bitsandbytes" in sys.modules, reason="bitsandbytes is installed")
-def test_missing_bitsandbytes_is_one_clear_line(tiny_model, monkeypatch):
+def test_quantised_weights_need_bitsandbytes_and_an_adapter(tiny_model, monkeypatch):
+    args = {"model_name_or_path": str(tiny_model), "load_in_4bit": True}
+    with pytest.raises(ValueError, match="load_in_4bit, load_in_8bit: quantised weights cannot be trained"):
+        load_model_from_args(ModelConfig(**args))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="bitsandbytes is not installed; it needs a GPU") as raised:
-        load_model_from_args(ModelConfig(model_name_or_path=str(tiny_model), load_in_4bit=True))
+    with pytest.raises(ImportError, match="load_in_4bit, load_in_8bit: bitsandbytes is not installed") as raised:
+        load_model_from_args(ModelConfig(**args, use_peft=True))
     assert "\n" not in str(raised.value)
+
+
+def test_an_adapter_names_its_base_wherever_it_was_trained(tiny_model, tmp_path, monkeypatch):
+    """Also when the run was told a folder as seen from its own."""
+    monkeypatch.chdir(tiny_model.parent)
+    model = load_model(tiny_model.name)
+    _, _, model_args = parse("tests/data/grpo", "--output_dir", "x", "--dataset_name", "x", *LORA)
+    get_peft_model(model, get_adapter_config(model_args, FreezeArguments())).save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    assert adapter_base(tmp_path / "adapter") == tiny_model.resolve()

@@ -18,12 +18,15 @@ from trl import ModelConfig
 
 from open_r1 import checkpoints
 from open_r1 import trainer as trainer_module
-from open_r1.callbacks import add_run_callbacks
+from open_r1.callbacks import add_run_callbacks, all_arguments, check_same_run
 from open_r1.checkpoints import (
     MANIFEST,
     CompleteCheckpoints,
+    Layout,
+    check_layout,
     copy_model,
     find_defect,
+    is_finished,
     last_complete_checkpoint,
     resolve_checkpoint,
     seal,
@@ -65,8 +68,117 @@ def test_half_written_checkpoints_are_reported_and_passed_over(tmp_path, capsys)
         f"{tmp_path}/checkpoint-10: passed over, model.safetensors has 5 bytes instead of 7",
     ]
     assert resolve_checkpoint("none", str(tmp_path)) is None
-    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint: no folder elsewhere"):
-        resolve_checkpoint("elsewhere", str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{"])
+def test_a_manifest_that_a_full_disk_left_is_none(tmp_path, text):
+    checkpoint = make_checkpoint(tmp_path, 3)
+    (checkpoint / MANIFEST).write_text(text)
+    assert find_defect(checkpoint) == f"half-written ({MANIFEST} lists no files)"
+    assert resolve_checkpoint("auto", str(tmp_path)) is None
+
+
+def test_a_checkpoint_that_is_named_must_be_one(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 3)
+    assert resolve_checkpoint(str(checkpoint), "elsewhere") == str(checkpoint)
+    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint: no folder nowhere"):
+        resolve_checkpoint("nowhere", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint: .* is no checkpoint of a run"):
+        resolve_checkpoint(str(tmp_path), str(tmp_path))
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint: .*3: model\.safetensors is missing"):
+        resolve_checkpoint(str(checkpoint), str(tmp_path))
+
+
+def test_a_launch_loads_only_what_it_would_have_written(tmp_path):
+    """The names are DeepSpeed's and transformers'; test_a_launch_that_cannot_continue has real ones."""
+    files = {
+        "alone": ["model.safetensors"],
+        "ddp": ["optimizer.pt", "scheduler.pt"],
+        "zero2": ["global_step1/mp_rank_00_model_states.pt", "global_step1/zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+        "zero3": [
+            f"global_step1/zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
+            for rank in (0, 1)
+            for kind in ("model", "optim")
+        ],
+    }
+    for folder, names in files.items():
+        for name in names:
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).touch()
+    layouts = {folder: Layout.of_checkpoint(tmp_path / folder) for folder in files}
+    assert layouts == {"alone": None, "ddp": Layout(0, 0), "zero2": Layout(2, 1), "zero3": Layout(3, 2)}
+    for folder, launch in (
+        ("ddp", Layout(0, 1)),
+        ("ddp", Layout(0, 4)),
+        ("zero2", Layout(2, 1)),
+        ("zero3", Layout(3, 2)),
+    ):
+        check_layout(str(tmp_path / folder), launch)
+    for folder, launch, reason in (
+        ("alone", Layout(0, 1), "holds the model without optimizer and schedule"),
+        ("ddp", Layout(2, 1), "was written by a launch without ZeRO, and this is 1 process under ZeRO-2"),
+        ("zero2", Layout(2, 2), "was written by 1 process under ZeRO-2, and this is 2 processes under ZeRO-2"),
+        ("zero3", Layout(2, 2), "was written by 2 processes under ZeRO-3, and this is 2 processes under ZeRO-2"),
+    ):
+        with pytest.raises(ValueError, match=f"{folder}: {reason}.*--resume_from_checkpoint none$"):
+            check_layout(str(tmp_path / folder), launch)
+
+
+def test_layouts_of_the_launches_we_offer(monkeypatch):
+    folder = REPO_ROOT / "src/open-r1-multimodal/configs"
+    stages = {path.stem: Layout.of_config(str(path), 2).zero_stage for path in folder.glob("*.yaml")}
+    assert stages == {"ddp": 0, "zero2": 2, "cpu": 2, "zero3": 3}
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert Layout.of_this_process() == Layout(0, 4)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert Layout.of_this_process() == Layout(3, 4)
+
+
+def test_deepspeeds_own_file_names_the_stage(tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    launch = f"distributed_type: DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: {tmp_path}/ds.json}}\n"
+    (tmp_path / "launch.yaml").write_text(launch)
+    assert Layout.of_config(str(tmp_path / "launch.yaml"), 2) == Layout(2, 2)
+
+
+def test_another_run_in_the_folder_is_not_continued(tmp_path, tiny_model):
+    """What is learned and how must be the same; how long, and what is saved and logged, may change."""
+
+    def arguments(model: str = str(tiny_model), **changes: object) -> tuple:
+        return DataArguments("data.json"), make_config(tmp_path, **changes), ModelConfig(model)
+
+    check_same_run(str(tmp_path), 1, "grpo", *arguments())  # no run yet
+    record = {"command": "grpo", "world_size": 1, "arguments": all_arguments(*arguments())}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    for changes in ({"max_steps": 9, "save_steps": 3, "logging_steps": 5}, {"gradient_checkpointing": True}):
+        check_same_run(str(tmp_path), 1, "grpo", *arguments(**changes))
+    halved = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    check_same_run(str(tmp_path), 2, "grpo", *arguments(**halved))  # as many completions on two processes
+    check_same_run(str(tmp_path), 1, "grpo", *arguments(os.path.relpath(tiny_model)))
+    for processes, command, other, name in (
+        (1, "grpo", arguments("other/model"), "model_name_or_path"),
+        (1, "grpo", arguments(learning_rate=1.0), "learning_rate"),
+        (1, "grpo", arguments(num_generations=2), "num_generations"),
+        (2, "grpo", arguments(), "examples_per_step"),
+        (1, "sft", arguments(), "command"),
+    ):
+        with pytest.raises(ValueError, match=rf"{tmp_path}: holds a run with {name} .*, not .*; choose another OUTPUT"):
+            check_same_run(str(tmp_path), processes, command, *other)
+    (tmp_path / "run.json").write_text("{")
+    check_same_run(str(tmp_path), 1, "grpo", *arguments("other/model"))  # nothing to compare with
+
+
+def test_a_run_of_epochs_is_finished_too(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 6)
+    (checkpoint / "trainer_state.json").write_text(
+        json.dumps({"global_step": 6, "max_steps": 6, "num_train_epochs": 2})
+    )
+    assert is_finished(str(checkpoint), make_config(tmp_path, max_steps=-1, num_train_epochs=2))
+    assert not is_finished(str(checkpoint), make_config(tmp_path, max_steps=-1, num_train_epochs=3))
+    assert is_finished(str(checkpoint), make_config(tmp_path, max_steps=6))
+    assert not is_finished(str(checkpoint), make_config(tmp_path, max_steps=7))
 
 
 def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path):
@@ -217,6 +329,58 @@ def test_two_processes_under_zero2_killed_at_four_moments(tmp_path, tiny_model, 
     assert start(tmp_path / "killed").wait() == 0, (tmp_path / "log").read_text()[-3000:]
     assert (tmp_path / "log").read_text().count("resuming from") >= 3
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.heavy
+def test_a_launch_that_cannot_continue_says_so(tmp_path, tiny_model, tiny_models, examples_json, quick_python):
+    """In one line, before it starts; and the run is left as it was."""
+
+    def launch(name: str, *arguments: str, model: Path = tiny_model, **env: str) -> subprocess.CompletedProcess:
+        arguments = ("--save_steps", "1", "--reward_funcs", "support:vowel_share", *arguments)
+        return run_grpo(model, examples_json, tmp_path / name, *arguments, PYTHON=str(quick_python), **env)
+
+    for name, arguments, how in (("zero", (), "cpu"), ("alone", ("--save_only_model", "true"), "ddp")):
+        result = launch(name, "--max_steps", "1", *arguments, ACCELERATE_CONFIG=how)
+        assert result.returncode == 0, result.stderr[-3000:]
+    before = (tmp_path / "zero/run.json").read_bytes()
+    more = ("--max_steps", "2")
+    for result, reason in (
+        (
+            launch("zero", *more, NUM_PROCESSES="1"),
+            "was written by 2 processes under ZeRO-2, and this is 1 process ",
+        ),
+        (launch("zero", *more, ACCELERATE_CONFIG="zero3"), "and this is 2 processes under ZeRO-3; launch as then"),
+        (launch("zero", *more, ACCELERATE_CONFIG="ddp"), "and this is a launch without ZeRO; launch as then"),
+        (
+            launch("zero", "--max_steps", "1", "--beta", "0"),
+            "zero: holds a run with beta 0.04, not 0.0; choose",
+        ),
+        (launch("zero", *more, model=tiny_models["qwen2_5_vl"]), "zero: holds a run with model_name_or_path "),
+        (launch("alone", *more, ACCELERATE_CONFIG="ddp"), "checkpoint-1: holds the model without optimizer"),
+    ):
+        assert result.returncode == 2 and result.stderr.startswith("error: "), result.stderr
+        assert reason in result.stderr and result.stderr.count("\n") == 1
+    assert (tmp_path / "zero/run.json").read_bytes() == before and not (tmp_path / "zero/checkpoint-2").exists()
+    result = launch("zero", *more, "--logging_steps", "2")
+    assert result.returncode == 0 and "resuming from" in result.stdout, result.stderr[-3000:]
+
+
+@pytest.mark.heavy
+def test_without_zero_a_run_goes_on_with_other_processes(tmp_path, tiny_model, examples_json, quick_python):
+    """The third step on one process is the one that two would have taken: prompts, rate and optimizer."""
+    arguments = ("--save_steps", "1", "--reward_funcs", "support:vowel_share", "--learning_rate", "1e-3")
+    env = {"ACCELERATE_CONFIG": "ddp", "PYTHON": str(quick_python)}
+    for name, steps, processes in (("whole", 3, 2), ("moved", 2, 2), ("moved", 3, 1)):
+        result = run_grpo(
+            *(tiny_model, examples_json, tmp_path / name, *arguments, "--max_steps", str(steps)),
+            **env,
+            NUM_PROCESSES=str(processes),
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    rows = [read_jsonl(tmp_path / name / "trajectories/train.jsonl") for name in ("whole", "moved")]
+    assert [(row["step"], row["prompt"]) for row in rows[0]] == [(row["step"], row["prompt"]) for row in rows[1]]
+    states = [torch.load(tmp_path / name / "checkpoint-3/optimizer.pt")["state"] for name in ("whole", "moved")]
+    assert {float(state["step"]) for run in states for state in run.values()} == {3.0}
 
 
 @pytest.mark.heavy

@@ -16,6 +16,11 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 ROOT=$(cd "$here/../.." && pwd)
 . "$ROOT/scripts/env.sh"
+need_packages
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
 script="$here/open_r1/$1.py"
 CONFIG="${CONFIG:-$ROOT/configs/$2.yaml}"
 shift 2
@@ -27,25 +32,25 @@ esac
 
 DATA="${DATA:-$ROOT/src/data/SAT/SAT_train_15000.json}"
 OUTPUT="${OUTPUT:-$ROOT/outputs/$(basename "$CONFIG" .yaml)}"
-if [ ! -f "$CONFIG" ]; then
-    echo "error: CONFIG: no recipe $CONFIG" >&2
-    exit 1
-fi
+[ -f "$CONFIG" ] || fail "CONFIG: no recipe $CONFIG"
 
 set -- --config "$CONFIG" --dataset_name "$DATA" --output_dir "$OUTPUT" \
     ${MODEL:+--model_name_or_path "$MODEL"} "$@"
 
-gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c '^GPU' || true)
+gpus=$(gpu_names | grep -c . || true)
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && [ "$gpus" -gt 0 ]; then
     gpus=$(printf '%s' "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '[0-9a-zA-Z]' || true)
 fi
+NUM_PROCESSES="${NUM_PROCESSES:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}"
+case "$NUM_PROCESSES" in
+    *[!0-9]* | 0*) fail "NUM_PROCESSES: '$NUM_PROCESSES' is not a number of processes" ;;
+esac
 if [ "$gpus" -gt 0 ]; then
-    NUM_PROCESSES="${NUM_PROCESSES:-$gpus}"
+    [ "$NUM_PROCESSES" -le "$gpus" ] || fail "NUM_PROCESSES: $NUM_PROCESSES is more than the $gpus GPUs of this machine"
     ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-zero2}"
     set -- "$script" "$@"
 else
     echo "no GPU found: training on CPU processes in float32"
-    NUM_PROCESSES="${NUM_PROCESSES:-2}"
     ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-cpu}"
     # use_cpu goes to the trainer alone: told of it, accelerate would put plain DDP in DeepSpeed's place.
     set -- --mixed_precision no "$script" --use_cpu true --bf16 false --dtype float32 "$@"
@@ -54,11 +59,7 @@ else
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + NUM_PROCESSES - 1) / NUM_PROCESSES))}"
 fi
 [ -f "$ACCELERATE_CONFIG" ] || ACCELERATE_CONFIG="$here/configs/$ACCELERATE_CONFIG.yaml"
-if [ ! -f "$ACCELERATE_CONFIG" ]; then
-    echo "error: ACCELERATE_CONFIG: no file $ACCELERATE_CONFIG" >&2
-    exit 1
-fi
+[ -f "$ACCELERATE_CONFIG" ] || fail "ACCELERATE_CONFIG: no file $ACCELERATE_CONFIG"
 
-# exec: a signal to this script reaches the launcher, which ends its processes. Port 0 is any free one.
-exec "$PYTHON" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG" --main_process_port 0 \
-    --num_processes "$NUM_PROCESSES" "$@"
+# exec: a signal to this script reaches the launcher, which ends its processes.
+exec "$PYTHON" "$here/open_r1/launch.py" --config_file "$ACCELERATE_CONFIG" --num_processes "$NUM_PROCESSES" "$@"

@@ -8,6 +8,7 @@ twice; `log.jsonl` holds every step once.
 
 import json
 import math
+import os
 import re
 import time
 from collections import deque
@@ -41,6 +42,17 @@ RECENT_STEPS = 20  # whose seconds the ETA expects of the steps to come
 SHOWN_ROLLOUTS = 10  # in a whole run, beside the first
 MAX_SHOWN_CHARS = 10_000  # of a text
 MAX_SHOWN_PIXELS = 512  # a side
+# What stays the same when a run continues: what is learned, from what, and by which rule. How long it goes on, what it
+# saves, logs, evaluates and how much fits on a device at once may change.
+CONTINUED = (
+    *("command", "model_name_or_path", "model_revision", "dtype", "use_peft", "lora_r", "lora_alpha"),
+    *("lora_target_modules", "load_in_4bit", "load_in_8bit", "freeze_vision", "freeze_llm", "freeze_merger"),
+    *("dataset_name", "dataset_config", "dataset_train_split", "question_column", "answer_column", "image_column"),
+    *("options_column", "chat_template", "chat_template_kwargs", "max_prompt_length", "max_pixels", "min_pixels"),
+    *("reward_funcs", "reward_weights", "num_generations", "examples_per_step", "max_completion_length"),
+    *("temperature", "top_p", "top_k", "beta", "epsilon", "loss_type", "scale_rewards", "num_iterations"),
+    *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "seed"),
+)
 
 
 def add_run_callbacks(trainer: Trainer, command: str, script_args: Any, model_args: Any) -> None:
@@ -63,7 +75,7 @@ def add_run_callbacks(trainer: Trainer, command: str, script_args: Any, model_ar
                 "dataset": script_args.dataset_name,
                 "eval_dataset": script_args.eval_dataset_name,
                 "reward_funcs": getattr(trainer, "reward_func_names", []),
-                "arguments": without_secrets({**asdict(model_args), **asdict(script_args), **trainer.args.to_dict()}),
+                "arguments": all_arguments(script_args, trainer.args, model_args),
             }
         )
     )
@@ -81,6 +93,56 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def all_arguments(script_args: Any, args: TrainingArguments, model_args: Any) -> dict[str, Any]:
+    """Every setting of a run, as `run.json` holds it."""
+    return without_secrets({**asdict(model_args), **asdict(script_args), **args.to_dict()})
+
+
+def check_same_run(
+    output_dir: str, processes: int, command: str, script_args: Any, args: TrainingArguments, model_args: Any
+) -> None:
+    """See that the run in a folder is the one that these arguments continue, by what it left in `run.json`.
+
+    Args:
+        output_dir: the folder.
+        processes: of this launch.
+        command: "grpo" or "sft".
+        script_args, args, model_args: of this launch.
+
+    Raises:
+        ValueError: when that run trained something else, or in another way.
+    """
+    try:
+        run = json.loads((Path(output_dir) / RUN).read_text(encoding="utf-8"))
+        then = {**run["arguments"], "command": run["command"]}
+        then["examples_per_step"] = examples_per_step(then, run["world_size"])
+    except (OSError, ValueError, TypeError, KeyError):  # of an older run, or damaged: nothing to compare
+        return
+    now = {**all_arguments(script_args, args, model_args), "command": command}
+    now["examples_per_step"] = examples_per_step(now, processes)
+    for name in CONTINUED:
+        if name in then and then[name] != now.get(name) and not same_file(then[name], now.get(name)):
+            raise ValueError(
+                f"{output_dir}: holds a run with {name} {then[name]}, not {now.get(name)}; choose another OUTPUT, "
+                "or start anew: --resume_from_checkpoint none"
+            )
+
+
+def examples_per_step(arguments: Mapping[str, Any], processes: int) -> int:
+    """Examples (of GRPO: completions) in one optimiser step over all processes."""
+    return arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * processes
+
+
+def same_file(one: Any, other: Any) -> bool:
+    """Whether two names lead to one file or folder."""
+    return (
+        isinstance(one, str)
+        and isinstance(other, str)
+        and os.path.exists(one)
+        and os.path.realpath(one) == os.path.realpath(other)
+    )
 
 
 class RunLog(TrainerCallback):

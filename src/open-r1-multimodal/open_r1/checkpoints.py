@@ -1,14 +1,19 @@
 """Checkpoints that are whole or passed over: a manifest written last says which, and resuming believes only it."""
 
+import functools
 import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
+import yaml
+from accelerate import DistributedType, PartialState
+from accelerate.commands.config import load_config_from_file
 from torch import nn
+from torch.serialization import register_package
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 MANIFEST = "complete.json"
@@ -40,7 +45,11 @@ def find_defect(checkpoint: str | Path) -> str | None:
     manifest = Path(checkpoint) / MANIFEST
     if not manifest.is_file():
         return f"half-written (no {MANIFEST})"
-    for name, size in json.loads(manifest.read_text()).items():
+    try:
+        sizes = json.loads(manifest.read_text()).items()
+    except (ValueError, AttributeError):  # a full disk leaves it empty
+        return f"half-written ({MANIFEST} lists no files)"
+    for name, size in sizes:
         path = Path(checkpoint) / name
         if not path.is_file():
             return f"{name} is missing"
@@ -63,20 +72,110 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> s
     """`auto`: the newest complete checkpoint of the output folder, if it has one; `none`: start anew; else the path.
 
     Raises:
-        FileNotFoundError: when the path is not a folder.
+        FileNotFoundError: when the path is no folder, or one that a run cannot continue from.
     """
     if resume_from_checkpoint in (None, "none"):
         return None
     if resume_from_checkpoint == "auto":
         return last_complete_checkpoint(output_dir)
-    if not Path(resume_from_checkpoint).is_dir():
-        raise FileNotFoundError(f"resume_from_checkpoint: no folder {resume_from_checkpoint}")
+    path = Path(resume_from_checkpoint)
+    if not path.is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint: no folder {path}")
+    if not (path / "trainer_state.json").is_file():
+        raise FileNotFoundError(f"resume_from_checkpoint: {path} is no checkpoint of a run (no trainer_state.json)")
+    if (path / MANIFEST).exists() and (defect := find_defect(path)):
+        raise FileNotFoundError(f"resume_from_checkpoint: {path}: {defect}")
     return resume_from_checkpoint
 
 
-def completed_steps(checkpoint: str) -> int:
-    """The optimiser steps that were done when the checkpoint was written."""
-    return TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")).global_step
+def read_state(checkpoint: str) -> TrainerState:
+    """What the trainer noted in a checkpoint: the optimiser steps that were done, among much else."""
+    return TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+
+
+def is_finished(checkpoint: str, args: TrainingArguments) -> bool:
+    """Whether a run with these arguments has no step left after the checkpoint."""
+    state = read_state(checkpoint)
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the state of a run is split: by DeepSpeed's ZeRO (stage 0: whole on every process), over processes."""
+
+    zero_stage: int
+    processes: int
+
+    def __str__(self) -> str:
+        if not self.zero_stage:
+            return "a launch without ZeRO"
+        return f"{self.processes} process{'es' if self.processes > 1 else ''} under ZeRO-{self.zero_stage}"
+
+    @classmethod
+    def of_deepspeed(cls, zero_stage: str | int | None, config_file: str | None, processes: int) -> "Layout":
+        """From what accelerate is told of DeepSpeed: a stage, or a file of DeepSpeed's own that names it."""
+        if config_file:
+            zero_stage = json.loads(Path(config_file).read_text())["zero_optimization"]["stage"]
+        stage = 2 if zero_stage is None else int(zero_stage)
+        return cls(2 if stage == 1 else stage, processes)  # the files of 1 and 2 are alike
+
+    @classmethod
+    def of_this_process(cls) -> "Layout":
+        """That of the launch which started this process."""
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+            return cls(0, processes)
+        stage, path = (os.environ.get(f"ACCELERATE_DEEPSPEED_{name}") for name in ("ZERO_STAGE", "CONFIG_FILE"))
+        return cls.of_deepspeed(stage, path, processes)
+
+    @classmethod
+    def of_config(cls, path: str, processes: int) -> "Layout":
+        """That of a launch with a file of accelerate's.
+
+        Raises:
+            ValueError: when accelerate cannot read it.
+        """
+        try:
+            config = load_config_from_file(path)
+            if config.distributed_type != DistributedType.DEEPSPEED:
+                return cls(0, processes)
+            settings = config.deepspeed_config
+            return cls.of_deepspeed(settings.get("zero_stage"), settings.get("deepspeed_config_file"), processes)
+        # of a file that is no YAML, no mapping, or one of something else
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
+            raise ValueError(f"ACCELERATE_CONFIG: {path} does not describe a launch: {error}") from error
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: str | Path) -> "Layout | None":
+        """That of the launch which wrote a checkpoint, by its files' names; None when it holds the model alone."""
+        parts = list(Path(checkpoint).glob("global_step*/*zero_pp_rank_*_optim_states.pt"))
+        if parts:
+            split_weights = any(Path(checkpoint).glob("global_step*/*zero_pp_rank_*_model_states.pt"))
+            return cls(3 if split_weights else 2, len(parts))
+        has_state = any(Path(checkpoint).glob("optimizer*")) or (Path(checkpoint) / "latest").exists()
+        return cls(0, 0) if has_state else None
+
+
+def check_layout(checkpoint: str, layout: Layout) -> None:
+    """See that a launch can load the optimiser's state of a checkpoint.
+
+    Raises:
+        ValueError: when it was written under another layout, or without that state.
+    """
+    saved = Layout.of_checkpoint(checkpoint)
+    anew = "or start anew: --resume_from_checkpoint none"
+    if saved is None:
+        raise ValueError(
+            f"{checkpoint}: holds the model without optimizer and schedule (save_only_model), so the run cannot go on; "
+            f"train from it in another OUTPUT (MODEL={checkpoint}), {anew}"
+        )
+    if saved.zero_stage != layout.zero_stage or (saved.zero_stage and saved.processes != layout.processes):
+        raise ValueError(
+            f"{checkpoint}: was written by {saved}, and this is {layout}; launch as then "
+            f"(NUM_PROCESSES, ACCELERATE_CONFIG), {anew}"
+        )
 
 
 def copy_model(checkpoint: str, output_dir: str) -> None:
@@ -120,11 +219,18 @@ class CompleteCheckpoints(TrainerCallback):
             shutil.rmtree(checkpoint)
 
 
+@functools.cache  # once is enough, and all that torch takes
+def know_the_first_cpu() -> None:
+    """Teach `torch.load` that "cpu:0" is the CPU."""
+    register_package(0, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None)
+
+
 class LoadWeightsMixin:
-    """In front of a `Trainer`: resuming outside DeepSpeed loads the weights.
+    """In front of a `Trainer`: resuming outside DeepSpeed loads the weights, and on the CPU the optimizer's state.
 
     transformers 5.17 saves Qwen2-VL under its Hub names (visual.*) but resumes by its names in memory
     (model.visual.*), without an error when none matches: the run would go on from the weights it started with.
+    Several CPU processes it tells to load the state to "cpu:0", a place that `torch.load` does not know.
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -134,3 +240,7 @@ class LoadWeightsMixin:
             return
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        know_the_first_cpu()
+        super()._load_optimizer_and_scheduler(checkpoint)

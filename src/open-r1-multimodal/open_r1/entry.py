@@ -1,20 +1,33 @@
-"""What the entry points `grpo.py` and `sft.py` share: parse a recipe, continue or start, train, save."""
+"""What the entry points `grpo.py` and `sft.py` share: read a recipe, continue or start, train, save."""
 
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jinja2
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
-from trl import TrlParser
 
-from open_r1.callbacks import add_run_callbacks
-from open_r1.checkpoints import CompleteCheckpoints, completed_steps, copy_model, resolve_checkpoint
+from open_r1.callbacks import add_run_callbacks, check_same_run
+from open_r1.checkpoints import (
+    CompleteCheckpoints,
+    Layout,
+    check_layout,
+    copy_model,
+    is_finished,
+    read_state,
+    resolve_checkpoint,
+)
+from open_r1.failures import Mistake, mistakes, told_once
 from open_r1.modeling import parameter_table
+from open_r1.recipes import PLANNED_PROCESSES, read_recipe
 from open_r1.report import write_report
 
 # What libraries warn about at every start although it is as it should be: logger -> part of the message.
@@ -41,41 +54,130 @@ def read_text(path: Path) -> str:
     return path.read_text() if path.is_file() else ""
 
 
+def prepare_process() -> None:
+    """Silence noise, and look for modules where a user means them."""
+    quiet()
+    # Python looks first beside the script it runs, where open_r1's modules would hide a user's of the same names.
+    sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
+    sys.path.append(os.getcwd())  # for a user's own `module:function` rewards; last, so that it hides no library
+
+
 def quiet() -> None:
     """Silence what is only noise at the start of a run: single messages, never a logger, and bars of local files."""
     for name, part in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
-    warnings.filterwarnings(
-        "ignore", "Both num_training_steps and num_stable_steps are specified"
-    )  # as the recipes mean
+    warnings.filterwarnings("ignore", "Both num_training_steps and num_stable_steps are specified")  # as it should be
     downloads_are_shown = not are_progress_bars_disabled()
     disable_progress_bar()  # of loading and writing weights; it takes the bars of downloads along
     if downloads_are_shown:
         enable_progress_bars()
 
 
-def run(command: str, dataclass_types: tuple[type, ...], build_trainer: Callable[..., Trainer]) -> None:
-    """The whole of a training command.
+# What a recipe, a dataset, a model folder, a reward or a chat template of the user's can raise.
+USER_ERRORS = (ValueError, OSError, ImportError, jinja2.TemplateError)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A training command. The functions take script, trainer and model arguments, in this order.
 
     Args:
-        command: its name, "grpo" or "sft".
-        dataclass_types: what the recipe and the command line fill: script, trainer and model arguments.
-        build_trainer: takes the filled dataclasses in that order.
+        name: "grpo" or "sft".
+        arguments: the dataclasses that a recipe and the command line fill.
+        prepare: everything that a trainer takes and that needs no weights, by its name there.
+        build_trainer: the trainer itself.
     """
-    quiet()
-    sys.path.insert(0, os.getcwd())  # where a user's own `module:function` reward lies
-    try:
-        script_args, args, model_args = TrlParser(dataclass_types).parse_args_and_config()
-        args.report_to = resolve_report_to(args.report_to)
-        checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
-        trainer = build_trainer(script_args, args, model_args)
-    except (ValueError, OSError, ImportError) as error:  # what a user can mend: recipe, data, model, reward
-        sys.exit(f"error: {error}")
+
+    name: str
+    arguments: tuple[type, type, type]
+    prepare: Callable[..., dict[str, Any]]
+    build_trainer: Callable[..., Trainer]
+
+
+def check(command: Command, arguments: Sequence[str], config_file: str, processes: int) -> None:
+    """Find, in one process and without weights, what would end a run before its first step.
+
+    Args:
+        command: what is going to run.
+        arguments: of its command line.
+        config_file: accelerate's, of the launch.
+        processes: that it is going to start.
+
+    Raises:
+        Mistake: for the first thing found.
+    """
+    prepare_process()
+    os.environ[PLANNED_PROCESSES] = str(processes)
+    with mistakes(*USER_ERRORS), silence():
+        layout = Layout.of_config(config_file, processes)
+        settings = read_settings(command, arguments)
+        checkpoint = find_checkpoint(command, settings, layout)
+        if not (checkpoint and is_finished(checkpoint, settings[1])):
+            command.prepare(*settings)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Print nothing; for what the processes of a run are going to say again."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, TrainingArguments, Any]:
+    """Script, trainer and model arguments of a command line.
+
+    Raises:
+        ValueError, OSError, ImportError: for a setting with which nothing would be trained.
+    """
+    script_args, args, model_args = read_recipe(command.arguments, arguments)
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        raise ValueError(
+            f"max_steps {args.max_steps}, num_train_epochs {args.num_train_epochs}: nothing would be trained; "
+            "max_steps: -1 trains num_train_epochs"
+        )
+    Trainer.get_optimizer_cls_and_kwargs(args)  # raises for an optimizer whose package is not there
+    args.report_to = resolve_report_to(args.report_to)
+    return script_args, args, model_args
+
+
+def find_checkpoint(command: Command, settings: tuple[Any, TrainingArguments, Any], layout: Layout) -> str | None:
+    """Where the run continues, if anywhere.
+
+    Raises:
+        ValueError, OSError: when it cannot continue there as it is launched.
+    """
+    args = settings[1]
+    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    if checkpoint and args.resume_from_checkpoint == "auto":
+        check_same_run(args.output_dir, layout.processes, command.name, *settings)
+    if checkpoint and not is_finished(checkpoint, args) and not args.deepspeed:
+        check_layout(checkpoint, layout)
+    return checkpoint
+
+
+def run(command: Command) -> None:
+    """The whole of a training command; `launch.py` starts it in every process."""
+    prepare_process()
+    with told_once():
+        train(command, sys.argv[1:])
+
+
+def train(command: Command, arguments: Sequence[str]) -> None:
+    """Train as the command line says.
+
+    Raises:
+        Mistake: for what a user can mend.
+    """
+    with mistakes(*USER_ERRORS):
+        settings = read_settings(command, arguments)
+        checkpoint = find_checkpoint(command, settings, Layout.of_this_process())
+        trainer = command.build_trainer(*settings)
+    script_args, args, model_args = settings
     say = trainer.accelerator.print
     say(parameter_table(trainer.model))
     # A trainer that resumes at its last step would take one step more.
-    if checkpoint and 0 < args.max_steps <= completed_steps(checkpoint):
+    if checkpoint and is_finished(checkpoint, args):
         say(f"{checkpoint}: nothing left to do, max_steps is {args.max_steps}")
         if trainer.is_world_process_zero():
             copy_model(checkpoint, args.output_dir)
@@ -84,8 +186,10 @@ def run(command: str, dataclass_types: tuple[type, ...], build_trainer: Callable
     if checkpoint:
         say(f"resuming from {checkpoint}")
     trainer.add_callback(CompleteCheckpoints(args))
-    add_run_callbacks(trainer, command, script_args, model_args)
+    add_run_callbacks(trainer, command.name, script_args, model_args)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step == (read_state(checkpoint).global_step if checkpoint else 0):
+        raise Mistake(f"{script_args.dataset_name}: too few examples for a step; nothing was trained, nothing saved")
     trainer.save_model(args.output_dir)
     trainer.save_state()
     say(f"saved {args.output_dir}")

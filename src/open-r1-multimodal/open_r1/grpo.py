@@ -5,14 +5,15 @@ Launch it with `run_grpo_SAT.sh`, or by hand: `accelerate launch open_r1/grpo.py
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import ModelConfig
 
 from open_r1.data import DataArguments, load_datasets_from_args, load_processor_from_args, opens_think
-from open_r1.entry import run
-from open_r1.modeling import FreezeArguments, freeze, get_adapter_config, load_model_from_args
+from open_r1.entry import Command, run
+from open_r1.modeling import FreezeArguments, check_model, freeze, get_adapter_config, load_model_from_args
 from open_r1.rewards import accuracy_reward, check_gold, get_reward_funcs
-from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
+from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer, check_settings
 
 
 @dataclass
@@ -28,27 +29,48 @@ class GRPOScriptArguments(FreezeArguments, DataArguments):
     )
 
 
-def build_trainer(
+def prepare(
     script_args: GRPOScriptArguments, training_args: Qwen2VLGRPOConfig, model_args: ModelConfig
-) -> Qwen2VLGRPOTrainer:
-    """The trainer that a parsed recipe describes."""
+) -> dict[str, Any]:
+    """What the trainer takes beside the weights.
+
+    Raises:
+        ValueError, OSError, ImportError: for a model, rewards or data that no run can start with.
+    """
+    check_settings(training_args, training_args.shared_prefix)
+    check_model(model_args)
+    peft_config = get_adapter_config(model_args, script_args)
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args)
     reward_funcs = get_reward_funcs(script_args.reward_funcs, think_prefilled=opens_think(processor, **template_kwargs))
     checks = [check_gold] if accuracy_reward in reward_funcs else []
     train_dataset, eval_dataset = load_datasets_from_args(script_args, processor, template_kwargs, checks)
+    prompts = training_args.generation_batch_size // training_args.num_generations
+    if len(train_dataset) < prompts:
+        raise ValueError(
+            f"{script_args.dataset_name}: a step asks {prompts} different prompts "
+            f"({training_args.generation_batch_size} completions / num_generations), and there are {len(train_dataset)}"
+        )
+    return {
+        "processing_class": processor,
+        "reward_funcs": reward_funcs,
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
+        "peft_config": peft_config,
+    }
+
+
+def build_trainer(
+    script_args: GRPOScriptArguments, training_args: Qwen2VLGRPOConfig, model_args: ModelConfig
+) -> Qwen2VLGRPOTrainer:
+    """The trainer that a parsed recipe describes."""
+    prepared = prepare(script_args, training_args, model_args)
     model = load_model_from_args(model_args)
     freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
-    return Qwen2VLGRPOTrainer(
-        model=model,
-        reward_funcs=reward_funcs,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processor,
-        peft_config=get_adapter_config(model_args, script_args),
-    )
+    return Qwen2VLGRPOTrainer(model=model, args=training_args, **prepared)
 
+
+COMMAND = Command("grpo", (GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig), prepare, build_trainer)
 
 if __name__ == "__main__":
-    run("grpo", (GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig), build_trainer)
+    run(COMMAND)

@@ -52,6 +52,29 @@ def resolve_attn_implementation(name: str | None, dtype: torch.dtype | str) -> s
     return "flash_attention_2" if usable else "sdpa"
 
 
+def check_model(model_args: ModelConfig) -> None:
+    """Fetch the policy of a recipe from the Hub, and see that it can be loaded, without doing so.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: it is of a type that this project was not tested with, or the recipe cannot train it.
+        ImportError: the recipe quantises, and bitsandbytes is not there.
+    """
+    name = model_args.model_name_or_path
+    folder = model_folder(name, model_args.model_revision)
+    where = f"model_name_or_path: {name}"
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise OSError(f"{where} holds an adapter; make a model of it with scripts/export.py")
+    if not (any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))):
+        raise OSError(f"{where} holds no model (config.json, *.safetensors)")
+    check_model_type(name, model_args.model_revision)
+    quantises = model_args.load_in_4bit or model_args.load_in_8bit
+    if quantises and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("load_in_4bit, load_in_8bit: bitsandbytes is not installed; run setup.sh again")
+    if quantises and not model_args.use_peft:
+        raise ValueError("load_in_4bit, load_in_8bit: quantised weights cannot be trained; set use_peft: true")
+
+
 def check_model_type(model_name_or_path: str, revision: str | None = None) -> None:
     """Raise ValueError for a model type that this project was not tested with."""
     config = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
@@ -83,6 +106,8 @@ def load_model(
         ValueError: for a model type that this project was not tested with.
     """
     check_model_type(model_name_or_path, revision)
+    if Path(model_name_or_path).is_dir():  # an adapter remembers the name, and is loaded from other folders
+        model_name_or_path = str(Path(model_name_or_path).resolve())
     torch_dtype = resolve_dtype(dtype)
     return AutoModelForImageTextToText.from_pretrained(
         model_name_or_path,
@@ -130,13 +155,9 @@ def load_model_from_args(model_args: ModelConfig) -> PreTrainedModel:
     """`load_model` with the values of TRL's `ModelConfig`.
 
     Raises:
-        ImportError: when the recipe quantises and bitsandbytes is not there.
+        OSError, ValueError, ImportError: see `check_model`.
     """
-    if (model_args.load_in_4bit or model_args.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            "load_in_4bit, load_in_8bit: bitsandbytes is not installed; it needs a GPU and comes with "
-            "requirements-gpu.txt (or train the adapter on 16-bit weights: --load_in_4bit false)"
-        )
+    check_model(model_args)
     return load_model(
         model_args.model_name_or_path,
         dtype=model_args.dtype,

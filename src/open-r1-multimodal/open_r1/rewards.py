@@ -122,7 +122,8 @@ def _find_reward(name: str) -> Reward:
         raise ValueError(f"reward_funcs: no module {module_name!r} for reward {name!r}") from error
     reward = getattr(module, function_name, None)
     if not callable(reward):
-        raise ValueError(f"reward_funcs: module {module_name!r} has no function {function_name!r}")
+        where = getattr(module, "__file__", None) or "built in"
+        raise ValueError(f"reward_funcs: module {module_name!r} ({where}) has no function {function_name!r}")
     return reward
 
 

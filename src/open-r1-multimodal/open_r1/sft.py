@@ -16,11 +16,12 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.data import DataArguments, load_datasets_from_args, load_processor_from_args
-from open_r1.entry import run
+from open_r1.entry import Command, run
 from open_r1.images import BrokenImage, open_image
 from open_r1.modeling import (
     FreezeArguments,
     accept_missing_images,
+    check_model,
     freeze,
     get_adapter_config,
     load_model_from_args,
@@ -94,27 +95,41 @@ def check_answer(row: dict[str, Any]) -> None:
         raise ValueError("no answer to train on (--answer_column names its field)")
 
 
+def prepare(
+    script_args: SFTScriptArguments, training_args: Qwen2VLSFTConfig, model_args: ModelConfig
+) -> dict[str, Any]:
+    """What the trainer takes beside the weights.
+
+    Raises:
+        ValueError, OSError, ImportError: for a model or data that no run can start with.
+    """
+    check_model(model_args)
+    peft_config = get_adapter_config(model_args, script_args)
+    template_kwargs = training_args.chat_template_kwargs or {}
+    processor = load_processor_from_args(model_args, script_args)
+    train_dataset, eval_dataset = load_datasets_from_args(script_args, processor, template_kwargs, [check_answer])
+    return {
+        "processing_class": processor,
+        "data_collator": AnswerCollator(processor=processor, template_kwargs=template_kwargs),
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
+        "peft_config": peft_config,
+    }
+
+
 def build_trainer(
     script_args: SFTScriptArguments, training_args: Qwen2VLSFTConfig, model_args: ModelConfig
 ) -> Qwen2VLSFTTrainer:
     """The trainer that a parsed recipe describes."""
-    template_kwargs = training_args.chat_template_kwargs or {}
-    processor = load_processor_from_args(model_args, script_args)
-    train_dataset, eval_dataset = load_datasets_from_args(script_args, processor, template_kwargs, [check_answer])
+    prepared = prepare(script_args, training_args, model_args)
     model = load_model_from_args(model_args)
-    reset_generation_config(model, processor)
+    reset_generation_config(model, prepared["processing_class"])
     accept_missing_images(model, always_encode=PartialState().num_processes > 1)
     freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
-    return Qwen2VLSFTTrainer(
-        model=model,
-        args=training_args,
-        data_collator=AnswerCollator(processor=processor, template_kwargs=template_kwargs),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processor,
-        peft_config=get_adapter_config(model_args, script_args),
-    )
+    return Qwen2VLSFTTrainer(model=model, args=training_args, **prepared)
 
+
+COMMAND = Command("sft", (SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig), prepare, build_trainer)
 
 if __name__ == "__main__":
-    run("sft", (SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig), build_trainer)
+    run(COMMAND)

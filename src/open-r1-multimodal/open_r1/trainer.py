@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -53,11 +52,14 @@ from open_r1.modeling import (
     reset_generation_config,
     vision_token_ids,
 )
+from open_r1.recipes import count_processes
 from open_r1.reflection import analyse, shares
 from open_r1.rewards import completion_text
 from open_r1.rollout import generate
 from open_r1.trajectories import append_rows, keep_rows
 
+# TRL's own, which it checks in the first step
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's metrics, never logged
 PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
 
@@ -84,20 +86,48 @@ class Qwen2VLGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type: {self.loss_type!r} is none of {', '.join(LOSS_TYPES)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature {self.temperature}: completions are sampled; it must be above 0")
         self.resolve_accumulation()
+        self.check_group_size()
         super().__post_init__()
+
+    @property
+    def world_size(self) -> int:
+        """The processes of the run; before a launch, those that are planned."""
+        return max(count_processes(), super().world_size)
 
     def resolve_accumulation(self) -> None:
         """Set `gradient_accumulation_steps` from `completions_per_step`; see its help."""
         if not self.completions_per_step or self.gradient_accumulation_steps > 1:
             return
-        per_pass = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))
+        batch, processes = self.per_device_train_batch_size, count_processes()
+        per_pass = batch * processes
         if self.completions_per_step % per_pass:
+            below = self.completions_per_step // per_pass * per_pass
+            fitting = [str(size) for size in (below, below + per_pass) if size]
             raise ValueError(
                 f"completions_per_step {self.completions_per_step} is not a multiple of {per_pass} "
-                "(per_device_train_batch_size x processes); change one of them"
+                f"(per_device_train_batch_size {batch} x {processes} processes); {' and '.join(fitting)} would fit"
             )
         self.gradient_accumulation_steps = self.completions_per_step // per_pass
+
+    def check_group_size(self) -> None:
+        """TRL's check, naming the sizes that fit.
+
+        Raises:
+            ValueError: when a rollout does not hold whole groups.
+        """
+        steps = self.steps_per_generation or self.gradient_accumulation_steps
+        size = self.generation_batch_size or self.per_device_train_batch_size * count_processes() * steps
+        if self.num_generations < 2 or size % self.num_generations:
+            fitting = ", ".join(str(group) for group in range(2, size + 1) if size % group == 0)
+            raise ValueError(
+                f"num_generations {self.num_generations}: a rollout of {size} completions "
+                f"(per_device_train_batch_size x processes x accumulation) holds groups of {fitting or 'no size'}"
+            )
 
 
 def row_images(row: dict[str, Any]) -> list[ImageSource]:

@@ -1,0 +1,71 @@
+"""Start a training command in several processes: accelerate's launcher, with a check before and a short word after.
+
+    python launch.py --config_file ACCELERATE.yaml --num_processes N [--mixed_precision no] SCRIPT.py ARGUMENTS
+
+`launch.sh` calls it. What one process can find wrong is told in one line before the others start (exit code 2). Of
+processes that fail, the first tells why; the last line names its rank.
+"""
+
+import argparse
+import importlib
+import logging
+import multiprocessing
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.remove(str(Path(__file__).parent))  # where Python looks first; open_r1's modules are no top-level ones
+
+from open_r1.failures import last_word, told_once
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--config_file", required=True)
+    parser.add_argument("--num_processes", type=int, required=True)
+    parser.add_argument("--mixed_precision")
+    parser.add_argument("script", type=Path)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    return parser.parse_args()
+
+
+def check(launch: argparse.Namespace) -> None:
+    """Everything that the processes would find wrong before they load weights."""
+    with told_once():
+        entry = importlib.import_module("open_r1.entry")
+        command = importlib.import_module(f"open_r1.{launch.script.stem}").COMMAND
+        entry.check(command, launch.arguments, launch.config_file, launch.num_processes)
+
+
+def main() -> None:
+    """Check in a process of its own, which takes what it read along, and launch."""
+    launch = parse()
+    for stop in (signal.SIGINT, signal.SIGTERM):  # until torch takes over; the check goes with its parent
+        signal.signal(stop, lambda number, _: sys.exit(128 + number))
+    checking = multiprocessing.get_context("fork").Process(target=check, args=[launch], daemon=True)
+    checking.start()
+    # Imports torch, as the check does meanwhile.
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    checking.join()
+    if checking.exitcode:
+        sys.exit(checking.exitcode if checking.exitcode > 0 else f"error: signal {-checking.exitcode} ended the check")
+    logging.disable(logging.ERROR)  # in this process: what torch's launcher says of failures is in the last word
+    try:
+        launch_command(launch_command_parser().parse_args(["--main_process_port", "0", *sys.argv[1:]]))
+    except ChildFailedError as error:
+        code, line = last_word(error.failures, launch.num_processes)
+        print(line, end="\n" if line else "", file=sys.stderr)
+        sys.exit(code)
+    except subprocess.CalledProcessError as error:  # of the one process of a launch that is not distributed
+        sys.exit(error.returncode)
+    except SignalException as stopped:
+        sys.exit(f"stopped by {stopped.sigval.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""A Python that has imported everything: what is started with it is forked from a server, and runs at once.
+
+Given to a run script as PYTHON, it spares every process of a launch its 15 s of imports. Script, arguments,
+environment, folder, signals and processes are the launch's own. `python preloaded.py SOCKET CLIENT` serves, and writes
+CLIENT, the interpreter to use.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+from pathlib import Path
+
+MODULES = ("open_r1.grpo", "open_r1.sft", "deepspeed", "bitsandbytes", "tensorboard", "accelerate.commands.launch")
+
+CLIENT = """#!{python} -IS
+import json, os, signal, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+start = json.dumps([sys.argv, dict(os.environ), os.getcwd()]).encode()
+socket.send_fds(server, [len(start).to_bytes(8, "big")], [0, 1, 2])
+server.sendall(start)
+answers = server.makefile()
+process = int(answers.readline())
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: os.kill(process, number))
+code = int(answers.readline())
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+sys.exit(code) if code >= 0 else os.kill(os.getpid(), -code)
+"""
+
+
+def serve(address: str, client: Path) -> None:
+    """Fork for every client."""
+    for module in MODULES:
+        importlib.import_module(module)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    client.write_text(CLIENT.format(python=sys.executable, address=address))
+    client.chmod(0o755)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            attend(connection)
+        connection.close()
+
+
+def attend(connection: socket.socket) -> None:
+    """Start what the client asks for, tell it the process and then how that ended."""
+    length, descriptors, *_ = socket.recv_fds(connection, 8, 3)
+    stream = connection.makefile("rb")
+    argv, environment, folder = json.loads(stream.read(int.from_bytes(length, "big")))
+    process = os.fork()
+    if process == 0:
+        for target, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, target)
+        connection.close()
+        start(argv, environment, folder)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    connection.sendall(f"{process}\n".encode())
+    _, status = os.waitpid(process, 0)
+    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
+
+
+def start(argv: list[str], environment: dict[str, str], folder: str) -> None:
+    """Be `python SCRIPT ARGUMENTS`, as far as a script can tell."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.executable = argv[0]
+    if argv[1] == "-c":
+        exec(argv[2], {"__name__": "__main__"})
+        sys.exit()
+    sys.argv = argv[2:] if argv[1] == "-u" else argv[1:]
+    script = os.path.abspath(sys.argv[0])
+    paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = [os.path.dirname(script), *paths, *sys.path[1:]]
+    runpy.run_path(script, run_name="__main__")
+    sys.exit()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Path(sys.argv[2]))

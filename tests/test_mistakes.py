@@ -1,0 +1,314 @@
+"""What a user gets wrong is one line, before any process of a run starts; what fails in a run is told once."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from open_r1 import entry, grpo, sft
+from open_r1.entry import Command, check, train
+from open_r1.failures import FIRST, Mistake, last_word, told_once
+from open_r1.prompts import REPO_ROOT
+from open_r1.recipes import PLANNED_PROCESSES
+from open_r1.trainer import LOSS_TYPES, Qwen2VLGRPOTrainer
+from support import launch_env, run_grpo, vowel_share, write_examples
+
+LAUNCHES = REPO_ROOT / "src/open-r1-multimodal/configs"
+RECIPE = {
+    **yaml.safe_load((REPO_ROOT / "configs/grpo_sat.yaml").read_text()),
+    **{"dtype": "float32", "bf16": False, "use_cpu": True},
+}
+
+
+@pytest.fixture
+def find_mistake(tiny_model, examples_json, tmp_path, monkeypatch):
+    """Check the paper's recipe with changes, for two processes: what it says, or nothing."""
+    monkeypatch.setattr(entry, "quiet", lambda: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv(PLANNED_PROCESSES, "")
+
+    def find(*arguments: str, recipe: str | None = None, command: Command = grpo.COMMAND, **changes: object) -> str:
+        settings = {"model_name_or_path": str(tiny_model), "dataset_name": str(examples_json)}
+        settings["output_dir"] = str(tmp_path / "out")
+        (tmp_path / "recipe.yaml").write_text(recipe or yaml.safe_dump({**RECIPE, **settings, **changes}))
+        launch = str(LAUNCHES / "cpu.yaml")
+        try:
+            check(command, ["--config", str(tmp_path / "recipe.yaml"), *arguments], launch, processes=2)
+        except Mistake as mistake:
+            return str(mistake)
+        return ""
+
+    return find
+
+
+def test_nothing_is_wrong_with_the_papers_recipe(find_mistake, tmp_path):
+    assert find_mistake() == ""
+    assert not (tmp_path / "out").exists()
+
+
+CHANGES = [
+    ({"num_generation": 4}, r".*/recipe\.yaml: unknown setting 'num_generation'; did you mean num_generations\?"),
+    ({"num_generations": "eight"}, r".*/recipe\.yaml: num_generations: invalid int value: 'eight'"),
+    ({"num_generations": [8]}, r".*/recipe\.yaml: num_generations: expected one value, not \[8\]"),
+    ({"learning_rate": None}, r".*/recipe\.yaml: learning_rate: needs a value"),
+    ({"save_strategy": False}, r".*/recipe\.yaml: save_strategy: False is none of no, steps, epoch, best"),
+    ({"optim": "adamw_foo"}, r".*/recipe\.yaml: optim: 'adamw_foo' is none of adamw_torch, "),
+    ({"optim": "schedule_free_adamw"}, r".*schedulefree"),
+    ({"lr_scheduler_type": "linar"}, r".*/recipe\.yaml: lr_scheduler_type: 'linar' is none of linear, "),
+    ({"num_generations": 6}, r"num_generations 6: a rollout of 64 completions .* holds groups of 2, 4, 8, 16, 32, 64$"),
+    ({"num_generations": 1}, r"num_generations 1: "),
+    ({"completions_per_step": 60}, r"completions_per_step 60 is not a multiple of 16 .*; 48 and 64 would fit"),
+    ({"loss_type": "gpro"}, r"loss_type: 'gpro' is none of grpo, "),
+    ({"temperature": 0}, r"temperature 0.*: completions are sampled"),
+    ({"accelerator_config": {"split": True}}, r".*/recipe\.yaml: .*unexpected keyword argument 'split'"),
+    ({"max_steps": 0}, r"max_steps 0, num_train_epochs 3.0: nothing would be trained"),
+    ({"max_steps": -1, "num_train_epochs": 0}, r"max_steps -1, num_train_epochs 0.*: nothing would be trained"),
+    ({"torch_compile": True}, r"torch_compile: "),
+    ({"freeze_vision": True, "freeze_llm": True}, r"freeze_vision, freeze_merger, freeze_llm: nothing is left"),
+    ({"load_in_4bit": True}, r"load_in_4bit, load_in_8bit: quantised weights cannot be trained"),
+    ({"chat_template": "lama"}, r"chat_template: no file 'lama'"),
+    ({"reward_funcs": ["acuracy"]}, r"reward_funcs: unknown reward 'acuracy'"),
+    ({"reward_funcs": ["no_such_module:f"]}, r"reward_funcs: no module 'no_such_module'"),
+    ({"dataset_name": "/no.json"}, r"/no\.json: no such file"),
+    ({"model_name_or_path": "/no/model"}, r"/no/model: no such file or folder"),
+    ({"model_name_or_path": "no/model"}, r"no/model: neither here nor to be had from the Hub"),
+    ({"resume_from_checkpoint": "/no"}, r"resume_from_checkpoint: no folder /no"),
+]
+
+
+@pytest.mark.parametrize("changes, message", CHANGES, ids=lambda value: str(value)[:40])
+def test_a_mistake_in_a_recipe_is_one_line(find_mistake, changes, message):
+    told = find_mistake(**changes)
+    assert re.match(message, told) and "\n" not in told, told
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--lerning_rate", "1"], r"unknown argument '--lerning_rate'; did you mean learning_rate\?"),
+        (["--max_step", "1"], r"unknown argument '--max_step'; did you mean max_steps\?"),  # no abbreviations
+        (["--beta", "much"], r"--beta: invalid float value: 'much'"),
+        (["quickly"], r"unknown argument 'quickly'"),
+    ],
+)
+def test_a_mistake_in_an_argument_is_one_line(find_mistake, arguments, message):
+    assert re.match(message, find_mistake(*arguments))
+
+
+def test_other_recipes_that_are_none(find_mistake):
+    assert "recipe.yaml: not YAML: " in find_mistake(recipe="temperature: [1")
+    assert "must contain a YAML mapping" in find_mistake(recipe="grpo")
+
+
+def test_a_single_value_is_a_list_of_one(find_mistake):
+    assert find_mistake(reward_funcs="accuracy", lora_target_modules="all-linear") == ""
+
+
+def test_a_template_that_is_none(find_mistake, tmp_path):
+    (tmp_path / "broken.jinja").write_text("{% for %}")
+    assert "\n" not in find_mistake(chat_template=str(tmp_path / "broken.jinja")) != ""
+
+
+def test_too_few_prompts_for_a_step(find_mistake, tmp_path):
+    data = write_examples(tmp_path, count=7)
+    assert find_mistake(dataset_name=str(data)) == (
+        f"{data}: a step asks 8 different prompts (64 completions / num_generations), and there are 7"
+    )
+
+
+def test_folders_that_hold_no_model(find_mistake, tiny_model, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
+    assert re.search(f"{tmp_path} holds no model", find_mistake(model_name_or_path=str(tmp_path)))
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "holds an adapter; make a model of it" in find_mistake(model_name_or_path=str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["garbage", "- 1", "distributed_type: DEEPSPEED\nzero: 3", "a: [", ""])
+def test_a_launch_configuration_that_is_none(tmp_path, text):
+    (tmp_path / "launch.yaml").write_text(text)
+    with pytest.raises(Mistake, match=r"ACCELERATE_CONFIG: .*launch\.yaml does not describe a launch: ") as raised:
+        check(sft.COMMAND, [], str(tmp_path / "launch.yaml"), 2)
+    assert "\n" not in str(raised.value)
+
+
+def test_every_loss_type_of_trl_is_known():
+    """TRL names them in its loss alone."""
+    source = Path(sys.modules["trl.trainer.grpo_trainer"].__file__).read_text()
+    used = set()
+    for line in re.findall(r"self\.loss_type (?:in|==) (.+?):\n", source):
+        used |= set(re.findall(r'"(\w+)"', line))
+    assert set(LOSS_TYPES) == used
+
+
+def test_a_run_that_took_no_step_is_no_result(tiny_model, examples_json, tmp_path, monkeypatch):
+    """However that came about; TRL skips what does not fill a rollout, and calls it a day."""
+
+    def build_trainer(script_args, args, model_args):
+        prepared = grpo.prepare(script_args, args, model_args)
+        prepared |= {"train_dataset": prepared["train_dataset"].select([0]), "reward_funcs": [vowel_share]}
+        return Qwen2VLGRPOTrainer(model=str(tiny_model), args=args, **prepared)
+
+    command = Command("grpo", grpo.COMMAND.arguments, grpo.prepare, build_trainer)
+    arguments = ["--config", str(REPO_ROOT / "tests/data/grpo.yaml"), "--use_cpu", "true", "--max_steps", "1"]
+    arguments += ["--model_name_or_path", str(tiny_model), "--dataset_name", str(examples_json)]
+    with pytest.raises(Mistake, match="too few examples for a step; nothing was trained, nothing saved"):
+        train(command, [*arguments, "--output_dir", str(tmp_path / "out")])
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+# --- under the run script ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"CONFIG": "nowhere.yaml"}, "error: CONFIG: no recipe nowhere.yaml"),
+        ({"NUM_PROCESSES": "two"}, "error: NUM_PROCESSES: 'two' is not a number of processes"),
+        ({"NUM_PROCESSES": "0"}, "error: NUM_PROCESSES: '0' is not a number of processes"),
+        ({"ACCELERATE_CONFIG": "zero9"}, f"error: ACCELERATE_CONFIG: no file {LAUNCHES}/zero9.yaml"),
+    ],
+)
+def test_the_script_tells_its_own(tmp_path, tiny_model, environment, message):
+    result = run_grpo(tiny_model, tmp_path / "no.json", tmp_path / "out", **environment)
+    assert (result.returncode, result.stderr) == (2, f"{message}\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "lists, gpus",
+    [
+        ("echo 'NVIDIA-SMI has failed because it could not talk to the driver.'; exit 9", 0),
+        ("echo 'No devices were found'", 0),
+        ("echo 'GPU 0: H100 (UUID: GPU-a)'; echo 'GPU 1: H100 (UUID: GPU-b)'", 2),
+    ],
+)
+def test_a_gpu_is_one_that_can_be_listed(tmp_path, tiny_model, examples_json, lists, gpus):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{lists}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NUM_PROCESSES": "3", "ACCELERATE_CONFIG": "zero9"}
+    result = run_grpo(tiny_model, examples_json, tmp_path / "out", **env)
+    assert result.returncode == 2 and ("no GPU found" in result.stdout) == (gpus == 0)
+    told = "NUM_PROCESSES: 3 is more than the 2 GPUs" if gpus else "ACCELERATE_CONFIG: no file"
+    assert result.stderr.startswith(f"error: {told}") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("model, data, arguments, message", [
+    ("/no/model", None, [], "error: /no/model: no such file or folder"),
+    (None, "/no.json", [], "error: /no.json: no such file; "),
+    (None, None, ["--num_generations", "3"], "error: num_generations 3: a rollout of 16 completions "),
+    (None, None, ["--lerning_rate", "1"], "error: unknown argument '--lerning_rate'; did you mean learning_rate?"),
+    (None, None, ["--reward_funcs", "mine:missing"], "error: reward_funcs: module 'mine' ("),
+])  # fmt: skip
+def test_one_mistake_is_one_line(tmp_path, tiny_model, examples_json, quick_python, model, data, arguments, message):
+    (tmp_path / "mine.py").write_text("def score(completions, **kwargs): return [0.0] * len(completions)\n")
+    result = run_grpo(
+        model or tiny_model, data or examples_json, tmp_path / "out", *arguments, PYTHON=str(quick_python)
+    )
+    assert result.returncode == 2 and result.stderr.startswith(message), result.stderr
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+FAILING = """import os, signal
+steps = 0
+def reward(completions, **kwargs):
+    global steps
+    steps += 1
+    if steps == 2 and os.environ["RANK"] in {ranks}:
+        {does}
+    return [float(len(completion[0]["content"]) % 3) for completion in completions]
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "ranks, does, code, tracebacks, last",
+    [
+        ("1", "raise KeyError('of mine')", 1, 1, "error: rank 1 of 2 failed; its traceback is above"),
+        ("01", "raise KeyError('of mine')", 1, 1, "error: rank [01] of 2 failed; its traceback is above"),
+        ("1", "os.kill(os.getpid(), signal.SIGKILL)", 137, 0, "error: rank 1 of 2 was ended by SIGKILL, .* memory .*"),
+        ("1", "os._exit(7)", 7, 0, "error: rank 1 of 2 ended with exit code 7"),
+    ],
+)
+def test_a_failing_rank_is_told_once(
+    tmp_path, tiny_model, examples_json, quick_python, ranks, does, code, tracebacks, last
+):
+    (tmp_path / "failing.py").write_text(FAILING.format(ranks=tuple(ranks), does=does))
+    result = run_grpo(
+        *[tiny_model, examples_json, tmp_path / "out", "--reward_funcs", "failing:reward"], PYTHON=str(quick_python)
+    )
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == code and re.fullmatch(last, lines[-1]), result.stderr
+    assert sum(line.startswith("Traceback") for line in lines) == tracebacks
+    if tracebacks:
+        assert lines[-2] == "KeyError: 'of mine'"
+    assert "ChildFailedError" not in result.stderr and "torch/distributed/elastic" not in result.stderr
+
+
+def test_a_process_alone_tells_and_leaves(monkeypatch, capsys):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    with pytest.raises(SystemExit) as left, told_once():
+        raise Mistake("first line\n  second line")
+    assert left.value.code == 2 and capsys.readouterr().err == "error: first line second line\n"
+    with pytest.raises(SystemExit) as left, told_once():
+        raise KeyError("of mine")
+    assert left.value.code == 1 and capsys.readouterr().err.endswith("\nKeyError: 'of mine'\n")
+
+
+def test_of_several_processes_the_first_tells(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("open_r1.failures.PAUSE", 0)
+    for rank in (1, 0):
+        (tmp_path / str(rank)).mkdir()
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
+        with pytest.raises(SystemExit), told_once():
+            raise Mistake(f"of {rank}")
+    assert capsys.readouterr().err == "error: of 1\n" and (tmp_path / FIRST).read_text() == "1"
+    assert json.loads((tmp_path / "0/error.json").read_text())["message"] == "Mistake: of 0"
+
+
+def failure(code: int, timestamp: int, error_file: str = "<N/A>") -> SimpleNamespace:
+    return SimpleNamespace(exitcode=code, timestamp=timestamp, error_file=error_file)
+
+
+def test_the_last_word_names_the_cause(tmp_path):
+    """Not those whom the launcher ended, nor those who lost the one that was killed."""
+    term, kill = -signal.SIGTERM, -signal.SIGKILL
+    told = str(tmp_path / "0/error.json")
+    (tmp_path / FIRST).write_text("0")
+    assert last_word({0: failure(2, 5, told), 1: failure(term, 5)}, 2) == (2, "")
+    assert last_word({1: failure(term, 5), 0: failure(1, 5, told)}, 2)[1].startswith("error: rank 0 of 2 failed;")
+    assert last_word({0: failure(1, 5, told), 1: failure(kill, 6)}, 2)[1].startswith("error: rank 1 of 2 was ended by")
+    assert last_word({0: failure(1, 5, told), 1: failure(kill, 36)}, 2)[1].startswith("error: rank 0 of 2 failed;")
+    (tmp_path / FIRST).write_text("")  # rank 0 was ended before it could tell that it lost the other
+    assert last_word({0: failure(term, 4, told), 1: failure(3, 5)}, 2) == (
+        3,
+        "error: rank 1 of 2 ended with exit code 3",
+    )
+
+
+@pytest.mark.heavy
+def test_a_signal_during_the_check_ends_it(tmp_path, tiny_model, examples_json):
+    """No worker has started yet; the check goes with the launcher, and says nothing."""
+    launcher = subprocess.Popen(
+        ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh")],
+        env=launch_env(tiny_model, examples_json, tmp_path / "out"),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        launcher.wait(timeout=3)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=20) == 128 + signal.SIGTERM and launcher.stderr.read() == ""
+    left = subprocess.run(["ps", "-o", "pid=", "-s", str(launcher.pid)], capture_output=True, text=True)
+    assert left.stdout.strip() == ""
