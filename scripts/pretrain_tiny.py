@@ -17,7 +17,6 @@ reinforcement learning to find. Asked for the answer alone, it mostly names the 
 """
 
 import argparse
-import hashlib
 import json
 import math
 import random
@@ -404,7 +403,6 @@ def build(seed: int, steps: int | None = None) -> tuple[PreTrainedModel, Process
 def save(output: Path, model: PreTrainedModel, processor: ProcessorMixin, record: dict[str, Any]) -> None:
     """Write the checkpoint in half precision, and beside it `build.json`: how it was made."""
     record = {
-        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "parameters": model.num_parameters(),
         "torch": torch.__version__,
         **record,

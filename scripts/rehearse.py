@@ -20,6 +20,11 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
+from open_r1.front_door import use_environment
+
+use_environment()
+
 import psutil
 import torch
 from PIL import Image
@@ -27,7 +32,7 @@ from PIL import Image
 from open_r1.data import count_prompt_tokens
 from open_r1.modeling import load_processor
 from open_r1.prompts import REPO_ROOT
-from open_r1.sat import read_examples
+from open_r1.records import read_examples
 
 TRAINING = REPO_ROOT / "src/open-r1-multimodal"
 # Without a GPU: one process, short completions and one prompt a step. Everything else is the recipe's.

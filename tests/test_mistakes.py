@@ -27,12 +27,17 @@ RECIPE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_plan(monkeypatch):
+    """A check belongs to a process of its own, where it notes the planned processes; here it must not outlive a test."""
+    monkeypatch.setenv(PLANNED_PROCESSES, "")
+
+
 @pytest.fixture
 def find_mistake(tiny_model, examples_json, tmp_path, monkeypatch):
     """Check the paper's recipe with changes, for two processes: what it says, or nothing."""
     monkeypatch.setattr(entry, "quiet", lambda: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv(PLANNED_PROCESSES, "")
 
     def find(*arguments: str, recipe: str | None = None, command: Command = grpo.COMMAND, **changes: object) -> str:
         settings = {"model_name_or_path": str(tiny_model), "dataset_name": str(examples_json)}
