@@ -75,7 +75,8 @@ else
         fail "could not get uv from the package index; check the network (and pip's proxy or index settings)"
 fi
 install() {
-    "$uv" pip install --python "$PYTHON" "$@"
+    # Compiled once here, and not by every process of a machine that may not write into the environment later.
+    "$uv" pip install --compile-bytecode --python "$PYTHON" "$@"
 }
 
 start=$(date +%s)

@@ -173,3 +173,20 @@ def _processes_naming(text: str) -> list[str]:
         if text in command and "pytest" not in command:
             commands.append(command)
     return commands
+
+
+def test_a_killed_compiler_does_not_make_the_next_launch_wait(tmp_path, monkeypatch):
+    """torch waits for as long as a lock is there; one that is young, or has a compiler at work, stays."""
+    monkeypatch.syspath_prepend(str(REPO_ROOT / "src/open-r1-multimodal/open_r1"))  # as when launch.py is run
+    from open_r1.launch import STALE_SECONDS, clear_stale_builds
+
+    for name, age in (("killed", STALE_SECONDS + 9), ("busy", STALE_SECONDS + 9), ("young", 0)):
+        lock = tmp_path / name / "lock"
+        lock.parent.mkdir()
+        lock.touch()
+        os.utime(lock, (time.time() - age,) * 2)
+    compiler = subprocess.Popen(["sleep", "60"], cwd=tmp_path / "busy")
+    clear_stale_builds(tmp_path)
+    compiler.kill()
+    compiler.wait()
+    assert [path.parent.name for path in sorted(tmp_path.glob("*/lock"))] == ["busy", "young"]

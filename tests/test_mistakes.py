@@ -29,7 +29,7 @@ RECIPE = {
 
 @pytest.fixture(autouse=True)
 def no_plan(monkeypatch):
-    """A check belongs to a process of its own, where it notes the planned processes; here it must not outlive a test."""
+    """A check notes the planned processes in its process; here that must not outlive a test."""
     monkeypatch.setenv(PLANNED_PROCESSES, "")
 
 

@@ -55,6 +55,9 @@ else
     # use_cpu goes to the trainer alone: told of it, accelerate would put plain DDP in DeepSpeed's place.
     set -- --mixed_precision no "$script" --use_cpu true --bf16 false --dtype float32 "$@"
     export DS_ACCELERATOR=cpu
+    # What DeepSpeed compiles for the CPU belongs to this environment: others would compile it again, every time.
+    prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
+    [ ! -w "$prefix" ] || export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$prefix/torch_extensions}"
     cores=$(getconf _NPROCESSORS_ONLN)
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + NUM_PROCESSES - 1) / NUM_PROCESSES))}"
 fi

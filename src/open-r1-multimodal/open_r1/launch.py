@@ -10,14 +10,20 @@ import argparse
 import importlib
 import logging
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 sys.path.remove(str(Path(__file__).parent))  # where Python looks first; open_r1's modules are no top-level ones
 
 from open_r1.failures import last_word, told_once
+
+STALE_SECONDS = 60
 
 
 def parse() -> argparse.Namespace:
@@ -39,6 +45,21 @@ def check(launch: argparse.Namespace) -> None:
         entry.check(command, launch.arguments, launch.config_file, launch.num_processes)
 
 
+def clear_stale_builds(folder: Path) -> None:
+    """Delete the locks that a killed compiler left in torch's folder of extensions: torch would wait for ever.
+
+    A lock is stale when it is a minute old and nobody compiles beside it (ninja works in the extension's folder).
+    """
+    for lock in folder.glob("*/lock"):
+        if time.time() - lock.stat().st_mtime > STALE_SECONDS and str(lock.parent) not in working_folders():
+            lock.unlink(missing_ok=True)
+
+
+def working_folders() -> set[str]:
+    """The current folders of all processes that this user may look at."""
+    return {process.info["cwd"] for process in psutil.process_iter(["cwd"])}
+
+
 def main() -> None:
     """Check in a process of its own, which takes what it read along, and launch."""
     launch = parse()
@@ -54,6 +75,8 @@ def main() -> None:
     checking.join()
     if checking.exitcode:
         sys.exit(checking.exitcode if checking.exitcode > 0 else f"error: signal {-checking.exitcode} ended the check")
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        clear_stale_builds(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
     logging.disable(logging.ERROR)  # in this process: what torch's launcher says of failures is in the last word
     try:
         launch_command(launch_command_parser().parse_args(["--main_process_port", "0", *sys.argv[1:]]))
