@@ -515,7 +515,7 @@ def test_a_killed_process_continues(script, arguments):
 
 
 LAUNCHES = {
-    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     "accelerate": [
         *("accelerate.commands.launch", "--config_file", str(REPO_ROOT / "src/open-r1-multimodal/configs/ddp.yaml")),
         *("--num_processes", "2", "--main_process_port", "0"),
