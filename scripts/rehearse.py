@@ -313,7 +313,6 @@ def main() -> None:
         prog="rehearse.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=REPO_ROOT / "outputs/rehearsal", help="(default: %(default)s)")
-    parser.add_argument("--compare", action="store_true", help="time a step against stock TRL instead")
     args = parser.parse_args()
     model = os.environ.get("MODEL")
     try:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from accelerate import DistributedType, PartialState
 from accelerate.commands.config import load_config_from_file
+from accelerate.utils import is_peft_model
 from torch import nn
 from torch.serialization import register_package
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -228,10 +229,21 @@ def know_the_first_cpu() -> None:
 class LoadWeightsMixin:
     """In front of a `Trainer`: resuming outside DeepSpeed loads the weights, and on the CPU the optimizer's state.
 
+    And an adapter is saved alone: under ZeRO-1 and 2 accelerate would copy all weights for it, 4.4 GB of a 2B model.
+
     transformers 5.17 saves Qwen2-VL under its Hub names (visual.*) but resumes by its names in memory
     (model.visual.*), without an error when none matches: the run would go on from the weights it started with.
     Several CPU processes it tells to load the state to "cpu:0", a place that `torch.load` does not know.
     """
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The trainer's; what is pushed to the Hub goes its whole way."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        is_adapter = plugin is not None and plugin.zero_stage < 3 and is_peft_model(self.model)
+        if not is_adapter or self.args.push_to_hub:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self._save(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
