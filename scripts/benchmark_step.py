@@ -36,6 +36,7 @@ from trl import GRPOTrainer
 
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import load_chat_template
+from open_r1.published import TEXT, VISION
 from open_r1.tiny import make_model, make_processor, make_tokenizer, vision_token_arguments
 from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 
@@ -83,16 +84,8 @@ PRESETS = {
     ),
     # Qwen2-VL-2B's own configuration, random weights
     "sat-2b": Preset(
-        text={
-            "vocab_size": 151936,
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        },
-        vision={"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536},
+        text=TEXT,
+        vision=VISION,
         dtype="bfloat16",
         image_side=512,
         question_words=60,

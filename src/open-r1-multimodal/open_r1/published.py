@@ -25,6 +25,18 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from open_r1.prompts import load_chat_template
 from open_r1.tiny import build_tokenizer, own_sampling_settings, vision_token_arguments
 
+TEXT = {
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}
+VISION = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536, "patch_size": 14}
 SHARD = "2GB"
 PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}  # preprocessor_config.json
 
@@ -44,23 +56,16 @@ def make_qwen_processor(tokenizer: Qwen2Tokenizer, chat_template: str = "base") 
 
 def make_2b_config(tokenizer: Qwen2Tokenizer) -> Qwen2VLConfig:
     """The published configuration of Qwen2-VL-2B: 2.21 B parameters, 0.67 B of them vision."""
-    text = {
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    ids = {
         "bos_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536, "patch_size": 14}
     return Qwen2VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **vision_token_arguments(tokenizer)
+        text_config={**TEXT, **ids},
+        vision_config=VISION,
+        tie_word_embeddings=True,
+        **vision_token_arguments(tokenizer),
     )
 
 
