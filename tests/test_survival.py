@@ -367,8 +367,11 @@ def test_a_launch_that_cannot_continue_says_so(tmp_path, tiny_model, tiny_models
 
 @pytest.mark.heavy
 def test_without_zero_a_run_goes_on_with_other_processes(tmp_path, tiny_model, examples_json, quick_python):
-    """The third step on one process is the one that two would have taken: prompts, rate and optimizer."""
+    """The third step on one process is the one that two would have taken: prompts, rate and optimizer.
+
+    The checkpoint that it comes from makes room for its own."""
     arguments = ("--save_steps", "1", "--reward_funcs", "support:vowel_share", "--learning_rate", "1e-3")
+    arguments += ("--save_total_limit", "1")
     env = {"ACCELERATE_CONFIG": "ddp", "PYTHON": str(quick_python)}
     for name, steps, processes in (("whole", 3, 2), ("moved", 2, 2), ("moved", 3, 1)):
         result = run_grpo(

@@ -185,10 +185,12 @@ def train(command: Command, arguments: Sequence[str]) -> None:
         return
     if checkpoint:
         say(f"resuming from {checkpoint}")
+    # Read now: training removes the checkpoint it came from once it has save_total_limit newer ones.
+    steps_before = read_state(checkpoint).global_step if checkpoint else 0
     trainer.add_callback(CompleteCheckpoints(args))
     add_run_callbacks(trainer, command.name, script_args, model_args)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step == (read_state(checkpoint).global_step if checkpoint else 0):
+    if trainer.state.global_step == steps_before:
         raise Mistake(f"{script_args.dataset_name}: too few examples for a step; nothing was trained, nothing saved")
     trainer.save_model(args.output_dir)
     trainer.save_state()
