@@ -16,12 +16,12 @@ use_environment()
 import torch
 from transformers import GenerationConfig
 
-from open_r1.evaluation import generation_settings, load_prompting, messages
+from open_r1.evaluate.answering import generation_settings, load_prompting, messages
 from open_r1.hub import model_folder
 from open_r1.images import open_image
 from open_r1.modeling import load_checkpoint, reset_generation_config
-from open_r1.records import read_examples
 from open_r1.rollout import encode_prompt, generate
+from open_r1.tasks.examples import read_examples
 
 
 def main() -> None:

@@ -201,7 +201,7 @@ def make_uneven_model(items: Sequence[Any], hazard: float, hidden_size: int) -> 
 
 def answer_ours(backend: Any, items: Sequence[Any], batch_size: int) -> list[Any]:
     """Our loop: sorted by length, preprocessed ahead, finished rows dropped. Returns the responses in file order."""
-    from open_r1.evaluation import answer_batches, make_batches
+    from open_r1.evaluate.answering import answer_batches, make_batches
 
     batches = make_batches(backend, items, batch_size)
     responses = {item.key: response for batch in answer_batches(backend, batches) for item, response in batch}
@@ -210,7 +210,7 @@ def answer_ours(backend: Any, items: Sequence[Any], batch_size: int) -> list[Any
 
 def answer_plainly(backend: Any, items: Sequence[Any], batch_size: int) -> list[str]:
     """The usual loop: batches in file order, preprocessed in turn, through the model's own `generate`."""
-    from open_r1.evaluation import messages, open_image
+    from open_r1.evaluate.answering import messages, open_image
 
     texts = []
     for start in range(0, len(items), batch_size):
@@ -234,8 +234,8 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     """Time both loops over the same questions; they must give the same answers."""
     import torch
 
-    from open_r1.benchmarks import BENCHMARKS, read
-    from open_r1.evaluation import TransformersBackend
+    from open_r1.evaluate.answering import TransformersBackend
+    from open_r1.tasks.benchmarks import BENCHMARKS, read
     from open_r1.world import LEVELS, write_cvbench
 
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:

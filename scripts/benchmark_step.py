@@ -5,7 +5,7 @@ is one optimiser step each, so a slow spell of the machine hits both. Timed are,
 rollout, image preprocessing, reference scoring, the policy's forward and backward, and the step around them.
 
 What is equal: both sample with the same law (an end token made likely, so that lengths vary as a model's do); scoring
-and update then run on one fixed set of completions, so that both do the same job. tests/test_grouping.py holds the
+and update then run on one fixed set of completions, so that both do the same job. tests/test_shared_prefix.py holds the
 numbers of both equal.
 
 "possible" is arithmetic: the multiply-adds that stock runs over those of the unique tokens and patches. "reached" is

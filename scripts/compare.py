@@ -20,7 +20,7 @@ from open_r1.front_door import use_environment
 use_environment()
 
 from open_r1.answers import Unread
-from open_r1.scoring import TOTAL, by_question, check_rows, mcnemar, paired_difference, unread_warning
+from open_r1.evaluate.statistics import TOTAL, by_question, check_rows, mcnemar, paired_difference, unread_warning
 
 CHART_FORMATS = (".png", ".svg", ".pdf")
 # What two results must share to be compared, and how a warning names it.

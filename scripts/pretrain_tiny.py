@@ -41,9 +41,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, get_cosine_with_min_lr_schedule_with_warmup
 
-from open_r1 import cvbench, world
-from open_r1.evaluation import messages
+from open_r1 import world
+from open_r1.evaluate.answering import messages
 from open_r1.prompts import join_options, load_chat_template, sat_question
+from open_r1.tasks import cvbench
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
 
 LEVEL = world.LEVELS["easy"]

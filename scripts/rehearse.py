@@ -32,7 +32,7 @@ from PIL import Image
 from open_r1.data import count_prompt_tokens
 from open_r1.modeling import load_processor
 from open_r1.prompts import REPO_ROOT
-from open_r1.records import read_examples
+from open_r1.tasks.examples import read_examples
 
 TRAINING = REPO_ROOT / "src/open-r1-multimodal"
 # Without a GPU: one process, short completions and one prompt a step. Everything else is the recipe's.

@@ -13,7 +13,7 @@ from open_r1.front_door import use_environment
 
 use_environment()
 
-from open_r1.report import write_report
+from open_r1.report.page import write_report
 
 
 def main() -> int:

@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from open_r1 import cvbench, scoring, world
-from open_r1.benchmarks import BENCHMARKS, Item, digest, read, stratified
+from open_r1 import world
+from open_r1.evaluate import statistics
 from open_r1.prompts import REPO_ROOT
+from open_r1.tasks import cvbench
+from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read, stratified
 
 SCRIPT = REPO_ROOT / "src/eval/test_qwen2vl_CVBench.py"
 COMPARE = REPO_ROOT / "scripts/compare.py"
@@ -45,7 +47,7 @@ def respond(items: list[Item], *responses: str) -> list[dict]:
 
 
 def judged(rows: list[dict]) -> list[dict]:
-    return [scoring.judge_row(row, "lenient") for row in rows]
+    return [statistics.judge_row(row, "lenient") for row in rows]
 
 
 def run(script: Path, *args: object) -> subprocess.CompletedProcess:
@@ -58,7 +60,7 @@ def run(script: Path, *args: object) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("dress", ["{}", "It is near, so <answer> {} </answer>", "The answer is {}.", "</think>\n{}"])
 def test_oracle_scores_one(items, dress):
     rows = [row | {"response": dress.format(row["ground_truth"])} for row in respond(items, "")]
-    scores = scoring.score(judged(rows), CV_BENCH.combination)
+    scores = statistics.score(judged(rows), CV_BENCH.combination)
     assert list(scores) == NAMES
     assert all(value["accuracy"] == 1 and value["interval"][1] == 1 for value in scores.values())
 
@@ -72,7 +74,7 @@ def test_uniform_guessers_are_at_chance(items):
         guesses = [
             row | {"response": f"<answer>({rng.choice('ABCDEF'[: len(row['options'])])})</answer>"} for row in rows
         ]
-        scores = scoring.score(judged(guesses), CV_BENCH.combination)
+        scores = statistics.score(judged(guesses), CV_BENCH.combination)
         assert scores["Count"]["chance"] == 1 / 4 and scores["Depth"]["chance"] == 1 / 2
         for name in hits:
             low, high = scores[name]["interval"]
@@ -86,11 +88,11 @@ def test_official_score_weighs_sources_and_total_weighs_questions():
         for i in range(n):
             rows.append({"id": len(rows), "task": "Count", "source": source, "options": ["1", "2"], "question": "?"})
             rows[-1] |= {"ground_truth": "(A)", "response": "(A)" if i < right else "(B)"}
-    scores = scoring.score(judged(rows), CV_BENCH.combination)
+    scores = statistics.score(judged(rows), CV_BENCH.combination)
     assert scores["Total"]["accuracy"] == 5 / 10
     assert scores["CV-Bench"]["accuracy"] == ((1 / 4 + 1 / 2) / 2 + 3 / 4) / 2
     assert scores["CV-Bench"]["chance"] == 1 / 2 and scores["CV-Bench"]["n"] == 10
-    assert "CV-Bench" not in scoring.score(judged(rows[:6]), CV_BENCH.combination)  # without Omni3D
+    assert "CV-Bench" not in statistics.score(judged(rows[:6]), CV_BENCH.combination)  # without Omni3D
 
 
 @pytest.mark.parametrize(
@@ -98,13 +100,13 @@ def test_official_score_weighs_sources_and_total_weighs_questions():
     [(8, 10, 0.490162, 0.943318), (0, 10, 0.0, 0.277533), (10, 10, 0.722467, 1.0), (0, 0, 0.0, 1.0)],
 )
 def test_wilson(successes, n, low, high):
-    assert scoring.wilson(successes, n) == pytest.approx((low, high), abs=1e-6)
+    assert statistics.wilson(successes, n) == pytest.approx((low, high), abs=1e-6)
 
 
 def test_bootstrap_is_seeded_and_as_wide_as_theory():
     right = {"ADE20K": (300, 600), "COCO": (400, 838), "Omni3D": (700, 1200)}
-    low, high = scoring.bootstrap(right, cvbench.official_score)
-    assert (low, high) == scoring.bootstrap(right, cvbench.official_score)
+    low, high = statistics.bootstrap(right, cvbench.official_score)
+    assert (low, high) == statistics.bootstrap(right, cvbench.official_score)
     weights = {"ADE20K": 1 / 4, "COCO": 1 / 4, "Omni3D": 1 / 2}
     variance = sum(weights[name] ** 2 * k / n * (1 - k / n) / n for name, (k, n) in right.items())
     centre = cvbench.official_score({name: k / n for name, (k, n) in right.items()})
@@ -114,18 +116,18 @@ def test_bootstrap_is_seeded_and_as_wide_as_theory():
 
 @pytest.mark.parametrize(("b", "c", "p"), [(0, 0, 1), (5, 0, 0.0625), (10, 2, 2 * 79 / 4096), (3, 3, 1)])
 def test_mcnemar(b, c, p):
-    assert scoring.mcnemar(b, c) == scoring.mcnemar(c, b) == pytest.approx(p)
+    assert statistics.mcnemar(b, c) == statistics.mcnemar(c, b) == pytest.approx(p)
 
 
 def test_mcnemar_of_a_whole_benchmark_is_finite():
-    assert 0 < scoring.mcnemar(1500, 1000) < 1e-20
+    assert 0 < statistics.mcnemar(1500, 1000) < 1e-20
 
 
 def test_paired_difference():
-    assert scoring.paired_difference(10, 30, 100) == pytest.approx(
+    assert statistics.paired_difference(10, 30, 100) == pytest.approx(
         (0.2, 0.2 - 1.96 * 0.06, 0.2 + 1.96 * 0.06), abs=1e-4
     )
-    assert scoring.paired_difference(0, 0, 10) == (0, 0, 0)
+    assert statistics.paired_difference(0, 0, 10) == (0, 0, 0)
 
 
 def test_baselines_by_hand():
@@ -135,7 +137,7 @@ def test_baselines_by_hand():
         for task, of_task in golds.items()
         for gold in of_task
     ]
-    scores = scoring.score(judged(rows))
+    scores = statistics.score(judged(rows))
     assert [scores[name]["majority"] for name in ("Total", "Count", "Depth")] == [4 / 5, 2 / 3, 1]
     assert scores["Total"]["chance"] == 1 / 4 and scores["Total"]["n"] == 5
 
@@ -143,7 +145,7 @@ def test_baselines_by_hand():
 def test_the_article_is_no_answer_and_neither_are_two_options(items):
     asked = [item for item in items if item.task == "Depth" and item.answer == "(A)"][:1]
     for response in ("There is a chair in the image.", "a", "(A) or (B)", "A and B", ""):
-        row = scoring.judge_row(respond(asked, response)[0], "lenient")
+        row = statistics.judge_row(respond(asked, response)[0], "lenient")
         assert row["model_answer"] is None or response == "a", response  # alone, "a" is a letter and no article
         assert response == "a" or not row["correct"]
 
@@ -151,7 +153,7 @@ def test_the_article_is_no_answer_and_neither_are_two_options(items):
 def test_parsers_differ_on_untagged_responses(items):
     row = {**respond(items[:1], "")[0]}
     row["response"] = f"The answer is {row['ground_truth']}."
-    assert scoring.judge_row(row, "lenient")["correct"] and not scoring.judge_row(row, "strict")["correct"]
+    assert statistics.judge_row(row, "lenient")["correct"] and not statistics.judge_row(row, "strict")["correct"]
 
 
 def test_shares():
@@ -161,7 +163,7 @@ def test_shares():
         {"model_answer": None, "truncated": False, "error": "corrupt image"},
         {"model_answer": "(B)"},
     ]
-    counts = scoring.shares(rows)
+    counts = statistics.shares(rows)
     assert (counts["unparsable"], counts["truncated"], counts["image_errors"]) == (1, 1, 1)
     assert counts["unparsable_share"] == counts["truncated_share"] == 1 / 4
 
@@ -181,14 +183,14 @@ def test_what_could_not_be_read_is_told_apart_and_bounds_the_score():
     rows = judged([{**row, "response": response} for response in responses])
     assert [row["reading"] for row in rows[:5]] == list(UNREAD.values())
     assert [row["reading"] for row in rows[5:9]] == ["first line", "first line", "first line", "conclusion"]
-    counts = scoring.shares(rows)
+    counts = statistics.shares(rows)
     assert counts["unread_shares"] == {reason: 1 / 10 + (reason == "unreadable") / 10 for reason in UNREAD.values()}
     assert sum(counts["unread_shares"].values()) == pytest.approx(counts["unparsable_share"]) == 6 / 10
-    total = scoring.score(rows)["Total"]
+    total = statistics.score(rows)["Total"]
     assert total["bounds"] == [3 / 10, 9 / 10] and total["accuracy"] == 3 / 10
-    assert "30.0 -  90.0" in scoring.table({"Total": total})
-    assert "60.0% of the responses could not be read (refused 10.0%" in scoring.unread_warning(counts)
-    assert scoring.unread_warning(counts | {"unparsable_share": 0.05}) is None
+    assert "30.0 -  90.0" in statistics.table({"Total": total})
+    assert "60.0% of the responses could not be read (refused 10.0%" in statistics.unread_warning(counts)
+    assert statistics.unread_warning(counts | {"unparsable_share": 0.05}) is None
 
 
 def test_a_response_without_an_answer_that_was_cut_off_says_so():
@@ -207,9 +209,9 @@ def test_bounds_of_rotations_and_of_the_combination():
         for source, answers in responses.items()
         for rotation, response in enumerate(answers)
     ]
-    scores = scoring.score(judged(rows), CV_BENCH.combination)
+    scores = statistics.score(judged(rows), CV_BENCH.combination)
     assert scores["Total"]["bounds"] == pytest.approx([2 / 6, 5 / 6])
-    assert scores[scoring.ALL_ROTATIONS]["bounds"] == pytest.approx([0, 2 / 3])
+    assert scores[statistics.ALL_ROTATIONS]["bounds"] == pytest.approx([0, 2 / 3])
     assert scores["CV-Bench"]["bounds"] == pytest.approx([((1 / 2 + 1 / 2) / 2 + 0) / 2, ((1 + 1 / 2) / 2 + 1) / 2])
 
 
@@ -234,10 +236,10 @@ def test_sat_is_evaluated_in_every_rotation(tmp_path):
         assert all(sorted(item.options) == sorted(options) and item.answer in options for item in rotations)
         assert all(f"options: {item.options[0]}" in item.prompt for item in rotations)
     # Always the first option: right in exactly one rotation of each question.
-    scores = scoring.score(judged([row | {"response": row["options"][0]} for row in respond(asked, "")]))
+    scores = statistics.score(judged([row | {"response": row["options"][0]} for row in respond(asked, "")]))
     assert scores["Total"]["n"] == 12 < len(asked)
     assert scores["Total"]["accuracy"] == pytest.approx(scores["Total"]["chance"])
-    assert scores[scoring.ALL_ROTATIONS]["accuracy"] == 0
+    assert scores[statistics.ALL_ROTATIONS]["accuracy"] == 0
 
 
 def test_sat_rows_without_a_right_option_are_left_out_and_reported(tmp_path, capsys):
@@ -434,6 +436,6 @@ def test_compare_refuses_what_is_not_a_result(tmp_path):
 
 
 def test_intervals_are_plain_numbers(items):
-    scores = scoring.score(judged(respond(items, "(A)")), CV_BENCH.combination)
+    scores = statistics.score(judged(respond(items, "(A)")), CV_BENCH.combination)
     assert json.loads(json.dumps(scores)) == scores
     assert not any(isinstance(bound, np.generic) for value in scores.values() for bound in value["interval"])

@@ -13,7 +13,7 @@ from open_r1.data import count_prompt_tokens
 from open_r1.memory import Launch, Load, count_memory
 from open_r1.modeling import FreezeArguments, load_processor
 from open_r1.prompts import REPO_ROOT
-from open_r1.records import read_examples
+from open_r1.tasks.examples import read_examples
 from open_r1.tiny import make_config as make_model_config
 from open_r1.tiny import make_model, make_processor, make_tokenizer
 

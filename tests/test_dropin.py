@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from trl import GRPOConfig, GRPOTrainer
 
-from open_r1.grouping import ATTENTION
+from open_r1.shared_prefix import ATTENTION
 from open_r1.trainer import Qwen2VLGRPOTrainer, told_apart
 from support import read_jsonl
 

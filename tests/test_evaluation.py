@@ -20,10 +20,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from open_r1 import evaluation, world
-from open_r1.benchmarks import BENCHMARKS, Item, read
+from open_r1 import world
+from open_r1.evaluate import answering
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT, load_chat_template, sat_question
+from open_r1.tasks.benchmarks import BENCHMARKS, Item, read
 from open_r1.tiny import make_processor, make_tokenizer, save_tiny_model
 
 SCRIPT = REPO_ROOT / "src/eval/test_qwen2vl_CVBench.py"
@@ -73,9 +74,9 @@ def items(rendered) -> list[Item]:
 
 
 @pytest.fixture(scope="module")
-def backend(model_path) -> evaluation.TransformersBackend:
-    processor, _ = evaluation.load_prompting(str(model_path), "base", 12544)
-    return evaluation.TransformersBackend(load_model(str(model_path), "float32"), processor, "reasoning", TOKENS)
+def backend(model_path) -> answering.TransformersBackend:
+    processor, _ = answering.load_prompting(str(model_path), "base", 12544)
+    return answering.TransformersBackend(load_model(str(model_path), "float32"), processor, "reasoning", TOKENS)
 
 
 @pytest.fixture
@@ -87,9 +88,9 @@ def arguments(script, model_path, rendered, tmp_path) -> list[str]:
     ]
 
 
-def answers(backend: evaluation.Backend, items: list[Item], batch_size: int) -> dict[tuple, evaluation.Response]:
-    batches = evaluation.make_batches(backend, items, batch_size)
-    return {item.key: response for batch in evaluation.answer_batches(backend, batches) for item, response in batch}
+def answers(backend: answering.Backend, items: list[Item], batch_size: int) -> dict[tuple, answering.Response]:
+    batches = answering.make_batches(backend, items, batch_size)
+    return {item.key: response for batch in answering.answer_batches(backend, batches) for item, response in batch}
 
 
 def run(script: ModuleType, arguments: list[str]) -> dict:
@@ -109,7 +110,7 @@ def test_prompts_are_the_golden_ones(name, backend, tmp_path):
     Image.new("RGB", (56, 56)).save(tmp_path / "image.png")
     question = sat_question("Is the red ball to the left of the box?", ["yes", "no"])
     item = Item(0, "other", question, ("yes", "no"), "yes", question, ((tmp_path / "image.png").read_bytes(),))
-    own = evaluation.TransformersBackend(backend.model, processor, style, TOKENS)
+    own = answering.TransformersBackend(backend.model, processor, style, TOKENS)
     assert own.encode(item).input_ids.tolist() == GOLDEN[name]["ids"]
 
 
@@ -127,7 +128,7 @@ def test_prompts_are_the_golden_ones(name, backend, tmp_path):
     ],
 )
 def test_the_chat_template_says_what_kind_of_model_it_is(name, own, expected):
-    chosen, text = evaluation.choose_chat_template(name, own)
+    chosen, text = answering.choose_chat_template(name, own)
     assert chosen == expected
     assert text == (own if expected == "checkpoint" else load_chat_template(expected))
 
@@ -136,7 +137,7 @@ def test_the_chat_template_says_what_kind_of_model_it_is(name, own, expected):
 def test_the_template_is_found_in_the_checkpoint_whatever_its_path(tmp_path, end):
     """The reference looked for `os.path.join(path, "/chat_template.json")`, a file at the root of the disk."""
     folder = save_tiny_model(tmp_path / "some-base-model", vocab_size=256, chat_template="instruct")
-    _, name = evaluation.load_prompting(f"{folder}{end}", "auto", 12544)
+    _, name = answering.load_prompting(f"{folder}{end}", "auto", 12544)
     assert name == "instruct"
 
 
@@ -158,8 +159,8 @@ def test_mistakes_are_one_line(script, arguments, option, value, message, monkey
 def test_large_images_are_shrunk_to_max_pixels(tiny_model, items):
     big = replace(items[0], images=(world.sat_row(1, 1, world.LEVELS["full"])["image_bytes"][0],))
     for max_pixels in (56 * 56, 112 * 112, 224 * 224):
-        processor, _ = evaluation.load_prompting(str(tiny_model), "base", max_pixels)
-        own = evaluation.TransformersBackend(load_model(str(tiny_model), "float32"), processor, "reasoning", 1)
+        processor, _ = answering.load_prompting(str(tiny_model), "base", max_pixels)
+        own = answering.TransformersBackend(load_model(str(tiny_model), "float32"), processor, "reasoning", 1)
         prompt = own.encode(big)
         pixels = int(prompt.image_grid_thw[0].prod()) * 14 * 14
         assert max_pixels / 3 < pixels <= max_pixels
@@ -179,10 +180,10 @@ def test_large_images_are_shrunk_to_max_pixels(tiny_model, items):
 )
 def test_images_are_shrunk_as_in_training(tiny_model, tmp_path, saved, asked, used):
     load_processor(str(tiny_model), min_pixels=6272, max_pixels=saved).save_pretrained(tmp_path)
-    processor, _ = evaluation.load_prompting(tmp_path, "base", asked)
+    processor, _ = answering.load_prompting(tmp_path, "base", asked)
     assert processor.image_processor.size["longest_edge"] == used
     assert processor.image_processor.size["shortest_edge"] == 6272
-    assert evaluation.count_image_tokens(processor, [(10000, 10000)]) <= used // 28**2
+    assert answering.count_image_tokens(processor, [(10000, 10000)]) <= used // 28**2
 
 
 # --- how it is decoded --------------------------------------------------------------------------------------------
@@ -226,13 +227,13 @@ def test_an_ended_response_is_not_truncated(backend, items):
     got = answers(backend, items, 8).values()
     assert {response.truncated for response in got} == {False, True}
     assert all(response.tokens == TOKENS for response in got if response.truncated)
-    biased = evaluation.TransformersBackend(backend.model, backend.processor, "reasoning", TOKENS)
+    biased = answering.TransformersBackend(backend.model, backend.processor, "reasoning", TOKENS)
     biased.generation_config.sequence_bias = [[[token], 1e3] for token in ends]
-    assert set(answers(biased, items[:2], 2).values()) == {evaluation.Response("", 1, False)}
+    assert set(answers(biased, items[:2], 2).values()) == {answering.Response("", 1, False)}
 
 
 def test_batches_are_of_like_length_the_longest_first(backend, items):
-    batches = evaluation.make_batches(backend, items, 5)
+    batches = answering.make_batches(backend, items, 5)
     lengths = [backend.length(item) for batch in batches for item in batch]
     assert lengths == sorted(lengths, reverse=True)
     assert [len(batch) for batch in batches] == [5, 5, 5, 5, 4]
@@ -255,7 +256,7 @@ def test_missing_and_broken_images_are_counted(backend, items, script):
 
 
 def test_a_process_without_a_batch_has_nothing_to_do(backend):
-    assert list(evaluation.answer_batches(backend, [])) == []
+    assert list(answering.answer_batches(backend, [])) == []
 
 
 def test_a_batch_of_broken_images_alone(backend, items):
@@ -310,7 +311,7 @@ def test_an_interrupted_run_continues_and_ends_the_same(script, arguments, tmp_p
 def test_a_finished_run_is_scored_again_and_another_is_kept_aside(script, arguments, tmp_path, monkeypatch, capsys):
     first = run(script, arguments)
     with monkeypatch.context() as patch:
-        patch.setitem(evaluation.BACKENDS, "hf", lambda *args: pytest.fail("loads the model again"))
+        patch.setitem(answering.BACKENDS, "hf", lambda *args: pytest.fail("loads the model again"))
         assert run(script, arguments) == first
         assert "answered before" in capsys.readouterr().out
         assert not list((tmp_path / "results").glob("*.old"))
@@ -340,10 +341,10 @@ def test_unfinished_work_of_other_settings_is_kept_aside(script, tmp_path):
 
 def test_new_weights_at_the_same_place_are_another_model(tmp_path):
     folder = save_tiny_model(tmp_path / "model", vocab_size=256)
-    before = evaluation.model_fingerprint(folder)
-    assert before == evaluation.model_fingerprint(Path(f"{folder}/"))
+    before = answering.model_fingerprint(folder)
+    assert before == answering.model_fingerprint(Path(f"{folder}/"))
     save_tiny_model(folder, vocab_size=256, seed=1)
-    assert evaluation.model_fingerprint(folder) != before
+    assert answering.model_fingerprint(folder) != before
 
 
 def test_a_run_killed_in_its_first_line_continues(script, arguments):
@@ -417,13 +418,13 @@ def test_an_adapter_is_evaluated_as_its_merged_model_with_its_own_prompt(script,
 
 
 def test_the_fingerprint_of_an_adapter_holds_its_base(adapter, model_path, tmp_path):
-    first = evaluation.model_fingerprint(adapter)
+    first = answering.model_fingerprint(adapter)
     other = shutil.copytree(adapter, tmp_path / "other")
-    assert evaluation.model_fingerprint(other) == first
+    assert answering.model_fingerprint(other) == first
     settings = json.loads((other / "adapter_config.json").read_text())
     new_base = save_tiny_model(tmp_path / "base", vocab_size=300, seed=5)
     (other / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(new_base)}))
-    assert evaluation.model_fingerprint(other) != first
+    assert answering.model_fingerprint(other) != first
 
 
 def test_an_adapter_whose_base_is_gone_is_one_line(script, arguments, adapter, tmp_path, monkeypatch, capsys):
@@ -553,4 +554,4 @@ def test_several_processes_answer_as_one(script, arguments, tmp_path, launch, ba
 def test_16_bit_grey_is_shown_as_in_training():
     data = io.BytesIO()
     Image.fromarray(np.full((4, 4), 0x4000, dtype=np.uint16)).save(data, format="PNG")
-    assert evaluation.open_image(data.getvalue()).getpixel((0, 0)) == (0x40, 0x40, 0x40)
+    assert answering.open_image(data.getvalue()).getpixel((0, 0)) == (0x40, 0x40, 0x40)

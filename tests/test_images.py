@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from open_r1 import evaluation, images
+from open_r1 import images
+from open_r1.evaluate import answering
 from open_r1.images import BrokenImage, check_image, image_size, open_image
 
 RNG = np.random.default_rng(0)
@@ -83,7 +84,7 @@ def test_every_source_gives_the_same_pixels(name, tmp_path):
 
 
 def test_evaluation_opens_images_as_training_does():
-    assert evaluation.open_image is images.open_image
+    assert answering.open_image is images.open_image
 
 
 def test_what_is_transparent_becomes_white():

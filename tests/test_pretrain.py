@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from open_r1 import world
 from open_r1.answers import extract_answer, judge
-from open_r1.evaluation import generation_settings, messages
+from open_r1.evaluate.answering import generation_settings, messages
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT, sat_question
 from open_r1.reflection import find_reflections

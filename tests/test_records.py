@@ -16,9 +16,9 @@ from open_r1.data import DataArguments, load_dataset, load_datasets_from_args
 from open_r1.images import open_image
 from open_r1.modeling import load_processor
 from open_r1.prompts import sat_question
-from open_r1.records import Columns, read_examples
 from open_r1.rewards import check_gold
 from open_r1.sft import check_answer
+from open_r1.tasks.examples import Columns, read_examples
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -177,7 +177,7 @@ print("ROWS", [*train["solution"]], [*test["solution"]], train[2]["prompt"][0]["
         asked = sat_question(question("blue"), OPTIONS)
         assert f"ROWS {COLOURS} ['lime'] {asked} {OPTIONS}" in done.stdout
         missing = subprocess.run(
-            [sys.executable, "-c", "from open_r1.records import *; read_examples('someone/nothing')"],
+            [sys.executable, "-c", "from open_r1.tasks.examples import *; read_examples('someone/nothing')"],
             env={**os.environ, **hub.environment(folder / "home")},
             capture_output=True,
             text=True,

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from fake_run import PROMPT, STARTED, fake_events, fake_rows, row, write_images, write_lines, write_run
-from open_r1 import report
-from open_r1.curves import MAX_POINTS, collect, step_time, thin
+from open_r1.evaluate.statistics import wilson
 from open_r1.prompts import REPO_ROOT
-from open_r1.report import choose_steps, segments, write_report
-from open_r1.runs import (
+from open_r1.report import page as report
+from open_r1.report.curves import MAX_POINTS, collect, step_time, thin
+from open_r1.report.page import choose_steps, segments, write_report
+from open_r1.report.runs import (
     by_step,
     ends,
     group_accuracy,
@@ -29,7 +30,6 @@ from open_r1.runs import (
     reflection_statistics,
     scan_rollouts,
 )
-from open_r1.scoring import wilson
 
 SCRIPT = REPO_ROOT / "scripts/report.py"
 RIGHT, WRONG = {"accuracy_reward": 1.0, "format_reward": 1.0}, {"accuracy_reward": 0.0, "format_reward": 1.0}

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from open_r1 import sat
 from open_r1.prompts import REPO_ROOT, sat_question
-from open_r1.records import read_examples
+from open_r1.tasks import sat
+from open_r1.tasks.examples import read_examples
 
 SCRIPT = REPO_ROOT / "src" / "data" / "SAT" / "process_dataset.py"
 SHELL_SCRIPT = SCRIPT.with_name("prepare_dataset.sh")

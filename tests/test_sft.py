@@ -9,12 +9,13 @@ import pytest
 import torch
 from trl import ModelConfig, TrlParser
 
-from open_r1 import sat, world
+from open_r1 import world
 from open_r1.data import load_dataset
 from open_r1.images import open_image
 from open_r1.modeling import PARTS, freeze, load_model, load_processor, parameter_table, part_of, vision_token_ids
 from open_r1.prompts import REPO_ROOT
 from open_r1.sft import AnswerCollator, Qwen2VLSFTConfig, SFTScriptArguments, build_trainer
+from open_r1.tasks import sat
 from open_r1.tiny import make_config as make_model_config
 from open_r1.tiny import make_model, make_processor, make_tokenizer
 from support import launch_env, load_weights, write_examples

@@ -14,8 +14,8 @@ from trl import GRPOTrainer
 from open_r1.data import count_prompt_tokens, load_dataset
 from open_r1.images import open_image
 from open_r1.modeling import end_token_ids, freeze, load_model, load_processor, vision_token_ids
-from open_r1.records import read_examples
 from open_r1.rewards import accuracy_reward
+from open_r1.tasks.examples import read_examples
 from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 from support import load_weights, make_config, read_jsonl, vowel_share, write_examples
 

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from open_r1 import cvbench, sat, world
+from open_r1 import world
+from open_r1.tasks import cvbench, sat
 
 EASY, FULL = world.LEVELS["easy"], world.LEVELS["full"]
 
@@ -235,5 +236,5 @@ def test_command_line(tmp_path):
 
 
 def test_no_torch():
-    code = "import sys, open_r1.world, open_r1.sat, open_r1.cvbench; sys.exit('torch' in sys.modules)"
+    code = "import sys, open_r1.world, open_r1.tasks.sat, open_r1.tasks.cvbench; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -26,16 +26,16 @@ from open_r1.front_door import first_line, use_environment
 
 use_environment()
 
-from open_r1.benchmarks import BENCHMARKS, Item, digest, read
+from open_r1.evaluate.statistics import PARSERS, check_rows, judge_row, score, shares, table, unread_warning
 from open_r1.hub import model_folder
 from open_r1.prompts import REPO_ROOT
-from open_r1.scoring import PARSERS, check_rows, judge_row, score, shares, table, unread_warning
+from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read
 from open_r1.trajectories import append_rows
 
 if TYPE_CHECKING:  # re-scoring starts without torch
     from accelerate import PartialState
 
-    from open_r1.evaluation import Backend
+    from open_r1.evaluate.answering import Backend
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B"
@@ -229,7 +229,7 @@ def evaluate(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from open_r1.evaluation import (
+    from open_r1.evaluate.answering import (
         BACKENDS,
         generation_settings,
         load_prompting,
@@ -319,7 +319,7 @@ def answer(backend: "Backend", items: Sequence[Item], batch_size: int, partial: 
     """Answer this process's share of the items; each batch is on disk before the next one starts."""
     from tqdm import tqdm
 
-    from open_r1.evaluation import answer_batches, make_batches
+    from open_r1.evaluate.answering import answer_batches, make_batches
 
     batches = make_batches(backend, items, batch_size)[state.process_index :: state.num_processes]
     count, start = sum(map(len, batches)), time.perf_counter()

@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from open_r1.sat import COLUMNS, FOLDS, Example, Skip, convert_row, to_record
+from open_r1.tasks.sat import COLUMNS, FOLDS, Example, Skip, convert_row, to_record
 
 FORMAT_VERSION = 1  # of the output; part of the settings, so that a change never continues older work
 PAPER_EXAMPLES = 15000

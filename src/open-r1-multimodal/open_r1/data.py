@@ -19,7 +19,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from open_r1.images import EXTENSIONS, ImageSource, check_image, count_image_tokens, image_bytes, image_size, opened
 from open_r1.modeling import load_processor
-from open_r1.records import Columns, iter_examples
+from open_r1.tasks.examples import Columns, iter_examples
 
 Row = dict[str, Any]
 

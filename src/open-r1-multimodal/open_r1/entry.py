@@ -28,7 +28,7 @@ from open_r1.checkpoints import (
 from open_r1.failures import Mistake, mistakes, told_once
 from open_r1.modeling import parameter_table
 from open_r1.recipes import PLANNED_PROCESSES, read_recipe
-from open_r1.report import write_report
+from open_r1.report.page import write_report
 
 # What libraries warn about at every start although it is as it should be: logger -> part of the message.
 NOISE = {

@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicLayer, GenerationConfig, PreTrainedModel
 
-from open_r1.grouping import Prompt, concat_images, enable_grouping, encode_prompt
+from open_r1.shared_prefix import Prompt, concat_images, enable_grouping, encode_prompt
 
 __all__ = ["Prompt", "encode_prompt", "generate"]
 
@@ -61,7 +61,7 @@ def generate(
     """Sample completions, several of each prompt.
 
     Args:
-        model: the language model decodes with `grouping.grouped_attention` from then on.
+        model: the language model decodes with `shared_prefix.grouped_attention` from then on.
         prompts: U encoded prompts of any lengths.
         repeats: how many completions of each.
         generation_config: sampling settings; `max_new_tokens` and `eos_token_id` are needed.

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from open_r1.prompts import load_chat_template
-from open_r1.records import read_examples
+from open_r1.tasks.examples import read_examples
 
 # Qwen2-VL's special tokens in the order of their ids (151643 ... 151656 in the published vocabulary)
 SPECIAL_TOKENS = (

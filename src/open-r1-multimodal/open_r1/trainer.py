@@ -34,15 +34,6 @@ from trl.trainer.utils import RepeatSampler, get_config_model_id, split_tensor_d
 
 from open_r1.callbacks import LogRollouts
 from open_r1.checkpoints import LoadWeightsMixin
-from open_r1.grouping import (
-    collapse_image_tokens,
-    enable_grouping,
-    encode_images,
-    encode_prompt,
-    pack,
-    rows_by_prompt,
-    shuffle_groups,
-)
 from open_r1.heldout import held_out_figures
 from open_r1.images import BrokenImage, ImageSource, image_name, open_image
 from open_r1.modeling import (
@@ -56,6 +47,15 @@ from open_r1.recipes import count_processes
 from open_r1.reflection import analyse, shares
 from open_r1.rewards import completion_text
 from open_r1.rollout import generate
+from open_r1.shared_prefix import (
+    collapse_image_tokens,
+    enable_grouping,
+    encode_images,
+    encode_prompt,
+    pack,
+    rows_by_prompt,
+    shuffle_groups,
+)
 from open_r1.trajectories import append_rows, keep_rows
 
 # TRL's own, which it checks in the first step
@@ -221,7 +221,7 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
 
     - every end-of-text id ends a completion, vision tokens are never sampled, and sampling settings come from
       `args` alone, never from the checkpoint's generation_config;
-    - the prompt of a group is encoded, prefilled and scored once (`open_r1.grouping`, `open_r1.rollout`);
+    - the prompt of a group is encoded, prefilled and scored once (`open_r1.shared_prefix`, `open_r1.rollout`);
     - rows with and without images may be mixed, in any number of processes;
     - an image that cannot be opened any more ends no run: completions about it earn nothing and are counted;
     - the figures of an evaluation are over its questions, each once (`open_r1.heldout`);

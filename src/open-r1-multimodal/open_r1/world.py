@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from open_r1 import cvbench
+from open_r1.tasks import cvbench
 
 Pixels = tuple[float, float]
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels

@@ -1,6 +1,6 @@
-"""Three seeded steps on given completions, saved: `worker_grouping.py MODEL DATA OUTPUT PER_DEVICE_BATCH`.
+"""Three seeded steps on given completions, saved: `worker_shared_prefix.py MODEL DATA OUTPUT PER_DEVICE_BATCH`.
 
-`test_grouping.py` runs it in one process and under ZeRO in two.
+`test_shared_prefix.py` runs it in one process and under ZeRO in two.
 """
 
 import sys

@@ -23,7 +23,8 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from open_r1.answers import extract_answer
-from open_r1.curves import (
+from open_r1.images import DECODE_ERRORS, opened, to_rgb
+from open_r1.report.curves import (
     NARROW,
     WIDE,
     Curves,
@@ -35,8 +36,7 @@ from open_r1.curves import (
     legend,
     save_accuracy_length,
 )
-from open_r1.images import DECODE_ERRORS, opened, to_rgb
-from open_r1.runs import Rollouts, Run, ends, is_usable, read_run, reflection_statistics, scan_rollouts
+from open_r1.report.runs import Rollouts, Run, ends, is_usable, read_run, reflection_statistics, scan_rollouts
 from open_r1.trajectories import replace_file
 
 TEXT_LIMIT = 4000  # characters of one text in the page; longer ones keep this much of their beginning and end
@@ -123,10 +123,10 @@ def render(run: Run, train: Rollouts, held_out: Rollouts, curves: Curves) -> str
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    script = (here / "report.js").read_text(encoding="utf-8")
+    script = (here / "page.js").read_text(encoding="utf-8")
     picked = pick_examples(train)
-    return environment.get_template("report.html.jinja").render(
-        style=Markup((here / "report.css").read_text(encoding="utf-8")),
+    return environment.get_template("page.html.jinja").render(
+        style=Markup((here / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         name=run.path.resolve().name,

@@ -17,10 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from open_r1 import cvbench, sat
+from open_r1.evaluate.statistics import Combination
 from open_r1.hub import fetch
 from open_r1.prompts import sat_question
-from open_r1.scoring import Combination
+from open_r1.tasks import cvbench, sat
 
 BATCH_ROWS = 64  # read at a time
 LIMIT_SEED = 0

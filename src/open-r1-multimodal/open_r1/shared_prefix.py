@@ -7,7 +7,7 @@ A micro-batch of groups becomes one packed row without padding:
 
 and so on for the next prompt. Every branch position predicts one completion token, M-RoPE positions go on from the
 prompt in each branch, and the image is encoded once. The numbers are those of scoring G separate sequences
-(tests/test_grouping.py); the work is that of the unique tokens.
+(tests/test_shared_prefix.py); the work is that of the unique tokens.
 """
 
 from collections.abc import Sequence

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from open_r1.benchmarks import Item
 from open_r1.images import BrokenImage, count_image_tokens, image_size, open_image
 from open_r1.modeling import (
     adapter_base,
@@ -28,6 +27,7 @@ from open_r1.modeling import (
 )
 from open_r1.prompts import load_chat_template
 from open_r1.rollout import Prompt, encode_prompt, generate
+from open_r1.tasks.benchmarks import Item
 
 PAPER_MAX_PIXELS = 401408  # what the paper trains and evaluates at
 # The bound that Qwen publishes (16384 image tokens) fits no recipe's prompt: nothing was trained at it here.

@@ -17,11 +17,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LinearLocator, MaxNLocator
 
-from open_r1.runs import ACCURACY, FORMAT, Rollouts, Run, Series, by_step, group_accuracy, moving_average, quartiles
+from open_r1.report.runs import (
+    ACCURACY,
+    FORMAT,
+    Rollouts,
+    Run,
+    Series,
+    by_step,
+    group_accuracy,
+    moving_average,
+    quartiles,
+)
 
 MAX_POINTS = 600  # of a curve; more cannot be told apart
 SMOOTH_FROM = 40  # points from which on a moving average is drawn over them
-# No curve is told from another by colour alone; `report.css` draws the same in legends.
+# No curve is told from another by colour alone; `page.css` draws the same in legends.
 DASHES = ("-", (0, (4, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1)))
 LENGTH_CURVE = 2  # the number of length's colour in the paper's figure, with a held-out curve or without
 

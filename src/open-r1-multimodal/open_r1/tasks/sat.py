@@ -1,6 +1,6 @@
 """SAT (`array/SAT` on the Hub): a parquet row -> an example, and an example -> a ShareGPT record.
 
-Every function here is pure; `open_r1.records` reads the records back. Source of the schema: the dataset card of
+Every function here is pure; `open_r1.tasks.examples` reads the records back. Source of the schema: the dataset card of
 `array/SAT`. No torch, so that preparing data starts at once.
 """
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from open_r1.scoring import wilson
+from open_r1.evaluate.statistics import wilson
 
 ACCURACY, FORMAT = "accuracy_reward", "format_reward"  # as the trainer logs the registry's rewards
 MAX_REWARDS = 32  # a run has a handful; more is a damaged file, and each is a column

@@ -12,9 +12,9 @@ from peft import LoraConfig
 from trl import GRPOTrainer
 
 from open_r1.data import load_dataset
-from open_r1.grouping import Prompt, collapse_image_tokens, pack, shuffle_groups
 from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.prompts import REPO_ROOT
+from open_r1.shared_prefix import Prompt, collapse_image_tokens, pack, shuffle_groups
 from open_r1.tiny import MODEL_CLASSES
 from open_r1.trainer import Qwen2VLGRPOTrainer
 from support import fake_completions, launch_env, load_weights, make_config, vowel_share, write_examples, write_mixed
@@ -278,7 +278,7 @@ def test_image_tokens_are_collapsed_for_vllm():
 def test_two_zero_processes_match_one(zero, rows, tiny_model, datasets_by_images, tmp_path):
     """Three groups of four over two ranks: their micro-batches of three hold one prompt here and two there."""
     data = datasets_by_images[1] if rows == "with an image" else write_mixed(tmp_path, 12)
-    worker = [str(Path(__file__).with_name("worker_grouping.py")), str(tiny_model), str(data)]
+    worker = [str(Path(__file__).with_name("worker_shared_prefix.py")), str(tiny_model), str(data)]
     env = launch_env(tiny_model, data, tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     subprocess.run([sys.executable, *worker, str(tmp_path / "one"), "6"], env=env, check=True)
     config = REPO_ROOT / f"src/open-r1-multimodal/configs/{zero}.yaml"
