@@ -20,7 +20,8 @@ from open_r1.evaluate.answering import generation_settings, load_prompting, mess
 from open_r1.hub import model_folder
 from open_r1.images import open_image
 from open_r1.modeling import load_checkpoint, reset_generation_config
-from open_r1.rollout import encode_prompt, generate
+from open_r1.rollout import generate
+from open_r1.shared_prefix import encode_prompt
 from open_r1.tasks.examples import read_examples
 
 

@@ -21,6 +21,7 @@ use_environment()
 import yaml
 from trl import ModelConfig, TrlParser
 
+from open_r1.families import FAMILIES
 from open_r1.grpo import GRPOScriptArguments
 from open_r1.memory import Count, Launch, Load, count_memory, load_config
 from open_r1.prompts import REPO_ROOT
@@ -51,8 +52,7 @@ def count_recipe(recipe: str, launch: Launch, overrides: list[str], is_cpu: bool
     needed = ["--dataset_name", "-", "--output_dir", "-", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
     script_args, args, model_args = TrlParser(types).parse_args_and_config(["--config", recipe, *needed, *overrides])
     config = load_config(model_args.model_name_or_path, model_args.model_revision)
-    patch, merge = config.vision_config.patch_size, config.vision_config.spatial_merge_size
-    image = (script_args.max_pixels or 0) // (patch * merge) ** 2 * merge**2
+    image = FAMILIES[config.model_type].count_patches(config, script_args.max_pixels or 0)
     batch = args.per_device_train_batch_size
     load = Load(batch, script_args.max_prompt_length, ANSWER_TOKENS, image, batch)
     if is_grpo:

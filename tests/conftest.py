@@ -19,10 +19,11 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Model type -> folder of a tiny random checkpoint."""
-    from open_r1.tiny import MODEL_CLASSES, save_tiny_model
+    from open_r1.families import FAMILIES
+    from open_r1.tiny import save_tiny_model
 
     folder = tmp_path_factory.mktemp("models")
-    return {name: save_tiny_model(folder / name, model_type=name, vocab_size=300) for name in MODEL_CLASSES}
+    return {name: save_tiny_model(folder / name, model_type=name, vocab_size=300) for name in FAMILIES}
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import re
 
-from transformers import AutoTokenizer
+from open_r1.backends import Backend, Completions
 
 QUESTION = re.compile(r"What colour is picture (\d+)\? Choose between the following options: (\w+) or (\w+)")
 
@@ -21,11 +21,16 @@ def written(prompt: str) -> list[str]:
     ]
 
 
-def generate(model, prompts, repeats, generation_config):
-    """`open_r1.rollout.generate`, from paper."""
-    tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
-    completions = []
-    for prompt, count in zip(prompts, repeats, strict=True):
-        texts = written(tokenizer.decode(prompt.input_ids))
-        completions += [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts][:count]
-    return completions
+class Written:
+    """A backend that answers from paper; prompts are encoded by the one that it stands for."""
+
+    def __init__(self, backend: Backend):
+        self.encode, self.tokenizer = backend.encode, backend.processor.tokenizer
+
+    def generate(self, prompts, repeats, settings):
+        completions = []
+        for prompt, count in zip(prompts, repeats, strict=True):
+            texts = written(self.tokenizer.decode(prompt.input_ids))
+            ids = [self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id] for text in texts]
+            completions += ids[:count]
+        return Completions(completions, None, prompts)

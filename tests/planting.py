@@ -2,10 +2,11 @@
 `--reward_funcs accuracy planting:zero`. For such runs only: in the tests' own process it would stay planted.
 """
 
-from open_r1 import trainer
-from planted import generate
+from open_r1.trainer import Qwen2VLGRPOTrainer
+from planted import Written
 
-trainer.generate = generate
+make_backend = Qwen2VLGRPOTrainer.make_backend
+Qwen2VLGRPOTrainer.make_backend = lambda *args: Written(make_backend(*args))
 
 
 def zero(completions, **kwargs):

@@ -5,12 +5,14 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from open_r1.backends import Backend, Completions
 from open_r1.prompts import REPO_ROOT, sat_question
 from open_r1.trainer import Qwen2VLGRPOConfig
 
@@ -71,6 +73,20 @@ def fake_completions(prompt_ids: list[list[int]], end: int, longest: int, first_
         length = [0, 1, longest, draw.randrange(2, longest)][kind]
         completions.append([draw.randrange(256) for _ in range(length)] + ([end] if kind in (0, 3) else []))
     return completions
+
+
+class Scripted:
+    """A backend whose completions are a function of the rows' prompts (token ids); it encodes as the one it replaces.
+
+    With it a trainer scores and learns from completions that a test knows.
+    """
+
+    def __init__(self, backend: Backend, complete: Callable[[list[list[int]]], list[list[int]]]):
+        self.encode, self.complete = backend.encode, complete
+
+    def generate(self, prompts, repeats, settings):
+        rows = [prompt.input_ids.tolist() for prompt, count in zip(prompts, repeats, strict=True) for _ in range(count)]
+        return Completions(self.complete(rows), None, prompts)
 
 
 def make_config(output_dir: Path, **changes: object) -> Qwen2VLGRPOConfig:

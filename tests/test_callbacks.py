@@ -41,13 +41,11 @@ REFLECTION = ("reflection/share", "reflection/self_correction", "reflection/corr
 def train_planted(model: Path, data: Path, output: Path, **changes: object) -> str:
     """A run on written completions, half of whose prompts get reflective ones; what it printed."""
     import planted
-    from open_r1 import trainer as trainer_module
 
     processor = load_processor(model, chat_template="base", max_pixels=12544)
     settings = {"per_device_eval_batch_size": 4, "max_completion_length": 128, "disable_tqdm": True, **changes}
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "generate", planted.generate)
+    with contextlib.redirect_stdout(printed):
         trainer = Qwen2VLGRPOTrainer(
             model=load_model(model, dtype="float32"),
             reward_funcs=[accuracy_reward, format_reward],
@@ -56,6 +54,7 @@ def train_planted(model: Path, data: Path, output: Path, **changes: object) -> s
             eval_dataset=load_dataset(data, processor),
             processing_class=processor,
         )
+        trainer.backend = planted.Written(trainer.backend)
         script_args = DataArguments(dataset_name=str(data), eval_dataset_name=str(data))
         add_run_callbacks(trainer, "grpo", script_args, ModelConfig(model_name_or_path=str(model)))
         trainer.train()

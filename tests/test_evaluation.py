@@ -22,6 +22,7 @@ from PIL import Image
 
 from open_r1 import world
 from open_r1.evaluate import answering
+from open_r1.families import family_of_processor
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT, load_chat_template, sat_question
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, read
@@ -162,7 +163,7 @@ def test_large_images_are_shrunk_to_max_pixels(tiny_model, items):
         processor, _ = answering.load_prompting(str(tiny_model), "base", max_pixels)
         own = answering.TransformersBackend(load_model(str(tiny_model), "float32"), processor, "reasoning", 1)
         prompt = own.encode(big)
-        pixels = int(prompt.image_grid_thw[0].prod()) * 14 * 14
+        pixels = int(prompt.image_inputs["image_grid_thw"][0].prod()) * 14 * 14
         assert max_pixels / 3 < pixels <= max_pixels
         assert own.length(big) == len(processor.tokenizer(big.prompt)["input_ids"]) + pixels // 28**2
 
@@ -183,7 +184,7 @@ def test_images_are_shrunk_as_in_training(tiny_model, tmp_path, saved, asked, us
     processor, _ = answering.load_prompting(tmp_path, "base", asked)
     assert processor.image_processor.size["longest_edge"] == used
     assert processor.image_processor.size["shortest_edge"] == 6272
-    assert answering.count_image_tokens(processor, [(10000, 10000)]) <= used // 28**2
+    assert family_of_processor(processor).count_image_tokens(processor, [(10000, 10000)]) <= used // 28**2
 
 
 # --- how it is decoded --------------------------------------------------------------------------------------------
@@ -210,8 +211,7 @@ def test_decoding_is_plainly_greedy(backend, items):
             with torch.no_grad():
                 logits = backend.model(
                     input_ids=ids,
-                    pixel_values=prompt.pixel_values,
-                    image_grid_thw=prompt.image_grid_thw,
+                    **prompt.image_inputs,
                     mm_token_type_ids=(ids == backend.processor.image_token_id).int(),
                 ).logits[0, -1]
             logits[banned] = -torch.inf

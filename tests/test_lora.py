@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from trl import ModelConfig, TrlParser
 
 from open_r1.data import load_dataset
+from open_r1.families import FAMILIES, family_of
 from open_r1.grpo import GRPOScriptArguments, build_trainer
 from open_r1.modeling import (
     FreezeArguments,
@@ -17,7 +18,6 @@ from open_r1.modeling import (
     load_model_from_args,
     load_processor,
     parameter_table,
-    part_of,
 )
 from open_r1.prompts import REPO_ROOT
 from open_r1.sft import AnswerCollator
@@ -56,7 +56,7 @@ def test_adapter_alone_is_trained(run):
     trainer, before, _ = run
     for name, parameter in trainer.model.named_parameters():
         # B starts at zero and A's gradient goes through it, so A moves from the second step on
-        assert torch.equal(before[name], parameter) == (part_of(name) != "adapter"), name
+        assert torch.equal(before[name], parameter) == (family_of(trainer.model).part_of(name) != "adapter"), name
     table = {line[:16].strip(): line.split()[-1] for line in parameter_table(trainer.model).splitlines()}
     assert table["language model"] == table["vision tower"] == "0" and table["adapter"] == table["all"] != "0"
 
@@ -123,9 +123,13 @@ def test_a_frozen_part_gets_no_adapter(tiny_models, tmp_path, model_type):
         if frozen == {"language model"}:
             freezing.freeze_merger = False
         model = load_model(tiny_models[model_type], dtype="float32")
-        model.add_adapter(get_adapter_config(model_args, freezing))
+        model.add_adapter(get_adapter_config(model_args, freezing, FAMILIES[model_type]))
         names = [name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name]
-        assert {part_of(name) for name in names} == {"vision tower", "merger", "language model"} - frozen
+        assert {FAMILIES[model_type].part_of(name) for name in names} == {
+            "vision tower",
+            "merger",
+            "language model",
+        } - frozen
 
 
 def test_recipes_say_what_the_readme_says(tmp_path):
@@ -153,6 +157,8 @@ def test_an_adapter_names_its_base_wherever_it_was_trained(tiny_model, tmp_path,
     monkeypatch.chdir(tiny_model.parent)
     model = load_model(tiny_model.name)
     _, _, model_args = parse("tests/data/grpo", "--output_dir", "x", "--dataset_name", "x", *LORA)
-    get_peft_model(model, get_adapter_config(model_args, FreezeArguments())).save_pretrained(tmp_path / "adapter")
+    get_peft_model(model, get_adapter_config(model_args, FreezeArguments(), family_of(model))).save_pretrained(
+        tmp_path / "adapter"
+    )
     monkeypatch.chdir(tmp_path)
     assert adapter_base(tmp_path / "adapter") == tiny_model.resolve()

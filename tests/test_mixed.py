@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 
 from open_r1.data import load_dataset
+from open_r1.families import FAMILIES
 from open_r1.modeling import accept_missing_images, load_model, load_processor
 from open_r1.prompts import REPO_ROOT
-from open_r1.rollout import encode_prompt, generate
+from open_r1.rollout import generate
 from open_r1.sft import AnswerCollator
-from open_r1.tiny import MODEL_CLASSES
+from open_r1.shared_prefix import encode_prompt
 from support import launch_env, run_grpo, write_mixed
 
 
@@ -26,7 +27,7 @@ def tower(model: torch.nn.Module) -> dict[str, torch.Tensor | None]:
     return {name: p.grad for name, p in model.named_parameters() if ".visual." in name}
 
 
-@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("image", [True, False])
 def test_a_blank_image_changes_no_number(model_type, image, tiny_models):
     """Logits and gradients are bit for bit the same; without an image the tower has gradients, and they are zero."""
@@ -53,7 +54,7 @@ def test_a_blank_image_changes_no_number(model_type, image, tiny_models):
             assert gradient is None or torch.equal(gradient, gradients[name]), name
 
 
-@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_tower_runs_once_a_prompt_and_not_for_every_token(model_type, tiny_models):
     processor = load_processor(tiny_models[model_type], chat_template="base")
     model = load_model(tiny_models[model_type], dtype="float32")
@@ -63,7 +64,7 @@ def test_the_tower_runs_once_a_prompt_and_not_for_every_token(model_type, tiny_m
     config = model.generation_config
     config.max_new_tokens, config.do_sample = 6, False
     prompt = encode_prompt(model, processor, messages(False))
-    assert prompt.pixel_values is None
+    assert not prompt.image_inputs
     ours = generate(model, [prompt], [2], config)
     assert len(calls) == 1 and len(ours) == 2
     model.generate(input_ids=prompt.input_ids[None], max_new_tokens=6, do_sample=False)

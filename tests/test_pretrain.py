@@ -17,7 +17,8 @@ from open_r1.evaluate.answering import generation_settings, messages
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT, sat_question
 from open_r1.reflection import find_reflections
-from open_r1.rollout import encode_prompt, generate
+from open_r1.rollout import generate
+from open_r1.shared_prefix import encode_prompt
 from support import read_jsonl, run_grpo
 
 BASE = REPO_ROOT / "configs/tiny/base"

@@ -5,9 +5,10 @@ import torch
 from PIL import Image
 from transformers import DynamicLayer, GenerationConfig
 
+from open_r1.families import FAMILIES
 from open_r1.modeling import load_model, load_processor
-from open_r1.rollout import RoomyLayer, encode_prompt, generate
-from open_r1.tiny import MODEL_CLASSES
+from open_r1.rollout import RoomyLayer, generate
+from open_r1.shared_prefix import encode_prompt
 
 
 def make_messages(count: int) -> list[list[dict]]:
@@ -53,7 +54,7 @@ def cut(ids: list[int], ends: list[int]) -> list[int]:
     return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
 
 
-@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}, {"suppress_tokens": [70, 80, 90]}])
 def test_greedy_tokens_are_those_of_generate(model_type, settings, loaded):
     model, processor = loaded[model_type]
@@ -85,8 +86,7 @@ def test_sampling_follows_the_policy(loaded):
     logits = model(
         input_ids=prompt.input_ids[None],
         position_ids=prompt.position_ids[:, None],
-        pixel_values=prompt.pixel_values,
-        image_grid_thw=prompt.image_grid_thw,
+        **prompt.image_inputs,
     ).logits[0, -1]
     expected = (logits / 2.0).softmax(-1)
     observed = torch.bincount(tokens, minlength=len(expected)) / len(tokens)

@@ -11,8 +11,9 @@ from trl import ModelConfig, TrlParser
 
 from open_r1 import world
 from open_r1.data import load_dataset
+from open_r1.families import FAMILIES, PARTS, vision_token_ids
 from open_r1.images import open_image
-from open_r1.modeling import PARTS, freeze, load_model, load_processor, parameter_table, part_of, vision_token_ids
+from open_r1.modeling import freeze, load_model, load_processor, parameter_table
 from open_r1.prompts import REPO_ROOT
 from open_r1.sft import AnswerCollator, Qwen2VLSFTConfig, SFTScriptArguments, build_trainer
 from open_r1.tasks import sat
@@ -145,7 +146,7 @@ def test_frozen_parameters_stay_bit_for_bit_and_have_no_state(tiny_model, exampl
     trainer.train()
     assert_moved(before, dict(trainer.model.named_parameters()), frozen)
     state = torch.load(tmp_path / "checkpoint-2/optimizer.pt", weights_only=True)["state"]
-    trained = [name for name in before if part_of(name) not in frozen]
+    trained = [name for name in before if FAMILIES["qwen2_vl"].part_of(name) not in frozen]
     assert len(state) == len(trained)
     table = parameter_table(trainer.model).splitlines()
     assert [line[:16].strip() for line in table] == ["part", *PARTS[:3], "all"]
@@ -159,7 +160,7 @@ def assert_moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
     for name in before:
         # the bias of keys shifts every score of a softmax alike, so it has no gradient by construction
         if "k_proj.bias" not in name and "attn.qkv.bias" not in name:
-            assert torch.equal(before[name], after[name]) == (part_of(name) in frozen), name
+            assert torch.equal(before[name], after[name]) == (FAMILIES["qwen2_vl"].part_of(name) in frozen), name
 
 
 def test_merger_alone_can_be_trained_but_not_nothing(tiny_models):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,24 @@ from datasets import List
 from peft import LoraConfig
 from trl import GRPOTrainer
 
+from open_r1.backends import collapse_image_tokens
 from open_r1.data import load_dataset
+from open_r1.families import FAMILIES
 from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.prompts import REPO_ROOT
-from open_r1.shared_prefix import Prompt, collapse_image_tokens, pack, shuffle_groups
-from open_r1.tiny import MODEL_CLASSES
+from open_r1.sampling import shuffle_groups
+from open_r1.shared_prefix import Prompt, pack
 from open_r1.trainer import Qwen2VLGRPOTrainer
-from support import fake_completions, launch_env, load_weights, make_config, vowel_share, write_examples, write_mixed
+from support import (
+    Scripted,
+    fake_completions,
+    launch_env,
+    load_weights,
+    make_config,
+    vowel_share,
+    write_examples,
+    write_mixed,
+)
 
 END = "<|im_end|>"
 
@@ -48,12 +60,17 @@ def make_trainers(model_path, data, output, *, freeze_vision=False, lora=False, 
             peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False) if lora else None,
         )
         end = processor.tokenizer.convert_tokens_to_ids(END)
-        trainer._generate_single_turn = lambda ids, *args, end=end, trainer=trainer: (
-            fake_completions(ids, end, trainer.max_completion_length),
-            None,
-        )
+        script(trainer, partial(fake_completions, end=end, longest=trainer.max_completion_length))
         trainers.append(trainer)
     return trainers
+
+
+def script(trainer, complete):
+    """Let a trainer learn from these completions in place of sampled ones, on either path."""
+    if hasattr(trainer, "backend"):
+        trainer.backend = Scripted(trainer.backend, complete)
+    else:
+        trainer._generate_single_turn = lambda ids, *args: (complete(ids), None)
 
 
 def without_shuffling(monkeypatch):
@@ -103,7 +120,7 @@ def assert_same_scores_and_gradients(stock, ours):
     return scores
 
 
-@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("images", [1, 2])
 def test_scores_and_gradients_of_every_family(
     model_type, images, tiny_models, datasets_by_images, tmp_path, monkeypatch
@@ -157,7 +174,7 @@ def test_five_steps_end_in_the_same_weights(changes, tiny_model, datasets_by_ima
     assert all(torch.allclose(stock[name], ours[name], atol=1e-5) for name in before)
 
 
-@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_frozen_tower_encodes_each_image_once_a_step(model_type, tiny_models, datasets_by_images, tmp_path):
     """Rollout, reference and policy share its features; the step is the one that encodes again."""
     norms = []
@@ -170,8 +187,7 @@ def test_a_frozen_tower_encodes_each_image_once_a_step(model_type, tiny_models, 
             max_steps=2,
             max_completion_length=64,
         )
-        del trainer._generate_single_turn  # really generate
-        trainer.tower_is_frozen = trainer.tower_is_frozen and shared
+        trainer.backend = trainer.make_backend(keep_features=shared)  # really generate
         calls = []
         visual = trainer.model.base_model.visual
         visual.register_forward_hook(lambda *args, calls=calls: calls.append(1))
@@ -195,7 +211,7 @@ def test_the_switch_off_is_trls_path(tiny_model, datasets_by_images, tmp_path, m
         train_dataset=ours.train_dataset,
         processing_class=ours.processing_class,
     )
-    off._generate_single_turn = ours._generate_single_turn
+    script(off, ours.backend.complete)
     assert not off.shared_prefix and ours.shared_prefix
     stock_losses, stock_scores, _ = rollout_and_gradients(stock)
     losses, scores, _ = rollout_and_gradients(off)
@@ -207,14 +223,14 @@ def test_the_switch_off_is_trls_path(tiny_model, datasets_by_images, tmp_path, m
 
 
 def make_prompt(length: int, first: int = 0) -> Prompt:
-    return Prompt(torch.arange(first, first + length), torch.arange(length).expand(3, length), None, None)
+    return Prompt(torch.arange(first, first + length), torch.arange(length).expand(3, length))
 
 
 def test_a_packed_row_holds_each_prompt_once():
     red, blue = make_prompt(3, first=100), make_prompt(2, first=200)
     ids = torch.tensor([[1, 2, 3], [4, 0, 0], [5, 6, 0], [7, 8, 9], [0, 0, 0]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]])
-    batch = pack([red, red, blue, blue, blue], ids, mask)
+    batch = pack(FAMILIES["qwen2_vl"], [red, red, blue, blue, blue], ids, mask)
     # prompt minus its last token | last prompt token, completion minus its last
     assert batch.model_inputs["input_ids"].tolist() == [[100, 101, 102, 1, 2, 102, 200, 201, 5, 201, 7, 8]]
     assert batch.model_inputs["scored"].tolist() == [2, 3, 4, 5, 7, 8, 9, 10, 11]
@@ -235,7 +251,7 @@ def test_a_packed_row_holds_each_prompt_once():
 def test_equal_prompts_that_are_not_the_same_are_kept_apart():
     """Two examples may have the same text and different images."""
     prompts = [make_prompt(4), make_prompt(4)]
-    batch = pack(prompts, torch.tensor([[1], [2]]), torch.ones(2, 1))
+    batch = pack(FAMILIES["qwen2_vl"], prompts, torch.tensor([[1], [2]]), torch.ones(2, 1))
     assert batch.model_inputs["input_ids"].shape == (1, 8)
 
 
@@ -244,7 +260,7 @@ def test_a_batch_without_any_completion_token_still_has_a_graph(tiny_model, data
     _, trainer = make_trainers(
         tiny_model, datasets_by_images[1], tmp_path, mask_truncated_completions=True, beta=0.0, max_steps=1
     )
-    trainer._generate_single_turn = lambda ids, *args: ([[65] * 12 for _ in ids], None)
+    script(trainer, lambda prompt_ids: [[65] * 12 for _ in prompt_ids])
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))

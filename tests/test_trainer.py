@@ -12,8 +12,9 @@ from PIL import Image
 from trl import GRPOTrainer
 
 from open_r1.data import count_prompt_tokens, load_dataset
+from open_r1.families import end_token_ids, vision_token_ids
 from open_r1.images import open_image
-from open_r1.modeling import end_token_ids, freeze, load_model, load_processor, vision_token_ids
+from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.rewards import accuracy_reward
 from open_r1.tasks.examples import read_examples
 from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
@@ -263,8 +264,8 @@ def test_one_step_is_the_same_number_of_completions_on_any_number_of_gpus(tmp_pa
 SEAMS = {
     "_generate_and_score_completions": ["inputs"],
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
+    "_generate": ["prompts"],
     "_tokenize_prompts": ["prompts"],
-    "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
     "_compute_loss": ["model", "inputs"],
     "_prepare_inputs": ["generation_batch"],
     "_get_train_sampler": ["dataset"],

@@ -8,7 +8,7 @@ import sys
 import open_r1.trainer
 from open_r1.data import load_dataset
 from open_r1.modeling import load_model, load_processor
-from support import fake_completions, make_config
+from support import Scripted, fake_completions, make_config
 
 model_path, data, output, per_device = sys.argv[1:]
 open_r1.trainer.shuffle_groups = lambda batch: batch  # the same completions in every micro-batch, whatever the layout
@@ -38,11 +38,11 @@ trainer = open_r1.trainer.Qwen2VLGRPOTrainer(
 end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-def given_completions(prompt_ids, *args):
+def complete(prompt_ids):
     first_row = trainer.accelerator.process_index * len(prompt_ids)
-    return fake_completions(prompt_ids, end, trainer.max_completion_length, first_row), None
+    return fake_completions(prompt_ids, end, trainer.max_completion_length, first_row)
 
 
-trainer._generate_single_turn = given_completions
+trainer.backend = Scripted(trainer.backend, complete)
 trainer.train()
 trainer.save_model(output)

@@ -17,7 +17,8 @@ from transformers import ProcessorMixin
 from trl import ModelConfig
 from trl.data_utils import prepare_multimodal_messages
 
-from open_r1.images import EXTENSIONS, ImageSource, check_image, count_image_tokens, image_bytes, image_size, opened
+from open_r1.families import family_of_processor
+from open_r1.images import EXTENSIONS, ImageSource, check_image, image_bytes, image_size, opened
 from open_r1.modeling import load_processor
 from open_r1.tasks.examples import Columns, iter_examples
 
@@ -157,8 +158,9 @@ def count_prompt_tokens(example: Row, processor: ProcessorMixin, **template_kwar
     messages = prepare_multimodal_messages(example["prompt"], images=example["images"])
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
     sizes = [image_size(image) for image in example["images"]]
+    images = family_of_processor(processor).count_image_tokens(processor, sizes)
     # each image has one token in the text
-    return len(processor.tokenizer(text)["input_ids"]) - len(sizes) + count_image_tokens(processor, sizes)
+    return len(processor.tokenizer(text)["input_ids"]) - len(sizes) + images
 
 
 @contextmanager

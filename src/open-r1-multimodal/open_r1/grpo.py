@@ -38,8 +38,7 @@ def prepare(
         ValueError, OSError, ImportError: for a model, rewards or data that no run can start with.
     """
     check_settings(training_args, training_args.shared_prefix)
-    check_model(model_args)
-    peft_config = get_adapter_config(model_args, script_args)
+    peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args)
     reward_funcs = get_reward_funcs(script_args.reward_funcs, think_prefilled=opens_think(processor, **template_kwargs))

@@ -9,7 +9,7 @@ import binascii
 import io
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -172,12 +172,6 @@ def image_name(source: ImageSource) -> str | None:
     if isinstance(source, bytes) or str(source).startswith("data:"):
         return None
     return local_path(os.fspath(source))
-
-
-def count_image_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> int:
-    """Tokens of images of these heights and widths, all together; the pixels are not touched."""
-    # vLLM's own way to ask a processor for this
-    return sum(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]) if sizes else 0
 
 
 def _check_bounds(image: Image.Image, name: str | None) -> None:

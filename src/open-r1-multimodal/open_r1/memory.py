@@ -26,6 +26,7 @@ from trl import ModelConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCAB_CHUNK_SIZE
 
+from open_r1.families import family_of
 from open_r1.hub import model_folder
 from open_r1.modeling import FreezeArguments, freeze, get_adapter_config, resolve_dtype
 
@@ -121,7 +122,7 @@ def build_model(
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
         freeze(model, freezing.freeze_vision, freezing.freeze_llm, freezing.freeze_merger)
         if model_args.use_peft:
-            model = get_peft_model(model, get_adapter_config(model_args, freezing))
+            model = get_peft_model(model, get_adapter_config(model_args, freezing, family_of(model)))
     if launch.zero_stage is not None or model_args.load_in_4bit:
         model.to(dtype)  # PEFT makes adapters float32; DeepSpeed, and TRL for QLoRA, bring them back
     return model
@@ -162,7 +163,7 @@ def _count_saved(model: nn.Module) -> Iterator[Counter[str]]:
         return tensor
 
     handles = []
-    for kind, layers in (("block", vision_tower(model).blocks), ("layer", text_model(model).layers)):
+    for kind, layers in (("block", family_of(model).vision_blocks(model)), ("layer", text_model(model).layers)):
         for layer in layers:
             handles.append(layer.register_forward_pre_hook(lambda *_, kind=kind: current.__setitem__(0, kind)))
             handles.append(layer.register_forward_hook(lambda *_: current.__setitem__(0, "")))
@@ -170,11 +171,6 @@ def _count_saved(model: nn.Module) -> Iterator[Counter[str]]:
         yield saved
     for handle in handles:
         handle.remove()
-
-
-def vision_tower(model: nn.Module) -> nn.Module:
-    """The vision tower of a policy, with or without an adapter."""
-    return next(module for name, module in model.named_modules() if name.endswith("visual"))
 
 
 def text_model(model: nn.Module) -> nn.Module:
@@ -188,27 +184,19 @@ def activation_bytes(model: nn.Module, load: Load, gradient_checkpointing: bool)
     With checkpointing: every layer's input, and all of the one layer that is being computed again. On top come the
     gradients that are alive in the backward pass of an MLP: three of its width.
     """
-    vision, text = vision_tower(model), text_model(model)
+    family, text = family_of(model), text_model(model)
     dtype = next(model.parameters()).dtype
-    patches, tokens = load.prompts * load.patches, load.packed_tokens
-    patch = vision.patch_embed.proj.weight.shape[1:].numel()
-    trains_vision = any(p.requires_grad for p in vision.parameters())
+    tokens, blocks = load.packed_tokens, len(family.vision_blocks(model))
     with torch.device("meta"), _count_saved(model) as saved:
-        states = vision.patch_embed(torch.empty(patches, patch, dtype=dtype))  # (patches, width)
-        width = states.shape[-1]
-        rotary = torch.empty(patches, width // vision.blocks[0].attn.num_heads, dtype=dtype)
-        for block in vision.blocks:
-            lengths = torch.tensor([0, patches], device="cpu")
-            states = block(states, cu_seqlens=lengths, position_embeddings=(rotary, rotary))
-        vision.merger(states)
+        states = family.run_tower(model, load.prompts * load.patches, dtype)  # (patches, width)
         # Whatever is trained in the vision tower or the adapter, the gradient goes through the whole decoder.
         embedded = torch.empty(1, tokens, text.config.hidden_size, dtype=dtype, requires_grad=True)
         text(inputs_embeds=embedded, position_ids=torch.zeros(3, 1, tokens, dtype=torch.long), use_cache=False)
     flowing = 3 * tokens * text.config.intermediate_size * embedded.element_size()
     if not gradient_checkpointing:
         return saved.total() + flowing
-    inputs = len(text.layers) * embedded.nbytes + trains_vision * len(vision.blocks) * states.nbytes
-    return saved[""] + inputs + flowing + max(saved["layer"] / len(text.layers), saved["block"] / len(vision.blocks))
+    inputs = len(text.layers) * embedded.nbytes + family.trains_vision(model) * blocks * states.nbytes
+    return saved[""] + inputs + flowing + max(saved["layer"] / len(text.layers), saved["block"] / blocks)
 
 
 def head_bytes(model: PreTrainedModel, load: Load, is_cpu: bool) -> float:

@@ -21,14 +21,9 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from open_r1.families import PARTS, Family, end_token_ids, family_of, find_family
 from open_r1.hub import model_folder
 from open_r1.prompts import load_chat_template
-
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-# Qwen's two ends of text: a base model writes the first, a chat model the second. Both end a completion.
-END_TOKENS = ("<|endoftext|>", "<|im_end|>")
-# Sampling one of these would announce an image that is not there and break the next forward pass.
-VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
 def resolve_dtype(name: str | None) -> torch.dtype | str:
@@ -52,8 +47,11 @@ def resolve_attn_implementation(name: str | None, dtype: torch.dtype | str) -> s
     return "flash_attention_2" if usable else "sdpa"
 
 
-def check_model(model_args: ModelConfig) -> None:
+def check_model(model_args: ModelConfig) -> Family:
     """Fetch the policy of a recipe from the Hub, and see that it can be loaded, without doing so.
+
+    Returns:
+        Its family.
 
     Raises:
         OSError: there is no such model.
@@ -67,22 +65,22 @@ def check_model(model_args: ModelConfig) -> None:
         raise OSError(f"{where} holds an adapter; make a model of it with scripts/export.py")
     if not (any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))):
         raise OSError(f"{where} holds no model (config.json, *.safetensors)")
-    check_model_type(name, model_args.model_revision)
+    family = check_model_type(name, model_args.model_revision)
     quantises = model_args.load_in_4bit or model_args.load_in_8bit
     if quantises and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("load_in_4bit, load_in_8bit: bitsandbytes is not installed; run setup.sh again")
     if quantises and not model_args.use_peft:
         raise ValueError("load_in_4bit, load_in_8bit: quantised weights cannot be trained; set use_peft: true")
+    return family
 
 
-def check_model_type(model_name_or_path: str, revision: str | None = None) -> None:
-    """Raise ValueError for a model type that this project was not tested with."""
+def check_model_type(model_name_or_path: str, revision: str | None = None) -> Family:
+    """The family of a model; ValueError for a type that this project was not tested with."""
     config = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
-    if config.model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"model_name_or_path: {model_name_or_path} is a {config.model_type!r} model; "
-            f"supported: {', '.join(MODEL_TYPES)}"
-        )
+    try:
+        return find_family(config.model_type)
+    except ValueError as error:
+        raise ValueError(f"model_name_or_path: {model_name_or_path} is {error}") from error
 
 
 def load_model(
@@ -196,19 +194,6 @@ def load_processor(
     return processor
 
 
-def end_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: the tokenizer's own and both of Qwen's."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    known = [tokenizer.convert_tokens_to_ids(token) for token in END_TOKENS if token in tokenizer.get_vocab()]
-    return sorted({tokenizer.eos_token_id, *known})
-
-
-def vision_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
-    """The ids that a policy must never sample."""
-    vocab = getattr(processor, "tokenizer", processor).get_vocab()
-    return sorted(vocab[token] for token in VISION_TOKENS if token in vocab)
-
-
 def reset_generation_config(model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:
     """Drop every sampling setting that the checkpoint carries (Qwen2-VL: top_k 1, repetition penalty 1.05).
 
@@ -228,15 +213,13 @@ def accept_missing_images(model: PreTrainedModel, always_encode: bool) -> None:
         always_encode: run the vision tower on a blank image then, with weight zero, so that every process of a run
             does the same work: under ZeRO the ranks exchange what a part of the model needs whenever it runs.
     """
-    backbone, vision = model.base_model, model.config.vision_config
-    merge, patch = vision.spatial_merge_size, vision.patch_size
-    blank = torch.zeros(merge**2, vision.in_channels * vision.temporal_patch_size * patch**2)
-    grid = torch.tensor([[1, merge, merge]])
+    backbone, family = model.base_model, family_of(model)
+    blank = family.blank_image(model.config)
 
     def before_backbone(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if kwargs.get("pixel_values") is not None and not len(kwargs["pixel_values"]):  # TRL's slice of a batch
-            kwargs |= {"pixel_values": None, "image_grid_thw": None}
-        backbone.is_without_images = kwargs.get("pixel_values") is None
+        backbone.is_without_images = not family.images_of(kwargs)
+        if backbone.is_without_images:  # TRL's slice of a batch has tensors of no rows then
+            kwargs = {name: value for name, value in kwargs.items() if name not in family.image_inputs}
         return args, kwargs
 
     # Here, and not where the tokens are embedded, the tower has its usual place in the order of the exchanges.
@@ -245,8 +228,8 @@ def accept_missing_images(model: PreTrainedModel, always_encode: bool) -> None:
         is_decoding = cache is not None and cache.get_seq_length() > 0
         if backbone.is_without_images and not is_decoding:
             embeds = kwargs["inputs_embeds"]
-            features = backbone.get_image_features(blank.to(embeds.device), grid.to(embeds.device))
-            for part in [*features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]:
+            images = {name: value.to(embeds.device) for name, value in blank.items()}
+            for part in family.feature_tensors(family.encode_images(model, images)):
                 embeds = embeds + (part * 0).sum().to(embeds.dtype)
             kwargs["inputs_embeds"] = embeds
         return args, kwargs
@@ -272,18 +255,6 @@ class FreezeArguments:
     )
 
 
-PARTS = ("vision tower", "merger", "language model", "adapter")
-
-
-def part_of(name: str) -> str:
-    """The one of `PARTS` that a parameter or module belongs to, by its name in `named_parameters`."""
-    if "lora_" in name:
-        return "adapter"
-    if ".visual." not in f".{name}":
-        return "language model"
-    return "merger" if "merger" in name else "vision tower"  # Qwen3-VL: deepstack_merger_list too
-
-
 def frozen_parts(freeze_vision: bool = False, freeze_llm: bool = False, freeze_merger: bool | None = None) -> list[str]:
     """The names in `PARTS` that are not trained.
 
@@ -303,23 +274,18 @@ def freeze(
 
     `freeze_merger` None follows `freeze_vision`. Raises what `frozen_parts` raises.
     """
-    frozen = frozen_parts(freeze_vision, freeze_llm, freeze_merger)
+    frozen, family = frozen_parts(freeze_vision, freeze_llm, freeze_merger), family_of(model)
     for name, parameter in model.named_parameters():
-        if part_of(name) in frozen:
+        if family.part_of(name) in frozen:
             parameter.requires_grad_(False)
 
 
-def get_adapter_config(model_args: ModelConfig, freezing: FreezeArguments) -> PeftConfig | None:
+def get_adapter_config(model_args: ModelConfig, freezing: FreezeArguments, family: Family) -> PeftConfig | None:
     """TRL's LoRA configuration for a recipe, with no adapter in a frozen part; None without `use_peft`."""
     config = get_peft_config(model_args)
     frozen = frozen_parts(freezing.freeze_vision, freezing.freeze_llm, freezing.freeze_merger)
     if config is not None and frozen:
-        patterns = {
-            "vision tower": r".*\bvisual\.(?!\w*merger).*",
-            "merger": r".*\bvisual\.\w*merger.*",
-            "language model": r"(?!.*\bvisual\.).*",
-        }
-        config.exclude_modules = "|".join(patterns[part] for part in frozen)
+        config.exclude_modules = "|".join(family.modules_of(part) for part in frozen)
     return config
 
 
@@ -332,11 +298,11 @@ def count_elements(parameter: nn.Parameter) -> int:
 
 def parameter_table(model: nn.Module) -> str:
     """How many parameters each part of the model has and how many of them are trained, one line a part."""
-    total, trained = Counter(), Counter()
+    total, trained, family = Counter(), Counter(), family_of(model)
     for name, parameter in model.named_parameters():
-        count = count_elements(parameter)
-        total[part_of(name)] += count
-        trained[part_of(name)] += count * parameter.requires_grad
+        count, part = count_elements(parameter), family.part_of(name)
+        total[part] += count
+        trained[part] += count * parameter.requires_grad
     rows = [(part, total[part], trained[part]) for part in PARTS if total[part]]
     rows.append(("all", total.total(), trained.total()))
     lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}"]

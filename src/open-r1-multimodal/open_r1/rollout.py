@@ -12,9 +12,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicLayer, GenerationConfig, PreTrainedModel
 
-from open_r1.shared_prefix import Prompt, concat_images, enable_grouping, encode_prompt
-
-__all__ = ["Prompt", "encode_prompt", "generate"]
+from open_r1.families import family_of
+from open_r1.shared_prefix import Prompt, enable_grouping, join_images
 
 # Dropping finished rows copies the cache of the others, so it waits until an eighth of the rows has finished.
 KEEP_BELOW = 7 / 8
@@ -89,7 +88,7 @@ def generate(
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
-        **concat_images(prompts, device),
+        **join_images(family_of(model), prompts, device),
     )
     cache.batch_select_indices(owner.to(device))
     logits = outputs.logits[owner.to(device), -1]  # (B, V)

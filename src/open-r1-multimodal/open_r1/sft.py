@@ -61,7 +61,7 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
     last: tuple[dict[str, Any], list[Image.Image]] | None = None  # the newest row whose images could be opened
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """B rows -> `input_ids`, `attention_mask`, `labels` (B, T), `pixel_values` and `image_grid_thw`."""
+        """B rows -> `input_ids`, `attention_mask`, `labels` (B, T), and what the model takes of images."""
         return super().torch_call(
             [
                 {
@@ -103,8 +103,7 @@ def prepare(
     Raises:
         ValueError, OSError, ImportError: for a model or data that no run can start with.
     """
-    check_model(model_args)
-    peft_config = get_adapter_config(model_args, script_args)
+    peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args)
     train_dataset, eval_dataset = load_datasets_from_args(script_args, processor, template_kwargs, [check_answer])

@@ -11,30 +11,32 @@ prompt in each branch, and the image is encoded once. The numbers are those of s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, ProcessorMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from open_r1.families import Family, ImageInputs, family_of
 
 ATTENTION = "grouped_sdpa"  # the name under which transformers knows `grouped_attention`
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A prompt that was rendered, tokenized and preprocessed once. P tokens, N patches of D numbers, I images."""
+    """A prompt that was rendered, tokenized and preprocessed once. P tokens."""
 
     input_ids: torch.Tensor  # (P,), image tokens expanded
     position_ids: torch.Tensor  # (3, P), M-RoPE: time, height, width
-    pixel_values: torch.Tensor | None  # (N, D)
-    image_grid_thw: torch.Tensor | None  # (I, 3)
+    image_inputs: ImageInputs = field(default_factory=dict)  # empty without images
     image_features: Any = None  # the vision tower's output, where it is frozen; see `encode_images`
+    images: tuple[Image.Image, ...] = ()  # as they were given; a rollout engine of its own encodes them itself
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -54,7 +56,7 @@ def encode_prompt(
     """Render, tokenize and preprocess one conversation whose image parts hold images; on the CPU.
 
     Args:
-        model: gives the positions; a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model (not wrapped).
+        model: gives the positions (not wrapped).
         processor: with the chat template and the pixel bounds.
         prompt: conversational, with content parts of type `image` (an image or a path) and `text`; or rendered text.
         template_kwargs: for the chat template.
@@ -70,45 +72,32 @@ def encode_prompt(
             return_tensors="pt",
             **template_kwargs,
         )
-    grid = inputs.get("image_grid_thw")
-    position_ids, _ = model.base_model.get_rope_index(
-        inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=grid
-    )  # (3, 1, P)
-    return Prompt(inputs["input_ids"][0], position_ids[:, 0], inputs.get("pixel_values"), grid)
+    family = family_of(model)
+    images = () if isinstance(prompt, str) else tuple(images_of(prompt))
+    return Prompt(inputs["input_ids"][0], family.positions(model, inputs), family.images_of(inputs), images=images)
+
+
+def images_of(messages: Sequence[dict[str, Any]]) -> list[Any]:
+    """The images in messages, in their order."""
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return [part["image"] for content in contents for part in content if part["type"] == "image"]
 
 
 @torch.no_grad()
 def encode_images(model: PreTrainedModel, prompt: Prompt) -> Prompt:
     """The prompt with the output of a frozen vision tower, so that rollout, reference and policy share it."""
-    if prompt.pixel_values is None:
+    if not prompt.image_inputs:
         return prompt
-    features = model.base_model.get_image_features(
-        prompt.pixel_values.to(model.device), prompt.image_grid_thw.to(model.device)
-    )
-    return replace(prompt, image_features=features)
+    return replace(prompt, image_features=family_of(model).encode_images(model, prompt.image_inputs))
 
 
-def concat_images(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
+def join_images(family: Family, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
     """The model's image inputs of several prompts, in their order; nothing for prompts without images."""
-    prompts = [prompt for prompt in prompts if prompt.pixel_values is not None]
-    if not prompts:
-        return {}
-    inputs: dict[str, Any] = {
-        "pixel_values": torch.cat([prompt.pixel_values for prompt in prompts]).to(device),
-        "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in prompts]).to(device),
-    }
-    if all(prompt.image_features is not None for prompt in prompts):
-        inputs["image_features"] = concat_features([prompt.image_features for prompt in prompts])
+    prompts = [prompt for prompt in prompts if prompt.image_inputs]
+    inputs: dict[str, Any] = dict(family.join_images([prompt.image_inputs for prompt in prompts], device))
+    if prompts and all(prompt.image_features is not None for prompt in prompts):
+        inputs["image_features"] = family.join_features([prompt.image_features for prompt in prompts])
     return inputs
-
-
-def concat_features(features: Sequence[Any]) -> BaseModelOutputWithPooling:
-    """Vision outputs of several prompts as one: embeddings an image, and Qwen3-VL's deepstack features a layer."""
-    joined = type(features[0])(pooler_output=[image for each in features for image in each.pooler_output])
-    if getattr(features[0], "deepstack_features", None) is not None:
-        layers = zip(*(each.deepstack_features for each in features), strict=True)
-        joined.deepstack_features = [torch.cat(layer) for layer in layers]
-    return joined
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,10 +133,13 @@ def rows_by_prompt(prompts: Sequence[Prompt]) -> list[list[int]]:
     return [list(rows) for _, rows in groupby(range(len(prompts)), key=prompts.__getitem__)]
 
 
-def pack(prompts: Sequence[Prompt], completion_ids: torch.Tensor, completion_mask: torch.Tensor) -> PackedBatch:
+def pack(
+    family: Family, prompts: Sequence[Prompt], completion_ids: torch.Tensor, completion_mask: torch.Tensor
+) -> PackedBatch:
     """Pack completions behind their prompts.
 
     Args:
+        family: of the model that scores them.
         prompts: the prompt of each of the B rows; neighbours that are the same object share one copy.
         completion_ids: (B, C), padded on the right.
         completion_mask: (B, C), true or 1 on completion tokens; an empty row is left out.
@@ -182,7 +174,7 @@ def pack(prompts: Sequence[Prompt], completion_ids: torch.Tensor, completion_mas
         "position_ids": torch.cat(positions, dim=1)[:, None],
         "groups": groups,
         "scored": torch.cat(scored),
-        **concat_images(shared, device),
+        **join_images(family, shared, device),
     }
     return PackedBatch(model_inputs, torch.cat(labels)[None], completion_mask)
 
@@ -198,28 +190,6 @@ def locate_group(start: int, prefix: int, branch_lengths: Sequence[int], device:
     key = torch.arange(prefix + longest, device=device)
     mask = key <= prefix + column[:, None]  # causal, the prefix in front
     return Group(start, prefix, prefix + sum(branch_lengths), branches, is_token, mask)
-
-
-def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
-    """Reorder a rollout's rows, the completions of one prompt staying together; every entry with rows is (B, ...).
-
-    Args:
-        batch: tensors and lists, `prompts` (as `pack` takes them) among them.
-    """
-    groups = rows_by_prompt(batch["prompts"])
-    order = [row for group in torch.randperm(len(groups)).tolist() for row in groups[group]]
-
-    def reorder(values: Any) -> Any:
-        if isinstance(values, torch.Tensor):
-            return values[order] if values.ndim else values
-        return [values[row] for row in order]
-
-    return {name: reorder(values) for name, values in batch.items()}
-
-
-def collapse_image_tokens(ids: Sequence[int], image_token_id: int) -> list[int]:
-    """Token ids with every run of image tokens as one: the form that vLLM expands by itself."""
-    return [i for position, i in enumerate(ids) if i != image_token_id or position == 0 or ids[position - 1] != i]
 
 
 def grouped_attention(

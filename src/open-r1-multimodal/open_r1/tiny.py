@@ -15,51 +15,25 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AddedToken,
+    AutoConfig,
+    AutoModelForImageTextToText,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2Tokenizer,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
     set_seed,
 )
 
+from open_r1.families import FAMILIES, QWEN_TOKENS
 from open_r1.prompts import load_chat_template
 from open_r1.tasks.examples import read_examples
-
-# Qwen2-VL's special tokens in the order of their ids (151643 ... 151656 in the published vocabulary)
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-MODEL_CLASSES = {
-    "qwen2_vl": Qwen2VLForConditionalGeneration,
-    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
-    "qwen3_vl": Qwen3VLForConditionalGeneration,
-}
 
 
 def make_tokenizer(texts: Iterable[str] = (), vocab_size: int = 256) -> Qwen2Tokenizer:
@@ -80,9 +54,9 @@ def make_tokenizer(texts: Iterable[str] = (), vocab_size: int = 256) -> Qwen2Tok
 
 def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Qwen2Tokenizer:
     """Qwen's tokenizer from a byte-level vocabulary and its merges; the special tokens get the ids behind it."""
-    vocab = vocab | {token: len(vocab) + i for i, token in enumerate(SPECIAL_TOKENS)}
+    vocab = vocab | {token: len(vocab) + i for i, token in enumerate(QWEN_TOKENS)}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_TOKENS])
     return tokenizer
 
 
@@ -100,14 +74,9 @@ def make_processor(
     return processor_class(images, tokenizer, videos, chat_template=template)
 
 
-def vision_token_arguments(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+def vision_token_arguments(tokenizer: Qwen2Tokenizer, model_type: str = "qwen2_vl") -> dict[str, int]:
     """The ids of vision tokens, by their names in a configuration."""
-    tokens = {
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
-    }
+    tokens = FAMILIES[model_type].config_tokens
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
 
 
@@ -134,34 +103,26 @@ def make_config(
         "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
         "pad_token_id": tokenizer.pad_token_id,
     }
-    common = {"tie_word_embeddings": True, **vision_token_arguments(tokenizer)}
+    vision = {"depth": vision_layers, "num_heads": vision_size // 16}
     if model_type == "qwen2_vl":
-        vision = {
-            "depth": vision_layers,
-            "embed_dim": vision_size,
-            "num_heads": vision_size // 16,
-            "hidden_size": hidden_size,
-        }
-        return Qwen2VLConfig(text_config=text, vision_config=vision, **common)
-    vision = {
-        "depth": vision_layers,
-        "hidden_size": vision_size,
-        "num_heads": vision_size // 16,
-        "intermediate_size": 2 * vision_size,
-        "out_hidden_size": hidden_size,
-    }
-    if model_type == "qwen2_5_vl":
-        vision |= {"window_size": 56, "fullatt_block_indexes": [vision_layers - 1]}
-        return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **common)
-    text |= {"head_dim": 16, "rope_parameters": {**rope, "mrope_interleaved": True}}
-    vision |= {"deepstack_visual_indexes": [0, vision_layers - 1], "num_position_embeddings": 64}
-    return Qwen3VLConfig(text_config=text, vision_config=vision, **common)
+        vision |= {"embed_dim": vision_size, "hidden_size": hidden_size}
+    else:
+        vision |= {"hidden_size": vision_size, "intermediate_size": 2 * vision_size, "out_hidden_size": hidden_size}
+    if model_type == "qwen3_vl":
+        text |= {"head_dim": 16, "rope_parameters": {**rope, "mrope_interleaved": True}}
+    return AutoConfig.for_model(
+        model_type,
+        text_config=text,
+        vision_config=vision | FAMILIES[model_type].tiny_vision,
+        tie_word_embeddings=True,
+        **vision_token_arguments(tokenizer, model_type),
+    )
 
 
 def make_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A randomly initialised float32 model of the configuration's family, the same for the same seed."""
     set_seed(seed)
-    model = MODEL_CLASSES[config.model_type](config)
+    model = AutoModelForImageTextToText.from_config(config)
     model.generation_config = own_sampling_settings(config.get_text_config())
     return model
 
@@ -205,7 +166,7 @@ def main() -> None:
     )
     parser.add_argument("--output", required=True, help="folder to write the checkpoint to")
     parser.add_argument("--data", help="prepared SAT JSON whose questions and answers the tokenizer learns")
-    parser.add_argument("--model_type", choices=MODEL_CLASSES, default="qwen2_vl", help="architecture")
+    parser.add_argument("--model_type", choices=FAMILIES, default="qwen2_vl", help="architecture")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     args = parser.parse_args()
     try:

@@ -6,8 +6,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,35 +29,25 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational, prepare_multimodal_messages
+from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import RewardFunc
-from trl.trainer.utils import RepeatSampler, get_config_model_id, split_tensor_dict
+from trl.trainer.utils import get_config_model_id, split_tensor_dict
 
+from open_r1.backends import Backend, TransformersBackend, VLLMBackend
 from open_r1.callbacks import LogRollouts
 from open_r1.checkpoints import LoadWeightsMixin
+from open_r1.families import end_token_ids, family_of, vision_token_ids
+from open_r1.files import append_rows, keep_rows
 from open_r1.heldout import held_out_figures
 from open_r1.images import BrokenImage, ImageSource, image_name, open_image
-from open_r1.modeling import (
-    accept_missing_images,
-    check_model_type,
-    end_token_ids,
-    reset_generation_config,
-    vision_token_ids,
-)
+from open_r1.modeling import accept_missing_images, check_model_type, reset_generation_config
 from open_r1.recipes import count_processes
 from open_r1.reflection import analyse, shares
 from open_r1.rewards import completion_text
-from open_r1.rollout import generate
-from open_r1.shared_prefix import (
-    collapse_image_tokens,
-    enable_grouping,
-    encode_images,
-    encode_prompt,
-    pack,
-    rows_by_prompt,
-    shuffle_groups,
-)
-from open_r1.trajectories import append_rows, keep_rows
+from open_r1.sampling import EpochSampler, shuffle_groups
+from open_r1.shared_prefix import Prompt, enable_grouping, images_of, pack
+from open_r1.trajectories import Completion
 
 # TRL's own, which it checks in the first step
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
@@ -137,17 +128,6 @@ def row_images(row: dict[str, Any]) -> list[ImageSource]:
     return [] if row.get("image") is None else [row["image"]]
 
 
-def images_of(messages: list[dict[str, Any]]) -> list[Any]:
-    """The images in messages, in their order."""
-    return [
-        part["image"]
-        for message in messages
-        if isinstance(message["content"], list)
-        for part in message["content"]
-        if part["type"] == "image"
-    ]
-
-
 def put_images(messages: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:
     """The messages with these images in place of their own."""
     following = iter(images)
@@ -200,16 +180,26 @@ class ContinueRollouts(TrainerCallback):
                 print(f"{path}: dropped {dropped} lines after step {state.global_step}, which this run repeats")
 
 
-class EpochSampler(RepeatSampler):
-    """TRL's sampler with an order that follows from the seed and the epoch, so that a resumed run finds it again.
+@dataclass
+class Rollout:
+    """One generation step of this process, on its way from prompts to trajectories. B rows.
 
-    TRL's draws epoch after epoch from one generator, which a resumed run would start from the first.
+    Attributes:
+        rows: as the dataset has them.
+        is_broken: which have an image that could not be opened.
+        given: the rows as TRL got them.
+        prompts: encoded once each, where the prefix is shared.
+        completions, ids: what was sampled, as reward functions get it.
+        rewards: of each row one a function; NaN for none.
     """
 
-    def set_epoch(self, epoch: int) -> None:
-        """accelerate calls it at the start of every epoch, also of the one it resumes in."""
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + epoch)
+    rows: list[dict[str, Any]]
+    is_broken: list[bool]
+    given: list[dict[str, Any]] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    completions: list[Any] = field(default_factory=list)
+    ids: list[list[int]] = field(default_factory=list)
+    rewards: list[list[float]] = field(default_factory=list)
 
 
 class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
@@ -264,13 +254,16 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
         }
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *more, **kwargs)
         plain, reference = self._plain_model(), self.ref_model and self.accelerator.unwrap_model(self.ref_model)
+        self.family = family_of(plain)
         reset_generation_config(plain, processing_class)
         self.eos_token_ids = end_token_ids(processing_class)
         self.reward_func_names = told_apart(self.reward_func_names)
         # Tool calls put images and foreign tokens into completions; they stay on TRL's path.
         self.shared_prefix = shared_prefix and self._is_vlm and not (self.tools or self.rollout_func)
-        self.tower_is_frozen = not any(parameter.requires_grad for parameter in plain.base_model.visual.parameters())
-        encodes_once = self.shared_prefix and self.tower_is_frozen and not self.use_vllm  # in the rollout
+        encodes_once = self.shared_prefix and not self.use_vllm and not self.family.trains_vision(plain)
+        if self.shared_prefix:
+            self.backend = self.make_backend(keep_features=encodes_once)
+            self.rollout_func = self._roll_out  # TRL's seam for those who generate otherwise
         for each in filter(None, (plain, reference)):
             accept_missing_images(each, always_encode=self.accelerator.num_processes > 1 and not encodes_once)
             if self.shared_prefix:
@@ -301,8 +294,7 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
     # The one place that sees a rollout's prompts, completions, rewards and advantages together. TRL has no public
     # hook there; tests/test_trainer.py fails when its contract changes.
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._rows = inputs
-        self._is_broken = [False] * len(inputs)
+        rollout = self._rollout = Rollout(inputs, [False] * len(inputs))
         if self.shared_prefix:
             # The images go inside the prompts, as they are: rows without an `images` column keep TRL from
             # preprocessing every image again for every completion. Neighbours share one prompt, which is copied once.
@@ -315,22 +307,29 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
             rows = [{**row, "images": self._open(row_images(row), [index])} for index, row in enumerate(inputs)]
             if not any(row["images"] for row in rows):
                 rows = [{name: row[name] for name in row if name not in ("image", "images")} for row in rows]
+        rollout.given = [dict(row) for row in rows]
         output = super()._generate_and_score_completions(rows)
         if self.shared_prefix:
-            output["prompts"] = self._prompts
-        self._save_trajectories(inputs, output)
+            output["prompts"] = rollout.prompts
+        self._save_trajectories(rollout, output)
         return output
 
     # Keeps what TRL reduces to means: the texts, ids and every single reward of this process. Reward functions see
-    # the rows as the dataset has them.
+    # the rows as the dataset has them, and what a rollout function of the user's added to them.
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(self._rows, prompts, completions, completion_ids_list)  # (all B, funcs)
-        is_broken = self.accelerator.gather(torch.tensor(self._is_broken, device=rewards.device))  # (all B,)
+        rollout = self._rollout
+        rows = [
+            {**row, **{name: now[name] for name in now if name not in given or now[name] is not given[name]}}
+            for row, given, now in zip(rollout.rows, rollout.given, inputs, strict=True)
+        ]
+        rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)  # (all B, funcs)
+        is_broken = self.accelerator.gather(torch.tensor(rollout.is_broken, device=rewards.device))  # (all B,)
         if is_broken.any():
             rewards[is_broken] = torch.nan  # TRL's word for: no advantage, and no part in a mean
             self._metrics[self._mode()]["broken_images/completions"].append(is_broken.sum().item())
         start = self.accelerator.process_index * len(prompts)
-        self._rollout = (completions, completion_ids_list, rewards[start : start + len(prompts)].tolist())
+        rollout.completions, rollout.ids = completions, completion_ids_list
+        rollout.rewards = rewards[start : start + len(prompts)].tolist()
         return rewards
 
     def _open(self, sources: list[ImageSource], rows: Iterable[int]) -> list[Image.Image]:
@@ -342,65 +341,64 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
             except BrokenImage as error:  # `load_dataset` has seen it whole
                 images.append(Image.new("RGB", (56, 56), "white"))
                 for row in rows:
-                    self._is_broken[row] = True
+                    self._rollout.is_broken[row] = True
                 if str(error) not in self._broken_images:
                     self._broken_images.add(str(error))
                     print(f"warning: {error}; completions about it earn nothing", file=sys.stderr, flush=True)
         return images
 
-    # ---- The shared prefix: from here on each override does once a group what TRL does once a completion.
+    # ---- The rollout
 
     def _plain_model(self) -> PreTrainedModel:
         """The policy without the wrappers of accelerate, DeepSpeed and PEFT."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if is_peft_model(model) else model
 
-    # TRL's would decode and preprocess the prompt's images G times.
-    def _tokenize_prompts(self, prompts: list) -> tuple[list, list | None, dict]:
-        if not self.shared_prefix:
-            ids, images, fields = super()._tokenize_prompts(prompts)
-            # TRL gathers the images for its table from the ranks that have some; a rank without would wait elsewhere.
-            self.log_multimodal = self.args.log_multimodal and all(gather_object([images is not None]))
-            # TRL has None for a row without images, which its next call of the processor does not take.
-            return ids, images and [each or [] for each in images], fields
-        self._prompts, self._images = [], []
-        model = self._plain_model()
-        for prompt, repeats in groupby(prompts):
-            rows = range(len(self._prompts), len(self._prompts) + len(list(repeats)))
-            images = []
-            if not isinstance(prompt, str):
-                images = self._open(images_of(prompt), rows)
-                prompt = put_images(prompt, images)
-            encoded = encode_prompt(model, self.processing_class, prompt, **self.chat_template_kwargs)
-            self._prompts += [encoded] * len(rows)
-            self._images += [images or None] * len(rows)
-        return [prompt.input_ids.tolist() for prompt in self._prompts], None, {}
+    def make_backend(self, keep_features: bool) -> Backend:
+        """Whoever generates for a shared prefix."""
+        model, processor = self._plain_model(), self.processing_class
+        if self.use_vllm:
+            size = lambda: self.num_generations if self.model.training else self.num_generations_eval  # noqa: E731
+            profile = partial(profiling_context, self, "vLLM.generate")
+            return VLLMBackend(model, processor, self.vllm_generation, size, profile, **self.chat_template_kwargs)
 
-    # TRL's would encode and prefill the prompt G times; and it hands vLLM prompts whose image tokens are expanded,
-    # which vLLM then expands again.
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args):
-        with self._timed("rollout"):
-            if not self.shared_prefix:
-                output = super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, *args)
-            elif self.use_vllm:
-                images = self._images if any(self._images) else None
-                collapsed = [collapse_image_tokens(ids, self.processing_class.image_token_id) for ids in prompt_ids]
-                output = super()._generate_single_turn(collapsed, images, {}, num_generations, *args)
-            else:
-                with unwrap_model_for_generation(
-                    self.model_wrapped,
-                    self.accelerator,
-                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-                ) as model:
-                    groups = rows_by_prompt(self._prompts)
-                    unique, repeats = [self._prompts[rows[0]] for rows in groups], [len(rows) for rows in groups]
-                    if self.tower_is_frozen:
-                        unique = [encode_images(self._plain_model(), prompt) for prompt in unique]
-                        self._prompts = [p for p, count in zip(unique, repeats, strict=True) for _ in range(count)]
-                    output = generate(model, unique, repeats, self.generation_config), None
-        tokens = sum(len(ids) for ids in output[0])
-        self._metrics[self._mode()]["rollout/tokens_per_second"].append(tokens / self._last_seconds)
-        return output
+        def borrow() -> AbstractContextManager[PreTrainedModel]:
+            return unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            )
+
+        return TransformersBackend(model, processor, borrow, keep_features, **self.chat_template_kwargs)
+
+    def _roll_out(self, prompts: list[Any], _: GRPOTrainer) -> dict[str, Any]:
+        """TRL's `rollout_func`: images are opened, encoded and prefilled once for all neighbours of one prompt."""
+        encoded, repeats = [], []
+        for prompt, same in groupby(prompts):
+            rows = range(sum(repeats), sum(repeats) + len(list(same)))
+            if not isinstance(prompt, str):
+                prompt = put_images(prompt, self._open(images_of(prompt), rows))
+            encoded.append(self.backend.encode(prompt))
+            repeats.append(len(rows))
+        answer = self.backend.generate(encoded, repeats, self.generation_config)
+        prompts = [prompt for prompt, count in zip(answer.prompts, repeats, strict=True) for _ in range(count)]
+        self._rollout.prompts = self._scored = prompts
+        return {
+            "prompt_ids": [prompt.input_ids.tolist() for prompt in prompts],
+            "completion_ids": answer.ids,
+            "logprobs": answer.logprobs,
+        }
+
+    # ---- TRL's own path, without a shared prefix
+
+    # TRL has None for a row without images, which its next call of the processor does not take.
+    def _tokenize_prompts(self, prompts: list) -> tuple[list, list | None, dict]:
+        ids, images, fields = super()._tokenize_prompts(prompts)
+        # TRL gathers the images for its table from the ranks that have some; a rank without would wait elsewhere.
+        self.log_multimodal = self.args.log_multimodal and all(gather_object([images is not None]))
+        return ids, images and [each or [] for each in images], fields
+
+    # ---- Scoring
 
     # TRL's runs the prompt through the model once a completion, padded on both sides.
     def _get_per_token_logps_and_entropies(
@@ -418,7 +416,7 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
             # One forward a micro-batch, however many prompts it holds: under ZeRO-3 all ranks must run as many.
             for start in range(0, rows, batch_size):
                 part = slice(start, start + batch_size)
-                batch = pack(self._prompts[part], completion_ids[part], completion_mask[part])
+                batch = pack(self.family, self._scored[part], completion_ids[part], completion_mask[part])
                 with self.accelerator.autocast():
                     outputs = model(**batch.model_inputs, shift_labels=batch.labels, fused_lm_head=True)
                 logps.append(batch.unpack(outputs.log_probs))  # (b, C)
@@ -432,7 +430,7 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
     # Tells the scoring above whose completions a micro-batch holds; TRL's signature has no place for it.
     def _compute_loss(self, model, inputs):
         if self.shared_prefix:
-            self._prompts = inputs["prompts"]
+            self._scored = inputs["prompts"]
         if not self.model.training:
             tokens = self.accelerator.reduce(inputs["completion_mask"].sum(), reduction="sum").item()
             self._metrics["eval"][TOKENS].append(tokens)
@@ -466,6 +464,15 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
             self._rollout_seconds += self._last_seconds
         self._metrics[self._mode()][f"time/{name}"].append(self._last_seconds)
 
+    # For the log alone: a rollout's seconds and tokens.
+    def _generate(self, prompts):
+        with self._timed("rollout"):
+            output = super()._generate(prompts)
+        _, completion_ids, *_ = output
+        rate = sum(map(len, completion_ids)) / self._last_seconds
+        self._metrics[self._mode()]["rollout/tokens_per_second"].append(rate)
+        return output
+
     def training_step(self, model, inputs, num_items_in_batch):
         """TRL's, and the log of what is left of a step's seconds beside rollout and scoring."""
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -489,52 +496,53 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
             self._held_out = []
         super().log(logs, start_time)
 
-    def _save_trajectories(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
+    def _render(self, prompt: list[dict[str, Any]] | str, images: list[ImageSource]) -> tuple[str, list[str]]:
+        """A prompt as text, and the names of its images."""
+        if not isinstance(prompt, str):
+            messages = prepare_multimodal_messages(prompt, images=images)
+            images = images_of(messages)
+            prompt = self.processing_class.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
+            )
+        return prompt, [image_name(image) or "(not a file)" for image in images]
+
+    def _save_trajectories(self, rollout: Rollout, output: dict[str, Any]) -> None:
         """Write this rollout's completions, those of all processes in order, from the main process; log reflections."""
         mode = self._mode()
         # A rollout in training serves the step under way, which the log counts when it is done.
         step = self.state.global_step + (mode == "train")
         prompts = []
-        for (prompt, images), repeats in groupby(inputs, key=lambda row: (row["prompt"], row_images(row))):
-            rendered = prompt
-            if not isinstance(prompt, str):
-                messages = prepare_multimodal_messages(prompt, images=images)
-                rendered = self.processing_class.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
-                )
-                images = images_of(messages)
-            names = [image_name(image) or "(not a file)" for image in images]
-            prompts += [(rendered, names)] * len(list(repeats))
+        for (prompt, images), repeats in groupby(rollout.rows, key=lambda row: (row["prompt"], row_images(row))):
+            prompts += [self._render(prompt, images)] * len(list(repeats))
         rows = []
-        for row, (prompt, names), completion, ids, rewards, advantage in zip(
-            inputs, prompts, *self._rollout, output["advantages"].tolist(), strict=True
+        for row, (prompt, images), completion, ids, rewards, advantage in zip(
+            *(rollout.rows, prompts, rollout.completions, rollout.ids, rollout.rewards),
+            output["advantages"].tolist(),
+            strict=True,
         ):
             text = completion_text(completion)
             options = row.get("options") or None
             if not (isinstance(options, list) and all(isinstance(option, str) for option in options)):
                 options = None
             reflection = analyse(text, options)
-            rows.append(
-                {
-                    "step": step,
-                    "prompt": prompt,
-                    "images": names,
-                    "solution": text_or_none(row.get("solution")),
-                    "options": options,
-                    "completion": text,
-                    # a reward function that has nothing to say about a completion returns None, TRL's NaN
-                    "rewards": {
-                        name: None if math.isnan(reward) else reward
-                        for name, reward in zip(self.reward_func_names, rewards, strict=True)
-                    },
-                    "advantage": advantage,
-                    "length": len(ids),
-                    "ended": ids[-1] in self.eos_token_ids,
-                    "reflections": reflection.spans,
-                    "considered": reflection.considered,
-                    "self_corrected": reflection.self_corrected,
-                }
+            # a reward function that has nothing to say about a completion returns None, TRL's NaN
+            rewards = [None if math.isnan(reward) else reward for reward in rewards]
+            record = Completion(
+                step=step,
+                prompt=prompt,
+                images=images,
+                solution=text_or_none(row.get("solution")),
+                options=options,
+                completion=text,
+                rewards=dict(zip(self.reward_func_names, rewards, strict=True)),
+                advantage=advantage,
+                length=len(ids),
+                ended=ids[-1] in self.eos_token_ids,
+                reflections=reflection.spans,
+                considered=reflection.considered,
+                self_corrected=reflection.self_corrected,
             )
+            rows.append(record.to_row())
         first = self.accelerator.process_index * len(rows)
         rows = gather_object(rows)
         if mode == "train":

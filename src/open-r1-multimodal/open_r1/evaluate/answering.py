@@ -16,17 +16,17 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from open_r1.images import BrokenImage, count_image_tokens, image_size, open_image
+from open_r1.families import end_token_ids, family_of_processor, vision_token_ids
+from open_r1.images import BrokenImage, image_size, open_image
 from open_r1.modeling import (
     adapter_base,
-    end_token_ids,
     load_checkpoint,
     load_processor,
     reset_generation_config,
-    vision_token_ids,
 )
 from open_r1.prompts import load_chat_template
-from open_r1.rollout import Prompt, encode_prompt, generate
+from open_r1.rollout import generate
+from open_r1.shared_prefix import Prompt, encode_prompt
 from open_r1.tasks.benchmarks import Item
 
 PAPER_MAX_PIXELS = 401408  # what the paper trains and evaluates at
@@ -115,7 +115,7 @@ class TransformersBackend:
     def length(self, item: Item) -> int:
         text = len(self.tokenizer(item.prompt)["input_ids"])
         sizes = [size for data in item.images if (size := known_size(data))]
-        return text + count_image_tokens(self.processor, sizes)
+        return text + family_of_processor(self.processor).count_image_tokens(self.processor, sizes)
 
     def encode(self, item: Item) -> Prompt:
         images = [open_image(data) for data in item.images]

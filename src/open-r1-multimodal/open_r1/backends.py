@@ -1,0 +1,115 @@
+"""Who generates: one protocol for training and evaluation. Prompts in, completions out.
+
+Another engine is a class here with these two methods.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from trl.generation.vllm_generation import VLLMGeneration
+
+from open_r1.rollout import generate
+from open_r1.shared_prefix import Prompt, encode_images, encode_prompt
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What was sampled, the completions of one prompt together, in the prompts' order.
+
+    Attributes:
+        ids: the tokens of each, with its end token if it came to one.
+        logprobs: of each token where the engine knows them, else None.
+        prompts: those that were asked, with what generating found out about them.
+    """
+
+    ids: list[list[int]]
+    logprobs: list[list[float]] | None
+    prompts: Sequence[Prompt]
+
+
+class Backend(Protocol):
+    """Generates completions."""
+
+    def encode(self, prompt: list[dict[str, Any]] | str) -> Prompt:
+        """What can be done before the model is free: see `shared_prefix.encode_prompt`. Safe in another thread."""
+
+    def generate(self, prompts: Sequence[Prompt], repeats: Sequence[int], settings: GenerationConfig) -> Completions:
+        """Sample `repeats` completions of each prompt; `settings` has `max_new_tokens` and `eos_token_id`."""
+
+
+class TransformersBackend:
+    """transformers, over `rollout.generate`: a prompt is encoded and prefilled once.
+
+    Args:
+        model: gives the prompts' positions (not wrapped).
+        processor: renders the prompts.
+        borrow: a context in which the model, whole on this process, may generate.
+        keep_features: hand the vision tower's output out with the prompts; right where it is frozen.
+        template_kwargs: for the chat template.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        borrow: Callable[[], AbstractContextManager[PreTrainedModel]],
+        keep_features: bool = False,
+        **template_kwargs: Any,
+    ):
+        self.model, self.processor, self.borrow = model, processor, borrow
+        self.keep_features, self.template_kwargs = keep_features, template_kwargs
+
+    def encode(self, prompt: list[dict[str, Any]] | str) -> Prompt:
+        return encode_prompt(self.model, self.processor, prompt, **self.template_kwargs)
+
+    def generate(self, prompts: Sequence[Prompt], repeats: Sequence[int], settings: GenerationConfig) -> Completions:
+        with self.borrow() as model:
+            if self.keep_features:
+                prompts = [encode_images(self.model, prompt) for prompt in prompts]
+            return Completions(generate(model, prompts, repeats, settings), None, prompts)
+
+
+class VLLMBackend:
+    """vLLM, as TRL runs it: colocated or as a server. The sampling settings are those that TRL gave it.
+
+    Args:
+        model, processor: see `TransformersBackend`.
+        engine: TRL's.
+        group_size: completions of a prompt over all processes.
+        profile: a context that measures the engine's call.
+        template_kwargs: for the chat template.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        engine: VLLMGeneration,
+        group_size: Callable[[], int],
+        profile: Callable[[], AbstractContextManager[Any]],
+        **template_kwargs: Any,
+    ):
+        self.model, self.processor, self.engine = model, processor, engine
+        self.group_size, self.profile, self.template_kwargs = group_size, profile, template_kwargs
+
+    def encode(self, prompt: list[dict[str, Any]] | str) -> Prompt:
+        return encode_prompt(self.model, self.processor, prompt, **self.template_kwargs)
+
+    def generate(self, prompts: Sequence[Prompt], repeats: Sequence[int], settings: GenerationConfig) -> Completions:
+        rows = [prompt for prompt, count in zip(prompts, repeats, strict=True) for _ in range(count)]
+        images = [list(prompt.images) or None for prompt in rows]
+        _, ids, logprobs, _ = self.engine.generate(
+            prompts=[collapse_image_tokens(p.input_ids.tolist(), self.processor.image_token_id) for p in rows],
+            images=images if any(images) else None,
+            num_generations=self.group_size(),
+            profiler=self.profile(),
+        )
+        return Completions(ids, [[token[0] for token in tokens] for tokens in logprobs], prompts)
+
+
+def collapse_image_tokens(ids: Sequence[int], image_token_id: int) -> list[int]:
+    """Token ids with every run of image tokens as one: vLLM expands it by itself, as many times as there are."""
+    return [i for position, i in enumerate(ids) if i != image_token_id or position == 0 or ids[position - 1] != i]

@@ -1,0 +1,262 @@
+"""All that differs by model family, one entry each. Outside of this file and the chat templates nothing knows one.
+
+A new family is an entry in `FAMILIES`, a tiny configuration in `tiny.py` and, if its base prompt differs, a template;
+the tests then run over it. What families share is written in `Family`, what the Qwen ones do alone in `QwenVL`.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from qwen_vl_utils.vision_process import smart_resize
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+ImageInputs = dict[str, torch.Tensor]  # what a processor makes of images, by the names of the model's arguments
+Size = tuple[int, int]  # height and width in pixels
+
+PARTS = ("vision tower", "merger", "language model", "adapter")
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """A model family.
+
+    Attributes:
+        model_type: in its configuration.
+        processor: the name of its processor's class.
+        end_tokens: each ends a completion, whatever the checkpoint says: a base model writes one, a chat model another.
+        vision_tokens: sampling one would announce an image that is not there and break the next forward pass.
+        config_tokens: the names of tokens' ids in its configuration, and the tokens.
+        image_inputs: the model's arguments that hold images, in the order that its `get_image_features` takes them.
+        tower, merger: patterns in the names of the vision tower's modules, and of the layers between it and the
+            language model.
+        tiny_vision: settings of a tiny vision tower of two layers that other families have not.
+    """
+
+    model_type: str
+    processor: str
+    end_tokens: tuple[str, ...]
+    vision_tokens: tuple[str, ...]
+    config_tokens: Mapping[str, str]
+    image_inputs: tuple[str, ...]
+    tower: str
+    merger: str
+    tiny_vision: Mapping[str, Any]
+
+    # ---- parts of a model
+
+    def part_of(self, name: str) -> str:
+        """The one of `PARTS` that a parameter or module belongs to, by its name in `named_parameters`."""
+        if "lora_" in name:
+            return "adapter"
+        if re.search(self.merger, name):
+            return "merger"
+        return "vision tower" if re.search(self.tower, name) else "language model"
+
+    def modules_of(self, part: str) -> str:
+        """A pattern of the whole names of modules that belong to one of `PARTS`, but for the adapter's."""
+        return {
+            "vision tower": rf"(?!.*{self.merger}).*{self.tower}.*",
+            "merger": rf".*{self.merger}.*",
+            "language model": rf"(?!.*{self.merger})(?!.*{self.tower}).*",
+        }[part]
+
+    def trains_vision(self, model: nn.Module) -> bool:
+        """Whether gradients go into a model's vision tower or merger, or into an adapter there."""
+        return any(
+            re.search(f"{self.tower}|{self.merger}", name) and parameter.requires_grad
+            for name, parameter in model.named_parameters()
+        )
+
+    # ---- images as a model takes them
+
+    def images_of(self, inputs: Mapping[str, Any]) -> ImageInputs:
+        """The image inputs among a processor's outputs or a model's arguments; empty where there is no image."""
+        images = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
+        return images if all(len(values) for values in images.values()) else {}
+
+    def encode_images(self, model: PreTrainedModel, images: ImageInputs) -> Any:
+        """What the vision tower makes of images, as `join_features` and `image_features` of a packed batch take it."""
+        return model.base_model.get_image_features(*(images[name].to(model.device) for name in self.image_inputs))
+
+    def join_images(self, images: Sequence[ImageInputs], device: torch.device) -> ImageInputs:
+        """The image inputs of several prompts as one, in their order; empty for none."""
+        images = [each for each in images if each]
+        if not images:
+            return {}
+        return {name: torch.cat([each[name] for each in images]).to(device) for name in self.image_inputs}
+
+    @abstractmethod
+    def join_features(self, features: Sequence[Any]) -> Any:
+        """The vision tower's outputs for several prompts as one."""
+
+    @abstractmethod
+    def feature_tensors(self, features: Any) -> list[torch.Tensor]:
+        """Every tensor in the vision tower's output."""
+
+    @abstractmethod
+    def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
+        """The smallest image that the model takes, of zeros."""
+
+    @abstractmethod
+    def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Positions (3, P) of a prompt: what a processor made of it, one row."""
+
+    @abstractmethod
+    def count_image_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
+        """Tokens of images of these sizes, all together; no pixel is touched."""
+
+    # ---- for the memory count: a model's parts on torch's `meta` device
+
+    @abstractmethod
+    def vision_tower(self, model: nn.Module) -> nn.Module:
+        """The vision tower of a policy, with or without an adapter."""
+
+    @abstractmethod
+    def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
+        """Its layers."""
+
+    @abstractmethod
+    def count_patches(self, config: PreTrainedConfig, pixels: int) -> int:
+        """Patches of an image of this area."""
+
+    @abstractmethod
+    def run_tower(self, model: nn.Module, patches: int, dtype: torch.dtype) -> torch.Tensor:
+        """A forward pass over patches without numbers, merger included; the last layer's states (patches, width)."""
+
+
+class QwenVL(Family):
+    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: patches in rows of one tensor, a grid an image, M-RoPE."""
+
+    def join_features(self, features: Sequence[Any]) -> BaseModelOutputWithPooling:
+        """Embeddings an image, and Qwen3-VL's deepstack features a layer."""
+        joined = type(features[0])(pooler_output=[image for each in features for image in each.pooler_output])
+        if getattr(features[0], "deepstack_features", None) is not None:
+            layers = zip(*(each.deepstack_features for each in features), strict=True)
+            joined.deepstack_features = [torch.cat(layer) for layer in layers]
+        return joined
+
+    def feature_tensors(self, features: Any) -> list[torch.Tensor]:
+        return [*features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
+
+    def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
+        vision = config.vision_config
+        merge, patch = vision.spatial_merge_size, vision.patch_size
+        pixels = torch.zeros(merge**2, vision.in_channels * vision.temporal_patch_size * patch**2)
+        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, merge, merge]])}
+
+    def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """M-RoPE: time, height, width."""
+        positions, _ = model.base_model.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            image_grid_thw=inputs.get("image_grid_thw"),
+        )  # (3, 1, P)
+        return positions[:, 0]
+
+    def count_image_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
+        images = processor.image_processor
+        factor, bounds = images.patch_size * images.merge_size, images.size
+        resized = [smart_resize(*size, factor, bounds["shortest_edge"], bounds["longest_edge"]) for size in sizes]
+        # a thin image, which it rounds down to nothing, keeps one row of tokens, as the processor has it
+        return sum(max(height, factor) * max(width, factor) for height, width in resized) // factor**2
+
+    def vision_tower(self, model: nn.Module) -> nn.Module:
+        return next(module for name, module in model.named_modules() if name.endswith("visual"))
+
+    def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
+        return self.vision_tower(model).blocks
+
+    def count_patches(self, config: PreTrainedConfig, pixels: int) -> int:
+        patch, merge = config.vision_config.patch_size, config.vision_config.spatial_merge_size
+        return pixels // (patch * merge) ** 2 * merge**2
+
+    def run_tower(self, model: nn.Module, patches: int, dtype: torch.dtype) -> torch.Tensor:
+        tower = self.vision_tower(model)
+        patch = tower.patch_embed.proj.weight.shape[1:].numel()
+        states = tower.patch_embed(torch.empty(patches, patch, dtype=dtype))  # (patches, width)
+        rotary = torch.empty(patches, states.shape[-1] // tower.blocks[0].attn.num_heads, dtype=dtype)
+        for block in tower.blocks:
+            lengths = torch.tensor([0, patches], device="cpu")
+            states = block(states, cu_seqlens=lengths, position_embeddings=(rotary, rotary))
+        tower.merger(states)
+        return states
+
+
+# Qwen2-VL's special tokens in the order of their ids (151643 ... 151656 in the published vocabulary)
+QWEN_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+_QWEN: dict[str, Any] = {
+    "end_tokens": ("<|endoftext|>", "<|im_end|>"),
+    "vision_tokens": ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+    "config_tokens": {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    },
+    "image_inputs": ("pixel_values", "image_grid_thw"),
+    "tower": r"\bvisual\.",
+    "merger": r"\bvisual\.\w*merger",  # Qwen3-VL has a list of them too
+}
+_WINDOWS = {"window_size": 56, "fullatt_block_indexes": [1]}
+_DEEPSTACK = {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": QwenVL("qwen2_vl", "Qwen2VLProcessor", tiny_vision={}, **_QWEN),
+    "qwen2_5_vl": QwenVL("qwen2_5_vl", "Qwen2_5_VLProcessor", tiny_vision=_WINDOWS, **_QWEN),
+    "qwen3_vl": QwenVL("qwen3_vl", "Qwen3VLProcessor", tiny_vision=_DEEPSTACK, **_QWEN),
+}
+
+
+def find_family(model_type: str) -> Family:
+    """The family of this name in a configuration; ValueError for one that this project was not tested with."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"a {model_type!r} model; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model, also of one inside an adapter. Raises what `find_family` raises."""
+    return find_family(model.config.model_type)
+
+
+def family_of_processor(processor: ProcessorMixin) -> Family:
+    """The family whose processor this is."""
+    return next(family for family in FAMILIES.values() if family.processor == type(processor).__name__)
+
+
+def end_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: the tokenizer's own, and its family's."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return sorted({tokenizer.eos_token_id, *_known_ids(tokenizer, [f.end_tokens for f in FAMILIES.values()])})
+
+
+def vision_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
+    """The ids that a policy must never sample."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return sorted(_known_ids(tokenizer, [family.vision_tokens for family in FAMILIES.values()]))
+
+
+def _known_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[str]]) -> set[int]:
+    """The ids of those tokens that the vocabulary has; a tokenizer alone does not say what family it is of."""
+    vocab = tokenizer.get_vocab()
+    return {vocab[token] for some in tokens for token in some if token in vocab}

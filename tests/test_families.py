@@ -1,0 +1,177 @@
+"""A model family is one entry, and who generates is one class: made-up ones, which only this file knows, train."""
+
+import pytest
+import torch
+from open_r1.configs import FreezeArguments
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLModel,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+from trl import ModelConfig
+
+from open_r1.data import load_dataset
+from open_r1.families import FAMILIES, QwenVL, end_token_ids, family_of, find_family, vision_token_ids
+from open_r1.memory import Launch, Load, count_memory
+from open_r1.modeling import freeze, get_adapter_config, load_model, load_processor, parameter_table
+from open_r1.prompts import load_chat_template
+from open_r1.tiny import make_config as make_model_config
+from open_r1.tiny import make_tokenizer
+from open_r1.trainer import Qwen2VLGRPOTrainer
+from support import Scripted, make_config, read_jsonl, vowel_share
+
+NAME = "made_up_vl"
+RENAMED = {"<|vision_start|>": "<|eye_start|>", "<|vision_end|>": "<|eye_end|>", "<|im_end|>": "<|done|>"}
+
+
+class MadeUpConfig(Qwen2VLConfig):
+    model_type = NAME
+
+
+class MadeUpBackbone(Qwen2VLModel):
+    """Qwen2-VL's, whose vision tower has another name."""
+
+    config_class = MadeUpConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.eye = self._modules.pop("visual")
+
+    @property
+    def visual(self):
+        return self.eye
+
+
+class MadeUpModel(Qwen2VLForConditionalGeneration):
+    config_class = MadeUpConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MadeUpBackbone(config)
+        self.post_init()
+
+
+class MadeUpProcessor(Qwen2VLProcessor):
+    """Qwen2-VL's, under another name."""
+
+
+class MadeUpFamily(QwenVL):
+    def vision_tower(self, model):
+        return next(module for name, module in model.named_modules() if name.endswith("eye"))
+
+
+@pytest.fixture(scope="module")
+def made_up():
+    """The family, registered here and with transformers as a package of its own would be."""
+    AutoConfig.register(NAME, MadeUpConfig)
+    AutoModelForImageTextToText.register(MadeUpConfig, MadeUpModel)
+    AutoProcessor.register(MadeUpConfig, MadeUpProcessor)
+    qwen = FAMILIES["qwen2_vl"]
+    FAMILIES[NAME] = MadeUpFamily(
+        **{
+            **vars(qwen),
+            "model_type": NAME,
+            "processor": MadeUpProcessor.__name__,
+            "end_tokens": ("<|endoftext|>", "<|done|>"),
+            "vision_tokens": tuple(RENAMED.get(token, token) for token in qwen.vision_tokens),
+            "config_tokens": {name: RENAMED.get(token, token) for name, token in qwen.config_tokens.items()},
+            "tower": r"\beye\.",
+            "merger": r"\beye\.merger",
+        }
+    )
+    yield FAMILIES[NAME]
+    del FAMILIES[NAME]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(made_up, tmp_path_factory):
+    """A tiny random checkpoint of it, with a base prompt of its own."""
+    folder = tmp_path_factory.mktemp("made_up")
+    plain = make_tokenizer()
+    vocab = {token: i for token, i in plain.get_vocab().items() if i < 256}
+    special = [RENAMED.get(str(token), str(token)) for token in plain.added_tokens_decoder.values()]
+    vocab |= {token: len(vocab) + i for i, token in enumerate(special)}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], eos_token="<|done|>", pad_token="<|endoftext|>")
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    template = load_chat_template("base")
+    for old, new in RENAMED.items():
+        template = template.replace(old, new)
+    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    images, videos = Qwen2VLImageProcessor(size=size), Qwen2VLVideoProcessor()
+    MadeUpProcessor(images, tokenizer, videos, chat_template=template).save_pretrained(folder)
+    like = make_model_config(plain).to_dict()
+    config = MadeUpConfig(**{**like, "model_type": NAME})
+    torch.manual_seed(0)
+    MadeUpModel(config).save_pretrained(folder)
+    return folder
+
+
+def make_trainer(checkpoint, data, output, **changes):
+    processor = load_processor(checkpoint, max_pixels=12544)
+    return Qwen2VLGRPOTrainer(
+        model=load_model(str(checkpoint), dtype="float32"),
+        reward_funcs=vowel_share,
+        args=make_config(output, **changes),
+        train_dataset=load_dataset(data, processor),
+        processing_class=processor,
+    )
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_a_family_that_only_a_test_knows_trains(made_up, checkpoint, examples_json, tmp_path, shared_prefix):
+    trainer = make_trainer(checkpoint, examples_json, tmp_path, shared_prefix=shared_prefix)
+    assert family_of(trainer.model) is made_up and trainer.shared_prefix == shared_prefix
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    still = [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
+    # the bias of keys shifts every score of a softmax alike, so it has no gradient by construction
+    assert [name for name in still if "k_proj.bias" not in name and "attn.qkv.bias" not in name] == []
+    rows = read_jsonl(tmp_path / "trajectories/train.jsonl")
+    assert {row["step"] for row in rows} == {1, 2} and "<|eye_start|>" in rows[0]["prompt"]
+
+
+def test_its_parts_and_tokens_are_known_by_name(made_up, checkpoint):
+    model = load_model(str(checkpoint), dtype="float32")
+    processor = load_processor(checkpoint)
+    ids = processor.tokenizer.convert_tokens_to_ids
+    assert end_token_ids(processor) == sorted([ids("<|endoftext|>"), ids("<|done|>")])
+    assert ids("<|eye_start|>") in vision_token_ids(processor)
+    freeze(model, freeze_vision=True)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".eye." not in name}
+    table = {line[:16].strip(): line.split()[-1] for line in parameter_table(model).splitlines()}
+    assert table["vision tower"] == table["merger"] == "0" != table["language model"]
+    model_args = ModelConfig(use_peft=True, lora_target_modules=["all-linear"])
+    model.add_adapter(get_adapter_config(model_args, FreezeArguments(freeze_vision=True), made_up))
+    assert not any("lora" in name and ".eye." in name for name, _ in model.named_parameters())
+    count = count_memory(
+        model.config, ModelConfig(dtype="float32"), FreezeArguments(), Load(1, 64, 16, 16, 4, 8), Launch()
+    )
+    assert count.peak > 0
+
+
+def test_a_backend_that_only_a_test_knows_is_learned_from(tiny_model, examples_json, tmp_path):
+    """What it hands over is what is rewarded, scored and written down."""
+    trainer = make_trainer(tiny_model, examples_json, tmp_path)
+    end = trainer.processing_class.tokenizer.eos_token_id
+    texts = ["aeiou", "xyz", "a b", ""]
+    given = [[*trainer.processing_class.tokenizer(text)["input_ids"], end] for text in texts]
+    trainer.backend = Scripted(trainer.backend, lambda rows: [given[row % 4] for row in range(len(rows))])
+    trainer.train()
+    rows = read_jsonl(tmp_path / "trajectories/train.jsonl")
+    assert [row["completion"] for row in rows] == texts * (len(rows) // 4)
+    assert [row["length"] for row in rows[:4]] == [6, 4, 4, 1] and all(row["ended"] for row in rows)
+    assert all(log["grad_norm"] > 0 for log in trainer.state.log_history if "grad_norm" in log)
+
+
+def test_a_family_that_nobody_knows_is_one_line():
+    with pytest.raises(ValueError, match=r"^a 'llava' model; supported: qwen2_vl, qwen2_5_vl, qwen3_vl"):
+        find_family("llava")
