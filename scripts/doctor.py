@@ -22,12 +22,10 @@ use_environment()
 import yaml
 from trl import ModelConfig
 
-from open_r1.grpo import GRPOScriptArguments
+from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, Qwen2VLSFTConfig, SFTScriptArguments
 from open_r1.memory import Count, Launch, Load, count_memory, load_config
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import merge_recipes, read_recipe
-from open_r1.sft import Qwen2VLSFTConfig, SFTScriptArguments
-from open_r1.trainer import Qwen2VLGRPOConfig
 
 LAUNCH_CONFIGS = REPO_ROOT / "src/open-r1-multimodal/configs"
 ANSWER_TOKENS = 32  # of an SFT example; no recipe bounds them

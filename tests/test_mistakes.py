@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from open_r1 import entry, grpo, sft
+from open_r1.configs import LOSS_TYPES
 from open_r1.entry import Command, check, train
 from open_r1.failures import FIRST, Mistake, last_word, told_once
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import PLANNED_PROCESSES
-from open_r1.trainer import LOSS_TYPES, Qwen2VLGRPOTrainer
+from open_r1.trainer import Qwen2VLGRPOTrainer
 from support import launch_env, run_grpo, vowel_share, write_examples
 
 LAUNCHES = REPO_ROOT / "src/open-r1-multimodal/configs"

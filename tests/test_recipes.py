@@ -20,10 +20,9 @@ from transformers import get_scheduler
 from trl import ModelConfig
 
 from open_r1 import world
-from open_r1.grpo import GRPOScriptArguments
+from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import merge_recipes, read_recipe
-from open_r1.trainer import Qwen2VLGRPOConfig
 from support import read_jsonl
 
 CONFIGS = REPO_ROOT / "configs"
