@@ -1,7 +1,8 @@
-"""Look at a recipe before a run does: how much memory it takes.
+r"""Look at a recipe before a run does: how much memory it takes.
 
     python scripts/doctor.py --memory --config configs/grpo_sat.yaml --num_processes 4
-    python scripts/doctor.py --memory --config configs/grpo_sat_lora.yaml --num_processes 1 --max_completion_length 350
+    python scripts/doctor.py --memory --config configs/grpo_sat.yaml --config configs/overlays/lora.yaml \
+        --max_completion_length 350
 
 Arguments that it does not know are the recipe's, as for the run scripts. Figures are computed, not measured: at the
 recipe's limits (longest prompt, largest image, longest completions), in GB of 10^9 bytes on each GPU.
@@ -19,14 +20,13 @@ from open_r1.front_door import use_environment
 use_environment()
 
 import yaml
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
+from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, Qwen2VLSFTConfig, SFTScriptArguments
 from open_r1.families import FAMILIES
-from open_r1.grpo import GRPOScriptArguments
 from open_r1.memory import Count, Launch, Load, count_memory, load_config
 from open_r1.prompts import REPO_ROOT
-from open_r1.sft import Qwen2VLSFTConfig, SFTScriptArguments
-from open_r1.trainer import Qwen2VLGRPOConfig
+from open_r1.recipes import merge_recipes, read_recipe
 
 LAUNCH_CONFIGS = REPO_ROOT / "src/open-r1-multimodal/configs"
 ANSWER_TOKENS = 32  # of an SFT example; no recipe bounds them
@@ -41,16 +41,17 @@ def read_launch(name: str, num_processes: int) -> Launch:
     return Launch(num_processes, (settings.get("deepspeed_config") or {}).get("zero_stage"))
 
 
-def count_recipe(recipe: str, launch: Launch, overrides: list[str], is_cpu: bool = False) -> tuple[str, Count]:
-    """The model's name and the count for a recipe of GRPO or SFT."""
-    is_grpo = "num_generations" in yaml.safe_load(Path(recipe).read_text())
+def count_recipe(recipes: list[str], launch: Launch, overrides: list[str], is_cpu: bool = False) -> tuple[str, Count]:
+    """The model's name and the count for recipes of GRPO or SFT, of which a later one changes those before it."""
+    is_grpo = "num_generations" in merge_recipes(recipes)
     types = (
         (GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig)
         if is_grpo
         else (SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig)
     )
+    named = [argument for recipe in recipes for argument in ("--config", recipe)]
     needed = ["--dataset_name", "-", "--output_dir", "-", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
-    script_args, args, model_args = TrlParser(types).parse_args_and_config(["--config", recipe, *needed, *overrides])
+    script_args, args, model_args = read_recipe(types, [*named, *needed, *overrides])
     config = load_config(model_args.model_name_or_path, model_args.model_revision)
     image = FAMILIES[config.model_type].count_patches(config, script_args.max_pixels or 0)
     batch = args.per_device_train_batch_size
@@ -88,7 +89,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--memory", action="store_true", required=True, help="count a training step's memory")
-    parser.add_argument("--config", required=True, help="recipe, a file in configs/")
+    parser.add_argument(
+        "--config", required=True, action="append", help="recipe, a file in configs/; may be given several times"
+    )
     parser.add_argument("--num_processes", type=int, default=1, help="GPUs (default: 1)")
     parser.add_argument("--accelerate_config", default="zero2", help="zero2, zero3, ddp or a file (default: zero2)")
     parser.add_argument("--cpu", action="store_true", help="count for processes on a CPU")
@@ -102,7 +105,8 @@ def main() -> None:
     if args.json:
         print(json.dumps({"model": model, "peak": count.peak, **asdict(count)}))
         return
-    print(f"{model}, {args.config}, {args.num_processes} GPUs, {args.accelerate_config}: computed, GB on each GPU")
+    recipes = " ".join(args.config)
+    print(f"{model}, {recipes}, {args.num_processes} GPUs, {args.accelerate_config}: computed, GB on each GPU")
     print(format_count(count))
 
 

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from trl import ModelConfig
 
 from open_r1.data import count_prompt_tokens
 from open_r1.memory import Launch, Load, count_memory
 from open_r1.modeling import FreezeArguments, load_processor
 from open_r1.prompts import REPO_ROOT
+from open_r1.recipes import merge_recipes
 from open_r1.tasks.examples import read_examples
 from open_r1.tiny import make_config as make_model_config
 from open_r1.tiny import make_model, make_processor, make_tokenizer
@@ -126,9 +126,13 @@ def test_every_family_and_recipe_is_counted(tiny_models, model_type, capsys, mon
     sys.path.insert(0, str(REPO_ROOT / "scripts"))
     import doctor
 
-    for path in sorted((REPO_ROOT / "configs").rglob("*.yaml")):
-        arguments = ["--memory", "--config", str(path), "--model_name_or_path", str(tiny_models[model_type])]
-        if "lora_target_modules" in yaml.safe_load(path.read_text()):
+    configs = REPO_ROOT / "configs"
+    recipes = [[path] for path in sorted([*configs.glob("*.yaml"), *configs.glob("tiny/*.yaml")])]
+    recipes += [[configs / "grpo_sat.yaml", path] for path in sorted(configs.glob("overlays/*.yaml"))]
+    for paths in recipes:
+        arguments = ["--memory", *(part for path in paths for part in ("--config", str(path)))]
+        arguments += ["--model_name_or_path", str(tiny_models[model_type])]
+        if "lora_target_modules" in merge_recipes(paths):
             arguments += ["--accelerate_config", "zero3", "--num_processes", "2"]
         monkeypatch.setattr(sys, "argv", ["doctor.py", *arguments])
         doctor.main()

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from open_r1.configs import FreezeArguments
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -18,6 +17,7 @@ from transformers import (
 )
 from trl import ModelConfig
 
+from open_r1.configs import FreezeArguments
 from open_r1.data import load_dataset
 from open_r1.families import FAMILIES, QwenVL, end_token_ids, family_of, find_family, vision_token_ids
 from open_r1.memory import Launch, Load, count_memory

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import get_scheduler
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from open_r1.entry import resolve_report_to
 from open_r1.grpo import GRPOScriptArguments
 from open_r1.prompts import REPO_ROOT
+from open_r1.recipes import read_recipe
 from open_r1.trainer import Qwen2VLGRPOConfig
 from support import launch_env, load_weights, read_jsonl, run_grpo
 
@@ -32,11 +33,9 @@ def test_scripts_parse(shell, script):
 
 
 def test_the_papers_recipe(tmp_path):
-    parser = TrlParser((GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig))
     args = ["--config", str(REPO_ROOT / "configs/grpo_sat.yaml"), "--dataset_name", "x.json"]
-    script_args, training_args, model_args = parser.parse_args_and_config(
-        [*args, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
-    )
+    args += ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    script_args, training_args, model_args = read_recipe((GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig), args)
     assert (script_args.max_prompt_length, script_args.max_pixels) == (1024, 401408)
     assert script_args.reward_funcs == ["accuracy", "format"] and script_args.chat_template == "base"
     assert model_args.model_name_or_path == "Qwen/Qwen2-VL-2B" and model_args.dtype == "bfloat16"
@@ -59,6 +58,52 @@ def test_the_papers_recipe(tmp_path):
         rates = [schedule.lr_lambdas[0](step) * 1e-6 for step in range(1501)]
         assert rates == pytest.approx([1e-6 * (1 - step / (2 * 15000 / 8)) for step in range(1501)])
         assert rates[1500] == pytest.approx(6e-7)
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """What run_grpo_SAT.sh passes on, from tmp_path, to a Python that only lists it."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || printf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    env = {name: value for name, value in os.environ.items() if name not in ("CONFIG", "OUTPUT", "MODEL", "DATA")}
+
+    def launch(*arguments: str, **changes: str) -> subprocess.CompletedProcess:
+        script = str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh")
+        env_of_launch = {**env, "PYTHON": str(python), **changes}
+        return subprocess.run(
+            ["sh", script, *arguments], env=env_of_launch, cwd=tmp_path, capture_output=True, text=True
+        )
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    "config, recipes, output",
+    [
+        ("", [str(REPO_ROOT / "configs/grpo_sat.yaml")], "grpo_sat"),
+        ("configs/grpo_sat.yaml  configs/overlays/lora.yaml", None, "grpo_sat_lora"),
+        ("configs/grpo_sat.yaml configs/overlays/qlora.yaml", None, "grpo_sat_qlora"),
+        ("configs/grpo_sat_lora.yaml", None, "grpo_sat_lora"),
+        ("my recipe.yaml", ["my recipe.yaml"], "my recipe"),
+        ("configs/grpo_sat.yaml mine.yaml", None, "grpo_sat_mine"),
+    ],
+)
+def test_config_names_recipes(launched, tmp_path, config, recipes, output):
+    for name in ("my recipe.yaml", "mine.yaml"):
+        (tmp_path / name).write_text("beta: 0\n")
+    result = launched("--max_steps", "1", CONFIG=config)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [lines[at + 1] for at, line in enumerate(lines) if line == "--config"] == (recipes or config.split())
+    assert lines[lines.index("--output_dir") + 1] == str(REPO_ROOT / "outputs" / output)
+    assert lines[lines.index("--max_steps") + 1] == "1"
+
+
+@pytest.mark.parametrize("argument", [["--config", "mine.yaml"], ["--config=mine.yaml"]])
+def test_recipes_are_named_in_config_alone(launched, argument):
+    result = launched("--max_steps", "1", *argument)
+    assert (result.returncode, result.stderr) == (2, "error: --config: name the recipes in CONFIG\n")
 
 
 def test_reports_never_wait_for_an_answer(monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from open_r1.data import load_dataset
 from open_r1.families import FAMILIES, family_of
@@ -20,6 +20,7 @@ from open_r1.modeling import (
     parameter_table,
 )
 from open_r1.prompts import REPO_ROOT
+from open_r1.recipes import read_recipe
 from open_r1.sft import AnswerCollator
 from open_r1.trainer import Qwen2VLGRPOConfig
 from support import load_weights
@@ -29,9 +30,8 @@ LORA += ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_
 
 
 def parse(recipe: str, *arguments: str) -> tuple[GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig]:
-    parser = TrlParser((GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig))
     args = ["--config", str(REPO_ROOT / f"{recipe}.yaml"), "--use_cpu", "true", "--bf16", "false"]
-    return parser.parse_args_and_config([*args, *arguments])
+    return read_recipe((GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig), [*args, *arguments])
 
 
 def make_trainer(model, data, output, *arguments):

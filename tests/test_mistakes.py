@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from open_r1 import entry, grpo, sft
+from open_r1.configs import LOSS_TYPES
 from open_r1.entry import Command, check, train
 from open_r1.failures import FIRST, Mistake, last_word, told_once
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import PLANNED_PROCESSES
-from open_r1.trainer import LOSS_TYPES, Qwen2VLGRPOTrainer
+from open_r1.trainer import Qwen2VLGRPOTrainer
 from support import launch_env, run_grpo, vowel_share, write_examples
 
 LAUNCHES = REPO_ROOT / "src/open-r1-multimodal/configs"
@@ -112,6 +113,34 @@ def test_other_recipes_that_are_none(find_mistake):
     assert "must contain a YAML mapping" in find_mistake(recipe="grpo")
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("lora_rr: 4", r"{path}: unknown setting 'lora_rr'; did you mean lora_r\?"),
+        ("lora_r: four", r"{path}: lora_r: invalid int value: 'four'"),
+        ("config: x", r"{path}: unknown setting 'config'"),
+        ("a: [", r"{path}: not YAML: "),
+        ("4", r"{path}: a recipe must contain a YAML mapping"),
+        ("env: 4", r"{path}: env: expected names and values"),
+        ("base: overlay.yaml", r"{path}: base: leads back to this file"),
+        ("base: [recipe.yaml, none.yaml]", r"{path}: base: no file .*/none\.yaml"),
+        ("base: 4", r"{path}: base: no file .*/4"),
+        ("temperature: 0", r"temperature 0.*: completions are sampled"),
+        (None, r"--config: no recipe {path}"),
+    ],
+)
+def test_a_mistake_in_an_overlay_names_it(find_mistake, tmp_path, text, message):
+    path = tmp_path / "overlay.yaml"
+    if text is not None:
+        path.write_text(text)
+    told = find_mistake("--config", str(path))
+    assert re.match(message.format(path=path), told) and "\n" not in told, told
+
+
+def test_config_without_a_name(find_mistake):
+    assert find_mistake("--config") == "--config: expected one argument"
+
+
 def test_a_single_value_is_a_list_of_one(find_mistake):
     assert find_mistake(reward_funcs="accuracy", lora_target_modules="all-linear") == ""
 
@@ -176,6 +205,8 @@ def test_a_run_that_took_no_step_is_no_result(tiny_model, examples_json, tmp_pat
     "environment, message",
     [
         ({"CONFIG": "nowhere.yaml"}, "error: CONFIG: no recipe nowhere.yaml"),
+        ({"CONFIG": "configs/grpo_sat.yaml nowhere.yaml"}, "error: CONFIG: no recipe nowhere.yaml"),
+        ({"CONFIG": " "}, "error: CONFIG: names no recipe"),
         ({"NUM_PROCESSES": "two"}, "error: NUM_PROCESSES: 'two' is not a number of processes"),
         ({"NUM_PROCESSES": "0"}, "error: NUM_PROCESSES: '0' is not a number of processes"),
         ({"ACCELERATE_CONFIG": "zero9"}, f"error: ACCELERATE_CONFIG: no file {LAUNCHES}/zero9.yaml"),

@@ -20,6 +20,7 @@ from open_r1.prompts import REPO_ROOT
 
 pytestmark = pytest.mark.heavy
 SHORT = "--max_steps 1 --max_completion_length 16"
+LORA = 'CONFIG="configs/grpo_sat.yaml configs/overlays/lora.yaml"'
 ROWS = 16  # of each fold and of CV-Bench
 
 
@@ -73,7 +74,7 @@ def test_the_papers_commands(newcomer):
     assert f"grpo_sat: {ROWS} prompts" in types("src/eval", "python test_qwen2vl_CVBench.py --max_new_tokens 16")
 
     # the same with LoRA, under sh
-    types("src/open-r1-multimodal", f"CONFIG=../../configs/grpo_sat_lora.yaml sh run_grpo_SAT.sh {SHORT}", "sh")
+    types("src/open-r1-multimodal", f"{LORA} sh run_grpo_SAT.sh {SHORT}", "sh")
     assert f"grpo_sat_lora: {ROWS} prompts" in types("src/eval", "python test_qwen2vl_CVBench.py --max_new_tokens 16")
     types("", "python scripts/export.py --adapter outputs/grpo_sat_lora --output outputs/merged")
     assert (root / "outputs/merged/config.json").is_file()

@@ -1,11 +1,13 @@
-"""Every recipe in configs/, run through its own script under every launch: two steps, and a resume to the third.
+"""Recipes and overlays mean what they say; and every recipe runs through its own script under every launch.
 
-On the shipped tiny base and rendered questions; nothing else is overridden but lengths and step counts.
+The runs are two steps, and a resume to the third, on the shipped tiny base and rendered questions; nothing else is
+overridden but lengths and step counts.
 """
 
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +17,20 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import get_scheduler
+from trl import ModelConfig
 
 from open_r1 import world
+from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig
 from open_r1.prompts import REPO_ROOT
+from open_r1.recipes import merge_recipes, read_recipe
 from support import read_jsonl
 
-RECIPES = sorted(
-    str(path.relative_to(REPO_ROOT / "configs").with_suffix("")) for path in (REPO_ROOT / "configs").rglob("*.yaml")
-)
+CONFIGS = REPO_ROOT / "configs"
+RECIPES = sorted(str(path.relative_to(REPO_ROOT)) for glob in ("*.yaml", "tiny/*.yaml") for path in CONFIGS.glob(glob))
 LAUNCHES = ("zero2", "zero3", "ddp")
+# The README's combinations; the recipes without an overlay that mean the same run under the other launches.
+OVERLAID = sorted(set(re.findall(r'CONFIG="(.+?)"', (REPO_ROOT / "README.md").read_text())))
+RUNS = [(recipe, launch) for recipe in RECIPES for launch in LAUNCHES] + [(config, "zero2") for config in OVERLAID]
 BASE = REPO_ROOT / "configs/tiny/base"
 STEPS = 3
 
@@ -49,11 +56,54 @@ def optimizer_steps(value: object) -> set[int]:
     return set()
 
 
+LORA = {
+    "use_peft": True,
+    "lora_r": 64,
+    "lora_alpha": 128,
+    "lora_dropout": 0.0,
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "freeze_vision": True,
+    "learning_rate": 1e-5,
+}
+QLORA = {**LORA, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
+
+
+@pytest.mark.parametrize(
+    "config, recipe, changes",
+    [
+        ("configs/grpo_sat_lora.yaml", "grpo_sat", LORA),
+        ("configs/grpo_sat_qlora.yaml", "grpo_sat", QLORA),
+        ("configs/sft_sat_lora.yaml", "sft_sat", {**LORA, "learning_rate": 2e-4}),
+        ("configs/grpo_sat.yaml configs/overlays/lora.yaml", "grpo_sat", LORA),
+        ("configs/grpo_sat.yaml configs/overlays/qlora.yaml", "grpo_sat", QLORA),
+    ],
+)
+def test_an_adapter_changes_this_and_nothing_else(config, recipe, changes, monkeypatch, tmp_path):
+    """As when each was a file that said everything; from any folder."""
+    monkeypatch.chdir(tmp_path)
+    plain = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())
+    assert merge_recipes(config.split()) == {**plain, **changes}
+
+
+def test_the_later_counts(tmp_path, monkeypatch):
+    """An overlay over the recipe, arguments over both; what an overlay does not name stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OF_MINE", raising=False)
+    (tmp_path / "mine.yaml").write_text("beta: 0\nreward_funcs: length\nlr_scheduler_kwargs: null\nenv: {OF_MINE: 1}\n")
+    (tmp_path / "more.yaml").write_text("base: mine.yaml\nnum_generations: 4\nmax_steps: 9\n")
+    types = (GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig)
+    arguments = ["--config", "configs/grpo_sat.yaml", "--max_steps", "7", "--config=more.yaml", "--bf16", "false"]
+    arguments += ["--dataset_name", "x", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    script_args, args, _ = read_recipe(types, arguments)
+    assert (args.beta, args.num_generations, args.max_steps, args.temperature) == (0, 4, 7, 1)
+    assert script_args.reward_funcs == ["length"] and args.lr_scheduler_kwargs is None
+    assert os.environ.pop("OF_MINE") == "1"
+
+
 @pytest.mark.heavy
-@pytest.mark.parametrize("launch", LAUNCHES)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe, launch", RUNS)
 def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, tmp_path):
-    settings = yaml.safe_load((REPO_ROOT / f"configs/{recipe}.yaml").read_text())
+    settings = merge_recipes(recipe.split())
     is_sft = Path(recipe).name.startswith("sft")
     arguments = ["--logging_steps", "1", "--save_steps", "1"]
     arguments += [] if is_sft else ["--max_completion_length", "96"]
@@ -68,7 +118,7 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, tmp_pat
             env={
                 **os.environ,
                 "PYTHON": str(quick_python),
-                "CONFIG": str(REPO_ROOT / f"configs/{recipe}.yaml"),
+                "CONFIG": recipe,
                 "MODEL": str(BASE),
                 "DATA": str(data),
                 "OUTPUT": str(output),
@@ -86,6 +136,7 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, tmp_pat
     run(STEPS - 1)
     resumed = run(STEPS)
     assert f"resuming from {output}/checkpoint-{STEPS - 1}" in resumed
+    assert json.loads((output / "run.json").read_text())["recipes"] == recipe.split()
 
     # ZeRO really ran, on both processes; and the optimizer that took the third step had taken the two before it
     checkpoint = output / f"checkpoint-{STEPS}"

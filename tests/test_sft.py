@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from open_r1 import world
 from open_r1.data import load_dataset
@@ -15,6 +15,7 @@ from open_r1.families import FAMILIES, PARTS, vision_token_ids
 from open_r1.images import open_image
 from open_r1.modeling import freeze, load_model, load_processor, parameter_table
 from open_r1.prompts import REPO_ROOT
+from open_r1.recipes import read_recipe
 from open_r1.sft import AnswerCollator, Qwen2VLSFTConfig, SFTScriptArguments, build_trainer
 from open_r1.tasks import sat
 from open_r1.tiny import make_config as make_model_config
@@ -27,8 +28,8 @@ MEMORISE += ["--warmup_steps", "20", "--adam_beta2", "0.95"]
 
 
 def parse(arguments: list[str]) -> tuple[SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig]:
-    """What a command line says; a parser keeps the values of the recipe it read, so each has its own."""
-    return TrlParser((SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig)).parse_args_and_config(arguments)
+    """What a command line says."""
+    return read_recipe((SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig), arguments)
 
 
 def make_trainer(model: Path, data: Path, output: Path, *arguments: str):

@@ -6,12 +6,15 @@
 # From the environment:
 #   MODEL              model name or folder                (default: the recipe's)
 #   DATA               prepared JSON file                  (default: src/data/SAT/SAT_train_15000.json)
-#   CONFIG             recipe, a file                      (default: configs/RECIPE.yaml)
-#   OUTPUT             output folder                       (default: outputs/ and the recipe's name)
+#   CONFIG             recipe, a file, or several files between blanks, of which a later one changes those before it:
+#                      CONFIG="configs/grpo_sat.yaml configs/overlays/lora.yaml"; names are looked up in the current
+#                      folder and then in the repository   (default: configs/RECIPE.yaml)
+#   OUTPUT             output folder                       (default: outputs/ and the recipes' names: grpo_sat_lora)
 #   NUM_PROCESSES      processes                           (default: the GPUs; 2 without one)
 #   ACCELERATE_CONFIG  how to launch: zero2, zero3, ddp, cpu, or a file
 #                      (default: zero2, and cpu without a GPU; zero3 for run_sft.sh)
-# Arguments override the recipe: `--max_steps 100 --beta 0`; `--help` lists them all.
+# Arguments override the recipe: `--max_steps 100 --beta 0`; `--help` lists them all. The training scripts themselves
+# take recipes as `--config A --config B`.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 ROOT=$(cd "$here/../.." && pwd)
@@ -31,11 +34,23 @@ case " $* " in *" --help "* | *" -h "*)
 esac
 
 DATA="${DATA:-$ROOT/src/data/SAT/SAT_train_15000.json}"
-OUTPUT="${OUTPUT:-$ROOT/outputs/$(basename "$CONFIG" .yaml)}"
-[ -f "$CONFIG" ] || fail "CONFIG: no recipe $CONFIG"
-
-set -- --config "$CONFIG" --dataset_name "$DATA" --output_dir "$OUTPUT" \
-    ${MODEL:+--model_name_or_path "$MODEL"} "$@"
+case " $* " in *" --config"[\ =]*) fail "--config: name the recipes in CONFIG" ;; esac
+is_recipe() {
+    [ -f "$1" ] || [ -f "$ROOT/$1" ]
+}
+! is_recipe "$CONFIG" || IFS= # one file, which may have blanks in its name: nothing to split
+set -f
+names=""
+for recipe in $CONFIG; do
+    is_recipe "$recipe" || fail "CONFIG: no recipe $recipe"
+    set -- "$@" --config "$recipe"
+    names="${names}_$(basename "$recipe" .yaml)"
+done
+set +f
+unset IFS
+[ -n "$names" ] || fail "CONFIG: names no recipe"
+OUTPUT="${OUTPUT:-$ROOT/outputs/${names#_}}"
+set -- --dataset_name "$DATA" --output_dir "$OUTPUT" ${MODEL:+--model_name_or_path "$MODEL"} "$@"
 
 gpus=$(gpu_names | grep -c . || true)
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && [ "$gpus" -gt 0 ]; then

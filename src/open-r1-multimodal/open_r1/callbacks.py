@@ -55,7 +55,9 @@ CONTINUED = (
 )
 
 
-def add_run_callbacks(trainer: Trainer, command: str, script_args: Any, model_args: Any) -> None:
+def add_run_callbacks(
+    trainer: Trainer, command: str, script_args: Any, model_args: Any, recipes: Sequence[str] = ()
+) -> None:
     """Give a trainer its run files, and lines of progress in place of transformers' bar and dictionaries.
 
     Args:
@@ -63,6 +65,7 @@ def add_run_callbacks(trainer: Trainer, command: str, script_args: Any, model_ar
         command: "grpo" or "sft".
         script_args: dataclass with `dataset_name` and `eval_dataset_name`.
         model_args: dataclass with `model_name_or_path`.
+        recipes: names of the files that the settings come from.
     """
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -71,6 +74,7 @@ def add_run_callbacks(trainer: Trainer, command: str, script_args: Any, model_ar
         RunLog(
             {
                 "command": command,
+                "recipes": list(recipes),
                 "model": model_args.model_name_or_path,
                 "dataset": script_args.dataset_name,
                 "eval_dataset": script_args.eval_dataset_name,

@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,67 +16,13 @@ from transformers import ProcessorMixin
 from trl import ModelConfig
 from trl.data_utils import prepare_multimodal_messages
 
+from open_r1.configs import DataArguments
 from open_r1.families import family_of_processor
 from open_r1.images import EXTENSIONS, ImageSource, check_image, image_bytes, image_size, opened
 from open_r1.modeling import load_processor
 from open_r1.tasks.examples import Columns, iter_examples
 
 Row = dict[str, Any]
-
-
-@dataclass
-class DataArguments:
-    """What is asked, and how it looks to the model. Names that TRL's `ScriptArguments` have mean the same here."""
-
-    dataset_name: str = field(
-        metadata={
-            "help": "What to train on: a JSON, JSON Lines or parquet file, a folder that datasets reads or has saved, "
-            "or a name on the Hub."
-        }
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a folder or a Hub data set that has several."}
-    )
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "Split of a folder or a Hub data set to train on."}
-    )
-    dataset_test_split: str = field(
-        default="test", metadata={"help": "Split of eval_dataset_name, when it is a folder or on the Hub."}
-    )
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out examples, for eval_strategy; all that dataset_name can be."}
-    )
-    question_column: str | None = field(
-        default=None,
-        metadata={"help": "Field with the question. None: messages, conversations, prompt, question or problem."},
-    )
-    answer_column: str | None = field(
-        default=None, metadata={"help": "Field with the answer. None: that of the dialogue, solution or answer."}
-    )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Field with the image or the list of images. None: images or image."}
-    )
-    options_column: str | None = field(
-        default=None,
-        metadata={"help": "Field with the options, which are then written behind the question as in SAT."},
-    )
-    chat_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Name in configs/chat_templates (base, instruct) or file of the prompt; it is saved with every "
-            "checkpoint. None keeps the checkpoint's own."
-        },
-    )
-    max_prompt_length: int | None = field(
-        default=1024,
-        metadata={"help": "Examples with a longer prompt (tokens, images included) are left out; none is truncated."},
-    )
-    max_pixels: int | None = field(
-        default=401408, metadata={"help": "Larger images are shrunk to this area in pixels."}
-    )
-    min_pixels: int | None = field(
-        default=3136, metadata={"help": "Smaller images are enlarged to this area in pixels."}
-    )
 
 
 def load_processor_from_args(model_args: ModelConfig, data_args: DataArguments) -> ProcessorMixin:

@@ -27,7 +27,7 @@ from open_r1.checkpoints import (
 )
 from open_r1.failures import Mistake, mistakes, told_once
 from open_r1.modeling import parameter_table
-from open_r1.recipes import PLANNED_PROCESSES, read_recipe
+from open_r1.recipes import PLANNED_PROCESSES, read_recipe, split_arguments
 from open_r1.report.page import write_report
 
 # What libraries warn about at every start although it is as it should be: logger -> part of the message.
@@ -188,7 +188,8 @@ def train(command: Command, arguments: Sequence[str]) -> None:
     # Read now: training removes the checkpoint it came from once it has save_total_limit newer ones.
     steps_before = read_state(checkpoint).global_step if checkpoint else 0
     trainer.add_callback(CompleteCheckpoints(args))
-    add_run_callbacks(trainer, command.name, script_args, model_args)
+    recipes, _ = split_arguments(arguments)
+    add_run_callbacks(trainer, command.name, script_args, model_args, recipes)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step == steps_before:
         raise Mistake(f"{script_args.dataset_name}: too few examples for a step; nothing was trained, nothing saved")

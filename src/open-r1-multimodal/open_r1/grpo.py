@@ -4,29 +4,16 @@ Launch it with `run_grpo_SAT.sh`, or by hand: `accelerate launch open_r1/grpo.py
 --dataset_name SAT_train_15000.json`. It leaves `output_dir` with Hugging Face checkpoints and `trajectories/`.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from trl import ModelConfig
 
-from open_r1.data import DataArguments, load_datasets_from_args, load_processor_from_args, opens_think
+from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, check_settings
+from open_r1.data import load_datasets_from_args, load_processor_from_args, opens_think
 from open_r1.entry import Command, run
-from open_r1.modeling import FreezeArguments, check_model, freeze, get_adapter_config, load_model_from_args
+from open_r1.modeling import check_model, freeze, get_adapter_config, load_model_from_args
 from open_r1.rewards import accuracy_reward, check_gold, get_reward_funcs
-from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer, check_settings
-
-
-@dataclass
-class GRPOScriptArguments(FreezeArguments, DataArguments):
-    """What is asked, what is rewarded and what is trained."""
-
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["accuracy", "format"],
-        metadata={
-            "help": "Rewards by registry name (accuracy, format, length) or as module:function; "
-            "reward_weights weighs them."
-        },
-    )
+from open_r1.trainer import Qwen2VLGRPOTrainer
 
 
 def prepare(

@@ -26,9 +26,10 @@ from trl import ModelConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCAB_CHUNK_SIZE
 
+from open_r1.configs import FreezeArguments
 from open_r1.families import family_of
 from open_r1.hub import model_folder
-from open_r1.modeling import FreezeArguments, freeze, get_adapter_config, resolve_dtype
+from open_r1.modeling import freeze, get_adapter_config, resolve_dtype
 
 FP32 = 4  # bytes
 # DeepSpeed's defaults, in parameters: what is reduced at a time, and what ZeRO-3 keeps gathered

@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from open_r1.configs import FreezeArguments
 from open_r1.families import PARTS, Family, end_token_ids, family_of, find_family
 from open_r1.hub import model_folder
 from open_r1.prompts import load_chat_template
@@ -238,21 +238,6 @@ def accept_missing_images(model: PreTrainedModel, always_encode: bool) -> None:
     if always_encode:
         # in front of DeepSpeed's own hook, which a reference model has by now
         backbone.language_model.register_forward_pre_hook(before_language_model, prepend=True, with_kwargs=True)
-
-
-@dataclass
-class FreezeArguments:
-    """What is not trained."""
-
-    freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision tower."})
-    freeze_llm: bool = field(default=False, metadata={"help": "Do not train the language model."})
-    freeze_merger: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether to train the merger, the layers between vision tower and language model; "
-            "None does with it what freeze_vision says."
-        },
-    )
 
 
 def frozen_parts(freeze_vision: bool = False, freeze_llm: bool = False, freeze_merger: bool | None = None) -> list[str]:

@@ -1,16 +1,87 @@
-"""Read a recipe and its overrides into dataclasses. What is wrong with either is one line that names it."""
+"""Read recipes, overlays and overrides into dataclasses. What is wrong with one of them is one line that names it."""
 
 import argparse
 import difflib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
-from trl import TrlParser
+from transformers import HfArgumentParser
 
+from open_r1.prompts import REPO_ROOT
+
+BASE = "base"  # in a recipe: the files that it changes, one or a list, as seen from its own folder
+CONFIG = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+CONFIG.add_argument(
+    "--config",
+    action="append",
+    default=argparse.SUPPRESS,
+    metavar="RECIPE",
+    help="A file of settings, as seen from here or from the repository's root. May be given several times: "
+    "`--config configs/grpo_sat.yaml --config configs/overlays/lora.yaml`; where they differ, the later one counts.",
+)
 # Set while a launch checks a recipe in one process: how many it is going to start.
 PLANNED_PROCESSES = "OPEN_R1_PLANNED_PROCESSES"
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The recipes that `--config` names in a command line, and its other arguments.
+
+    Raises:
+        ValueError: `--config` without a name.
+    """
+    try:
+        named, others = CONFIG.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error).removeprefix("argument ")) from error
+    return getattr(named, "config", []), others
+
+
+def read_files(names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
+    """The files that recipes are made of, each with its own settings; where they differ, the later one counts.
+
+    Args:
+        names: of recipes and overlays, as seen from the current folder or from the repository's root.
+
+    Raises:
+        ValueError: a file does not hold settings.
+        OSError: a file is not there, or cannot be read.
+    """
+    files = []
+    for name in names:
+        places = (Path(name), REPO_ROOT / name)
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"--config: no recipe {name}")
+        files += _with_bases(path)
+    return files
+
+
+def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """A file behind those that it changes; `above` are the files that led to it."""
+    if path.resolve() in above:
+        raise ValueError(f"{path}: {BASE}: leads back to this file")
+    try:
+        settings = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: a recipe must contain a YAML mapping")
+    bases = settings.pop(BASE, [])
+    files = []
+    for name in bases if isinstance(bases, list) else [bases]:
+        base = path.parent / str(name)
+        if not base.is_file():
+            raise FileNotFoundError(f"{path}: {BASE}: no file {base}")
+        files += _with_bases(base, (*above, path.resolve()))
+    return [*files, (path, settings)]
+
+
+def merge_recipes(names: Sequence[str]) -> dict[str, Any]:
+    """The settings of recipes and overlays as one recipe; raises what `read_files` raises."""
+    return {name: value for _, settings in read_files(names) for name, value in settings.items()}
 
 
 def count_processes() -> int:
@@ -18,12 +89,14 @@ def count_processes() -> int:
     return int(os.environ.get(PLANNED_PROCESSES) or os.environ.get("WORLD_SIZE") or 1)
 
 
-class RecipeParser(TrlParser):
-    """TRL's parser that raises `ValueError` where argparse prints a usage of 200 lines, and takes no abbreviations."""
+class RecipeParser(HfArgumentParser):
+    """A parser that takes its defaults from recipes, as TRL's does, but reads them as strictly as arguments.
+
+    It raises `ValueError` where argparse prints a usage of 200 lines, and takes no abbreviations.
+    """
 
     def __init__(self, dataclass_types: Sequence[type]):
-        super().__init__(dataclass_types, allow_abbrev=False)
-        self.recipe = ""  # its file
+        super().__init__(dataclass_types, allow_abbrev=False, parents=[CONFIG])
         self.hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
 
     def error(self, message: str) -> None:
@@ -37,23 +110,29 @@ class RecipeParser(TrlParser):
             raise ValueError(self._unknown("argument", unknown[0]))
         return namespace, unknown
 
-    def set_defaults_with_config(self, **recipe: Any) -> list[str]:
-        """TRL's, which believes every value; here each is read as it would be on the command line."""
-        try:
-            recipe = self._read(recipe)
-        except ValueError as error:
-            raise ValueError(f"{self.recipe}: {error}") from error
-        return super().set_defaults_with_config(**recipe)
+    def read(self, path: Path, settings: dict[str, Any]) -> None:
+        """Take the settings of a file for defaults; those of a later file replace them.
 
-    def _read(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        Raises:
+            ValueError: for an unknown name or a value that its setting does not take; it names the file.
+        """
         actions = {action.dest: action for action in reversed(self._actions)}  # --x, and not the --no_x after it
-        for name, value in recipe.items():
-            if name not in actions:
-                raise ValueError(self._unknown("setting", name))
-            if actions[name].nargs == "+" and isinstance(value, str):
-                recipe[name] = [value]
-            self._check(actions[name], recipe[name])
-        return recipe
+        try:
+            environment = settings.pop("env", {})  # TRL's word for variables to set
+            if not isinstance(environment, dict):
+                raise ValueError(f"env: expected names and values, not {environment!r}")
+            for name, value in settings.items():
+                if name not in self.hints or name not in actions:
+                    raise ValueError(self._unknown("setting", str(name)))
+                if actions[name].nargs == "+" and isinstance(value, str):
+                    settings[name] = [value]
+                self._check(actions[name], settings[name])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        for action in self._actions:
+            if action.dest in settings:
+                action.default, action.required = settings[action.dest], False
 
     def _unknown(self, kind: str, name: str) -> str:
         known = [action.dest for action in self._actions]
@@ -81,10 +160,10 @@ class RecipeParser(TrlParser):
 
 
 def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
-    """Fill dataclasses from `--config RECIPE.yaml` and the arguments that override it.
+    """Fill dataclasses from the recipes that `--config` names and the arguments that override them.
 
     Args:
-        dataclass_types: what the recipe's settings belong to.
+        dataclass_types: what the settings belong to.
         arguments: of the command line.
 
     Returns:
@@ -92,14 +171,13 @@ def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tu
 
     Raises:
         ValueError: for an unknown name, or a value that its setting or the dataclasses do not take.
-        OSError: when the recipe cannot be read.
+        OSError: when a recipe cannot be read.
     """
     parser = RecipeParser(dataclass_types)
-    if "--config" in arguments[:-1]:
-        parser.recipe = arguments[arguments.index("--config") + 1]
+    names, others = split_arguments(arguments)
+    for path, settings in read_files(names):
+        parser.read(path, settings)
     try:
-        return parser.parse_args_and_config(arguments)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{parser.recipe}: not YAML: {error}") from error
+        return parser.parse_args_into_dataclasses(others)
     except TypeError as error:  # of a dictionary among the settings, whose keys the dataclasses pass on
-        raise ValueError(f"{parser.recipe or 'arguments'}: {error}") from error
+        raise ValueError(f"{' '.join(names) or 'arguments'}: {error}") from error

@@ -6,20 +6,20 @@ Launch it with `run_sft.sh`, or by hand: `accelerate launch open_r1/sft.py --con
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from PIL import Image
-from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from open_r1.checkpoints import LoadWeightsMixin
-from open_r1.data import DataArguments, load_datasets_from_args, load_processor_from_args
+from open_r1.configs import Qwen2VLSFTConfig, SFTScriptArguments
+from open_r1.data import load_datasets_from_args, load_processor_from_args
 from open_r1.entry import Command, run
 from open_r1.images import BrokenImage, open_image
 from open_r1.modeling import (
-    FreezeArguments,
     accept_missing_images,
     check_model,
     freeze,
@@ -27,29 +27,6 @@ from open_r1.modeling import (
     load_model_from_args,
     reset_generation_config,
 )
-
-
-@dataclass
-class SFTScriptArguments(FreezeArguments, DataArguments):
-    """What is asked and what is trained."""
-
-
-@dataclass
-class Qwen2VLSFTConfig(SFTConfig):
-    """TRL's `SFTConfig`, with the prompt of an answer without reasoning and nothing truncated."""
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
-
-    chat_template_kwargs: dict | str | None = field(
-        default_factory=lambda: {"style": "direct"},
-        metadata={"help": "For the chat template; `direct` asks for the answer alone, as evaluation does."},
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Unused: a cut would lose image tokens. See max_prompt_length."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Unused: the collator reads the columns of a prepared dataset."}
-    )
 
 
 @dataclass

@@ -37,88 +37,20 @@ from trl.trainer.utils import get_config_model_id, split_tensor_dict
 from open_r1.backends import Backend, TransformersBackend, VLLMBackend
 from open_r1.callbacks import LogRollouts
 from open_r1.checkpoints import LoadWeightsMixin
+from open_r1.configs import Qwen2VLGRPOConfig, check_settings
 from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
 from open_r1.heldout import held_out_figures
 from open_r1.images import BrokenImage, ImageSource, image_name, open_image
 from open_r1.modeling import accept_missing_images, check_model_type, reset_generation_config
-from open_r1.recipes import count_processes
 from open_r1.reflection import analyse, shares
 from open_r1.rewards import completion_text
 from open_r1.sampling import EpochSampler, shuffle_groups
 from open_r1.shared_prefix import Prompt, enable_grouping, images_of, pack
 from open_r1.trajectories import Completion
 
-# TRL's own, which it checks in the first step
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's metrics, never logged
 PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
-
-
-@dataclass
-class Qwen2VLGRPOConfig(GRPOConfig):
-    """TRL's `GRPOConfig` and what this trainer adds to it."""
-
-    completions_per_step: int | None = field(
-        default=None,
-        metadata={
-            "help": "Completions in one optimiser step over all processes. When set, gradient_accumulation_steps "
-            "follows from it, per_device_train_batch_size and the number of processes, so that a recipe means the "
-            "same on any number of GPUs. An explicit gradient_accumulation_steps above 1 wins."
-        },
-    )
-
-    shared_prefix: bool = field(
-        default=True,
-        metadata={
-            "help": "Encode, prefill and score the prompt of a group once instead of once a completion. The numbers "
-            "are the same; false falls back to TRL's path."
-        },
-    )
-
-    def __post_init__(self):
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type: {self.loss_type!r} is none of {', '.join(LOSS_TYPES)}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature {self.temperature}: completions are sampled; it must be above 0")
-        self.resolve_accumulation()
-        self.check_group_size()
-        super().__post_init__()
-
-    @property
-    def world_size(self) -> int:
-        """The processes of the run; before a launch, those that are planned."""
-        return max(count_processes(), super().world_size)
-
-    def resolve_accumulation(self) -> None:
-        """Set `gradient_accumulation_steps` from `completions_per_step`; see its help."""
-        if not self.completions_per_step or self.gradient_accumulation_steps > 1:
-            return
-        batch, processes = self.per_device_train_batch_size, count_processes()
-        per_pass = batch * processes
-        if self.completions_per_step % per_pass:
-            below = self.completions_per_step // per_pass * per_pass
-            fitting = [str(size) for size in (below, below + per_pass) if size]
-            raise ValueError(
-                f"completions_per_step {self.completions_per_step} is not a multiple of {per_pass} "
-                f"(per_device_train_batch_size {batch} x {processes} processes); {' and '.join(fitting)} would fit"
-            )
-        self.gradient_accumulation_steps = self.completions_per_step // per_pass
-
-    def check_group_size(self) -> None:
-        """TRL's check, naming the sizes that fit.
-
-        Raises:
-            ValueError: when a rollout does not hold whole groups.
-        """
-        steps = self.steps_per_generation or self.gradient_accumulation_steps
-        size = self.generation_batch_size or self.per_device_train_batch_size * count_processes() * steps
-        if self.num_generations < 2 or size % self.num_generations:
-            fitting = ", ".join(str(group) for group in range(2, size + 1) if size % group == 0)
-            raise ValueError(
-                f"num_generations {self.num_generations}: a rollout of {size} completions "
-                f"(per_device_train_batch_size x processes x accumulation) holds groups of {fitting or 'no size'}"
-            )
 
 
 def row_images(row: dict[str, Any]) -> list[ImageSource]:
@@ -560,17 +492,6 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
             row["group"] = index // group_size
         if self.accelerator.is_main_process:
             append_rows(self.trajectory_dir / f"{mode}.jsonl", rows)
-
-
-def check_settings(args: GRPOConfig, shared_prefix: bool) -> None:
-    """Raise ValueError for settings that the shared prefix does not go with."""
-    if shared_prefix and args.torch_compile:
-        raise ValueError(
-            "torch_compile: the shared prefix packs a row of another shape for every micro-batch, which would be "
-            "compiled anew each time; leave it out, or add --shared_prefix false"
-        )
-    if shared_prefix and not args.ds3_gather_for_generation:
-        raise ValueError("ds3_gather_for_generation: the shared prefix needs true; or add --shared_prefix false")
 
 
 def told_apart(names: list[str]) -> list[str]:

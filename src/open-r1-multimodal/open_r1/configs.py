@@ -1,0 +1,194 @@
+"""Every setting that a recipe can hold beside TRL's own, and what is checked of them before anything is loaded."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from trl import GRPOConfig, SFTConfig
+
+from open_r1.recipes import count_processes
+
+# TRL's own, which it checks in the first step
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+
+
+@dataclass
+class DataArguments:
+    """What is asked, and how it looks to the model. Names that TRL's `ScriptArguments` have mean the same here."""
+
+    dataset_name: str = field(
+        metadata={
+            "help": "What to train on: a JSON, JSON Lines or parquet file, a folder that datasets reads or has saved, "
+            "or a name on the Hub."
+        }
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a folder or a Hub data set that has several."}
+    )
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split of a folder or a Hub data set to train on."}
+    )
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split of eval_dataset_name, when it is a folder or on the Hub."}
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out examples, for eval_strategy; all that dataset_name can be."}
+    )
+    question_column: str | None = field(
+        default=None,
+        metadata={"help": "Field with the question. None: messages, conversations, prompt, question or problem."},
+    )
+    answer_column: str | None = field(
+        default=None, metadata={"help": "Field with the answer. None: that of the dialogue, solution or answer."}
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Field with the image or the list of images. None: images or image."}
+    )
+    options_column: str | None = field(
+        default=None,
+        metadata={"help": "Field with the options, which are then written behind the question as in SAT."},
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name in configs/chat_templates (base, instruct) or file of the prompt; it is saved with every "
+            "checkpoint. None keeps the checkpoint's own."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=1024,
+        metadata={"help": "Examples with a longer prompt (tokens, images included) are left out; none is truncated."},
+    )
+    max_pixels: int | None = field(
+        default=401408, metadata={"help": "Larger images are shrunk to this area in pixels."}
+    )
+    min_pixels: int | None = field(
+        default=3136, metadata={"help": "Smaller images are enlarged to this area in pixels."}
+    )
+
+
+@dataclass
+class FreezeArguments:
+    """What is not trained."""
+
+    freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision tower."})
+    freeze_llm: bool = field(default=False, metadata={"help": "Do not train the language model."})
+    freeze_merger: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to train the merger, the layers between vision tower and language model; "
+            "None does with it what freeze_vision says."
+        },
+    )
+
+
+@dataclass
+class GRPOScriptArguments(FreezeArguments, DataArguments):
+    """What is asked, what is rewarded and what is trained."""
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["accuracy", "format"],
+        metadata={
+            "help": "Rewards by registry name (accuracy, format, length) or as module:function; "
+            "reward_weights weighs them."
+        },
+    )
+
+
+@dataclass
+class Qwen2VLGRPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig` and what this trainer adds to it."""
+
+    completions_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions in one optimiser step over all processes. When set, gradient_accumulation_steps "
+            "follows from it, per_device_train_batch_size and the number of processes, so that a recipe means the "
+            "same on any number of GPUs. An explicit gradient_accumulation_steps above 1 wins."
+        },
+    )
+
+    shared_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Encode, prefill and score the prompt of a group once instead of once a completion. The numbers "
+            "are the same; false falls back to TRL's path."
+        },
+    )
+
+    def __post_init__(self):
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type: {self.loss_type!r} is none of {', '.join(LOSS_TYPES)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature {self.temperature}: completions are sampled; it must be above 0")
+        self.resolve_accumulation()
+        self.check_group_size()
+        super().__post_init__()
+
+    @property
+    def world_size(self) -> int:
+        """The processes of the run; before a launch, those that are planned."""
+        return max(count_processes(), super().world_size)
+
+    def resolve_accumulation(self) -> None:
+        """Set `gradient_accumulation_steps` from `completions_per_step`; see its help."""
+        if not self.completions_per_step or self.gradient_accumulation_steps > 1:
+            return
+        batch, processes = self.per_device_train_batch_size, count_processes()
+        per_pass = batch * processes
+        if self.completions_per_step % per_pass:
+            below = self.completions_per_step // per_pass * per_pass
+            fitting = [str(size) for size in (below, below + per_pass) if size]
+            raise ValueError(
+                f"completions_per_step {self.completions_per_step} is not a multiple of {per_pass} "
+                f"(per_device_train_batch_size {batch} x {processes} processes); {' and '.join(fitting)} would fit"
+            )
+        self.gradient_accumulation_steps = self.completions_per_step // per_pass
+
+    def check_group_size(self) -> None:
+        """TRL's check, naming the sizes that fit.
+
+        Raises:
+            ValueError: when a rollout does not hold whole groups.
+        """
+        steps = self.steps_per_generation or self.gradient_accumulation_steps
+        size = self.generation_batch_size or self.per_device_train_batch_size * count_processes() * steps
+        if self.num_generations < 2 or size % self.num_generations:
+            fitting = ", ".join(str(group) for group in range(2, size + 1) if size % group == 0)
+            raise ValueError(
+                f"num_generations {self.num_generations}: a rollout of {size} completions "
+                f"(per_device_train_batch_size x processes x accumulation) holds groups of {fitting or 'no size'}"
+            )
+
+
+def check_settings(args: GRPOConfig, shared_prefix: bool) -> None:
+    """Raise ValueError for settings that the shared prefix does not go with."""
+    if shared_prefix and args.torch_compile:
+        raise ValueError(
+            "torch_compile: the shared prefix packs a row of another shape for every micro-batch, which would be "
+            "compiled anew each time; leave it out, or add --shared_prefix false"
+        )
+    if shared_prefix and not args.ds3_gather_for_generation:
+        raise ValueError("ds3_gather_for_generation: the shared prefix needs true; or add --shared_prefix false")
+
+
+@dataclass
+class SFTScriptArguments(FreezeArguments, DataArguments):
+    """What is asked and what is trained."""
+
+
+@dataclass
+class Qwen2VLSFTConfig(SFTConfig):
+    """TRL's `SFTConfig`, with the prompt of an answer without reasoning and nothing truncated."""
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
+
+    chat_template_kwargs: dict | str | None = field(
+        default_factory=lambda: {"style": "direct"},
+        metadata={"help": "For the chat template; `direct` asks for the answer alone, as evaluation does."},
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Unused: a cut would lose image tokens. See max_prompt_length."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Unused: the collator reads the columns of a prepared dataset."}
+    )
