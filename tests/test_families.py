@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -70,7 +71,8 @@ class MadeUpFamily(QwenVL):
 
 @pytest.fixture(scope="module")
 def made_up():
-    """The family, registered here and with transformers as a package of its own would be."""
+    """The family, here and in transformers, where TRL looks for the class of a reference model."""
+    transformers.MadeUpModel = MadeUpModel
     AutoConfig.register(NAME, MadeUpConfig)
     AutoModelForImageTextToText.register(MadeUpConfig, MadeUpModel)
     AutoProcessor.register(MadeUpConfig, MadeUpProcessor)
@@ -88,7 +90,7 @@ def made_up():
         }
     )
     yield FAMILIES[NAME]
-    del FAMILIES[NAME]
+    del FAMILIES[NAME], transformers.MadeUpModel
 
 
 @pytest.fixture(scope="module")
