@@ -70,7 +70,8 @@ DISTINCT_SCENES = 300  # drawing more would take longer than what is measured; e
 
 def write_sat_rows(path: Path, rows: int) -> None:
     """`rows` rows in SAT's schema with 640x480 JPEG images of the rendered world, in one row group as SAT's."""
-    from open_r1.world import LEVELS, SAT_SCHEMA, sat_row
+    from open_r1.world.parquet import SAT_SCHEMA, sat_row
+    from open_r1.world.scene import LEVELS
 
     scenes = [sat_row(i, 0, LEVELS["full"]) for i in range(min(rows, DISTINCT_SCENES))]
     table = pa.Table.from_pylist(scenes, SAT_SCHEMA)
@@ -236,7 +237,8 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
 
     from open_r1.evaluate.answering import TransformersBackend
     from open_r1.tasks.benchmarks import BENCHMARKS, read
-    from open_r1.world import LEVELS, write_cvbench
+    from open_r1.world.parquet import write_cvbench
+    from open_r1.world.scene import LEVELS
 
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:
         write_cvbench(Path(name), args.rows, 0, LEVELS["full"])

@@ -41,18 +41,21 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, get_cosine_with_min_lr_schedule_with_warmup
 
-from open_r1 import world
 from open_r1.evaluate.answering import messages
 from open_r1.prompts import join_options, load_chat_template, sat_question
 from open_r1.tasks import cvbench
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
+from open_r1.world import questions
+from open_r1.world.parquet import row_rng
+from open_r1.world.render import paint
+from open_r1.world.scene import COLOURS, LEVELS
 
-LEVEL = world.LEVELS["easy"]
+LEVEL = LEVELS["easy"]
 GRID = 10  # columns of the image and steps of depth that a description tells apart
 CELL = 28  # pixels of an image token's side
-KINDS, COLOURS = ("X", *LEVEL.kinds), ("", *world.COLOURS)
-PROBED = (2, len(KINDS), len(COLOURS), GRID, GRID)  # presence, kind, colour, column, depth
-QUESTIONS = {**{name: world.QUESTIONS[name] for name in world.STATIC}, **world.CV_QUESTIONS}
+KIND_LABELS, COLOUR_LABELS = ("X", *LEVEL.kinds), ("", *COLOURS)
+PROBED = (2, len(KIND_LABELS), len(COLOUR_LABELS), GRID, GRID)  # presence, kind, colour, column, depth
+QUESTIONS = {**{name: questions.QUESTIONS[name] for name in questions.STATIC}, **questions.CV_QUESTIONS}
 TURNS = (*QUESTIONS, "count", "perspective", "Count", "Distance")  # what is hard to learn comes twice
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -109,7 +112,7 @@ class Thing:
         return f"{column(self.u)} {rank(self.depth)}"
 
 
-def things_in(asked: world.Asked) -> list[Thing]:
+def things_in(asked: questions.Asked) -> list[Thing]:
     [scene] = asked.scenes
     things = [Thing(seen.solid.name, *seen.centre, seen.solid.z) for seen in scene]
     if asked.mark is not None:
@@ -132,7 +135,7 @@ def compare(a: int, b: int, axis: str) -> str:
     return f"{a} {'<' if a < b else '>' if a > b else '='} {b} {axis}."
 
 
-def observe(rng: random.Random, asked: world.Asked) -> tuple[str, str]:
+def observe(rng: random.Random, asked: questions.Asked) -> tuple[str, str]:
     """What a question is about, with its places, and the step from there to the answer."""
     things = things_in(asked)
     named = sorted(
@@ -144,7 +147,7 @@ def observe(rng: random.Random, asked: world.Asked) -> tuple[str, str]:
     if len(named) == 3:
         [scene] = asked.scenes
         anchor, *others = (next(seen for seen in scene if seen.solid.name == thing.name) for thing in named)
-        gaps = [round(2 * world.floor_distance(anchor, other)) for other in others]  # in half metres
+        gaps = [round(2 * questions.floor_distance(anchor, other)) for other in others]  # in half metres
         return list_places(named), compare(*gaps, "apart")
     if asked.mark is not None:
         named.sort(key=lambda thing: thing.name == "X")
@@ -165,10 +168,10 @@ class Sample:
     completion: str
 
 
-def draw(rng: random.Random, row: int) -> tuple[world.Asked, Image.Image]:
+def draw(rng: random.Random, row: int) -> tuple[questions.Asked, Image.Image]:
     """Question `row` with its image; the kinds take turns."""
-    asked = world.ask(QUESTIONS[TURNS[row % len(TURNS)]], rng, LEVEL)
-    return asked, world.paint(LEVEL, asked, asked.scenes[0])
+    asked = questions.ask(QUESTIONS[TURNS[row % len(TURNS)]], rng, LEVEL)
+    return asked, paint(LEVEL, asked, asked.scenes[0])
 
 
 def describe(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
@@ -211,10 +214,10 @@ def spoil(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
 def make_sample(rng: random.Random, row: int, habits: Habits, processor: ProcessorMixin | None = None) -> Sample:
     """Question `row`, within the prompt that evaluation uses when there is a processor."""
     asked, image = draw(rng, row)
-    if TURNS[row % len(TURNS)] in world.CV_QUESTIONS:
+    if TURNS[row % len(TURNS)] in questions.CV_QUESTIONS:
         options, render = asked.options, cvbench.render_prompt
     else:
-        options, render = world.shuffled(rng, asked.options), sat_question
+        options, render = questions.shuffled(rng, asked.options), sat_question
     question = render(asked.question, options)
     if rng.random() < habits.direct:
         style = "direct"
@@ -229,7 +232,7 @@ def make_sample(rng: random.Random, row: int, habits: Habits, processor: Process
     return Sample(image, prompt, completion)
 
 
-def reasoned(rng: random.Random, asked: world.Asked, first: str, habits: Habits) -> str:
+def reasoned(rng: random.Random, asked: questions.Asked, first: str, habits: Habits) -> str:
     """A thought and an answer, in one of the ways."""
     seen, step = observe(rng, asked)
     [habit] = rng.choices(["guess", "reason", "check"], [habits.guess, habits.reason, habits.check])
@@ -290,7 +293,7 @@ def see(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     probe: nn.Linear,
-    views: Sequence[tuple[world.Asked, Image.Image]],
+    views: Sequence[tuple[questions.Asked, Image.Image]],
 ) -> Iterator[torch.Tensor]:
     """Loss of the probe: whether a cell holds the centre of a thing, and of those that do its kind, colour and place.
 
@@ -302,7 +305,7 @@ def see(
         for thing in things_in(asked):
             cells.append(index * side * side + int(thing.v // CELL) * side + int(thing.u // CELL))
             colour, kind = ("", "X") if thing.name == "X" else thing.name.split()
-            targets.append((KINDS.index(kind), COLOURS.index(colour), column(thing.u), rank(thing.depth)))
+            targets.append((KIND_LABELS.index(kind), COLOUR_LABELS.index(colour), column(thing.u), rank(thing.depth)))
     inputs = processor.image_processor([[image] for _, image in views], return_tensors="pt")
     features = model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
     presence, *others = probe(features).split(PROBED, dim=-1)  # (B x cells, ...)
@@ -339,7 +342,7 @@ def losses_of(
 ) -> Iterator[torch.Tensor]:
     """The losses of a step's micro-batches."""
     rows = range(step * stage.batch, (step + 1) * stage.batch)
-    rngs = [world.row_rng(seed + stage.seed, row) for row in rows]
+    rngs = [row_rng(seed + stage.seed, row) for row in rows]
     if stage.sample is None:
         return see(model, processor, probe, [draw(rng, row) for rng, row in zip(rngs, rows, strict=True)])
     return text_loss(model, processor, [stage.sample(processor, rng, row) for rng, row in zip(rngs, rows, strict=True)])
@@ -376,7 +379,7 @@ def backward(losses: Iterator[torch.Tensor]) -> Iterator[float]:
 def make_base(seed: int) -> tuple[PreTrainedModel, ProcessorMixin, nn.Linear]:
     """The model before it learns anything, its processor, and the probe of the first stage."""
     processor = make_processor(make_tokenizer([load_chat_template("base")]))
-    samples = [spoil(processor, world.row_rng(seed, row), row) for row in range(TOKENIZER_ROWS)]
+    samples = [spoil(processor, row_rng(seed, row), row) for row in range(TOKENIZER_ROWS)]
     texts = [sample.prompt + sample.completion for sample in samples]
     processor = make_processor(make_tokenizer(texts, VOCABULARY))
     config = make_config(processor.tokenizer, hidden_size=160, num_layers=4, vision_size=96, vision_layers=3)

@@ -3,6 +3,7 @@
 python scripts/world.py --output world.parquet --rows 2000 --level full
 """
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -11,7 +12,5 @@ from open_r1.front_door import use_environment
 
 use_environment()
 
-from open_r1.world import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    runpy.run_module("open_r1.world", run_name="__main__")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from open_r1.prompts import sat_question
-from open_r1.world import LEVELS, sat_row
+from open_r1.world.parquet import sat_row
+from open_r1.world.scene import LEVELS
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 AHA = "But wait! Let me check that again."

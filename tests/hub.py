@@ -173,14 +173,15 @@ def render_repositories(folder: Path, rows: int = 48) -> dict[str, Path]:
     The model is the quick start's base, with the chat template without roles and the image bounds that the published
     Qwen2-VL-2B comes with.
     """
-    from open_r1 import world
     from open_r1.prompts import REPO_ROOT
+    from open_r1.world.parquet import write_cvbench, write_sat
+    from open_r1.world.scene import LEVELS
 
-    easy = world.LEVELS["easy"]
+    easy = LEVELS["easy"]
     sat, cvbench, model = folder / "SAT", folder / "CV-Bench", folder / "Qwen2-VL-2B"
     for seed, fold in enumerate(("train", "val", "test")):
-        world.write_sat(sat / f"SAT_{fold}.parquet", rows, seed, easy)
-    world.write_cvbench(cvbench, rows, 3, easy)
+        write_sat(sat / f"SAT_{fold}.parquet", rows, seed, easy)
+    write_cvbench(cvbench, rows, 3, easy)
     shutil.copytree(REPO_ROOT / "configs/tiny/base", model)
     (model / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
     settings = json.loads((model / "processor_config.json").read_text())

@@ -14,16 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from open_r1 import world
 from open_r1.evaluate import statistics
 from open_r1.prompts import REPO_ROOT
 from open_r1.tasks import cvbench
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read, stratified
+from open_r1.world.parquet import SAT_SCHEMA, sat_row, write_cvbench, write_sat
+from open_r1.world.scene import LEVELS
 
 SCRIPT = REPO_ROOT / "src/eval/test_qwen2vl_CVBench.py"
 COMPARE = REPO_ROOT / "scripts/compare.py"
 CV_BENCH = BENCHMARKS["CV-Bench"]
-EASY = world.LEVELS["easy"]
+EASY = LEVELS["easy"]
 NAMES = ["Total", "Count", "Relation", "Depth", "Distance", "2D", "3D", "ADE20K", "COCO", "Omni3D", "CV-Bench"]
 
 
@@ -31,7 +32,7 @@ NAMES = ["Total", "Count", "Relation", "Depth", "Distance", "2D", "3D", "ADE20K"
 def rendered(tmp_path_factory) -> Path:
     """A folder with CV-Bench's two files."""
     folder = tmp_path_factory.mktemp("cvbench")
-    world.write_cvbench(folder, 400, 3, EASY)
+    write_cvbench(folder, 400, 3, EASY)
     return folder
 
 
@@ -227,7 +228,7 @@ def test_cvbench_asks_its_prompt_column(rendered, items):
 
 
 def test_sat_is_evaluated_in_every_rotation(tmp_path):
-    world.write_sat(tmp_path / "SAT_val.parquet", 12, 0, EASY, ["count", "left"])
+    write_sat(tmp_path / "SAT_val.parquet", 12, 0, EASY, ["count", "left"])
     asked = read(BENCHMARKS["SAT-val"], str(tmp_path))
     for number in range(12):
         rotations = [item for item in asked if item.id == number]
@@ -243,9 +244,9 @@ def test_sat_is_evaluated_in_every_rotation(tmp_path):
 
 
 def test_sat_rows_without_a_right_option_are_left_out_and_reported(tmp_path, capsys):
-    rows = [world.sat_row(i, 0, EASY) for i in range(3)]
+    rows = [sat_row(i, 0, EASY) for i in range(3)]
     rows[1]["correct_answer"] = "none of these"
-    pq.write_table(pa.Table.from_pylist(rows, world.SAT_SCHEMA), tmp_path / "SAT_test.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, SAT_SCHEMA), tmp_path / "SAT_test.parquet")
     assert {item.id for item in read(BENCHMARKS["SAT-test"], str(tmp_path))} == {0, 2}
     assert "left out 1 of 3 rows" in capsys.readouterr().err
 

@@ -20,13 +20,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from open_r1 import world
 from open_r1.evaluate import answering
 from open_r1.families import family_of_processor
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT, load_chat_template, sat_question
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, read
 from open_r1.tiny import make_processor, make_tokenizer, save_tiny_model
+from open_r1.world.parquet import sat_row, write_cvbench
+from open_r1.world.scene import LEVELS
 
 SCRIPT = REPO_ROOT / "src/eval/test_qwen2vl_CVBench.py"
 GOLDEN = json.loads((Path(__file__).parent / "data/prompts.json").read_text())
@@ -65,7 +66,7 @@ def model_path(tiny_model, tmp_path_factory) -> Path:
 def rendered(tmp_path_factory) -> Path:
     """CV-Bench's two files with questions of different lengths and images of different sizes."""
     folder = tmp_path_factory.mktemp("cvbench")
-    world.write_cvbench(folder, 24, 3, world.LEVELS["easy"])
+    write_cvbench(folder, 24, 3, LEVELS["easy"])
     return folder
 
 
@@ -158,7 +159,7 @@ def test_mistakes_are_one_line(script, arguments, option, value, message, monkey
 
 
 def test_large_images_are_shrunk_to_max_pixels(tiny_model, items):
-    big = replace(items[0], images=(world.sat_row(1, 1, world.LEVELS["full"])["image_bytes"][0],))
+    big = replace(items[0], images=(sat_row(1, 1, LEVELS["full"])["image_bytes"][0],))
     for max_pixels in (56 * 56, 112 * 112, 224 * 224):
         processor, _ = answering.load_prompting(str(tiny_model), "base", max_pixels)
         own = answering.TransformersBackend(load_model(str(tiny_model), "float32"), processor, "reasoning", 1)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from open_r1 import world
 from open_r1.answers import extract_answer, judge
 from open_r1.evaluate.answering import generation_settings, messages
 from open_r1.modeling import load_model, load_processor
@@ -19,6 +18,10 @@ from open_r1.prompts import REPO_ROOT, sat_question
 from open_r1.reflection import find_reflections
 from open_r1.rollout import generate
 from open_r1.shared_prefix import encode_prompt
+from open_r1.world import questions
+from open_r1.world.parquet import write_sat
+from open_r1.world.render import paint
+from open_r1.world.scene import LEVELS
 from support import read_jsonl, run_grpo
 
 BASE = REPO_ROOT / "configs/tiny/base"
@@ -40,14 +43,14 @@ def pretrain():
 def answers():
     """(options, right one, greedy completion, sampled completion) of questions that the model was not trained on."""
     model, processor = load_model(str(BASE), dtype="float32").eval(), load_processor(str(BASE))
-    level, asked = world.LEVELS["easy"], []
+    level, asked = LEVELS["easy"], []
     for row in range(QUESTIONS):
         rng = random.Random(f"held out {row}")
-        one = world.ask(world.QUESTIONS[world.STATIC[row % len(world.STATIC)]], rng, level)
-        asked.append((one, world.shuffled(rng, one.options)))
+        one = questions.ask(questions.QUESTIONS[questions.STATIC[row % len(questions.STATIC)]], rng, level)
+        asked.append((one, questions.shuffled(rng, one.options)))
     prompts = [
         encode_prompt(
-            model, processor, messages([world.paint(level, one, one.scenes[0])], sat_question(one.question, options))
+            model, processor, messages([paint(level, one, one.scenes[0])], sat_question(one.question, options))
         )
         for one, options in asked
     ]
@@ -110,7 +113,7 @@ def test_the_base_now_and_then_reasons_and_is_right_more_often_then(answers):
 @pytest.mark.heavy
 def test_grpo_from_the_base_learns_to_reason(tmp_path):
     """The quick start's GRPO run, its first third."""
-    world.write_sat(tmp_path / "SAT_train.parquet", 400, 11, world.LEVELS["easy"])
+    write_sat(tmp_path / "SAT_train.parquet", 400, 11, LEVELS["easy"])
     env = {**os.environ, "PYTHON": sys.executable, "SAT_PARQUET": str(tmp_path / "SAT_train.parquet")}
     prepare = ["sh", str(REPO_ROOT / "src/data/SAT/prepare_dataset.sh"), "--total_num", "400"]
     subprocess.run([*prepare, "--output_dir", str(tmp_path)], env=env, check=True, capture_output=True)

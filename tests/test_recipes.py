@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from transformers import get_scheduler
 from trl import ModelConfig
 
-from open_r1 import world
 from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import merge_recipes, read_recipe
+from open_r1.world.parquet import write_sat
+from open_r1.world.scene import LEVELS
 from support import read_jsonl
 
 CONFIGS = REPO_ROOT / "configs"
@@ -39,7 +40,7 @@ STEPS = 3
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions about rendered scenes, as prepare_dataset.sh writes them; no step sees one twice."""
     folder = tmp_path_factory.mktemp("data")
-    world.write_sat(folder / "world.parquet", 120, 5, world.LEVELS["easy"])
+    write_sat(folder / "world.parquet", 120, 5, LEVELS["easy"])
     environment = {**os.environ, "PYTHON": sys.executable, "SAT_PARQUET": str(folder / "world.parquet")}
     command = ["sh", str(REPO_ROOT / "src/data/SAT/prepare_dataset.sh"), "--total_num", "100"]
     subprocess.run([*command, "--output_dir", str(folder)], env=environment, check=True, capture_output=True)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from trl import ModelConfig
 
-from open_r1 import world
 from open_r1.data import load_dataset
 from open_r1.families import FAMILIES, PARTS, vision_token_ids
 from open_r1.images import open_image
@@ -20,6 +19,8 @@ from open_r1.sft import AnswerCollator, Qwen2VLSFTConfig, SFTScriptArguments, bu
 from open_r1.tasks import sat
 from open_r1.tiny import make_config as make_model_config
 from open_r1.tiny import make_model, make_processor, make_tokenizer
+from open_r1.world.parquet import sat_row
+from open_r1.world.scene import LEVELS
 from support import launch_env, load_weights, write_examples
 
 # One batch of 32 examples a step; the second moment forgets soon, as suits a loss that falls from 6 to 0.01.
@@ -224,7 +225,7 @@ def write_scenes(folder: Path, count: int) -> Path:
     (folder / "images").mkdir(parents=True)
     records = []
     for row in range(count):
-        example = sat.convert_row(world.sat_row(row, 0, world.LEVELS["easy"]), row, seed=0)
+        example = sat.convert_row(sat_row(row, 0, LEVELS["easy"]), row, seed=0)
         (image, extension) = example.images[0]
         (folder / f"images/{row}.{extension}").write_bytes(image)
         records.append(sat.to_record(example, [f"images/{row}.{extension}"]))

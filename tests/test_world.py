@@ -12,10 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from open_r1 import world
 from open_r1.tasks import cvbench, sat
+from open_r1.world.parquet import cvbench_row, row_rng, sat_row, write_cvbench, write_sat
+from open_r1.world.questions import CV_QUESTIONS, QUESTIONS, ask, closer, side_of
+from open_r1.world.render import BOX_COLOURS, INK, background, render
+from open_r1.world.scene import COLOURS, LEVELS, Solid, is_clear, overlap, place, see
 
-EASY, FULL = world.LEVELS["easy"], world.LEVELS["full"]
+EASY, FULL = LEVELS["easy"], LEVELS["full"]
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -26,7 +29,7 @@ def pixels(data: bytes) -> np.ndarray:
 def figures(picture: np.ndarray) -> dict[str, tuple[str, float, float]]:
     """What a reader of an easy image sees: colour -> (kind, centre column, lowest row)."""
     found = {}
-    for colour, rgb in world.COLOURS.items():
+    for colour, rgb in COLOURS.items():
         rows, columns = np.nonzero((picture == rgb).all(-1))
         if len(rows):
             filled = len(rows) / ((np.ptp(rows) + 1) * (np.ptp(columns) + 1))  # square 1, circle 0.8, triangle 0.5
@@ -37,11 +40,11 @@ def figures(picture: np.ndarray) -> dict[str, tuple[str, float, float]]:
 
 def named(text: str) -> list[str]:
     """The colours that a question names, in its order."""
-    return [word for word in text.replace("?", " ").split() if word in world.COLOURS]
+    return [word for word in text.replace("?", " ").split() if word in COLOURS]
 
 
 def easy_rows(question: str, count: int = 60) -> list[tuple[dict, dict]]:
-    rows = [world.sat_row(i, 7, EASY, (question,)) for i in range(count)]
+    rows = [sat_row(i, 7, EASY, (question,)) for i in range(count)]
     return [(row, figures(pixels(row["image_bytes"][0]))) for row in rows]
 
 
@@ -77,9 +80,9 @@ def test_easy_where_agrees_with_the_image():
 
 def test_easy_perspective_is_what_the_marked_person_sees():
     for i in range(60):
-        row = world.sat_row(i, 7, EASY, ("perspective",))
+        row = sat_row(i, 7, EASY, ("perspective",))
         picture = pixels(row["image_bytes"][0])
-        mark = np.nonzero((picture == world.INK).all(-1))[0].mean()
+        mark = np.nonzero((picture == INK).all(-1))[0].mean()
         [colour] = named(row["question"])
         nearer = figures(picture)[colour][2] > mark
         # What is nearer to the camera is on the left of who faces left, and on the right of who faces right.
@@ -91,12 +94,12 @@ def test_side_of_agrees_with_the_cross_product():
     for facing, x in (("left", -1.0), ("right", 1.0)):
         for dz in (-2.0, 2.0):
             height = np.cross([x, 0, 0], [0, dz, 0])[2]  # floor plan: x right, z up the page; positive is left
-            assert world.side_of(facing, dz) == ("left" if height > 0 else "right")
+            assert side_of(facing, dz) == ("left" if height > 0 else "right")
 
 
 def test_rotation_moves_the_image_the_other_way():
     for i in range(20):
-        row = world.sat_row(i, 7, EASY, ("rotation",))
+        row = sat_row(i, 7, EASY, ("rotation",))
         before, after = (figures(pixels(data)) for data in row["image_bytes"])
         shift = np.mean([after[colour][1] - before[colour][1] for colour in before])
         assert row["correct_answer"] == ("rotated right" if shift < 0 else "rotated left")
@@ -107,21 +110,21 @@ def test_rotation_moves_the_image_the_other_way():
 def test_a_ray_cast_solid_fills_its_box_and_nothing_else(kind):
     rng = random.Random(kind)
     for _ in range(4):
-        [seen] = world.place(rng, FULL, [kind])
-        changed = (np.asarray(world.render(FULL, [seen])) != world.background(FULL)).any(-1)
+        [seen] = place(rng, FULL, [kind])
+        changed = (np.asarray(render(FULL, [seen])) != background(FULL)).any(-1)
         rows, columns = np.nonzero(changed)
         box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
         assert np.abs(np.subtract(box, seen.box)).max() < 2.5
 
 
 def test_the_nearer_solid_hides_the_farther_one():
-    near = world.see(FULL, world.Solid("cube", "red", 0.1, 3.5, 0.4, 0.3))
-    far = world.see(FULL, world.Solid("sphere", "blue", 0.0, 5.0, 0.4, 0.0))
-    alone = (np.asarray(world.render(FULL, [near])) != world.background(FULL)).any(-1)
+    near = see(FULL, Solid("cube", "red", 0.1, 3.5, 0.4, 0.3))
+    far = see(FULL, Solid("sphere", "blue", 0.0, 5.0, 0.4, 0.0))
+    alone = (np.asarray(render(FULL, [near])) != background(FULL)).any(-1)
     for scene in ([near, far], [far, near]):  # whatever the order
-        both = np.asarray(world.render(FULL, scene))
-        assert (both[alone] == np.asarray(world.render(FULL, [near]))[alone]).all()
-    assert world.overlap(near.box, far.box) > 0
+        both = np.asarray(render(FULL, scene))
+        assert (both[alone] == np.asarray(render(FULL, [near]))[alone]).all()
+    assert overlap(near.box, far.box) > 0
 
 
 def test_projection_is_a_pinhole():
@@ -130,48 +133,48 @@ def test_projection_is_a_pinhole():
     assert depth == pytest.approx(FULL.elevation / math.sin(FULL.pitch))
 
 
-@pytest.mark.parametrize("level", world.LEVELS.values(), ids=world.LEVELS)
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
 def test_scenes_have_margins_and_unique_names(level):
-    for i, name in enumerate(world.QUESTIONS):
+    for i, name in enumerate(QUESTIONS):
         for j in range(5):
-            asked = world.ask(world.QUESTIONS[name], random.Random(f"{i}{j}"), level)
+            asked = ask(QUESTIONS[name], random.Random(f"{i}{j}"), level)
             assert asked.answer in asked.options and len(set(asked.options)) == len(asked.options) > 1
             for scene in asked.scenes:
                 names = [seen.solid.colour for seen in scene]
                 assert len(set(names)) == len(names)
-                assert world.is_clear(level, scene)
+                assert is_clear(level, scene)
 
 
 def test_about_equal_distances_are_rejected():
-    a, b = (world.see(EASY, world.Solid("circle", c, x, 4.0, 0.7, 0.0)) for c, x in (("red", -1), ("blue", 1)))
-    assert world.closer((a, 4.0), (b, 4.9)) is None
-    assert world.closer((a, 4.0), (b, 5.1)) is a
+    a, b = (see(EASY, Solid("circle", c, x, 4.0, 0.7, 0.0)) for c, x in (("red", -1), ("blue", 1)))
+    assert closer((a, 4.0), (b, 4.9)) is None
+    assert closer((a, 4.0), (b, 5.1)) is a
 
 
 def test_row_depends_on_seed_and_index_alone():
-    rows = [world.sat_row(i, 3, EASY) for i in range(10)]
-    assert world.sat_row(7, 3, EASY) == rows[7]
-    assert world.sat_row(7, 4, EASY) != rows[7]
+    rows = [sat_row(i, 3, EASY) for i in range(10)]
+    assert sat_row(7, 3, EASY) == rows[7]
+    assert sat_row(7, 4, EASY) != rows[7]
 
 
 def test_sat_file_is_in_sats_schema_and_every_row_is_usable(tmp_path):
-    world.write_sat(tmp_path / "a" / "sat.parquet", 30, 1, EASY)
+    write_sat(tmp_path / "a" / "sat.parquet", 30, 1, EASY)
     table = pq.read_table(tmp_path / "a" / "sat.parquet")
     assert tuple(table.column_names) == sat.COLUMNS
     rows = table.to_pylist()
-    assert rows == [world.sat_row(i, 1, EASY) for i in range(30)]
+    assert rows == [sat_row(i, 1, EASY) for i in range(30)]
     assert {row["question_type"] for row in rows} == {"other"}
     assert all(isinstance(sat.convert_row(row, i, seed=0), sat.Example) for i, row in enumerate(rows))
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["sat.parquet"]  # no temporary file
 
 
 def test_full_images_are_640x480_jpegs():
-    data = world.sat_row(1, 1, FULL)["image_bytes"][0]
+    data = sat_row(1, 1, FULL)["image_bytes"][0]
     assert sat.sniff_image(data) == "jpg" and pixels(data).shape == (480, 640, 3)
 
 
 def test_cvbench_files_are_in_its_schema(tmp_path):
-    world.write_cvbench(tmp_path, 81, 1, EASY)
+    write_cvbench(tmp_path, 81, 1, EASY)
     tables = {kind: pq.read_table(tmp_path / name) for kind, name in cvbench.FILES.items()}
     rows = [row for table in tables.values() for row in table.to_pylist()]
     assert all(tuple(table.column_names) == cvbench.COLUMNS for table in tables.values())
@@ -184,13 +187,13 @@ def test_cvbench_files_are_in_its_schema(tmp_path):
         assert question.prompt.startswith(question.question + " Select from the following choices.\n(A) ")
         assert question.prompt.endswith(f"({cvbench.LETTERS[len(question.choices) - 1]}) {question.choices[-1]}")
         picture = pixels(question.image)
-        for colour, rgb in world.BOX_COLOURS.items():
+        for colour, rgb in BOX_COLOURS.items():
             assert f"{colour} box" not in question.question or (picture == rgb).all(-1).sum() > 40
 
 
 def test_cvbench_count_and_relation_are_what_the_image_shows():
     for i in range(40):
-        row = world.cvbench_row(i, 5, EASY, "2D")
+        row = cvbench_row(i, 5, EASY, "2D")
         seen, answer = figures(pixels(row["image"]["bytes"])), cvbench.convert_row(row)
         gold = answer.choices[cvbench.LETTERS.index(answer.answer)]
         if row["task"] == "Count":
@@ -205,9 +208,9 @@ def test_cvbench_count_and_relation_are_what_the_image_shows():
 def test_cvbench_right_choice_is_at_every_position():
     letters = {task: Counter() for tasks in cvbench.TASKS.values() for task in tasks}
     choices = {"Count": 4, "Relation": 2, "Depth": 2, "Distance": 2}
-    for task, question in world.CV_QUESTIONS.items():
+    for task, question in CV_QUESTIONS.items():
         for i in range(400):
-            asked = world.ask(question, world.row_rng(9, i), EASY)
+            asked = ask(question, row_rng(9, i), EASY)
             letters[task][asked.options.index(asked.answer)] += 1
         expected = 400 / choices[task]
         assert len(letters[task]) == choices[task]
@@ -215,7 +218,7 @@ def test_cvbench_right_choice_is_at_every_position():
 
 
 def test_cvbench_answer_outside_its_choices_is_refused():
-    row = world.cvbench_row(0, 5, EASY, "2D") | {"answer": "(F)"}
+    row = cvbench_row(0, 5, EASY, "2D") | {"answer": "(F)"}
     with pytest.raises(ValueError, match="idx 0"):
         cvbench.convert_row(row)
 
@@ -228,7 +231,7 @@ def test_command_line(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert pq.read_table(tmp_path / "sat.parquet").to_pylist()[5] == world.sat_row(5, 2, EASY, ("left",))
+    assert pq.read_table(tmp_path / "sat.parquet").to_pylist()[5] == sat_row(5, 2, EASY, ("left",))
     (tmp_path / "file").touch()
     done = subprocess.run([*command, "--output", str(tmp_path / "file" / "x.parquet")], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("world: error: ")
@@ -236,5 +239,5 @@ def test_command_line(tmp_path):
 
 
 def test_no_torch():
-    code = "import sys, open_r1.world, open_r1.tasks.sat, open_r1.tasks.cvbench; sys.exit('torch' in sys.modules)"
+    code = "import sys, open_r1.world.parquet\nfrom open_r1.tasks import cvbench, sat\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
