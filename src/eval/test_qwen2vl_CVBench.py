@@ -27,10 +27,10 @@ from open_r1.front_door import first_line, use_environment
 use_environment()
 
 from open_r1.evaluate.statistics import PARSERS, check_rows, judge_row, score, shares, table, unread_warning
+from open_r1.files import append_rows
 from open_r1.hub import model_folder
 from open_r1.prompts import REPO_ROOT
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read
-from open_r1.trajectories import append_rows
 
 if TYPE_CHECKING:  # re-scoring starts without torch
     from accelerate import PartialState

@@ -32,8 +32,8 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from open_r1.files import append_rows, keep_rows, replace_file
 from open_r1.images import BrokenImage, open_image
-from open_r1.trajectories import append_rows, keep_rows, replace_file
 
 RUN, LOG = "run.json", "log.jsonl"
 _SECRET = re.compile(r"(?:^|_)(?:token|password|secret|api_key)$", re.IGNORECASE)

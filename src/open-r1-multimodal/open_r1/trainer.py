@@ -34,6 +34,7 @@ from trl.trainer.utils import RepeatSampler, get_config_model_id, split_tensor_d
 
 from open_r1.callbacks import LogRollouts
 from open_r1.checkpoints import LoadWeightsMixin
+from open_r1.files import append_rows, keep_rows
 from open_r1.heldout import held_out_figures
 from open_r1.images import BrokenImage, ImageSource, image_name, open_image
 from open_r1.modeling import (
@@ -56,7 +57,6 @@ from open_r1.shared_prefix import (
     rows_by_prompt,
     shuffle_groups,
 )
-from open_r1.trajectories import append_rows, keep_rows
 
 # TRL's own, which it checks in the first step
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")

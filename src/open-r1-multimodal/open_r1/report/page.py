@@ -23,6 +23,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from open_r1.answers import extract_answer
+from open_r1.files import replace_file
 from open_r1.images import DECODE_ERRORS, opened, to_rgb
 from open_r1.report.curves import (
     NARROW,
@@ -37,7 +38,6 @@ from open_r1.report.curves import (
     save_accuracy_length,
 )
 from open_r1.report.runs import Rollouts, Run, ends, is_usable, read_run, reflection_statistics, scan_rollouts
-from open_r1.trajectories import replace_file
 
 TEXT_LIMIT = 4000  # characters of one text in the page; longer ones keep this much of their beginning and end
 TEXT_HEAD = 3000
