@@ -21,6 +21,7 @@ use_environment()
 
 from open_r1.answers import Unread
 from open_r1.evaluate.statistics import TOTAL, by_question, check_rows, mcnemar, paired_difference, unread_warning
+from open_r1.files import replacing
 
 CHART_FORMATS = (".png", ".svg", ".pdf")
 # What two results must share to be compared, and how a warning names it.
@@ -163,9 +164,8 @@ def draw(path: Path, names: Sequence[str], results: Sequence[Mapping[str, Any]])
     axes.set_ylabel("accuracy in %, 95 % interval; dotted: chance")
     axes.set_ylim(0, 100)
     axes.legend()
-    temporary = path.with_name(f".tmp-{path.name}")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
 
 
 def chart_path(text: str) -> Path:

@@ -6,8 +6,6 @@ The prompt (chat template) and the image bounds go along. A QLoRA adapter is mer
 """
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from open_r1.front_door import first_line, use_environment
 
 use_environment()
 
+from open_r1.files import replacing
 from open_r1.hub import model_folder
 from open_r1.modeling import adapter_base, load_checkpoint, load_processor, reset_generation_config
 
@@ -41,11 +40,9 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"error: {first_line(error)}")
     reset_generation_config(model, processor)
-    temporary = args.output.with_name(args.output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    os.replace(temporary, args.output)
+    with replacing(args.output) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
     print(f"{args.output}: {base} with the adapter of {args.adapter} merged in")
 
 

@@ -42,6 +42,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, get_cosine_with_min_lr_schedule_with_warmup
 
 from open_r1.evaluate.answering import messages
+from open_r1.files import replacing
 from open_r1.prompts import join_options, load_chat_template, sat_question
 from open_r1.tasks import cvbench
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
@@ -411,13 +412,11 @@ def save(output: Path, model: PreTrainedModel, processor: ProcessorMixin, record
         "torch": torch.__version__,
         **record,
     }
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.half().save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    (temporary / "build.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    shutil.rmtree(output, ignore_errors=True)
-    temporary.replace(output)
+    with replacing(output) as temporary:
+        model.half().save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        (temporary / "build.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        shutil.rmtree(output, ignore_errors=True)
 
 
 def main() -> int:

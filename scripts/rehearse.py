@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from open_r1.data import count_prompt_tokens
+from open_r1.files import replace_file
 from open_r1.modeling import load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.tasks.examples import read_examples
@@ -328,9 +329,7 @@ def main() -> None:
         "phases": [asdict(row) for row in rows],
     }
     path = args.output / "rehearsal.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(path)
+    replace_file(path, json.dumps(result, indent=1).encode() + b"\n")
     print(f"{result['machine']}, {result['date']}, {result['model']}\n\n{table(rows)}\n\n{path}")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import transformers
+import trl.trainer.utils
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -72,7 +72,7 @@ class MadeUpFamily(QwenVL):
 @pytest.fixture(scope="module")
 def made_up():
     """The family, here and in transformers, where TRL looks for the class of a reference model."""
-    transformers.MadeUpModel = MadeUpModel
+    trl.trainer.utils.transformers.MadeUpModel = MadeUpModel
     AutoConfig.register(NAME, MadeUpConfig)
     AutoModelForImageTextToText.register(MadeUpConfig, MadeUpModel)
     AutoProcessor.register(MadeUpConfig, MadeUpProcessor)
@@ -90,7 +90,7 @@ def made_up():
         }
     )
     yield FAMILIES[NAME]
-    del FAMILIES[NAME], transformers.MadeUpModel
+    del FAMILIES[NAME], trl.trainer.utils.transformers.MadeUpModel
 
 
 @pytest.fixture(scope="module")

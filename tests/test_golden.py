@@ -33,7 +33,8 @@ from open_r1.report.page import write_report
 from open_r1.rewards import get_reward_funcs
 from open_r1.sft import build_trainer
 from open_r1.trainer import Qwen2VLGRPOTrainer
-from open_r1.world import LEVELS, write_cvbench, write_sat
+from open_r1.world.parquet import write_cvbench, write_sat
+from open_r1.world.scene import LEVELS
 from support import make_config, read_jsonl, vowel_share
 
 GOLDEN = Path(__file__).parent / "data/golden.json"

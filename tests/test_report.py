@@ -561,7 +561,7 @@ def test_damage_is_one_line(tmp_path, change, message):
     with pytest.raises(ValueError) as caught:
         write_report(run)
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert not list(run.glob("*.html")) and not list(run.glob(".tmp*"))
+    assert not list(run.glob("*.html")) and not list(run.glob("*.tmp"))
 
 
 def test_not_a_run(tmp_path):

@@ -78,6 +78,13 @@ def test_a_manifest_that_a_full_disk_left_is_none(tmp_path, text):
     assert resolve_checkpoint("auto", str(tmp_path)) is None
 
 
+def test_a_checkpoint_whose_sealing_was_killed_is_sealed_when_it_is_written_again(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 3, is_complete=False)
+    (checkpoint / f".{MANIFEST}.tmp").write_text('{"model.saf')
+    seal(checkpoint)
+    assert find_defect(checkpoint) is None
+
+
 def test_a_checkpoint_that_is_named_must_be_one(tmp_path):
     checkpoint = make_checkpoint(tmp_path, 3)
     assert resolve_checkpoint(str(checkpoint), "elsewhere") == str(checkpoint)

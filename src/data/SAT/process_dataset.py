@@ -37,6 +37,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
+from open_r1.files import json_line, replace_file, replacing, whole_lines
 from open_r1.tasks.sat import COLUMNS, FOLDS, Example, Skip, convert_row, to_record
 
 FORMAT_VERSION = 1  # of the output; part of the settings, so that a change never continues older work
@@ -227,28 +228,22 @@ def open_journal(path: Path, settings: Settings) -> Iterator[tuple[BinaryIO, Pro
         except BlockingIOError as error:
             raise DataError(f"{path}: another process is preparing this dataset") from error
         journal.seek(0)
-        progress, end = Progress(), 0
-        if (found := journal.readline()) == header:
+        lines, progress, end = whole_lines(journal), Progress(), 0
+        if (found := next(lines, None)) == header:
             end = len(header)
-            for line in journal:
-                if not line.endswith(b"\n"):
-                    break
+            for line in lines:
                 try:
                     progress.add(json.loads(line))
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(f"{path}: damaged at byte {end}; delete it to start over") from error
                 end += len(line)
-        elif found.endswith(b"\n"):
+        elif found:
             print("Unfinished work with other settings is here; starting over.")
         journal.truncate(end)
         if end == 0:
             journal.write(header)
             journal.flush()
         yield journal, progress
-
-
-def json_line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
 def decide(item: tuple[int, dict[str, Any] | None], convert: Callable[..., Example | Skip]) -> Example | Skip:
@@ -303,18 +298,9 @@ def process(parquet: Path, file: pq.ParquetFile, settings: Settings, output_dir:
 # --- the output -----------------------------------------------------------------------------------
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file under a temporary name that becomes `path` when all is written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        yield file
-    temporary.replace(path)
-
-
 def write_output(journal_path: Path, json_path: Path) -> None:
     """The journal's records as one JSON list, a record a line; one at a time, as there may be many."""
-    with journal_path.open("rb") as journal, replacing(json_path) as output:
+    with journal_path.open("rb") as journal, replacing(json_path) as temporary, temporary.open("wb") as output:
         next(journal)  # the settings
         separator = b"[\n"
         for line in journal:
@@ -362,8 +348,7 @@ def prepare(parquet: Path, settings: Settings, file: pq.ParquetFile, output_dir:
     if progress.kept == 0:
         print(progress.table())
         raise DataError(f"{parquet}: no row was kept; the table says why")
-    with replacing(info_path) as info:
-        info.write(json_line({"settings": asdict(settings), "counts": asdict(progress)}))
+    replace_file(info_path, json_line({"settings": asdict(settings), "counts": asdict(progress)}))
     write_output(journal_path, json_path)
     journal_path.unlink()
     if progress.kept < settings.total_num:

@@ -17,6 +17,8 @@ from torch import nn
 from torch.serialization import register_package
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from open_r1.files import replacing
+
 MANIFEST = "complete.json"
 # What a checkpoint holds for resuming alone. The rest is the model, as `save_model` writes it.
 RESUME_FILES = ("optimizer*", "scheduler*", "rng_state*", "global_step*", "latest", "zero_to_fp32.py", MANIFEST)
@@ -30,10 +32,9 @@ def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
 
 def seal(checkpoint: Path) -> None:
     """Declare a checkpoint complete: its manifest, {file: size in bytes}, appears at once and after all of them."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
-    temporary = checkpoint / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({str(path.relative_to(checkpoint)): path.stat().st_size for path in files}))
-    os.replace(temporary, checkpoint / MANIFEST)
+    with replacing(checkpoint / MANIFEST) as temporary:  # what a killed run left of one is no file of the checkpoint
+        files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+        temporary.write_text(json.dumps({str(path.relative_to(checkpoint)): path.stat().st_size for path in files}))
 
 
 def unseal(checkpoint: Path) -> None:

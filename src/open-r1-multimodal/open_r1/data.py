@@ -1,7 +1,6 @@
 """Examples as the `datasets.Dataset` that a trainer takes: images checked, without prompts that are too long."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from open_r1.configs import DataArguments
 from open_r1.families import family_of_processor
+from open_r1.files import replacing
 from open_r1.images import EXTENSIONS, ImageSource, check_image, image_bytes, image_size, opened
 from open_r1.modeling import load_processor
 from open_r1.tasks.examples import Columns, iter_examples
@@ -87,9 +87,8 @@ def store_image(source: ImageSource) -> str:
     path = Path(datasets.config.HF_DATASETS_CACHE, "open_r1_images", f"{digest}.{extension}")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{digest}.{os.getpid()}.tmp")  # every process of a run may write it
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        with replacing(path, shared=True) as temporary:  # every process of a run may write it
+            temporary.write_bytes(data)
     return str(path)
 
 

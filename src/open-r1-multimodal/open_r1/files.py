@@ -1,45 +1,95 @@
-"""The files that a run leaves behind: JSON lines in order, without duplicates or holes after a resume."""
+"""Files that a crash cannot spoil: replaced at once, or JSON Lines with at most a torn last line, which is cut off."""
 
 import json
 import os
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
+    """A temporary name for a file or folder to write in the block; at its end it becomes `path`, at once.
+
+    A crash leaves the old `path` or the new one, and a temporary name that the next writer takes over; an exception
+    leaves the old one alone.
+
+    Args:
+        path: the name in the end. A folder's must be free by the end of the block.
+        shared: whether several processes may write it at the same time.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
+    _delete(temporary)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        _delete(temporary)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a file new content at once: a crash leaves the old one or the new one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def json_line(row: dict[str, Any]) -> bytes:
+    """A row of a JSON Lines file, with its end."""
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Add rows to the end of a JSON Lines file and wait until they are on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    lines = b"".join(map(json_line, rows))
+    with path.open("ab") as file:
+        file.write(lines)
         file.flush()
         os.fsync(file.fileno())
 
 
+def whole_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines that have their end: only a crash leaves one without, and only the last one."""
+    return (line for line in lines if line.endswith(b"\n"))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file that is about to be continued; a torn last line is cut off the file.
+
+    Raises:
+        ValueError: a line in the middle is damaged.
+    """
+    with path.open("rb") as file:
+        lines = list(file)
+    whole = list(whole_lines(lines))
+    if len(whole) < len(lines):
+        os.truncate(path, sum(map(len, whole)))
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it to start over") from error
+
+
 def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
-    """Rewrite a JSON Lines file with the rows for which `keep` holds; a half-written last line goes too.
+    """Rewrite a JSON Lines file with the rows for which `keep` holds; a torn last line goes too.
 
     Returns:
         How many lines were dropped. A file that is not there has none.
     """
     if not path.exists():
         return 0
-    kept, dropped = [], 0
     with path.open("rb") as file:
-        for line in file:
-            # Only a crash leaves a line without its end, and only the last one.
-            if line.endswith(b"\n") and keep(json.loads(line)):
-                kept.append(line)
-            else:
-                dropped += 1
-    if dropped:
+        lines = list(file)
+    kept = [line for line in whole_lines(lines) if keep(json.loads(line))]
+    if len(kept) < len(lines):
         replace_file(path, b"".join(kept))
-    return dropped
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Give a file new content at once: a crash leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    return len(lines) - len(kept)

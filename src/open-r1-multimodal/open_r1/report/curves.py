@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LinearLocator, MaxNLocator
 
+from open_r1.files import replacing
 from open_r1.report.runs import (
     ACCURACY,
     FORMAT,
@@ -304,13 +305,11 @@ def accuracy_length_svg(curves: Curves, name: str, size: tuple[float, float]) ->
 
 def save_accuracy_length(curves: Curves, path: Path) -> None:
     """The paper's figure as a file of its own, on white; the format follows from the name's ending."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with rc_context(_rc("accuracy-length")):
+    with replacing(path) as temporary, rc_context(_rc("accuracy-length")):
         figure = _accuracy_length(curves, PAPER, (8.0, 4.2))
         figure.legend(loc="outside upper center", ncols=3, frameon=False)
         metadata = {"Date": None} if path.suffix == ".svg" else {}  # the same run leaves the same file
         figure.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
-    temporary.replace(path)
 
 
 def describe(line: Line, percent: bool) -> str:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from open_r1.files import replacing
 from open_r1.tasks import cvbench
 from open_r1.world.questions import CV_QUESTIONS, QUESTIONS, STATIC, ask
 from open_r1.world.render import picture
@@ -94,18 +95,14 @@ def cvbench_row(row: int, seed: int, level: Level, kind: str) -> dict[str, Any]:
 def write_rows(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]], total: int) -> None:
     """Write a parquet file as its rows come, under a temporary name until it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with (
-            pq.ParquetWriter(temporary, schema) as writer,
-            tqdm(total=total, unit=" rows", desc=path.name) as bar,
-        ):
-            while batch := list(islice(rows, BATCH_ROWS)):
-                writer.write_table(pa.Table.from_pylist(batch, schema))
-                bar.update(len(batch))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        replacing(path) as temporary,
+        pq.ParquetWriter(temporary, schema) as writer,
+        tqdm(total=total, unit=" rows", desc=path.name) as bar,
+    ):
+        while batch := list(islice(rows, BATCH_ROWS)):
+            writer.write_table(pa.Table.from_pylist(batch, schema))
+            bar.update(len(batch))
 
 
 def write_sat(path: Path, rows: int, seed: int, level: Level, questions: Sequence[str] = STATIC) -> None:
