@@ -49,7 +49,7 @@ def optimizer_steps(value: object) -> set[int]:
     return set()
 
 
-@pytest.mark.heavy
+@pytest.mark.distributed
 @pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, tmp_path):
