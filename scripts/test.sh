@@ -1,13 +1,13 @@
 #!/bin/sh
-# Set up and run the tests: the quick suite, or with --all also the heavy one (ZeRO, kills, a browser).
-# Other arguments go to pytest: `bash scripts/test.sh -k answers`.
+# Set up and run the tests: the quick suite, or with --all also those marked distributed, browser or slow.
+# Other arguments go to pytest: `bash scripts/test.sh -k answers`, `bash scripts/test.sh -m browser`.
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 sh "$ROOT/setup.sh"
 . "$ROOT/scripts/env.sh"
 if [ "${1:-}" = "--all" ]; then
     shift
-    set -- -m "heavy or not heavy" "$@"
+    set -- -m "" "$@"
     # The report's tests open it in a browser; without one they say what to install.
     if { ! command -v chromium && ! command -v google-chrome || ! command -v chromedriver; } >/dev/null 2>&1 &&
         [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

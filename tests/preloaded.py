@@ -1,10 +1,11 @@
 """A Python that has imported everything: what is started with it is forked from a server, and runs at once.
 
-Given to a run script as PYTHON, it spares every process of a launch its 15 s of imports. Script, arguments,
-environment, folder, signals and processes are the launch's own. `python preloaded.py SOCKET CLIENT` serves, and writes
-CLIENT, the interpreter to use.
+Given to a run script as PYTHON, it spares every process of a launch its 15 s of imports. Script or module, arguments,
+environment, folder, signals and processes are the launch's own; a client that is killed takes its process along.
+`python preloaded.py SOCKET CLIENT` serves, and writes CLIENT, the interpreter to use.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 
 MODULES = ("open_r1.grpo", "open_r1.sft", "deepspeed", "bitsandbytes", "tensorboard", "accelerate.commands.launch")
@@ -66,13 +68,21 @@ def attend(connection: socket.socket) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
     connection.sendall(f"{process}\n".encode())
+    threading.Thread(target=follow, args=(connection, process), daemon=True).start()
     _, status = os.waitpid(process, 0)
     connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
     os._exit(0)
 
 
+def follow(connection: socket.socket, process: int) -> None:
+    """End the process as soon as its client, which says nothing more, is gone."""
+    with contextlib.suppress(ConnectionError, ProcessLookupError):
+        connection.recv(1)
+        os.kill(process, signal.SIGKILL)
+
+
 def start(argv: list[str], environment: dict[str, str], folder: str) -> None:
-    """Be `python SCRIPT ARGUMENTS`, as far as a script can tell."""
+    """Be `python SCRIPT ARGUMENTS` or `python -m MODULE ARGUMENTS`, as far as these can tell."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -80,11 +90,15 @@ def start(argv: list[str], environment: dict[str, str], folder: str) -> None:
     if argv[1] == "-c":
         exec(argv[2], {"__name__": "__main__"})
         sys.exit()
-    sys.argv = argv[2:] if argv[1] == "-u" else argv[1:]
+    sys.argv = argv[2:] if argv[1] in ("-u", "-m") else argv[1:]
     script = os.path.abspath(sys.argv[0])
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[:] = [os.path.dirname(script), *paths, *sys.path[1:]]
-    runpy.run_path(script, run_name="__main__")
+    sys.path[:] = [folder if argv[1] == "-m" else os.path.dirname(script), *paths, *sys.path[1:]]
+    if argv[1] == "-m":
+        sys.modules.pop(sys.argv[0], None)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(script, run_name="__main__")
     sys.exit()
 
 

@@ -65,7 +65,7 @@ def measure(script: str, model: Path, none: Path, arguments: list[str]) -> int:
     return int(result.stdout.splitlines()[-1].split()[1])
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("case, hidden_size", [("grpo", 512), ("grpo", 1024), ("sft", 1024), ("frozen", 1024)])
 def test_count_is_the_peak_within_15_percent(tmp_path, examples_json, case, hidden_size):
     script = "sft" if case == "frozen" else case

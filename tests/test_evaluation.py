@@ -495,24 +495,25 @@ def test_prompts_in_place_of_questions_join_too(script, reference_file, rendered
 # --- several processes --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.heavy
-def test_a_killed_process_continues(script, arguments):
-    """SIGKILL in the middle, then the same command."""
+@pytest.mark.slow
+def test_a_killed_process_continues(script, arguments, quick_python):
+    """SIGKILL in the middle, then the same command. The one that is killed is a Python of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     slow = [*arguments, "--bs", "1", "--max_new_tokens", "200"]
-    command = [sys.executable, str(SCRIPT), *slow]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    command = [str(SCRIPT), *slow]
+    subprocess.run([quick_python, *command], env=environment, check=True, capture_output=True)
     path = script.result_path(script.parse_args(slow))
     whole = path.read_bytes()
     path.unlink()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    nowhere = subprocess.DEVNULL
+    process = subprocess.Popen([sys.executable, *command], env=environment, stdout=nowhere, stderr=nowhere)
     while not any(len(partial.read_bytes().splitlines()) > 3 for partial in script.partial_paths(path)):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not path.exists()
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    subprocess.run([quick_python, *command], env=environment, check=True, capture_output=True)
     assert path.read_bytes() == whole
 
 
@@ -527,13 +528,13 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.heavy
+@pytest.mark.distributed
 @pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("batch", ["4", "32"])  # 32: one process gets no batch
-def test_several_processes_answer_as_one(script, arguments, tmp_path, launch, batch):
+def test_several_processes_answer_as_one(script, arguments, quick_python, tmp_path, launch, batch):
     expected = run(script, arguments)
     output = tmp_path / "two"
-    command = [sys.executable, "-m", *LAUNCHES[launch], str(SCRIPT), *arguments, "--bs", batch]
+    command = [quick_python, "-m", *LAUNCHES[launch], str(SCRIPT), *arguments, "--bs", batch]
     result = subprocess.run(
         [*command, "--output_dir", str(output)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -88,9 +87,9 @@ if trainer.is_world_process_zero():
 """
 
 
-@pytest.mark.heavy
+@pytest.mark.distributed
 @pytest.mark.parametrize("generations", [1, 2])
-def test_two_processes_give_the_figures_of_one(generations, tiny_model, tmp_path):
+def test_two_processes_give_the_figures_of_one(generations, tiny_model, quick_python, tmp_path):
     """Five questions over two ranks with batches of four: the ranks get eight, and count five."""
     logs = []
     for processes in ("1", "2"):
@@ -99,7 +98,7 @@ def test_two_processes_give_the_figures_of_one(generations, tiny_model, tmp_path
         script = output / "worker.py"
         values = {"tests": str(REPO_ROOT / "tests"), "model": str(tiny_model), "output": str(output)}
         script.write_text(WORKER.format(**values, generations=generations))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        launch = [quick_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         env = launch_env(tiny_model, output, output, OMP_NUM_THREADS="1")
         subprocess.run([*launch, str(script)], env=env, check=True)
         assert len(read_jsonl(output / "trajectories/eval.jsonl")) == 5 * generations

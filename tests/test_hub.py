@@ -106,8 +106,8 @@ def test_fetch_goes_on_where_it_broke_off(hub, tmp_path):
         ("owner/data", [("/api/", 429)], "429 Too Many Requests"),
         ("owner/other", [], "has no such repository, or only for a login: `hf auth login`"),
         ("owner/data", [("sub/file.bin", BREAK_OFF)], "peer closed connection"),
-        pytest.param("owner/data", [("file.bin", 503)], "503 Service Unavailable", marks=pytest.mark.heavy),
-        pytest.param("owner/data", [("file.bin", 429)], "429 Too Many Requests", marks=pytest.mark.heavy),
+        pytest.param("owner/data", [("file.bin", 503)], "503 Service Unavailable", marks=pytest.mark.slow),
+        pytest.param("owner/data", [("file.bin", 429)], "429 Too Many Requests", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_fetched_is_named_in_one_line(hub, tmp_path, name, trouble, message):

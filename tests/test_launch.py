@@ -119,8 +119,8 @@ def test_reports_never_wait_for_an_answer(monkeypatch, tmp_path):
     assert resolve_report_to(["auto"]) == ["wandb"]
 
 
-@pytest.mark.heavy
-def test_ddp_zero2_and_zero3_agree(tmp_path, tiny_model, examples_json):
+@pytest.mark.distributed
+def test_ddp_zero2_and_zero3_agree(tmp_path, tiny_model, examples_json, quick_python):
     """The same seeded three-step run over two processes; also from an unrelated folder, under sh."""
     logs, weights = {}, {}
     for strategy in ("ddp", "cpu", "zero3"):
@@ -131,6 +131,7 @@ def test_ddp_zero2_and_zero3_agree(tmp_path, tiny_model, examples_json):
             output,
             *["--max_steps", "3", "--reward_funcs", "support:vowel_share", "--learning_rate", "1e-3"],
             ACCELERATE_CONFIG=strategy,
+            PYTHON=str(quick_python),
         )
         assert result.returncode == 0, result.stderr[-3000:]
         zero_files = list(output.glob("checkpoint-3/global_step3/*optim_states.pt"))
@@ -148,8 +149,8 @@ def test_ddp_zero2_and_zero3_agree(tmp_path, tiny_model, examples_json):
         assert all(torch.allclose(weights[strategy][name], weights["ddp"][name], atol=1e-4) for name in weights["ddp"])
 
 
-@pytest.mark.heavy
-def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, examples_json):
+@pytest.mark.distributed
+def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, examples_json, quick_python):
     """On written completions; the prompts of one process reflect more than those of the other."""
     logs = {}
     for processes in ("1", "2"):
@@ -165,7 +166,8 @@ def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, example
         ]
         arguments += ["--eval_dataset_name", str(examples_json), "--eval_strategy", "steps", "--eval_steps", "3"]
         arguments += ["--per_device_eval_batch_size", "4"]
-        result = run_grpo(tiny_model, examples_json, output, *arguments, NUM_PROCESSES=processes)
+        env = {"NUM_PROCESSES": processes, "PYTHON": str(quick_python)}
+        result = run_grpo(tiny_model, examples_json, output, *arguments, **env)
         assert result.returncode == 0, result.stderr[-3000:]
         assert f"report: {output}/report.html" in result.stdout and (output / "report.html").stat().st_size
         assert "{" not in result.stdout and result.stdout.count("\nstep ") == 4  # three steps and an evaluation
@@ -184,7 +186,7 @@ def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, example
     }
 
 
-@pytest.mark.heavy
+@pytest.mark.distributed
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_no_process_behind(tmp_path, tiny_model, examples_json, stop):
     launcher = subprocess.Popen(

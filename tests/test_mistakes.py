@@ -236,7 +236,7 @@ def test_a_gpu_is_one_that_can_be_listed(tmp_path, tiny_model, examples_json, li
     assert result.stderr.startswith(f"error: {told}") and result.stderr.count("\n") == 1
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("model, data, arguments, message", [
     ("/no/model", None, [], "error: /no/model: no such file or folder"),
     (None, "/no.json", [], "error: /no.json: no such file; "),
@@ -264,7 +264,7 @@ def reward(completions, **kwargs):
 """
 
 
-@pytest.mark.heavy
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     "ranks, does, code, tracebacks, last",
     [
@@ -331,7 +331,7 @@ def test_the_last_word_names_the_cause(tmp_path):
     )
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_signal_during_the_check_ends_it(tmp_path, tiny_model, examples_json):
     """No worker has started yet; the check goes with the launcher, and says nothing."""
     launcher = subprocess.Popen(

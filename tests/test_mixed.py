@@ -101,24 +101,24 @@ def test_sft_batches_mix_rows_and_replace_a_broken_image(tiny_model, tmp_path, c
 # --- several processes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.heavy
+@pytest.mark.distributed
 @pytest.mark.parametrize("shared_prefix", ["true", "false"])
 @pytest.mark.parametrize("zero", ["cpu", "zero3"])
-def test_grpo_under_zero(zero, shared_prefix, tiny_model, tmp_path):
+def test_grpo_under_zero(zero, shared_prefix, tiny_model, quick_python, tmp_path):
     """One prompt a rank and micro-batch: in every step some ranks have an image and others have none."""
     arguments = ["--max_steps", "4", "--reward_funcs", "support:vowel_share", "--report_to", "none"]
     arguments += ["--per_device_train_batch_size", "4", "--completions_per_step", "8", "--save_steps", "4"]
     arguments += ["--shared_prefix", shared_prefix, "--freeze_vision", "false"]
-    env = {"ACCELERATE_CONFIG": zero, "OMP_NUM_THREADS": "1"}
+    env = {"ACCELERATE_CONFIG": zero, "OMP_NUM_THREADS": "1", "PYTHON": str(quick_python)}
     result = run_grpo(tiny_model, write_mixed(tmp_path), tmp_path / "out", *arguments, **env)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "out/trajectories/train.jsonl").read_text().splitlines()]
     assert {len(row["images"]) for row in rows} == {0, 1} and {row["step"] for row in rows} == {1, 2, 3, 4}
 
 
-@pytest.mark.heavy
+@pytest.mark.distributed
 @pytest.mark.parametrize("zero", ["cpu", "zero3"])
-def test_sft_under_zero(zero, tiny_model, tmp_path):
+def test_sft_under_zero(zero, tiny_model, quick_python, tmp_path):
     arguments = "--max_steps 4 --per_device_train_batch_size 1 --report_to none --save_steps 4"
     result = subprocess.run(
         ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_sft.sh"), *arguments.split()],
@@ -129,6 +129,7 @@ def test_sft_under_zero(zero, tiny_model, tmp_path):
             CONFIG=str(REPO_ROOT / "tests/data/sft.yaml"),
             ACCELERATE_CONFIG=zero,
             OMP_NUM_THREADS="1",
+            PYTHON=str(quick_python),
         ),
         cwd=tmp_path,
         capture_output=True,

@@ -18,7 +18,7 @@ from fresh import SYSTEM_PATH, new_shell
 from hub import BREAK_OFF, Hub, render_repositories, serve
 from open_r1.prompts import REPO_ROOT
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.slow
 SHORT = "--max_steps 1 --max_completion_length 16"
 LORA = 'CONFIG="configs/grpo_sat.yaml configs/overlays/lora.yaml"'
 ROWS = 16  # of each fold and of CV-Bench

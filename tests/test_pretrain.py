@@ -110,14 +110,14 @@ def test_the_base_now_and_then_reasons_and_is_right_more_often_then(answers):
     assert any(extract_answer(text) is None for text in texts)  # something for the format reward to mend
 
 
-@pytest.mark.heavy
-def test_grpo_from_the_base_learns_to_reason(tmp_path):
+@pytest.mark.slow
+def test_grpo_from_the_base_learns_to_reason(tmp_path, quick_python):
     """The quick start's GRPO run, its first third."""
     write_sat(tmp_path / "SAT_train.parquet", 400, 11, LEVELS["easy"])
     env = {**os.environ, "PYTHON": sys.executable, "SAT_PARQUET": str(tmp_path / "SAT_train.parquet")}
     prepare = ["sh", str(REPO_ROOT / "src/data/SAT/prepare_dataset.sh"), "--total_num", "400"]
     subprocess.run([*prepare, "--output_dir", str(tmp_path)], env=env, check=True, capture_output=True)
-    recipe = {"CONFIG": str(REPO_ROOT / "configs/tiny/grpo.yaml")}
+    recipe = {"CONFIG": str(REPO_ROOT / "configs/tiny/grpo.yaml"), "PYTHON": str(quick_python)}
     steps = ["--max_steps", "20", "--eval_strategy", "no", "--eval_on_start", "false"]
     done = run_grpo(BASE, tmp_path / "SAT_train_400.json", tmp_path / "run", *steps, **recipe)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -101,7 +101,7 @@ def test_the_later_counts(tmp_path, monkeypatch):
     assert os.environ.pop("OF_MINE") == "1"
 
 
-@pytest.mark.heavy
+@pytest.mark.distributed
 @pytest.mark.parametrize("recipe, launch", RUNS)
 def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, tmp_path):
     settings = merge_recipes(recipe.split())

@@ -15,7 +15,7 @@ from selenium.webdriver.support.ui import Select
 from fake_run import fake_events, fake_rows, row, write_images, write_run
 from open_r1.report.page import write_report
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.browser
 
 STEPS, PROMPTS, GROUP = 30, 4, 4
 FIRST_VIEW = 3.0  # seconds

@@ -104,7 +104,7 @@ def test_setup_installs_vllm_where_nvidia_smi_lists_a_gpu(tmp_path, listing, sta
     assert ("no NVIDIA GPU found" in result.stdout) != found
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["sh", "bash"])
 def test_an_nvidia_smi_that_hangs_is_no_gpu(tmp_path, shell):
     write_script(tmp_path / "nvidia-smi", f'trap "" TERM\necho "{H100}"\nwhile :; do sleep 1; done')
@@ -132,7 +132,7 @@ def test_without_a_python_setup_says_what_to_install(tmp_path):
     assert not (tmp_path / "clone/.venv").exists()
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_uv_brings_a_python_where_the_system_has_an_old_one(tmp_path):
     """The one that uv manages stands for the download: this Python, under the name that uv gives to its own."""
     root, uv = clone(tmp_path / "clone"), Path(sys.prefix, "bin/uv")
@@ -190,7 +190,7 @@ def doors(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "door",
-    [pytest.param(door, id=door.name, marks=[] if door.name in LIGHT else [pytest.mark.heavy]) for door in FRONT_DOORS],
+    [pytest.param(door, id=door.name, marks=[] if door.name in LIGHT else [pytest.mark.slow]) for door in FRONT_DOORS],
 )
 def test_every_script_finds_what_setup_made(door, doors, bare_python):
     result = start(bare_python, doors / door.relative_to(REPO_ROOT), "--help")

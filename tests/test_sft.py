@@ -193,17 +193,17 @@ def test_checkpoint_carries_the_prompt_and_resume_is_exact(tiny_model, examples_
 # --- several processes ------------------------------------------------------------------------------
 
 
-@pytest.mark.heavy
-def test_frozen_parameters_stay_under_zero3(tiny_model, examples_json, tmp_path):
+@pytest.mark.distributed
+def test_frozen_parameters_stay_under_zero3(tiny_model, examples_json, quick_python, tmp_path):
     for script in ("sft", "grpo"):
         output = tmp_path / script
-        config = {"CONFIG": str(REPO_ROOT / f"tests/data/{script}.yaml")}
+        env = {"CONFIG": str(REPO_ROOT / f"tests/data/{script}.yaml"), "PYTHON": str(quick_python)}
         command = "run_sft.sh" if script == "sft" else "run_grpo_SAT.sh"
         arguments = ["--max_steps", "2", "--learning_rate", "1e-3", "--freeze_vision", "true"]
         arguments += ["--reward_funcs", "support:vowel_share"] if script == "grpo" else []
         result = subprocess.run(
             ["sh", str(REPO_ROOT / "src/open-r1-multimodal" / command), *arguments],
-            env=launch_env(tiny_model, examples_json, output, ACCELERATE_CONFIG="zero3", OMP_NUM_THREADS="1", **config),
+            env=launch_env(tiny_model, examples_json, output, ACCELERATE_CONFIG="zero3", OMP_NUM_THREADS="1", **env),
             capture_output=True,
             text=True,
         )
@@ -233,9 +233,9 @@ def write_scenes(folder: Path, count: int) -> Path:
     return folder / "scenes.json"
 
 
-@pytest.mark.heavy
+@pytest.mark.distributed
 @pytest.mark.parametrize("processes, strategy", [("1", "ddp"), ("2", "zero3")])
-def test_sft_memorises_64_scenes(tmp_path, processes, strategy):
+def test_sft_memorises_64_scenes(tmp_path, quick_python, processes, strategy):
     data = write_scenes(tmp_path, 64)
     texts = [message["content"] for record in json.loads(data.read_text()) for message in record["messages"]]
     tokenizer = make_tokenizer(texts, 1024)
@@ -248,6 +248,7 @@ def test_sft_memorises_64_scenes(tmp_path, processes, strategy):
         *["--per_device_train_batch_size", str(32 // int(processes)), *MEMORISE],
         NUM_PROCESSES=processes,
         ACCELERATE_CONFIG=strategy,
+        PYTHON=str(quick_python),
     )
     assert result.returncode == 0, result.stderr[-3000:]
     processor = load_processor(tmp_path / "out")

@@ -1,7 +1,6 @@
 """The shared prefix against stock TRL: same log-probabilities, same gradients, same training, less work."""
 
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -288,41 +287,19 @@ def test_image_tokens_are_collapsed_for_vllm():
     assert collapse_image_tokens([1, 1, 2, 2], image_token_id=9) == [1, 1, 2, 2]
 
 
-@pytest.mark.heavy
+@pytest.mark.distributed
 @pytest.mark.parametrize("rows", ["with an image", "mixed"])
 @pytest.mark.parametrize("zero", ["cpu", "zero3"])
-def test_two_zero_processes_match_one(zero, rows, tiny_model, datasets_by_images, tmp_path):
+def test_two_zero_processes_match_one(zero, rows, tiny_model, datasets_by_images, quick_python, tmp_path):
     """Three groups of four over two ranks: their micro-batches of three hold one prompt here and two there."""
     data = datasets_by_images[1] if rows == "with an image" else write_mixed(tmp_path, 12)
     worker = [str(Path(__file__).with_name("worker_shared_prefix.py")), str(tiny_model), str(data)]
     env = launch_env(tiny_model, data, tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    subprocess.run([sys.executable, *worker, str(tmp_path / "one"), "6"], env=env, check=True)
+    subprocess.run([quick_python, *worker, str(tmp_path / "one"), "6"], env=env, check=True)
     config = REPO_ROOT / f"src/open-r1-multimodal/configs/{zero}.yaml"
-    launch = [
-        "--config_file",
-        str(config),
-        "--mixed_precision",
-        "no",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            *launch,
-            "--num_processes",
-            "2",
-            *worker,
-            str(tmp_path / "two"),
-            "3",
-        ],
-        env=env,
-        check=True,
-    )
+    launch = [quick_python, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    launch += ["--mixed_precision", "no", "--num_processes", "2", "--main_process_port", "0"]
+    subprocess.run([*launch, *worker, str(tmp_path / "two"), "3"], env=env, check=True)
     before, one, two = (load_weights(path) for path in (tiny_model, tmp_path / "one", tmp_path / "two"))
     assert any((one[name] - before[name]).abs().max() > 1e-4 for name in one)
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)

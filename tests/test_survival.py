@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -278,7 +279,7 @@ def train(model: Path, data: Path, output: Path, place: str | None = None, count
     trainer.save_model(str(output))
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_one_process_killed_at_six_moments(tmp_path, tiny_model, examples_json, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")  # imports once, so that a start takes a second
@@ -298,14 +299,17 @@ def test_one_process_killed_at_six_moments(tmp_path, tiny_model, examples_json, 
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.heavy
-def test_two_processes_under_zero2_killed_at_four_moments(tmp_path, tiny_model, examples_json):
-    """The launcher and its processes at once, at a random time of their training."""
+@pytest.mark.distributed
+def test_two_processes_under_zero2_killed_at_four_moments(tmp_path, tiny_model, examples_json, quick_python):
+    """The launcher and its processes at once, at a random time of their training.
 
-    def start(output: Path) -> subprocess.Popen:
+    The undisturbed run and the first that is killed are real launches; the others are forked from `preloaded.py`."""
+
+    def start(output: Path, python: object = quick_python) -> subprocess.Popen:
+        env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHON": str(python)}
         return subprocess.Popen(
             ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh"), *arguments],
-            env=launch_env(tiny_model, examples_json, output, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1"),
+            env=launch_env(tiny_model, examples_json, output, **env),
             stdout=(tmp_path / "log").open("a"),
             stderr=subprocess.STDOUT,
         )
@@ -319,16 +323,16 @@ def test_two_processes_under_zero2_killed_at_four_moments(tmp_path, tiny_model, 
 
     arguments = ["--max_steps", str(STEPS), "--save_steps", "2", "--save_total_limit", "2"]
     arguments += ["--reward_funcs", "support:vowel_share", "--learning_rate", "1e-3"]
-    process = start(tmp_path / "whole")
+    process = start(tmp_path / "whole", sys.executable)
     wait_for_rollout(process, tmp_path / "whole", since=0)
     began = time.time()
     assert process.wait() == 0, (tmp_path / "log").read_text()[-3000:]
     duration = (tmp_path / "whole/trajectories/train.jsonl").stat().st_mtime - began
 
     rng = random.Random(0)
-    for _ in range(4):
+    for python in (sys.executable, quick_python, quick_python, quick_python):
         since = time.time()
-        process = start(tmp_path / "killed")
+        process = start(tmp_path / "killed", python)
         wait_for_rollout(process, tmp_path / "killed", since)
         time.sleep(rng.uniform(0, duration / 4))
         kill_processes_naming(str(tmp_path / "killed"))
@@ -338,7 +342,7 @@ def test_two_processes_under_zero2_killed_at_four_moments(tmp_path, tiny_model, 
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.heavy
+@pytest.mark.distributed
 def test_a_launch_that_cannot_continue_says_so(tmp_path, tiny_model, tiny_models, examples_json, quick_python):
     """In one line, before it starts; and the run is left as it was."""
 
@@ -372,7 +376,7 @@ def test_a_launch_that_cannot_continue_says_so(tmp_path, tiny_model, tiny_models
     assert result.returncode == 0 and "resuming from" in result.stdout, result.stderr[-3000:]
 
 
-@pytest.mark.heavy
+@pytest.mark.distributed
 def test_without_zero_a_run_goes_on_with_other_processes(tmp_path, tiny_model, examples_json, quick_python):
     """The third step on one process is the one that two would have taken: prompts, rate and optimizer.
 
@@ -393,12 +397,13 @@ def test_without_zero_a_run_goes_on_with_other_processes(tmp_path, tiny_model, e
     assert {float(state["step"]) for run in states for state in run.values()} == {3.0}
 
 
-@pytest.mark.heavy
-def test_a_finished_run_takes_no_further_step(tmp_path, tiny_model, examples_json):
+@pytest.mark.slow
+def test_a_finished_run_takes_no_further_step(tmp_path, tiny_model, examples_json, quick_python):
     """transformers, resumed at its last step, takes one more; here the model is only put in place again."""
     arguments = ["--max_steps", "1", "--save_steps", "1"]
+    env = {"NUM_PROCESSES": "1", "PYTHON": str(quick_python)}
     for attempt in range(2):
-        result = run_grpo(tiny_model, examples_json, tmp_path / "out", *arguments, NUM_PROCESSES="1")
+        result = run_grpo(tiny_model, examples_json, tmp_path / "out", *arguments, **env)
         assert result.returncode == 0, result.stderr[-3000:]
         assert ("nothing left to do" in result.stdout) == bool(attempt)
         weights = load_weights(tmp_path / "out")
