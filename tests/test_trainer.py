@@ -271,6 +271,9 @@ SEAMS = {
     "_get_train_sampler": ["dataset"],
     "get_eval_dataloader": ["eval_dataset"],
     "log": ["logs", "start_time"],
+    "training_step": ["model", "inputs", "num_items_in_batch"],
+    "save_model": ["output_dir", "_internal_call"],
+    "_load_optimizer_and_scheduler": ["checkpoint"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
 }
 
@@ -279,6 +282,44 @@ SEAMS = {
 def test_the_seams_in_trl_are_where_we_override_them(name):
     """What this project relies on inside TRL; a new release that moves it must fail here, not in a run."""
     assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == ["self", *SEAMS[name]]
+
+
+def test_every_override_is_on_the_list():
+    own = {name for kind in (Qwen2VLGRPOTrainer, LoadWeightsMixin) for name in vars(kind) if not name.startswith("__")}
+    scoring = {"_get_per_token_logps_and_entropies"}  # many arguments, of which we read the first
+    assert {name for name in own if callable(getattr(GRPOTrainer, name, None))} == {*SEAMS, *scoring}
+
+
+def test_a_step_counts_its_micro_batches_as_we_do(run, monkeypatch):
+    """`training_step` closes a step's seconds when TRL's `_step` comes to a multiple of the accumulation."""
+    trainer, *_ = run
+    micro_batches = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+    assert trainer._step == micro_batches and trainer._rollout_seconds == 0
+    assert [len(log["time/update"]) for log in []] == []
+
+
+def test_a_rollout_function_of_the_users_reaches_rewards(tiny_model, examples_json, tmp_path):
+    """What it adds to a row, in place of a column too, beside the row's own fields and images."""
+    seen = []
+
+    def roll_out(prompts, trainer):
+        ids = [trainer.processing_class.tokenizer("question")["input_ids"] for _ in prompts]
+        end = trainer.processing_class.tokenizer.eos_token_id
+        completions = [[65 + row, end] for row in range(len(prompts))]
+        found = {"hint": [f"hint {row}" for row in range(len(prompts))], "question_type": ["mine"] * len(prompts)}
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None, **found}
+
+    def spy(completions, hint, question_type, solution, options, **kwargs):
+        seen.extend(zip(hint, question_type, solution, options, strict=True))
+        return vowel_share(completions)
+
+    trainer = make_trainer(
+        tiny_model, examples_json, tmp_path, reward_funcs=spy, rollout_func=roll_out, max_steps=1, images=False
+    )
+    assert not trainer.shared_prefix  # theirs
+    trainer.train()
+    assert {(hint, kind) for hint, kind, *_ in seen} == {(f"hint {row}", "mine") for row in range(8)}
+    assert all(solution in options for *_, solution, options in seen)
 
 
 def test_the_scoring_seam_has_the_arguments_that_we_read():
