@@ -22,6 +22,7 @@ from PIL import Image
 
 from open_r1 import world
 from open_r1.evaluate import answering
+from open_r1.evaluate import run as evaluation
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT, load_chat_template, sat_question
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, read
@@ -80,7 +81,7 @@ def backend(model_path) -> answering.TransformersBackend:
 
 
 @pytest.fixture
-def arguments(script, model_path, rendered, tmp_path) -> list[str]:
+def arguments(model_path, rendered, tmp_path) -> list[str]:
     """Arguments of a quick run; one batch is four questions of 24."""
     return [
         *("--model_path", str(model_path), "--dataset_path", str(rendered), "--output_dir", str(tmp_path / "results")),
@@ -96,8 +97,8 @@ def answers(backend: answering.Backend, items: list[Item], batch_size: int) -> d
 def run(script: ModuleType, arguments: list[str]) -> dict:
     """Run the script in this process; returns the result file's content."""
     args = script.parse_args(arguments)
-    script.evaluate(args)
-    return json.loads(script.result_path(args).read_text())
+    evaluation.evaluate(args)
+    return json.loads(evaluation.result_path(args).read_text())
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def test_batches_are_of_like_length_the_longest_first(backend, items):
     assert [len(batch) for batch in batches] == [5, 5, 5, 5, 4]
 
 
-def test_missing_and_broken_images_are_counted(backend, items, script):
+def test_missing_and_broken_images_are_counted(backend, items):
     whole = items[0].images[0]
     long = io.BytesIO()
     Image.new("RGB", (3, 900)).save(long, "PNG")
@@ -251,7 +252,7 @@ def test_missing_and_broken_images_are_counted(backend, items, script):
     alone = answers(backend, [items[0]], 1)
     assert got[items[0].key] == alone[items[0].key]
     rows = [{**item.to_row(), **got[item.key].to_row()} for item in asked]
-    result = script.make_result(rows, {"benchmark": "CV-Bench"}, "lenient")
+    result = evaluation.make_result(rows, {"benchmark": "CV-Bench"}, "lenient")
     assert result["shares"]["image_errors"] == len(broken) and result["scores"]["Total"]["n"] == len(asked)
 
 
@@ -288,7 +289,7 @@ def test_an_interrupted_run_continues_and_ends_the_same(script, arguments, tmp_p
     whole = path.read_bytes()
     path.unlink()
 
-    saved = script.append_rows
+    saved = evaluation.append_rows
 
     def save_or_die(partial: Path, rows: list[dict]) -> None:
         if partial.exists() and len(partial.read_text().splitlines()) > 8:  # settings and two batches
@@ -297,7 +298,7 @@ def test_an_interrupted_run_continues_and_ends_the_same(script, arguments, tmp_p
             raise KeyboardInterrupt
         saved(partial, rows)
 
-    monkeypatch.setattr(script, "append_rows", save_or_die)
+    monkeypatch.setattr(evaluation, "append_rows", save_or_die)
     with pytest.raises(KeyboardInterrupt):
         run(script, arguments)
     monkeypatch.undo()
@@ -325,18 +326,18 @@ def test_a_finished_run_is_scored_again_and_another_is_kept_aside(script, argume
     assert len(kept) == 1 and json.loads(kept[0].read_text()) == first
 
 
-def test_unfinished_work_of_other_settings_is_kept_aside(script, tmp_path):
+def test_unfinished_work_of_other_settings_is_kept_aside(tmp_path):
     path = tmp_path / "x.json"
     partial = tmp_path / "x.partial0.jsonl"
     partial.write_text('{"dtype": "float32"}\n{"id": 1, "rotation": 0}\n')
-    assert script.collect(path, {"dtype": "bfloat16"}) == {}
+    assert evaluation.collect(path, {"dtype": "bfloat16"}) == {}
     assert not partial.exists() and len(list(tmp_path.glob("*.old"))) == 1
     partial.write_text('{"dtype": "float32"}\n{"id": 1, "rotation": 0}\n{"id": 2')
-    assert list(script.collect(path, {"dtype": "float32"})) == [(1, 0)]
+    assert list(evaluation.collect(path, {"dtype": "float32"})) == [(1, 0)]
     assert partial.read_text().endswith("}\n")
     partial.write_text('{"dtype": "float32"}\n{"id": 1, \n{"id": 2}\n')
     with pytest.raises(ValueError, match="damaged"):
-        script.collect(path, {"dtype": "float32"})
+        evaluation.collect(path, {"dtype": "float32"})
 
 
 def test_new_weights_at_the_same_place_are_another_model(tmp_path):
@@ -348,7 +349,7 @@ def test_new_weights_at_the_same_place_are_another_model(tmp_path):
 
 
 def test_a_run_killed_in_its_first_line_continues(script, arguments):
-    path = script.result_path(script.parse_args(arguments))
+    path = evaluation.result_path(script.parse_args(arguments))
     path.parent.mkdir()
     path.with_name(f"{path.stem}.partial0.jsonl").write_text('{"bench')
     assert len(run(script, arguments)["results"]) == 24
@@ -364,15 +365,15 @@ def test_a_run_killed_in_its_first_line_continues(script, arguments):
         ("outputs/grpo_sat/checkpoint-100/", "grpo_sat_checkpoint-100"),
     ],
 )
-def test_model_name(script, path, name, tmp_path, monkeypatch):
-    assert script.model_name(path) == name
+def test_model_name(path, name, tmp_path, monkeypatch):
+    assert evaluation.model_name(path) == name
     monkeypatch.chdir(tmp_path)
     (tmp_path / path).mkdir(parents=True)
-    assert script.model_name(path) == name
+    assert evaluation.model_name(path) == name
 
 
-def test_default_model_is_the_newest_grpo_output(script, tmp_path):
-    assert script.newest_grpo_output(tmp_path) is None
+def test_default_model_is_the_newest_grpo_output(tmp_path):
+    assert evaluation.newest_grpo_output(tmp_path) is None
     marks = ["old/trainer_state.json", "new/checkpoint-20/complete.json", "sft/trainer_state.json"]
     for age, mark in enumerate(reversed(marks)):
         (tmp_path / mark).parent.mkdir(parents=True)
@@ -382,12 +383,12 @@ def test_default_model_is_the_newest_grpo_output(script, tmp_path):
     (tmp_path / "new/checkpoint-30").mkdir()  # half-written
     for run_name in ("old", "new"):
         (tmp_path / run_name / "trajectories").mkdir()
-    assert script.newest_grpo_output(tmp_path) == tmp_path / "new/checkpoint-20"
+    assert evaluation.newest_grpo_output(tmp_path) == tmp_path / "new/checkpoint-20"
     (tmp_path / "lora/trajectories").mkdir(parents=True)
     (tmp_path / "lora/trainer_state.json").touch()
-    assert script.newest_grpo_output(tmp_path) == tmp_path / "new/checkpoint-20"  # no model in it
+    assert evaluation.newest_grpo_output(tmp_path) == tmp_path / "new/checkpoint-20"  # no model in it
     (tmp_path / "lora/adapter_config.json").touch()
-    assert script.newest_grpo_output(tmp_path) == tmp_path / "lora"
+    assert evaluation.newest_grpo_output(tmp_path) == tmp_path / "lora"
 
 
 # --- an adapter -------------------------------------------------------------------------------------------------
@@ -453,7 +454,7 @@ def reference_file(items, tmp_path) -> Path:
 
 def rescored(script: ModuleType, path: Path, *more: str) -> dict:
     args = script.parse_args(["--precomputed_json", str(path), "--output_dir", str(path.parent / "scored"), *more])
-    script.rescore(args)
+    evaluation.rescore(args)
     return json.loads((path.parent / "scored" / path.name).read_text())
 
 
@@ -501,11 +502,11 @@ def test_a_killed_process_continues(script, arguments):
     slow = [*arguments, "--bs", "1", "--max_new_tokens", "200"]
     command = [sys.executable, str(SCRIPT), *slow]
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    path = script.result_path(script.parse_args(slow))
+    path = evaluation.result_path(script.parse_args(slow))
     whole = path.read_bytes()
     path.unlink()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not any(len(partial.read_bytes().splitlines()) > 3 for partial in script.partial_paths(path)):
+    while not any(len(partial.read_bytes().splitlines()) > 3 for partial in evaluation.partial_paths(path)):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
