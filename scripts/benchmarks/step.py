@@ -370,10 +370,19 @@ def measure(preset: Preset, rounds: int, checkpointing: bool, parts: bool = True
 
 def peak_memory_alone(way: str, preset: Preset, checkpointing: bool) -> float:
     """`peak_memory` in a process of its own, since resident memory never shrinks back."""
-    name = next(name for name, known in PRESETS.items() if known == preset)
-    command = [sys.executable, __file__, way, name, *(["--gradient_checkpointing"] if checkpointing else [])]
+    call = f"print(step.prepare_and_measure_memory({way!r}, step.{preset!r}, {checkpointing}))"
+    command = [sys.executable, "-c", f"import sys; sys.path = {sys.path}; from benchmarks import step; {call}"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(output.splitlines()[-1])
+
+
+def prepare_and_measure_memory(way: str, preset: Preset, checkpointing: bool) -> float:
+    """`peak_memory` of one trainer, which is made for it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_checkpoint(preset, folder / "model")
+        trainer = make_trainer(way, preset, folder / "model", make_dataset(preset, folder), checkpointing)
+        return peak_memory(trainer, instrument(trainer, given_completions(preset)))
 
 
 ROWS = ("rollout", "reference scoring", "policy update", "whole step", "image preprocessing")
@@ -413,7 +422,7 @@ def plot_group_sizes(results: dict[int, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def run_step_benchmark(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return what `--json` keeps."""
     preset = PRESETS[args.preset]
     if args.threads:
@@ -438,7 +447,7 @@ def run_step_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def add_step_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """The `step` command of `benchmark.py`."""
     parser = commands.add_parser(
         "step",
@@ -454,25 +463,4 @@ def add_step_parser(commands: Any) -> None:
     parser.add_argument(
         "--group_sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32], metavar="G", help="of --plot (default: 2..32)"
     )
-    parser.set_defaults(run=run_step_benchmark)
-
-
-def print_peak_memory() -> None:
-    """What `peak_memory_alone` starts: `benchmark_step.py WAY PRESET`."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("way", choices=WAYS)
-    parser.add_argument("preset", choices=PRESETS)
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    args = parser.parse_args()
-    preset = PRESETS[args.preset]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_checkpoint(preset, folder / "model")
-        data = make_dataset(preset, folder)
-        trainer = make_trainer(args.way, preset, folder / "model", data, args.gradient_checkpointing)
-        watch = instrument(trainer, given_completions(preset))
-        print(peak_memory(trainer, watch))
-
-
-if __name__ == "__main__":
-    print_peak_memory()
+    parser.set_defaults(run=run)
