@@ -16,12 +16,10 @@ use_environment()
 import torch
 from transformers import GenerationConfig
 
+from open_r1.backends import load_transformers
 from open_r1.evaluate.answering import generation_settings, load_prompting, messages
 from open_r1.hub import model_folder
 from open_r1.images import open_image
-from open_r1.modeling import load_checkpoint, reset_generation_config
-from open_r1.rollout import generate
-from open_r1.shared_prefix import encode_prompt
 from open_r1.tasks.examples import read_examples
 
 
@@ -50,22 +48,18 @@ def main() -> None:
         )
         folder = model_folder(args.model)
         processor, _ = load_prompting(folder, args.chat_template)
-        model = load_checkpoint(folder)
+        backend = load_transformers(folder, processor, "cuda" if torch.cuda.is_available() else "cpu")
     except IndexError:
         sys.exit(f"error: --row {args.row}: {args.data} has fewer rows")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {first_line(error)}")
-    reset_generation_config(model, processor)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-
     question = example["prompt"][0]["content"]
     try:
         conversation = messages([open_image(path) for path in example["images"]], question)
     except OSError as error:
         sys.exit(f"error: {first_line(error)}")
-    prompt = encode_prompt(model, processor, conversation)
     settings = GenerationConfig(**generation_settings(processor, args.max_new_tokens))
-    (ids,) = generate(model, [prompt], [1], settings)
+    (ids,) = backend.generate([backend.encode(conversation)], [1], settings).ids
     completion = processor.decode(ids, skip_special_tokens=True)
     print(f"question:   {question}")
     if "solution" in example:

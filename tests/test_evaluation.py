@@ -1,5 +1,6 @@
 """The evaluation with a model: what is asked, how it is decoded, and that no work is lost."""
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -19,10 +20,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
 
+from open_r1.backends import TransformersBackend
 from open_r1.evaluate import answering
+from open_r1.evaluate import run as evaluation
 from open_r1.families import family_of_processor
-from open_r1.modeling import load_model, load_processor
+from open_r1.modeling import load_model, load_processor, reset_generation_config
 from open_r1.prompts import REPO_ROOT, load_chat_template, sat_question
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, read
 from open_r1.tiny import make_processor, make_tokenizer, save_tiny_model
@@ -75,14 +79,20 @@ def items(rendered) -> list[Item]:
     return read(BENCHMARKS["CV-Bench"], str(rendered))
 
 
+def make_answerer(model: PreTrainedModel, processor: ProcessorMixin, style: str, tokens: int) -> answering.Answerer:
+    reset_generation_config(model, processor)
+    backend = TransformersBackend(model, processor, lambda: contextlib.nullcontext(model), style=style)
+    return answering.Answerer(backend, processor, tokens)
+
+
 @pytest.fixture(scope="module")
-def backend(model_path) -> answering.TransformersBackend:
+def answerer(model_path) -> answering.Answerer:
     processor, _ = answering.load_prompting(str(model_path), "base", 12544)
-    return answering.TransformersBackend(load_model(str(model_path), "float32"), processor, "reasoning", TOKENS)
+    return make_answerer(load_model(str(model_path), "float32"), processor, "reasoning", TOKENS)
 
 
 @pytest.fixture
-def arguments(script, model_path, rendered, tmp_path) -> list[str]:
+def arguments(model_path, rendered, tmp_path) -> list[str]:
     """Arguments of a quick run; one batch is four questions of 24."""
     return [
         *("--model_path", str(model_path), "--dataset_path", str(rendered), "--output_dir", str(tmp_path / "results")),
@@ -90,29 +100,29 @@ def arguments(script, model_path, rendered, tmp_path) -> list[str]:
     ]
 
 
-def answers(backend: answering.Backend, items: list[Item], batch_size: int) -> dict[tuple, answering.Response]:
-    batches = answering.make_batches(backend, items, batch_size)
-    return {item.key: response for batch in answering.answer_batches(backend, batches) for item, response in batch}
+def answers(answerer: answering.Answerer, items: list[Item], batch_size: int) -> dict[tuple, answering.Response]:
+    batches = answering.make_batches(answerer, items, batch_size)
+    return {item.key: response for batch in answering.answer_batches(answerer, batches) for item, response in batch}
 
 
 def run(script: ModuleType, arguments: list[str]) -> dict:
     """Run the script in this process; returns the result file's content."""
     args = script.parse_args(arguments)
-    script.evaluate(args)
-    return json.loads(script.result_path(args).read_text())
+    evaluation.evaluate(args)
+    return json.loads(evaluation.result_path(args).read_text())
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["base/reasoning", "base/direct", "instruct/reasoning", "instruct/direct"])
-def test_prompts_are_the_golden_ones(name, backend, tmp_path):
+def test_prompts_are_the_golden_ones(name, answerer, tmp_path):
     template, style = name.split("/")
     processor = make_processor(make_tokenizer(), chat_template=template)  # one token a byte, as the golden ids
     Image.new("RGB", (56, 56)).save(tmp_path / "image.png")
     question = sat_question("Is the red ball to the left of the box?", ["yes", "no"])
     item = Item(0, "other", question, ("yes", "no"), "yes", question, ((tmp_path / "image.png").read_bytes(),))
-    own = answering.TransformersBackend(backend.model, processor, style, TOKENS)
+    own = make_answerer(answerer.backend.model, processor, style, TOKENS)
     assert own.encode(item).input_ids.tolist() == GOLDEN[name]["ids"]
 
 
@@ -162,7 +172,7 @@ def test_large_images_are_shrunk_to_max_pixels(tiny_model, items):
     big = replace(items[0], images=(sat_row(1, 1, LEVELS["full"])["image_bytes"][0],))
     for max_pixels in (56 * 56, 112 * 112, 224 * 224):
         processor, _ = answering.load_prompting(str(tiny_model), "base", max_pixels)
-        own = answering.TransformersBackend(load_model(str(tiny_model), "float32"), processor, "reasoning", 1)
+        own = make_answerer(load_model(str(tiny_model), "float32"), processor, "reasoning", 1)
         prompt = own.encode(big)
         pixels = int(prompt.image_inputs["image_grid_thw"][0].prod()) * 14 * 14
         assert max_pixels / 3 < pixels <= max_pixels
@@ -191,78 +201,78 @@ def test_images_are_shrunk_as_in_training(tiny_model, tmp_path, saved, asked, us
 # --- how it is decoded --------------------------------------------------------------------------------------------
 
 
-def test_batch_size_does_not_change_answers(backend, items):
-    one, four, sixteen = (answers(backend, items, size) for size in (1, 4, 16))
+def test_batch_size_does_not_change_answers(answerer, items):
+    one, four, sixteen = (answers(answerer, items, size) for size in (1, 4, 16))
     assert one == four == sixteen and len(one) == len(items)
     assert len({response.response for response in one.values()}) > len(items) / 2
     assert len({response.tokens for response in one.values()}) > 3
 
 
-def test_decoding_is_plainly_greedy(backend, items):
+def test_decoding_is_plainly_greedy(answerer, items):
     """As argmax over the whole prompt, token for token: no repetition penalty, no top-k, no vision token."""
-    settings = backend.generation_config
+    settings = answerer.generation_config
     assert settings.repetition_penalty == 1.0 and not settings.do_sample
-    assert backend.model.generation_config.repetition_penalty in (None, 1.0)
-    got = answers(backend, items[:3], 3)
+    assert answerer.backend.model.generation_config.repetition_penalty in (None, 1.0)
+    got = answers(answerer, items[:3], 3)
     for item in items[:3]:
-        prompt = backend.encode(item)
+        prompt = answerer.encode(item)
         ids = prompt.input_ids[None]
         banned = torch.tensor(settings.suppress_tokens)
         for _ in range(TOKENS):
             with torch.no_grad():
-                logits = backend.model(
+                logits = answerer.backend.model(
                     input_ids=ids,
                     **prompt.image_inputs,
-                    mm_token_type_ids=(ids == backend.processor.image_token_id).int(),
+                    mm_token_type_ids=(ids == answerer.processor.image_token_id).int(),
                 ).logits[0, -1]
             logits[banned] = -torch.inf
             ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
             if ids[0, -1] in torch.tensor(settings.eos_token_id):
                 break
-        expected = backend.tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)
+        expected = answerer.tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)
         assert got[item.key].response == expected
 
 
-def test_an_ended_response_is_not_truncated(backend, items):
-    ends = backend.generation_config.eos_token_id
-    got = answers(backend, items, 8).values()
+def test_an_ended_response_is_not_truncated(answerer, items):
+    ends = answerer.generation_config.eos_token_id
+    got = answers(answerer, items, 8).values()
     assert {response.truncated for response in got} == {False, True}
     assert all(response.tokens == TOKENS for response in got if response.truncated)
-    biased = answering.TransformersBackend(backend.model, backend.processor, "reasoning", TOKENS)
+    biased = make_answerer(answerer.backend.model, answerer.processor, "reasoning", TOKENS)
     biased.generation_config.sequence_bias = [[[token], 1e3] for token in ends]
     assert set(answers(biased, items[:2], 2).values()) == {answering.Response("", 1, False)}
 
 
-def test_batches_are_of_like_length_the_longest_first(backend, items):
-    batches = answering.make_batches(backend, items, 5)
-    lengths = [backend.length(item) for batch in batches for item in batch]
+def test_batches_are_of_like_length_the_longest_first(answerer, items):
+    batches = answering.make_batches(answerer, items, 5)
+    lengths = [answerer.length(item) for batch in batches for item in batch]
     assert lengths == sorted(lengths, reverse=True)
     assert [len(batch) for batch in batches] == [5, 5, 5, 5, 4]
 
 
-def test_missing_and_broken_images_are_counted(backend, items, script):
+def test_missing_and_broken_images_are_counted(answerer, items):
     whole = items[0].images[0]
     long = io.BytesIO()
     Image.new("RGB", (3, 900)).save(long, "PNG")
     broken = [None, b"", b"no image", whole[: len(whole) // 2], long.getvalue()]
     asked = [*items[:2], *(replace(items[2], id=f"broken {n}", images=(data,)) for n, data in enumerate(broken))]
-    got = answers(backend, asked, 3)
+    got = answers(answerer, asked, 3)
     assert got.keys() == {item.key for item in asked}
     assert [bool(got[item.key].error) for item in asked] == [False] * 2 + [True] * len(broken)
-    alone = answers(backend, [items[0]], 1)
+    alone = answers(answerer, [items[0]], 1)
     assert got[items[0].key] == alone[items[0].key]
     rows = [{**item.to_row(), **got[item.key].to_row()} for item in asked]
-    result = script.make_result(rows, {"benchmark": "CV-Bench"}, "lenient")
+    result = evaluation.make_result(rows, {"benchmark": "CV-Bench"}, "lenient")
     assert result["shares"]["image_errors"] == len(broken) and result["scores"]["Total"]["n"] == len(asked)
 
 
-def test_a_process_without_a_batch_has_nothing_to_do(backend):
-    assert list(answering.answer_batches(backend, [])) == []
+def test_a_process_without_a_batch_has_nothing_to_do(answerer):
+    assert list(answering.answer_batches(answerer, [])) == []
 
 
-def test_a_batch_of_broken_images_alone(backend, items):
+def test_a_batch_of_broken_images_alone(answerer, items):
     broken = [replace(item, images=(None,)) for item in items[:3]]
-    assert {response.error for response in answers(backend, broken, 2).values()} == {"missing image"}
+    assert {response.error for response in answers(answerer, broken, 2).values()} == {"missing image"}
 
 
 # --- no work is lost ----------------------------------------------------------------------------------------------
@@ -289,7 +299,7 @@ def test_an_interrupted_run_continues_and_ends_the_same(script, arguments, tmp_p
     whole = path.read_bytes()
     path.unlink()
 
-    saved = script.append_rows
+    saved = evaluation.append_rows
 
     def save_or_die(partial: Path, rows: list[dict]) -> None:
         if partial.exists() and len(partial.read_text().splitlines()) > 8:  # settings and two batches
@@ -298,7 +308,7 @@ def test_an_interrupted_run_continues_and_ends_the_same(script, arguments, tmp_p
             raise KeyboardInterrupt
         saved(partial, rows)
 
-    monkeypatch.setattr(script, "append_rows", save_or_die)
+    monkeypatch.setattr(evaluation, "append_rows", save_or_die)
     with pytest.raises(KeyboardInterrupt):
         run(script, arguments)
     monkeypatch.undo()
@@ -326,18 +336,18 @@ def test_a_finished_run_is_scored_again_and_another_is_kept_aside(script, argume
     assert len(kept) == 1 and json.loads(kept[0].read_text()) == first
 
 
-def test_unfinished_work_of_other_settings_is_kept_aside(script, tmp_path):
+def test_unfinished_work_of_other_settings_is_kept_aside(tmp_path):
     path = tmp_path / "x.json"
     partial = tmp_path / "x.partial0.jsonl"
     partial.write_text('{"dtype": "float32"}\n{"id": 1, "rotation": 0}\n')
-    assert script.collect(path, {"dtype": "bfloat16"}) == {}
+    assert evaluation.collect(path, {"dtype": "bfloat16"}) == {}
     assert not partial.exists() and len(list(tmp_path.glob("*.old"))) == 1
     partial.write_text('{"dtype": "float32"}\n{"id": 1, "rotation": 0}\n{"id": 2')
-    assert list(script.collect(path, {"dtype": "float32"})) == [(1, 0)]
+    assert list(evaluation.collect(path, {"dtype": "float32"})) == [(1, 0)]
     assert partial.read_text().endswith("}\n")
     partial.write_text('{"dtype": "float32"}\n{"id": 1, \n{"id": 2}\n')
     with pytest.raises(ValueError, match="damaged"):
-        script.collect(path, {"dtype": "float32"})
+        evaluation.collect(path, {"dtype": "float32"})
 
 
 def test_new_weights_at_the_same_place_are_another_model(tmp_path):
@@ -349,7 +359,7 @@ def test_new_weights_at_the_same_place_are_another_model(tmp_path):
 
 
 def test_a_run_killed_in_its_first_line_continues(script, arguments):
-    path = script.result_path(script.parse_args(arguments))
+    path = evaluation.result_path(script.parse_args(arguments))
     path.parent.mkdir()
     path.with_name(f"{path.stem}.partial0.jsonl").write_text('{"bench')
     assert len(run(script, arguments)["results"]) == 24
@@ -365,15 +375,15 @@ def test_a_run_killed_in_its_first_line_continues(script, arguments):
         ("outputs/grpo_sat/checkpoint-100/", "grpo_sat_checkpoint-100"),
     ],
 )
-def test_model_name(script, path, name, tmp_path, monkeypatch):
-    assert script.model_name(path) == name
+def test_model_name(path, name, tmp_path, monkeypatch):
+    assert evaluation.model_name(path) == name
     monkeypatch.chdir(tmp_path)
     (tmp_path / path).mkdir(parents=True)
-    assert script.model_name(path) == name
+    assert evaluation.model_name(path) == name
 
 
-def test_default_model_is_the_newest_grpo_output(script, tmp_path):
-    assert script.newest_grpo_output(tmp_path) is None
+def test_default_model_is_the_newest_grpo_output(tmp_path):
+    assert evaluation.newest_grpo_output(tmp_path) is None
     marks = ["old/trainer_state.json", "new/checkpoint-20/complete.json", "sft/trainer_state.json"]
     for age, mark in enumerate(reversed(marks)):
         (tmp_path / mark).parent.mkdir(parents=True)
@@ -383,12 +393,12 @@ def test_default_model_is_the_newest_grpo_output(script, tmp_path):
     (tmp_path / "new/checkpoint-30").mkdir()  # half-written
     for run_name in ("old", "new"):
         (tmp_path / run_name / "trajectories").mkdir()
-    assert script.newest_grpo_output(tmp_path) == tmp_path / "new/checkpoint-20"
+    assert evaluation.newest_grpo_output(tmp_path) == tmp_path / "new/checkpoint-20"
     (tmp_path / "lora/trajectories").mkdir(parents=True)
     (tmp_path / "lora/trainer_state.json").touch()
-    assert script.newest_grpo_output(tmp_path) == tmp_path / "new/checkpoint-20"  # no model in it
+    assert evaluation.newest_grpo_output(tmp_path) == tmp_path / "new/checkpoint-20"  # no model in it
     (tmp_path / "lora/adapter_config.json").touch()
-    assert script.newest_grpo_output(tmp_path) == tmp_path / "lora"
+    assert evaluation.newest_grpo_output(tmp_path) == tmp_path / "lora"
 
 
 # --- an adapter -------------------------------------------------------------------------------------------------
@@ -454,7 +464,7 @@ def reference_file(items, tmp_path) -> Path:
 
 def rescored(script: ModuleType, path: Path, *more: str) -> dict:
     args = script.parse_args(["--precomputed_json", str(path), "--output_dir", str(path.parent / "scored"), *more])
-    script.rescore(args)
+    evaluation.rescore(args)
     return json.loads((path.parent / "scored" / path.name).read_text())
 
 
@@ -502,12 +512,12 @@ def test_a_killed_process_continues(script, arguments, quick_python):
     slow = [*arguments, "--bs", "1", "--max_new_tokens", "200"]
     command = [str(SCRIPT), *slow]
     subprocess.run([quick_python, *command], env=environment, check=True, capture_output=True)
-    path = script.result_path(script.parse_args(slow))
+    path = evaluation.result_path(script.parse_args(slow))
     whole = path.read_bytes()
     path.unlink()
     nowhere = subprocess.DEVNULL
     process = subprocess.Popen([sys.executable, *command], env=environment, stdout=nowhere, stderr=nowhere)
-    while not any(len(partial.read_bytes().splitlines()) > 3 for partial in script.partial_paths(path)):
+    while not any(len(partial.read_bytes().splitlines()) > 3 for partial in evaluation.partial_paths(path)):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -14,12 +14,11 @@ from open_r1.front_door import ROOT as FRONT_DOOR_ROOT
 from open_r1.prompts import REPO_ROOT
 
 SYSTEM_TOOLS = "sh bash cat cksum dirname date df awk head grep sed rm git c++ cc timeout env uname"
-STARTED_BY_OTHERS = {"benchmark_step.py"}  # by benchmark.py, with its own Python
 FRONT_DOORS = sorted(
     path
     for folder in ("scripts", "src/eval", "src/data")
     for path in (REPO_ROOT / folder).rglob("*.py")
-    if "__main__" in path.read_text() and path.name not in STARTED_BY_OTHERS
+    if "__main__" in path.read_text()
 )
 LIGHT = {"report.py", "compare.py", "world.py", "process_dataset.py", "test_qwen2vl_CVBench.py"}  # no torch for --help
 H100 = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1c2d)"

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "open-r1-multimodal"))
-from open_r1.front_door import use_environment
+from open_r1.front_door import first_line, use_environment
 
 use_environment()
 
@@ -201,10 +201,6 @@ def to_dicts(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
         if len(batch) == 1:
             return [None]
         return [row for i in range(len(batch)) for row in to_dicts(batch.slice(i, 1))]
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 # --- the journal: what an interrupted run leaves behind -------------------------------------------

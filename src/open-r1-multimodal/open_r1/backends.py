@@ -1,18 +1,23 @@
 """Who generates: one protocol for training and evaluation. Prompts in, completions out.
 
-Another engine is a class here with these two methods.
+Another engine is a class here with these two methods; for evaluation, also a function in `BACKENDS` that loads it.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
-from trl.generation.vllm_generation import VLLMGeneration
 
+from open_r1.modeling import load_checkpoint, reset_generation_config
 from open_r1.rollout import generate
 from open_r1.shared_prefix import Prompt, encode_images, encode_prompt
+
+if TYPE_CHECKING:
+    from trl.generation.vllm_generation import VLLMGeneration
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,26 @@ class TransformersBackend:
             return Completions(generate(model, prompts, repeats, settings), None, prompts)
 
 
+def load_transformers(
+    folder: str | Path,
+    processor: ProcessorMixin,
+    device: torch.device | str,
+    dtype: str = "auto",
+    **template_kwargs: Any,
+) -> TransformersBackend:
+    """transformers with the model of a folder on a device; a LoRA run's folder is merged into its base.
+
+    Raises:
+        OSError, ValueError: what `modeling.load_checkpoint` raises.
+    """
+    model = load_checkpoint(folder, dtype=dtype).to(device).eval()
+    reset_generation_config(model, processor)
+    return TransformersBackend(model, processor, lambda: nullcontext(model), **template_kwargs)
+
+
+BACKENDS = {"hf": load_transformers}
+
+
 class VLLMBackend:
     """vLLM, as TRL runs it: colocated or as a server. The sampling settings are those that TRL gave it.
 
@@ -87,7 +112,7 @@ class VLLMBackend:
         self,
         model: PreTrainedModel,
         processor: ProcessorMixin,
-        engine: VLLMGeneration,
+        engine: "VLLMGeneration",
         group_size: Callable[[], int],
         profile: Callable[[], AbstractContextManager[Any]],
         **template_kwargs: Any,

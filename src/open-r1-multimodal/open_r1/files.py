@@ -11,25 +11,26 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
-    """A temporary name for a file or folder to write in the block; at its end it becomes `path`, at once.
+    """A temporary name for a file or folder to write in the block, which becomes `path` at its end.
 
-    A crash leaves the old `path` or the new one, and a temporary name that the next writer takes over; an exception
-    leaves the old one alone.
+    An exception leaves the old `path` alone, a crash the old or the new one; what a crash leaves of a temporary one,
+    the next writer deletes.
 
     Args:
-        path: the name in the end. A folder's must be free by the end of the block.
+        path: where there may be a file, but no folder when the block ends.
         shared: whether several processes may write it at the same time.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
-    _delete(temporary)
+    delete(temporary)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
-        _delete(temporary)
+        delete(temporary)
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
+    """Delete a file or a folder with all that is in it, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -62,23 +63,6 @@ def whole_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
     return (line for line in lines if line.endswith(b"\n"))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file that is about to be continued; a torn last line is cut off the file.
-
-    Raises:
-        ValueError: a line in the middle is damaged.
-    """
-    with path.open("rb") as file:
-        lines = list(file)
-    whole = list(whole_lines(lines))
-    if len(whole) < len(lines):
-        os.truncate(path, sum(map(len, whole)))
-    try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); delete it to start over") from error
-
-
 def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     """Rewrite a JSON Lines file with the rows for which `keep` holds; a torn last line goes too.
 
@@ -93,3 +77,16 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     if len(kept) < len(lines):
         replace_file(path, b"".join(kept))
     return len(lines) - len(kept)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file that is about to be continued; a torn last line is cut off the file.
+
+    Raises:
+        ValueError: a line in the middle is damaged.
+    """
+    try:
+        keep_rows(path, lambda row: True)
+        return [json.loads(line) for line in path.read_bytes().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it to start over") from error

@@ -11,22 +11,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, ProcessorMixin
 
+from open_r1.backends import Backend
 from open_r1.families import end_token_ids, family_of_processor, vision_token_ids
 from open_r1.images import BrokenImage, image_size, open_image
 from open_r1.modeling import (
     adapter_base,
-    load_checkpoint,
     load_processor,
-    reset_generation_config,
 )
 from open_r1.prompts import load_chat_template
-from open_r1.rollout import generate
-from open_r1.shared_prefix import Prompt, encode_prompt
+from open_r1.shared_prefix import Prompt
 from open_r1.tasks.benchmarks import Item
 
 PAPER_MAX_PIXELS = 401408  # what the paper trains and evaluates at
@@ -46,19 +43,6 @@ class Response:
 
     def to_row(self) -> dict[str, Any]:
         return asdict(self)
-
-
-class Backend(Protocol):
-    """What generates. Another one (vLLM, an API) has these methods, and a function that loads it in `BACKENDS`."""
-
-    def length(self, item: Item) -> int:
-        """About how many tokens the prompt has; batches are sorted by it."""
-
-    def encode(self, item: Item) -> Any:
-        """Everything that can be done before the model is free; runs in another thread. Raises BrokenImage."""
-
-    def generate(self, prompts: Sequence[Any]) -> list[Response]:
-        """Answer encoded items, in their order."""
 
 
 # --- prompts and images -------------------------------------------------------------------------------------
@@ -99,30 +83,37 @@ def messages(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-# --- the backend --------------------------------------------------------------------------------------------
+# --- answers ------------------------------------------------------------------------------------------------
 
 
-class TransformersBackend:
-    """Greedy decoding with transformers, over the rollout that training uses."""
+class Answerer:
+    """Puts questions to a backend, greedily, and reads what comes back as text.
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, style: str, max_new_tokens: int) -> None:
-        reset_generation_config(model, processor)
-        self.model, self.processor, self.style = model, processor, style
+    Args:
+        backend: who generates; its chat template has the style of the questions.
+        processor: the backend's.
+        max_new_tokens: longest response.
+    """
+
+    def __init__(self, backend: Backend, processor: ProcessorMixin, max_new_tokens: int) -> None:
+        self.backend, self.processor = backend, processor
         self.generation_config = GenerationConfig(**generation_settings(processor, max_new_tokens))
         # The other thread sets the padding of the processor's tokenizer; one in use must not be changed.
         self.tokenizer = copy.deepcopy(processor.tokenizer)
 
     def length(self, item: Item) -> int:
+        """About how many tokens the prompt has; batches are sorted by it."""
         text = len(self.tokenizer(item.prompt)["input_ids"])
         sizes = [size for data in item.images if (size := known_size(data))]
         return text + family_of_processor(self.processor).count_image_tokens(self.processor, sizes)
 
     def encode(self, item: Item) -> Prompt:
-        images = [open_image(data) for data in item.images]
-        return encode_prompt(self.model, self.processor, messages(images, item.prompt), style=self.style)
+        """Everything that can be done before the model is free; runs in another thread. Raises BrokenImage."""
+        return self.backend.encode(messages([open_image(data) for data in item.images], item.prompt))
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[Response]:
-        completions = generate(self.model, prompts, [1] * len(prompts), self.generation_config)
+    def answer(self, prompts: Sequence[Prompt]) -> list[Response]:
+        """Answer encoded items, in their order."""
+        completions = self.backend.generate(prompts, [1] * len(prompts), self.generation_config)
         ends = set(self.generation_config.eos_token_id)
         return [
             Response(
@@ -130,7 +121,7 @@ class TransformersBackend:
                 tokens=len(ids),
                 truncated=not ids or ids[-1] not in ends,
             )
-            for ids in completions
+            for ids in completions.ids
         ]
 
 
@@ -147,17 +138,6 @@ def generation_settings(processor: ProcessorMixin, max_new_tokens: int) -> dict[
         "pad_token_id": processor.tokenizer.pad_token_id,
         "suppress_tokens": vision_token_ids(processor),
     }
-
-
-def load_transformers(
-    folder: Path, processor: ProcessorMixin, device: torch.device, dtype: str, style: str, max_new_tokens: int
-) -> TransformersBackend:
-    """Load the model onto the device; a LoRA run's folder is merged into its base."""
-    model = load_checkpoint(folder, dtype=dtype).to(device).eval()
-    return TransformersBackend(model, processor, style, max_new_tokens)
-
-
-BACKENDS = {"hf": load_transformers}
 
 
 def load_prompting(folder: str | Path, prompt: str, max_pixels: int | None = None) -> tuple[ProcessorMixin, str]:
@@ -199,20 +179,20 @@ def model_fingerprint(folder: Path) -> str:
 # --- the loop -----------------------------------------------------------------------------------------------
 
 
-def make_batches(backend: Backend, items: Sequence[Item], batch_size: int) -> list[list[Item]]:
+def make_batches(answerer: Answerer, items: Sequence[Item], batch_size: int) -> list[list[Item]]:
     """Batches of like length, so that little is padding; the longest first: memory runs out at once or never."""
-    ordered = sorted(items, key=backend.length, reverse=True)
+    ordered = sorted(items, key=answerer.length, reverse=True)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
-def answer_batches(backend: Backend, batches: Sequence[Sequence[Item]]) -> Iterator[list[tuple[Item, Response]]]:
+def answer_batches(answerer: Answerer, batches: Sequence[Sequence[Item]]) -> Iterator[list[tuple[Item, Response]]]:
     """Answer one batch after the other; the next one is prepared in a thread while the model works.
 
     Without a batch there is nothing to do: of several processes, one may get none.
     """
 
     def encode(batch: Sequence[Item]) -> list[Any]:
-        return [encode_or_fail(backend, item) for item in batch]
+        return [encode_or_fail(answerer, item) for item in batch]
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = pool.submit(encode, batches[0]) if batches else None
@@ -221,14 +201,14 @@ def answer_batches(backend: Backend, batches: Sequence[Sequence[Item]]) -> Itera
             if number < len(batches):
                 ahead = pool.submit(encode, batches[number])
             prompts = [prompt for prompt in encoded if not isinstance(prompt, Response)]
-            answers = iter(backend.generate(prompts) if prompts else [])
+            answers = iter(answerer.answer(prompts) if prompts else [])
             responses = [prompt if isinstance(prompt, Response) else next(answers) for prompt in encoded]
             yield list(zip(batch, responses, strict=True))
 
 
-def encode_or_fail(backend: Backend, item: Item) -> Any:
+def encode_or_fail(answerer: Answerer, item: Item) -> Any:
     """The encoded item, or the response that says why there is none."""
     try:
-        return backend.encode(item)
+        return answerer.encode(item)
     except BrokenImage as error:
         return Response(response="", tokens=0, truncated=False, error=str(error))

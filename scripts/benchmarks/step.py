@@ -34,6 +34,7 @@ from PIL import Image
 from transformers import Qwen2VLConfig
 from trl import GRPOTrainer
 
+from open_r1.backends import Completions
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import load_chat_template
 from open_r1.published import TEXT, VISION
@@ -212,14 +213,16 @@ class Stopwatch:
 def instrument(trainer: GRPOTrainer, completions: list[list[int]]) -> Stopwatch:
     """Time the parts of the trainer's step; scoring gets the given completions in place of the sampled ones."""
     watch = Stopwatch()
-    watch.wrap(trainer, "_generate_single_turn", "rollout")
-    sample = trainer._generate_single_turn
+    # Where each samples: ours in its backend, TRL's in a method of its own.
+    owner, name = (trainer.backend, "generate") if hasattr(trainer, "backend") else (trainer, "_generate_single_turn")
+    watch.wrap(owner, name, "rollout")
+    sample = getattr(owner, name)
 
-    def sample_and_replace(*args: Any) -> tuple[list[list[int]], None]:
-        sample(*args)
-        return completions, None
+    def sample_and_replace(*args: Any) -> Any:
+        sampled = sample(*args)
+        return replace(sampled, ids=completions) if isinstance(sampled, Completions) else (completions, None)
 
-    trainer._generate_single_turn = sample_and_replace
+    setattr(owner, name, sample_and_replace)
     watch.wrap(trainer, "_get_per_token_logps_and_entropies", "reference scoring", only_without_gradients=True)
     watch.wrap(trainer.processing_class.image_processor, "preprocess", "image preprocessing")
     watch.wrap(trainer, "_prepare_inputs", "before the update")
@@ -370,10 +373,19 @@ def measure(preset: Preset, rounds: int, checkpointing: bool, parts: bool = True
 
 def peak_memory_alone(way: str, preset: Preset, checkpointing: bool) -> float:
     """`peak_memory` in a process of its own, since resident memory never shrinks back."""
-    name = next(name for name, known in PRESETS.items() if known == preset)
-    command = [sys.executable, __file__, way, name, *(["--gradient_checkpointing"] if checkpointing else [])]
+    call = f"print(step.prepare_and_measure_memory({way!r}, step.{preset!r}, {checkpointing}))"
+    command = [sys.executable, "-c", f"import sys; sys.path = {sys.path}; from benchmarks import step; {call}"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(output.splitlines()[-1])
+
+
+def prepare_and_measure_memory(way: str, preset: Preset, checkpointing: bool) -> float:
+    """`peak_memory` of one trainer, which is made for it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_checkpoint(preset, folder / "model")
+        trainer = make_trainer(way, preset, folder / "model", make_dataset(preset, folder), checkpointing)
+        return peak_memory(trainer, instrument(trainer, given_completions(preset)))
 
 
 ROWS = ("rollout", "reference scoring", "policy update", "whole step", "image preprocessing")
@@ -413,7 +425,7 @@ def plot_group_sizes(results: dict[int, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def run_step_benchmark(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return what `--json` keeps."""
     preset = PRESETS[args.preset]
     if args.threads:
@@ -438,7 +450,7 @@ def run_step_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def add_step_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """The `step` command of `benchmark.py`."""
     parser = commands.add_parser(
         "step",
@@ -454,25 +466,4 @@ def add_step_parser(commands: Any) -> None:
     parser.add_argument(
         "--group_sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32], metavar="G", help="of --plot (default: 2..32)"
     )
-    parser.set_defaults(run=run_step_benchmark)
-
-
-def print_peak_memory() -> None:
-    """What `peak_memory_alone` starts: `benchmark_step.py WAY PRESET`."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("way", choices=WAYS)
-    parser.add_argument("preset", choices=PRESETS)
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    args = parser.parse_args()
-    preset = PRESETS[args.preset]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_checkpoint(preset, folder / "model")
-        data = make_dataset(preset, folder)
-        trainer = make_trainer(args.way, preset, folder / "model", data, args.gradient_checkpointing)
-        watch = instrument(trainer, given_completions(preset))
-        print(peak_memory(trainer, watch))
-
-
-if __name__ == "__main__":
-    print_peak_memory()
+    parser.set_defaults(run=run)
