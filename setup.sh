@@ -54,7 +54,7 @@ gpu=$(gpu_names | head -n 1)
 
 # Nothing changed since the last time: say so and stop
 stamp="$prefix/.setup-stamp"
-state=$(cat "$ROOT/requirements.txt" "$ROOT/requirements-gpu.txt" "$ROOT/pyproject.toml" "$ROOT/setup.sh" | cksum)
+state=$(cat "$ROOT"/requirements*.txt "$ROOT/pyproject.toml" "$ROOT/setup.sh" | cksum)
 state="$state $ROOT gpu=$gpu"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ]; then
     echo "setup: $prefix is up to date"
@@ -80,8 +80,8 @@ install() {
 }
 
 start=$(date +%s)
-install -r "$ROOT/requirements.txt" -e "$ROOT" ||
-    fail "uv could not install requirements.txt (its message is above); check the network and run this again"
+install -r "$ROOT/requirements.txt" -r "$ROOT/requirements-test.txt" -e "$ROOT" ||
+    fail "uv could not install requirements.txt and requirements-test.txt (its message is above); check the network and run this again"
 if [ -z "$gpu" ]; then
     choice="no NVIDIA GPU found: without vLLM and flash-attn, training runs on CPU processes"
     command -v c++ >/dev/null 2>&1 ||

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,35 @@ def test_setup_installs_vllm_where_nvidia_smi_lists_a_gpu(tmp_path, listing, sta
     assert "requirements.txt" in asked and ("requirements-gpu.txt" in asked) == found
     assert ("NVIDIA H100 80GB HBM3: with vLLM" in result.stdout) == found
     assert ("no NVIDIA GPU found" in result.stdout) != found
+
+
+@pytest.mark.parametrize(
+    "changed", ["requirements.txt", "requirements-test.txt", "requirements-gpu.txt", "pyproject.toml", "setup.sh"]
+)
+def test_setup_runs_again_when_what_it_installs_changed(tmp_path, changed):
+    root, python = clone(tmp_path / "clone"), fake_python(tmp_path / "env/bin/python", 12)
+    write_script(tmp_path / "bin/nvidia-smi", "exit 9")
+    write_script(tmp_path / "bin/df", 'echo head\necho "disk 0 0 99999999"')
+    write_script(tmp_path / "bin/uv", f'echo "$@" >>{tmp_path}/asked')
+    setups = []
+    for _ in range(2):
+        setups += [run_setup(root, f"{tmp_path}/bin:{SYSTEM_PATH}", PYTHON=str(python)).stdout for _ in range(2)]
+        with (root / changed).open("a") as file:
+            file.write("# changed\n")
+    assert ["is up to date" in said for said in setups] == [False, True, False, True]
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == 2 and f"-r {root}/requirements.txt -r {root}/requirements-test.txt -e {root}" in asked[0]
+
+
+def test_the_package_declares_what_setup_installs(tmp_path):
+    """`pip install -e .` alone gives a Python that trains, `.[test]` one that tests as well: what pip is told of it."""
+    code = f"from setuptools import build_meta; build_meta.prepare_metadata_for_build_editable('{tmp_path}')"
+    subprocess.run([sys.executable, "-c", code], cwd=clone(tmp_path / "clone"), check=True, capture_output=True)
+    (metadata,) = tmp_path.glob("*.dist-info")
+    declared = Distribution.at(metadata).requires
+    for name, suffix in (("requirements.txt", ""), ("requirements-test.txt", '; extra == "test"')):
+        pins = [line for line in (REPO_ROOT / name).read_text().splitlines() if not line.startswith("#")]
+        assert pins and all("==" in pin and f"{pin}{suffix}" in declared for pin in pins)
 
 
 @pytest.mark.slow

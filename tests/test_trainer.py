@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from trl import GRPOTrainer
 
+from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.data import count_prompt_tokens, load_dataset
 from open_r1.families import end_token_ids, vision_token_ids
 from open_r1.images import open_image
@@ -290,12 +291,11 @@ def test_every_override_is_on_the_list():
     assert {name for name in own if callable(getattr(GRPOTrainer, name, None))} == {*SEAMS, *scoring}
 
 
-def test_a_step_counts_its_micro_batches_as_we_do(run, monkeypatch):
+def test_a_step_counts_its_micro_batches_as_we_do(run):
     """`training_step` closes a step's seconds when TRL's `_step` comes to a multiple of the accumulation."""
     trainer, *_ = run
-    micro_batches = trainer.state.global_step * trainer.args.gradient_accumulation_steps
-    assert trainer._step == micro_batches and trainer._rollout_seconds == 0
-    assert [len(log["time/update"]) for log in []] == []
+    assert trainer._step == trainer.state.global_step * trainer.args.gradient_accumulation_steps
+    assert trainer._rollout_seconds == 0.0
 
 
 def test_a_rollout_function_of_the_users_reaches_rewards(tiny_model, examples_json, tmp_path):
@@ -313,9 +313,7 @@ def test_a_rollout_function_of_the_users_reaches_rewards(tiny_model, examples_js
         seen.extend(zip(hint, question_type, solution, options, strict=True))
         return vowel_share(completions)
 
-    trainer = make_trainer(
-        tiny_model, examples_json, tmp_path, reward_funcs=spy, rollout_func=roll_out, max_steps=1, images=False
-    )
+    trainer = make_trainer(tiny_model, examples_json, tmp_path, reward_funcs=spy, rollout_func=roll_out, max_steps=1)
     assert not trainer.shared_prefix  # theirs
     trainer.train()
     assert {(hint, kind) for hint, kind, *_ in seen} == {(f"hint {row}", "mine") for row in range(8)}
