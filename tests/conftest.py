@@ -5,8 +5,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
 
-import subprocess
 import sys
+
+if os.access(sys.prefix, os.W_OK):  # as launch.sh does, so that DeepSpeed's code for the CPU is compiled once
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
+
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path

@@ -8,7 +8,15 @@ from pathlib import Path
 from open_r1.prompts import REPO_ROOT
 
 SYSTEM_PATH = "/usr/bin:/bin"  # no uv and no environment on it
-_ACTIVE = ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON", "PYTHONPATH", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+_ACTIVE = (
+    "VIRTUAL_ENV",
+    "CONDA_PREFIX",
+    "PYTHON",
+    "PYTHONPATH",
+    "HF_HUB_OFFLINE",
+    "OMP_NUM_THREADS",
+    "TORCH_EXTENSIONS_DIR",
+)
 
 
 def new_shell(path: str = SYSTEM_PATH, **env: str) -> dict[str, str]:

@@ -7,14 +7,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from open_r1.backends import Backend, Completions
+from open_r1.data import load_dataset
+from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT, sat_question
-from open_r1.trainer import Qwen2VLGRPOConfig
+from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 
 COLOURS = ["red", "lime", "blue", "white", "black", "yellow"]
 
@@ -109,6 +113,28 @@ def make_config(output_dir: Path, **changes: object) -> Qwen2VLGRPOConfig:
         "seed": 7,
     }
     return Qwen2VLGRPOConfig(**{**settings, **changes})
+
+
+def make_trainer(
+    model: Path,
+    data: Path,
+    output: Path,
+    reward_funcs: Any = vowel_share,
+    eval_data: Path | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    **changes: object,
+) -> Qwen2VLGRPOTrainer:
+    """Our trainer on a tiny checkpoint and a prepared dataset, with the base template and changes of `make_config`."""
+    processor = load_processor(model, chat_template="base", max_pixels=12544)
+    return Qwen2VLGRPOTrainer(
+        model=load_model(model, dtype="float32"),
+        reward_funcs=reward_funcs,
+        args=make_config(output, **changes),
+        train_dataset=load_dataset(data, processor),
+        eval_dataset=load_dataset(eval_data, processor) if eval_data else None,
+        processing_class=processor,
+        callbacks=callbacks,
+    )
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -26,12 +26,10 @@ from open_r1.callbacks import (
     rollout_markdown,
     without_secrets,
 )
-from open_r1.data import DataArguments, load_dataset
-from open_r1.modeling import load_model, load_processor
+from open_r1.data import DataArguments
 from open_r1.reflection import find_reflections
 from open_r1.rewards import accuracy_reward, format_reward
-from open_r1.trainer import Qwen2VLGRPOTrainer
-from support import make_config, read_jsonl
+from support import make_config, make_trainer, read_jsonl
 
 LINE = re.compile(r"step +(\d+)/(\d+)  (held-out +)?(.+?)(?:  +([\d.]+) s  ETA ([\d:]+))?")
 CELL = re.compile(r"([a-z_]+) +(-?\d+(?:\.\d+)?)(?:  |$)")
@@ -42,18 +40,11 @@ def train_planted(model: Path, data: Path, output: Path, **changes: object) -> s
     """A run on written completions, half of whose prompts get reflective ones; what it printed."""
     import planted
 
-    processor = load_processor(model, chat_template="base", max_pixels=12544)
     settings = {"per_device_eval_batch_size": 4, "max_completion_length": 128, "disable_tqdm": True, **changes}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        trainer = Qwen2VLGRPOTrainer(
-            model=load_model(model, dtype="float32"),
-            reward_funcs=[accuracy_reward, format_reward],
-            args=make_config(output, hub_token="hf_secret", **settings),
-            train_dataset=load_dataset(data, processor),
-            eval_dataset=load_dataset(data, processor),
-            processing_class=processor,
-        )
+        rewards = [accuracy_reward, format_reward]
+        trainer = make_trainer(model, data, output, rewards, eval_data=data, hub_token="hf_secret", **settings)
         trainer.backend = planted.Written(trainer.backend)
         script_args = DataArguments(dataset_name=str(data), eval_dataset_name=str(data))
         add_run_callbacks(trainer, "grpo", script_args, ModelConfig(model_name_or_path=str(model)))

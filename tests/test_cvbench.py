@@ -4,9 +4,9 @@ import copy
 import json
 import math
 import random
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -329,14 +329,15 @@ def test_rescoring_a_whole_run_is_quick_and_complete_and_needs_no_torch(tmp_path
         finally:
             assert "torch" not in sys.modules
     """
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # of the CPU
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out/saved.json").read_text())
     assert len(result["results"]) == result["scores"]["Total"]["n"] == 2638
     assert result["results"][-1]["correct"]
-    assert seconds < 10, "3 seconds is the aim; a busy machine gets more"
+    assert seconds < 10, "3 seconds is the aim; a slow machine gets more"
 
 
 def test_rescoring_reproduces_a_result_bit_for_bit(tmp_path, items):

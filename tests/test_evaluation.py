@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -417,9 +418,11 @@ def adapter(model_path, tmp_path_factory) -> Path:
     return folder
 
 
-def test_an_adapter_is_evaluated_as_its_merged_model_with_its_own_prompt(script, arguments, adapter, tmp_path):
-    command = [sys.executable, str(REPO_ROOT / "scripts/export.py"), "--adapter", str(adapter), "--output"]
-    subprocess.run([*command, str(tmp_path / "merged")], check=True, capture_output=True)
+def test_an_adapter_is_evaluated_as_its_merged_model_with_its_own_prompt(
+    script, arguments, adapter, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["export.py", "--adapter", str(adapter), "--output", str(tmp_path / "merged")])
+    runpy.run_path(str(REPO_ROOT / "scripts/export.py"), run_name="__main__")
     base = run(script, arguments)
     lora, merged = (run(script, [*arguments, "--model_path", str(path)]) for path in (adapter, tmp_path / "merged"))
     assert lora["results"] == merged["results"] and lora["model"] != merged["model"]

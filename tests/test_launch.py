@@ -217,7 +217,7 @@ def _processes_naming(text: str) -> list[str]:
             command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:  # it ended while we looked
             continue
-        if text in command and "pytest" not in command:
+        if text in command:
             commands.append(command)
     return commands
 

@@ -73,9 +73,9 @@ def test_overlapping_phrases_are_one_span():
 @pytest.mark.parametrize("unit", ["a", "i ", "wait, ", "let me look ", ". ", "\u7b49", "\ufdfa", "<answer>", "\n"])
 def test_a_megabyte_of_hostile_text_takes_linear_time(unit):
     text = (unit * 1_000_000)[:1_000_000]
-    start = time.perf_counter()
+    start = time.process_time()
     analyse(text, ["left", "right"])
-    assert time.perf_counter() - start < 30  # 5 s on a slow machine; quadratic time would be hours
+    assert time.process_time() - start < 30  # 5 s on a slow machine; quadratic time would be hours
 
 
 def test_without_options_there_is_nothing_to_correct():

@@ -32,11 +32,9 @@ from open_r1.checkpoints import (
     resolve_checkpoint,
     seal,
 )
-from open_r1.data import DataArguments, load_dataset
-from open_r1.modeling import load_model, load_processor
+from open_r1.data import DataArguments
 from open_r1.prompts import REPO_ROOT
-from open_r1.trainer import Qwen2VLGRPOTrainer
-from support import launch_env, load_weights, make_config, read_jsonl, run_grpo, vowel_share
+from support import launch_env, load_weights, make_config, make_trainer, read_jsonl, run_grpo, vowel_share
 
 STEPS = 16
 # Where a run of one process is killed, each at a seeded moment: between the micro-batches of a step, before and after
@@ -261,19 +259,11 @@ def train(model: Path, data: Path, output: Path, place: str | None = None, count
 
     torch.save, trainer_module.append_rows = save_half, append_half
     checkpoints.seal = lambda checkpoint: (moments.reached("seal"), write_seal(checkpoint))
-    processor = load_processor(model, chat_template="base", max_pixels=12544)
-    args = make_config(
-        output, max_steps=STEPS, save_strategy="steps", save_steps=2, save_total_limit=1, disable_tqdm=True
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    trainer = make_trainer(
+        model, data, output, reward, callbacks=[moments], max_steps=STEPS, disable_tqdm=True, **saving
     )
-    trainer = Qwen2VLGRPOTrainer(
-        model=load_model(model, dtype="float32"),
-        reward_funcs=reward,
-        args=args,
-        train_dataset=load_dataset(data, processor),
-        processing_class=processor,
-        callbacks=[moments],
-    )
-    trainer.add_callback(CompleteCheckpoints(args))
+    trainer.add_callback(CompleteCheckpoints(trainer.args))
     add_run_callbacks(trainer, "grpo", DataArguments(str(data)), ModelConfig(str(model)))
     trainer.train(resume_from_checkpoint=resolve_checkpoint("auto", str(output)))
     trainer.save_model(str(output))

@@ -18,20 +18,8 @@ from open_r1.images import open_image
 from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.rewards import accuracy_reward
 from open_r1.tasks.examples import read_examples
-from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
-from support import load_weights, make_config, read_jsonl, vowel_share, write_examples
-
-
-def make_trainer(model_path, data, output, reward_funcs=vowel_share, eval_data=None, **changes):
-    processor = load_processor(model_path, chat_template="base", max_pixels=12544)
-    return Qwen2VLGRPOTrainer(
-        model=load_model(model_path, dtype="float32"),
-        reward_funcs=reward_funcs,
-        args=make_config(output, **changes),
-        train_dataset=load_dataset(data, processor),
-        eval_dataset=load_dataset(eval_data, processor) if eval_data else None,
-        processing_class=processor,
-    )
+from open_r1.trainer import Qwen2VLGRPOConfig
+from support import load_weights, make_trainer, read_jsonl, vowel_share, write_examples
 
 
 @pytest.fixture(scope="module")
