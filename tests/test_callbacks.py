@@ -15,20 +15,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerControl, TrainerState
 from trl import ModelConfig
 
-from open_r1 import callbacks, entry
+from open_r1 import callbacks, entry, trackers
 from open_r1.callbacks import (
-    LogRollouts,
     ProgressLines,
     RunLog,
     add_run_callbacks,
-    code_block,
     describe,
-    rollout_markdown,
     without_secrets,
 )
 from open_r1.data import DataArguments
 from open_r1.reflection import find_reflections
 from open_r1.rewards import accuracy_reward, format_reward
+from open_r1.trackers import LogRollouts, code_block, rollout_markdown
 from support import make_config, make_trainer, read_jsonl
 
 LINE = re.compile(r"step +(\d+)/(\d+)  (held-out +)?(.+?)(?:  +([\d.]+) s  ETA ([\d:]+))?")
@@ -369,7 +367,7 @@ def test_rollouts_are_shown_first_and_after_every_tenth(tmp_path, monkeypatch, r
         class callback_handler:
             callbacks = (callbacks.WandbCallback.__new__(callbacks.WandbCallback),)
 
-    monkeypatch.setattr(callbacks, "show_in_wandb", lambda rows, step: seen.append(step))
+    monkeypatch.setattr(trackers, "show_in_wandb", lambda rows, step: seen.append(step))
     rollouts, args, control = LogRollouts(Trainer()), make_config(tmp_path), TrainerControl()
     state = TrainerState(global_step=resumed_at, max_steps=100, is_world_process_zero=True)
     rollouts.on_train_begin(args, state, control)

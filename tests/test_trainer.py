@@ -18,7 +18,7 @@ from open_r1.images import open_image
 from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.rewards import accuracy_reward
 from open_r1.tasks.examples import read_examples
-from open_r1.trainer import Qwen2VLGRPOConfig
+from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 from support import load_weights, make_trainer, read_jsonl, vowel_share, write_examples
 
 

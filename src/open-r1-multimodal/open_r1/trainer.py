@@ -35,7 +35,6 @@ from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import get_config_model_id, split_tensor_dict
 
 from open_r1.backends import Backend, TransformersBackend, VLLMBackend
-from open_r1.callbacks import LogRollouts
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLGRPOConfig, check_settings
 from open_r1.families import end_token_ids, family_of, vision_token_ids
@@ -47,6 +46,7 @@ from open_r1.reflection import analyse, shares
 from open_r1.rewards import completion_text
 from open_r1.sampling import EpochSampler, shuffle_groups
 from open_r1.shared_prefix import Prompt, enable_grouping, images_of, pack
+from open_r1.trackers import LogRollouts
 from open_r1.trajectories import Completion
 
 TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's metrics, never logged
