@@ -365,7 +365,7 @@ def test_rollouts_are_shown_first_and_after_every_tenth(tmp_path, monkeypatch, r
         last_rollout = ()
 
         class callback_handler:
-            callbacks = (callbacks.WandbCallback.__new__(callbacks.WandbCallback),)
+            callbacks = (trackers.WandbCallback.__new__(trackers.WandbCallback),)
 
     monkeypatch.setattr(trackers, "show_in_wandb", lambda rows, step: seen.append(step))
     rollouts, args, control = LogRollouts(Trainer()), make_config(tmp_path), TrainerControl()
