@@ -1,4 +1,4 @@
-"""The folder that a run leaves -> what happened in it: its arguments, its log, its completions, statistics. No torch.
+"""Reads the folder that a run leaves, and trusts none of it: its arguments, its log, its completions. No torch.
 
 A run may still be going on: the last line of a file may be half written. Anything else that is damaged is an error in
 one line. Completions are kept as columns of numbers; their texts stay in the file until somebody asks for one.
@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-
-from open_r1.evaluate.statistics import wilson
 
 ACCURACY, FORMAT = "accuracy_reward", "format_reward"  # as the trainer logs the registry's rewards
 MAX_REWARDS = 32  # a run has a handful; more is a damaged file, and each is a column
@@ -270,7 +268,7 @@ COLUMNS = np.dtype(
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class Trajectories:
     """A trajectory file: every completion as a row of numbers, and its text on demand.
 
     Attributes:
@@ -286,7 +284,7 @@ class Rollouts:
     head: str
     tail: str
 
-    def __enter__(self) -> "Rollouts":
+    def __enter__(self) -> "Trajectories":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -316,7 +314,7 @@ class Rollouts:
         return self.head, prompt[len(self.head) : middle], self.tail
 
 
-def scan_rollouts(path: Path) -> Rollouts:
+def scan_trajectories(path: Path) -> Trajectories:
     """Read a trajectory file once, in order; a file that is not there has no rows.
 
     Raises:
@@ -330,7 +328,7 @@ def scan_rollouts(path: Path) -> Rollouts:
         raise
 
 
-def _scan(file: BinaryIO) -> Rollouts:
+def _scan(file: BinaryIO) -> Trajectories:
     rows: list[tuple] = []
     rewards: dict[str, dict[int, float]] = {}
     prompts: dict[bytes, int] = {}
@@ -371,7 +369,7 @@ def _scan(file: BinaryIO) -> Rollouts:
         columns[name] = np.full(len(rows), np.nan)
         columns[name][list(values)] = list(values.values())
     head, tail = _template(head, tail[::-1]) if len(prompts) > 1 else ("", "")
-    return Rollouts(file, np.array(rows, dtype=COLUMNS), columns, head, tail)
+    return Trajectories(file, np.array(rows, dtype=COLUMNS), columns, head, tail)
 
 
 def _shared(first: str, second: str) -> str:
@@ -386,94 +384,3 @@ def _template(head: str, tail: str) -> tuple[str, str]:
     starts = [match.end() for match in _QUESTION_STARTS.finditer(head)]
     ends = _QUESTION_ENDS.search(tail)
     return head[: starts[-1]] if starts else "", tail[ends.start() :] if ends else ""
-
-
-# --- statistics ---------------------------------------------------------------------------------------------
-
-
-def by_step(steps: np.ndarray, values: np.ndarray, reduce: Callable[[np.ndarray], Any] = np.mean) -> Series:
-    """One number (or several) a step from the values (n,) of its completions; NaN values do not count."""
-    known = ~np.isnan(values)
-    steps, values = steps[known], values[known]
-    order = np.argsort(steps, kind="stable")
-    unique, starts = np.unique(steps[order], return_index=True)
-    parts = np.split(values[order], starts[1:]) if len(unique) else []
-    return Series(unique, np.array([reduce(part) for part in parts]))
-
-
-def quartiles(values: np.ndarray) -> np.ndarray:
-    """(2,) the lower and the upper quartile."""
-    return np.quantile(values, (0.25, 0.75))
-
-
-def group_accuracy(rollouts: Rollouts) -> Series:
-    """Accuracy a step with Wilson's 95 % interval: values (n, 3) as mean, low, high.
-
-    The observation is the question: completions of one question are not independent, so they count once, with
-    their mean.
-    """
-    steps, correct, groups = rollouts.rows["step"], rollouts.correct(), rollouts.rows["group"]
-    means = by_step(groups, correct)  # a group's number belongs to one step
-    step_of = dict(zip(groups.tolist(), steps.tolist(), strict=True))
-    return by_step(
-        np.array([step_of[group] for group in means.steps.tolist()], dtype=np.int64),
-        means.values.astype(float),
-        lambda part: (part.mean(), *wilson(part.sum(), len(part))),
-    )
-
-
-def ends(values: np.ndarray) -> tuple[float, float] | None:
-    """The means of the first and of the last tenth, at least one value each; None without values."""
-    if not len(values):
-        return None
-    tenth = -(-len(values) // 10)
-    return float(values[:tenth].mean()), float(values[-tenth:].mean())
-
-
-def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """(n,) centred means over `window` (odd) values, over fewer at the ends."""
-
-    def sums(addends: np.ndarray) -> np.ndarray:
-        return np.convolve(addends, np.ones(window))[window // 2 :][: len(addends)]
-
-    return sums(values) / sums(np.ones(len(values)))
-
-
-@dataclass(frozen=True)
-class Reflections:
-    """How often completions reconsider, and whether it helps.
-
-    Attributes:
-        measured: completions in which reflections were looked for.
-        reflective, first_step: how many have one, and the first step with one.
-        accuracy_with, accuracy_without: (right, judged) of those with and without a reflection.
-        corrections, corrected_right: how many changed their option, and how many of these (right, judged) ended right.
-    """
-
-    measured: int
-    reflective: int
-    first_step: int | None
-    accuracy_with: tuple[int, int]
-    accuracy_without: tuple[int, int]
-    corrections: int
-    corrected_right: tuple[int, int]
-
-
-def reflection_statistics(rollouts: Rollouts) -> Reflections:
-    """Counts over all completions in which the run looked for reflections."""
-    rows, correct = rollouts.rows, rollouts.correct()
-    measured = rows["has_reflections"]
-    with_one, corrected = measured & rows["reflective"], measured & rows["corrected"]
-
-    def right(chosen: np.ndarray) -> tuple[int, int]:
-        return int((correct[chosen] == 1).sum()), int((~np.isnan(correct[chosen])).sum())
-
-    return Reflections(
-        measured=int(measured.sum()),
-        reflective=int(with_one.sum()),
-        first_step=int(rows["step"][with_one].min()) if with_one.any() else None,
-        accuracy_with=right(with_one),
-        accuracy_without=right(measured & ~rows["reflective"]),
-        corrections=int(corrected.sum()),
-        corrected_right=right(corrected),
-    )
