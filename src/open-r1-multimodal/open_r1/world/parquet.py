@@ -96,10 +96,7 @@ def write_rows(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]], to
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with (
-            pq.ParquetWriter(temporary, schema) as writer,
-            tqdm(total=total, unit=" rows", desc=path.name) as bar,
-        ):
+        with pq.ParquetWriter(temporary, schema) as writer, tqdm(total=total, unit=" rows", desc=path.name) as bar:
             while batch := list(islice(rows, BATCH_ROWS)):
                 writer.write_table(pa.Table.from_pylist(batch, schema))
                 bar.update(len(batch))
