@@ -25,6 +25,7 @@ from open_r1.callbacks import (
 )
 from open_r1.data import DataArguments
 from open_r1.reflection import find_reflections
+from open_r1.report import page
 from open_r1.rewards import accuracy_reward, format_reward
 from open_r1.trackers import LogRollouts, code_block, rollout_markdown
 from support import make_config, make_trainer, read_jsonl
@@ -397,13 +398,13 @@ def test_only_the_noise_is_silenced(name, part, monkeypatch):
 
 
 def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(entry, "write_report", lambda run: run / "report.html")
+    monkeypatch.setattr(page, "write_report", lambda run: run / "report.html")
     entry.report(str(tmp_path))
 
     def fail(run):
         raise ValueError(f"{run}: log.jsonl: line 3: not JSON")
 
-    monkeypatch.setattr(entry, "write_report", fail)
+    monkeypatch.setattr(page, "write_report", fail)
     entry.report(str(tmp_path))
     captured = capsys.readouterr()
     assert captured.out == f"report: {tmp_path}/report.html\n"

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import datetime, timezone
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,18 +18,19 @@ from PIL import Image
 from fake_run import PROMPT, STARTED, fake_events, fake_rows, row, write_images, write_lines, write_run
 from open_r1.evaluate.statistics import wilson
 from open_r1.prompts import REPO_ROOT
-from open_r1.report import page as report
-from open_r1.report.curves import MAX_POINTS, collect, step_time, thin
-from open_r1.report.page import choose_steps, segments, write_report
-from open_r1.report.runs import (
+from open_r1.report import browser
+from open_r1.report.browser import choose_steps, segments
+from open_r1.report.curves import collect, step_time
+from open_r1.report.figures import MAX_POINTS, thin
+from open_r1.report.page import utc, write_report
+from open_r1.report.runs import read_run, scan_trajectories
+from open_r1.report.statistics import (
     by_step,
-    ends,
+    first_and_last_tenth,
     group_accuracy,
     moving_average,
     quartiles,
-    read_run,
     reflection_statistics,
-    scan_rollouts,
 )
 
 SCRIPT = REPO_ROOT / "scripts/report.py"
@@ -96,8 +98,8 @@ TINY = [
 @pytest.fixture
 def tiny(tmp_path):
     run = write_run(tmp_path / "run", TINY, eval_rows=TINY)
-    with scan_rollouts(run / "trajectories/train.jsonl") as rollouts:
-        yield rollouts
+    with scan_trajectories(run / "trajectories/train.jsonl") as trajectories:
+        yield trajectories
 
 
 def test_statistics_of_a_tiny_run(tiny):
@@ -129,8 +131,8 @@ def test_evaluation_in_several_batches(tmp_path):
     """Groups are numbered anew in each batch of an evaluation: the same number may mean two questions."""
     rows = [row(step=5, group=g, prompt=PROMPT.format(f"{b}{g}?"), rewards=RIGHT) for b in (0, 1) for g in (0, 1)]
     run = write_run(tmp_path / "run", eval_rows=rows)
-    with scan_rollouts(run / "trajectories/eval.jsonl") as rollouts:
-        np.testing.assert_allclose(group_accuracy(rollouts).values[0], [1.0, *wilson(4, 4)])
+    with scan_trajectories(run / "trajectories/eval.jsonl") as trajectories:
+        np.testing.assert_allclose(group_accuracy(trajectories).values[0], [1.0, *wilson(4, 4)])
     [step] = make(run).data["sources"]["eval"]["steps"]
     assert [group["number"] for group in step["groups"]] == [1, 2, 3, 4] and step["asked"] == 4
 
@@ -147,7 +149,8 @@ def test_rows_of_two_processes(tmp_path):
 
 
 def test_small_functions():
-    assert ends(np.arange(20.0)) == (0.5, 18.5) and ends(np.array([3.0])) == (3, 3) and ends(np.array([])) is None
+    assert first_and_last_tenth(np.arange(20.0)) == (0.5, 18.5) and first_and_last_tenth(np.array([3.0])) == (3, 3)
+    assert first_and_last_tenth(np.array([])) is None
     np.testing.assert_allclose(moving_average(np.array([1.0, 2, 3, 10]), 3), [1.5, 2, 5, 6.5])
     np.testing.assert_allclose(moving_average(np.array([1.0, 3]), 9), [2, 2])
 
@@ -207,7 +210,8 @@ def test_a_finished_run(tmp_path):
 def test_curves_follow_every_completion(tmp_path):
     """The log's own mean may cover several steps; the completions are those of each."""
     run = write_run(tmp_path / "run", TINY, events=[{"step": 3, "rewards/accuracy_reward/mean": 0.123, "kl": 0.5}])
-    with scan_rollouts(run / "trajectories/train.jsonl") as train, scan_rollouts(run / "none.jsonl") as held_out:
+    path = run / "trajectories/train.jsonl"
+    with scan_trajectories(path) as train, scan_trajectories(run / "none.jsonl") as held_out:
         curves = collect(read_run(run), train, held_out)
     assert curves.accuracy[0].points.values.tolist() == [0.5, 1.0]
     assert "Held-out accuracy" in curves.missing and "KL to the reference model" not in curves.missing
@@ -220,7 +224,7 @@ def test_a_killed_run_with_half_a_line(tmp_path):
             file.write('{"step": 3, "promp')
     page = make(run)
     assert "stopped at step 2 or still running" in page.text and len(page.completions()) == 2
-    assert f"last logged {report.utc(report.datetime.fromtimestamp(STARTED + 40, report.timezone.utc))}" in page.text
+    assert f"last logged {utc(datetime.fromtimestamp(STARTED + 40, timezone.utc))}" in page.text
 
 
 def test_zeros_behind_the_last_line(tmp_path):
@@ -296,9 +300,9 @@ def test_a_run_that_resumes_meanwhile(tmp_path):
     """Resuming replaces the file; the texts that the report then fetches are still those that it counted."""
     run = write_run(tmp_path / "run", [row(step=1, completion="first"), row(step=2, completion="second")])
     path = run / "trajectories/train.jsonl"
-    with scan_rollouts(path) as rollouts:
+    with scan_trajectories(path) as trajectories:
         write_lines(run / "new", [row(step=1, completion="x" * 1000)]).replace(path)
-        assert [rollouts.read(index)["completion"] for index in (1, 0)] == ["second", "first"]
+        assert [trajectories.read(index)["completion"] for index in (1, 0)] == ["second", "first"]
 
 
 # --- images -------------------------------------------------------------------------------------------------
@@ -333,8 +337,8 @@ def test_photographs_become_jpeg_and_the_budget_holds(tmp_path, monkeypatch):
         path = tmp_path / f"{number}.jpg"
         Image.fromarray(noise).save(path)
         rows.append(row(step=number, images=[str(path)]))
-    size = len(report.thumbnail(path)[0])
-    monkeypatch.setattr(report, "IMAGE_BUDGET", 2 * size)
+    size = len(browser.thumbnail(path)[0])
+    monkeypatch.setattr(browser, "IMAGE_BUDGET", 2 * size)
     images = make(write_run(tmp_path / "run", rows)).data["images"]
     assert [image["name"] for image in images if "source" in image] == ["0.jpg", "3.jpg"]  # the first and last step
     assert all(image["source"].startswith("data:image/jpeg") for image in images if "source" in image)
@@ -470,7 +474,7 @@ def test_texts_that_swell_when_escaped_stay_within_the_budget(tmp_path):
 
 
 def test_examples_are_among_the_embedded(tmp_path, monkeypatch):
-    monkeypatch.setitem(report.TEXT_BUDGETS, "train", 4_000)
+    monkeypatch.setitem(browser.TEXT_BUDGETS, "train", 4_000)
     rows = [row(step=step, completion=f"It is {step}. Wait, no.") for step in range(200)]
     for step in (33, 77, 123):
         rows[step] |= {"reflections": [[9, 14]], "considered": "right", "self_corrected": True}
@@ -485,7 +489,7 @@ def test_a_large_evaluation_is_thinned_to_the_same_prompts(tmp_path):
     rows = [row(step=s, group=g, prompt=PROMPT.format(f"{g}?")) for s in (1, 2) for g in range(100)]
     steps = make(write_run(tmp_path / "run", eval_rows=rows)).data["sources"]["eval"]["steps"]
     shown = [[group["prompt"] for group in step["groups"]] for step in steps]
-    assert shown[0] == shown[1] and len(shown[0]) == report.MAX_GROUPS and steps[0]["asked"] == 100
+    assert shown[0] == shown[1] and len(shown[0]) == browser.MAX_GROUPS and steps[0]["asked"] == 100
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -573,7 +577,11 @@ def test_not_a_run(tmp_path):
 
 
 def test_report_imports_no_torch():
-    code = (
-        "import sys, open_r1.report; sys.exit(bool({'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)))"
-    )
+    heavy = {"torch", "transformers", "matplotlib.pyplot"}
+    code = f"import sys, open_r1.report.page; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_training_starts_without_matplotlib():
+    code = "import sys, open_r1.grpo, open_r1.sft; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -28,7 +28,6 @@ from open_r1.checkpoints import (
 from open_r1.failures import Mistake, mistakes, told_once
 from open_r1.modeling import parameter_table
 from open_r1.recipes import PLANNED_PROCESSES, read_recipe, split_arguments
-from open_r1.report.page import write_report
 
 # What libraries warn about at every start although it is as it should be: logger -> part of the message.
 NOISE = {
@@ -203,6 +202,8 @@ def train(command: Command, arguments: Sequence[str]) -> None:
 def report(output_dir: str) -> None:
     """Write the run's report and say where. Training is done and saved: what is wrong with a report ends no run."""
     try:
+        from open_r1.report.page import write_report  # loads matplotlib, which training does without
+
         print(f"report: {write_report(Path(output_dir))}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"no report: {error}", file=sys.stderr)

@@ -33,18 +33,16 @@ def is_usable(value: Any) -> bool:
     return is_number(value) and abs(value) <= _LARGEST  # false for NaN
 
 
-def is_text(value: Any) -> bool:
-    """Whether it is a text."""
+def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def is_text_or_null(value: Any) -> bool:
-    """Whether it is a text or missing."""
+def _is_text_or_null(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
 def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(is_text, value))
+    return isinstance(value, list) and all(map(_is_text, value))
 
 
 def _are_texts_or_null(value: Any) -> bool:
@@ -68,7 +66,7 @@ class Check(NamedTuple):
     what: str
 
 
-TEXT, TEXT_OR_NULL = Check(is_text, "text"), Check(is_text_or_null, "text or null")
+TEXT, TEXT_OR_NULL = Check(_is_text, "text"), Check(_is_text_or_null, "text or null")
 FLAG = Check(lambda value: isinstance(value, bool), "true or false")
 
 

@@ -7,50 +7,26 @@ what it writes, and the page's script puts text only where text belongs.
 
 import base64
 import hashlib
-import io
 import math
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from datetime import datetime, timezone
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from open_r1.answers import extract_answer
 from open_r1.files import replace_file
-from open_r1.images import DECODE_ERRORS, opened, to_rgb
-from open_r1.report.curves import (
-    NARROW,
-    WIDE,
-    Curves,
-    accuracy_length_legend,
-    accuracy_length_svg,
-    chart_svg,
-    collect,
-    is_sft,
-    legend,
-    save_accuracy_length,
-)
-from open_r1.report.runs import Rollouts, Run, ends, is_usable, read_run, reflection_statistics, scan_rollouts
+from open_r1.report import figures
+from open_r1.report.browser import QUOTE, Steps, browser_data, shown, steps_of, visible
+from open_r1.report.curves import Curves, collect, is_sft
+from open_r1.report.runs import Run, Trajectories, read_run, scan_trajectories
+from open_r1.report.statistics import first_and_last_tenth, reflection_statistics
 
-TEXT_LIMIT = 4000  # characters of one text in the page; longer ones keep this much of their beginning and end
-TEXT_HEAD = 3000
-IMAGE_SIDE = 256  # pixels of the longer side
-MAX_GROUPS = 32  # prompts of one step
-MAX_IMAGES = 8  # of one prompt
 MAX_EXAMPLES = 6
-QUOTE = 160  # characters of an example on either side of its first reflection
-# Bytes that the page spends on the completions of each source, and on images before base64 adds a third.
-TEXT_BUDGETS = {"train": 6_000_000, "eval": 3_000_000}
-IMAGE_BUDGET = 6_000_000
-ROW_BYTES = 200  # of a completion beside its text
-
 # The arguments that the page names, where the run has them.
 SETTINGS = (
     "learning_rate",
@@ -72,15 +48,6 @@ SETTINGS = (
 )
 KEY_CHARTS = ("rewards", "held-out", "length", "loss", "token-accuracy")  # their first panels head the page
 
-_TAG = re.compile(r"</?(?:think|answer)>")
-# Control characters by their pictures, U+2400 on: a random model writes them, and nobody would see them. Half a
-# character by the sign for it: it is no text.
-_VISIBLE = {
-    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"},
-    127: 0x2421,
-    **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),
-}
-
 
 def write_report(run: Path, output: Path | None = None) -> Path:
     """Make the report of a run, finished or not.
@@ -100,7 +67,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     with ExitStack() as stack:
         log = read_run(run)
         train, held_out = (
-            stack.enter_context(scan_rollouts(run / f"trajectories/{name}.jsonl")) for name in ("train", "eval")
+            stack.enter_context(scan_trajectories(run / f"trajectories/{name}.jsonl")) for name in ("train", "eval")
         )
         curves = collect(log, train, held_out)
         page = render(log, train, held_out, curves)
@@ -108,11 +75,11 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     replace_file(output, page.encode("utf-8", errors="replace"))
     if curves.accuracy or curves.length:
         for ending in (".png", ".svg"):
-            save_accuracy_length(curves, output.with_name(f"accuracy_length{ending}"))
+            figures.save_accuracy_length(curves, output.with_name(f"accuracy_length{ending}"))
     return output
 
 
-def render(run: Run, train: Rollouts, held_out: Rollouts, curves: Curves) -> str:
+def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves) -> str:
     """The page's HTML."""
     here = Path(__file__).parent
     environment = Environment(
@@ -134,17 +101,17 @@ def render(run: Run, train: Rollouts, held_out: Rollouts, curves: Curves) -> str
         figures=key_figures(curves),
         settings=[(name, run.info["arguments"][name]) for name in SETTINGS if name in run.info.get("arguments", {})],
         accuracy_length=[
-            accuracy_length_svg(curves, f"accuracy-length-{name}", size)
-            for name, size in (("wide", WIDE), ("narrow", NARROW))
+            figures.accuracy_length_svg(curves, f"accuracy-length-{name}", size)
+            for name, size in (("wide", figures.WIDE), ("narrow", figures.NARROW))
             if curves.accuracy or curves.length
         ],
-        accuracy_length_legend=accuracy_length_legend(curves),
-        charts=[(chart, legend(chart), chart_svg(chart)) for chart in curves.charts],
+        accuracy_length_legend=figures.accuracy_length_legend(curves),
+        charts=[(chart, figures.legend(chart), figures.chart_svg(chart)) for chart in curves.charts],
         missing=curves.missing,
         reflections=[
-            (title, reflection_statistics(rollouts))
-            for title, rollouts in (("training", train), ("held-out", held_out))
-            if len(rollouts)
+            (title, reflection_statistics(trajectories))
+            for title, trajectories in (("training", train), ("held-out", held_out))
+            if len(trajectories)
         ],
         examples=examples(train, picked),
         browser=browser_data({"train": train, "eval": held_out}, {"train": picked, "eval": ()}),
@@ -154,7 +121,7 @@ def render(run: Run, train: Rollouts, held_out: Rollouts, curves: Curves) -> str
 # --- the head of the page -----------------------------------------------------------------------------------
 
 
-def summary(run: Run, train: Rollouts, held_out: Rollouts) -> dict[str, Any]:
+def summary(run: Run, train: Trajectories, held_out: Trajectories) -> dict[str, Any]:
     """What the run is and how far it came."""
     done = run.steps_done or int(train.rows["step"].max(initial=0))
     if run.max_steps is not None and done >= run.max_steps:
@@ -186,39 +153,23 @@ def utc(time: datetime) -> str:
 
 def key_figures(curves: Curves) -> list[tuple[str, str, str]]:
     """Label, value at the start and value at the end of what a run is about."""
-    figures = []
+    rows = []
     for chart in curves.charts:
         panel = chart.panels[0]
         for line in panel.lines if chart.name in KEY_CHARTS else ():
             values = line.points.values
-            first, last = (values[0], values[-1]) if line.marked else ends(values)
-            figures.append((line.label, *(f"{100 * v:.1f} %" if panel.percent else f"{v:.3g}" for v in (first, last))))
-    return figures
-
-
-# --- steps -------------------------------------------------------------------------------------------------
-
-Steps = dict[int, list[list[int]]]  # step -> the rows of each group, in the file's order
-
-
-def steps_of(rollouts: Rollouts) -> Steps:
-    """The rows of every step, group by group."""
-    groups: dict[int, list[int]] = {}
-    for index, group in enumerate(rollouts.rows["group"].tolist()):
-        groups.setdefault(group, []).append(index)
-    steps: Steps = {}
-    for rows in groups.values():
-        steps.setdefault(int(rollouts.rows["step"][rows[0]]), []).append(rows)
-    return dict(sorted(steps.items()))
+            first, last = (values[0], values[-1]) if line.marked else first_and_last_tenth(values)
+            rows.append((line.label, *(f"{100 * v:.1f} %" if panel.percent else f"{v:.3g}" for v in (first, last))))
+    return rows
 
 
 # --- aha moments --------------------------------------------------------------------------------------------
 
 
-def pick_examples(rollouts: Rollouts, count: int = MAX_EXAMPLES) -> list[int]:
+def pick_examples(trajectories: Trajectories, count: int = MAX_EXAMPLES) -> list[int]:
     """Rows worth reading: the first with a reflection, then self-corrections that ended right, over the whole run."""
-    reflective = np.flatnonzero(rollouts.rows["reflective"])
-    right = reflective[rollouts.rows["corrected"][reflective] & (rollouts.correct()[reflective] == 1)]
+    reflective = np.flatnonzero(trajectories.rows["reflective"])
+    right = reflective[trajectories.rows["self_corrected"][reflective] & (trajectories.correct()[reflective] == 1)]
     chosen = set(reflective[:1].tolist())
     for pool in (right, reflective):
         rest = [index for index in pool.tolist() if index not in chosen]
@@ -227,15 +178,15 @@ def pick_examples(rollouts: Rollouts, count: int = MAX_EXAMPLES) -> list[int]:
     return sorted(chosen)
 
 
-def examples(rollouts: Rollouts, rows: Iterable[int]) -> list[dict[str, Any]]:
+def examples(trajectories: Trajectories, rows: Iterable[int]) -> list[dict[str, Any]]:
     """Quotations of completions around their first reflections."""
-    steps, correct = steps_of(rollouts), rollouts.correct()
-    return [quotation(rollouts, steps, index, correct[index]) for index in rows]
+    steps, correct = steps_of(trajectories), trajectories.correct()
+    return [quotation(trajectories, steps, index, correct[index]) for index in rows]
 
 
-def quotation(rollouts: Rollouts, steps: Steps, index: int, correct: float) -> dict[str, Any]:
+def quotation(trajectories: Trajectories, steps: Steps, index: int, correct: float) -> dict[str, Any]:
     """What a completion says around its first reflection, and where the page's browser has the whole of it."""
-    record = rollouts.read(index)
+    record = trajectories.read(index)
     step, text, (start, end) = record["step"], record["completion"], min(record["reflections"])
     group, rows = next((number, rows) for number, rows in enumerate(steps[step], start=1) if index in rows)
     return {
@@ -249,225 +200,3 @@ def quotation(rollouts: Rollouts, steps: Steps, index: int, correct: float) -> d
         "corrected": record.get("self_corrected", False),
         "correct": None if math.isnan(correct) else bool(correct),
     }
-
-
-# --- the browser of completions -----------------------------------------------------------------------------
-
-
-def choose_steps(prompts: Mapping[int, Collection[int]], count: int, required: Collection[int] = ()) -> list[int]:
-    """About `count` steps to show: the first, the last, the required ones, and others evenly between.
-
-    Of each stretch of steps the one is taken in which most prompts of the steps before it recur, so that one can see
-    what became of them; of equals the one in the middle.
-
-    Args:
-        prompts: step, in order -> the prompts that it asks.
-    """
-    steps = list(prompts)
-    if len(steps) <= count:
-        return steps
-    wanted = {steps[0], steps[-1], *required}
-    chosen, seen = {steps[0]}, set(prompts[steps[0]])
-    edges = np.linspace(1, len(steps) - 1, max(count - 1, 1)).round().astype(int)  # of count - 2 stretches
-    for low, high in pairwise(edges):
-        stretch = steps[low:high]
-        middle = (len(stretch) - 1) / 2
-        taken = [step for step in stretch if step in wanted] or [
-            max(
-                enumerate(stretch),
-                key=lambda place: (len(seen.intersection(prompts[place[1]])), -abs(place[0] - middle)),
-            )[1]
-        ]
-        chosen.update(taken)
-        for step in taken:
-            seen.update(prompts[step])
-    return sorted(chosen | wanted)
-
-
-def choose_groups(
-    rollouts: Rollouts, groups: Sequence[list[int]], often: np.ndarray, required: set[int]
-) -> list[tuple[int, list[int]]]:
-    """At most `MAX_GROUPS` of a step's groups, with their numbers in it: required rows, then prompts that recur.
-
-    Args:
-        often: prompt -> in how many groups of the file it is asked.
-    """
-
-    def rank(place: int) -> tuple:
-        rows = groups[place]
-        prompt = rollouts.rows["prompt"][rows[0]]
-        return required.isdisjoint(rows), -often[prompt], prompt
-
-    places = sorted(sorted(range(len(groups)), key=rank)[:MAX_GROUPS])
-    return [(place + 1, groups[place]) for place in places]
-
-
-class Shared:
-    """What the page holds once, however often it is asked: prompts and images."""
-
-    def __init__(self) -> None:
-        self.prompts: list[dict[str, Any]] = []
-        self.images: list[dict[str, str]] = []
-        self._prompt_numbers: dict[tuple[int, int], int] = {}
-        self._image_numbers: dict[str, int] = {}
-        self._budget = IMAGE_BUDGET
-
-    def prompt(self, rollouts: Rollouts, index: int, record: Mapping[str, Any]) -> int:
-        """The number of a completion's prompt."""
-        key = id(rollouts), int(rollouts.rows["prompt"][index])
-        if key not in self._prompt_numbers:
-            self._prompt_numbers[key] = len(self.prompts)
-            head, question, tail = rollouts.question(record["prompt"])
-            self.prompts.append(
-                {
-                    "head": segments(head),
-                    "question": segments(question.strip()),
-                    "tail": segments(tail),
-                    "opens_think": record["prompt"].endswith("<think>"),
-                    "images": [self.image(path) for path in record["images"][:MAX_IMAGES]],
-                }
-            )
-        return self._prompt_numbers[key]
-
-    def image(self, path: str) -> int:
-        """The number of an image."""
-        if path not in self._image_numbers:
-            self._image_numbers[path] = len(self.images)
-            record = {"name": visible(Path(path).name)[:QUOTE]}
-            try:
-                data, kind = thumbnail(Path(path))
-            except DECODE_ERRORS as error:
-                record["missing"] = "no such file" if isinstance(error, FileNotFoundError) else "cannot be decoded"
-            else:
-                self._budget -= len(data)
-                if self._budget >= 0:
-                    record["source"] = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-                else:
-                    record["missing"] = "left out to keep this page small"
-            self.images.append(record)
-        return self._image_numbers[path]
-
-
-def browser_data(sources: Mapping[str, Rollouts], required: Mapping[str, Collection[int]]) -> dict[str, Any]:
-    """What the page's script browses.
-
-    Args:
-        sources: name -> its completions.
-        required: name -> rows that must be among those embedded.
-    """
-    shared = Shared()
-    embedded = {
-        name: embed(rollouts, set(required[name]), TEXT_BUDGETS[name], shared) for name, rollouts in sources.items()
-    }
-    return {"sources": embedded, "prompts": shared.prompts, "images": shared.images}
-
-
-def embed(rollouts: Rollouts, required: set[int], budget: int, shared: Shared) -> dict[str, Any]:
-    """As many steps of one source as fit the budget (in bytes), in whole groups."""
-    steps, correct = steps_of(rollouts), rollouts.correct()
-    asked = {step: [int(rollouts.rows["prompt"][rows[0]]) for rows in groups] for step, groups in steps.items()}
-    often = np.bincount([prompt for prompts in asked.values() for prompt in prompts], minlength=1)
-    groups = {step: choose_groups(rollouts, steps[step], often, required) for step in steps}
-    size = np.minimum(rollouts.rows["size"], TEXT_LIMIT) + ROW_BYTES
-    total = sum(int(size[rows].sum()) for chosen in groups.values() for _, rows in chosen)
-    required_steps = {int(rollouts.rows["step"][index]) for index in required}
-    chosen = choose_steps(asked, max(2, int(len(steps) * budget / max(total, 1))), required_steps)
-    first = [step for step in chosen if step in {chosen[0], chosen[-1], *required_steps}]
-    records: dict[int, dict[str, Any]] = {}
-    for step in [*first, *(step for step in chosen if step not in first)]:
-        of_step = [group_record(rollouts, correct, number, rows, shared) for number, rows in groups[step]]
-        budget -= len(htmlsafe_json_dumps(of_step))
-        if budget < 0 and records:  # escapes may take more than was reckoned
-            break
-        records[step] = {"step": step, "asked": len(steps[step]), "groups": of_step}
-    return {
-        "steps": [records[step] for step in sorted(records)],
-        "total": len(steps),
-        "rewards": [visible(name) for name in rollouts.rewards],
-    }
-
-
-def group_record(
-    rollouts: Rollouts, correct: np.ndarray, number: int, rows: Sequence[int], shared: Shared
-) -> dict[str, Any]:
-    """One prompt of one step, the `number`-th, and its completions."""
-    records = [rollouts.read(index) for index in rows]
-    return {
-        "number": number,
-        "prompt": shared.prompt(rollouts, rows[0], records[0]),
-        "solution": shown(records[0].get("solution")),
-        "completions": [
-            {
-                "text": segments(record["completion"], record.get("reflections", ())),
-                "rewards": [rounded(record["rewards"].get(name)) for name in rollouts.rewards],
-                "advantage": rounded(record["advantage"]),
-                "length": record["length"],
-                "truncated": not record["ended"],
-                "correct": None if math.isnan(correct[index]) else bool(correct[index]),
-                "reflective": bool(record.get("reflections")),
-                "considered": shown(record.get("considered")) if record.get("self_corrected") else None,
-            }
-            for index, record in zip(rows, records, strict=True)
-        ],
-    }
-
-
-# --- untrusted texts and images -----------------------------------------------------------------------------
-
-
-def visible(text: str) -> str:
-    """The text with a sign for what has none."""
-    return text.translate(_VISIBLE)
-
-
-def shown(text: str | None) -> str | None:
-    """A short text, cut to what fits a line or two."""
-    return text if text is None else visible(text if len(text) <= QUOTE else text[:QUOTE] + "…")
-
-
-def rounded(value: float | None) -> float | None:
-    """A number as JSON can hold it."""
-    return round(value, 3) if is_usable(value) else None
-
-
-def segments(text: str, reflections: Iterable[Sequence[int]] = ()) -> list[tuple[str, str]]:
-    """The text as pieces (kind, text): `text`, `tag`, `reflection`; `cut` names what is left out of a long one."""
-    windows = [(0, len(text))]
-    if len(text) > TEXT_LIMIT:
-        windows = [(0, TEXT_HEAD), (len(text) - (TEXT_LIMIT - TEXT_HEAD), len(text))]
-    pieces: list[tuple[str, str]] = []
-    position = 0
-    for start, end in windows:
-        if start > position:
-            pieces.append(("cut", f"{start - position:,} characters left out"))
-        position = start
-        marks = [(match.start(), match.end(), "tag") for match in _TAG.finditer(text, start, end)]
-        marks += [(first, last, "reflection") for first, last in reflections]
-        for first, last, kind in sorted(marks):
-            first, last = max(first, position), min(last, end)
-            if first < last:
-                pieces += [("text", text[position:first]), (kind, text[first:last])]
-                position = last
-        pieces.append(("text", text[position:end]))
-        position = end
-    return [(kind, visible(piece)) for kind, piece in pieces if piece]
-
-
-def thumbnail(path: Path) -> tuple[bytes, str]:
-    """A small copy of an image and its format, `png` or `jpeg`.
-
-    Raises:
-        one of `DECODE_ERRORS`: not a file, no image, damaged or too large.
-    """
-    if not path.is_file():  # a pipe would be waited for
-        raise FileNotFoundError(path)
-    with opened(path) as image:
-        image.draft("RGB", (2 * IMAGE_SIDE, 2 * IMAGE_SIDE))  # a large JPEG is decoded at a fraction of its size
-        small = to_rgb(image)
-    small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-    buffer = io.BytesIO()
-    if small.getcolors(256):  # flat colours: smaller and sharper as PNG
-        small.save(buffer, format="PNG", optimize=True)
-        return buffer.getvalue(), "png"
-    small.save(buffer, format="JPEG", quality=80)
-    return buffer.getvalue(), "jpeg"

@@ -1,4 +1,4 @@
-"""The folder that a run leaves -> what happened in it: its arguments, its log, its completions, statistics. No torch.
+"""Reads the folder that a run leaves, and trusts none of it: its arguments, its log, its completions. No torch.
 
 A run may still be going on: the last line of a file may be half written. Anything else that is damaged is an error in
 one line. Completions are kept as columns of numbers; their texts stay in the file until somebody asks for one.
@@ -8,20 +8,31 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from open_r1.evaluate.statistics import wilson
+from open_r1.trajectories import (
+    NUMBERS,
+    OPTIONAL,
+    REQUIRED,
+    TEXT,
+    TEXT_OR_NULL,
+    Check,
+    Fields,
+    is_count,
+    is_integer,
+    is_number,
+    is_usable,
+)
 
 ACCURACY, FORMAT = "accuracy_reward", "format_reward"  # as the trainer logs the registry's rewards
 MAX_REWARDS = 32  # a run has a handful; more is a damaged file, and each is a column
-_LARGEST = 2**53  # integers up to it survive a trip through JSON
 _YEAR_10000 = 253402300800  # in seconds since 1970
-_IMAGE_TAGS = re.compile(r"<\|vision_start\|>(?:<\|(?:image|video)_pad\|>)*<\|vision_end\|>")
+_IMAGE_TAGS = re.compile(r"(?:<\|?\w*(?:image|vision|video)\w*\|?>)+")  # what stands for images in any family's prompt
 # A place where a template's own text may end and a question begin, and the other way round.
 _QUESTION_STARTS = re.compile(r"\n|[.:?!] ")
 _QUESTION_ENDS = re.compile(r"\n|  |<\|")
@@ -30,81 +41,21 @@ _QUESTION_ENDS = re.compile(r"\n|  |<\|")
 # --- untrusted data -----------------------------------------------------------------------------------------
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a number; NaN and the infinities, which Python writes into JSON, are."""
-    return isinstance(value, float) or (_is_integer(value) and abs(value) <= _LARGEST)
-
-
-def is_usable(value: Any) -> bool:
-    """Whether it is a number that can be averaged and drawn."""
-    return is_number(value) and abs(value) <= _LARGEST  # false for NaN
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_integer(value) and 0 <= value <= _LARGEST
-
-
 def _is_time(value: Any) -> bool:
     return is_number(value) and 0 <= value < _YEAR_10000
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_text_or_null(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
-def _are_rewards(value: Any) -> bool:
-    return isinstance(value, dict) and all(reward is None or is_number(reward) for reward in value.values())
-
-
-def _are_spans(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(span, list) and len(span) == 2 and all(map(_is_count, span)) for span in value
-    )
-
-
-Fields = Mapping[str, tuple[Callable[[Any], bool], str]]  # name -> what must hold, and how an error calls it
-
-COMPLETION: Fields = {
-    "step": (_is_count, "a number of steps"),
-    "prompt": (_is_text, "text"),
-    "images": (_are_texts, "a list of paths"),
-    "completion": (_is_text, "text"),
-    "rewards": (_are_rewards, "numbers or null by name"),
-    "advantage": (is_number, "a number"),
-    "length": (_is_count, "a number of tokens"),
-    "ended": (lambda value: isinstance(value, bool), "true or false"),
-}
-# Older runs have not all of them.
-COMPLETION_OPTIONAL: Fields = {
-    "solution": (_is_text_or_null, "text or null"),
-    "group": (_is_count, "a number"),
-    "reflections": (_are_spans, "pairs of offsets"),
-    "considered": (_is_text_or_null, "text or null"),
-    "self_corrected": (lambda value: isinstance(value, bool), "true or false"),
-}
-EVENT: Fields = {"step": (_is_count, "a number of steps")}
-EVENT_OPTIONAL: Fields = {"time": (_is_time, "seconds since 1970")}
+EVENT: Fields = {"step": Check(is_count, "a number of steps")}
+EVENT_OPTIONAL: Fields = {"time": Check(_is_time, "seconds since 1970")}
 INFO_OPTIONAL: Fields = {
-    "command": (_is_text, "text"),
-    "started": (_is_text, "text"),
-    "world_size": (_is_count, "a number of processes"),
-    "max_steps": (_is_integer, "a number of steps"),
-    "model": (_is_text, "text"),
-    "dataset": (_is_text_or_null, "text or null"),
-    "eval_dataset": (_is_text_or_null, "text or null"),
-    "arguments": (lambda value: isinstance(value, dict), "an object"),
+    "command": TEXT,
+    "started": TEXT,
+    "world_size": Check(is_count, "a number of processes"),
+    "max_steps": Check(is_integer, "a number of steps"),
+    "model": TEXT,
+    "dataset": TEXT_OR_NULL,
+    "eval_dataset": TEXT_OR_NULL,
+    "arguments": Check(lambda value: isinstance(value, dict), "an object"),
 }
 
 
@@ -224,7 +175,7 @@ def read_run(path: Path) -> Run:
         with (path / "log.jsonl").open("rb") as file:
             events = [event for _, event in read_lines(file, EVENT, EVENT_OPTIONAL)]
     max_steps = info.get("max_steps", state.get("max_steps"))
-    return Run(path, info, events, max_steps if _is_count(max_steps) and max_steps > 0 else None)
+    return Run(path, info, events, max_steps if is_count(max_steps) and max_steps > 0 else None)
 
 
 def _checkpoint_states(path: Path) -> list[Path]:
@@ -257,20 +208,17 @@ COLUMNS = np.dtype(
     [
         ("offset", np.int64),  # of the line in the file, in bytes
         ("size", np.int64),  # of the line's text, in characters
-        ("step", np.int64),
         ("group", np.int64),  # the same number for the completions of one prompt in one step, unique in the file
         ("prompt", np.int64),  # the same number for the same text and images, wherever they recur
-        ("length", np.int64),  # in tokens
-        ("ended", np.bool_),
         ("has_reflections", np.bool_),  # whether the run looked for them
         ("reflective", np.bool_),
-        ("corrected", np.bool_),
+        *((name, np.dtype(kind)) for name, kind in NUMBERS.items()),  # the record's own
     ]
 )
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class Trajectories:
     """A trajectory file: every completion as a row of numbers, and its text on demand.
 
     Attributes:
@@ -286,7 +234,7 @@ class Rollouts:
     head: str
     tail: str
 
-    def __enter__(self) -> "Rollouts":
+    def __enter__(self) -> "Trajectories":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -316,7 +264,7 @@ class Rollouts:
         return self.head, prompt[len(self.head) : middle], self.tail
 
 
-def scan_rollouts(path: Path) -> Rollouts:
+def scan_trajectories(path: Path) -> Trajectories:
     """Read a trajectory file once, in order; a file that is not there has no rows.
 
     Raises:
@@ -330,13 +278,13 @@ def scan_rollouts(path: Path) -> Rollouts:
         raise
 
 
-def _scan(file: BinaryIO) -> Rollouts:
+def _scan(file: BinaryIO) -> Trajectories:
     rows: list[tuple] = []
     rewards: dict[str, dict[int, float]] = {}
     prompts: dict[bytes, int] = {}
     groups: dict[tuple[int, int, int], int] = {}
     head = tail = None
-    for offset, record in read_lines(file, COMPLETION, COMPLETION_OPTIONAL):
+    for offset, record in read_lines(file, REQUIRED, OPTIONAL):
         prompt = record["prompt"]
         digest = hashlib.blake2b(repr((prompt, record["images"])).encode(), digest_size=16).digest()
         if digest not in prompts:
@@ -356,14 +304,11 @@ def _scan(file: BinaryIO) -> Rollouts:
             (
                 offset,
                 len(record["completion"]),
-                record["step"],
                 groups.setdefault(key, len(groups)),
                 prompt_id,
-                record["length"],
-                record["ended"],
                 reflections is not None,
                 bool(reflections),
-                record.get("self_corrected", False),
+                *(record.get(name, 0) for name in NUMBERS),
             )
         )
     columns = {}
@@ -371,7 +316,7 @@ def _scan(file: BinaryIO) -> Rollouts:
         columns[name] = np.full(len(rows), np.nan)
         columns[name][list(values)] = list(values.values())
     head, tail = _template(head, tail[::-1]) if len(prompts) > 1 else ("", "")
-    return Rollouts(file, np.array(rows, dtype=COLUMNS), columns, head, tail)
+    return Trajectories(file, np.array(rows, dtype=COLUMNS), columns, head, tail)
 
 
 def _shared(first: str, second: str) -> str:
@@ -386,94 +331,3 @@ def _template(head: str, tail: str) -> tuple[str, str]:
     starts = [match.end() for match in _QUESTION_STARTS.finditer(head)]
     ends = _QUESTION_ENDS.search(tail)
     return head[: starts[-1]] if starts else "", tail[ends.start() :] if ends else ""
-
-
-# --- statistics ---------------------------------------------------------------------------------------------
-
-
-def by_step(steps: np.ndarray, values: np.ndarray, reduce: Callable[[np.ndarray], Any] = np.mean) -> Series:
-    """One number (or several) a step from the values (n,) of its completions; NaN values do not count."""
-    known = ~np.isnan(values)
-    steps, values = steps[known], values[known]
-    order = np.argsort(steps, kind="stable")
-    unique, starts = np.unique(steps[order], return_index=True)
-    parts = np.split(values[order], starts[1:]) if len(unique) else []
-    return Series(unique, np.array([reduce(part) for part in parts]))
-
-
-def quartiles(values: np.ndarray) -> np.ndarray:
-    """(2,) the lower and the upper quartile."""
-    return np.quantile(values, (0.25, 0.75))
-
-
-def group_accuracy(rollouts: Rollouts) -> Series:
-    """Accuracy a step with Wilson's 95 % interval: values (n, 3) as mean, low, high.
-
-    The observation is the question: completions of one question are not independent, so they count once, with
-    their mean.
-    """
-    steps, correct, groups = rollouts.rows["step"], rollouts.correct(), rollouts.rows["group"]
-    means = by_step(groups, correct)  # a group's number belongs to one step
-    step_of = dict(zip(groups.tolist(), steps.tolist(), strict=True))
-    return by_step(
-        np.array([step_of[group] for group in means.steps.tolist()], dtype=np.int64),
-        means.values.astype(float),
-        lambda part: (part.mean(), *wilson(part.sum(), len(part))),
-    )
-
-
-def ends(values: np.ndarray) -> tuple[float, float] | None:
-    """The means of the first and of the last tenth, at least one value each; None without values."""
-    if not len(values):
-        return None
-    tenth = -(-len(values) // 10)
-    return float(values[:tenth].mean()), float(values[-tenth:].mean())
-
-
-def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """(n,) centred means over `window` (odd) values, over fewer at the ends."""
-
-    def sums(addends: np.ndarray) -> np.ndarray:
-        return np.convolve(addends, np.ones(window))[window // 2 :][: len(addends)]
-
-    return sums(values) / sums(np.ones(len(values)))
-
-
-@dataclass(frozen=True)
-class Reflections:
-    """How often completions reconsider, and whether it helps.
-
-    Attributes:
-        measured: completions in which reflections were looked for.
-        reflective, first_step: how many have one, and the first step with one.
-        accuracy_with, accuracy_without: (right, judged) of those with and without a reflection.
-        corrections, corrected_right: how many changed their option, and how many of these (right, judged) ended right.
-    """
-
-    measured: int
-    reflective: int
-    first_step: int | None
-    accuracy_with: tuple[int, int]
-    accuracy_without: tuple[int, int]
-    corrections: int
-    corrected_right: tuple[int, int]
-
-
-def reflection_statistics(rollouts: Rollouts) -> Reflections:
-    """Counts over all completions in which the run looked for reflections."""
-    rows, correct = rollouts.rows, rollouts.correct()
-    measured = rows["has_reflections"]
-    with_one, corrected = measured & rows["reflective"], measured & rows["corrected"]
-
-    def right(chosen: np.ndarray) -> tuple[int, int]:
-        return int((correct[chosen] == 1).sum()), int((~np.isnan(correct[chosen])).sum())
-
-    return Reflections(
-        measured=int(measured.sum()),
-        reflective=int(with_one.sum()),
-        first_step=int(rows["step"][with_one].min()) if with_one.any() else None,
-        accuracy_with=right(with_one),
-        accuracy_without=right(measured & ~rows["reflective"]),
-        corrections=int(corrected.sum()),
-        corrected_right=right(corrected),
-    )

@@ -7,18 +7,15 @@ Coloured solids stand on a floor and a pinhole camera looks at them. Every answe
 and a scene in which it would be a matter of taste (two distances about equal, an object half hidden, a side
 that image and floor plan disagree about) is thrown away and drawn again. Row i depends on the seed and on i
 alone. No torch.
-
-World coordinates, in metres: x to the right, y up, z ahead; the camera is at (0, elevation, 0) and looks down
-by its pitch. Image coordinates, in pixels: u to the right, v down.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from open_r1.world import scene
 from open_r1.world.parquet import write_cvbench, write_sat
 from open_r1.world.questions import QUESTIONS, STATIC
-from open_r1.world.scene import LEVELS
 
 
 def positive(text: str) -> int:
@@ -30,14 +27,14 @@ def positive(text: str) -> int:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m open_r1.world",
-        description=__doc__,
+        description=__doc__ + scene.__doc__.partition("\n")[2],  # what the coordinates mean
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--output", type=Path, required=True, help="sat: the file; cvbench: the folder of its two files")
     add("--rows", type=positive, default=1000, help="questions, of both files together (default: %(default)s)")
-    add("--level", choices=LEVELS, default="full", help="easy: 112x112, flat; full: 640x480 (default: full)")
+    add("--level", choices=scene.LEVELS, default="full", help="easy: 112x112, flat; full: 640x480 (default: full)")
     add("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
     add("--schema", choices=("sat", "cvbench"), default="sat", help="(default: sat)")
     add(
@@ -52,7 +49,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    level = LEVELS[args.level]
+    level = scene.LEVELS[args.level]
     try:
         if args.schema == "sat":
             write_sat(args.output, args.rows, args.seed, level, args.questions)

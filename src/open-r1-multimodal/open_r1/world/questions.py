@@ -196,14 +196,12 @@ def ask_cv_relation(rng: random.Random, level: Level) -> Asked | None:
     if gap < 0 or abs(offset) < SIDE_MARGIN * (level.width, level.height)[axis]:
         return None
     names = (("left", "right"), ("above", "below"))[axis]
-    first, second = (
-        f"the {seen.solid.name} (annotated by the {colour} box)" for seen, colour in ((a, "red"), (b, "blue"))
-    )
+    boxes, targets = (("red", a), ("blue", b)), (a.solid.name, b.solid.name)
+    first, second = (f"the {seen.solid.name} (annotated by the {colour} box)" for colour, seen in boxes)
     question = (
         f"Considering the relative positions of {first} and {second} in the image provided, "
         f"where is {first} located with respect to {second}?"
     )
-    boxes, targets = (("red", a), ("blue", b)), (a.solid.name, b.solid.name)
     return Asked(question, shuffled(rng, names), names[offset > 0], (scene,), boxes=boxes, targets=targets)
 
 
@@ -213,12 +211,11 @@ def ask_cv_depth(rng: random.Random, level: Level) -> Asked | None:
     a, b = rng.sample(scene, 2)
     if (near := closer((a, a.distance), (b, b.distance))) is None:
         return None
-    names = (a.solid.name, b.solid.name)
+    boxes, names = (("red", a), ("blue", b)), (a.solid.name, b.solid.name)
     question = (
         f"Which object is closer to the camera taking this photo, the {names[0]} (highlighted by a red box) "
         f"or the {names[1]} (highlighted by a blue box)?"
     )
-    boxes = (("red", a), ("blue", b))
     return Asked(question, shuffled(rng, names), near.solid.name, (scene,), boxes=boxes, targets=names)
 
 

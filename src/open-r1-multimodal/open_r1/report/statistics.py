@@ -1,0 +1,98 @@
+"""Statistics over a run's completions: a number a step, its spread, and how often they reconsider. No torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from open_r1.evaluate.statistics import wilson
+from open_r1.report.runs import Series, Trajectories
+
+
+def by_step(steps: np.ndarray, values: np.ndarray, reduce: Callable[[np.ndarray], Any] = np.mean) -> Series:
+    """One number (or several) a step from the values (n,) of its completions; NaN values do not count."""
+    known = ~np.isnan(values)
+    steps, values = steps[known], values[known]
+    order = np.argsort(steps, kind="stable")
+    unique, starts = np.unique(steps[order], return_index=True)
+    parts = np.split(values[order], starts[1:]) if len(unique) else []
+    return Series(unique, np.array([reduce(part) for part in parts]))
+
+
+def quartiles(values: np.ndarray) -> np.ndarray:
+    """(2,) the lower and the upper quartile."""
+    return np.quantile(values, (0.25, 0.75))
+
+
+def group_accuracy(trajectories: Trajectories) -> Series:
+    """Accuracy a step with Wilson's 95 % interval: values (n, 3) as mean, low, high.
+
+    The observation is the question: completions of one question are not independent, so they count once, with
+    their mean.
+    """
+    steps, correct, groups = trajectories.rows["step"], trajectories.correct(), trajectories.rows["group"]
+    means = by_step(groups, correct)  # a group's number belongs to one step
+    step_of = dict(zip(groups.tolist(), steps.tolist(), strict=True))
+    return by_step(
+        np.array([step_of[group] for group in means.steps.tolist()], dtype=np.int64),
+        means.values.astype(float),
+        lambda part: (part.mean(), *wilson(part.sum(), len(part))),
+    )
+
+
+def first_and_last_tenth(values: np.ndarray) -> tuple[float, float] | None:
+    """The means of the first and of the last tenth, at least one value each; None without values."""
+    if not len(values):
+        return None
+    tenth = -(-len(values) // 10)
+    return float(values[:tenth].mean()), float(values[-tenth:].mean())
+
+
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """(n,) centred means over `window` (odd) values, over fewer at the ends."""
+
+    def sums(addends: np.ndarray) -> np.ndarray:
+        return np.convolve(addends, np.ones(window))[window // 2 :][: len(addends)]
+
+    return sums(values) / sums(np.ones(len(values)))
+
+
+@dataclass(frozen=True)
+class Reflections:
+    """How often completions reconsider, and whether it helps.
+
+    Attributes:
+        measured: completions in which reflections were looked for.
+        reflective, first_step: how many have one, and the first step with one.
+        accuracy_with, accuracy_without: (right, judged) of those with and without a reflection.
+        corrections, corrected_right: how many changed their option, and how many of these (right, judged) ended right.
+    """
+
+    measured: int
+    reflective: int
+    first_step: int | None
+    accuracy_with: tuple[int, int]
+    accuracy_without: tuple[int, int]
+    corrections: int
+    corrected_right: tuple[int, int]
+
+
+def reflection_statistics(trajectories: Trajectories) -> Reflections:
+    """Counts over all completions in which the run looked for reflections."""
+    rows, correct = trajectories.rows, trajectories.correct()
+    measured = rows["has_reflections"]
+    with_one, corrected = measured & rows["reflective"], measured & rows["self_corrected"]
+
+    def right(chosen: np.ndarray) -> tuple[int, int]:
+        return int((correct[chosen] == 1).sum()), int((~np.isnan(correct[chosen])).sum())
+
+    return Reflections(
+        measured=int(measured.sum()),
+        reflective=int(with_one.sum()),
+        first_step=int(rows["step"][with_one].min()) if with_one.any() else None,
+        accuracy_with=right(with_one),
+        accuracy_without=right(measured & ~rows["reflective"]),
+        corrections=int(corrected.sum()),
+        corrected_right=right(corrected),
+    )
