@@ -27,6 +27,7 @@ from trl import ModelConfig, TrlParser
 from fake_run import fake_events, fake_rows, write_images, write_run
 from open_r1.configs import Qwen2VLSFTConfig, SFTScriptArguments
 from open_r1.data import load_dataset
+from open_r1.evaluate.run import result_path
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.report.page import write_report
@@ -143,7 +144,7 @@ def measure_evaluation(data: Path, folder: Path) -> dict[str, Any]:
         ]
     )
     script.evaluate(args)
-    result = json.loads(script.result_path(args).read_text())
+    result = json.loads(result_path(args).read_text())
     responses = [row["response"] for row in result["results"]]
     return {
         "result_keys": sorted(result),

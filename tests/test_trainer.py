@@ -19,7 +19,7 @@ from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.rewards import accuracy_reward
 from open_r1.tasks.examples import read_examples
 from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
-from support import load_weights, make_trainer, read_jsonl, vowel_share, write_examples
+from support import load_weights, make_config, make_trainer, read_jsonl, vowel_share, write_examples
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +301,15 @@ def test_a_rollout_function_of_the_users_reaches_rewards(tiny_model, examples_js
         seen.extend(zip(hint, question_type, solution, options, strict=True))
         return vowel_share(completions)
 
-    trainer = make_trainer(tiny_model, examples_json, tmp_path, reward_funcs=spy, rollout_func=roll_out, max_steps=1)
+    processor = load_processor(tiny_model, chat_template="base")
+    trainer = Qwen2VLGRPOTrainer(
+        model=load_model(tiny_model, dtype="float32"),
+        reward_funcs=spy,
+        args=make_config(tmp_path, max_steps=1),
+        train_dataset=load_dataset(examples_json, processor),
+        processing_class=processor,
+        rollout_func=roll_out,
+    )
     assert not trainer.shared_prefix  # theirs
     trainer.train()
     assert {(hint, kind) for hint, kind, *_ in seen} == {(f"hint {row}", "mine") for row in range(8)}

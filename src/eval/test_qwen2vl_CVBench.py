@@ -27,7 +27,7 @@ from open_r1.tasks.benchmarks import BENCHMARKS
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B"
-BACKEND_NAMES = ("hf",)  # of answering.BACKENDS, which imports torch
+BACKEND_NAMES = ("hf",)  # of backends.BACKENDS, which imports torch
 
 
 def positive(text: str) -> int:
