@@ -291,7 +291,9 @@ def test_a_rollout_function_of_the_users_reaches_rewards(tiny_model, examples_js
     seen = []
 
     def roll_out(prompts, trainer):
-        ids = [trainer.processing_class.tokenizer("question")["input_ids"] for _ in prompts]
+        render = trainer.processing_class.apply_chat_template
+        inputs = [render([prompt], add_generation_prompt=True, tokenize=True, return_dict=True) for prompt in prompts]
+        ids = [each["input_ids"][0] for each in inputs]
         end = trainer.processing_class.tokenizer.eos_token_id
         completions = [[65 + row, end] for row in range(len(prompts))]
         found = {"hint": [f"hint {row}" for row in range(len(prompts))], "question_type": ["mine"] * len(prompts)}
