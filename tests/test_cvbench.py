@@ -164,7 +164,7 @@ def test_shares():
         {"model_answer": None, "truncated": False, "error": "corrupt image"},
         {"model_answer": "(B)"},
     ]
-    counts = statistics.shares(rows)
+    counts = statistics.response_shares(rows)
     assert (counts["unparsable"], counts["truncated"], counts["image_errors"]) == (1, 1, 1)
     assert counts["unparsable_share"] == counts["truncated_share"] == 1 / 4
 
@@ -184,7 +184,7 @@ def test_what_could_not_be_read_is_told_apart_and_bounds_the_score():
     rows = judged([{**row, "response": response} for response in responses])
     assert [row["reading"] for row in rows[:5]] == list(UNREAD.values())
     assert [row["reading"] for row in rows[5:9]] == ["first line", "first line", "first line", "conclusion"]
-    counts = statistics.shares(rows)
+    counts = statistics.response_shares(rows)
     assert counts["unread_shares"] == {reason: 1 / 10 + (reason == "unreadable") / 10 for reason in UNREAD.values()}
     assert sum(counts["unread_shares"].values()) == pytest.approx(counts["unparsable_share"]) == 6 / 10
     total = statistics.score(rows)["Total"]

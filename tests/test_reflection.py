@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from open_r1.reflection import Reflection, analyse, find_reflections, shares
+from open_r1.reflection import Reflection, analyse, find_reflections, reflection_shares
 
 LABELLED = [
     json.loads(line)
@@ -115,14 +115,16 @@ def test_shares():
         row([[0, 4], [9, 12]], False, accuracy_reward=1.0),
         row([], False, accuracy_reward=1.0),
     ]
-    assert shares(rows) == {
+    assert reflection_shares(rows) == {
         "reflection/share": 0.75,
         "reflection/self_correction": 0.5,
         "reflection/correction_success": 0.5,
     }
-    assert "reflection/correction_success" not in shares(rows[2:])  # nothing was corrected
-    assert "reflection/correction_success" not in shares([row([[0, 4]], True, my_reward=1.0)])  # nobody judged
-    assert "reflection/correction_success" not in shares([row([[0, 4]], True, accuracy_reward=None)])
+    assert "reflection/correction_success" not in reflection_shares(rows[2:])  # nothing was corrected
+    assert "reflection/correction_success" not in reflection_shares(
+        [row([[0, 4]], True, my_reward=1.0)]
+    )  # nobody judged
+    assert "reflection/correction_success" not in reflection_shares([row([[0, 4]], True, accuracy_reward=None)])
 
 
 def test_it_starts_without_torch():

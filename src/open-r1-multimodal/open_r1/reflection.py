@@ -207,7 +207,7 @@ def _last_named(text: str, options: Sequence[str]) -> str | None:
     return None
 
 
-def shares(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def reflection_shares(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The metrics of a rollout, from its trajectory rows (see `open_r1.trainer`).
 
     `reflection/share` and `reflection/self_correction` are shares of all completions. `reflection/correction_success`

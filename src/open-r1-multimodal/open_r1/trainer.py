@@ -42,7 +42,7 @@ from open_r1.files import append_rows, keep_rows
 from open_r1.heldout import held_out_figures
 from open_r1.images import BrokenImage, ImageSource, image_name, open_image
 from open_r1.modeling import accept_missing_images, check_model_type, reset_generation_config
-from open_r1.reflection import analyse, shares
+from open_r1.reflection import analyse, reflection_shares
 from open_r1.rewards import completion_text
 from open_r1.sampling import EpochSampler, shuffle_groups
 from open_r1.shared_prefix import Prompt, enable_grouping, images_of, pack
@@ -424,7 +424,7 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
                     total = sum(value * count for value, count in zip(metrics[name], tokens, strict=True))
                     metrics[name] = [total / max(sum(tokens), 1)]
             figures = held_out_figures(self._held_out, self.reward_weights.tolist(), self.num_generations_eval)
-            metrics.update({name: [value] for name, value in {**figures, **shares(self._held_out)}.items()})
+            metrics.update({name: [value] for name, value in {**figures, **reflection_shares(self._held_out)}.items()})
             self._held_out = []
         super().log(logs, start_time)
 
@@ -480,7 +480,7 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
         if mode == "train":
             group_size, start = self.num_generations, 0
             self.last_rollout = rows
-            for name, value in shares(rows).items():
+            for name, value in reflection_shares(rows).items():
                 self._metrics[mode][name].append(value)
         else:
             group_size, start = self.num_generations_eval, len(self._held_out)

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_r1.evaluate.statistics import check_rows, judge_row, score, shares, table, unread_warning
+from open_r1.evaluate.statistics import check_rows, judge_row, response_shares, score, table, unread_warning
 from open_r1.files import append_rows, read_rows, replace_file
 from open_r1.hub import model_folder
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read
@@ -87,7 +87,7 @@ def make_result(rows: Sequence[dict[str, Any]], about: dict[str, Any], parser: s
         "parser": parser,
         "accuracy": accuracy,
         "scores": scores,
-        "shares": shares(judged),
+        "shares": response_shares(judged),
         "results": judged,
     }
 

@@ -216,7 +216,7 @@ def score(rows: Sequence[Row], combination: tuple[str, Combination] | None = Non
     return scores
 
 
-def shares(rows: Sequence[Row]) -> dict[str, Any]:
+def response_shares(rows: Sequence[Row]) -> dict[str, Any]:
     """What went wrong otherwise: responses without a readable answer and why, cut off, or without their image."""
     reasons = Counter(row.get("reading", Unread.UNREADABLE.value) for row in rows if is_unread(row))
     unparsable = reasons.total()
