@@ -1,6 +1,6 @@
 #!/bin/sh
 # Set up and run the tests: the quick suite, or with --all also those marked distributed, browser or slow.
-# Other arguments go to pytest: `bash scripts/test.sh -k answers`, `bash scripts/test.sh -m browser`.
+# Other arguments go to pytest: `bash scripts/test.sh -k answers`, `bash scripts/test.sh -m browser -n 0`.
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 sh "$ROOT/setup.sh"
@@ -20,4 +20,5 @@ fi
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-HF_HUB_OFFLINE=1 exec "$PYTHON" -m pytest "$@"
+# Two processes, each with fixtures of its own (2 GB), so a file's tests stay together.
+HF_HUB_OFFLINE=1 exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
