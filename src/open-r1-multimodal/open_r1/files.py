@@ -13,8 +13,7 @@ from typing import Any
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """A temporary name for a file or folder to write in the block, which becomes `path` at its end.
 
-    An exception leaves the old `path` alone, a crash the old or the new one; what a crash leaves of a temporary one,
-    the next writer deletes.
+    An exception leaves the old `path`, a crash the old or the new one; the next writer deletes a temporary one left.
 
     Args:
         path: where there may be a file, but no folder when the block ends.
