@@ -78,6 +78,7 @@ def test_the_shipped_model_is_small_safe_and_the_recorded_one():
     assert load_model(str(BASE), dtype="float32").num_parameters() == RECORD["parameters"]
 
 
+@pytest.mark.slow
 def test_a_short_rebuild_takes_the_same_course(pretrain):
     _, _, losses = pretrain.build(RECORD["seed"], pretrain.SHORT)
     assert list(losses) == list(RECORD["short_losses"]) == list(pretrain.STAGES)
