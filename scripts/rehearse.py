@@ -158,9 +158,9 @@ def forecast(arguments: Sequence[str]) -> float:
 
 def libraries() -> int:
     """Bytes that a training process takes before it has a model."""
-    code = "import deepspeed, open_r1.grpo, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    code = "import deepspeed, open_r1.grpo; print(open('/proc/self/status').read())"
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    return int(output.splitlines()[-1]) * 1024
+    return next(int(line.split()[1]) * 1024 for line in output.splitlines() if line.startswith("VmHWM"))
 
 
 def cpu_dtype() -> str:

@@ -6,7 +6,7 @@ from open_r1.trainer import Qwen2VLGRPOTrainer
 from planted import Written
 
 make_backend = Qwen2VLGRPOTrainer.make_backend
-Qwen2VLGRPOTrainer.make_backend = lambda *args: Written(make_backend(*args))
+Qwen2VLGRPOTrainer.make_backend = lambda self, keep_features: Written(make_backend(self, keep_features))
 
 
 def zero(completions, **kwargs):

@@ -125,11 +125,12 @@ def make_trainer(
     **changes: object,
 ) -> Qwen2VLGRPOTrainer:
     """Our trainer on a tiny checkpoint and a prepared dataset, with the base template and changes of `make_config`."""
+    args = make_config(output, **changes)  # before the model: with it DeepSpeed knows how weights are split
     processor = load_processor(model, chat_template="base", max_pixels=12544)
     return Qwen2VLGRPOTrainer(
         model=load_model(model, dtype="float32"),
         reward_funcs=reward_funcs,
-        args=make_config(output, **changes),
+        args=args,
         train_dataset=load_dataset(data, processor),
         eval_dataset=load_dataset(eval_data, processor) if eval_data else None,
         processing_class=processor,

@@ -20,7 +20,7 @@ from open_r1.tiny import make_model, make_processor, make_tokenizer
 # Trains two steps of the recipe at hand with a model of no size, which imports and allocates all that a run does,
 # and then with the model itself: what comes on top is the model's.
 MEASURE = """
-import gc, resource, sys
+import gc, sys
 sys.path.insert(0, {tests!r})
 from support import vowel_share
 from open_r1 import grpo, sft
@@ -36,11 +36,15 @@ def train(model):
     arguments = ["--model_name_or_path", model, *{arguments!r}]
     module.build_trainer(*TrlParser(types).parse_args_and_config(arguments)).train()
 
+# Of this process's own memory: getrusage's peak begins with that of the process that started this one.
+def status(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
 train({none!r})
 gc.collect()
-resident = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+resident = status("VmRSS")
 train({model!r})
-print("measured", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident)
+print("measured", status("VmHWM") - resident)
 """
 
 
