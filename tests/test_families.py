@@ -3,6 +3,7 @@
 import pytest
 import torch
 import trl.trainer.utils
+from PIL import Image
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -18,6 +19,7 @@ from transformers import (
 )
 from trl import ModelConfig
 
+from open_r1.backends import VLLMBackend
 from open_r1.configs import FreezeArguments
 from open_r1.data import load_dataset
 from open_r1.families import FAMILIES, QwenVL, end_token_ids, family_of, find_family, vision_token_ids
@@ -172,6 +174,28 @@ def test_a_backend_that_only_a_test_knows_is_learned_from(tiny_model, examples_j
     assert [row["completion"] for row in rows] == texts * (len(rows) // 4)
     assert [row["length"] for row in rows[:4]] == [6, 4, 4, 1] and all(row["ended"] for row in rows)
     assert all(log["grad_norm"] > 0 for log in trainer.state.log_history if "grad_norm" in log)
+
+
+def test_vllm_gets_each_image_and_one_token_in_its_place(tiny_model):
+    """Of the engine only its answer is made up: what TRL's `VLLMGeneration` is asked, and gives."""
+    asked = {}
+
+    class Engine:
+        def generate(self, **request):
+            asked.update(request)
+            return None, [[5], [6], [7]], [[[-0.1]], [[-0.2]], [[-0.3]]], None
+
+    processor = load_processor(tiny_model, chat_template="base", max_pixels=12544)
+    model = load_model(tiny_model, dtype="float32")
+    backend = VLLMBackend(model, processor, Engine(), lambda: 4, lambda: None)
+    image = Image.new("RGB", (56, 56), "red")
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": "What colour?"}]
+    prompts = [backend.encode([{"role": "user", "content": parts}]), backend.encode("No picture.")]
+    answer = backend.generate(prompts, [2, 1], settings=None)
+    assert answer.ids == [[5], [6], [7]] and answer.logprobs == [[-0.1], [-0.2], [-0.3]] and answer.prompts is prompts
+    assert asked["images"] == [[image], [image], None] and asked["num_generations"] == 4
+    image_tokens = [ids.count(processor.image_token_id) for ids in asked["prompts"]]
+    assert image_tokens == [1, 1, 0] and (prompts[0].input_ids == processor.image_token_id).sum() > 1
 
 
 def test_a_family_that_nobody_knows_is_one_line():

@@ -5,7 +5,7 @@ Another engine is a class here with these two methods; for evaluation, also a fu
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from open_r1.modeling import load_checkpoint, reset_generation_config
 from open_r1.rollout import generate
-from open_r1.shared_prefix import Prompt, encode_images, encode_prompt
+from open_r1.shared_prefix import Prompt, encode_images, encode_prompt, images_of
 
 if TYPE_CHECKING:
     from trl.generation.vllm_generation import VLLMGeneration
@@ -121,7 +121,8 @@ class VLLMBackend:
         self.group_size, self.profile, self.template_kwargs = group_size, profile, template_kwargs
 
     def encode(self, prompt: list[dict[str, Any]] | str) -> Prompt:
-        return encode_prompt(self.model, self.processor, prompt, **self.template_kwargs)
+        encoded = encode_prompt(self.model, self.processor, prompt, **self.template_kwargs)
+        return encoded if isinstance(prompt, str) else replace(encoded, images=tuple(images_of(prompt)))
 
     def generate(self, prompts: Sequence[Prompt], repeats: Sequence[int], settings: GenerationConfig) -> Completions:
         rows = [prompt for prompt, count in zip(prompts, repeats, strict=True) for _ in range(count)]

@@ -36,7 +36,7 @@ class Prompt:
     position_ids: torch.Tensor  # (3, P), M-RoPE: time, height, width
     image_inputs: ImageInputs = field(default_factory=dict)  # empty without images
     image_features: Any = None  # the vision tower's output, where it is frozen; see `encode_images`
-    images: tuple[Image.Image, ...] = ()  # as they were given; a rollout engine of its own encodes them itself
+    images: tuple[Image.Image, ...] = ()  # as they were given, for an engine that encodes them itself
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -73,8 +73,7 @@ def encode_prompt(
             **template_kwargs,
         )
     family = family_of(model)
-    images = () if isinstance(prompt, str) else tuple(images_of(prompt))
-    return Prompt(inputs["input_ids"][0], family.positions(model, inputs), family.images_of(inputs), images=images)
+    return Prompt(inputs["input_ids"][0], family.positions(model, inputs), family.images_of(inputs))
 
 
 def images_of(messages: Sequence[dict[str, Any]]) -> list[Any]:

@@ -290,9 +290,10 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
         """Whoever generates for a shared prefix."""
         model, processor = self._plain_model(), self.processing_class
         if self.use_vllm:
-            size = lambda: self.num_generations if self.model.training else self.num_generations_eval  # noqa: E731
             profile = partial(profiling_context, self, "vLLM.generate")
-            return VLLMBackend(model, processor, self.vllm_generation, size, profile, **self.chat_template_kwargs)
+            return VLLMBackend(
+                model, processor, self.vllm_generation, self._group_size, profile, **self.chat_template_kwargs
+            )
 
         def borrow() -> AbstractContextManager[PreTrainedModel]:
             return unwrap_model_for_generation(
@@ -382,6 +383,10 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
 
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+    def _group_size(self) -> int:
+        """Completions of one prompt, over all processes."""
+        return self.num_generations if self.model.training else self.num_generations_eval
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -478,18 +483,18 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
         first = self.accelerator.process_index * len(rows)
         rows = gather_object(rows)
         if mode == "train":
-            group_size, start = self.num_generations, 0
+            start = 0
             self.last_rollout = rows
             for name, value in reflection_shares(rows).items():
                 self._metrics[mode][name].append(value)
         else:
-            group_size, start = self.num_generations_eval, len(self._held_out)
+            start = len(self._held_out)
             rows = rows[: int(min(self._held_out_left, len(rows)))]
             self._held_out_left -= len(rows)
             self._held_out += rows
             output["completion_mask"][max(len(rows) - first, 0) :] = 0  # nor do their tokens count
         for index, row in enumerate(rows, start=start):
-            row["group"] = index // group_size
+            row["group"] = index // self._group_size()
         if self.accelerator.is_main_process:
             append_rows(self.trajectory_dir / f"{mode}.jsonl", rows)
 
