@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import first_line, use_environment
+from open_r1.front_door import Mistake, printable, run, use_environment
 
 use_environment()
 
@@ -40,32 +40,25 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.data) == bool(args.image and args.question):
         parser.error("give --data, or --image and --question")
-    try:
-        example = (
-            read_examples(args.data)[args.row]
-            if args.data
-            else {"prompt": [{"content": args.question}], "images": [args.image]}
-        )
-        folder = model_folder(args.model)
-        processor, _ = load_prompting(folder, args.chat_template)
-        backend = load_transformers(folder, processor, "cuda" if torch.cuda.is_available() else "cpu")
-    except IndexError:
-        sys.exit(f"error: --row {args.row}: {args.data} has fewer rows")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {first_line(error)}")
+    example = {"prompt": [{"content": args.question}], "images": [args.image]}
+    if args.data:
+        examples = read_examples(args.data)
+        if args.row >= len(examples):
+            raise Mistake(f"--row {args.row}: {args.data} has {len(examples)} rows")
+        example = examples[args.row]
     question = example["prompt"][0]["content"]
-    try:
-        conversation = messages([open_image(path) for path in example["images"]], question)
-    except OSError as error:
-        sys.exit(f"error: {first_line(error)}")
+    conversation = messages([open_image(path) for path in example["images"]], question)
+    folder = model_folder(args.model)
+    processor, _ = load_prompting(folder, args.chat_template)
+    backend = load_transformers(folder, processor, "cuda" if torch.cuda.is_available() else "cpu")
     settings = GenerationConfig(**generation_settings(processor, args.max_new_tokens))
     (ids,) = backend.generate([backend.encode(conversation)], [1], settings).ids
     completion = processor.decode(ids, skip_special_tokens=True)
-    print(f"question:   {question}")
+    print(f"question:   {printable(question)}")
     if "solution" in example:
-        print(f"solution:   {example['solution']}")
+        print(f"solution:   {printable(example['solution'])}")
     print(f"completion: {completion!r}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import use_environment
+from open_r1.front_door import run, use_environment
 
 use_environment()
 
 from benchmarks import data, evaluation
+from open_r1.files import replace_file
 
 
 def main() -> None:
@@ -38,8 +39,8 @@ def main() -> None:
     machine = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
     result = {"machine": machine, **args.run(args)}
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        replace_file(args.json, json.dumps(result, indent=2).encode() + b"\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import use_environment
+from open_r1.front_door import run, use_environment
 
 use_environment()
 
@@ -175,7 +175,7 @@ def chart_path(text: str) -> Path:
     return path
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -186,32 +186,27 @@ def main() -> int:
     )
     args = parser.parse_args()
     chart = args.chart or args.results[0].parent / "comparison.png"
-    try:
-        results = [read_result(path) for path in args.results]
-        names = args.names or short_names(args.results)
-        if len(names) != len(results):
-            raise ValueError(f"--names: {len(names)} names for {len(results)} results")
-        print(score_table(names, results))
-        print("accuracy in % (95 % interval) [if every response that could not be read were wrong - right]")
-        print(f"\n{detail_table(names, results)}")
-        first, *others = map(outcomes, results)
-        if others:
-            print(f"\n| against {names[0]} | {TOTAL} in points | it alone right | not it | shared | McNemar p |")
-            print("|:-|-:|-:|-:|-:|-:|")
-        for name, other in zip(names[1:], others, strict=True):
-            print(paired_line(name, first, other))
-        draw(chart, names, results)
-    except (OSError, ValueError) as error:
-        print(f"compare: error: {error}", file=sys.stderr)
-        return 1
+    results = [read_result(path) for path in args.results]
+    names = args.names or short_names(args.results)
+    if len(names) != len(results):
+        raise ValueError(f"--names: {len(names)} names for {len(results)} results")
+    print(score_table(names, results))
+    print("accuracy in % (95 % interval) [if every response that could not be read were wrong - right]")
+    print(f"\n{detail_table(names, results)}")
+    first, *others = map(outcomes, results)
+    if others:
+        print(f"\n| against {names[0]} | {TOTAL} in points | it alone right | not it | shared | McNemar p |")
+        print("|:-|-:|-:|-:|-:|-:|")
+    for name, other in zip(names[1:], others, strict=True):
+        print(paired_line(name, first, other))
+    draw(chart, names, results)
     for name, result in zip(names, results, strict=True):
         if warning := unread_warning(result["shares"]):
             print(f"warning: {name}: {warning}", file=sys.stderr)
     for condition in differing_conditions(results):
         print(f"warning: the {condition} differ; the results are not like for like", file=sys.stderr)
     print(f"\n{chart}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import use_environment
+from open_r1.front_door import run, use_environment
 
 use_environment()
 
@@ -97,11 +97,8 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="count for processes on a CPU")
     parser.add_argument("--json", action="store_true", help="print bytes as JSON")
     args, overrides = parser.parse_known_args()
-    try:
-        launch = read_launch(args.accelerate_config, args.num_processes)
-        model, count = count_recipe(args.config, launch, overrides, args.cpu)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    launch = read_launch(args.accelerate_config, args.num_processes)
+    model, count = count_recipe(args.config, launch, overrides, args.cpu)
     if args.json:
         print(json.dumps({"model": model, "peak": count.peak, **asdict(count)}))
         return
@@ -111,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import first_line, use_environment
+from open_r1.front_door import Mistake, run, use_environment
 
 use_environment()
 
@@ -30,15 +30,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="of the merged weights (default: auto, the base model's)")
     args = parser.parse_args()
     if args.output.exists():
-        sys.exit(f"error: --output: {args.output} exists; name another folder or delete it")
+        raise Mistake(f"--output: {args.output} exists; name another folder or delete it")
     if not (args.adapter / "adapter_config.json").is_file():
-        sys.exit(f"error: --adapter: no adapter_config.json in {args.adapter}; a full checkpoint needs no export")
-    try:
-        base = model_folder(args.base) if args.base else adapter_base(args.adapter)
-        model = load_checkpoint(args.adapter, args.dtype, base)
-        processor = load_processor(str(args.adapter))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {first_line(error)}")
+        raise Mistake(f"--adapter: no adapter_config.json in {args.adapter}; a full checkpoint needs no export")
+    base = model_folder(args.base) if args.base else adapter_base(args.adapter)
+    model = load_checkpoint(args.adapter, args.dtype, base)
+    processor = load_processor(str(args.adapter))
     reset_generation_config(model, processor)
     with replacing(args.output) as temporary:
         model.save_pretrained(temporary)
@@ -47,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

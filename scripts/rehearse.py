@@ -21,7 +21,7 @@ from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import use_environment
+from open_r1.front_door import Mistake, run, use_environment
 
 use_environment()
 
@@ -114,11 +114,11 @@ def in_processes(root: int) -> list[int]:
     return peaks
 
 
-def run(phase: Phase, log: Path) -> Row:
+def measure(phase: Phase, log: Path) -> Row:
     """Run a phase to its end.
 
     Raises:
-        RuntimeError: it failed; the message holds the end of what it printed.
+        Mistake: it failed; the end of what it printed is shown.
     """
     print(f"== {phase.name}", flush=True)
     start = time.perf_counter()
@@ -131,7 +131,8 @@ def run(phase: Phase, log: Path) -> Row:
     seconds = time.perf_counter() - start
     if exit_code:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"{phase.name}: exit code {exit_code}; the end of {log}:\n{end}")
+        print(end, file=sys.stderr)
+        raise Mistake(f"{phase.name}: exit code {exit_code}; the end of {log} is above")
     return Row(
         phase.name,
         seconds,
@@ -264,7 +265,7 @@ def rehearse(folder: Path, model: str | None) -> list[Row]:
     rows: list[Row] = []
 
     def do(phase: Phase) -> None:
-        rows.append(run(phase, folder / "last_phase.log"))
+        rows.append(measure(phase, folder / "last_phase.log"))
 
     if model is None:
         model = str(folder / "model")
@@ -316,10 +317,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=REPO_ROOT / "outputs/rehearsal", help="(default: %(default)s)")
     args = parser.parse_args()
     model = os.environ.get("MODEL")
-    try:
-        rows = rehearse(args.output, model)
-    except (RuntimeError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    rows = rehearse(args.output, model)
     result = {
         "date": date.today().isoformat(),
         "machine": machine(),
@@ -334,4 +332,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, stopped="every finished phase is in OUTPUT")

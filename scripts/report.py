@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import use_environment
+from open_r1.front_door import run, use_environment
 
 use_environment()
 
 from open_r1.report.page import write_report
 
 
-def main() -> int:
+def main() -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -24,13 +24,8 @@ def main() -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder that training wrote (its output_dir)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: report.html in RUN)")
     args = parser.parse_args()
-    try:
-        print(write_report(args.run, args.output))
-    except (OSError, ValueError) as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    print(write_report(args.run, args.output))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "open-r1-multimodal"))
-from open_r1.front_door import first_line, use_environment
+from open_r1.front_door import positive, run, use_environment
 
 use_environment()
 
@@ -28,12 +28,6 @@ from open_r1.tasks.benchmarks import BENCHMARKS
 HERE = Path(__file__).resolve().parent
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B"
 BACKEND_NAMES = ("hf",)  # of backends.BACKENDS, which imports torch
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
-    return int(text)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -89,18 +83,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
+def main() -> None:
     args = parse_args()
-    try:
-        (rescore if args.precomputed_json else evaluate)(args)
-    except (OSError, ValueError) as error:
-        print(f"test_qwen2vl_CVBench: error: {first_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ntest_qwen2vl_CVBench: interrupted; the same command continues where it was", file=sys.stderr)
-        return 130
-    return 0
+    (rescore if args.precomputed_json else evaluate)(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main, stopped="the same command continues where it was")

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "open-r1-multimodal"))
-from open_r1.front_door import first_line, use_environment
+from open_r1.front_door import Mistake, first_line, run, use_environment
 
 use_environment()
 
@@ -47,10 +47,6 @@ BUFFER_BYTES = 1 << 20  # of each column read from disk at a time
 MAX_WORKERS = 4  # each may hold one decoded image of images.MAX_PIXELS
 
 Batch = list[tuple[int, dict[str, Any] | None]]  # (row index, columns or None when its text is not UTF-8)
-
-
-class DataError(Exception):
-    """What is wrong with the user's files or options, in one line."""
 
 
 @dataclass(frozen=True)
@@ -105,22 +101,22 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """Open for streaming. The defaults would hold whole row groups, and SAT_train is one row group of 5 GiB.
 
     Raises:
-        DataError: missing, not parquet, cut short, or without SAT's columns.
+        Mistake: missing, not parquet, cut short, or without SAT's columns.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise Mistake(f"{path}: no such file")
     try:
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a complete parquet file ({first_line(error)}); fetch it again") from error
+        raise Mistake(f"{path}: not a complete parquet file ({first_line(error)}); fetch it again") from error
     check_schema(path, file.schema_arrow)
     return file
 
 
 def check_schema(path: Path, schema: pa.Schema) -> None:
-    """Raises DataError when a column of SAT is missing or holds something else."""
+    """Raises Mistake when a column of SAT is missing or holds something else."""
     if missing := [name for name in COLUMNS if name not in schema.names]:
-        raise DataError(f"{path}: no column {', '.join(missing)}; the file has {', '.join(schema.names)}")
+        raise Mistake(f"{path}: no column {', '.join(missing)}; the file has {', '.join(schema.names)}")
     expected: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
         "image_bytes": ("a list of binary or of structs {bytes, path}", is_list_of(is_image)),
         "question": ("a string", is_text),
@@ -130,7 +126,7 @@ def check_schema(path: Path, schema: pa.Schema) -> None:
     }
     for name, (description, accepts) in expected.items():
         if not accepts(kind := schema.field(name).type):
-            raise DataError(f"{path}: column {name} is {kind}, expected {description}")
+            raise Mistake(f"{path}: column {name} is {kind}, expected {description}")
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -168,7 +164,7 @@ def read_batches(path: Path, file: pq.ParquetFile, first_row: int) -> Iterator[B
     """The rows from `first_row` on, a few megabytes at a time. Row groups before it are not read.
 
     Raises:
-        DataError: a damaged page.
+        Mistake: a damaged page.
     """
     metadata = file.metadata
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
@@ -190,7 +186,7 @@ def read_batches(path: Path, file: pq.ParquetFile, first_row: int) -> Iterator[B
                 yield list(enumerate(to_dicts(batch.slice(skip)), start=row + skip))
             row += len(batch)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: damaged after row {row} ({first_line(error)}); fetch it again") from error
+        raise Mistake(f"{path}: damaged after row {row} ({first_line(error)}); fetch it again") from error
 
 
 def to_dicts(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
@@ -214,7 +210,7 @@ def open_journal(path: Path, settings: Settings) -> Iterator[tuple[BinaryIO, Pro
     process killed at any moment leaves whole lines and at most one torn one, which is cut off here.
 
     Raises:
-        DataError: another process is writing it, or a line in the middle is damaged.
+        Mistake: another process is writing it, or a line in the middle is damaged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     header = json_line(asdict(settings))
@@ -222,7 +218,7 @@ def open_journal(path: Path, settings: Settings) -> Iterator[tuple[BinaryIO, Pro
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DataError(f"{path}: another process is preparing this dataset") from error
+            raise Mistake(f"{path}: another process is preparing this dataset") from error
         journal.seek(0)
         lines, progress, end = whole_lines(journal), Progress(), 0
         if (found := next(lines, None)) == header:
@@ -231,7 +227,7 @@ def open_journal(path: Path, settings: Settings) -> Iterator[tuple[BinaryIO, Pro
                 try:
                     progress.add(json.loads(line))
                 except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{path}: damaged at byte {end}; delete it to start over") from error
+                    raise Mistake(f"{path}: damaged at byte {end}; delete it to start over") from error
                 end += len(line)
         elif found:
             print("Unfinished work with other settings is here; starting over.")
@@ -310,7 +306,7 @@ def read_finished(json_path: Path, info_path: Path, settings: Settings) -> Progr
     """What a finished run with these settings counted; None when there is none.
 
     Raises:
-        DataError: there is a finished run with other settings, which is not ours to overwrite.
+        Mistake: there is a finished run with other settings, which is not ours to overwrite.
     """
     if not json_path.exists():
         return None
@@ -321,7 +317,7 @@ def read_finished(json_path: Path, info_path: Path, settings: Settings) -> Progr
         made_with = {}
     now = asdict(settings)
     if changed := [key for key in now if made_with.get(key) != now[key]]:
-        raise DataError(
+        raise Mistake(
             f"{json_path}: is there already, made with another {', '.join(changed)}; "
             "move it away or choose another --output_dir"
         )
@@ -332,7 +328,7 @@ def prepare(parquet: Path, settings: Settings, file: pq.ParquetFile, output_dir:
     """Make the dataset, or continue to, or say that it is there.
 
     Raises:
-        DataError: see its message. OSError: the disk is full or not ours to write.
+        Mistake: see its message. OSError: the disk is full or not ours to write.
     """
     name = settings.name
     json_path, info_path = output_dir / f"{name}.json", output_dir / f"{name}.info.json"
@@ -343,7 +339,7 @@ def prepare(parquet: Path, settings: Settings, file: pq.ParquetFile, output_dir:
     progress = process(parquet, file, settings, output_dir, journal_path)
     if progress.kept == 0:
         print(progress.table())
-        raise DataError(f"{parquet}: no row was kept; the table says why")
+        raise Mistake(f"{parquet}: no row was kept; the table says why")
     replace_file(info_path, json_line({"settings": asdict(settings), "counts": asdict(progress)}))
     write_output(journal_path, json_path)
     journal_path.unlink()
@@ -396,32 +392,24 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
+def main() -> None:
     args = parse_args()
     # sat.sniff_image judges the images; Pillow's notices would only print into the progress bar.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    try:
-        file = open_parquet(args.parquet)
-        settings = Settings(
-            format_version=FORMAT_VERSION,
-            fold=args.fold,
-            total_num=args.total_num,
-            seed=args.seed,
-            multi_image=args.multi_image,
-            question_types=sorted(set(args.question_types)) if args.question_types else None,
-            parquet_bytes=args.parquet.stat().st_size,
-            parquet_footer=fingerprint(args.parquet),
-        )
-        prepare(args.parquet, settings, file, args.output_dir.absolute())
-    except (DataError, OSError) as error:
-        print(f"process_dataset: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nprocess_dataset: interrupted; the same command continues where it was", file=sys.stderr)
-        return 130
-    return 0
+    file = open_parquet(args.parquet)
+    settings = Settings(
+        format_version=FORMAT_VERSION,
+        fold=args.fold,
+        total_num=args.total_num,
+        seed=args.seed,
+        multi_image=args.multi_image,
+        question_types=sorted(set(args.question_types)) if args.question_types else None,
+        parquet_bytes=args.parquet.stat().st_size,
+        parquet_footer=fingerprint(args.parquet),
+    )
+    prepare(args.parquet, settings, file, args.output_dir.absolute())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main, stopped="the same command continues where it was")

@@ -25,7 +25,8 @@ from open_r1.checkpoints import (
     read_state,
     resolve_checkpoint,
 )
-from open_r1.failures import Mistake, mistakes, told_once
+from open_r1.failures import mistakes, told_once
+from open_r1.front_door import Mistake
 from open_r1.modeling import parameter_table
 from open_r1.recipes import PLANNED_PROCESSES, read_recipe, split_arguments
 

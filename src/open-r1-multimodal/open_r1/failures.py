@@ -15,17 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from open_r1.front_door import Mistake, printable
+
 MISTAKE = 2  # exit code, as argparse's
 FIRST = "first_failure"
 PAUSE = 1.0  # seconds
 SETTLED = 5  # seconds that the failures of one cause lie apart; torch's launcher waits 30 before it kills
-
-
-class Mistake(Exception):
-    """What a user can mend, in one line: what, where, and what to do."""
-
-    def __init__(self, error: Any):
-        super().__init__(" ".join(str(error).split()))
 
 
 @contextmanager
@@ -44,7 +39,7 @@ def told_once() -> Iterator[None]:
         yield
     except Exception as error:
         if _is_first(error):
-            sys.stderr.write(f"error: {error}\n" if isinstance(error, Mistake) else traceback.format_exc())
+            sys.stderr.write(f"error: {printable(error)}\n" if isinstance(error, Mistake) else traceback.format_exc())
             sys.stderr.flush()
         sys.exit(MISTAKE if isinstance(error, Mistake) else 1)
 

@@ -1,17 +1,100 @@
-"""What scripts that users call by their path share: the right Python, whatever `python` they typed, and short errors.
+"""What every command shares: the right Python, whatever `python` was typed, and how it ends.
 
-Such a front door puts this package's folder on `sys.path`, calls `use_environment()` and only then imports what
-`setup.sh` installed. Any Python 3 must be able to read this file, and it needs nothing installed.
+A script that users call by its path puts this package's folder on `sys.path`, calls `use_environment()` and only then
+imports what `setup.sh` installed; `run` ends it. Any Python 3 must be able to read this file, and it needs nothing
+installed.
 """
 
+import argparse
 import importlib.util
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
 PROBE = "trl"  # nothing else brings it: whoever has it has what setup.sh installs
 CHOSEN = "OPEN_R1_PYTHON"  # environment variable: the Python that the script was started anew with
+
+
+class Mistake(Exception):
+    """What a user can mend, in one line: what, where, and what to do."""
+
+    def __init__(self, error: Any):
+        super().__init__(" ".join(str(error).split()))
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to end."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+def positive(text: str) -> int:
+    """A command line's number above 0, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, not {printable(text)!r}")
+    return int(text)
+
+
+# What a user's files, folders and settings raise; everything else is a bug of ours and keeps its traceback.
+USER_ERRORS = (Mistake, OSError, ValueError)
+
+
+def printable(text: Any) -> str:
+    """Text for a terminal: what would move its cursor, colour it or hide a part is shown as an escape.
+
+    Line ends and tabs stay.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in str(text))
+
+
+def stop(number: int, _: Any = None) -> None:
+    """Signal handler: unwind, so that files are closed and temporary ones removed.
+
+    Raises:
+        Stopped: always.
+    """
+    raise Stopped(number)
+
+
+def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
+    """Run a command, and end it in one line where it cannot go on: on what a user can mend, or when it is stopped.
+
+    Args:
+        main: the command.
+        stopped: what an interrupted command leaves, and what continues it.
+
+    Raises:
+        SystemExit: 1 for an error, 128 and its number for a signal.
+    """
+    path = Path(sys.argv[0])
+    name = path.parent.name if path.stem == "__main__" else path.stem
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` ignores SIGHUP, and so do we then
+            signal.signal(number, stop)
+    for stream in (sys.stdout, sys.stderr):  # a terminal of few letters shows the others as escapes
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except USER_ERRORS as error:
+        sys.exit(f"{name}: error: {printable(first_line(error))}")
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+        print(f"\n{name}: {signal.Signals(number).name}: {stopped}", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,6 @@ checkpoints load with, and the special tokens are Qwen's. The BPE vocabulary is 
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from transformers import (
 )
 
 from open_r1.families import FAMILIES, QWEN_TOKENS
+from open_r1.front_door import run
 from open_r1.prompts import load_chat_template
 from open_r1.tasks.examples import read_examples
 
@@ -169,10 +169,7 @@ def main() -> None:
     parser.add_argument("--model_type", choices=FAMILIES, default="qwen2_vl", help="architecture")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     args = parser.parse_args()
-    try:
-        examples = read_examples(args.data) if args.data else []
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    examples = read_examples(args.data) if args.data else []
     texts = [load_chat_template("base"), load_chat_template("instruct")]
     texts += [f"{example['prompt'][-1]['content']} {example['solution']}" for example in examples]
     output = save_tiny_model(args.output, texts, args.model_type, seed=args.seed)
@@ -180,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,18 +10,12 @@ alone. No torch.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from open_r1.front_door import positive, run
 from open_r1.world import scene
 from open_r1.world.parquet import write_cvbench, write_sat
 from open_r1.world.questions import QUESTIONS, STATIC
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
-    return int(text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,22 +41,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
+def main() -> None:
     args = parse_args()
     level = scene.LEVELS[args.level]
-    try:
-        if args.schema == "sat":
-            write_sat(args.output, args.rows, args.seed, level, args.questions)
-        else:
-            write_cvbench(args.output, args.rows, args.seed, level)
-    except OSError as error:
-        print(f"world: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nworld: interrupted; the unfinished file is gone", file=sys.stderr)
-        return 130
-    return 0
+    if args.schema == "sat":
+        write_sat(args.output, args.rows, args.seed, level, args.questions)
+    else:
+        write_cvbench(args.output, args.rows, args.seed, level)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main, stopped="the unfinished file is gone")
