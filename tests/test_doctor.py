@@ -143,7 +143,7 @@ def test_every_family_and_recipe_is_counted(tiny_models, model_type, capsys, mon
         output = capsys.readouterr().out
         assert "computed" in output and float(output.split()[-1]) > 0
     monkeypatch.setattr(sys, "argv", ["doctor.py", *arguments[:3], "--accelerate_config", "zero9"])
-    with pytest.raises(SystemExit, match="error: --accelerate_config: no file"):
+    with pytest.raises(FileNotFoundError, match="--accelerate_config: no file"):
         doctor.main()
 
 

