@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -87,17 +88,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         scratch = Path(name)
         parquet = scratch / "sat.parquet"
         write_sat_rows(parquet, args.rows)
-        outputs: dict[str, Path] = {}
 
-        def fresh(way: str, prepare: Callable[[Path, Path], Path]) -> Callable[[], None]:
-            def once() -> None:
-                outputs[way] = prepare(parquet, Path(tempfile.mkdtemp(dir=scratch)) / "out")
+        def into_new_folder(prepare: Callable[[Path, Path], Path]) -> Path:
+            return prepare(parquet, Path(tempfile.mkdtemp(dir=scratch)) / "out")
 
-            return once
-
-        seconds = alternate(
-            {"ours": fresh("ours", prepare_ours), "baseline": fresh("baseline", prepare_baseline)}, args.rounds
-        )
+        ways = {"ours": partial(into_new_folder, prepare_ours), "baseline": partial(into_new_folder, prepare_baseline)}
+        seconds, outputs = alternate(ways, args.rounds)
         check_same(outputs["ours"], outputs["baseline"], args.rows)
         result = {"benchmark": "data", "rows": args.rows, "parquet_bytes": parquet.stat().st_size}
     result |= summarise(seconds)

@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,21 +98,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     model, processor = make_uneven_model(items, 1 / args.mean_tokens, args.hidden_size)
     reset_generation_config(model, processor)
-    made: dict[str, list[Any]] = {}
 
-    def way(answer: Callable[..., list[Any]], name: str) -> Callable[[], None]:
+    def way(answer: Callable[..., list[Any]]) -> Callable[[], list[Any]]:
         # Ours changes how the model attends, so that each way has a model of its own.
         own = copy.deepcopy(model)
         backend = TransformersBackend(own, processor, lambda: nullcontext(own), style=STYLE)
         answerer = Answerer(backend, processor, args.max_new_tokens)
+        return partial(answer, answerer, items, args.bs)
 
-        def once() -> None:
-            made[name] = answer(answerer, items, args.bs)
-
-        return once
-
-    ways = {"ours": way(answer_ours, "ours"), "baseline": way(answer_plainly, "baseline")}
-    seconds = alternate(ways, args.rounds)
+    seconds, made = alternate({"ours": way(answer_ours), "baseline": way(answer_plainly)}, args.rounds)
     if [response.response for response in made["ours"]] != made["baseline"]:
         raise SystemExit("benchmark: error: the two ways answered differently")
     lengths = [response.tokens for response in made["ours"]]

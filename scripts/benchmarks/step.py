@@ -31,14 +31,13 @@ import torch
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
 from PIL import Image
-from transformers import Qwen2VLConfig
 from trl import GRPOTrainer
 
 from open_r1.backends import Completions
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import load_chat_template
-from open_r1.published import TEXT, VISION
-from open_r1.tiny import make_model, make_processor, make_tokenizer, vision_token_arguments
+from open_r1.published import TEXT, VISION, make_2b_config
+from open_r1.tiny import make_model, make_processor, make_tokenizer
 from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 
 WAYS = {"stock": GRPOTrainer, "ours": Qwen2VLGRPOTrainer}
@@ -107,17 +106,7 @@ def write_checkpoint(preset: Preset, folder: Path) -> None:
     # about a token a word, as the published vocabulary has it
     tokenizer = make_tokenizer([" ".join(WORDS), load_chat_template("base")] * 9, vocab_size=1024)
     make_processor(tokenizer).save_pretrained(folder)
-    special = {
-        "bos_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = Qwen2VLConfig(
-        text_config={**preset.text, **special},
-        vision_config=preset.vision,
-        tie_word_embeddings=True,
-        **vision_token_arguments(tokenizer),
-    )
+    config = make_2b_config(tokenizer, preset.text, preset.vision)
     make_model(config).to(getattr(torch, preset.dtype)).save_pretrained(folder)
 
 

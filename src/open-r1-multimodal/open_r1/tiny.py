@@ -80,6 +80,12 @@ def vision_token_arguments(tokenizer: Qwen2Tokenizer, model_type: str = "qwen2_v
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
 
 
+def text_token_arguments(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+    """The ids that a text configuration names: a sequence ends with its turn, and is filled up with the end of text."""
+    end_of_text = tokenizer.pad_token_id
+    return {"bos_token_id": end_of_text, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": end_of_text}
+
+
 def make_config(
     tokenizer: Qwen2Tokenizer,
     model_type: str = "qwen2_vl",
@@ -99,9 +105,7 @@ def make_config(
         "num_key_value_heads": hidden_size // 32,
         "max_position_embeddings": 4096,
         "rope_parameters": rope,
-        "bos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        "pad_token_id": tokenizer.pad_token_id,
+        **text_token_arguments(tokenizer),
     }
     vision = {"depth": vision_layers, "num_heads": vision_size // 16}
     if model_type == "qwen2_vl":
