@@ -135,7 +135,7 @@ def check_origin(checkpoint: str | Path, but: Iterable[str] = ()) -> None:
         raise ValueError(f"{folder}: no telling who wrote it: {error}; {remedy}") from error
     names = files_to_sign(folder, but)
     if signed is None:
-        strange, why = names[:1] or [SIGNATURE], f"is not signed with the key in {key_path()}"
+        strange, why = names[:1] or [SIGNATURE], "is not signed with your key (SECURITY.md)"
     else:
         # What was added is not read at all.
         strange = [name for name in names if name not in signed]
