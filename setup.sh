@@ -25,7 +25,7 @@ if [ "$PYTHON" = python3 ]; then
     done
     if [ -n "$system" ]; then
         echo "setup: making $ROOT/.venv with $("$system" --version)"
-        "$system" -m venv "$ROOT/.venv" || {
+        PYTHONSAFEPATH=1 "$system" -m venv "$ROOT/.venv" || {
             rm -rf "$ROOT/.venv" # half of one would be taken for whole next time
             fail "$system cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"
         }
@@ -33,7 +33,7 @@ if [ "$PYTHON" = python3 ]; then
         echo "setup: no Python 3.11 to 3.14 found; uv brings one into $ROOT/.venv"
         uv=$(command -v uv) || {
             uv="$ROOT/.uv/bin/uv"
-            [ -x "$uv" ] || { python3 -m venv "$ROOT/.uv" && "$ROOT/.uv/bin/pip" install --quiet uv; } ||
+            [ -x "$uv" ] || { PYTHONSAFEPATH=1 python3 -m venv "$ROOT/.uv" && "$ROOT/.uv/bin/pip" install --quiet uv; } ||
                 fail "no Python 3.11 to 3.14 found, and no uv to fetch one; install either and run this again"
         }
         {
@@ -48,7 +48,7 @@ if [ "$PYTHON" = python3 ]; then
 fi
 is_supported "$PYTHON" ||
     fail "$("$PYTHON" --version) in $PYTHON is not supported; use Python 3.11, 3.12, 3.13 or 3.14"
-prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
+prefix=$(PYTHONSAFEPATH=1 "$PYTHON" -c 'import sys; print(sys.prefix)')
 
 gpu=$(gpu_names | head -n 1)
 
@@ -71,7 +71,7 @@ if command -v uv >/dev/null 2>&1; then
     uv=uv
 else
     uv="$prefix/bin/uv"
-    [ -x "$uv" ] || "$PYTHON" -m pip install --quiet --disable-pip-version-check uv ||
+    [ -x "$uv" ] || PYTHONSAFEPATH=1 "$PYTHON" -m pip install --quiet --disable-pip-version-check uv ||
         fail "could not get uv from the package index; check the network (and pip's proxy or index settings)"
 fi
 install() {

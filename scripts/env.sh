@@ -12,7 +12,7 @@ PYTHON="${PYTHON:-python3}"
 
 # Ends the script in one line when PYTHON lacks the packages.
 need_packages() {
-    "$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("trl"))' 2>/dev/null && return
+    PYTHONSAFEPATH=1 "$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("trl"))' 2>/dev/null && return
     echo "error: $PYTHON does not have this repository's packages; run \`bash setup.sh\` in $ROOT" >&2
     exit 1
 }

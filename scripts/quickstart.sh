@@ -51,7 +51,7 @@ evaluate() { # model, further arguments
 render() { # file that shows it is done, rows, seed, further arguments
     done_when=$1 rows=$2 scenes=$3
     shift 3
-    [ -f "$done_when" ] || "$PYTHON" -m open_r1.world --level easy --rows "$rows" --seed "$scenes" "$@"
+    [ -f "$done_when" ] || "$PYTHON" "$ROOT/scripts/world.py" --level easy --rows "$rows" --seed "$scenes" "$@"
 }
 
 step 2 "prepare: scenes in SAT's and CV-Bench's schemas -> prepare_dataset.sh"

@@ -59,7 +59,7 @@ def write_run(
         "world_size": 1,
         "max_steps": 4,
         "model": "Qwen/Qwen2-VL-2B",
-        "dataset": "SAT_train_15000.json",
+        "dataset": str(run.parent),  # where tests have their images
         "eval_dataset": None,
         "reward_funcs": ["accuracy_reward", "format_reward"],
         "arguments": {"learning_rate": 1e-6, "beta": 0.04, "num_generations": 8},

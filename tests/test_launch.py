@@ -187,7 +187,7 @@ def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, example
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_leaves_no_process_behind(tmp_path, tiny_model, examples_json, stop):
     launcher = subprocess.Popen(
         ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh"), "--max_steps", "100000"],

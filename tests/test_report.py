@@ -323,7 +323,7 @@ def test_missing_and_damaged_images(tmp_path):
         "cannot be decoded",
         "no such file",
         "no such file",
-        "no such file",
+        "cannot be decoded",
     ]
     small = base64.b64decode(first["source"].removeprefix("data:image/png;base64,"))
     (tmp_path / "small.png").write_bytes(small)

@@ -66,15 +66,22 @@ def test_half_written_checkpoints_are_reported_and_passed_over(tmp_path, capsys)
         f"{tmp_path}/checkpoint-11: passed over, global_step/optim.pt is missing",
         f"{tmp_path}/checkpoint-10: passed over, model.safetensors has 5 bytes instead of 7",
     ]
-    assert resolve_checkpoint("none", str(tmp_path)) is None
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{"])
+@pytest.mark.parametrize("text", ["", "\0\0"])
 def test_a_manifest_that_a_full_disk_left_is_none(tmp_path, text):
     checkpoint = make_checkpoint(tmp_path, 3)
     (checkpoint / MANIFEST).write_text(text)
-    assert find_defect(checkpoint) == f"half-written ({MANIFEST} lists no files)"
+    assert find_defect(checkpoint) == f"half-written ({MANIFEST} is empty)"
     assert resolve_checkpoint("auto", str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("text", ["[1]", "{]", "[" * 100_000])
+def test_a_manifest_of_another_kind_ends_the_run_before_it_starts_anew(tmp_path, text):
+    checkpoint = make_checkpoint(tmp_path, 3)
+    (checkpoint / MANIFEST).write_text(text)
+    with pytest.raises(ValueError, match=f"checkpoint-3: {MANIFEST} lists no files; delete the folder"):
+        resolve_checkpoint("auto", str(tmp_path))
 
 
 def test_a_checkpoint_whose_sealing_was_killed_is_sealed_when_it_is_written_again(tmp_path):
@@ -127,7 +134,7 @@ def test_a_launch_loads_only_what_it_would_have_written(tmp_path):
         ("zero2", Layout(2, 2), "was written by 1 process under ZeRO-2, and this is 2 processes under ZeRO-2"),
         ("zero3", Layout(2, 2), "was written by 2 processes under ZeRO-3, and this is 2 processes under ZeRO-2"),
     ):
-        with pytest.raises(ValueError, match=f"{folder}: {reason}.*--resume_from_checkpoint none$"):
+        with pytest.raises(ValueError, match=f"{folder}: {reason}.*in another OUTPUT"):
             check_layout(str(tmp_path / folder), launch)
 
 

@@ -20,7 +20,7 @@ from open_r1.front_door import positive, run, use_environment
 
 use_environment()
 
-from open_r1.evaluate.run import evaluate, newest_grpo_output, rescore
+from open_r1.evaluate import run as evaluation
 from open_r1.evaluate.statistics import PARSERS
 from open_r1.prompts import REPO_ROOT
 from open_r1.tasks.benchmarks import BENCHMARKS
@@ -79,13 +79,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.model_path is None:
-        args.model_path = str(newest_grpo_output(REPO_ROOT / "outputs") or DEFAULT_MODEL)
+        args.model_path = str(evaluation.newest_grpo_output(REPO_ROOT / "outputs") or DEFAULT_MODEL)
     return args
 
 
 def main() -> None:
-    args = parse_args()
-    (rescore if args.precomputed_json else evaluate)(args)
+    evaluation.run(parse_args())
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ else
     set -- --mixed_precision no "$script" --use_cpu true --bf16 false --dtype float32 "$@"
     export DS_ACCELERATOR=cpu
     # What DeepSpeed compiles for the CPU belongs to this environment: others would compile it again, every time.
-    prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
+    prefix=$(PYTHONSAFEPATH=1 "$PYTHON" -c 'import sys; print(sys.prefix)')
     [ ! -w "$prefix" ] || export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$prefix/torch_extensions}"
     cores=$(getconf _NPROCESSORS_ONLN)
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + NUM_PROCESSES - 1) / NUM_PROCESSES))}"
@@ -79,5 +79,7 @@ fi
 [ -f "$ACCELERATE_CONFIG" ] || ACCELERATE_CONFIG="$here/configs/$ACCELERATE_CONFIG.yaml"
 [ -f "$ACCELERATE_CONFIG" ] || fail "ACCELERATE_CONFIG: no file $ACCELERATE_CONFIG"
 
+# No Python from here on looks for modules in the current folder: a random.py there is not Python's.
+export PYTHONSAFEPATH=1
 # exec: a signal to this script reaches the launcher, which ends its processes.
 exec "$PYTHON" "$here/open_r1/launch.py" --config_file "$ACCELERATE_CONFIG" --num_processes "$NUM_PROCESSES" "$@"

@@ -13,7 +13,6 @@ interrupted run continues where it was; a finished one says so and does nothing.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -38,6 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from open_r1.files import json_line, replace_file, replacing, whole_lines
+from open_r1.locks import owned
 from open_r1.tasks.sat import COLUMNS, FOLDS, Example, Skip, convert_row, to_record
 
 FORMAT_VERSION = 1  # of the output; part of the settings, so that a change never continues older work
@@ -214,11 +214,7 @@ def open_journal(path: Path, settings: Settings) -> Iterator[tuple[BinaryIO, Pro
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     header = json_line(asdict(settings))
-    with path.open("a+b") as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Mistake(f"{path}: another process is preparing this dataset") from error
+    with owned(path, is_file=True), path.open("a+b") as journal:
         journal.seek(0)
         lines, progress, end = whole_lines(journal), Progress(), 0
         if (found := next(lines, None)) == header:

@@ -67,13 +67,18 @@ def add_run_callbacks(
                 "command": command,
                 "recipes": list(recipes),
                 "model": model_args.model_name_or_path,
-                "dataset": script_args.dataset_name,
-                "eval_dataset": script_args.eval_dataset_name,
+                "dataset": whole_path(script_args.dataset_name),
+                "eval_dataset": whole_path(script_args.eval_dataset_name),
                 "reward_funcs": getattr(trainer, "reward_func_names", []),
                 "arguments": all_arguments(script_args, trainer.args, model_args),
             }
         )
     )
+
+
+def whole_path(name: str | None) -> str | None:
+    """A name, as it is found from any folder where it is a file or a folder."""
+    return os.path.abspath(name) if name and os.path.exists(name) else name
 
 
 # --- run.json and log.jsonl -----------------------------------------------------------------------------------
@@ -121,7 +126,7 @@ def check_same_run(
         if name in then and then[name] != now.get(name) and not same_file(then[name], now.get(name)):
             raise ValueError(
                 f"{output_dir}: holds a run with {name} {then[name]}, not {now.get(name)}; choose another OUTPUT, "
-                "or start anew: --resume_from_checkpoint none"
+                "or move this one away"
             )
 
 

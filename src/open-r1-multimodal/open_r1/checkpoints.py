@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or passed over: a manifest written last says which, and resuming believes only it."""
+"""Checkpoints that are whole and our own: a manifest, written last, says which; resuming believes only signed ones."""
 
 import functools
 import json
@@ -18,10 +18,12 @@ from torch.serialization import register_package
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from open_r1.files import replacing
+from open_r1.signatures import SIGNATURE, check_origin, sign
 
 MANIFEST = "complete.json"
+NO_MANIFEST = f"{MANIFEST} lists no files"
 # What a checkpoint holds for resuming alone. The rest is the model, as `save_model` writes it.
-RESUME_FILES = ("optimizer*", "scheduler*", "rng_state*", "global_step*", "latest", "zero_to_fp32.py", MANIFEST)
+RESUME_FILES = ("optimizer*", "scheduler*", "rng_state*", "global_step*", "latest", "zero_to_*", MANIFEST, SIGNATURE)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
@@ -31,7 +33,8 @@ def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
 
 
 def seal(checkpoint: Path) -> None:
-    """Declare a checkpoint complete: its manifest, {file: size in bytes}, appears at once and after all of them."""
+    """Sign a checkpoint and declare it complete: its manifest, {file: size in bytes}, appears at once and last."""
+    sign(checkpoint, but=[MANIFEST])
     with replacing(checkpoint / MANIFEST) as temporary:  # what a killed run left of one is no file of the checkpoint
         files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
         temporary.write_text(json.dumps({str(path.relative_to(checkpoint)): path.stat().st_size for path in files}))
@@ -47,10 +50,13 @@ def find_defect(checkpoint: str | Path) -> str | None:
     manifest = Path(checkpoint) / MANIFEST
     if not manifest.is_file():
         return f"half-written (no {MANIFEST})"
+    text = manifest.read_bytes()
+    if not text.strip(b"\0"):  # as a crash of the machine leaves it
+        return f"half-written ({MANIFEST} is empty)"
     try:
-        sizes = json.loads(manifest.read_text()).items()
-    except (ValueError, AttributeError):  # a full disk leaves it empty
-        return f"half-written ({MANIFEST} lists no files)"
+        sizes = json.loads(text).items()
+    except (ValueError, AttributeError, RecursionError):
+        return NO_MANIFEST
     for name, size in sizes:
         path = Path(checkpoint) / name
         if not path.is_file():
@@ -61,11 +67,17 @@ def find_defect(checkpoint: str | Path) -> str | None:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest complete checkpoint of a run; every newer one that is not is reported in a line and passed over."""
+    """The newest complete checkpoint of a run; every newer one that is not is reported in a line and passed over.
+
+    Raises:
+        ValueError: a newer one has a manifest that no interrupted run leaves.
+    """
     for _, checkpoint in reversed(list_checkpoints(output_dir)):
         defect = find_defect(checkpoint)
         if defect is None:
             return str(checkpoint)
+        if defect == NO_MANIFEST:
+            raise ValueError(f"{checkpoint}: {defect}; delete the folder to go on from the one before it")
         PartialState().print(f"{checkpoint}: passed over, {defect}")
     return None
 
@@ -75,19 +87,60 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> s
 
     Raises:
         FileNotFoundError: when the path is no folder, or one that a run cannot continue from.
+        ValueError: a checkpoint that no run of this user's wrote; or there is none, and an earlier run's work, which
+            a new run would write over.
     """
-    if resume_from_checkpoint in (None, "none"):
-        return None
     if resume_from_checkpoint == "auto":
-        return last_complete_checkpoint(output_dir)
-    path = Path(resume_from_checkpoint)
+        checkpoint = last_complete_checkpoint(output_dir)
+    elif resume_from_checkpoint in (None, "none"):
+        checkpoint = None
+    else:
+        checkpoint = named_checkpoint(resume_from_checkpoint)
+    if checkpoint is None:
+        check_unused(output_dir, resume_from_checkpoint)
+        return None
+    if PartialState().is_main_process:
+        check_origin(checkpoint, but=[MANIFEST])
+    PartialState().wait_for_everyone()  # nobody loads a file of it before
+    return checkpoint
+
+
+def named_checkpoint(name: str) -> str:
+    """The path, if it is a checkpoint and not known to be half-written.
+
+    Raises:
+        FileNotFoundError: it is not.
+    """
+    path = Path(name)
     if not path.is_dir():
         raise FileNotFoundError(f"resume_from_checkpoint: no folder {path}")
     if not (path / "trainer_state.json").is_file():
         raise FileNotFoundError(f"resume_from_checkpoint: {path} is no checkpoint of a run (no trainer_state.json)")
     if (path / MANIFEST).exists() and (defect := find_defect(path)):
         raise FileNotFoundError(f"resume_from_checkpoint: {path}: {defect}")
-    return resume_from_checkpoint
+    return name
+
+
+def check_unused(output_dir: str | Path, resume_from_checkpoint: str | None = None) -> None:
+    """See that a run which starts anew writes over nothing of worth: the model of a run that ended or, when it is told
+    to start anew, also checkpoints and rollouts. What a run leaves that was killed before its first checkpoint is
+    nothing when it is continued.
+
+    Raises:
+        ValueError: there is something; the message names it.
+    """
+    folder = Path(output_dir)
+    rows = [path for path in folder.glob("trajectories/*.jsonl") if path.stat().st_size]
+    logs = [*rows, *folder.glob("log.jsonl")]
+    found = sorted(folder.glob("*.safetensors")) if logs else []
+    if resume_from_checkpoint != "auto":
+        found += [path / MANIFEST for _, path in list_checkpoints(folder) if (path / MANIFEST).exists()] + rows
+    if found:
+        name = found[0].relative_to(folder)
+        raise ValueError(
+            f"{folder}: holds an earlier run ({name}), and a new one would write over it; choose another OUTPUT, or "
+            "move this one away"
+        )
 
 
 def read_state(checkpoint: str) -> TrainerState:
@@ -167,11 +220,11 @@ def check_layout(checkpoint: str, layout: Layout) -> None:
         ValueError: when it was written under another layout, or without that state.
     """
     saved = Layout.of_checkpoint(checkpoint)
-    anew = "or start anew: --resume_from_checkpoint none"
+    anew = "or start anew in another OUTPUT"
     if saved is None:
         raise ValueError(
             f"{checkpoint}: holds the model without optimizer and schedule (save_only_model), so the run cannot go on; "
-            f"train from it in another OUTPUT (MODEL={checkpoint}), {anew}"
+            f"train from it (MODEL={checkpoint}) in another OUTPUT"
         )
     if saved.zero_stage != layout.zero_stage or (saved.zero_stage and saved.processes != layout.processes):
         raise ValueError(
@@ -251,7 +304,7 @@ class LoadWeightsMixin:
         if not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled:  # an adapter loads as it should
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype, use_safetensors=True)
         target.load_state_dict(saved.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -27,7 +27,9 @@ from open_r1.checkpoints import (
 )
 from open_r1.failures import mistakes, told_once
 from open_r1.front_door import Mistake
+from open_r1.locks import IN_USE, owned
 from open_r1.modeling import parameter_table
+from open_r1.orphans import follow_launcher
 from open_r1.recipes import PLANNED_PROCESSES, read_recipe, split_arguments
 
 # What libraries warn about at every start although it is as it should be: logger -> part of the message.
@@ -55,11 +57,11 @@ def read_text(path: Path) -> str:
 
 
 def prepare_process() -> None:
-    """Silence noise, and look for modules where a user means them."""
+    """Silence noise, and look for modules where a user means them: nowhere near the script or the current folder."""
     quiet()
     # Python looks first beside the script it runs, where open_r1's modules would hide a user's of the same names.
     sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
-    sys.path.append(os.getcwd())  # for a user's own `module:function` rewards; last, so that it hides no library
+    os.environ["PYTHONSAFEPATH"] = "1"  # of Pythons started from here: `-c` and `-m` would look in the current folder
 
 
 def quiet() -> None:
@@ -112,6 +114,9 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
     with mistakes(*USER_ERRORS), silence():
         layout = Layout.of_config(config_file, processes)
         settings = read_settings(command, arguments)
+        if (Path(settings[1].output_dir) / IN_USE).exists():
+            with owned(settings[1].output_dir):
+                pass  # its owner is gone
         checkpoint = find_checkpoint(command, settings, layout)
         if not (checkpoint and is_finished(checkpoint, settings[1])):
             command.prepare(*settings)
@@ -158,6 +163,7 @@ def find_checkpoint(command: Command, settings: tuple[Any, TrainingArguments, An
 
 def run(command: Command) -> None:
     """The whole of a training command; `launch.py` starts it in every process."""
+    follow_launcher()
     prepare_process()
     with told_once():
         train(command, sys.argv[1:])
@@ -171,6 +177,14 @@ def train(command: Command, arguments: Sequence[str]) -> None:
     """
     with mistakes(*USER_ERRORS):
         settings = read_settings(command, arguments)
+        os.makedirs(settings[1].output_dir, exist_ok=True)
+    with owned(settings[1].output_dir):
+        train_with(command, settings, arguments)
+
+
+def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], arguments: Sequence[str]) -> None:
+    """`train`, with the settings read and the output folder its own."""
+    with mistakes(*USER_ERRORS):
         checkpoint = find_checkpoint(command, settings, Layout.of_this_process())
         trainer = command.build_trainer(*settings)
     script_args, args, model_args = settings

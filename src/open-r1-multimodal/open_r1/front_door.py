@@ -76,6 +76,7 @@ def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
     Raises:
         SystemExit: 1 for an error, 128 and its number for a signal.
     """
+    os.environ["PYTHONSAFEPATH"] = "1"  # of Pythons started from here: `-c` and `-m` would look in the current folder
     path = Path(sys.argv[0])
     name = path.parent.name if path.stem == "__main__" else path.stem
     for number in (signal.SIGTERM, signal.SIGHUP):

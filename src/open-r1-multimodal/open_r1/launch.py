@@ -19,9 +19,11 @@ from pathlib import Path
 
 import psutil
 
-sys.path.remove(str(Path(__file__).parent))  # where Python looks first; open_r1's modules are no top-level ones
+if str(Path(__file__).parent) in sys.path:  # where Python looks first; open_r1's modules are no top-level ones
+    sys.path.remove(str(Path(__file__).parent))
 
 from open_r1.failures import last_word, told_once
+from open_r1.orphans import follow_launcher, lead
 
 STALE_SECONDS = 60
 
@@ -39,6 +41,7 @@ def parse() -> argparse.Namespace:
 
 def check(launch: argparse.Namespace) -> None:
     """Everything that the processes would find wrong before they load weights."""
+    follow_launcher()
     with told_once():
         entry = importlib.import_module("open_r1.entry")
         command = importlib.import_module(f"open_r1.{launch.script.stem}").COMMAND
@@ -63,6 +66,7 @@ def working_folders() -> set[str]:
 def main() -> None:
     """Check in a process of its own, which takes what it read along, and launch."""
     launch = parse()
+    lead()
     for stop in (signal.SIGINT, signal.SIGTERM):  # until torch takes over; the check goes with its parent
         signal.signal(stop, lambda number, _: sys.exit(128 + number))
     checking = multiprocessing.get_context("fork").Process(target=check, args=[launch], daemon=True)

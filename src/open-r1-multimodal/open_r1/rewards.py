@@ -6,8 +6,13 @@ A recipe names them in `reward_funcs`, by their name in `reward_funcs_registry` 
 import functools
 import importlib
 import inspect
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import PathFinder
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 from typing import Any
 
 from open_r1.answers import extract_answer, is_correct
@@ -106,6 +111,25 @@ def _well_formed(text: str) -> bool:
     return match is not None and all(part.strip() for part in match.groups())
 
 
+def import_here(name: str) -> ModuleType:
+    """A module, also one in the current folder, which is looked at for this name alone: it is not on Python's path,
+    where libraries would find there what they look for.
+
+    Raises:
+        ImportError: there is none.
+    """
+    top = name.partition(".")[0]
+    if top not in sys.modules and find_spec(top) is None and (spec := PathFinder.find_spec(top, [os.getcwd()])):
+        module = sys.modules[top] = module_from_spec(spec)
+        try:
+            if spec.loader:  # a folder without __init__.py has none
+                spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[top]
+            raise
+    return importlib.import_module(name)
+
+
 def _find_reward(name: str) -> Reward:
     if name in reward_funcs_registry:
         return reward_funcs_registry[name]
@@ -114,7 +138,7 @@ def _find_reward(name: str) -> Reward:
         known = ", ".join(reward_funcs_registry)
         raise ValueError(f"reward_funcs: unknown reward {name!r} (known: {known}; your own: module:function)")
     try:
-        module = importlib.import_module(module_name)
+        module = import_here(module_name)
     except ModuleNotFoundError as error:
         # An import that fails inside the user's module is the user's to see in full.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from open_r1.evaluate.statistics import check_rows, judge_row, response_shares, score, table, unread_warning
 from open_r1.files import append_rows, read_rows, replace_file
 from open_r1.hub import model_folder
+from open_r1.locks import owned
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read
 
 if TYPE_CHECKING:  # re-scoring starts without torch
@@ -183,6 +184,18 @@ def collect(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[
 
 
 # --- the run ------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, or score saved responses again, as the only one that writes the result.
+
+    Raises:
+        Mistake: another process writes it.
+    """
+    path = args.output_dir / args.precomputed_json.name if args.precomputed_json else result_path(args)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with owned(path, is_file=True):
+        (rescore if args.precomputed_json else evaluate)(args)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,8 @@ def choose_groups(
 class Shared:
     """What the page holds once, however often it is asked: prompts and images."""
 
-    def __init__(self) -> None:
+    def __init__(self, known_images: Container[str]) -> None:
+        self.known_images = known_images
         self.prompts: list[dict[str, Any]] = []
         self.images: list[dict[str, str]] = []
         self._prompt_numbers: dict[tuple[int, int], int] = {}
@@ -131,7 +132,11 @@ class Shared:
             self._image_numbers[path] = len(self.images)
             record = {"name": visible(Path(path).name)[:QUOTE]}
             try:
+                if path not in self.known_images:
+                    raise PermissionError(path)
                 data, kind = thumbnail(Path(path))
+            except PermissionError:
+                record["missing"] = "not named by the run's data"
             except DECODE_ERRORS as error:
                 record["missing"] = "no such file" if isinstance(error, FileNotFoundError) else "cannot be decoded"
             else:
@@ -144,14 +149,17 @@ class Shared:
         return self._image_numbers[path]
 
 
-def browser_data(sources: Mapping[str, Trajectories], required: Mapping[str, Collection[int]]) -> dict[str, Any]:
+def browser_data(
+    sources: Mapping[str, Trajectories], required: Mapping[str, Collection[int]], known_images: Container[str]
+) -> dict[str, Any]:
     """What the page's script browses.
 
     Args:
         sources: name -> its completions.
         required: name -> rows that must be among those embedded.
+        known_images: the paths of those that may be shown.
     """
-    shared = Shared()
+    shared = Shared(known_images)
     embedded = {
         name: embed(source, set(required[name]), TEXT_BUDGETS[name], shared) for name, source in sources.items()
     }

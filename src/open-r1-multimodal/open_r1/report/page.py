@@ -23,7 +23,7 @@ from open_r1.files import replace_file
 from open_r1.report import figures
 from open_r1.report.browser import QUOTE, Steps, browser_data, shown, steps_of, visible
 from open_r1.report.curves import Curves, collect, is_sft
-from open_r1.report.runs import Run, Trajectories, read_run, scan_trajectories
+from open_r1.report.runs import KnownImages, Run, Trajectories, read_run, scan_trajectories
 from open_r1.report.statistics import first_and_last_tenth, reflection_statistics
 
 MAX_EXAMPLES = 6
@@ -114,7 +114,7 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
             if len(trajectories)
         ],
         examples=examples(train, picked),
-        browser=browser_data({"train": train, "eval": held_out}, {"train": picked, "eval": ()}),
+        browser=browser_data({"train": train, "eval": held_out}, {"train": picked, "eval": ()}, KnownImages(run)),
     )
 
 

@@ -9,12 +9,15 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from open_r1.images import local_path
+from open_r1.tasks.examples import read_json
 from open_r1.trajectories import (
     NUMBERS,
     OPTIONAL,
@@ -31,6 +34,7 @@ from open_r1.trajectories import (
 
 ACCURACY, FORMAT = "accuracy_reward", "format_reward"  # as the trainer logs the registry's rewards
 MAX_REWARDS = 32  # a run has a handful; more is a damaged file, and each is a column
+MAX_PATH = 4096  # characters, as Linux has it
 _YEAR_10000 = 253402300800  # in seconds since 1970
 _IMAGE_TAGS = re.compile(r"(?:<\|?\w*(?:image|vision|video)\w*\|?>)+")  # what stands for images in any family's prompt
 # A place where a template's own text may end and a question begin, and the other way round.
@@ -200,6 +204,43 @@ def _read_state(states: Sequence[Path]) -> dict[str, Any]:
         if path.parent.name.startswith("checkpoint-"):
             break
     return furthest
+
+
+# --- the images ---------------------------------------------------------------------------------------------
+
+
+class KnownImages:
+    """The image files that a page may show: a run's own, and those that its data sets name or, of a folder, hold."""
+
+    def __init__(self, run: Run):
+        self.folders = [run.path.resolve()]
+        self.names: set[str] = set()
+        for source in filter(None, (run.info.get("dataset"), run.info.get("eval_dataset"))):
+            path = Path(source).absolute()
+            if path.is_dir() or path.suffix == ".parquet":
+                self.folders.append((path if path.is_dir() else path.parent).resolve())
+            elif path.is_file():
+                with suppress(OSError, ValueError):  # moved, or no data set any more: it names nothing
+                    self.names |= {os.path.abspath(path.parent / local_path(text)) for text in _texts(read_json(path))}
+
+    def __contains__(self, path: str) -> bool:
+        if os.path.abspath(path) in self.names:
+            return True
+        real = Path(os.path.realpath(path))  # a link leads out of a folder
+        return any(real.is_relative_to(folder) for folder in self.folders)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every short text in a JSON value, at any depth."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str) and len(value) < MAX_PATH and "\0" not in value:
+            yield value
 
 
 # --- the completions ----------------------------------------------------------------------------------------

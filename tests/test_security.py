@@ -1,0 +1,470 @@
+"""What is never trusted: checkpoints of others, the current folder, the folder of a run; and one owner of an output."""
+
+import errno
+import fcntl
+import json
+import os
+import pickle
+import signal
+import stat
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fake_run import row, write_lines, write_run
+from open_r1 import entry, grpo, signatures
+from open_r1.checkpoints import MANIFEST, check_unused, find_defect, resolve_checkpoint, seal
+from open_r1.entry import check
+from open_r1.evaluate import run as evaluation
+from open_r1.front_door import Mistake, run
+from open_r1.locks import IN_USE, owned
+from open_r1.orphans import LAUNCHER
+from open_r1.prompts import REPO_ROOT
+from open_r1.report.page import write_report
+from open_r1.report.runs import KnownImages, read_run
+from open_r1.rewards import get_reward_funcs
+from open_r1.signatures import SIGNATURE, TRUST, check_origin, files_to_sign, key_path, read_key
+
+LAUNCHES = REPO_ROOT / "src/open-r1-multimodal/configs"
+PACKAGE = {"PYTHONPATH": str(REPO_ROOT / "src/open-r1-multimodal")}
+
+
+def start(code: str, *arguments: object, **options: object) -> subprocess.Popen:
+    """A Python that runs this code with our package on its path."""
+    env = {**os.environ, **PACKAGE, **options.pop("env", {})}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], env=env, text=True, stdout=subprocess.PIPE, **options
+    )
+
+
+# --- checkpoints of others --------------------------------------------------------------------------------------
+
+
+class Hostile:
+    """A pickle of it makes a file when it is loaded."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """One as ZeRO leaves it, sealed."""
+    folder = tmp_path / "out/checkpoint-1"
+    (folder / "global_step1").mkdir(parents=True)
+    torch.save({"step": 1}, folder / "global_step1/mp_rank_00_model_states.pt")
+    torch.save({"step": 1}, folder / "global_step1/zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    torch.save({"seed": 1}, folder / "rng_state_0.pth")
+    (folder / "latest").write_text("global_step1")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "trainer_state.json").write_text('{"global_step": 1}')
+    seal(folder)
+    return folder
+
+
+def change(path: Path) -> None:
+    """Other content of the same size."""
+    path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
+
+
+def link_away(folder: Path) -> None:
+    """A link to what was a folder."""
+    folder.rename(folder.parents[2] / "elsewhere")
+    folder.symlink_to(folder.parents[2] / "elsewhere")
+
+
+STATES = "global_step1/mp_rank_00_model_states.pt"
+TAMPERED: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "changed": (lambda folder: change(folder / STATES), STATES, "not what was signed"),
+    "the folder to load": (lambda folder: change(folder / "latest"), "latest", "not what was signed"),
+    "the best checkpoint": (
+        lambda folder: change(folder / "trainer_state.json"),
+        "trainer_state.json",
+        "not what was signed",
+    ),
+    "added": (lambda folder: (folder / "optimizer.bin").touch(), "optimizer.bin", "not what was signed"),
+    "linked": (lambda folder: link_away(folder / "global_step1"), "global_step1", "not what was signed"),
+    "no signature": (lambda folder: (folder / SIGNATURE).unlink(), STATES, "not signed with your key"),
+    "empty signature": (lambda folder: (folder / SIGNATURE).write_text(""), STATES, "not signed with your key"),
+    "a list": (lambda folder: (folder / SIGNATURE).write_text("[1]"), STATES, "not signed with your key"),
+    "a number": (
+        lambda folder: (folder / SIGNATURE).write_text('{"files": {}, "signature": 1}'),
+        *(STATES, "not signed with your key"),
+    ),
+    "letters": (
+        lambda folder: (folder / SIGNATURE).write_text('{"files": {"latest": "é"}, "signature": "é"}'),
+        *(STATES, "not signed with your key"),
+    ),
+    "another key": (lambda folder: key_path().write_bytes(b"k" * 32), STATES, "not signed with your key"),
+}
+
+
+@pytest.fixture
+def own_key(tmp_path, monkeypatch) -> None:
+    """A key of this test alone."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+def test_what_a_run_wrote_is_continued(checkpoint):
+    assert resolve_checkpoint("auto", str(checkpoint.parent)) == str(checkpoint)
+    moved = checkpoint.rename(checkpoint.parent.parent / "checkpoint-1")
+    assert resolve_checkpoint(str(moved), "nowhere") == str(moved)
+    change(moved / "model.safetensors")  # numbers, whatever they are
+    assert resolve_checkpoint(str(moved), "nowhere") == str(moved)
+
+
+@pytest.mark.parametrize("tampered", TAMPERED)
+def test_a_foreign_checkpoint_is_refused_and_can_be_trusted(own_key, checkpoint, monkeypatch, tampered):
+    tamper, name, why = TAMPERED[tampered]
+    tamper(checkpoint)
+    (checkpoint / MANIFEST).write_text("{}")  # whoever changes a file can list it, too
+    for wanted in ("auto", str(checkpoint)):
+        with pytest.raises(ValueError, match=f"^{checkpoint / name}: .*{why}.*{TRUST}={checkpoint}, else") as told:
+            resolve_checkpoint(wanted, str(checkpoint.parent))
+        assert "\n" not in str(told.value)
+    monkeypatch.setenv(TRUST, str(checkpoint.parent))  # not the folder itself
+    with pytest.raises(ValueError, match=TRUST):
+        resolve_checkpoint("auto", str(checkpoint.parent))
+    monkeypatch.setenv(TRUST, f"{checkpoint}/../checkpoint-1")
+    assert resolve_checkpoint("auto", str(checkpoint.parent)) == str(checkpoint)
+
+
+def test_nothing_but_weights_and_the_seal_itself_is_unsigned(checkpoint):
+    everything = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert everything - set(files_to_sign(checkpoint)) == {"model.safetensors", SIGNATURE}
+    assert set(json.loads((checkpoint / SIGNATURE).read_text())["files"]) == everything - {
+        "model.safetensors",
+        SIGNATURE,
+        MANIFEST,
+    }
+
+
+def test_a_launch_refuses_before_it_unpickles(tmp_path, checkpoint, tiny_model, examples_json, monkeypatch):
+    monkeypatch.setattr(entry, "quiet", lambda: None)
+    (checkpoint / STATES).write_bytes(pickle.dumps(Hostile(tmp_path / "it ran")))
+    (checkpoint / MANIFEST).write_text("{}")
+    arguments = ["--config", str(REPO_ROOT / "tests/data/grpo.yaml"), "--use_cpu", "true"]
+    arguments += ["--model_name_or_path", str(tiny_model), "--dataset_name", str(examples_json)]
+    with pytest.raises(Mistake, match=f"{STATES}: may come from others: .*resuming would run any code in it"):
+        check(grpo.COMMAND, [*arguments, "--output_dir", str(checkpoint.parent)], str(LAUNCHES / "cpu.yaml"), 1)
+    assert not (tmp_path / "it ran").exists()
+    pickle.loads((checkpoint / STATES).read_bytes())  # it would have
+    assert (tmp_path / "it ran").exists()
+
+
+def test_several_processes_make_one_key(tmp_path):
+    code = "from open_r1.signatures import read_key; input(); print(read_key().hex())"
+    env = {"XDG_STATE_HOME": str(tmp_path)}
+    processes = [start(code, env=env, stdin=subprocess.PIPE) for _ in range(6)]
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert len({process.communicate()[0] for process in processes}) == 1
+    [key] = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert len(key.read_bytes()) == signatures.KEY_BYTES and stat.S_IMODE(key.stat().st_mode) == 0o600
+
+
+def test_the_key_is_never_in_the_current_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", "state")  # the rule: what is relative does not count
+    assert key_path() == tmp_path / ".local/state/open-r1-zero/key"
+
+
+def test_without_a_place_for_the_key_a_run_goes_on_unsigned(checkpoint, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null/state")
+    (checkpoint / SIGNATURE).unlink()
+    seal(checkpoint)
+    assert find_defect(checkpoint) is None and not (checkpoint / SIGNATURE).exists()
+    told = capsys.readouterr().err
+    assert told.startswith(f"{checkpoint}: not signed, ") and "/dev/null/state" in told and told.count("\n") == 1
+    with pytest.raises(ValueError, match=f"{STATES}: may come from others: it is not signed with your key .*{TRUST}="):
+        check_origin(checkpoint)
+
+
+def test_a_damaged_key_is_named(own_key, checkpoint):
+    key_path().write_bytes(b"short")
+    with pytest.raises(ValueError, match=f"{key_path()}: damaged; delete it"):
+        read_key()
+    with pytest.raises(ValueError, match=f"{checkpoint}: no telling who wrote it: {key_path()}: damaged"):
+        check_origin(checkpoint)
+
+
+# --- a new run over an old one ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "files, kept_by",
+    [
+        ({}, ""),
+        ({"run.json": "{}", "log.jsonl": "{}\n"}, ""),  # killed before its first checkpoint
+        ({"model.safetensors": "weights"}, ""),  # a model to train, in the folder of its run
+        ({"trajectories/train.jsonl": ""}, ""),
+        ({"trajectories/train.jsonl": "{}\n"}, "none"),
+        ({"checkpoint-3/model.safetensors": "half"}, ""),
+        ({"checkpoint-3/complete.json": "{}"}, "none"),
+        ({"model.safetensors": "weights", "trajectories/train.jsonl": "{}\n"}, "none auto"),
+        ({"adapter_model.safetensors": "weights", "log.jsonl": "{}\n"}, "none auto"),
+    ],
+)
+def test_a_new_run_writes_over_nothing_of_worth(tmp_path, files, kept_by):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for wanted in ("none", "auto"):
+        if wanted not in kept_by:
+            check_unused(tmp_path, wanted)
+            continue
+        with pytest.raises(ValueError, match=rf"{tmp_path}: holds an earlier run \(.*\), .*; choose another OUTPUT"):
+            check_unused(tmp_path, wanted)
+
+
+def test_a_finished_run_is_not_started_anew(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    write_lines(tmp_path / "trajectories/train.jsonl", [row()])
+    for wanted in ("none", "auto"):
+        with pytest.raises(ValueError, match="holds an earlier run"):
+            resolve_checkpoint(wanted, str(tmp_path))
+
+
+# --- one owner --------------------------------------------------------------------------------------------------
+
+OWN = "import os, sys, time\nfrom open_r1.locks import owned\nwith owned(sys.argv[1]):\n    "
+
+
+def test_a_second_run_is_told_who_is_there(tmp_path):
+    told = rf"{tmp_path}: in use by process {os.getpid()} on .+ since 20.+; wait until it ends"
+    with owned(tmp_path), pytest.raises(Mistake, match=told), owned(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+    with owned(tmp_path):  # free again
+        pass
+
+
+def test_the_lock_goes_with_its_process(tmp_path):
+    """Also when a child of it lives on."""
+    sleeper = "os.fork() or (print(os.getpid(), flush=True), time.sleep(99))\n    time.sleep(99)"
+    holder = start(OWN + sleeper, tmp_path)
+    child = int(holder.stdout.readline())
+    with pytest.raises(Mistake, match=f"in use by process {holder.pid} on"), owned(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    os.kill(child, 0)  # it is there
+    with owned(tmp_path):
+        pass
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_is_not_taken_while_its_owner_deletes_it(tmp_path, monkeypatch):
+    """The file that was locked is no longer the one at its path: another one is the lock."""
+    lock = fcntl.flock
+    taken = []
+
+    def delete_first(file, operation):
+        if not taken:
+            (tmp_path / IN_USE).unlink()
+        taken.append(file)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", delete_first)
+    with owned(tmp_path):
+        assert len(taken) == 2 and (tmp_path / IN_USE).exists()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with owned(tmp_path):
+        pass
+    told = capsys.readouterr().err
+    assert told.startswith(f"{tmp_path}: nothing keeps a second run out") and told.count("\n") == 1
+
+
+def test_the_main_process_owns_for_its_launch(tmp_path, monkeypatch):
+    with owned(tmp_path):
+        monkeypatch.setenv("RANK", "1")
+        with owned(tmp_path):
+            pass
+
+
+def test_a_training_whose_output_is_in_use_does_not_start(tmp_path, tiny_model, examples_json, monkeypatch):
+    monkeypatch.setattr(entry, "quiet", lambda: None)
+    arguments = ["--config", str(REPO_ROOT / "tests/data/grpo.yaml"), "--use_cpu", "true"]
+    arguments += ["--model_name_or_path", str(tiny_model), "--dataset_name", str(examples_json)]
+    arguments += ["--output_dir", str(tmp_path)]
+    monkeypatch.setattr(entry, "find_checkpoint", lambda *_: pytest.fail("went on"))
+    with owned(tmp_path):
+        with pytest.raises(Mistake, match="in use by process"):
+            check(grpo.COMMAND, arguments, str(LAUNCHES / "cpu.yaml"), 1)
+        with pytest.raises(Mistake, match="in use by process"):
+            entry.train(grpo.COMMAND, arguments)
+
+
+def test_an_evaluation_whose_result_is_in_use_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", lambda args: pytest.fail("went on"))
+    asked = {"benchmark": "CV-Bench", "model_path": "org/model", "use_reasoning_prompt": True, "precomputed_json": None}
+    args = Namespace(**asked, output_dir=tmp_path)
+    result = evaluation.result_path(args)
+    with owned(result, is_file=True), pytest.raises(Mistake, match=f"{result}: in use by process"):
+        evaluation.run(args)
+    assert not list(tmp_path.iterdir())
+
+
+# --- workers ----------------------------------------------------------------------------------------------------
+
+LEAD = """
+import subprocess, sys
+from open_r1.orphans import lead
+lead()
+subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
+"""
+FOLLOW = """
+import os, time
+from open_r1.orphans import follow_launcher
+follow_launcher()
+print(os.getpid(), flush=True)
+time.sleep(99)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's part is Linux's")
+def test_a_worker_ends_with_a_launcher_that_is_killed():
+    launcher = start(LEAD, FOLLOW)
+    worker = int(launcher.stdout.readline())
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}/stat").exists() and _state(worker) != "Z":
+        assert time.monotonic() < deadline, "the worker goes on"
+        time.sleep(0.05)
+
+
+def _state(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's part is Linux's")
+def test_a_worker_whose_launcher_is_gone_does_not_begin():
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    worker = start(FOLLOW, env={LAUNCHER: str(ended.pid)}, stderr=subprocess.PIPE)
+    assert worker.communicate()[0] == "" and worker.returncode == 1
+
+
+# --- the current folder -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hostile_folder(tmp_path, monkeypatch) -> Path:
+    """The current folder, with files in it that have the names of modules."""
+    for name in ("random", "json", "torch", "yaml", "signal", "colorsys"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the {name}.py of the current folder ran')\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_users_reward_is_found_and_nothing_else(hostile_folder, monkeypatch):
+    """In a module, a package, or a folder of modules; a library goes before them."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", str(hostile_folder))])
+    reward = "def f(completions, **kwargs): return [0.0]\ndef rgb_to_hsv(completions, **kwargs): return [1.0]\n"
+    (hostile_folder / "mine_alone.py").write_text(reward)
+    (hostile_folder / "colorsys.py").write_text("raise SystemExit('ran')")
+    for package in ("mine_in_package", "mine_in_folder"):
+        (hostile_folder / package).mkdir()
+        (hostile_folder / package / "rewards.py").write_text(reward)
+    (hostile_folder / "mine_in_package/__init__.py").touch()
+    names = ["mine_alone:f", "mine_in_package.rewards:f", "mine_in_folder.rewards:f"]
+    assert [reward([]) for reward in get_reward_funcs(names)] == [[0.0]] * 3
+    assert get_reward_funcs(["colorsys:rgb_to_hsv"])[0].__module__ == "colorsys"
+    assert str(hostile_folder) not in sys.path
+    (hostile_folder / "mine_broken.py").write_text("import mine_alone_too")
+    (hostile_folder / "mine_alone_too.py").touch()
+    with pytest.raises(ModuleNotFoundError, match="mine_alone_too"):
+        get_reward_funcs(["mine_broken:f"])
+    assert "mine_broken" not in sys.modules
+
+
+def test_no_command_starts_a_python_that_looks_in_the_current_folder(hostile_folder, monkeypatch):
+    def ask() -> str:
+        return subprocess.run([sys.executable, "-c", "import random"], capture_output=True, text=True).stderr
+
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    assert "the random.py of the current folder ran" in ask()
+    run(lambda: None)
+    assert ask() == ""
+    monkeypatch.delenv("PYTHONSAFEPATH")
+    monkeypatch.setattr(entry, "quiet", lambda: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    entry.prepare_process()
+    assert ask() == "" and str(hostile_folder) not in sys.path
+
+
+def test_the_run_scripts_start_no_python_that_looks_there(hostile_folder, tmp_path):
+    """Neither to ask it something nor to train."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$PYTHONSAFEPATH" >>"$0.asked"\n')
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "OUTPUT": str(tmp_path / "out")}
+    script = REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh"
+    subprocess.run(["sh", script], env=env, check=True, capture_output=True)
+    assert set((tmp_path / "python.asked").read_text().splitlines()) == {"1"}
+
+
+# --- the folder of a run ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Callable[[str], str]:
+    """Makes a picture and tells its path."""
+
+    def make(name: str) -> str:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (28, 28), "red").save(tmp_path / name)
+        return str(tmp_path / name)
+
+    return make
+
+
+def test_a_report_shows_only_images_of_the_runs_data(tmp_path, pictures):
+    named, private, own = (pictures(name) for name in ("data/a.png", "private/b.png", "run/c.png"))
+    beside, linked = pictures("data/beside.png"), tmp_path / "run/link.png"
+    linked.symlink_to(private)
+    (tmp_path / "data/rows.json").write_text(json.dumps([{"messages": [], "images": ["../data/a.png"]}]))
+    images = [named, private, own, beside, str(linked), f"{tmp_path}/data/../private/b.png"]
+    run = write_run(tmp_path / "run", [row(images=images)], dataset=str(tmp_path / "data/rows.json"))
+    known = KnownImages(read_run(run))
+    assert [path for path in images if path in known] == [named, own]
+    page = write_report(run).read_text()
+    assert page.count("data:image/png;base64,") == 2 and page.count("not named by the run") == 4
+
+
+@pytest.mark.parametrize("dataset", [None, "array/SAT", "/no/data.json", "/dev/zero", "\0", "broken.json", "deep.json"])
+def test_data_that_name_nothing_show_nothing(tmp_path, pictures, dataset):
+    private = pictures("private/b.png")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    dataset = str(tmp_path / dataset) if dataset and dataset.endswith("n.json") else dataset
+    run = write_run(tmp_path / "run", [row(images=[private])], dataset=dataset)
+    assert private not in KnownImages(read_run(run))
+
+
+def test_a_folder_of_data_shows_what_is_in_it(tmp_path, pictures):
+    inside, outside = pictures("data/train/a.png"), pictures("other/a.png")
+    run = write_run(tmp_path / "run", [row(images=[inside, outside])], dataset=str(tmp_path / "data"))
+    known = KnownImages(read_run(run))
+    assert inside in known and outside not in known
