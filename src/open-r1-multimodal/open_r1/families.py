@@ -247,7 +247,7 @@ def family_of_processor(processor: ProcessorMixin) -> Family:
 def end_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: the tokenizer's own, and its family's."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    return sorted({tokenizer.eos_token_id, *_known_ids(tokenizer, [f.end_tokens for f in FAMILIES.values()])})
+    return sorted({tokenizer.eos_token_id, *_known_ids(tokenizer, [f.end_tokens for f in FAMILIES.values()])} - {None})
 
 
 def vision_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
