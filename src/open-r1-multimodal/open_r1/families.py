@@ -250,6 +250,12 @@ def end_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[i
     return sorted({tokenizer.eos_token_id, *_known_ids(tokenizer, [f.end_tokens for f in FAMILIES.values()])} - {None})
 
 
+def control_tokens(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[str]:
+    """The texts that the tokenizer takes for something else than text."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
 def vision_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
     """The ids that a policy must never sample."""
     tokenizer = getattr(processor, "tokenizer", processor)

@@ -77,7 +77,7 @@ def check_weight_files(folder: Path, name: str = MODEL) -> None:
     elif pickles := sorted(path.name for path in folder.glob("*model*.bin")):
         raise OSError(f"{folder}: {pickles[0]} is a pickle, which runs code when it is opened; save it as safetensors")
     else:
-        raise OSError(f"{folder} holds no weights ({name}.safetensors)")
+        raise OSError(f"{folder} holds no {name}.safetensors")
 
 
 def tensor_names(path: Path) -> set[str]:
