@@ -99,15 +99,20 @@ def check_model_files(model_name_or_path: str | Path, revision: str = "main") ->
         ValueError: it is of a type that this project was not tested with.
     """
     folder = model_folder(model_name_or_path, revision)
+    family = family_of_folder(folder)
+    check_weight_files(folder)
+    return family
+
+
+def family_of_folder(folder: Path) -> Family:
+    """The family that a model's config.json names. Raises what `check_model_files` raises."""
     model_type = read_config(folder).get("model_type")
     if not isinstance(model_type, str):
         raise OSError(f"{folder / 'config.json'}: names no model_type")
     try:
-        family = find_family(model_type)
+        return find_family(model_type)
     except ValueError as error:
-        raise ValueError(f"{model_name_or_path} is {error}") from error
-    check_weight_files(folder)
-    return family
+        raise ValueError(f"{folder} is {error}") from error
 
 
 def check_weights(model_name_or_path: str | Path, revision: str = "main") -> None:
@@ -306,6 +311,7 @@ def load_processor(
         ValueError: the tokenizer is another model's; no such chat template; no image has a size within the bounds.
     """
     folder = model_folder(model_name_or_path, revision)
+    family = family_of_folder(folder) if (folder / "config.json").is_file() else None  # an adapter's has none
     for name in PROCESSOR_FILES:
         if (folder / name).is_file():
             read_object(folder / name)
@@ -317,8 +323,8 @@ def load_processor(
             f"{folder} holds no processor for images and text ({', '.join(known)}) but a {type(processor).__name__}; "
             "copy the processor's and tokenizer's files of the model that it was made from"
         )
-    if (folder / "config.json").is_file():  # an adapter's folder has none
-        check_tokens(folder, processor)
+    if family is not None:
+        check_tokens(folder, processor, family)
     if chat_template is not None:
         processor.chat_template = load_chat_template(chat_template)
     size = processor.image_processor.size
@@ -331,7 +337,7 @@ def load_processor(
     return processor
 
 
-def check_tokens(folder: Path, processor: ProcessorMixin) -> None:
+def check_tokens(folder: Path, processor: ProcessorMixin, family: Family) -> None:
     """See that the tokenizer in a model's folder is the model's.
 
     Raises:
@@ -341,7 +347,7 @@ def check_tokens(folder: Path, processor: ProcessorMixin) -> None:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         rows = config.get_text_config().vocab_size
     vocabulary = processor.tokenizer.get_vocab()
-    for name, token in find_family(config.model_type).config_tokens.items():
+    for name, token in family.config_tokens.items():
         if vocabulary.get(token) != getattr(config, name, None):
             raise ValueError(
                 f"{folder}: {token} is token {vocabulary.get(token)} of the tokenizer, and {name} of config.json is "
