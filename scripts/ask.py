@@ -18,8 +18,10 @@ from transformers import GenerationConfig
 
 from open_r1.backends import load_transformers
 from open_r1.evaluate.answering import generation_settings, load_prompting, messages
+from open_r1.families import control_tokens
 from open_r1.hub import model_folder
 from open_r1.images import open_image
+from open_r1.prompts import check_text
 from open_r1.tasks.examples import read_examples
 
 
@@ -43,13 +45,14 @@ def main() -> None:
     example = {"prompt": [{"content": args.question}], "images": [args.image]}
     if args.data:
         examples = read_examples(args.data)
-        if args.row >= len(examples):
+        if not -len(examples) <= args.row < len(examples):
             raise Mistake(f"--row {args.row}: {args.data} has {len(examples)} rows")
         example = examples[args.row]
     question = example["prompt"][0]["content"]
     conversation = messages([open_image(path) for path in example["images"]], question)
     folder = model_folder(args.model)
     processor, _ = load_prompting(folder, args.chat_template)
+    check_text(question, control_tokens(processor))
     backend = load_transformers(folder, processor, "cuda" if torch.cuda.is_available() else "cpu")
     settings = GenerationConfig(**generation_settings(processor, args.max_new_tokens))
     (ids,) = backend.generate([backend.encode(conversation)], [1], settings).ids

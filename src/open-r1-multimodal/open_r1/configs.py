@@ -175,6 +175,10 @@ def check_settings(args: GRPOConfig, shared_prefix: bool) -> None:
 class SFTScriptArguments(FreezeArguments, DataArguments):
     """What is asked and what is trained."""
 
+    max_answer_length: int | None = field(
+        default=2048, metadata={"help": "Examples with a longer answer (tokens) are left out; none is truncated."}
+    )
+
 
 @dataclass
 class Qwen2VLSFTConfig(SFTConfig):
@@ -187,7 +191,8 @@ class Qwen2VLSFTConfig(SFTConfig):
         metadata={"help": "For the chat template; `direct` asks for the answer alone, as evaluation does."},
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Unused: a cut would lose image tokens. See max_prompt_length."}
+        default=None,
+        metadata={"help": "Unused: a cut would lose image tokens. See max_prompt_length and max_answer_length."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Unused: the collator reads the columns of a prepared dataset."}

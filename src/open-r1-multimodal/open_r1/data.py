@@ -1,6 +1,8 @@
 """Examples as the `datasets.Dataset` that a trainer takes: images checked, without prompts that are too long."""
 
 import hashlib
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from trl import ModelConfig
 from trl.data_utils import prepare_multimodal_messages
 
 from open_r1.configs import DataArguments
-from open_r1.families import family_of_processor
+from open_r1.families import control_tokens, family_of_processor
 from open_r1.files import replacing
 from open_r1.images import EXTENSIONS, ImageSource, check_image, image_bytes, image_size, opened
 from open_r1.modeling import load_processor
@@ -41,6 +43,7 @@ def load_datasets_from_args(
     processor: ProcessorMixin,
     template_kwargs: dict[str, str],
     checks: Sequence[Callable[[Row], None]] = (),
+    max_answer_length: int | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """`load_dataset` with the values of a recipe: what to train on, and what is held out."""
     columns = Columns(
@@ -56,6 +59,7 @@ def load_datasets_from_args(
             config=data_args.dataset_config,
             split=split,
             checks=checks,
+            max_answer_length=max_answer_length,
             **template_kwargs,
         )
 
@@ -92,17 +96,18 @@ def store_image(source: ImageSource) -> str:
     return str(path)
 
 
-def special_tokens(processor: ProcessorMixin) -> list[str]:
-    """The texts that the tokenizer takes for something else than text."""
-    return [str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
-
-
 def count_prompt_tokens(example: Row, processor: ProcessorMixin, **template_kwargs: str) -> int:
-    """Length of an example's prompt in tokens, those of its images included, from the images' headers alone."""
+    """Length of an example's prompt in tokens, those of its images included, from the images' headers alone.
+
+    Raises:
+        ValueError: the chat template shows other images than those of the example, or cannot be rendered.
+    """
     messages = prepare_multimodal_messages(example["prompt"], images=example["images"])
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
     sizes = [image_size(image) for image in example["images"]]
     images = family_of_processor(processor).count_image_tokens(processor, sizes)
+    if (marks := text.count(processor.image_token)) != len(sizes):
+        raise ValueError(f"chat_template: writes {marks} {processor.image_token} for {len(sizes)} images")
     # each image has one token in the text
     return len(processor.tokenizer(text)["input_ids"]) - len(sizes) + images
 
@@ -125,15 +130,17 @@ def load_dataset(
     config: str | None = None,
     split: str = "train",
     checks: Sequence[Callable[[Row], None]] = (),
+    max_answer_length: int | None = None,
     **template_kwargs: str,
 ) -> Dataset:
-    """Read a data set; leave out, never truncate, the prompts over `max_prompt_length` tokens.
+    """Read a data set; leave out, never truncate, what is too long, and texts that spell a control token.
 
     Args:
-        source, columns, config, split: see `records.iter_examples`.
+        source, columns, config, split: see `examples.iter_examples`.
         processor: renders and measures the prompts.
         max_prompt_length: in tokens, image tokens included; None keeps every length.
         checks: each raises ValueError for a row that cannot be trained on.
+        max_answer_length: in tokens; None keeps every length.
         template_kwargs: for the chat template.
 
     Raises:
@@ -141,31 +148,30 @@ def load_dataset(
             opened included; or no example is left.
     """
     state = PartialState()
-    specials = special_tokens(processor)
-    kept, total, stray = [], 0, 0
+    controls, left_out, kept = control_tokens(processor), Counter(), []
     examples = iter_examples(source, columns, config, split)
     for row, example in enumerate(tqdm(examples, desc="examples", unit="", disable=not state.is_main_process)):
-        total += 1
         with naming(source, row):
             example["images"] = [store_image(image) for image in example["images"]]
             for path in example["images"]:
                 check_image(path)
             for check in checks:
                 check(example)
-            texts = [*(message["content"] for message in example["prompt"]), example["solution"] or ""]
-            if any(token in text for text in texts for token in specials):
-                stray += 1
-                continue
-            if max_prompt_length and count_prompt_tokens(example, processor, **template_kwargs) > max_prompt_length:
-                continue
-        kept.append(example)
-    if len(kept) < total:
-        state.print(
-            f"{source}: kept {len(kept)} of {total} examples; left out {total - len(kept) - stray} "
-            f"with a prompt over {max_prompt_length} tokens, {stray} with a special token in their text"
-        )
+            answer = example["solution"] or ""
+            texts = [*(message["content"] for message in example["prompt"]), answer]
+            if any(token in text for text in texts for token in controls):
+                left_out["a control token of the model in their text"] += 1
+            elif max_answer_length and len(processor.tokenizer(answer)["input_ids"]) > max_answer_length:
+                left_out[f"an answer over {max_answer_length} tokens (max_answer_length)"] += 1
+            elif count_prompt_tokens(example, processor, **template_kwargs) > (max_prompt_length or math.inf):
+                left_out[f"a prompt over {max_prompt_length} tokens (max_prompt_length, or fewer max_pixels)"] += 1
+            else:
+                kept.append(example)
+    reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
     if not kept:
-        raise ValueError(f"{source}: no example left; raise max_prompt_length or lower max_pixels")
+        raise ValueError(f"{source}: no example left; left out {reasons}")
+    if left_out:
+        state.print(f"{source}: kept {len(kept)} of {len(kept) + left_out.total()} examples; left out {reasons}")
     names = dict.fromkeys(name for example in kept for name in example)  # `from_list` takes those of the first row
     try:
         # A field of an own kind in every row reaches the rewards as it is.

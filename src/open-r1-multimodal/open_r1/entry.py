@@ -28,7 +28,7 @@ from open_r1.checkpoints import (
 from open_r1.failures import mistakes, told_once
 from open_r1.front_door import Mistake
 from open_r1.locks import IN_USE, owned
-from open_r1.modeling import parameter_table
+from open_r1.modeling import check_weights, parameter_table
 from open_r1.orphans import follow_launcher
 from open_r1.recipes import PLANNED_PROCESSES, read_recipe, split_arguments
 
@@ -120,6 +120,8 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
         checkpoint = find_checkpoint(command, settings, layout)
         if not (checkpoint and is_finished(checkpoint, settings[1])):
             command.prepare(*settings)
+            model_args = settings[2]
+            check_weights(model_args.model_name_or_path, model_args.model_revision)
 
 
 @contextmanager

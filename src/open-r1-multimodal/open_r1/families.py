@@ -247,7 +247,13 @@ def family_of_processor(processor: ProcessorMixin) -> Family:
 def end_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: the tokenizer's own, and its family's."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    return sorted({tokenizer.eos_token_id, *_known_ids(tokenizer, [f.end_tokens for f in FAMILIES.values()])})
+    return sorted({tokenizer.eos_token_id, *_known_ids(tokenizer, [f.end_tokens for f in FAMILIES.values()])} - {None})
+
+
+def control_tokens(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[str]:
+    """The texts that the tokenizer takes for something else than text."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def vision_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:

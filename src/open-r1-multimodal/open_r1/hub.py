@@ -50,4 +50,6 @@ def model_folder(model_name_or_path: str | Path, revision: str = "main", files: 
         OSError: what `fetch` raises.
     """
     folder = Path(model_name_or_path).expanduser()
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; name the folder of a model")
     return folder if folder.is_dir() else fetch(str(model_name_or_path), files, revision=revision)

@@ -1,12 +1,16 @@
 """Load a policy and its processor the way a recipe says: architecture, dtype, attention, pixels, what trains."""
 
 import importlib.util
+import logging
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,17 +22,34 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from open_r1.configs import FreezeArguments
-from open_r1.families import PARTS, Family, end_token_ids, family_of, find_family
+from open_r1.families import FAMILIES, PARTS, Family, end_token_ids, family_of, find_family
+from open_r1.front_door import first_line
 from open_r1.hub import model_folder
+from open_r1.model_files import (
+    ADAPTER,
+    PROCESSOR_FILES,
+    base_name,
+    check_weight_files,
+    read_config,
+    read_object,
+    tensor_names,
+)
 from open_r1.prompts import load_chat_template
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def resolve_dtype(name: str | None) -> torch.dtype | str:
     """`"bfloat16"`, `"float16"`, `"float32"` -> the torch dtype; `"auto"` and None keep the checkpoint's."""
-    return "auto" if name in (None, "auto") else getattr(torch, name)
+    if name in (None, "auto"):
+        return "auto"
+    if name not in DTYPES:
+        raise ValueError(f"dtype: {name!r} is none of auto, {', '.join(DTYPES)}")
+    return getattr(torch, name)
 
 
 def resolve_attn_implementation(name: str | None, dtype: torch.dtype | str) -> str:
@@ -54,18 +75,11 @@ def check_model(model_args: ModelConfig) -> Family:
         Its family.
 
     Raises:
-        OSError: there is no such model.
+        OSError: there is no such model, or it is not whole.
         ValueError: it is of a type that this project was not tested with, or the recipe cannot train it.
         ImportError: the recipe quantises, and bitsandbytes is not there.
     """
-    name = model_args.model_name_or_path
-    folder = model_folder(name, model_args.model_revision)
-    where = f"model_name_or_path: {name}"
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise OSError(f"{where} holds an adapter; make a model of it with scripts/export.py")
-    if not (any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))):
-        raise OSError(f"{where} holds no model (config.json, *.safetensors)")
-    family = check_model_type(name, model_args.model_revision)
+    family = check_model_files(model_args.model_name_or_path, model_args.model_revision)
     quantises = model_args.load_in_4bit or model_args.load_in_8bit
     if quantises and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("load_in_4bit, load_in_8bit: bitsandbytes is not installed; run setup.sh again")
@@ -74,17 +88,121 @@ def check_model(model_args: ModelConfig) -> Family:
     return family
 
 
-def check_model_type(model_name_or_path: str, revision: str | None = None) -> Family:
-    """The family of a model; ValueError for a type that this project was not tested with."""
-    config = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
+def check_model_files(model_name_or_path: str | Path, revision: str = "main") -> Family:
+    """Fetch a model from the Hub, and see that its files are there and whole; of its weights the headers are read.
+
+    Returns:
+        Its family.
+
+    Raises:
+        OSError: there is no such model, or it is not whole.
+        ValueError: it is of a type that this project was not tested with.
+    """
+    folder = model_folder(model_name_or_path, revision)
+    family = family_of_folder(folder)
+    check_weight_files(folder)
+    return family
+
+
+def family_of_folder(folder: Path) -> Family:
+    """The family that a model's config.json names. Raises what `check_model_files` raises."""
+    model_type = read_config(folder).get("model_type")
+    if not isinstance(model_type, str):
+        raise OSError(f"{folder / 'config.json'}: names no model_type")
     try:
-        return find_family(config.model_type)
+        return find_family(model_type)
     except ValueError as error:
-        raise ValueError(f"model_name_or_path: {model_name_or_path} is {error}") from error
+        raise ValueError(f"{folder} is {error}") from error
+
+
+def check_weights(model_name_or_path: str | Path, revision: str = "main") -> None:
+    """See that a model's weights are all there and of its shapes; none is read.
+
+    Raises:
+        OSError: they are not, or its configuration describes no model.
+    """
+    if not is_deepspeed_zero3_enabled():  # then transformers takes no device_map
+        read_weights(model_folder(model_name_or_path, revision), device_map="meta")
+
+
+@contextmanager
+def reading(files: str | Path, what: str) -> Iterator[None]:
+    """In the block, a library reads a model's files: whatever it raises about them becomes one line, an OSError.
+
+    Libraries raise of all kinds about damaged files: a failed assertion, or `tokenizers` a plain Exception.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = first_line(error) or "without a reason"
+        raise OSError(f"{files}: its {what} cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def read_weights(name_or_folder: str | Path, **settings: Any) -> PreTrainedModel:
+    """transformers' `from_pretrained`, where every weight must come from the checkpoint; nothing of it runs code.
+
+    Raises:
+        OSError: weights are missing or of another shape, or transformers cannot load them.
+    """
+    with reading(name_or_folder, "model"), disabled(logging.getLogger("transformers.modeling_utils")):
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            name_or_folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are told below
+            output_loading_info=True,
+            **settings,
+        )
+    missing, mismatched = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    if missing:
+        raise OSError(f"{name_or_folder}: weights are missing: {_some(missing)}; fetch or save the model again")
+    if mismatched:
+        shapes = [f"{name} is {list(there)}, not {list(needed)}" for name, there, needed in mismatched]
+        raise OSError(f"{name_or_folder}: weights of another shape than config.json says: {_some(shapes)}")
+    if found["error_msgs"]:
+        raise OSError(f"{name_or_folder}: {_some(found['error_msgs'])}")
+    return model
+
+
+def _some(texts: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    return texts[0] + (f" and {len(texts) - 1} more" if len(texts) > 1 else "")
+
+
+@contextmanager
+def disabled(logger: logging.Logger) -> Iterator[None]:
+    """In the block, the logger says nothing."""
+    logger.disabled, before = True, logger.disabled
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """A context in which a parameter is whole on this process; under ZeRO-3 all of a run enter it."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters  # imported by now
+
+    return GatheredParameters(parameter)
+
+
+def check_finite(model: nn.Module, name: str | Path) -> None:
+    """See that no weight is NaN or infinite; one pass, without a copy.
+
+    Raises:
+        ValueError: one is; named.
+    """
+    for parameter_name, parameter in model.named_parameters():
+        with whole(parameter):
+            extremes = parameter.detach().aminmax() if parameter.is_floating_point() and parameter.numel() else ()
+            if not all(extreme.isfinite() for extreme in extremes):
+                raise ValueError(f"{name}: {parameter_name} holds NaN or infinite weights; fetch or save it again")
 
 
 def load_model(
-    model_name_or_path: str,
+    model_name_or_path: str | Path,
     dtype: str | None = "bfloat16",
     attn_implementation: str | None = "auto",
     revision: str = "main",
@@ -101,30 +219,33 @@ def load_model(
         quantization_config: for QLoRA.
 
     Raises:
-        ValueError: for a model type that this project was not tested with.
+        OSError, ValueError: what `check_model_files` raises; or weights are missing, of another shape, or not finite.
     """
-    check_model_type(model_name_or_path, revision)
-    if Path(model_name_or_path).is_dir():  # an adapter remembers the name, and is loaded from other folders
-        model_name_or_path = str(Path(model_name_or_path).resolve())
+    check_model_files(model_name_or_path, revision)
+    folder = Path(model_name_or_path).expanduser()
+    if folder.is_dir():  # an adapter remembers the name, and is loaded from other folders
+        model_name_or_path = str(folder.resolve())
     torch_dtype = resolve_dtype(dtype)
-    return AutoModelForImageTextToText.from_pretrained(
+    model = read_weights(
         model_name_or_path,
         revision=revision,
         dtype=torch_dtype,
         attn_implementation=resolve_attn_implementation(attn_implementation, torch_dtype),
         quantization_config=quantization_config,
     )
+    check_finite(model, model_name_or_path)
+    return model
 
 
 def adapter_base(folder: str | Path) -> Path | None:
     """The folder of the base model that a LoRA run's folder names; None for a folder of whole weights.
 
     Raises:
-        OSError: there is no such base model, here or on the hub; the message names both.
+        OSError: the adapter is damaged, or there is no such base model, here or on the hub; the message names both.
     """
     if not (Path(folder) / "adapter_config.json").is_file():
         return None
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    base = base_name(Path(folder))
     try:
         return model_folder(base)
     except OSError as error:
@@ -143,10 +264,14 @@ def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | 
     """
     base = base or adapter_base(folder)
     if base is None:
-        return load_model(str(folder), dtype=dtype)
-    model = load_model(str(base), dtype=dtype)
-    with torch.no_grad():
-        return PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
+        return load_model(folder, dtype=dtype)
+    model = load_model(base, dtype=dtype)
+    with torch.no_grad(), reading(folder, "adapter"):
+        adapted = PeftModel.from_pretrained(model, folder)
+        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        if missing := sorted(wanted - tensor_names(Path(folder) / f"{ADAPTER}.safetensors")):
+            raise OSError(f"weights are missing: {_some(missing)}")
+        return adapted.merge_and_unload(safe_merge=True)
 
 
 def load_model_from_args(model_args: ModelConfig) -> PreTrainedModel:
@@ -180,18 +305,77 @@ def load_processor(
         min_pixels: smaller images are enlarged to this area; None keeps the checkpoint's bound.
         max_pixels: larger images are shrunk to this area; None keeps the checkpoint's bound.
         revision: branch, tag or commit on the Hub.
+
+    Raises:
+        OSError: there is no such model, or it has no processor and tokenizer of a known family that can be loaded.
+        ValueError: the tokenizer is another model's; no such chat template; no image has a size within the bounds.
     """
-    processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision, padding_side="left")
+    folder = model_folder(model_name_or_path, revision)
+    family = family_of_folder(folder) if (folder / "config.json").is_file() else None  # an adapter's has none
+    for name in PROCESSOR_FILES:
+        if (folder / name).is_file():
+            read_object(folder / name)
+    with reading(folder, "processor or tokenizer"):
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, padding_side="left")
+    known = [family.processor for family in FAMILIES.values()]
+    if type(processor).__name__ not in known:
+        raise OSError(
+            f"{folder} holds no processor for images and text ({', '.join(known)}) but a {type(processor).__name__}; "
+            "copy the processor's and tokenizer's files of the model that it was made from"
+        )
+    if family is not None:
+        check_tokens(folder, processor, family)
     if chat_template is not None:
         processor.chat_template = load_chat_template(chat_template)
     size = processor.image_processor.size
     # The image processor reads its bounds from `size` alone; its min_pixels and max_pixels are constructor
     # arguments that a later assignment does not reach.
-    processor.image_processor.size = {
-        "shortest_edge": min_pixels or size["shortest_edge"],
-        "longest_edge": max_pixels or size["longest_edge"],
-    }
+    smallest, largest = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+    if smallest > largest:
+        raise ValueError(f"--max_pixels {largest}: below the smallest area that an image is enlarged to, {smallest}")
+    processor.image_processor.size = {"shortest_edge": smallest, "longest_edge": largest}
     return processor
+
+
+def check_tokens(folder: Path, processor: ProcessorMixin, family: Family) -> None:
+    """See that the tokenizer in a model's folder is the model's.
+
+    Raises:
+        ValueError: they take a token for different ones, or the model has no place for some.
+    """
+    with reading(folder / "config.json", "configuration"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        rows = config.get_text_config().vocab_size
+    vocabulary = processor.tokenizer.get_vocab()
+    for name, token in family.config_tokens.items():
+        if vocabulary.get(token) != getattr(config, name, None):
+            raise ValueError(
+                f"{folder}: {token} is token {vocabulary.get(token)} of the tokenizer, and {name} of config.json is "
+                f"{getattr(config, name, None)}; they are of different models"
+            )
+    if max(vocabulary.values()) >= rows:
+        raise ValueError(
+            f"{folder}: the tokenizer has tokens up to {max(vocabulary.values())}, and vocab_size of config.json is "
+            f"{rows}; they are of different models"
+        )
+
+
+def check_template(processor: ProcessorMixin, **template_kwargs: Any) -> None:
+    """See that a processor's chat template shows an image where a message has one.
+
+    Raises:
+        ValueError: it does not, or cannot be rendered.
+    """
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+    try:
+        text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False, **template_kwargs)
+    except (jinja2.TemplateError, TypeError) as error:  # TypeError: of the template's own arithmetic
+        raise ValueError(f"chat_template: {first_line(error)}") from error
+    if (marks := text.count(processor.image_token)) != 1:
+        raise ValueError(
+            f"chat_template: writes {marks} {processor.image_token} for a message with one image; "
+            'it must write one for each part with type == "image"'
+        )
 
 
 def reset_generation_config(model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:

@@ -20,14 +20,40 @@ def sat_question(question: str, options: Sequence[str]) -> str:
     return f"Answer in natural language. {question} Choose between the following options: {join_options(options)}"
 
 
+def check_text(text: str, control_tokens: Sequence[str]) -> None:
+    """See that a text of a data set or a user can be put to a model as what it is: text.
+
+    Args:
+        control_tokens: of the model's tokenizer, which takes them for the template's own wherever it reads them.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not text.strip():
+        raise ValueError("the text is empty")
+    if found := [token for token in control_tokens if token in text]:
+        raise ValueError(f"the text holds {found[0]}, a control token of the model; write it otherwise")
+    if not text.isascii() and without_surrogates(text) != text:
+        raise ValueError("the text holds half a character (a lone surrogate)")
+
+
+def without_surrogates(text: str) -> str:
+    """The text with U+FFFD for every half of a character, which neither a tokenizer nor a file takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def load_chat_template(name_or_path: str) -> str:
     """Read a chat template: a file's path, or the name of one in `configs/chat_templates` (`base`, `instruct`).
 
     Raises:
         FileNotFoundError: when there is neither such a file nor such a name.
+        ValueError: the file is not UTF-8.
     """
     for path in (Path(name_or_path), CHAT_TEMPLATE_DIR / f"{name_or_path}.jinja"):
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            try:
+                return path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"chat_template: {path}: not UTF-8 ({error})") from error
     known = ", ".join(sorted(path.stem for path in CHAT_TEMPLATE_DIR.glob("*.jinja")))
     raise FileNotFoundError(f"chat_template: no file {name_or_path!r} and no template of that name (known: {known})")

@@ -83,7 +83,9 @@ def prepare(
     peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args)
-    train_dataset, eval_dataset = load_datasets_from_args(script_args, processor, template_kwargs, [check_answer])
+    train_dataset, eval_dataset = load_datasets_from_args(
+        script_args, processor, template_kwargs, [check_answer], script_args.max_answer_length
+    )
     return {
         "processing_class": processor,
         "data_collator": AnswerCollator(processor=processor, template_kwargs=template_kwargs),

@@ -19,7 +19,6 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -41,7 +40,13 @@ from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
 from open_r1.heldout import held_out_figures
 from open_r1.images import BrokenImage, ImageSource, image_name, open_image
-from open_r1.modeling import accept_missing_images, check_model_type, reset_generation_config
+from open_r1.modeling import (
+    accept_missing_images,
+    check_model_files,
+    check_weights,
+    load_processor,
+    reset_generation_config,
+)
 from open_r1.reflection import analyse, reflection_shares
 from open_r1.rewards import completion_text
 from open_r1.sampling import EpochSampler, shuffle_groups
@@ -174,11 +179,12 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
             args = Qwen2VLGRPOConfig(f"{name.split('/')[-1]}-GRPO")
         shared_prefix = getattr(args, "shared_prefix", True)
         check_settings(args, shared_prefix)
-        revision = (args.model_init_kwargs or {}).get("revision")
+        revision = (args.model_init_kwargs or {}).get("revision") or "main"
         if isinstance(model, str):
-            check_model_type(model, revision)
+            check_model_files(model, revision)
+            check_weights(model, revision)
         if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(name, revision=revision, padding_side="left")
+            processing_class = load_processor(name, revision=revision)
         args.generation_kwargs = {
             **ban_tokens(vision_token_ids(processing_class), args.use_vllm),
             **({} if args.use_vllm else {"eos_token_id": end_token_ids(processing_class)}),

@@ -16,13 +16,10 @@ from typing import Any
 from transformers import GenerationConfig, ProcessorMixin
 
 from open_r1.backends import Backend
-from open_r1.families import end_token_ids, family_of_processor, vision_token_ids
+from open_r1.families import control_tokens, end_token_ids, family_of_processor, vision_token_ids
 from open_r1.images import BrokenImage, image_size, open_image
-from open_r1.modeling import (
-    adapter_base,
-    load_processor,
-)
-from open_r1.prompts import load_chat_template
+from open_r1.modeling import adapter_base, check_template, load_processor
+from open_r1.prompts import check_text, load_chat_template
 from open_r1.shared_prefix import Prompt
 from open_r1.tasks.benchmarks import Item
 
@@ -67,6 +64,16 @@ def choose_chat_template(name: str, own: str | None) -> tuple[str, str]:
         return name, load_chat_template(name)
     known = {load_chat_template(known): known for known in ("base", "instruct")}
     return known.get(own, "checkpoint"), own
+
+
+def check_prompts(items: Sequence[Item], processor: ProcessorMixin) -> None:
+    """Raise ValueError, which names the question, for a prompt that the model would not read as text."""
+    controls = control_tokens(processor)
+    for item in items:
+        try:
+            check_text(item.prompt, controls)
+        except ValueError as error:
+            raise ValueError(f"question {item.id}: {error}") from error
 
 
 def known_size(data: bytes | None) -> tuple[int, int] | None:
@@ -140,19 +147,26 @@ def generation_settings(processor: ProcessorMixin, max_new_tokens: int) -> dict[
     }
 
 
-def load_prompting(folder: str | Path, prompt: str, max_pixels: int | None = None) -> tuple[ProcessorMixin, str]:
+def load_prompting(
+    folder: str | Path, prompt: str, max_pixels: int | None = None, **template_kwargs: str
+) -> tuple[ProcessorMixin, str]:
     """The processor, with the chat template to evaluate with, and that template's name.
 
     Args:
         prompt: see `choose_chat_template`.
         max_pixels: larger images are shrunk to this area. None: the checkpoint's own bound, which is the one that it
             was trained with; or the paper's for a published checkpoint, whose bound holds for no training.
+        template_kwargs: that the chat template will be rendered with.
+
+    Raises:
+        OSError, ValueError: what `load_processor`, `choose_chat_template` and `check_template` raise.
     """
     processor = load_processor(str(folder), max_pixels=max_pixels)
     name, processor.chat_template = choose_chat_template(prompt, processor.chat_template)
     size = processor.image_processor.size
     if max_pixels is None and size["longest_edge"] >= PUBLISHED_MAX_PIXELS:
         processor.image_processor.size = {**size, "longest_edge": PAPER_MAX_PIXELS}
+    check_template(processor, **template_kwargs)
     return processor, name
 
 
@@ -166,7 +180,7 @@ def model_fingerprint(folder: Path) -> str:
     total = hashlib.sha256()
     if base := adapter_base(folder):
         total.update(model_fingerprint(base).encode())
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         total.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

@@ -208,16 +208,24 @@ def evaluate(args: argparse.Namespace) -> None:
     import transformers
 
     from open_r1.backends import BACKENDS
-    from open_r1.evaluate.answering import Answerer, generation_settings, load_prompting, messages, model_fingerprint
+    from open_r1.evaluate.answering import (
+        Answerer,
+        check_prompts,
+        generation_settings,
+        load_prompting,
+        messages,
+        model_fingerprint,
+    )
 
     # accelerate takes processes on the CPU for one another's strangers, each the main one, unless it is told of it.
     on_cpu = not torch.accelerator.is_available() or accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
     # A process that is done waits for the slowest, which may take longer than the default timeout.
     state = accelerate.PartialState(cpu=on_cpu, timeout=timedelta(days=1))
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if state.device.type == "cuda" else "float32"
-    processor, prompt_name = load_prompting(folder, args.prompt, args.max_pixels)
-    size = processor.image_processor.size
     style = "reasoning" if args.use_reasoning_prompt else "direct"
+    processor, prompt_name = load_prompting(folder, args.prompt, args.max_pixels, style=style)
+    check_prompts(items, processor)
+    size = processor.image_processor.size
     settings = {
         "benchmark": args.benchmark,
         "questions": digest(items),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from open_r1.images import image_bytes, local_path
-from open_r1.prompts import IMAGE_PLACEHOLDER, sat_question
+from open_r1.prompts import IMAGE_PLACEHOLDER, sat_question, without_surrogates
 
 DIALOGUES = ("messages", "conversations", "prompt")
 ROLES = {"human": "user", "gpt": "assistant"}  # LLaMA-Factory's names
@@ -72,7 +72,9 @@ def iter_examples(
     count = 0
     for row, record in enumerate(read_records(source, config, split)):
         try:
-            yield to_row(record, folder, columns or Columns())
+            yield to_row(mended(record), folder, columns or Columns())
+        except RecursionError as error:
+            raise ValueError(f"{source}: row {row}: nested too deeply") from error
         except (OSError, ValueError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"{source}: row {row}: {error}") from error
@@ -117,7 +119,7 @@ def read_lines(path: Path, text: str) -> list[Any]:
         if line.strip():
             try:
                 records.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: line {number}: not JSON ({error})") from error
     return records
 
@@ -186,6 +188,18 @@ def one_line(error: Exception) -> str:
 # --- a record -> a row ----------------------------------------------------------------------------------------
 
 
+def mended(value: Any) -> Any:
+    """A record, or a value in it, with U+FFFD for every half of a character in its texts."""
+    match value:
+        case str():
+            return value if value.isascii() else without_surrogates(value)
+        case list():
+            return [mended(item) for item in value]
+        case Mapping():
+            return {mended(key): mended(item) for key, item in value.items()}
+    return value
+
+
 def to_row(record: Any, folder: Path, columns: Columns) -> dict[str, Any]:
     """One record -> one row of `iter_examples`, whose errors it raises without file and row.
 
@@ -216,13 +230,18 @@ def to_row(record: Any, folder: Path, columns: Columns) -> dict[str, Any]:
                 f"no messages, conversations, prompt or question; it has {known}: name one with --question_column"
             )
         text = without_marks(question, len(references), must_have=False)
+    if not text.strip():
+        raise ValueError("the question is empty")
+    solution = text_of(fields, columns.answer, ANSWERS) if answer is None else answer
+    if solution is not None and not solution.strip():
+        raise ValueError("the answer is empty; leave its field out where there is none")
     options = strings(fields, columns.options or "options")
     if columns.options and options:
         text = sat_question(text, options)
     row = {
         "prompt": [*system, {"role": "user", "content": text}],
         "images": [locate(reference, folder) for reference in references],
-        "solution": text_of(fields, columns.answer, ANSWERS) if answer is None else answer,
+        "solution": solution,
         "options": options,
         "question_type": str(fields.get("question_type", "")),
     }

@@ -1,0 +1,335 @@
+"""What is wrong with a model's folder is one line that names it, before its weights are read; none of its code runs."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from open_r1.backends import load_transformers
+from open_r1.evaluate.answering import load_prompting
+from open_r1.model_files import tensor_names
+from open_r1.modeling import (
+    adapter_base,
+    check_finite,
+    check_model_files,
+    check_template,
+    check_weights,
+    load_checkpoint,
+    load_model,
+    load_processor,
+)
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 4400000000\n"
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    """A checkpoint to break."""
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def write(name: str, content: bytes | None) -> Callable[[Path], None]:
+    """Put something else in place of a file; None removes it."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        if content is not None:
+            (folder / name).write_bytes(content)
+
+    return change
+
+
+def settings(name: str, **changes: object) -> Callable[[Path], None]:
+    """Change a JSON file's values, `text_config__` in front for those of a part; None removes one."""
+
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        for key, value in changes.items():
+            *parts, key = key.split("__")
+            inner = content
+            for part in parts:
+                inner = inner[part]
+            inner[key] = value
+            if value is None:
+                del inner[key]
+        (folder / name).write_text(json.dumps(content))
+
+    return change
+
+
+def cut(size: Callable[[int], int]) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / WEIGHTS, size((folder / WEIGHTS).stat().st_size))
+
+
+def tensors(edit: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    """Change the weights."""
+
+    def change(folder: Path) -> None:
+        weights = load_file(folder / WEIGHTS)
+        edit(weights)
+        save_file(weights, folder / WEIGHTS, {"format": "pt"})
+
+    return change
+
+
+def drop(part: str) -> Callable[[Path], None]:
+    def edit(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if part in name]:
+            del weights[name]
+
+    return tensors(edit)
+
+
+def poison(part: str, value: float) -> Callable[[Path], None]:
+    def edit(weights: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in weights if part in name)
+        weights[name].view(-1)[-1] = value
+
+    return tensors(edit)
+
+
+def split(second: bytes | None) -> Callable[[Path], None]:
+    """Two shards and their index, the second of other content or missing."""
+
+    def change(folder: Path) -> None:
+        names = sorted(tensor_names(folder / WEIGHTS))
+        (folder / WEIGHTS).rename(folder / "model-1.safetensors")
+        write("model-2.safetensors", second)(folder)
+        files = {name: f"model-{1 + (number > 3)}.safetensors" for number, name in enumerate(names)}
+        (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+
+    return change
+
+
+def pickled(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+
+
+def indexed(content: bytes) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        (folder / INDEX).write_bytes(content)
+
+    return change
+
+
+def other_ids(folder: Path) -> None:
+    """A tokenizer that has the image's token somewhere else."""
+    text = (folder / "tokenizer.json").read_text()
+    text = text.replace("<|image_pad|>", "<|x|>").replace("<|video_pad|>", "<|image_pad|>")
+    (folder / "tokenizer.json").write_text(text.replace("<|x|>", "<|video_pad|>"))
+
+
+def no_images(folder: Path) -> None:
+    """A text model's tokenizer, and no processor."""
+    (folder / "processor_config.json").unlink()
+    settings("tokenizer_config.json", processor_class=None)(folder)
+
+
+def code(folder: Path) -> None:
+    """A processor whose class is in the folder, with an import that leaves a trace."""
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    settings("processor_config.json", processor_class="Evil", auto_map={"AutoProcessor": "evil.Evil"})(folder)
+
+
+BROKEN = {
+    "no config": (write("config.json", None), "holds no model"),
+    "config of nothing": (write("config.json", b""), "config.json: not JSON"),
+    "config cut": (write("config.json", b'{"model_type": "qwen2'), "config.json: not JSON"),
+    "config in Latin-1": (write("config.json", b'{"a": "\xe9"}'), "config.json: not JSON"),
+    "config nested": (write("config.json", b"[" * 100_000), "config.json: not JSON"),
+    "config a list": (write("config.json", b"[]"), "config.json: expected an object, not list"),
+    "no type": (settings("config.json", model_type=None), "config.json: names no model_type"),
+    "type a list": (settings("config.json", model_type=["qwen2_vl"]), "config.json: names no model_type"),
+    "text alone": (settings("config.json", model_type="qwen2"), "is a 'qwen2' model; supported: qwen2_vl, "),
+    "foreign": (settings("config.json", model_type="evil", auto_map={"AutoConfig": "a.B"}), "is a 'evil' model; supp"),
+    "size a word": (settings("config.json", text_config__hidden_size="wide"), "cannot be loaded"),
+    "heads of no size": (settings("config.json", text_config__num_attention_heads=0), "cannot be loaded"),
+    "part a number": (settings("config.json", text_config=4), "cannot be loaded"),
+    "fewer tokens": (settings("config.json", text_config__vocab_size=260), "vocab_size of config.json is 260"),
+    "other ids": (other_ids, r"<\|image_pad\|> is token \d+ of the tokenizer, and image_token_id .* of different"),
+    "no weights": (write(WEIGHTS, None), r"holds no model\.safetensors"),
+    "weights of nothing": (write(WEIGHTS, b""), "model.safetensors: not a whole safetensors file"),
+    "weights garbage": (write(WEIGHTS, b"garbage" * 999), "model.safetensors: not a whole safetensors file"),
+    "weights a pointer": (write(WEIGHTS, POINTER), "model.safetensors: not a whole safetensors file"),
+    "weights cut in half": (cut(lambda size: size // 2), "model.safetensors: not a whole safetensors file"),
+    "weights cut in the header": (cut(lambda size: 100), "model.safetensors: not a whole safetensors file"),
+    "weights without their last byte": (cut(lambda size: size - 1), "model.safetensors: not a whole safetensors file"),
+    "weights too long": (cut(lambda size: size + 1), "model.safetensors: not a whole safetensors file"),
+    "pickle": (pickled, "pytorch_model.bin is a pickle, which runs code when it is opened"),
+    "shard missing": (split(None), "model-2.safetensors is missing"),
+    "shard cut": (split(b"\0"), "model-2.safetensors: not a whole safetensors file"),
+    "index garbage": (indexed(b"{]"), "index.json: not JSON"),
+    "index empty": (indexed(b"{}"), "index.json: has no weight_map"),
+    "index of numbers": (indexed(b'{"weight_map": {"a": 1}}'), "index.json: has no weight_map"),
+    "layer missing": (drop("layers.1."), r"weights are missing: \S+layers\.1\.\S+ and \d+ more"),
+    "tower missing": (drop("visual"), r"weights are missing: \S+visual\S+ and \d+ more"),
+    "other shape": (
+        settings("config.json", text_config__intermediate_size=8),
+        r"another shape than config.json says: \S+ is \[.*\], not \[.*8\] and \d+ more",
+    ),
+    "NaN": (poison("mlp", float("nan")), r"\S+mlp\S+ holds NaN or infinite weights"),
+    "infinite": (poison("visual", -float("inf")), r"\S+visual\S+ holds NaN or infinite weights"),
+    "no tokenizer": (write("tokenizer.json", None), "cannot be loaded|is token None of the tokenizer"),
+    "tokenizer garbage": (write("tokenizer.json", b"{]"), "tokenizer.json: not JSON"),
+    "tokenizer of nothing": (write("tokenizer.json", b"{}"), "tokenizer cannot be loaded"),
+    "no processor": (write("processor_config.json", None), "cannot be loaded|holds no processor"),
+    "processor garbage": (write("processor_config.json", b"\xff"), "processor_config.json: not JSON"),
+    "processor of parts": (settings("processor_config.json", image_processor=[]), "processor or tokenizer cannot be"),
+    "text's tokenizer": (no_images, "cannot be loaded|holds no processor for images and text"),
+    "code": (code, "processor or tokenizer cannot be loaded .*custom code"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_one_line(name, folder, caplog):
+    """From what a launch looks at in its order; and whoever loads without looking is told the same."""
+    change, message = BROKEN[name]
+    change(folder)
+
+    def look() -> None:
+        check_model_files(folder)
+        load_processor(folder)
+        check_weights(folder)
+        load_model(folder)
+
+    def load() -> None:
+        load_transformers(folder, load_processor(folder), "cpu")
+
+    for steps in (look, load):
+        with pytest.raises((OSError, ValueError), match=message) as caught:
+            steps()
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (folder / "ran").exists() and not caplog.messages
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_whole_model_passes(tiny_models, dtype):
+    """Of every family; a head tied to the embeddings is not missing."""
+    for folder in tiny_models.values():
+        check_weights(folder)
+        check_template(load_processor(folder))
+        model = load_model(folder, dtype)
+        for value in (torch.nan, torch.inf):
+            with torch.no_grad():
+                model.lm_head.weight[-1, -1] = value
+            with pytest.raises(ValueError, match=f"{folder}: .*embed_tokens.* NaN or infinite"):
+                check_finite(model, folder)
+
+
+def test_code_beside_a_known_class_is_not_run(folder):
+    code(folder)
+    settings("processor_config.json", processor_class="Qwen2VLProcessor")(folder)
+    settings("config.json", auto_map={"AutoConfig": "evil.Evil", "AutoModelForImageTextToText": "evil.Evil"})(folder)
+    settings("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})(folder)
+    load_processor(folder)
+    load_model(folder)
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("nowhere", "nowhere: no such file or folder"),
+        ("empty", "empty holds no model"),
+        ("file", "file is a file; name the folder of a model"),
+    ],
+)
+def test_what_is_no_folder_of_a_model(path, message, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for look in (check_model_files, check_weights, load_processor, load_model):
+        with pytest.raises(OSError) as caught:
+            look(str(tmp_path / path))
+        assert message in str(caught.value) or (path == "empty" and str(tmp_path / path) in str(caught.value))
+
+
+# --- adapters -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tiny_model: Path, tmp_path: Path) -> Path:
+    """An adapter to break."""
+    model = get_peft_model(load_model(tiny_model), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def adapter_tensors(edit: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        weights = load_file(path)
+        edit(weights)
+        save_file(weights, path, {"format": "pt"})
+
+    return change
+
+
+BROKEN_ADAPTERS = {
+    "garbage": (write("adapter_config.json", b"{]"), "adapter_config.json: not JSON"),
+    "empty": (write("adapter_config.json", b"{}"), "adapter_config.json: names no base model"),
+    "no weights": (write("adapter_model.safetensors", None), "holds no adapter_model.safetensors"),
+    "weights cut": (write("adapter_model.safetensors", b"\0" * 9), "adapter_model.safetensors: not a whole"),
+    "base gone": (
+        settings("adapter_config.json", base_model_name_or_path="/gone"),
+        "without its base .*gone",
+    ),
+    "rank a word": (settings("adapter_config.json", r="four"), "its adapter cannot be loaded"),
+    "kind unknown": (settings("adapter_config.json", peft_type="EVIL"), "its adapter cannot be loaded"),
+    "other rank": (settings("adapter_config.json", r=4), "its adapter cannot be loaded"),
+    "weights missing": (adapter_tensors(lambda weights: weights.popitem()), "weights are missing"),
+    "NaN": (
+        adapter_tensors(lambda weights: [values.fill_(torch.nan) for values in weights.values()]),
+        "its adapter cannot be loaded .*NaN",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ADAPTERS)
+def test_a_broken_adapter_is_one_line(name, adapter):
+    change, message = BROKEN_ADAPTERS[name]
+    change(adapter)
+    with pytest.raises(OSError, match=message) as caught:
+        load_checkpoint(adapter)
+    assert str(adapter) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pickled_adapter_is_not_opened(adapter):
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(OSError, match=r"adapter_model\.bin is a pickle"):
+        adapter_base(adapter)
+
+
+# --- templates and bounds -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (b"{{ messages[0].content }}", r"chat_template: writes 0 <\|image_pad\|> for a message with one image"),
+        (b"<|image_pad|><|image_pad|>", r"chat_template: writes 2 <\|image_pad\|>"),
+        (b"{% for %}", "chat_template: "),
+        (b"{{ raise_exception('no style') }}", "chat_template: no style"),
+        (b"{{ nothing.at.all }}", "chat_template: "),
+        (b"caf\xe9", "chat_template: .*mine.jinja: not UTF-8"),
+    ],
+)
+def test_a_template_that_shows_no_image(template, message, tiny_model, tmp_path):
+    (tmp_path / "mine.jinja").write_bytes(template)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_prompting(tiny_model, str(tmp_path / "mine.jinja"))
+    assert "\n" not in str(caught.value)
+
+
+def test_bounds_that_no_image_fits(tiny_model):
+    smallest = load_processor(tiny_model).image_processor.size["shortest_edge"]
+    with pytest.raises(ValueError, match=f"--max_pixels 1: below the smallest area .* {smallest}"):
+        load_prompting(tiny_model, "auto", max_pixels=1)
+    load_prompting(tiny_model, "auto", max_pixels=smallest)
