@@ -103,9 +103,7 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
             if keep(json.loads(line)):
                 kept.append(line)
         except (ValueError, RecursionError, LookupError, TypeError) as error:  # also of a row that is something else
-            raise ValueError(
-                f"{path}: line {number}: damaged ({error}); delete it, or the file to start over"
-            ) from error
+            raise ValueError(f"{path}: line {number}: damaged ({error}); delete it, or all to start over") from error
     if len(kept) < len(lines):
         replace_file(path, b"".join(kept))
     return len(lines) - len(kept)
