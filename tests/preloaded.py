@@ -6,6 +6,7 @@ environment, folder, signals and processes are the launch's own; a client that i
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -39,6 +40,7 @@ def serve(address: str, client: Path) -> None:
     """Fork for every client."""
     for module in MODULES:
         importlib.import_module(module)
+    gc.freeze()  # what is here stays shared with every process: no collection, at its end neither, walks through it
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()

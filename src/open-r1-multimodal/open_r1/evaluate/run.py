@@ -14,6 +14,7 @@ from open_r1.evaluate.results import ROW, ROW_OPTIONAL, read_result
 from open_r1.evaluate.statistics import judge_row, response_shares, score, table, unread_warning
 from open_r1.fields import check
 from open_r1.files import append_rows, read_json, read_rows, replace_file, to_json
+from open_r1.front_door import printable
 from open_r1.hub import model_folder
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read
 
@@ -62,7 +63,7 @@ def put_aside(path: Path) -> None:
     written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
     aside = path.with_name(f"{path.stem}.{written}{path.suffix}.old")
     path.replace(aside)
-    print(f"{path} was made with other settings; it is now {aside.name}")
+    print(printable(f"{path} was made with other settings; it is now {aside.name}"))
 
 
 # --- results ------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def report(path: Path, result: dict[str, Any]) -> None:
     if warning := unread_warning(counts):
         print(f"warning: {warning}", file=sys.stderr)
     print(f"prompt: {prompt['name']}, {prompt['style']}; " if prompt else "", f"parser: {result['parser']}", sep="")
-    print(path)
+    print(printable(path))
 
 
 def join_rows(rows: Sequence[dict[str, Any]], items: Sequence[Item], origin: Path) -> list[dict[str, Any]]:
@@ -167,7 +168,7 @@ def collect(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[
     done = {}
     for partial in partial_paths(path):
         header, *rows = read_rows(partial) or [settings]
-        if header != settings:
+        if check(header, {}, {}, f"{partial}: line 1") != settings:
             put_aside(partial)
             continue
         for line, row in enumerate(rows, start=2):
