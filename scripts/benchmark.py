@@ -36,6 +36,8 @@ def main() -> None:
 
         step.add_parser(commands)
     args = parser.parse_args()
+    if args.json is not None and not args.json.parent.is_dir():  # not when all is measured
+        parser.error(f"--json: {args.json}: no folder {args.json.parent}")
     machine = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
     result = {"machine": machine, **args.run(args)}
     if args.json is not None:

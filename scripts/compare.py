@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import run, use_environment
+from open_r1.front_door import printable, run, use_environment
 
 use_environment()
 
 from open_r1.answers import Unread
-from open_r1.evaluate.statistics import TOTAL, by_question, check_rows, mcnemar, paired_difference, unread_warning
+from open_r1.evaluate.results import read_scored
+from open_r1.evaluate.statistics import TOTAL, by_question, mcnemar, paired_difference, unread_warning
 from open_r1.files import replacing
 
 CHART_FORMATS = (".png", ".svg", ".pdf")
@@ -34,22 +35,6 @@ CONDITIONS = {
     "pixels": "image sizes",
     "dtype": "number formats",
 }
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """A result file of the evaluation.
-
-    Raises:
-        OSError, ValueError: missing, or something else.
-    """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(result, dict) or "scores" not in result:
-        raise ValueError(f"{path}: no scores in it; score it with test_qwen2vl_CVBench.py --precomputed_json {path}")
-    check_rows(result.get("results"), str(path))
-    return result
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -144,6 +129,7 @@ def draw(path: Path, names: Sequence[str], results: Sequence[Mapping[str, Any]])
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in a name is a dollar sign
     from matplotlib import pyplot as plt
 
     labels = list(results[0]["scores"])
@@ -186,8 +172,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     chart = args.chart or args.results[0].parent / "comparison.png"
-    results = [read_result(path) for path in args.results]
-    names = args.names or short_names(args.results)
+    results = [read_scored(path) for path in args.results]
+    names = [printable(name) for name in args.names or short_names(args.results)]
     if len(names) != len(results):
         raise ValueError(f"--names: {len(names)} names for {len(results)} results")
     print(score_table(names, results))
@@ -205,7 +191,7 @@ def main() -> None:
             print(f"warning: {name}: {warning}", file=sys.stderr)
     for condition in differing_conditions(results):
         print(f"warning: the {condition} differ; the results are not like for like", file=sys.stderr)
-    print(f"\n{chart}")
+    print(f"\n{printable(chart)}")
 
 
 if __name__ == "__main__":

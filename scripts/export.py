@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import Mistake, run, use_environment
+from open_r1.front_door import Mistake, printable, run, use_environment
 
 use_environment()
 
@@ -27,7 +27,12 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist")
     parser.add_argument("--base", help="base model (default: the one that the adapter names)")
-    parser.add_argument("--dtype", default="auto", help="of the merged weights (default: auto, the base model's)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="of the merged weights (default: auto, the base model's)",
+    )
     args = parser.parse_args()
     if args.output.exists():
         raise Mistake(f"--output: {args.output} exists; name another folder or delete it")
@@ -40,7 +45,7 @@ def main() -> None:
     with replacing(args.output) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
-    print(f"{args.output}: {base} with the adapter of {args.adapter} merged in")
+    print(printable(f"{args.output}: {base} with the adapter of {args.adapter} merged in"))
 
 
 if __name__ == "__main__":

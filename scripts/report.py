@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import run, use_environment
+from open_r1.front_door import printable, run, use_environment
 
 use_environment()
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder that training wrote (its output_dir)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: report.html in RUN)")
     args = parser.parse_args()
-    print(write_report(args.run, args.output))
+    print(printable(write_report(args.run, args.output)))
 
 
 if __name__ == "__main__":

@@ -300,10 +300,14 @@ def test_bad_data_is_one_clear_line(tmp_path, rendered):
     refuse("nobody/nothing-of-this-name", "neither here nor to be had from the Hub")
     (tmp_path / "test_2d.parquet").write_bytes((rendered / "test_2d.parquet").read_bytes()[:-100])
     refuse(tmp_path / "test_2d.parquet", "not a complete parquet file")
-    refuse(rendered / "test_2d.parquet", "no column 'answers'; is this SAT-val", "SAT-val")
+    refuse(
+        rendered / "test_2d.parquet",
+        "no column question_type, correct_answer, .*; is this SAT-val",
+        "SAT-val",
+    )
     rows = pq.read_table(rendered / "test_3d.parquet").slice(0, 3).to_pylist()
     pq.write_table(pa.Table.from_pylist([*rows, rows[0] | {"answer": "(F)"}]), tmp_path / "bad.parquet")
-    refuse(tmp_path / "bad.parquet", "bad.parquet: idx 200: answer")
+    refuse(tmp_path / "bad.parquet", "bad.parquet: row 3: idx 200: answer")
 
 
 # --- re-scoring ---------------------------------------------------------------------------------------------------
@@ -432,7 +436,7 @@ def test_compare(tmp_path, items):
 
 def test_compare_refuses_what_is_not_a_result(tmp_path):
     (tmp_path / "x.json").write_text("[]")
-    for path, message in ((tmp_path / "x.json", "no scores in it"), (tmp_path / "no.json", "No such file")):
+    for path, message in ((tmp_path / "x.json", "no list of responses"), (tmp_path / "no.json", "No such file")):
         done = run(COMPARE, path)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 

@@ -117,7 +117,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path, torn):
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl: damaged \(.*\); delete it to start over"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl: line 2: damaged \(.*\); delete it, or all to start over"):
         read_rows(path)
 
 

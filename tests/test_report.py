@@ -552,7 +552,7 @@ def damage(name: str, text: str):
             damage("trajectories/train.jsonl", json.dumps(row(rewards={str(n): 0.0 for n in range(40)}))),
             "more than 32 names of rewards",
         ),
-        (damage("log.jsonl", '{"loss": 1}\n'), "log.jsonl, line 1: step: expected a number"),
+        (damage("log.jsonl", '{"loss": 1}\n'), "log.jsonl, line 1: missing step"),
         (damage("log.jsonl", '{"step": 1, "time": 1e300}\n'), "log.jsonl, line 1: time: expected seconds"),
         (damage("run.json", "{"), "run.json: not JSON"),
         (damage("run.json", '{"model": 3}'), "run.json: model: expected text"),

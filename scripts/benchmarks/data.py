@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.rounds import alternate, summarise
+from open_r1.front_door import positive
 from open_r1.prompts import REPO_ROOT
 from open_r1.world.parquet import SAT_SCHEMA, sat_row
 from open_r1.world.scene import LEVELS
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def add_parser(commands: Any) -> None:
     """The `data` command of `benchmark.py`."""
     parser = commands.add_parser("data", help="prepare SAT, against the route over CSV")
-    parser.add_argument("--rows", type=int, default=15000, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--rows", type=positive, default=15000, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=3, help="(default: %(default)s)")
     parser.add_argument("--scratch", type=Path, help="folder for the files (default: the system's)")
     parser.set_defaults(run=run)

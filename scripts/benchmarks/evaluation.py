@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rounds import alternate, summarise
+from open_r1.front_door import positive
 from open_r1.tasks.benchmarks import BENCHMARKS, read
 from open_r1.world.parquet import write_cvbench
 from open_r1.world.scene import LEVELS
@@ -127,12 +128,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def add_parser(commands: Any) -> None:
     """The `eval` command of `benchmark.py`."""
     parser = commands.add_parser("eval", help="answer questions, against a loop over model.generate")
-    parser.add_argument("--rows", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--bs", type=int, default=16, help="questions a batch (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=350, help="(default: %(default)s)")
+    parser.add_argument("--rows", type=positive, default=64, help="(default: %(default)s)")
+    parser.add_argument("--bs", type=positive, default=16, help="questions a batch (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=positive, default=350, help="(default: %(default)s)")
     parser.add_argument("--mean_tokens", type=float, default=60, help="about, of a response (default: %(default)s)")
-    parser.add_argument("--hidden_size", type=int, default=256, help="of the model (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="of PyTorch, in both loops (default: its own choice)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--hidden_size", type=positive, default=256, help="of the model (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, help="of PyTorch, in both loops (default: its own choice)")
+    parser.add_argument("--rounds", type=positive, default=3, help="(default: %(default)s)")
     parser.add_argument("--scratch", type=Path, help="folder for the files (default: the system's)")
     parser.set_defaults(run=run)

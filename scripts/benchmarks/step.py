@@ -34,6 +34,7 @@ from PIL import Image
 from trl import GRPOTrainer
 
 from open_r1.backends import Completions
+from open_r1.front_door import positive
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import load_chat_template
 from open_r1.published import TEXT, VISION, make_2b_config
@@ -448,11 +449,16 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", choices=PRESETS, default="sat-cpu", help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: one a core)")
+    parser.add_argument("--rounds", type=positive, default=5, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=positive, help="of torch on the CPU (default: one a core)")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="in both")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="instead, draw the step's time against G")
     parser.add_argument(
-        "--group_sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32], metavar="G", help="of --plot (default: 2..32)"
+        "--group_sizes",
+        type=positive,
+        nargs="+",
+        default=[2, 4, 8, 16, 32],
+        metavar="G",
+        help="of --plot (default: 2..32)",
     )
     parser.set_defaults(run=run)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "open-r1-multimodal"))
-from open_r1.front_door import Mistake, first_line, run, use_environment
+from open_r1.front_door import Mistake, first_line, printable, run, use_environment
 
 use_environment()
 
@@ -36,7 +36,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from open_r1.files import json_line, replace_file, replacing, whole_lines
+from open_r1.fields import COUNT, Check, Fields, check, is_count
+from open_r1.files import read_json, replace_file, replacing, to_json, whole_lines
 from open_r1.locks import owned
 from open_r1.tasks.sat import COLUMNS, FOLDS, Example, Skip, convert_row, to_record
 
@@ -45,6 +46,14 @@ PAPER_EXAMPLES = 15000
 BATCH_BYTES = 8 << 20  # of rows held as Python objects at a time
 BUFFER_BYTES = 1 << 20  # of each column read from disk at a time
 MAX_WORKERS = 4  # each may hold one decoded image of images.MAX_PIXELS
+
+# What {name}.info.json holds.
+INFO: Fields = dict.fromkeys(("settings", "counts"), Check(lambda value: isinstance(value, dict), "an object"))
+COUNTS: Fields = {
+    "next_row": COUNT,
+    "kept": COUNT,
+    "skipped": Check(lambda value: isinstance(value, dict) and all(map(is_count, value.values())), "numbers by reason"),
+}
 
 Batch = list[tuple[int, dict[str, Any] | None]]  # (row index, columns or None when its text is not UTF-8)
 
@@ -76,7 +85,13 @@ class Progress:
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> rows
 
     def add(self, line: dict[str, Any]) -> None:
-        """Count one line of the journal: {"row", "record"} for a kept row, {"row", "skip"} for another."""
+        """Count one line of the journal: {"row", "record"} for a kept row, {"row", "skip"} for another.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not the next one.
+        """
+        if line["row"] != self.next_row or ("record" in line) == ("skip" in line):
+            raise ValueError(f"expected row {self.next_row}")
         self.next_row = line["row"] + 1
         if "skip" in line:
             self.skipped[line["skip"]] = self.skipped.get(line["skip"], 0) + 1
@@ -91,7 +106,7 @@ class Progress:
             *((f"skipped: {why}", n) for why, n in skipped),
             ("rows read", self.next_row),
         ]
-        return "\n".join(f"  {what:<52}{n:>9,}" for what, n in lines)
+        return "\n".join(f"  {printable(what):<52}{n:>9,}" for what, n in lines)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -213,7 +228,7 @@ def open_journal(path: Path, settings: Settings) -> Iterator[tuple[BinaryIO, Pro
         Mistake: another process is writing it, or a line in the middle is damaged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = json_line(asdict(settings))
+    header = to_json(asdict(settings))
     with owned(path, is_file=True), path.open("a+b") as journal:
         journal.seek(0)
         lines, progress, end = whole_lines(journal), Progress(), 0
@@ -222,7 +237,7 @@ def open_journal(path: Path, settings: Settings) -> Iterator[tuple[BinaryIO, Pro
             for line in lines:
                 try:
                     progress.add(json.loads(line))
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, RecursionError, KeyError, TypeError) as error:
                     raise Mistake(f"{path}: damaged at byte {end}; delete it to start over") from error
                 end += len(line)
         elif found:
@@ -274,7 +289,7 @@ def process(parquet: Path, file: pq.ParquetFile, settings: Settings, output_dir:
                     else:
                         line = {"row": row, "record": save_example(result, row, settings.name, output_dir)}
                         bar.update()
-                    journal.write(json_line(line))
+                    journal.write(to_json(line))
                     progress.add(line)
                     if progress.kept == wanted:
                         return progress
@@ -286,38 +301,58 @@ def process(parquet: Path, file: pq.ParquetFile, settings: Settings, output_dir:
 # --- the output -----------------------------------------------------------------------------------
 
 
-def write_output(journal_path: Path, json_path: Path) -> None:
-    """The journal's records as one JSON list, a record a line; one at a time, as there may be many."""
-    with journal_path.open("rb") as journal, replacing(json_path) as temporary, temporary.open("wb") as output:
+def write_records(journal_path: Path, path: Path) -> None:
+    """The journal's records as one JSON list, a record a line; one at a time, as there may be many.
+
+    Raises:
+        Mistake: an image is lost, as the crash of a machine may leave it.
+    """
+    with journal_path.open("rb") as journal, path.open("wb") as output:
         next(journal)  # the settings
         separator = b"[\n"
         for line in journal:
             if (record := json.loads(line).get("record")) is not None:
-                output.write(separator + json_line(record).rstrip(b"\n"))
+                if lost := lost_image(record, path.parent):
+                    raise Mistake(f"{lost}: the image is lost; delete {journal_path} to start over")
+                output.write(separator + to_json(record).rstrip(b"\n"))
                 separator = b",\n"
         output.write(b"\n]\n")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lost_image(record: dict[str, Any], output_dir: Path) -> Path | None:
+    """The first of a record's images that is not there, or is empty."""
+    paths = (output_dir / name for name in record["images"])
+    return next((path for path in paths if not (path.is_file() and path.stat().st_size)), None)
 
 
 def read_finished(json_path: Path, info_path: Path, settings: Settings) -> Progress | None:
     """What a finished run with these settings counted; None when there is none.
 
     Raises:
-        Mistake: there is a finished run with other settings, which is not ours to overwrite.
+        Mistake, ValueError: there is one with other settings, which is not ours to overwrite, or a damaged one.
     """
     if not json_path.exists():
         return None
-    try:
-        info = json.loads(info_path.read_text(encoding="utf-8"))
-        made_with, counts = info["settings"], info["counts"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        made_with = {}
-    now = asdict(settings)
+    info = check(read_json(info_path), INFO, {}, info_path) if info_path.is_file() else {"settings": {}}
+    made_with, now = info["settings"], asdict(settings)
     if changed := [key for key in now if made_with.get(key) != now[key]]:
         raise Mistake(
             f"{json_path}: is there already, made with another {', '.join(changed)}; "
             "move it away or choose another --output_dir"
         )
-    return Progress(**counts)
+    counts = check(info["counts"], COUNTS, {}, f"{info_path}: counts")
+    if info.get("sha256", digest(json_path)) != digest(json_path):
+        raise Mistake(f"{json_path}: was changed since it was made; delete it to make it anew")
+    for record in read_json(json_path):
+        if lost := lost_image(record, json_path.parent):
+            raise Mistake(f"{lost}: the image is lost; delete {json_path} to make it anew")
+    return Progress(**{name: counts[name] for name in COUNTS})
 
 
 def prepare(parquet: Path, settings: Settings, file: pq.ParquetFile, output_dir: Path) -> None:
@@ -336,8 +371,10 @@ def prepare(parquet: Path, settings: Settings, file: pq.ParquetFile, output_dir:
     if progress.kept == 0:
         print(progress.table())
         raise Mistake(f"{parquet}: no row was kept; the table says why")
-    replace_file(info_path, json_line({"settings": asdict(settings), "counts": asdict(progress)}))
-    write_output(journal_path, json_path)
+    with replacing(json_path) as temporary:
+        write_records(journal_path, temporary)
+        info = {"settings": asdict(settings), "counts": asdict(progress), "sha256": digest(temporary)}
+        replace_file(info_path, to_json(info))
     journal_path.unlink()
     if progress.kept < settings.total_num:
         print(f"The file has no more than these; {name} still names the {settings.total_num:,} asked for.")

@@ -42,15 +42,37 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def json_line(row: dict[str, Any]) -> bytes:
-    """A row of a JSON Lines file, with its end."""
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+def to_json(value: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8, with its end; half a character, which UTF-8 cannot hold, is written as JSON's escape of it."""
+    return json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace") + b"\n"
+
+
+def parse_json(text: bytes, origin: object) -> Any:
+    """What JSON in UTF-8 says.
+
+    Raises:
+        ValueError: it is none, or nested too deep; one line that names the origin.
+    """
+    try:
+        return json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{origin}: not JSON ({reason})") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not JSON; one line that names it.
+    """
+    return parse_json(path.read_bytes(), path)
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Add rows to the end of a JSON Lines file and wait until they are on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = b"".join(map(json_line, rows))
+    lines = b"".join(map(to_json, rows))
     with path.open("ab") as file:
         file.write(lines)
         file.flush()
@@ -67,12 +89,21 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
 
     Returns:
         How many lines were dropped. A file that is not there has none.
+
+    Raises:
+        ValueError: a line in the middle is damaged; one line that names it.
     """
     if not path.exists():
         return 0
     with path.open("rb") as file:
         lines = list(file)
-    kept = [line for line in whole_lines(lines) if keep(json.loads(line))]
+    kept = []
+    for number, line in enumerate(whole_lines(lines), start=1):
+        try:
+            if keep(json.loads(line)):
+                kept.append(line)
+        except (ValueError, RecursionError, LookupError, TypeError) as error:  # also of a row that is something else
+            raise ValueError(f"{path}: line {number}: damaged ({error}); delete it, or all to start over") from error
     if len(kept) < len(lines):
         replace_file(path, b"".join(kept))
     return len(lines) - len(kept)
@@ -84,8 +115,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line in the middle is damaged.
     """
-    try:
-        keep_rows(path, lambda row: True)
-        return [json.loads(line) for line in path.read_bytes().splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); delete it to start over") from error
+    rows: list[dict[str, Any]] = []
+    keep_rows(path, lambda row: rows.append(row) or True)
+    return rows

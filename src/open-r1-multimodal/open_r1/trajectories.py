@@ -4,70 +4,18 @@ A new number of a completion is a field here, which the report has as a column a
 `report/curves.py`. No torch.
 """
 
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-_LARGEST = 2**53  # integers up to it survive a trip through JSON
-
-Fields = dict[str, "Check"]
-
-
-def is_integer(value: Any) -> bool:
-    """Whether it is a whole number; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_count(value: Any) -> bool:
-    """Whether it is a whole number from 0 that JSON keeps."""
-    return is_integer(value) and 0 <= value <= _LARGEST
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a number; NaN and the infinities, which Python writes into JSON, are."""
-    return isinstance(value, float) or (is_integer(value) and abs(value) <= _LARGEST)
-
-
-def is_usable(value: Any) -> bool:
-    """Whether it is a number that can be averaged and drawn."""
-    return is_number(value) and abs(value) <= _LARGEST  # false for NaN
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_text_or_null(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
-def _are_texts_or_null(value: Any) -> bool:
-    return value is None or _are_texts(value)
+from open_r1.fields import FLAG, TEXT, Check, Fields, are, is_count, is_number, is_text, maybe
 
 
 def _are_rewards(value: Any) -> bool:
     return isinstance(value, dict) and all(reward is None or is_number(reward) for reward in value.values())
 
 
-def _are_spans(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(span, list) and len(span) == 2 and all(map(is_count, span)) for span in value
-    )
-
-
-class Check(NamedTuple):
-    """What must hold of a field in a file, and how an error calls that."""
-
-    holds: Callable[[Any], bool]
-    what: str
-
-
-TEXT, TEXT_OR_NULL = Check(_is_text, "text"), Check(_is_text_or_null, "text or null")
-FLAG = Check(lambda value: isinstance(value, bool), "true or false")
+def _is_span(value: Any) -> bool:
+    return are(is_count)(value) and len(value) == 2
 
 
 @dataclass(kw_only=True)
@@ -76,16 +24,16 @@ class Completion:
 
     step: Annotated[int, Check(is_count, "a number of steps")]
     prompt: Annotated[str, TEXT]
-    images: Annotated[list[str], Check(_are_texts, "a list of paths")]
-    solution: Annotated[str | None, TEXT_OR_NULL] = None
-    options: Annotated[list[str] | None, Check(_are_texts_or_null, "a list of texts or null")] = None
+    images: Annotated[list[str], Check(are(is_text), "a list of paths")]
+    solution: Annotated[str | None, maybe(TEXT)] = None
+    options: Annotated[list[str] | None, maybe(Check(are(is_text), "a list of texts"))] = None
     completion: Annotated[str, TEXT]
     rewards: Annotated[dict[str, float | None], Check(_are_rewards, "numbers or null by name")]  # null: none given
     advantage: Annotated[float, Check(is_number, "a number")]
     length: Annotated[int, Check(is_count, "a number of tokens")]
     ended: Annotated[bool, FLAG]
-    reflections: Annotated[list[list[int]] | None, Check(_are_spans, "pairs of offsets")] = None
-    considered: Annotated[str | None, TEXT_OR_NULL] = None
+    reflections: Annotated[list[list[int]] | None, Check(are(_is_span), "pairs of offsets")] = None
+    considered: Annotated[str | None, maybe(TEXT)] = None
     self_corrected: Annotated[bool, FLAG] = False
     group: Annotated[int, Check(is_count, "a number")] = 0  # of one prompt's completions; counts anew in every rollout
 

@@ -1,7 +1,6 @@
 """A run of the evaluation: answer what is not answered yet, score everything, and write it where no work is lost."""
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -11,8 +10,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_r1.evaluate.statistics import check_rows, judge_row, response_shares, score, table, unread_warning
-from open_r1.files import append_rows, read_rows, replace_file
+from open_r1.evaluate.results import ROW, ROW_OPTIONAL, read_result
+from open_r1.evaluate.statistics import judge_row, response_shares, score, table, unread_warning
+from open_r1.fields import check
+from open_r1.files import append_rows, read_json, read_rows, replace_file, to_json
+from open_r1.front_door import printable
 from open_r1.hub import model_folder
 from open_r1.locks import owned
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read
@@ -62,7 +64,7 @@ def put_aside(path: Path) -> None:
     written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
     aside = path.with_name(f"{path.stem}.{written}{path.suffix}.old")
     path.replace(aside)
-    print(f"{path} was made with other settings; it is now {aside.name}")
+    print(printable(f"{path} was made with other settings; it is now {aside.name}"))
 
 
 # --- results ------------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def make_result(rows: Sequence[dict[str, Any]], about: dict[str, Any], parser: s
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result file, in a folder that is made for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(result, ensure_ascii=False, indent=1).encode() + b"\n")
+    replace_file(path, to_json(result, indent=1))
 
 
 def report(path: Path, result: dict[str, Any]) -> None:
@@ -111,15 +113,7 @@ def report(path: Path, result: dict[str, Any]) -> None:
     if warning := unread_warning(counts):
         print(f"warning: {warning}", file=sys.stderr)
     print(f"prompt: {prompt['name']}, {prompt['style']}; " if prompt else "", f"parser: {result['parser']}", sep="")
-    print(path)
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; ValueError when it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    print(printable(path))
 
 
 def join_rows(rows: Sequence[dict[str, Any]], items: Sequence[Item], origin: Path) -> list[dict[str, Any]]:
@@ -147,9 +141,8 @@ def rescore(args: argparse.Namespace) -> None:
 
     The reference's rows know neither type nor source; with --dataset_path they get them, by their place in it.
     """
-    content = read_json(args.precomputed_json)
-    content = content if isinstance(content, dict) else {"results": content}
-    rows = check_rows(content.get("results"), str(args.precomputed_json))
+    content = read_result(args.precomputed_json)
+    rows = content["results"]
     about = {key: value for key, value in content.items() if key not in MEASURED}
     if about.setdefault("benchmark", args.benchmark) not in BENCHMARKS:
         raise ValueError(f"{args.precomputed_json}: unknown benchmark {about['benchmark']!r}")
@@ -176,10 +169,12 @@ def collect(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[
     done = {}
     for partial in partial_paths(path):
         header, *rows = read_rows(partial) or [settings]
-        if header != settings:
+        if check(header, {}, {}, f"{partial}: line 1") != settings:
             put_aside(partial)
             continue
-        done |= {(row["id"], row["rotation"]): row for row in rows}
+        for line, row in enumerate(rows, start=2):
+            check(row, ROW | ROW_OPTIONAL, {}, f"{partial}: line {line}")
+            done[row["id"], row["rotation"]] = row
     return done
 
 
@@ -239,7 +234,8 @@ def evaluate(args: argparse.Namespace) -> None:
     state.print(f"{args.model_path}: {len(items)} prompts, chat template {prompt_name}, style {style}")
     path = result_path(args)
     path.parent.mkdir(parents=True, exist_ok=True)
-    answered = path.is_file() and settings.items() <= read_json(path).items()
+    earlier = read_json(path) if path.exists() else None
+    answered = isinstance(earlier, dict) and settings.items() <= earlier.items()
     state.wait_for_everyone()  # nobody writes before all have read
     if answered:
         if state.is_main_process:

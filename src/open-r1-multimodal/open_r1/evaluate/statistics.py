@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ PARSERS = ("lenient", "strict")
 UNREAD_WARNING_SHARE = 0.05
 TOTAL = "Total"
 ALL_ROTATIONS = "Total, right in every rotation"
-REQUIRED_KEYS = ("question", "options", "task", "ground_truth", "response")
 _LETTER = re.compile(r"\([A-Z]\)")
 
 
@@ -100,24 +100,6 @@ def is_unread(row: Row) -> bool:
     return row["model_answer"] is None and not row.get("error")
 
 
-def check_rows(rows: Any, origin: str) -> list[Row]:
-    """The rows, if that is what they are.
-
-    Raises:
-        ValueError: something else; the message names the origin and the row.
-    """
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{origin}: no list of responses")
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"{origin}: row {number}: expected an object")
-        if missing := [key for key in REQUIRED_KEYS if key not in row]:
-            raise ValueError(f"{origin}: row {number}: missing {', '.join(missing)}")
-        if not isinstance(row["response"], str) or not isinstance(row["options"], list) or not row["options"]:
-            raise ValueError(f"{origin}: row {number}: expected text as response and a list of options")
-    return rows
-
-
 def by_question(rows: Iterable[Row]) -> list[list[Row]]:
     """The rows of each question together, in order of appearance; a row without an id is its own question."""
     questions: dict[Hashable, list[Row]] = defaultdict(list)
@@ -127,9 +109,16 @@ def by_question(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def gold_index(row: Row) -> int:
-    """The position of the right option."""
-    gold = row["ground_truth"]
-    return ord(gold[1]) - ord("A") if _LETTER.fullmatch(gold) else row["options"].index(gold)
+    """The position of the right option.
+
+    Raises:
+        ValueError: the ground truth is none of the options.
+    """
+    gold, options = row["ground_truth"], row["options"]
+    names = [f"({letter})" for letter in ascii_uppercase[: len(options)]] if _LETTER.fullmatch(gold) else options
+    if gold not in names:
+        raise ValueError(f"ground_truth: {gold!r} is none of its {len(options)} options")
+    return names.index(gold)
 
 
 def majority_positions(rows: Iterable[Row]) -> dict[str, int]:

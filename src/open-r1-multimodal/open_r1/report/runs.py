@@ -16,21 +16,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from open_r1.fields import TEXT, Check, Fields, check, is_count, is_integer, is_number, is_usable, maybe
+from open_r1.files import read_json
 from open_r1.images import local_path
-from open_r1.tasks.examples import read_json
-from open_r1.trajectories import (
-    NUMBERS,
-    OPTIONAL,
-    REQUIRED,
-    TEXT,
-    TEXT_OR_NULL,
-    Check,
-    Fields,
-    is_count,
-    is_integer,
-    is_number,
-    is_usable,
-)
+from open_r1.tasks.examples import read_records
+from open_r1.trajectories import NUMBERS, OPTIONAL, REQUIRED
 
 ACCURACY, FORMAT = "accuracy_reward", "format_reward"  # as the trainer logs the registry's rewards
 MAX_REWARDS = 32  # a run has a handful; more is a damaged file, and each is a column
@@ -57,39 +47,10 @@ INFO_OPTIONAL: Fields = {
     "world_size": Check(is_count, "a number of processes"),
     "max_steps": Check(is_integer, "a number of steps"),
     "model": TEXT,
-    "dataset": TEXT_OR_NULL,
-    "eval_dataset": TEXT_OR_NULL,
+    "dataset": maybe(TEXT),
+    "eval_dataset": maybe(TEXT),
     "arguments": Check(lambda value: isinstance(value, dict), "an object"),
 }
-
-
-def check(record: Any, required: Fields, optional: Fields, origin: str) -> dict[str, Any]:
-    """The record, if it is an object whose fields have the right types.
-
-    Raises:
-        ValueError: it is not; one line that names the origin and the field.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"{origin}: expected an object")
-    for name, (holds, what) in required.items():
-        if name not in record or not holds(record[name]):
-            raise ValueError(f"{origin}: {name}: expected {what}")
-    for name, (holds, what) in optional.items():
-        if name in record and not holds(record[name]):
-            raise ValueError(f"{origin}: {name}: expected {what}")
-    return record
-
-
-def read_object(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON; delete it or restore it from a copy") from error
 
 
 def read_lines(file: BinaryIO, required: Fields, optional: Fields) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -172,7 +133,7 @@ def read_run(path: Path) -> Run:
     has_log, has_info = (path / "log.jsonl").is_file(), (path / "run.json").is_file()
     if not (states or has_log or has_info or (path / "trajectories").is_dir()):
         raise ValueError(f"{path}: nothing of a run in it (run.json, log.jsonl, trajectories/, trainer_state.json)")
-    info = check(read_object(path / "run.json"), {}, INFO_OPTIONAL, str(path / "run.json")) if has_info else {}
+    info = check(read_json(path / "run.json"), {}, INFO_OPTIONAL, path / "run.json") if has_info else {}
     state = _read_state(states)
     events = [check(event, EVENT, EVENT_OPTIONAL, f"{state['origin']}: log_history") for event in state["log_history"]]
     if has_log:
@@ -194,7 +155,7 @@ def _read_state(states: Sequence[Path]) -> dict[str, Any]:
     furthest = {"origin": None, "log_history": []}
     for path in states:
         try:
-            state = read_object(path)
+            state = read_json(path)
         except ValueError:
             continue
         if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
@@ -221,7 +182,9 @@ class KnownImages:
                 self.folders.append((path if path.is_dir() else path.parent).resolve())
             elif path.is_file():
                 with suppress(OSError, ValueError):  # moved, or no data set any more: it names nothing
-                    self.names |= {os.path.abspath(path.parent / local_path(text)) for text in _texts(read_json(path))}
+                    self.names |= {
+                        os.path.abspath(path.parent / local_path(text)) for text in _texts(read_records(path))
+                    }
 
     def __contains__(self, path: str) -> bool:
         if os.path.abspath(path) in self.names:

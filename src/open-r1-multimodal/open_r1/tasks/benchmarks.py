@@ -17,7 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from open_r1.evaluate.statistics import Combination
+from open_r1.evaluate.statistics import Combination, gold_index
+from open_r1.fields import NAME, PROSE, Check, Fields, are, check, is_integer, is_name, is_prose, maybe
+from open_r1.files import parse_json
+from open_r1.front_door import first_line
 from open_r1.hub import fetch
 from open_r1.prompts import sat_question
 from open_r1.tasks import cvbench, sat
@@ -78,6 +81,7 @@ class Benchmark:
         name: in the result's file name.
         hub_id: of the data set.
         files: patterns of its files in a folder or on the Hub; each must match.
+        columns: those that `convert` reads, and what they hold.
         convert: a row and its number -> what to ask; nothing for a row that cannot be scored, which is reported;
             ValueError for one that no intact file holds.
         combination: name and formula of an official score over the sources' accuracies.
@@ -86,11 +90,27 @@ class Benchmark:
     name: str
     hub_id: str
     files: tuple[str, ...]
+    columns: Fields
     convert: Callable[[Mapping[str, Any], int], list[Item]]
     combination: tuple[str, Combination] | None = None
 
 
 # --- definitions --------------------------------------------------------------------------------------------
+
+
+def is_image(cell: Any) -> bool:
+    """Whether it is a cell of an image as `image_data` reads it, or of one that is not there."""
+    if isinstance(cell, Mapping):
+        return all(is_image(cell.get(name)) and not isinstance(cell.get(name), Mapping) for name in ("bytes", "path"))
+    return cell is None or isinstance(cell, bytes | str)
+
+
+IMAGE = Check(is_image, "an image: bytes, a path, or {bytes, path}")
+ID = Check(lambda value: is_name(value) or is_integer(value), "a whole number or a name")
+TEXTS = Check(are(is_prose), "a list of texts")
+
+CVBENCH: Fields = {"idx": ID, "type": NAME, "task": NAME, "source": NAME, "question": PROSE, "prompt": PROSE}
+CVBENCH |= {"choices": TEXTS, "answer": PROSE, "image": IMAGE}
 
 
 def cvbench_items(row: Mapping[str, Any], number: int) -> list[Item]:
@@ -109,6 +129,10 @@ def cvbench_items(row: Mapping[str, Any], number: int) -> list[Item]:
             images=(question.image,),
         )
     ]
+
+
+SAT: Fields = {"question": PROSE, "question_type": NAME, "correct_answer": maybe(PROSE)}
+SAT |= {"answers": maybe(TEXTS), "image_bytes": maybe(Check(are(is_image), "a list of images"))}
 
 
 def sat_items(row: Mapping[str, Any], number: int) -> list[Item]:
@@ -132,6 +156,10 @@ def sat_items(row: Mapping[str, Any], number: int) -> list[Item]:
     ]
 
 
+BLINK: Fields = {"idx": ID, "sub_task": NAME, "question": PROSE, "prompt": PROSE, "choices": TEXTS, "answer": PROSE}
+BLINK |= dict.fromkeys(("image_1", "image_2", "image_3", "image_4"), IMAGE)
+
+
 def blink_items(row: Mapping[str, Any], number: int) -> list[Item]:
     """BLINK asks its `prompt` column; up to four images. Only the answers of `val` are public."""
     images = tuple(row[name] for name in ("image_1", "image_2", "image_3", "image_4") if row[name] is not None)
@@ -146,6 +174,9 @@ def blink_items(row: Mapping[str, Any], number: int) -> list[Item]:
             images=images or (None,),
         )
     ]
+
+
+VSR: Fields = {"caption": PROSE, "image": IMAGE, "label": Check(lambda value: value in (0, 1, "0", "1"), "0 or 1")}
 
 
 def vsr_items(row: Mapping[str, Any], number: int) -> list[Item]:
@@ -167,15 +198,14 @@ def vsr_items(row: Mapping[str, Any], number: int) -> list[Item]:
     ]
 
 
-BLINK = "BLINK-Benchmark/BLINK"
+BLINK_FILES = ("Relative_Depth/val-*.parquet", "Spatial_Relation/val-*.parquet")
+CVBENCH_FILES, CVBENCH_SCORE = tuple(cvbench.FILES.values()), ("CV-Bench", cvbench.official_score)
 BENCHMARKS = {
-    "CV-Bench": Benchmark(
-        "CVBench", cvbench.HUB_ID, tuple(cvbench.FILES.values()), cvbench_items, ("CV-Bench", cvbench.official_score)
-    ),
-    "SAT-val": Benchmark("SAT-val", "array/SAT", ("SAT_val.parquet",), sat_items),
-    "SAT-test": Benchmark("SAT-test", "array/SAT", ("SAT_test.parquet",), sat_items),
-    "BLINK": Benchmark("BLINK", BLINK, ("Relative_Depth/val-*.parquet", "Spatial_Relation/val-*.parquet"), blink_items),
-    "VSR": Benchmark("VSR", "cambridgeltl/vsr_zeroshot", ("test.jsonl",), vsr_items),
+    "CV-Bench": Benchmark("CVBench", cvbench.HUB_ID, CVBENCH_FILES, CVBENCH, cvbench_items, CVBENCH_SCORE),
+    "SAT-val": Benchmark("SAT-val", "array/SAT", ("SAT_val.parquet",), SAT, sat_items),
+    "SAT-test": Benchmark("SAT-test", "array/SAT", ("SAT_test.parquet",), SAT, sat_items),
+    "BLINK": Benchmark("BLINK", "BLINK-Benchmark/BLINK", BLINK_FILES, BLINK, blink_items),
+    "VSR": Benchmark("VSR", "cambridgeltl/vsr_zeroshot", ("test.jsonl",), VSR, vsr_items),
 }
 
 
@@ -193,16 +223,24 @@ def read(benchmark: Benchmark, dataset_path: str | None = None, limit: int | Non
         OSError, ValueError: nothing to read there, or a row that contradicts itself; in one line.
     """
     questions: list[tuple[list[Item], Path]] = []
+    first: dict[int | str, str] = {}  # id -> where it is
     rows = 0
     for file in locate(benchmark, dataset_path or benchmark.hub_id):
-        for row in read_rows(file):
+        for number, row in enumerate(read_rows(file)):
+            where = f"{file}: row {number}"
+            if missing := [name for name in benchmark.columns if isinstance(row, dict) and name not in row]:
+                raise ValueError(f"{file}: no column {', '.join(missing)}; is this {benchmark.name}?")
+            check(row, benchmark.columns, {}, where)
             try:
-                if asked := benchmark.convert(row, rows):
-                    questions.append((asked, file.parent))
-            except KeyError as error:
-                raise ValueError(f"{file}: no column {error}; is this {benchmark.name}?") from error
+                asked = benchmark.convert(row, rows)
+                for item in asked:
+                    gold_index(item.to_row())
             except ValueError as error:
-                raise ValueError(f"{file}: {error}") from error
+                raise ValueError(f"{where}: {error}") from error
+            if asked:
+                questions.append((asked, file.parent))
+                if (same := first.setdefault(asked[0].id, where)) != where:
+                    raise ValueError(f"{where}: has the idx {asked[0].id!r} of {same}; two questions need two")
             rows += 1
     if left_out := rows - len(questions):
         print(f"{benchmark.name}: left out {left_out} of {rows} rows without a right option", file=sys.stderr)
@@ -240,19 +278,16 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
         ValueError: damaged, or something else.
     """
     if file.suffix == ".jsonl":
-        with file.open(encoding="utf-8") as lines:
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{file}: line {number} is not JSON ({error})") from error
+                if line.strip():
+                    yield parse_json(line, f"{file}: line {number}")
         return
     try:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS):
             yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{file}: not a complete parquet file ({reason})") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not a complete parquet file ({first_line(error)})") from error
 
 
 def with_images(item: Item, folder: Path) -> Item:

@@ -65,7 +65,7 @@ def convert_row(row: Mapping[str, Any]) -> Question:
     answer = row["answer"].strip("()")
     if answer not in tuple(LETTERS[: len(choices)]):
         raise ValueError(f"idx {row['idx']}: answer {row['answer']!r} is not one of its {len(choices)} choices")
-    image = row["image"] or {}
+    image = row["image"]
     return Question(
         idx=row["idx"],
         type=row["type"],
@@ -75,7 +75,7 @@ def convert_row(row: Mapping[str, Any]) -> Question:
         choices=choices,
         answer=answer,
         prompt=row["prompt"],
-        image=image.get("bytes") or image.get("path"),
+        image=(image.get("bytes") or image.get("path")) if isinstance(image, Mapping) else image,
     )
 
 

@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from open_r1.front_door import positive, run
+from open_r1.tasks.cvbench import FILES
 from open_r1.world import scene
 from open_r1.world.parquet import write_cvbench, write_sat
 from open_r1.world.questions import QUESTIONS, STATIC
@@ -38,7 +39,12 @@ def parse_args() -> argparse.Namespace:
         default=STATIC,
         help="sat: the kinds that take turns; rotation has two images (default: all but rotation)",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.schema == "cvbench" and args.rows < len(FILES):
+        parser.error(f"--rows {args.rows}: cvbench has {len(FILES)} files, and each needs a row")
+    if args.schema == "sat" and args.output.is_dir():
+        parser.error(f"--output: {args.output} is a folder; name a file")
+    return args
 
 
 def main() -> None:
