@@ -339,17 +339,19 @@ def test_a_finished_run_is_scored_again_and_another_is_kept_aside(script, argume
     assert len(kept) == 1 and json.loads(kept[0].read_text()) == first
 
 
-def test_unfinished_work_of_other_settings_is_kept_aside(tmp_path):
+def test_unfinished_work_of_other_settings_is_kept_aside(tmp_path, items):
     path = tmp_path / "x.json"
     partial = tmp_path / "x.partial0.jsonl"
-    partial.write_text('{"dtype": "float32"}\n{"id": 1, "rotation": 0}\n')
+    row = {**items[1].to_row(), **answering.Response("?", 1, False).to_row()}
+    evaluation.append_rows(partial, [{"dtype": "float32"}, row])
+    whole = partial.read_text()
     assert evaluation.collect(path, {"dtype": "bfloat16"}) == {}
     assert not partial.exists() and len(list(tmp_path.glob("*.old"))) == 1
-    partial.write_text('{"dtype": "float32"}\n{"id": 1, "rotation": 0}\n{"id": 2')
-    assert list(evaluation.collect(path, {"dtype": "float32"})) == [(1, 0)]
-    assert partial.read_text().endswith("}\n")
-    partial.write_text('{"dtype": "float32"}\n{"id": 1, \n{"id": 2}\n')
-    with pytest.raises(ValueError, match="damaged"):
+    partial.write_text(f'{whole}{{"id": 2')
+    assert evaluation.collect(path, {"dtype": "float32"}) == {items[1].key: row}
+    assert partial.read_text() == whole
+    partial.write_text(f'{{"dtype": "float32"}}\n{{"id": 1, \n{whole}')
+    with pytest.raises(ValueError, match="line 2: damaged"):
         evaluation.collect(path, {"dtype": "float32"})
 
 
@@ -488,7 +490,8 @@ def test_the_references_rows_get_type_and_source_from_the_data_set(script, refer
 @pytest.mark.parametrize("key", ["question", "ground_truth"])
 def test_a_row_of_another_question_is_named(script, reference_file, rendered, key):
     content = json.loads(reference_file.read_text())
-    content["results"][7][key] = "(F)" if key == "ground_truth" else "How many?"
+    row = content["results"][7]
+    row[key] = "How many?" if key == "question" else "(B)" if row["ground_truth"] == "(A)" else "(A)"
     reference_file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"reference\.json: row 7: .*--dataset_path") as caught:
         rescored(script, reference_file, "--dataset_path", str(rendered))

@@ -91,8 +91,8 @@ def test_export_is_the_adapted_model(run, tiny_model, examples_json, tmp_path, m
     sys.path.insert(0, str(REPO_ROOT / "scripts"))
     import export
 
-    def run_export(adapter, output):
-        monkeypatch.setattr(sys, "argv", ["export.py", "--adapter", str(adapter), "--output", str(output)])
+    def run_export(adapter, output, *options):
+        monkeypatch.setattr(sys, "argv", ["export.py", "--adapter", str(adapter), "--output", str(output), *options])
         export.main()
 
     run_export(output, tmp_path / "merged")
@@ -111,6 +111,8 @@ def test_export_is_the_adapted_model(run, tiny_model, examples_json, tmp_path, m
         run_export(output, tmp_path / "merged")
     with pytest.raises(Mistake, match=r"--adapter: no adapter_config\.json"):
         run_export(tiny_model, tmp_path / "other")
+    with pytest.raises(SystemExit):  # argparse says which there are
+        run_export(output, tmp_path / "other", "--dtype", "float23")
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])

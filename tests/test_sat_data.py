@@ -1,5 +1,6 @@
 """SAT parquet in, ShareGPT JSON and untouched images out; bad input gives a stated skip or one clear line."""
 
+import importlib.util
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from open_r1.front_door import Mistake
 from open_r1.prompts import REPO_ROOT, sat_question
 from open_r1.tasks import sat
 from open_r1.tasks.examples import read_examples
@@ -428,6 +431,103 @@ def test_other_settings_do_not_continue_or_overwrite(tmp_path):
     done = prepare(parquet, tmp_path / "out", "--seed", 2)
     assert "starting over" in done.stdout
     assert files(tmp_path / "out") == files(tmp_path / "new")
+
+
+# --- work that was damaged since ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch) -> Callable[[], Path]:
+    """Prepare three examples, in this process: a command that ends with the folder of the output."""
+    spec = importlib.util.spec_from_file_location("process_dataset", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "process_dataset", script)  # its dataclasses look there
+    spec.loader.exec_module(script)
+    parquet = write_parquet(tmp_path / "sat.parquet", [row()] * 4)
+    monkeypatch.setattr(sys, "argv", command(parquet, tmp_path / "out", "--total_num", 3)[1:])
+
+    def run() -> Path:
+        script.main()
+        return tmp_path / "out"
+
+    return run
+
+
+def rewrite(name: str, content: bytes | str | dict | None) -> Callable[[Path], None]:
+    def damage(output: Path) -> None:
+        if content is None:
+            (output / name).unlink()
+        elif isinstance(content, dict):
+            (output / name).write_text(json.dumps({**json.loads((output / name).read_text()), **content}))
+        else:
+            (output / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return damage
+
+
+IMAGE, INFO = "images/SAT_train_3/000001_0.jpg", "SAT_train_3.info.json"
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (rewrite("SAT_train_3.json", ""), "SAT_train_3.json: was changed since it was made; delete it to make it anew"),
+        (rewrite("SAT_train_3.json", "[]\n"), "SAT_train_3.json: was changed since it was made"),
+        (rewrite(IMAGE, None), f"{IMAGE}: the image is lost; delete "),
+        (rewrite(IMAGE, ""), f"{IMAGE}: the image is lost; delete "),
+        (rewrite(INFO, "{"), f"{INFO}: not JSON"),
+        (rewrite(INFO, b"\xff"), f"{INFO}: not JSON"),
+        (rewrite(INFO, "[" * 99_999), f"{INFO}: not JSON (nested too deep)"),
+        (rewrite(INFO, "[]"), f"{INFO}: expected an object"),
+        (rewrite(INFO, {"settings": 1}), f"{INFO}: settings: expected an object"),
+        (rewrite(INFO, {"counts": {"zebra": 1}}), f"{INFO}: counts: missing next_row, kept, skipped"),
+        (
+            rewrite(INFO, {"counts": {"next_row": 3, "kept": "3", "skipped": {}}}),
+            f"{INFO}: counts: kept: expected a whole number",
+        ),
+        (
+            rewrite(INFO, {"counts": {"next_row": 3, "kept": 3, "skipped": {"a": -1}}}),
+            f"{INFO}: counts: skipped: expected numbers",
+        ),
+        (rewrite(INFO, None), "SAT_train_3.json: is there already, made with another"),
+    ],
+)
+def test_a_finished_dataset_that_was_damaged_is_told_and_made_anew(prepared, damage, message):
+    whole = files(prepared())
+    prepared()
+    damage(prepared())
+    with pytest.raises((Mistake, ValueError)) as caught:
+        prepared()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    rewrite("SAT_train_3.json", None)(Path(sys.argv[4]))
+    assert files(prepared()) == whole
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"row": 7, "skip": "x"}', '{"row": 0}', '{"row": "0", "skip": "x"}', '{"skip": "x"}', "[1]", "[" * 99_999, ""],
+)
+def test_a_damaged_journal_is_told(prepared, line):
+    output = prepared()
+    (output / "SAT_train_3.json").unlink()
+    settings = json.loads((output / INFO).read_text())["settings"]
+    journal = output / "images/SAT_train_3/journal.jsonl"
+    journal.write_text(f"{json.dumps(settings)}\n{line}\n")
+    with pytest.raises(Mistake, match=r"journal\.jsonl: damaged at byte \d+; delete it to start over"):
+        prepared()
+
+
+def test_an_image_that_a_crash_emptied_is_told(prepared):
+    output = prepared()
+    records = json.loads((output / "SAT_train_3.json").read_text())
+    (output / "SAT_train_3.json").unlink()
+    settings = json.loads((output / INFO).read_text())["settings"]
+    lines = [settings, *({"row": number, "record": record} for number, record in enumerate(records))]
+    (output / "images/SAT_train_3/journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (output / IMAGE).write_bytes(b"")
+    with pytest.raises(Mistake, match=f"{IMAGE}: the image is lost; delete .*journal.jsonl to start over"):
+        prepared()
+    assert not (output / "SAT_train_3.json").exists()
 
 
 # --- the shell script ---------------------------------------------------------------------------------
