@@ -94,6 +94,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "added": (lambda folder: (folder / "optimizer.bin").touch(), "optimizer.bin", "not what was signed"),
     "linked": (lambda folder: link_away(folder / "global_step1"), "global_step1", "not what was signed"),
+    "a pipe": (lambda folder: ((folder / "latest").unlink(), os.mkfifo(folder / "latest")), "latest", "not what was"),
     "no signature": (lambda folder: (folder / SIGNATURE).unlink(), STATES, "not signed with your key"),
     "empty signature": (lambda folder: (folder / SIGNATURE).write_text(""), STATES, "not signed with your key"),
     "a list": (lambda folder: (folder / SIGNATURE).write_text("[1]"), STATES, "not signed with your key"),

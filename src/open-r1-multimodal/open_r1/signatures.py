@@ -137,8 +137,8 @@ def check_origin(checkpoint: str | Path, but: Iterable[str] = ()) -> None:
     if signed is None:
         strange, why = names[:1] or [SIGNATURE], "is not signed with your key (SECURITY.md)"
     else:
-        # What was added is not read at all.
-        strange = [name for name in names if name not in signed]
+        # What was added is not read at all; nor is a pipe, which would be waited for.
+        strange = [name for name in names if name not in signed or not (folder / name).is_file()]
         strange = strange or [name for name, digest in digests_of(folder, names).items() if digest != signed[name]]
         why = "is not what was signed"
     if strange:
