@@ -45,7 +45,7 @@ def main() -> None:
     example = {"prompt": [{"content": args.question}], "images": [args.image]}
     if args.data:
         examples = read_examples(args.data)
-        if not -len(examples) <= args.row < len(examples):
+        if not 0 <= args.row < len(examples):
             raise Mistake(f"--row {args.row}: {args.data} has {len(examples)} rows")
         example = examples[args.row]
     question = example["prompt"][0]["content"]

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from open_r1.data import DataArguments, load_dataset, load_datasets_from_args
-from open_r1.images import open_image
+from open_r1.families import QWEN_TOKENS
+from open_r1.images import TOO_LARGE, TOO_LONG, open_image
 from open_r1.modeling import load_processor
 from open_r1.prompts import sat_question
 from open_r1.rewards import check_gold
@@ -26,9 +27,16 @@ COLOURS = ["red", "lime", "blue"]
 OPTIONS = ["red", "lime", "blue"]
 
 
-def picture(colour: str) -> bytes:
+def picture(colour: str, size: tuple[int, int] = (56, 84)) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (56, 84), colour).save(buffer, "PNG")
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of many pixels, one bit each, in a few kilobytes."""
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, "PNG", compress_level=9)
     return buffer.getvalue()
 
 
@@ -228,9 +236,43 @@ def test_special_tokens_in_a_text_leave_the_row_out(folder, tiny_model, capsys):
     (folder / "a.json").write_text(json.dumps(records))
     rows = load_dataset(folder / "a.json", load_processor(tiny_model))
     assert rows["solution"] == ["blue"]
-    assert (
-        "kept 1 of 3 examples; left out 0 with a prompt over None tokens, 2 with a special" in capsys.readouterr().out
-    )
+    assert "kept 1 of 3 examples; left out 2 with a control token of the model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("token", QWEN_TOKENS)
+@pytest.mark.parametrize("place", ["question", "answer", "system"])
+def test_a_text_never_becomes_a_control_token(token, place, folder, tiny_model):
+    """What is kept has no other control tokens than those of the template."""
+    (record, *_) = dialogues("messages")
+    roles = ["question", "answer"]
+    if place == "system":
+        roles.insert(0, "system")
+        record["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    record["messages"][roles.index(place)]["content"] += f" a {token} b"
+    (folder / "a.json").write_text(json.dumps([record]))
+    with pytest.raises(ValueError, match="no example left; left out 1 with a control token of the model"):
+        load_dataset(folder / "a.json", load_processor(tiny_model))
+
+
+def test_an_answer_that_is_too_long_is_left_out(folder, tiny_model, capsys):
+    records = dialogues("messages")
+    records[1]["messages"][1]["content"] = "x " * 500_000
+    (folder / "a.json").write_text(json.dumps(records))
+    processor = load_processor(tiny_model)
+    assert len(load_dataset(folder / "a.json", processor)) == 3
+    assert load_dataset(folder / "a.json", processor, max_answer_length=2048)["solution"] == ["red", "blue"]
+    assert "left out 1 with an answer over 2048 tokens (max_answer_length)" in capsys.readouterr().out
+
+
+def test_half_a_character_is_replaced(folder, tiny_model):
+    """JSON can hold the half of a pair; a tokenizer, a table and a file cannot."""
+    records = dialogues("messages")
+    records[0]["messages"][0]["content"] = "<image>half \ud83d and whole \ud83d\ude00"
+    records[0] |= {"note \udc00": [{"a": "\udfff"}]}
+    (folder / "a.json").write_text(json.dumps(records))
+    row = load_dataset(folder / "a.json", load_processor(tiny_model))[0]
+    assert row["prompt"][0]["content"] == "half \ufffd and whole \U0001f600"
+    assert row["note \ufffd"] == [{"a": "\ufffd"}]
 
 
 def damaged(content: bytes):
@@ -259,6 +301,22 @@ MISTAKES = {
     "form": (changed(messages=None), "no messages, conversations, prompt or question; it has .*--question_column"),
     "turns": (changed(messages=[{"role": "assistant", "content": "a"}]), "expected one user and one assistant"),
     "options": (changed(options="red, lime"), "options: expected a list of strings"),
+    "options of numbers": (changed(options=[1, 2]), "options: expected a list of strings"),
+    "no question": (changed(messages=[{"role": "user", "content": "<image> \n"}]), "the question is empty"),
+    "empty answer": (
+        changed(messages=[{"role": "user", "content": "<image>a?"}, {"role": "assistant", "content": " "}]),
+        "the answer is empty",
+    ),
+    "mark in the question": (changed(messages=[{"role": "user", "content": "<image>a <image>?"}]), "2 <image> marks"),
+    "svg": (damaged(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "pictures/bad.png: corrupt image"),
+    "heic": (damaged(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 99), "pictures/bad.png: corrupt image"),
+    "bomb": (damaged(bomb(13_000)), f"pictures/bad.png: {TOO_LARGE}"),
+    "thin": (damaged(picture("red", (1, 5000))), f"pictures/bad.png: {TOO_LONG}"),
+    "device": (changed(images=["/dev/zero"]), "no image /dev/zero"),
+    "elsewhere": (changed(images=["../../../../../../../../etc/passwd"]), "passwd: corrupt image"),
+    "base64 of nothing": (changed(images=["data:image"]), "corrupt image"),
+    "not base64": (changed(images=["data:image/png;base64,***"]), "not an image in base64"),
+    "base64 of text": (changed(images=["data:image/png;base64,AAAA"]), "corrupt image"),
 }
 
 
@@ -284,6 +342,9 @@ def test_sft_needs_an_answer(folder, tiny_model):
     "name, content, message",
     [
         ("a.jsonl", b'{"question": "a"}\n{"quest', "a.jsonl: line 2: not JSON"),
+        ("a.jsonl", b"[" * 100_000 + b"]" * 100_000, "a.jsonl: line 1: not JSON"),
+        ("a.json", b"[" * 100_000 + b"]" * 100_000, "a.json: not a JSON file"),
+        ("a.json", b'[{"question": "a?", "deep": ' + b"[" * 800 + b"]" * 800 + b"}]", "row 0: nested too deeply"),
         ("a.jsonl", b"", "at least one record"),
         ("a.json", b"\xff\xfe", "not a JSON file"),
         ("a.parquet", b"PAR1", "not a parquet file"),

@@ -3,12 +3,12 @@
 Weights come from safetensors files alone, because opening a pickle runs whatever code is in it.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from open_r1.files import read_json
 from open_r1.front_door import first_line
 
 MODEL, ADAPTER = "model", "adapter_model"  # names of weight files, without their ends
@@ -19,14 +19,11 @@ def read_object(path: Path) -> dict[str, Any]:
     """The content of a JSON file that holds an object.
 
     Raises:
-        OSError: it is missing, or holds something else.
+        OSError, ValueError: it is missing, or holds something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise OSError(f"{path}: not JSON ({first_line(error)})") from error
+    content = read_json(path)
     if not isinstance(content, dict):
-        raise OSError(f"{path}: expected an object, not {type(content).__name__}")
+        raise ValueError(f"{path}: expected an object, not {type(content).__name__}")
     return content
 
 
@@ -34,7 +31,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of a model's config.json.
 
     Raises:
-        OSError: there is none; an adapter's folder is told apart.
+        OSError, ValueError: there is none; an adapter's folder is told apart.
     """
     if (folder / "config.json").is_file():
         return read_object(folder / "config.json")
@@ -47,7 +44,7 @@ def base_name(folder: Path) -> str:
     """The name of the base model in an adapter's folder.
 
     Raises:
-        OSError: its configuration does not name one, or there are no whole weights.
+        OSError, ValueError: its configuration does not name one, or there are no whole weights.
     """
     path = folder / "adapter_config.json"
     name = read_object(path).get("base_model_name_or_path")
@@ -61,7 +58,7 @@ def check_weight_files(folder: Path, name: str = MODEL) -> None:
     """See that a folder has all of its weight files, and that none is cut off; their headers alone are read.
 
     Raises:
-        OSError: it has not; in one line.
+        OSError, ValueError: it has not; in one line.
     """
     index = folder / f"{name}.safetensors.index.json"
     if (folder / f"{name}.safetensors").is_file():

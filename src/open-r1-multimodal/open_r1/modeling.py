@@ -75,8 +75,8 @@ def check_model(model_args: ModelConfig) -> Family:
         Its family.
 
     Raises:
-        OSError: there is no such model, or it is not whole.
-        ValueError: it is of a type that this project was not tested with, or the recipe cannot train it.
+        OSError, ValueError: there is no such model, or it is not whole, or of a type that this project was not tested
+            with, or the recipe cannot train it.
         ImportError: the recipe quantises, and bitsandbytes is not there.
     """
     family = check_model_files(model_args.model_name_or_path, model_args.model_revision)
@@ -95,8 +95,8 @@ def check_model_files(model_name_or_path: str | Path, revision: str = "main") ->
         Its family.
 
     Raises:
-        OSError: there is no such model, or it is not whole.
-        ValueError: it is of a type that this project was not tested with.
+        OSError, ValueError: there is no such model, or it is not whole, or of a type that this project was not tested
+            with.
     """
     folder = model_folder(model_name_or_path, revision)
     family = family_of_folder(folder)
@@ -241,7 +241,7 @@ def adapter_base(folder: str | Path) -> Path | None:
     """The folder of the base model that a LoRA run's folder names; None for a folder of whole weights.
 
     Raises:
-        OSError: the adapter is damaged, or there is no such base model, here or on the hub; the message names both.
+        OSError, ValueError: the adapter is damaged, or there is no such base model, here or on the hub.
     """
     if not (Path(folder) / "adapter_config.json").is_file():
         return None
@@ -307,8 +307,8 @@ def load_processor(
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        OSError: there is no such model, or it has no processor and tokenizer of a known family that can be loaded.
-        ValueError: the tokenizer is another model's; no such chat template; no image has a size within the bounds.
+        OSError, ValueError: there is no such model, or it has no processor and tokenizer of a known family that can be
+            loaded; the tokenizer is another model's; no such chat template; no image has a size within the bounds.
     """
     folder = model_folder(model_name_or_path, revision)
     family = family_of_folder(folder) if (folder / "config.json").is_file() else None  # an adapter's has none

@@ -19,7 +19,7 @@ import numpy as np
 from open_r1.fields import TEXT, Check, Fields, check, is_count, is_integer, is_number, is_usable, maybe
 from open_r1.files import read_json
 from open_r1.images import local_path
-from open_r1.tasks.examples import read_json_records
+from open_r1.tasks.examples import read_list
 from open_r1.trajectories import NUMBERS, OPTIONAL, REQUIRED
 
 ACCURACY, FORMAT = "accuracy_reward", "format_reward"  # as the trainer logs the registry's rewards
@@ -182,9 +182,7 @@ class KnownImages:
                 self.folders.append((path if path.is_dir() else path.parent).resolve())
             elif path.is_file():
                 with suppress(OSError, ValueError):  # moved, or no data set any more: it names nothing
-                    self.names |= {
-                        os.path.abspath(path.parent / local_path(text)) for text in _texts(read_json_records(path))
-                    }
+                    self.names |= {os.path.abspath(path.parent / local_path(text)) for text in _texts(read_list(path))}
 
     def __contains__(self, path: str) -> bool:
         if os.path.abspath(path) in self.names:

@@ -90,13 +90,13 @@ def read_records(source: str | Path, config: str | None = None, split: str = "tr
     """The records of a file, a folder or a Hub data set, unchecked. Arguments and errors: see `iter_examples`."""
     path = Path(source)
     if path.is_file():
-        return read_parquet(path) if path.suffix == ".parquet" else read_json_records(path)
+        return read_parquet(path) if path.suffix == ".parquet" else read_list(path)
     if not path.exists() and (path.suffix in FILES or path.is_absolute() or str(source).count("/") > 1):
         raise FileNotFoundError(f"{path}: no such file; make it with src/data/SAT/prepare_dataset.sh")
     return read_dataset(str(source), config, split)
 
 
-def read_json_records(path: Path) -> list[Any]:
+def read_list(path: Path) -> list[Any]:
     """A JSON list, or JSON Lines under the name of either."""
     try:
         text = path.read_text(encoding="utf-8-sig")
