@@ -1,0 +1,43 @@
+"""The recipe: its settings, where it reports to, its model's files and its rewards can be had."""
+
+import os
+from collections.abc import Iterator
+
+from open_r1.doctor.finding import Checks, Finding, failed, passed
+from open_r1.doctor.patient import Patient
+from open_r1.entry import resolve_report_to
+
+
+def settings(patient: Patient) -> Iterator[Finding]:
+    """Recipes and arguments, read as every process reads them."""
+    args = patient.settings[1]
+    per_step = args.per_device_train_batch_size * patient.launch.num_processes * args.gradient_accumulation_steps
+    unit = f"completions, {args.num_generations} a prompt" if patient.is_grpo else "examples"
+    zero = "no ZeRO" if patient.launch.zero_stage is None else f"ZeRO-{patient.launch.zero_stage}"
+    yield passed(f"{patient.command.name}, {patient.launch.num_processes} processes, {zero}; a step is {per_step} {unit}")
+
+
+def tracking(patient: Patient) -> Iterator[Finding]:
+    """wandb asks for a login, and a run without a terminal ends there."""
+    trackers = patient.settings[1].report_to
+    ready = resolve_report_to(["auto"]) == ["wandb"] or os.environ.get("WANDB_MODE") == "disabled"
+    if "wandb" in trackers and not ready:
+        yield failed("report_to: wandb, without a key", "wandb login, WANDB_MODE=offline, or --report_to tensorboard")
+    else:
+        yield passed(f"reports to {', '.join(trackers) or 'its folder alone'}")
+
+
+def model(patient: Patient) -> Iterator[Finding]:
+    """Its files are there, of a family that this project knows, with a processor."""
+    name = patient.settings[2].model_name_or_path
+    family, size = patient.skeleton.config.model_type, sum(p.numel() for p in patient.skeleton.parameters())
+    yield passed(f"{name}: {family}, {size / 1e6:,.1f} M parameters, {type(patient.processor).__name__}")
+
+
+def rewards(patient: Patient) -> Iterator[Finding]:
+    """Names lead to functions."""
+    if patient.is_grpo:
+        yield passed(", ".join(reward.__name__ for reward in patient.reward_funcs))
+
+
+CHECKS: Checks = {"settings": settings, "tracking": tracking, "model": model, "rewards": rewards}
