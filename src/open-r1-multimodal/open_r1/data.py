@@ -68,9 +68,7 @@ def load_datasets_from_args(
 
 def columns_of(data_args: DataArguments) -> Columns:
     """The columns that a recipe names."""
-    return Columns(
-        data_args.question_column, data_args.answer_column, data_args.image_column, data_args.options_column
-    )
+    return Columns(data_args.question_column, data_args.answer_column, data_args.image_column, data_args.options_column)
 
 
 def opens_think(processor: ProcessorMixin, **template_kwargs: str) -> bool:

@@ -28,7 +28,9 @@ def memory(patient: Patient) -> Iterator[Finding]:
         needed, total = peak, torch.cuda.mem_get_info()[1]
         what = f"{needed / GB:.1f} GB at most on each GPU"
     what += f", of {total / GB:.1f} GB {free / GB:.1f} are free"
-    remedy = "configs/overlays/lora.yaml, a smaller per_device_train_batch_size or max_completion_length; docs/memory.md"
+    remedy = (
+        "configs/overlays/lora.yaml, a smaller per_device_train_batch_size or max_completion_length; docs/memory.md"
+    )
     if needed > total:
         yield failed(what, remedy)
     elif needed > free:
@@ -94,7 +96,9 @@ def hours(patient: Patient) -> Iterator[Finding]:
     seconds = trainer.train().metrics["train_runtime"] / MEASURED_STEPS
     if not patient.on_cpu:
         seconds /= patient.launch.num_processes  # processes on a CPU share its cores
-    yield passed(f"{seconds:.1f} s a step, measured in {MEASURED_STEPS}: {steps} steps take {seconds * steps / 3600:.1f} hours")
+    yield passed(
+        f"{seconds:.1f} s a step, measured in {MEASURED_STEPS}: {steps} steps take {seconds * steps / 3600:.1f} hours"
+    )
 
 
 def flops(patient: Patient) -> float:

@@ -70,7 +70,9 @@ def listed_gpus() -> list[str]:
     if command is None:
         return []
     try:
-        listing = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
+        listing = subprocess.run(
+            [command, "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     return [line for line in listing.stdout.splitlines() if line.startswith("GPU ")]

@@ -1,7 +1,6 @@
 """The model on a few examples: what must not change its log-probabilities, and what must. Nothing is sampled."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from PIL import Image

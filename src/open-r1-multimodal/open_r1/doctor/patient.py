@@ -37,7 +37,7 @@ class Missing(Exception):
     """What a check needs is not there. The message says what; an earlier finding says why."""
 
 
-class part(cached_property):  # noqa: N801
+class part(cached_property):
     """A cached property of a patient that is tried once.
 
     Raises:

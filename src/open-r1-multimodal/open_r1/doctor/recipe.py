@@ -14,7 +14,9 @@ def settings(patient: Patient) -> Iterator[Finding]:
     per_step = args.per_device_train_batch_size * patient.launch.num_processes * args.gradient_accumulation_steps
     unit = f"completions, {args.num_generations} a prompt" if patient.is_grpo else "examples"
     zero = "no ZeRO" if patient.launch.zero_stage is None else f"ZeRO-{patient.launch.zero_stage}"
-    yield passed(f"{patient.command.name}, {patient.launch.num_processes} processes, {zero}; a step is {per_step} {unit}")
+    yield passed(
+        f"{patient.command.name}, {patient.launch.num_processes} processes, {zero}; a step is {per_step} {unit}"
+    )
 
 
 def tracking(patient: Patient) -> Iterator[Finding]:

@@ -67,7 +67,10 @@ def make_samples(rows: Iterable[Row]) -> list[Sample]:
         answers = [(dress, dress.format(gold), True) for dress in DRESSES]
         for other in row["options"] or list(asked):
             if not is_correct(other, gold, row["options"]):
-                answers += [("wrong", other, False), *(("hedged", hedge.format(gold, other), False) for hedge in HEDGES)]
+                answers += [
+                    ("wrong", other, False),
+                    *(("hedged", hedge.format(gold, other), False) for hedge in HEDGES),
+                ]
                 break
         result += [Sample(row, kind, f"{THOUGHT}<answer>{text}</answer>", right) for kind, text, right in answers]
         result += [Sample(row, kind, text.format(gold), False) for kind, text in NO_ANSWERS.items()]
