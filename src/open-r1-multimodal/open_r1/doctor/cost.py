@@ -28,9 +28,7 @@ def memory(patient: Patient) -> Iterator[Finding]:
         needed, total = peak, torch.cuda.mem_get_info()[1]
         what = f"{needed / GB:.1f} GB at most on each GPU"
     what += f", of {total / GB:.1f} GB {free / GB:.1f} are free"
-    remedy = (
-        "configs/overlays/lora.yaml, a smaller per_device_train_batch_size or max_completion_length; docs/memory.md"
-    )
+    remedy = "smaller per_device_train_batch_size or max_completion_length, configs/overlays/lora.yaml; docs/memory.md"
     if needed > total:
         yield failed(what, remedy)
     elif needed > free:
@@ -45,7 +43,7 @@ def total_steps(patient: Patient) -> int:
     if args.max_steps > 0:
         return args.max_steps
     per_step = args.per_device_train_batch_size * patient.launch.num_processes * args.gradient_accumulation_steps
-    samples = len(patient.prepared["train_dataset"]) * (args.num_generations if patient.is_grpo else 1)
+    samples = len(patient.prepared_data["train_dataset"]) * (args.num_generations if patient.is_grpo else 1)
     return math.ceil(args.num_train_epochs * samples / per_step)
 
 
@@ -56,7 +54,7 @@ def disk(patient: Patient) -> Iterator[Finding]:
     base = count_run(script_args, args, model_args, whole, patient.on_cpu).base
     weights = base["weights"]
     if model_args.use_peft:
-        weights = sum(p.nbytes for p in patient.skeleton.parameters() if p.requires_grad)
+        weights = sum(p.nbytes for p in patient.model_outline.parameters() if p.requires_grad)
     one = weights
     if not args.save_only_model:  # DeepSpeed writes the weights again beside its state
         one += base["optimiser"] + (weights if whole.zero_stage is not None else 0)
@@ -97,7 +95,7 @@ def hours(patient: Patient) -> Iterator[Finding]:
     if not patient.on_cpu:
         seconds /= patient.launch.num_processes  # processes on a CPU share its cores
     yield passed(
-        f"{seconds:.1f} s a step, measured in {MEASURED_STEPS}: {steps} steps take {seconds * steps / 3600:.1f} hours"
+        f"{seconds:.1f} s a step, measured over {MEASURED_STEPS}; {steps} take {seconds * steps / 3600:.1f} hours"
     )
 
 
@@ -108,7 +106,7 @@ def flops(patient: Patient) -> float:
     tokens = examples * script_args.max_prompt_length
     if patient.is_grpo:
         tokens = tokens / args.num_generations + examples * args.max_completion_length
-    return MEASURED_STEPS * tokens * FLOPS_A_TOKEN * sum(p.numel() for p in patient.skeleton.parameters())
+    return MEASURED_STEPS * tokens * FLOPS_A_TOKEN * sum(p.numel() for p in patient.model_outline.parameters())
 
 
 CHECKS: Checks = {"memory": memory, "disk": disk, "hours": hours}

@@ -21,6 +21,11 @@ def sets(patient: Patient) -> list[tuple[str, Survey]]:
     return surveys + ([(script_args.eval_dataset_name, patient.held_out_set)] if patient.held_out_set else [])
 
 
+def short(name: str) -> str:
+    """A data set's name without its folder."""
+    return name.rsplit("/", 1)[-1]
+
+
 def first(wrong: list[str]) -> str:
     """The first of several mistakes, and how many there are."""
     return wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
@@ -39,7 +44,7 @@ def images(patient: Patient) -> Iterator[Finding]:
             yield failed(f"{name}: {first(found.broken)}", "put these images right, or leave their rows out")
         elif found.images:
             partly = "" if found.decoded == found.images else f" of {found.images:,}, more would take too long"
-            yield passed(f"{name}: {found.decoded:,} decoded{partly}, none broken")
+            yield passed(f"{short(name)}: {found.decoded:,} decoded{partly}, none broken")
 
 
 def answers(patient: Patient) -> Iterator[Finding]:
@@ -49,7 +54,9 @@ def answers(patient: Patient) -> Iterator[Finding]:
             yield failed(f"{name}: {first(found.unusable)}", "put these answers right, or leave their rows out")
         else:
             given = [answer for answer in found.answers if answer is not None]
-            yield passed(f"{name}: {len(given):,} of {found.rows:,} rows with an answer, {len(set(given)):,} different")
+            yield passed(
+                f"{short(name)}: {len(given):,} of {found.rows:,} rows with an answer, {len(set(given)):,} different"
+            )
 
 
 def duplicates(patient: Patient) -> Iterator[Finding]:
@@ -65,7 +72,7 @@ def duplicates(patient: Patient) -> Iterator[Finding]:
         elif repeated > FEW * found.rows:
             yield warned(f"{name}: {repeated} of {found.rows} rows are repeated", "keep one of each")
         else:
-            yield passed(f"{name}: {repeated} of {found.rows:,} rows are repeated")
+            yield passed(f"{short(name)}: {repeated} of {found.rows:,} rows are repeated")
 
 
 def leaks(patient: Patient) -> Iterator[Finding]:
@@ -87,9 +94,9 @@ def leaks(patient: Patient) -> Iterator[Finding]:
 def lengths(patient: Patient) -> Iterator[Finding]:
     """Prompts against `max_prompt_length`: how many are left out, and how long the others are."""
     bound = patient.settings[0].max_prompt_length
-    kept, total = patient.prepared["train_dataset"], patient.train_set.rows
+    kept, total = patient.prepared_data["train_dataset"], patient.train_set.rows
     sample = random.Random(0).sample(range(len(kept)), min(SAMPLE, len(kept)))
-    processor = patient.prepared["processing_class"]
+    processor = patient.prepared_data["processing_class"]
     tokens = [count_prompt_tokens(kept[row], processor, **patient.template_kwargs) for row in sample]
     left_out = total - len(kept)
     what = f"{left_out:,} of {total:,} rows left out ({left_out / total:.1%}); of {len(tokens)} others the prompt has "

@@ -75,7 +75,7 @@ def listed_gpus() -> list[str]:
         )
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line for line in listing.stdout.splitlines() if line.startswith("GPU ")]
+    return [line for line in result.stdout.splitlines() if line.startswith("GPU ")]
 
 
 def shared_memory(patient: Patient) -> Iterator[Finding]:

@@ -25,7 +25,7 @@ Scores = list[torch.Tensor]  # of each completion, log-probabilities of its toke
 
 def questions(patient: Patient) -> list[Row]:
     """Two examples with images, decoded: those with the shortest and the longest prompt; of texts alone likewise."""
-    rows, processor = patient.prepared["train_dataset"], patient.prepared["processing_class"]
+    rows, processor = patient.prepared_data["train_dataset"], patient.prepared_data["processing_class"]
     tried = [rows[index] for index in range(min(TRIED, len(rows)))]
     tried = [row for row in tried if row["images"]] or tried
     tried.sort(key=lambda row: count_prompt_tokens(row, processor, **patient.template_kwargs))
@@ -35,7 +35,7 @@ def questions(patient: Patient) -> list[Row]:
 def encode(patient: Patient, row: Row) -> Prompt:
     """A question as the run encodes it."""
     model, prompt = plain_model(patient), with_images_inside(row)["prompt"]
-    return encode_prompt(model, patient.prepared["processing_class"], prompt, **patient.template_kwargs)
+    return encode_prompt(model, patient.prepared_data["processing_class"], prompt, **patient.template_kwargs)
 
 
 def plain_model(patient: Patient) -> PreTrainedModel:
@@ -62,7 +62,7 @@ def score_completions(
     patient: Patient, rows: Sequence[Row], shared: bool | None, model: torch.nn.Module | None
 ) -> Scores:
     """A short and a long completion of each row through GRPO's trainer."""
-    trainer, processor = patient.trainer, patient.prepared["processing_class"]
+    trainer, processor = patient.trainer, patient.prepared_data["processing_class"]
     tokenizer, device = processor.tokenizer, trainer.accelerator.device
     texts = [
         text
@@ -145,7 +145,7 @@ def loads(patient: Patient) -> Iterator[Finding]:
 
 def image_tokens(patient: Patient) -> Iterator[Finding]:
     """As many places in the prompt as the vision tower has features, and as the data were measured with."""
-    row, processor = questions(patient)[-1], patient.prepared["processing_class"]
+    row, processor = questions(patient)[-1], patient.prepared_data["processing_class"]
     if not row["images"]:
         yield skipped(f"no image in the first {TRIED} rows")
         return

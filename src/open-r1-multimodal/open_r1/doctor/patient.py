@@ -54,7 +54,7 @@ class part(cached_property):
             patient.lost[self.attrname] = str(error)
             raise
         except (Mistake, RuntimeError, *USER_ERRORS) as error:  # RuntimeError: torch's, for shapes and memory
-            patient.lost[self.attrname] = f"there is no {self.attrname.replace('_', ' ')}, see above"
+            patient.lost[self.attrname] = f"no {self.attrname.replace('_', ' ')}, see above"
             raise Mistake(first_line(error)) from error
 
 
@@ -96,7 +96,7 @@ class Patient:
         return self.settings[1].chat_template_kwargs or {}
 
     @part
-    def skeleton(self) -> PreTrainedModel:
+    def model_outline(self) -> PreTrainedModel:
         """The policy without numbers, on torch's `meta` device."""
         script_args, _, model_args = self.settings
         config = load_config(model_args.model_name_or_path, model_args.model_revision)
@@ -137,7 +137,7 @@ class Patient:
         return survey(iter_examples(name, columns_of(script_args), script_args.dataset_config, split), check)
 
     @part
-    def prepared(self) -> dict[str, Any]:
+    def prepared_data(self) -> dict[str, Any]:
         """All that the run's trainer takes beside the weights, as the run makes it: data sets, rewards, processor."""
         return self.command.prepare(*self.settings)
 
@@ -145,14 +145,14 @@ class Patient:
     def trainer(self) -> Trainer:
         """The run's trainer in this process alone, set to two steps that leave nothing behind."""
         script_args, args, model_args = self.settings
-        parameters = sum(p.numel() for p in self.skeleton.parameters())
+        parameters = sum(p.numel() for p in self.model_outline.parameters())
         if self.on_cpu and parameters > MAX_CPU_PARAMETERS:
             raise Missing(f"{parameters / 1e9:.1f} B parameters take a CPU minutes a batch; look at it on a GPU")
         models = 1 + (self.is_grpo and args.beta > 0 and not model_args.use_peft)
-        needed = models * weight_bytes(self.skeleton, model_args)
+        needed = models * weight_bytes(self.model_outline, model_args)
         if needed > free_memory(self.on_cpu):
             raise Missing(f"the weights take {needed / 1e9:.1f} GB, {free_memory(self.on_cpu) / 1e9:.1f} GB are free")
-        return self.command.build_trainer(script_args, self.alone(args), model_args, self.prepared)
+        return self.command.build_trainer(script_args, self.alone(args), model_args, self.prepared_data)
 
     def alone(self, args: TrainingArguments) -> TrainingArguments:
         """Settings with which one process does the work of all in a step."""

@@ -24,7 +24,7 @@ def render(processor: ProcessorMixin, row: Row, **template_kwargs: str) -> str:
 
 def rendered(patient: Patient) -> Iterator[Finding]:
     """The question is in it, and a place for each image."""
-    row, processor = patient.prepared["train_dataset"][0], patient.prepared["processing_class"]
+    row, processor = patient.prepared_data["train_dataset"][0], patient.prepared_data["processing_class"]
     text = render(processor, row, **patient.template_kwargs)
     places, mend = text.count(processor.image_token), "mend the chat_template"
     if row["prompt"][-1]["content"].strip() not in text:
@@ -40,7 +40,7 @@ def tags(patient: Patient) -> Iterator[Finding]:
     rewards = [inspect.unwrap(reward) for reward in patient.reward_funcs]
     if not {accuracy_reward, format_reward}.intersection(rewards):
         return
-    row, processor = patient.prepared["train_dataset"][0], patient.prepared["processing_class"]
+    row, processor = patient.prepared_data["train_dataset"][0], patient.prepared_data["processing_class"]
     text = render(processor, row, **patient.template_kwargs)
     what = "the prompt neither ends with <think> nor asks for <think> and <answer>"
     remedy = "--chat_template base or instruct, or a template of yours with the tags"
@@ -54,7 +54,7 @@ def tags(patient: Patient) -> Iterator[Finding]:
 
 def saved(patient: Patient) -> Iterator[Finding]:
     """A checkpoint's processor renders what the run's does, under the same bounds for images."""
-    row, processor = patient.prepared["train_dataset"][0], patient.prepared["processing_class"]
+    row, processor = patient.prepared_data["train_dataset"][0], patient.prepared_data["processing_class"]
     folder = Path(patient.scratch.name, "processor")
     processor.save_pretrained(folder)
     again = load_processor(str(folder))

@@ -32,7 +32,7 @@ def tracking(patient: Patient) -> Iterator[Finding]:
 def model(patient: Patient) -> Iterator[Finding]:
     """Its files are there, of a family that this project knows, with a processor."""
     name = patient.settings[2].model_name_or_path
-    family, size = patient.skeleton.config.model_type, sum(p.numel() for p in patient.skeleton.parameters())
+    family, size = patient.model_outline.config.model_type, sum(p.numel() for p in patient.model_outline.parameters())
     yield passed(f"{name}: {family}, {size / 1e6:,.1f} M parameters, {type(patient.processor).__name__}")
 
 

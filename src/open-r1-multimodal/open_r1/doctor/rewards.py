@@ -128,7 +128,7 @@ def lint(patient: Patient) -> Iterator[Finding]:
     """Each reward on the same completions."""
     if not patient.is_grpo:
         return
-    prepared = patient.prepared
+    prepared = patient.prepared_data
     rows = prepared["train_dataset"].select(range(min(ROWS, len(prepared["train_dataset"]))))
     samples = make_samples(rows)
     for reward in prepared["reward_funcs"]:
