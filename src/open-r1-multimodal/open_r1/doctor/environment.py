@@ -70,9 +70,7 @@ def listed_gpus() -> list[str]:
     if command is None:
         return []
     try:
-        listing = subprocess.run(
-            [command, "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True
-        )
+        result = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS)
     except (OSError, subprocess.SubprocessError):
         return []
     return [line for line in result.stdout.splitlines() if line.startswith("GPU ")]

@@ -11,6 +11,7 @@ from trl.trainer.utils import selective_log_softmax, use_adapter
 from open_r1.data import Row, count_prompt_tokens
 from open_r1.doctor.finding import Checks, Finding, failed, passed, skipped, warned
 from open_r1.doctor.patient import Patient
+from open_r1.families import family_of
 from open_r1.images import open_image
 from open_r1.shared_prefix import Prompt, encode_prompt
 from open_r1.trainer import with_images_inside
@@ -87,7 +88,7 @@ def score_completions(
     trainer.shared_prefix, trainer._scored = usual if shared is None else shared, prompts
     if not trainer.shared_prefix and rows[0]["images"]:
         is_image = (prompt_ids == processor.image_token_id).long()
-        images = trainer.family.join_images([prompt.image_inputs for prompt in prompts], device)
+        images = family_of(plain_model(patient)).join_images([prompt.image_inputs for prompt in prompts], device)
         images["num_images"] = [len(row["images"]) for row in rows for _ in range(2)]
         images["mm_token_type_ids"] = join(is_image, torch.zeros_like(completion_ids))
     try:
@@ -149,7 +150,7 @@ def image_tokens(patient: Patient) -> Iterator[Finding]:
     if not row["images"]:
         yield skipped(f"no image in the first {TRIED} rows")
         return
-    prompt, family = encode(patient, row), patient.trainer.family
+    prompt, family = encode(patient, row), family_of(plain_model(patient))
     places = int((prompt.input_ids == processor.image_token_id).sum())
     with torch.no_grad():
         features = family.feature_tensors(family.encode_images(plain_model(patient), prompt.image_inputs))
