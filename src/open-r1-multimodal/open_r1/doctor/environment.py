@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import tomllib
 import torch
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
 from open_r1.doctor.patient import Patient
 from open_r1.prompts import REPO_ROOT
 
-PYTHONS = Requirement("python>=3.11,<3.15").specifier  # pyproject.toml's
 SHARED_MEMORY = 10**9  # bytes that NCCL and the workers of a few processes need
 NVIDIA_SMI_SECONDS = 30
 
@@ -42,10 +43,13 @@ def versions(patient: Patient) -> Iterator[Finding]:
 def python(patient: Patient) -> Iterator[Finding]:
     """The interpreter."""
     found = platform.python_version()
-    if PYTHONS.contains(found, prereleases=True):
+    project = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]
+    if SpecifierSet(project["requires-python"]).contains(found, prereleases=True):
         yield passed(found)
     else:
-        yield failed(f"{found} is not {PYTHONS}", "bash setup.sh makes an environment with one that is")
+        yield failed(
+            f"{found} is not {project['requires-python']}", "bash setup.sh makes an environment with one that is"
+        )
 
 
 def gpus(patient: Patient) -> Iterator[Finding]:

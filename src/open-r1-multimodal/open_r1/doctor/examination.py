@@ -41,4 +41,4 @@ def line(finding: Finding) -> str:
     """A row of the table; below what is not well stands what to do."""
     start = "".join(f"{getattr(finding, column):<{width}}" for column, width in WIDTHS.items())
     below = f"\n{'':{len(start)}}-> {finding.remedy}" if finding.remedy else ""
-    return printable(f"{start}{finding.what}{below}")
+    return printable(f"{start}{' '.join(finding.what.split())}{below}")

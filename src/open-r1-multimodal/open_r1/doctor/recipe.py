@@ -1,11 +1,12 @@
-"""The recipe: its settings, where it reports to, its model's files and its rewards can be had."""
+"""The recipe: settings that hold, a place to report to and to begin, a model and rewards that are there."""
 
 import os
 from collections.abc import Iterator
 
+from open_r1.checkpoints import Layout
 from open_r1.doctor.finding import Checks, Finding, failed, passed
 from open_r1.doctor.patient import Patient
-from open_r1.entry import resolve_report_to
+from open_r1.entry import find_checkpoint, resolve_report_to
 
 
 def settings(patient: Patient) -> Iterator[Finding]:
@@ -29,6 +30,15 @@ def tracking(patient: Patient) -> Iterator[Finding]:
         yield passed(f"reports to {', '.join(trackers) or 'its folder alone'}")
 
 
+def output(patient: Patient) -> Iterator[Finding]:
+    """Where the run would begin."""
+    args, launch = patient.settings[1], patient.launch
+    checkpoint = find_checkpoint(
+        patient.command, patient.settings, Layout(launch.zero_stage or 0, launch.num_processes)
+    )
+    yield passed(f"goes on from {checkpoint}" if checkpoint else f"starts anew in {args.output_dir}")
+
+
 def model(patient: Patient) -> Iterator[Finding]:
     """Its files are there, of a family that this project knows, with a processor."""
     name = patient.settings[2].model_name_or_path
@@ -42,4 +52,4 @@ def rewards(patient: Patient) -> Iterator[Finding]:
         yield passed(", ".join(reward.__name__ for reward in patient.reward_funcs))
 
 
-CHECKS: Checks = {"settings": settings, "tracking": tracking, "model": model, "rewards": rewards}
+CHECKS: Checks = {"settings": settings, "tracking": tracking, "output": output, "model": model, "rewards": rewards}

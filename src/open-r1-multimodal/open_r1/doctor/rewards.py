@@ -98,7 +98,7 @@ def examine(reward: Reward, samples: Sequence[Sample], tokenizer: Any) -> Findin
     try:
         given = call(reward, samples, tokenizer)
         values = [math.nan if value is None else float(value) for value in given]
-    except Exception as error:  # a user's function raises what it likes
+    except (Exception, SystemExit) as error:  # a user's function raises what it likes
         return failed(f"{name} raises {type(error).__name__}: {first_line(error)}", "mend it, or leave it out")
     seconds = (time.perf_counter() - start) / len(samples)
     if len(values) != len(samples):
