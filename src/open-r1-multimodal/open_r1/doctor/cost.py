@@ -94,9 +94,9 @@ def hours(patient: Patient) -> Iterator[Finding]:
     seconds = trainer.train().metrics["train_runtime"] / MEASURED_STEPS
     if not patient.on_cpu:
         seconds /= patient.launch.num_processes  # processes on a CPU share its cores
-    yield passed(
-        f"{seconds:.1f} s a step, measured over {MEASURED_STEPS}; {steps} take {seconds * steps / 3600:.1f} hours"
-    )
+    minutes = seconds * steps / 60
+    time = f"{minutes / 60:.1f} hours" if minutes > 60 else f"{minutes:.1f} minutes"
+    yield passed(f"{seconds:.1f} s a step, measured over {MEASURED_STEPS}; {steps} take {time}")
 
 
 def flops(patient: Patient) -> float:

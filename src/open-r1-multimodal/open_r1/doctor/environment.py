@@ -47,9 +47,7 @@ def python(patient: Patient) -> Iterator[Finding]:
     if SpecifierSet(project["requires-python"]).contains(found, prereleases=True):
         yield passed(found)
     else:
-        yield failed(
-            f"{found} is not {project['requires-python']}", "bash setup.sh makes an environment with one that is"
-        )
+        yield failed(f"{found} is not {project['requires-python']}", "bash setup.sh makes an environment of one")
 
 
 def gpus(patient: Patient) -> Iterator[Finding]:

@@ -32,10 +32,8 @@ def tracking(patient: Patient) -> Iterator[Finding]:
 
 def output(patient: Patient) -> Iterator[Finding]:
     """Where the run would begin."""
-    args, launch = patient.settings[1], patient.launch
-    checkpoint = find_checkpoint(
-        patient.command, patient.settings, Layout(launch.zero_stage or 0, launch.num_processes)
-    )
+    args, layout = patient.settings[1], Layout(patient.launch.zero_stage or 0, patient.launch.num_processes)
+    checkpoint = find_checkpoint(patient.command, patient.settings, layout)
     yield passed(f"goes on from {checkpoint}" if checkpoint else f"starts anew in {args.output_dir}")
 
 
