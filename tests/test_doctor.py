@@ -368,13 +368,17 @@ def test_a_slow_reward_is_named(examples_json, monkeypatch):
     assert finding.verdict is Verdict.WARN and re.search(r"takes \d+ ms a completion", finding.what)
 
 
-def test_answers_that_the_checker_does_not_know_are_named():
-    """A gold answer that looks like a hedge of two options is never read as one of them."""
-    row = {"prompt": [], "images": [], "solution": "left, right", "options": []}
-    samples = rewards.make_samples([row, {**row, "solution": "up"}])
-    lenient = [replace(sample, right=True) for sample in samples if sample.kind == "without tags"]
-    finding = rewards.examine(accuracy_reward, [*samples, *lenient], make_tokenizer())
-    assert finding.verdict is Verdict.FAIL and "gives 0 for" in finding.what
+@pytest.mark.parametrize(
+    "kind, text, verdict",
+    [("{0}", "none", Verdict.FAIL), ("**{0}**", "none", Verdict.WARN), ("wrong", "<answer>red</answer>", Verdict.FAIL)],
+)
+def test_an_answer_that_is_misread_is_named(kind, text, verdict, examples_json):
+    """A reader that knows no bare answer, none in a dress, or takes a wrong one."""
+    samples = rewards.make_samples(read_examples(examples_json))
+    first = next(index for index, sample in enumerate(samples) if sample.kind == kind)
+    samples[first] = replace(samples[first], text=text)
+    finding = rewards.examine(accuracy_reward, samples, make_tokenizer())
+    assert finding.verdict is verdict and f"accuracy_reward gives {int(kind == 'wrong')} for {text!r}" in finding.what
 
 
 def test_a_survey_goes_on_after_what_is_wrong(tmp_path, monkeypatch):
@@ -415,9 +419,7 @@ def test_the_run_scripts_look_and_start_nothing(quick_python, tiny_model, exampl
     result = run_grpo(tiny_model, examples_json, tmp_path / "out", *changes, PYTHON=str(quick_python))
     lines = result.stdout.splitlines()
     assert result.returncode == 1 and not (tmp_path / "out").exists(), result.stderr
-    assert any(
-        re.match(r"pass +recipe +settings +grpo, 2 processes, ZeRO-2; a step is 16 completions", line) for line in lines
-    )
+    assert re.search(r"pass +recipe +settings +grpo, 2 processes, ZeRO-2; a step is 16 completions", result.stdout)
     failed = next(index for index, line in enumerate(lines) if line.startswith("fail"))
     assert re.match(r"fail +rewards +lint +constant gives 0.5", lines[failed]) and "-> " in lines[failed + 1]
     assert lines[-1].startswith("pass  cost         hours")
