@@ -290,6 +290,7 @@ RUNS = {
     "GRPO without KL": ["--beta", "0"],
     "LoRA": ["--config", str(REPO_ROOT / "configs/overlays/lora.yaml"), "--learning_rate", "1e-5"],
     "TRL's path": ["--shared_prefix", "false"],
+    "instruct": ["--chat_template", "instruct"],
     "SFT": [],
 }
 
@@ -358,13 +359,17 @@ def first_word(completions: list, **kwargs: object) -> list[str]:
     ],
 )
 def test_the_lint_names_a_reward(reward, verdict, pattern, examples_json):
-    finding = rewards.examine(reward, rewards.make_samples(read_examples(examples_json)), make_tokenizer())
+    finding = rewards.examine(
+        reward, rewards.make_samples(read_examples(examples_json), opens_think=True), make_tokenizer()
+    )
     assert finding.verdict is verdict and re.search(pattern, finding.what), finding
 
 
 def test_a_slow_reward_is_named(examples_json, monkeypatch):
     monkeypatch.setattr(rewards, "SLOW", 0)
-    finding = rewards.examine(of_length, rewards.make_samples(read_examples(examples_json)), make_tokenizer())
+    finding = rewards.examine(
+        of_length, rewards.make_samples(read_examples(examples_json), opens_think=True), make_tokenizer()
+    )
     assert finding.verdict is Verdict.WARN and re.search(r"takes \d+ ms a completion", finding.what)
 
 
@@ -374,7 +379,7 @@ def test_a_slow_reward_is_named(examples_json, monkeypatch):
 )
 def test_an_answer_that_is_misread_is_named(kind, text, verdict, examples_json):
     """A reader that knows no bare answer, none in a dress, or takes a wrong one."""
-    samples = rewards.make_samples(read_examples(examples_json))
+    samples = rewards.make_samples(read_examples(examples_json), opens_think=True)
     first = next(index for index, sample in enumerate(samples) if sample.kind == kind)
     samples[first] = replace(samples[first], text=text)
     finding = rewards.examine(accuracy_reward, samples, make_tokenizer())

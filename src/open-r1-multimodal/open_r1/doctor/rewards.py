@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerState
 
 from open_r1.answers import extract_answer, is_correct
-from open_r1.data import Row
+from open_r1.data import Row, opens_think
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
 from open_r1.doctor.patient import Patient
 from open_r1.front_door import first_line
@@ -26,14 +26,12 @@ DRESSES = (
     *("{0}", " {0} ", "\n{0}\n", "\t{0}\r\n", "{0}.", '"{0}"', "'{0}'", "“{0}”", "`{0}`", "({0})", "[{0}]", "*{0}*"),
     *("**{0}**", "**{0}.**", "_{0}_", "${0}$", "\\boxed{{{0}}}", "$\\boxed{{{0}}}$", "\\text{{{0}}}", "{0}\u00a0"),
 )
-# Texts that hold the right answer, and give none.
+# What follows a thought, holds the right answer and gives none.
 NO_ANSWERS = {
-    "empty": "",
-    "thought alone": f"It is {{0}}.{THOUGHT}",
-    "without tags": THOUGHT + "{0}",
-    "not closed": THOUGHT + "<answer>{0}",
-    "not opened": THOUGHT + "{0}</answer>",
-    "nothing in the tags": THOUGHT + "{0} <answer> </answer>",
+    "not closed": "<answer>{0}",
+    "not opened": "{0}</answer>",
+    "without tags": "{0}",
+    "nothing in the tags": "{0} <answer> </answer>",
 }
 HEDGES = ("{0} or {1}", "{1} or {0}", "{0}, {1}", "either {0} or {1}, hard to say")
 
@@ -56,8 +54,14 @@ class Sample:
     right: bool
 
 
-def make_samples(rows: Iterable[Row]) -> list[Sample]:
-    """Right, wrong and hedged answers, and none, to a few questions that have different answers."""
+def make_samples(rows: Iterable[Row], opens_think: bool) -> list[Sample]:
+    """Right, wrong and hedged answers, and none, to a few questions that have different answers.
+
+    Args:
+        rows: examples, the first of each answer are taken.
+        opens_think: whether the prompt ends with `<think>`, so that completions start inside.
+    """
+    thought = THOUGHT if opens_think else f"<think>{THOUGHT}"
     asked: dict[str, Row] = {}
     for row in rows:
         gold = row["solution"] or "yes"  # without answers rewards look at something else
@@ -72,8 +76,9 @@ def make_samples(rows: Iterable[Row]) -> list[Sample]:
                     *(("hedged", hedge.format(gold, other), False) for hedge in HEDGES),
                 ]
                 break
-        result += [Sample(row, kind, f"{THOUGHT}<answer>{text}</answer>", right) for kind, text, right in answers]
-        result += [Sample(row, kind, text.format(gold), False) for kind, text in NO_ANSWERS.items()]
+        result += [Sample(row, kind, f"{thought}<answer>{text}</answer>", right) for kind, text, right in answers]
+        result += [Sample(row, kind, thought + text.format(gold), False) for kind, text in NO_ANSWERS.items()]
+        result += [Sample(row, "empty", "", False), Sample(row, "thought alone", f"It is {gold}. {thought}", False)]
     return result
 
 
@@ -130,9 +135,10 @@ def lint(patient: Patient) -> Iterator[Finding]:
         return
     prepared = patient.prepared_data
     rows = prepared["train_dataset"].select(range(min(ROWS, len(prepared["train_dataset"]))))
-    samples = make_samples(rows)
+    processor = prepared["processing_class"]
+    samples = make_samples(rows, opens_think(processor, **patient.template_kwargs))
     for reward in prepared["reward_funcs"]:
-        yield examine(reward, samples, prepared["processing_class"].tokenizer)
+        yield examine(reward, samples, processor.tokenizer)
 
 
 CHECKS: Checks = {"lint": lint}
