@@ -139,6 +139,7 @@ class Patient:
     @part
     def prepared_data(self) -> dict[str, Any]:
         """All that the run's trainer takes beside the weights, as the run makes it: data sets, rewards, processor."""
+        self.need("processor", "reward_funcs", "train_set", "held_out_set")
         return self.command.prepare(*self.settings)
 
     @part
@@ -153,6 +154,11 @@ class Patient:
         if needed > free_memory(self.on_cpu):
             raise Missing(f"the weights take {needed / 1e9:.1f} GB, {free_memory(self.on_cpu) / 1e9:.1f} GB are free")
         return self.command.build_trainer(script_args, self.alone(args), model_args, self.prepared_data)
+
+    def need(self, *parts: str) -> None:
+        """Raise what these parts raise: what is wrong with them is told as theirs."""
+        for name in parts:
+            getattr(self, name)
 
     def alone(self, args: TrainingArguments) -> TrainingArguments:
         """Settings with which one process does the work of all in a step."""

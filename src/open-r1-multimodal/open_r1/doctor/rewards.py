@@ -34,8 +34,6 @@ NO_ANSWERS = {
     "nothing in the tags": "{0} <answer> </answer>",
 }
 HEDGES = ("{0} or {1}", "{1} or {0}", "{0}, {1}", "either {0} or {1}, hard to say")
-
-
 BARE = DRESSES[0]
 
 
@@ -69,13 +67,10 @@ def make_samples(rows: Iterable[Row], opens_think: bool) -> list[Sample]:
     result = []
     for gold, row in list(asked.items())[:ASKED]:
         answers = [(dress, dress.format(gold), True) for dress in DRESSES]
-        for other in row["options"] or list(asked):
-            if not is_correct(other, gold, row["options"]):
-                answers += [
-                    ("wrong", other, False),
-                    *(("hedged", hedge.format(gold, other), False) for hedge in HEDGES),
-                ]
-                break
+        others = (other for other in row["options"] or asked if not is_correct(other, gold, row["options"]))
+        if other := next(others, None):
+            answers.append(("wrong", other, False))
+            answers += [("hedged", hedge.format(gold, other), False) for hedge in HEDGES]
         result += [Sample(row, kind, f"{thought}<answer>{text}</answer>", right) for kind, text, right in answers]
         result += [Sample(row, kind, thought + text.format(gold), False) for kind, text in NO_ANSWERS.items()]
         result += [Sample(row, "empty", "", False), Sample(row, "thought alone", f"It is {gold}. {thought}", False)]
