@@ -3,13 +3,12 @@
 import math
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import torch
 
 from open_r1.doctor.finding import Checks, Finding, failed, passed, skipped, warned
-from open_r1.doctor.patient import MEASURED_STEPS, Patient, free_memory
+from open_r1.doctor.patient import MEASURED_STEPS, Patient, existing, free_memory
 from open_r1.memory import Launch, count_run
 
 GB = 1e9
@@ -19,6 +18,7 @@ FLOPS_A_TOKEN = 10  # and parameter: sampling, scoring by the reference, forward
 
 def memory(patient: Patient) -> Iterator[Finding]:
     """The count of `open_r1.memory` against the card, or all processes against this machine."""
+    patient.need("model_outline")
     launch, on_cpu = patient.launch, patient.on_cpu
     peak, free = count_run(*patient.settings, launch, on_cpu).peak, free_memory(on_cpu)
     if on_cpu:
@@ -28,7 +28,9 @@ def memory(patient: Patient) -> Iterator[Finding]:
         needed, total = peak, torch.cuda.mem_get_info()[1]
         what = f"{needed / GB:.1f} GB at most on each GPU"
     what += f", of {total / GB:.1f} GB {free / GB:.1f} are free"
-    remedy = "smaller per_device_train_batch_size or max_completion_length, configs/overlays/lora.yaml; docs/memory.md"
+    remedy = "smaller per_device_train_batch_size or max_completion_length, configs/overlays/lora.yaml, docs/memory.md"
+    if on_cpu and launch.num_processes > 1:
+        remedy = f"NUM_PROCESSES=1, {remedy}"
     if needed > total:
         yield failed(what, remedy)
     elif needed > free:
@@ -65,9 +67,7 @@ def disk(patient: Patient) -> Iterator[Finding]:
         if args.save_total_limit:
             written = min(written, args.save_total_limit + 1)  # the oldest goes after the newest is there
     needed = written * one + weights
-    folder = Path(args.output_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing(args.output_dir)
     free = shutil.disk_usage(folder).free
     what = f"{written} checkpoints of {one / GB:.2f} GB and the model: {needed / GB:.1f} GB, "
     what += f"{free / GB:.1f} GB are free in {folder}"

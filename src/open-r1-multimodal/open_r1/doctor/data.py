@@ -68,7 +68,9 @@ def duplicates(patient: Patient) -> Iterator[Finding]:
         repeated = found.rows - len(same)
         torn = sum(len(set(given)) > 1 for given in same.values())
         if torn:
-            yield warned(f"{name}: {torn} questions are asked again with another answer", "keep one answer of each")
+            yield warned(
+                f"{name}: {torn} of the questions are asked again with another answer", "keep one answer of each"
+            )
         elif repeated > FEW * found.rows:
             yield warned(f"{name}: {repeated} of {found.rows} rows are repeated", "keep one of each")
         else:

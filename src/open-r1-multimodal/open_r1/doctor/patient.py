@@ -9,8 +9,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import psutil
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
@@ -24,7 +26,7 @@ from open_r1.front_door import Mistake, first_line
 from open_r1.memory import Launch, build_model, load_config, weight_bytes
 from open_r1.modeling import check_model
 from open_r1.recipes import PLANNED_PROCESSES
-from open_r1.rewards import Reward, accuracy_reward, check_gold, get_reward_funcs
+from open_r1.rewards import Reward, check_gold, get_reward_funcs
 from open_r1.sft import check_answer
 from open_r1.tasks.examples import iter_examples
 
@@ -106,14 +108,22 @@ class Patient:
     @part
     def processor(self) -> ProcessorMixin:
         """With the recipe's prompt and image bounds."""
+        self.need("model_outline")
         script_args, _, model_args = self.settings
         return load_processor_from_args(model_args, script_args)
 
     @part
+    def opens_think(self) -> bool:
+        """Whether completions start inside `<think>`."""
+        try:
+            return opens_think(self.processor, **self.template_kwargs)
+        except jinja2.TemplateError as error:
+            raise Mistake(f"chat_template {self.settings[0].chat_template}: {error}") from error
+
+    @part
     def reward_funcs(self) -> list[Reward]:
         """Of GRPO; of SFT none."""
-        think_prefilled = self.is_grpo and opens_think(self.processor, **self.template_kwargs)
-        return get_reward_funcs(getattr(self.settings[0], "reward_funcs", []), think_prefilled)
+        return get_reward_funcs(self.settings[0].reward_funcs, self.opens_think) if self.is_grpo else []
 
     @part
     def train_set(self) -> Survey:
@@ -130,16 +140,18 @@ class Patient:
 
     def survey(self, name: str, split: str) -> Survey:
         """A data set of the recipe, looked through; its answers as the run checks them."""
-        check = (lambda row: None) if self.is_grpo else check_answer
-        if accuracy_reward in self.reward_funcs:
-            check = check_gold
         script_args = self.settings[0]
+        check = check_answer
+        if self.is_grpo:
+            check = check_gold if "accuracy" in script_args.reward_funcs else lambda row: None
         return survey(iter_examples(name, columns_of(script_args), script_args.dataset_config, split), check)
 
     @part
     def prepared_data(self) -> dict[str, Any]:
         """All that the run's trainer takes beside the weights, as the run makes it: data sets, rewards, processor."""
-        self.need("processor", "reward_funcs", "train_set", "held_out_set")
+        self.need("processor", "reward_funcs")
+        if any(found.broken or found.unusable for found in filter(None, (self.train_set, self.held_out_set))):
+            raise Missing("images or answers are wrong, see above")
         return self.command.prepare(*self.settings)
 
     @part
@@ -182,6 +194,12 @@ def planned(launch: Launch) -> Iterator[None]:
         yield
     finally:
         del os.environ[PLANNED_PROCESSES]
+
+
+def existing(folder: str) -> Path:
+    """The part of a path that is there."""
+    path = Path(folder).absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def free_memory(on_cpu: bool) -> int:

@@ -1,11 +1,11 @@
-"""The recipe: settings that hold, a place to report to and to begin, a model and rewards that are there."""
+"""The recipe: settings that hold, a place to report to and to begin, a model, a prompt and rewards that are there."""
 
 import os
 from collections.abc import Iterator
 
 from open_r1.checkpoints import Layout
 from open_r1.doctor.finding import Checks, Finding, failed, passed
-from open_r1.doctor.patient import Patient
+from open_r1.doctor.patient import Patient, existing
 from open_r1.entry import find_checkpoint, resolve_report_to
 
 
@@ -31,10 +31,14 @@ def tracking(patient: Patient) -> Iterator[Finding]:
 
 
 def output(patient: Patient) -> Iterator[Finding]:
-    """Where the run would begin."""
+    """Where the run would begin, and that it can be written to."""
     args, layout = patient.settings[1], Layout(patient.launch.zero_stage or 0, patient.launch.num_processes)
     checkpoint = find_checkpoint(patient.command, patient.settings, layout)
-    yield passed(f"goes on from {checkpoint}" if checkpoint else f"starts anew in {args.output_dir}")
+    folder = existing(args.output_dir)
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        yield failed(f"output_dir {args.output_dir}: {folder} is no folder that can be written to", "another OUTPUT")
+    else:
+        yield passed(f"goes on from {checkpoint}" if checkpoint else f"starts anew in {args.output_dir}")
 
 
 def model(patient: Patient) -> Iterator[Finding]:
@@ -44,10 +48,23 @@ def model(patient: Patient) -> Iterator[Finding]:
     yield passed(f"{name}: {family}, {size / 1e6:,.1f} M parameters, {type(patient.processor).__name__}")
 
 
+def chat_template(patient: Patient) -> Iterator[Finding]:
+    """It can be rendered."""
+    start = "inside <think>" if patient.opens_think else "with their first word"
+    yield passed(f"{patient.settings[0].chat_template or "the model's own"}: completions start {start}")
+
+
 def rewards(patient: Patient) -> Iterator[Finding]:
     """Names lead to functions."""
     if patient.is_grpo:
         yield passed(", ".join(reward.__name__ for reward in patient.reward_funcs))
 
 
-CHECKS: Checks = {"settings": settings, "tracking": tracking, "output": output, "model": model, "rewards": rewards}
+CHECKS: Checks = {
+    "settings": settings,
+    "tracking": tracking,
+    "output": output,
+    "model": model,
+    "chat template": chat_template,
+    "rewards": rewards,
+}

@@ -67,7 +67,8 @@ def make_samples(rows: Iterable[Row], opens_think: bool) -> list[Sample]:
     result = []
     for gold, row in list(asked.items())[:ASKED]:
         answers = [(dress, dress.format(gold), True) for dress in DRESSES]
-        others = (other for other in row["options"] or asked if not is_correct(other, gold, row["options"]))
+        options = row["options"] if row["solution"] else []
+        others = (other for other in options or asked if not is_correct(other, gold, options))
         if other := next(others, None):
             answers.append(("wrong", other, False))
             answers += [("hedged", hedge.format(gold, other), False) for hedge in HEDGES]
