@@ -49,24 +49,29 @@ def total_steps(patient: Patient) -> int:
     return math.ceil(args.num_train_epochs * samples / per_step)
 
 
-def disk(patient: Patient) -> Iterator[Finding]:
-    """The checkpoints to come, and the model at the end."""
+def checkpoint_bytes(patient: Patient) -> tuple[float, float]:
+    """What a checkpoint takes on the disk, and what of it the model at the end takes."""
     script_args, args, model_args = patient.settings
     whole = Launch(1, patient.launch.zero_stage)
     base = count_run(script_args, args, model_args, whole, patient.on_cpu).base
     weights = base["weights"]
     if model_args.use_peft:
         weights = sum(p.nbytes for p in patient.model_outline.parameters() if p.requires_grad)
-    one = weights
-    if not args.save_only_model:  # DeepSpeed writes the weights again beside its state
-        one += base["optimiser"] + (weights if whole.zero_stage is not None else 0)
-    written = 0
-    if args.save_strategy != "no":
-        interval = args.save_steps if args.save_steps >= 1 else args.save_steps * total_steps(patient)
-        written = math.ceil(total_steps(patient) / interval)
-        if args.save_total_limit:
-            written = min(written, args.save_total_limit + 1)  # the oldest goes after the newest is there
-    needed = written * one + weights
+    if args.save_only_model:
+        return weights, weights
+    return weights + base["optimiser"] + (weights if whole.zero_stage else 0), weights  # DeepSpeed writes them again
+
+
+def disk(patient: Patient) -> Iterator[Finding]:
+    """The checkpoints to come, and the model at the end."""
+    patient.need("model_outline")
+    args, steps = patient.settings[1], total_steps(patient)
+    one, last = checkpoint_bytes(patient)
+    interval = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
+    written = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy, math.ceil(steps / interval))
+    if args.save_total_limit:
+        written = min(written, args.save_total_limit + 1)  # the oldest goes after the newest is there
+    needed = written * one + last
     folder = existing(args.output_dir)
     free = shutil.disk_usage(folder).free
     what = f"{written} checkpoints of {one / GB:.2f} GB and the model: {needed / GB:.1f} GB, "

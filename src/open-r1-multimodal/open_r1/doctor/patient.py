@@ -113,7 +113,7 @@ class Patient:
         return load_processor_from_args(model_args, script_args)
 
     @part
-    def opens_think(self) -> bool:
+    def prompt_opening(self) -> bool:
         """Whether completions start inside `<think>`."""
         try:
             return opens_think(self.processor, **self.template_kwargs)
@@ -123,7 +123,7 @@ class Patient:
     @part
     def reward_funcs(self) -> list[Reward]:
         """Of GRPO; of SFT none."""
-        return get_reward_funcs(self.settings[0].reward_funcs, self.opens_think) if self.is_grpo else []
+        return get_reward_funcs(self.settings[0].reward_funcs, self.prompt_opening) if self.is_grpo else []
 
     @part
     def train_set(self) -> Survey:

@@ -50,8 +50,9 @@ def model(patient: Patient) -> Iterator[Finding]:
 
 def chat_template(patient: Patient) -> Iterator[Finding]:
     """It can be rendered."""
-    start = "inside <think>" if patient.opens_think else "with their first word"
-    yield passed(f"{patient.settings[0].chat_template or "the model's own"}: completions start {start}")
+    start = "inside <think>" if patient.prompt_opening else "with their first word"
+    name = patient.settings[0].chat_template or "of the model"
+    yield passed(f"{name}: completions start {start}")
 
 
 def rewards(patient: Patient) -> Iterator[Finding]:
