@@ -30,7 +30,7 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCAB_CHUNK_SIZE
 from open_r1.configs import FreezeArguments
 from open_r1.families import family_of, find_family
 from open_r1.hub import model_folder
-from open_r1.modeling import check_model_type, freeze, get_adapter_config, resolve_dtype
+from open_r1.modeling import family_of_folder, freeze, get_adapter_config, reading, resolve_dtype
 
 FP32 = 4  # bytes
 ANSWER_TOKENS = 32  # of an SFT example; no recipe bounds them
@@ -135,12 +135,13 @@ def load_config(model_name_or_path: str, revision: str = "main") -> PreTrainedCo
     """The configuration of a model on the Hub or in a folder.
 
     Raises:
-        OSError: there is no such model.
+        OSError: there is no such model, or its configuration describes none.
         ValueError: it is of a type that this project was not tested with.
     """
     folder = model_folder(model_name_or_path, revision, ["config.json"])
-    check_model_type(str(folder))
-    return AutoConfig.from_pretrained(folder)
+    family_of_folder(folder)
+    with reading(folder / "config.json", "configuration"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def weight_bytes(model: nn.Module, model_args: ModelConfig) -> float:

@@ -104,7 +104,7 @@ def lengths(patient: Patient) -> Iterator[Finding]:
     what = f"{left_out:,} of {total:,} rows left out ({left_out / total:.1%}); of {len(tokens)} others the prompt has "
     what += f"{statistics.median(tokens):.0f} tokens in the middle, {max(tokens)} at most, of {bound} allowed"
     if left_out > FEW * total:
-        yield warned(what, "raise max_prompt_length or lower max_pixels; special tokens in a text leave it out too")
+        yield warned(what, "raise max_prompt_length or lower max_pixels; control tokens in a text leave it out too")
     else:
         yield passed(what)
 

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import psutil
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
@@ -24,7 +23,7 @@ from open_r1.doctor.survey import Survey, survey
 from open_r1.entry import USER_ERRORS, Command, read_settings
 from open_r1.front_door import Mistake, first_line
 from open_r1.memory import Launch, build_model, load_config, weight_bytes
-from open_r1.modeling import check_model
+from open_r1.modeling import check_model, check_template, check_weights
 from open_r1.recipes import PLANNED_PROCESSES
 from open_r1.rewards import Reward, check_gold, get_reward_funcs
 from open_r1.sft import check_answer
@@ -103,6 +102,7 @@ class Patient:
         script_args, _, model_args = self.settings
         config = load_config(model_args.model_name_or_path, model_args.model_revision)
         check_model(model_args)
+        check_weights(model_args.model_name_or_path, model_args.model_revision)
         return build_model(config, model_args, script_args, self.launch)
 
     @part
@@ -115,10 +115,8 @@ class Patient:
     @part
     def prompt_opening(self) -> bool:
         """Whether completions start inside `<think>`."""
-        try:
-            return opens_think(self.processor, **self.template_kwargs)
-        except jinja2.TemplateError as error:
-            raise Mistake(f"chat_template {self.settings[0].chat_template}: {error}") from error
+        check_template(self.processor, **self.template_kwargs)
+        return opens_think(self.processor, **self.template_kwargs)
 
     @part
     def reward_funcs(self) -> list[Reward]:
