@@ -1,11 +1,13 @@
-r"""Look at a recipe before a run does: how much memory it takes.
+r"""Look at a run before it starts: the machine, recipe, data, prompt, rewards, model and what it costs.
 
-    python scripts/doctor.py --memory --config configs/grpo_sat.yaml --num_processes 4
-    python scripts/doctor.py --memory --config configs/grpo_sat.yaml --config configs/overlays/lora.yaml \
-        --max_completion_length 350
+    python scripts/doctor.py                                               # the machine alone
+    python scripts/doctor.py --config configs/grpo_sat.yaml --num_processes 4 --dataset_name data.json
+    python scripts/doctor.py --memory --config configs/grpo_sat.yaml --config configs/overlays/lora.yaml
 
-Arguments that it does not know are the recipe's, as for the run scripts. Figures are computed, not measured: at the
-recipe's limits (longest prompt, largest image, longest completions), in GB of 10^9 bytes on each GPU.
+`--doctor` among the arguments of run_grpo_SAT.sh and run_sft.sh does the same for what they would start. Arguments that
+it does not know are the recipe's. Each line is pass, warn, fail or skip (not looked at), with its figure and a remedy;
+one failure is exit code 1. `--memory` only counts, at the recipe's limits (longest prompt, largest image, longest
+completions), in GB of 10^9 bytes on each GPU.
 """
 
 import argparse
@@ -15,21 +17,24 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import run, use_environment
+from open_r1.front_door import Mistake, positive, run, use_environment
 
 use_environment()
 
-import yaml
-from trl import ModelConfig
+import torch
 
-from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, Qwen2VLSFTConfig, SFTScriptArguments
-from open_r1.families import FAMILIES
-from open_r1.memory import Count, Launch, Load, count_memory, load_config
+from open_r1 import grpo, sft
+from open_r1.checkpoints import Layout
+from open_r1.doctor.examination import examine, line
+from open_r1.doctor.finding import Verdict
+from open_r1.doctor.patient import Patient, planned
+from open_r1.entry import Command, prepare_process
+from open_r1.memory import Count, Launch, count_run
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import merge_recipes, read_recipe
 
 LAUNCH_CONFIGS = REPO_ROOT / "src/open-r1-multimodal/configs"
-ANSWER_TOKENS = 32  # of an SFT example; no recipe bounds them
+DATA = REPO_ROOT / "src/data/SAT/SAT_train_15000.json"  # launch.sh's
 
 
 def read_launch(name: str, num_processes: int) -> Launch:
@@ -37,41 +42,22 @@ def read_launch(name: str, num_processes: int) -> Launch:
     path = Path(name) if Path(name).is_file() else LAUNCH_CONFIGS / f"{name}.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"--accelerate_config: no file {path}")
-    settings = yaml.safe_load(path.read_text())
-    return Launch(num_processes, (settings.get("deepspeed_config") or {}).get("zero_stage"))
+    return Launch(num_processes, Layout.of_config(str(path), num_processes).zero_stage or None)
 
 
-def count_recipe(recipes: list[str], launch: Launch, overrides: list[str], is_cpu: bool = False) -> tuple[str, Count]:
-    """The model's name and the count for recipes of GRPO or SFT, of which a later one changes those before it."""
-    is_grpo = "num_generations" in merge_recipes(recipes)
-    types = (
-        (GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig)
-        if is_grpo
-        else (SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig)
-    )
-    named = [argument for recipe in recipes for argument in ("--config", recipe)]
+def choose_command(script: str | None, recipes: list[str], overrides: list[str]) -> Command:
+    """GRPO or SFT: as it is named, or else by what recipes and arguments set."""
+    names = {*merge_recipes(recipes), *(override.lstrip("-").partition("=")[0] for override in overrides)}
+    is_grpo = not names.isdisjoint({"num_generations", "reward_funcs"}) if script is None else script == "grpo"
+    return grpo.COMMAND if is_grpo else sft.COMMAND
+
+
+def count_recipe(command: Command, arguments: list[str], launch: Launch, is_cpu: bool) -> tuple[str, Count]:
+    """The model's name and the count of its step; neither data nor a GPU are needed."""
     needed = ["--dataset_name", "-", "--output_dir", "-", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
-    script_args, args, model_args = read_recipe(types, [*named, *needed, *overrides])
-    config = load_config(model_args.model_name_or_path, model_args.model_revision)
-    image = FAMILIES[config.model_type].count_patches(config, script_args.max_pixels or 0)
-    batch = args.per_device_train_batch_size
-    load = Load(batch, script_args.max_prompt_length, ANSWER_TOKENS, image, batch)
-    if is_grpo:
-        rollout = batch * args.gradient_accumulation_steps
-        if args.completions_per_step:
-            rollout = args.completions_per_step // launch.num_processes
-        prompts = -(-batch // args.num_generations)
-        load = Load(prompts, script_args.max_prompt_length, args.max_completion_length, image, batch, rollout)
-    return model_args.model_name_or_path, count_memory(
-        config,
-        model_args,
-        script_args,
-        load,
-        launch,
-        has_reference=is_grpo and args.beta > 0,
-        gradient_checkpointing=args.gradient_checkpointing,
-        is_cpu=is_cpu,
-    )
+    with planned(launch):
+        script_args, args, model_args = read_recipe(command.arguments, [*needed, *arguments])
+    return model_args.model_name_or_path, count_run(script_args, args, model_args, launch, is_cpu)
 
 
 def format_count(count: Count) -> str:
@@ -83,22 +69,58 @@ def format_count(count: Count) -> str:
     return "\n".join([*lines, f"{'peak':<38}{count.peak / 1e9:>8.2f}"])
 
 
+def defaults(recipes: list[str]) -> list[str]:
+    """What launch.sh sets where nobody else does."""
+    names = "_".join(Path(recipe).stem for recipe in recipes)
+    places = {"dataset_name": DATA, "output_dir": REPO_ROOT / "outputs" / names}
+    settings = {name: str(place) for name, place in places.items() if name not in merge_recipes(recipes)}
+    if not torch.cuda.is_available():
+        settings |= {"use_cpu": "true", "bf16": "false", "dtype": "float32"}
+    return [part for setting in settings.items() for part in (f"--{setting[0]}", setting[1])]
+
+
+def show(patient: Patient, as_json: bool) -> None:
+    """Examine, and print finding by finding.
+
+    Raises:
+        Mistake: something failed; it names the first.
+    """
+    findings = []
+    for finding in examine(patient):
+        findings.append(finding)
+        if not as_json:
+            print(line(finding), flush=True)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    if bad := [finding for finding in findings if finding.verdict is Verdict.FAIL]:
+        raise Mistake(f"{len(bad)} failed; first {bad[0].family}, {bad[0].name}: {bad[0].what}")
+
+
 def main() -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--memory", action="store_true", required=True, help="count a training step's memory")
+    parser.add_argument("--memory", action="store_true", help="count a training step's memory, and nothing else")
     parser.add_argument(
-        "--config", required=True, action="append", help="recipe, a file in configs/; may be given several times"
+        "--config", action="append", default=[], help="recipe, a file in configs/; may be given several times"
     )
-    parser.add_argument("--num_processes", type=int, default=1, help="GPUs (default: 1)")
+    parser.add_argument("--script", choices=("grpo", "sft"), help="what runs the recipe (default: as it looks)")
+    parser.add_argument("--num_processes", type=positive, default=1, help="GPUs (default: 1)")
     parser.add_argument("--accelerate_config", default="zero2", help="zero2, zero3, ddp or a file (default: zero2)")
-    parser.add_argument("--cpu", action="store_true", help="count for processes on a CPU")
-    parser.add_argument("--json", action="store_true", help="print bytes as JSON")
+    parser.add_argument("--cpu", action="store_true", help="with --memory: count for processes on a CPU")
+    parser.add_argument("--json", action="store_true", help="print JSON; of --memory bytes")
     args, overrides = parser.parse_known_args()
+    if not args.config and (args.memory or overrides):
+        raise Mistake(f"{(['--memory', *overrides])[not args.memory]}: name a recipe with --config")
     launch = read_launch(args.accelerate_config, args.num_processes)
-    model, count = count_recipe(args.config, launch, overrides, args.cpu)
+    command = choose_command(args.script, args.config, overrides)
+    named = [part for recipe in args.config for part in ("--config", recipe)]
+    if not args.memory:
+        prepare_process()
+        show(Patient(command, [*named, *defaults(args.config), *overrides] if named else [], launch), args.json)
+        return
+    model, count = count_recipe(command, [*named, *overrides], launch, args.cpu)
     if args.json:
         print(json.dumps({"model": model, "peak": count.peak, **asdict(count)}))
         return

@@ -89,6 +89,8 @@ def start(argv: list[str], environment: dict[str, str], folder: str) -> None:
     os.environ.update(environment)
     os.chdir(folder)
     sys.executable = argv[0]
+    for number, name in ((1, "stdout"), (2, "stderr")):  # opened anew: what the server had there may be of another kind
+        setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))
     if argv[1] == "-c":
         exec(argv[2], {"__name__": "__main__"})
         sys.exit()

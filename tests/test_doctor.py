@@ -1,21 +1,41 @@
 """The doctor's memory count: against peak memory on the CPU, and that it says what it cannot read."""
 
+import json
+import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import save_file
+from transformers import LlamaConfig
 from trl import ModelConfig
 
+from open_r1 import grpo, sft
 from open_r1.data import count_prompt_tokens
+from open_r1.doctor import environment, rewards
+from open_r1.doctor.examination import FAMILIES, examine
+from open_r1.doctor.finding import Finding, Verdict
+from open_r1.doctor.patient import Patient
+from open_r1.doctor.survey import survey
+from open_r1.entry import Command
+from open_r1.front_door import Mistake
 from open_r1.memory import Launch, Load, count_memory
 from open_r1.modeling import FreezeArguments, load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import merge_recipes
-from open_r1.tasks.examples import read_examples
+from open_r1.rewards import accuracy_reward
+from open_r1.shared_prefix import Prompt
+from open_r1.tasks.examples import iter_examples, read_examples
 from open_r1.tiny import make_config as make_model_config
 from open_r1.tiny import make_model, make_processor, make_tokenizer
+from support import load_weights, run_grpo, write_examples
 
 # Trains two steps of the recipe at hand with a model of no size, which imports and allocates all that a run does,
 # and then with the model itself: what comes on top is the model's.
@@ -127,9 +147,6 @@ def test_weights_and_states_are_counted_to_the_byte():
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_every_family_and_recipe_is_counted(tiny_models, model_type, capsys, monkeypatch):
-    sys.path.insert(0, str(REPO_ROOT / "scripts"))
-    import doctor
-
     configs = REPO_ROOT / "configs"
     recipes = [[path] for path in sorted([*configs.glob("*.yaml"), *configs.glob("tiny/*.yaml")])]
     recipes += [[configs / "grpo_sat.yaml", path] for path in sorted(configs.glob("overlays/*.yaml"))]
@@ -138,13 +155,9 @@ def test_every_family_and_recipe_is_counted(tiny_models, model_type, capsys, mon
         arguments += ["--model_name_or_path", str(tiny_models[model_type])]
         if "lora_target_modules" in merge_recipes(paths):
             arguments += ["--accelerate_config", "zero3", "--num_processes", "2"]
-        monkeypatch.setattr(sys, "argv", ["doctor.py", *arguments])
-        doctor.main()
+        doctor_main(monkeypatch, *arguments)
         output = capsys.readouterr().out
         assert "computed" in output and float(output.split()[-1]) > 0
-    monkeypatch.setattr(sys, "argv", ["doctor.py", *arguments[:3], "--accelerate_config", "zero9"])
-    with pytest.raises(FileNotFoundError, match="--accelerate_config: no file"):
-        doctor.main()
 
 
 def test_longer_completions_and_checkpointing_change_the_activations():
@@ -155,3 +168,314 @@ def test_longer_completions_and_checkpointing_change_the_activations():
     ]
     short, long, whole = (count.backward["activations"] for count in peaks)
     assert short < long < whole and long / short == pytest.approx(1700 / 900, rel=0.1)
+
+
+# ---- The examination
+
+RECIPE = REPO_ROOT / "tests/data/grpo.yaml"
+TAGLESS = "{% for message in messages %}{% for part in message.content %}"
+TAGLESS += "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' else part.text }}"
+TAGLESS += "{% endfor %}{% endfor %}"
+
+
+@pytest.fixture
+def examined(tiny_model, examples_json, tmp_path, monkeypatch):
+    """Examine a run on a tiny model as far as it is asked for; what the doctor finds, finding by finding."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def examine_run(*arguments: str, recipe: Path = RECIPE, command: Command = grpo.COMMAND) -> Iterator[Finding]:
+        given = {"model_name_or_path": tiny_model, "dataset_name": examples_json, "output_dir": tmp_path / "out"}
+        named = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+        named += ["--use_cpu", "true", "--max_steps", "100"]
+        named += ["--max_completion_length", "8", *arguments] if command is grpo.COMMAND else arguments
+        return examine(Patient(command, ["--config", str(recipe), *named], Launch(2, 2)))
+
+    return examine_run
+
+
+def copy_model(source: Path, target: Path, **changes: float) -> Path:
+    """A model's folder in which the parameters whose name holds a key are multiplied."""
+    shutil.copytree(source, target)
+    weights = load_weights(target)
+    for part, factor in changes.items():
+        weights = {name: value * factor if part in name else value for name, value in weights.items()}
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def wrong_pin(world: SimpleNamespace) -> list[str]:
+    installed = environment.version
+    world.patch.setattr(environment, "version", lambda name: "1.0.1" if name == "trl" else installed(name))
+    return []
+
+
+def broken_image(world: SimpleNamespace) -> list[str]:
+    data = write_examples(world.folder / "data")
+    path = data.parent / "images/3_0.png"
+    path.write_bytes(path.read_bytes()[:60])
+    return ["--dataset_name", str(data)]
+
+
+def leak(world: SimpleNamespace) -> list[str]:
+    held_out = json.loads(world.data.read_text())[:2]
+    for record in held_out:
+        record["messages"][0]["content"] = "<image>What is to be seen?"
+        record["images"] = [str(world.data.parent / name) for name in record["images"]]
+        record["options"] = []
+    (world.folder / "held_out.json").write_text(json.dumps(held_out))
+    return ["--eval_dataset_name", str(world.folder / "held_out.json")]
+
+
+def lost_tags(world: SimpleNamespace) -> list[str]:
+    (world.folder / "own.jinja").write_text(TAGLESS)
+    return ["--chat_template", str(world.folder / "own.jinja")]
+
+
+def dead_tower(world: SimpleNamespace) -> list[str]:
+    return ["--model_name_or_path", str(copy_model(world.model, world.folder / "model", visual=0))]
+
+
+def other_processor(world: SimpleNamespace) -> list[str]:
+    model = copy_model(world.model, world.folder / "model")
+    path = model / "processor_config.json"
+    settings = json.loads(path.read_text())
+    settings["image_processor"]["merge_size"] = 1
+    path.write_text(json.dumps(settings))
+    return ["--model_name_or_path", str(model)]
+
+
+def damaged_weights(world: SimpleNamespace) -> list[str]:
+    return ["--model_name_or_path", str(copy_model(world.model, world.folder / "model", **{"norm": math.inf}))]
+
+
+def shifted_positions(world: SimpleNamespace) -> list[str]:
+    right = Prompt.continue_positions
+    world.patch.setattr(Prompt, "continue_positions", lambda self, count: right(self, count) + 3)
+    return []
+
+
+# What is broken -> where the first failing line is, and what it says.
+BROKEN = {
+    wrong_pin: ("environment", "versions", "trl 1.0.1 is not ==1.16.0"),
+    broken_image: ("data", "images", r"examples.json: row 3: image .*3_0.png: "),
+    leak: ("data", "leaks", "2 of 2 held-out questions show an image of the training set, 0 ask the same of it"),
+    lost_tags: ("prompt", "tags", "neither ends with <think> nor asks for"),
+    dead_tower: ("model", "sight", "grey in place of the images changes log-probabilities by 0.0e[+]00"),
+    other_processor: ("model", "image tokens", ""),
+    damaged_weights: ("model", "weights", "not finite"),
+    shifted_positions: ("model", "shared prefix", "shared prefix against TRL's path: .* differ"),
+    "--reward_funcs accuracy test_doctor:constant": ("rewards", "lint", "constant gives 0.5 for each of"),
+    "--max_completion_length 90000000": ("cost", "memory", r"2 processes take \d+.\d GB at most, of .* are free"),
+    "--model_name_or_path /nowhere": ("recipe", "model", "/nowhere"),
+    "--num_generations 3": ("recipe", "settings", "num_generations 3"),
+    "--report_to wandb": ("recipe", "tracking", "wandb, without a key"),
+    "--dataset_name /nowhere.json": ("data", "rows", "/nowhere.json"),
+    "--max_prompt_length 20": ("data", "prompt lengths", "no example left"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: getattr(broken, "__name__", broken))
+def test_what_is_broken_is_the_first_to_fail(broken, examined, tiny_model, examples_json, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    family, name, pattern = BROKEN[broken]
+    world = SimpleNamespace(folder=tmp_path, patch=monkeypatch, model=tiny_model, data=examples_json)
+    findings = examined(*(broken.split() if isinstance(broken, str) else broken(world)))
+    found = next(finding for finding in findings if finding.verdict is Verdict.FAIL)
+    assert (found.family, found.name) == (family, name) and re.search(pattern, found.what), found
+
+
+RUNS = {
+    "GRPO": [],
+    "GRPO without KL": ["--beta", "0"],
+    "LoRA": ["--config", str(REPO_ROOT / "configs/overlays/lora.yaml"), "--learning_rate", "1e-5"],
+    "TRL's path": ["--shared_prefix", "false"],
+    "instruct": ["--chat_template", "instruct"],
+    "SFT": [],
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_nothing_fails_where_all_is_well(run, examined, monkeypatch):
+    monkeypatch.setattr(environment, "versions", lambda patient: iter([]))
+    other = {"recipe": REPO_ROOT / "tests/data/sft.yaml", "command": sft.COMMAND} if run == "SFT" else {}
+    findings = list(examined(*RUNS[run], **other))
+    assert [finding for finding in findings if finding.verdict in (Verdict.WARN, Verdict.FAIL)] == []
+    named = {(finding.family, finding.name): finding for finding in findings}
+    assert {family for family, _ in named} == set(FAMILIES) - ({"rewards"} if run == "SFT" else set())
+    assert ("model", "reference") in named or run in ("GRPO without KL", "SFT")
+    assert "s a step" in named["cost", "hours"].what
+
+
+def constant(completions: list, **kwargs: object) -> list[float]:
+    return [0.5] * len(completions)
+
+
+def silent(completions: list, **kwargs: object) -> list[None]:
+    return [None] * len(completions)
+
+
+def of_length(completions: list, **kwargs: object) -> list[float]:
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+async def of_length_later(completions: list, **kwargs: object) -> list[float]:
+    return of_length(completions)
+
+
+def undefined(completions: list, **kwargs: object) -> list[float]:
+    return [math.nan, *of_length(completions)[1:]]
+
+
+def one_less(completions: list, **kwargs: object) -> list[float]:
+    return of_length(completions)[1:]
+
+
+def exits(completions: list, **kwargs: object) -> list[float]:
+    sys.exit("bye")
+
+
+def asks_for_more(completions: list, difficulty: list, **kwargs: object) -> list[float]:
+    return [0.0] * len(difficulty)
+
+
+def first_word(completions: list, **kwargs: object) -> list[str]:
+    return [completion[0]["content"][:1] or "-" for completion in completions]
+
+
+@pytest.mark.parametrize(
+    "reward, verdict, pattern",
+    [
+        (accuracy_reward, Verdict.PASS, "1 for 20 dresses of a right answer, 0 for wrong, hedged and none"),
+        (of_length, Verdict.PASS, r"of_length: \d+ to \d+ over"),
+        (of_length_later, Verdict.PASS, "of_length_later"),
+        (constant, Verdict.FAIL, "constant gives 0.5 for each of"),
+        (silent, Verdict.FAIL, "silent gives None for each of"),
+        (undefined, Verdict.FAIL, "undefined gives nan for"),
+        (one_less, Verdict.FAIL, r"one_less gives \d+ rewards for \d+"),
+        (exits, Verdict.FAIL, "exits raises SystemExit: bye"),
+        (asks_for_more, Verdict.FAIL, "asks_for_more raises TypeError: .*difficulty"),
+        (first_word, Verdict.FAIL, "first_word raises ValueError: "),
+    ],
+)
+def test_the_lint_names_a_reward(reward, verdict, pattern, examples_json):
+    finding = rewards.examine(
+        reward, rewards.make_samples(read_examples(examples_json), opens_think=True), make_tokenizer()
+    )
+    assert finding.verdict is verdict and re.search(pattern, finding.what), finding
+
+
+def test_a_slow_reward_is_named(examples_json, monkeypatch):
+    monkeypatch.setattr(rewards, "SLOW", 0)
+    finding = rewards.examine(
+        of_length, rewards.make_samples(read_examples(examples_json), opens_think=True), make_tokenizer()
+    )
+    assert finding.verdict is Verdict.WARN and re.search(r"takes \d+ ms a completion", finding.what)
+
+
+@pytest.mark.parametrize(
+    "kind, text, verdict",
+    [("{0}", "none", Verdict.FAIL), ("**{0}**", "none", Verdict.WARN), ("wrong", "<answer>red</answer>", Verdict.FAIL)],
+)
+def test_an_answer_that_is_misread_is_named(kind, text, verdict, examples_json):
+    """A reader that knows no bare answer, none in a dress, or takes a wrong one."""
+    samples = rewards.make_samples(read_examples(examples_json), opens_think=True)
+    first = next(index for index, sample in enumerate(samples) if sample.kind == kind)
+    samples[first] = replace(samples[first], text=text)
+    finding = rewards.examine(accuracy_reward, samples, make_tokenizer())
+    assert finding.verdict is verdict and f"accuracy_reward gives {int(kind == 'wrong')} for {text!r}" in finding.what
+
+
+def test_a_survey_goes_on_after_what_is_wrong(tmp_path, monkeypatch):
+    data = write_examples(tmp_path)
+    for row in (2, 5):
+        (tmp_path / f"images/{row}_0.png").write_bytes(b"no image")
+
+    def check(row: dict) -> None:
+        if row["solution"] == "red":
+            raise ValueError("no red")
+
+    found = survey(iter_examples(data), check)
+    assert (found.rows, found.images, found.decoded) == (8, 8, 8)
+    assert [text.split(":")[0] for text in found.broken] == ["row 2", "row 5"]
+    assert found.unusable == ["row 0: no red", "row 6: no red"]
+    monkeypatch.setattr("open_r1.doctor.survey.DECODING_SECONDS", -1)
+    hurried = survey(iter_examples(data), check)
+    assert hurried.decoded == 0 and hurried.broken == [] and hurried.shown[1] == found.shown[1]
+
+
+# ---- The command
+
+
+def run_doctor(python: Path, *arguments: object) -> subprocess.CompletedProcess:
+    command = [python, REPO_ROOT / "scripts/doctor.py", *arguments]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True)
+
+
+def test_the_machine_alone(quick_python):
+    result = run_doctor(quick_python, "--json")
+    findings = json.loads(result.stdout)
+    assert {finding["family"] for finding in findings} == {"environment"}
+    assert result.returncode == any(finding["verdict"] == "fail" for finding in findings), result.stderr
+
+
+def test_the_run_scripts_look_and_start_nothing(quick_python, tiny_model, examples_json, tmp_path):
+    changes = ("--doctor", "--max_completion_length", "4", "--reward_funcs", "accuracy", "test_doctor:constant")
+    result = run_grpo(tiny_model, examples_json, tmp_path / "out", *changes, PYTHON=str(quick_python))
+    lines = result.stdout.splitlines()
+    assert result.returncode == 1 and not (tmp_path / "out").exists(), result.stderr
+    assert re.search(r"pass +recipe +settings +grpo, 2 processes, ZeRO-2; a step is 16 completions", result.stdout)
+    failed = next(index for index, line in enumerate(lines) if line.startswith("fail"))
+    assert re.match(r"fail +rewards +lint +constant gives 0.5", lines[failed]) and "-> " in lines[failed + 1]
+    assert lines[-1].startswith("pass  cost         hours")
+    assert re.search(r"^doctor: error: 1 failed; first rewards, lint: constant gives", result.stderr, re.MULTILINE)
+
+
+MISTAKES = {
+    "empty.yaml": ("", "empty.yaml: a recipe must contain a YAML mapping"),
+    "broken.yaml": ("a: [", "broken.yaml: not YAML"),
+    "list.yaml": ("- 1", "list.yaml: a recipe must contain"),
+}
+
+
+@pytest.mark.parametrize("mode", [["--memory"], []], ids=["memory", "all"])
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_recipe_that_cannot_be_read_is_one_line(name, mode, tmp_path, monkeypatch):
+    text, pattern = MISTAKES[name]
+    (tmp_path / name).write_text(text)
+    with pytest.raises((ValueError, OSError), match=pattern):
+        doctor_main(monkeypatch, *mode, "--config", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "arguments, pattern",
+    [
+        (["--accelerate_config", "zero9"], "--accelerate_config: no file .*zero9"),
+        (["--accelerate_config", "list.yaml"], "list.yaml does not describe a launch"),
+        (["--max_completion_lengths", "3"], "unknown argument '--max_completion_lengths'; did you mean max_completion"),
+        (["--model_name_or_path", "/nowhere"], "/nowhere: no such file or folder"),
+        (["--model_name_or_path", "llama"], "llama is a 'llama' model; supported: qwen2_vl"),
+        (["--max_prompt_length", "none"], "max_prompt_length"),
+    ],
+)
+def test_what_cannot_be_counted_is_one_line(arguments, pattern, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("list.yaml").write_text("- 1")
+    LlamaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained("llama")
+    with pytest.raises((ValueError, OSError), match=pattern):
+        doctor_main(monkeypatch, "--memory", "--config", RECIPE, *arguments)
+
+
+def test_nothing_is_examined_without_a_recipe(monkeypatch):
+    with pytest.raises(Mistake, match="--beta: name a recipe with --config"):
+        doctor_main(monkeypatch, "--beta", "0")
+    with pytest.raises(Mistake, match="--memory: name a recipe with --config"):
+        doctor_main(monkeypatch, "--memory")
+
+
+def doctor_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.syspath_prepend(str(REPO_ROOT / "scripts"))
+    import doctor
+
+    monkeypatch.setattr(sys, "argv", ["doctor.py", *map(str, arguments)])
+    doctor.main()

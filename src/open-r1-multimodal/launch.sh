@@ -13,7 +13,8 @@
 #   NUM_PROCESSES      processes                           (default: the GPUs; 2 without one)
 #   ACCELERATE_CONFIG  how to launch: zero2, zero3, ddp, cpu, or a file
 #                      (default: zero2, and cpu without a GPU; zero3 for run_sft.sh)
-# Arguments override the recipe: `--max_steps 100 --beta 0`; `--help` lists them all. The training scripts themselves
+# Arguments override the recipe: `--max_steps 100 --beta 0`; `--help` lists them all. `--doctor` looks at what would be
+# started, says what is wrong with it, and starts nothing (scripts/doctor.py). The training scripts themselves
 # take recipes as `--config A --config B`.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
@@ -24,7 +25,7 @@ fail() {
     echo "error: $*" >&2
     exit 2
 }
-script="$here/open_r1/$1.py"
+script="$here/open_r1/$1.py" command=$1
 CONFIG="${CONFIG:-$ROOT/configs/$2.yaml}"
 shift 2
 
@@ -32,6 +33,12 @@ case " $* " in *" --help "* | *" -h "*)
     sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$here/launch.sh"
     exec "$PYTHON" "$script" --help ;;
 esac
+
+doctor=""
+for argument; do
+    shift
+    if [ "$argument" = --doctor ]; then doctor=yes; else set -- "$@" "$argument"; fi
+done
 
 DATA="${DATA:-$ROOT/src/data/SAT/SAT_train_15000.json}"
 case " $* " in *" --config"[\ =]*) fail "--config: name the recipes in CONFIG" ;; esac
@@ -81,5 +88,13 @@ fi
 
 # No Python from here on looks for modules in the current folder: a random.py there is not Python's.
 export PYTHONSAFEPATH=1
+
+if [ -n "$doctor" ]; then
+    while [ "$1" != "$script" ]; do shift; done # what is the launcher's
+    shift
+    exec "$PYTHON" "$ROOT/scripts/doctor.py" --script "$command" --accelerate_config "$ACCELERATE_CONFIG" \
+        --num_processes "$NUM_PROCESSES" "$@"
+fi
+
 # exec: a signal to this script reaches the launcher, which ends its processes.
 exec "$PYTHON" "$here/open_r1/launch.py" --config_file "$ACCELERATE_CONFIG" --num_processes "$NUM_PROCESSES" "$@"

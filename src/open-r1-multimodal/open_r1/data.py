@@ -46,9 +46,7 @@ def load_datasets_from_args(
     max_answer_length: int | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """`load_dataset` with the values of a recipe: what to train on, and what is held out."""
-    columns = Columns(
-        data_args.question_column, data_args.answer_column, data_args.image_column, data_args.options_column
-    )
+    columns = columns_of(data_args)
 
     def load(name: str, split: str) -> Dataset:
         return load_dataset(
@@ -66,6 +64,11 @@ def load_datasets_from_args(
     train = load(data_args.dataset_name, data_args.dataset_train_split)
     held_out = data_args.eval_dataset_name
     return train, load(held_out, data_args.dataset_test_split) if held_out else None
+
+
+def columns_of(data_args: DataArguments) -> Columns:
+    """The columns that a recipe names."""
+    return Columns(data_args.question_column, data_args.answer_column, data_args.image_column, data_args.options_column)
 
 
 def opens_think(processor: ProcessorMixin, **template_kwargs: str) -> bool:

@@ -47,10 +47,13 @@ def prepare(
 
 
 def build_trainer(
-    script_args: GRPOScriptArguments, training_args: Qwen2VLGRPOConfig, model_args: ModelConfig
+    script_args: GRPOScriptArguments,
+    training_args: Qwen2VLGRPOConfig,
+    model_args: ModelConfig,
+    prepared: dict[str, Any] | None = None,
 ) -> Qwen2VLGRPOTrainer:
-    """The trainer that a parsed recipe describes."""
-    prepared = prepare(script_args, training_args, model_args)
+    """The trainer that a parsed recipe describes; `prepared` is what `prepare` returned, if it was called before."""
+    prepared = prepared or prepare(script_args, training_args, model_args)
     model = load_model_from_args(model_args)
     freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
     return Qwen2VLGRPOTrainer(model=model, args=training_args, **prepared)

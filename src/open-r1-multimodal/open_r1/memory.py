@@ -21,17 +21,19 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
+    TrainingArguments,
 )
-from trl import ModelConfig
+from trl import GRPOConfig, ModelConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCAB_CHUNK_SIZE
 
 from open_r1.configs import FreezeArguments
-from open_r1.families import family_of
+from open_r1.families import family_of, find_family
 from open_r1.hub import model_folder
-from open_r1.modeling import freeze, get_adapter_config, resolve_dtype
+from open_r1.modeling import family_of_folder, freeze, get_adapter_config, reading, resolve_dtype
 
 FP32 = 4  # bytes
+ANSWER_TOKENS = 32  # of an SFT example; no recipe bounds them
 # DeepSpeed's defaults, in parameters: what is reduced at a time, and what ZeRO-3 keeps gathered
 REDUCE_BUCKET = 500_000_000
 ZERO3_LIVE = 1_000_000_000
@@ -130,8 +132,16 @@ def build_model(
 
 
 def load_config(model_name_or_path: str, revision: str = "main") -> PreTrainedConfig:
-    """The configuration of a model on the Hub or in a folder."""
-    return AutoConfig.from_pretrained(model_folder(model_name_or_path, revision, ["config.json"]))
+    """The configuration of a model on the Hub or in a folder.
+
+    Raises:
+        OSError: there is no such model, or its configuration describes none.
+        ValueError: it is of a type that this project was not tested with.
+    """
+    folder = model_folder(model_name_or_path, revision, ["config.json"])
+    family_of_folder(folder)
+    with reading(folder / "config.json", "configuration"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def weight_bytes(model: nn.Module, model_args: ModelConfig) -> float:
@@ -272,3 +282,39 @@ def count_memory(
         if launch.zero_stage == 3:
             rollout["gathered weights"] = weights  # TRL gathers all of the model to sample from it
     return Count(base, rollout, backward, update)
+
+
+def count_run(
+    script_args: Any, args: TrainingArguments, model_args: ModelConfig, launch: Launch, is_cpu: bool = False
+) -> Count:
+    """Count a training step of GRPO or SFT at the limits of its settings.
+
+    Args:
+        script_args, args, model_args: of the run.
+        launch: how; `args` were read for as many processes.
+        is_cpu: see `count_memory`.
+
+    Raises:
+        ValueError: no longest prompt is set, or the model is of a type that this project was not tested with.
+        OSError: there is no such model.
+    """
+    if script_args.max_prompt_length is None:
+        raise ValueError("max_prompt_length: memory is counted for the longest prompt; set it")
+    config = load_config(model_args.model_name_or_path, model_args.model_revision)
+    image = find_family(config.model_type).count_patches(config, script_args.max_pixels or 0)
+    batch, is_grpo = args.per_device_train_batch_size, isinstance(args, GRPOConfig)
+    load = Load(batch, script_args.max_prompt_length, ANSWER_TOKENS, image, batch)
+    if is_grpo:
+        rollout = batch * args.steps_per_generation
+        prompts = -(-batch // args.num_generations)
+        load = Load(prompts, script_args.max_prompt_length, args.max_completion_length, image, batch, rollout)
+    return count_memory(
+        config,
+        model_args,
+        script_args,
+        load,
+        launch,
+        has_reference=is_grpo and args.beta > 0,
+        gradient_checkpointing=args.gradient_checkpointing,
+        is_cpu=is_cpu,
+    )

@@ -96,10 +96,13 @@ def prepare(
 
 
 def build_trainer(
-    script_args: SFTScriptArguments, training_args: Qwen2VLSFTConfig, model_args: ModelConfig
+    script_args: SFTScriptArguments,
+    training_args: Qwen2VLSFTConfig,
+    model_args: ModelConfig,
+    prepared: dict[str, Any] | None = None,
 ) -> Qwen2VLSFTTrainer:
-    """The trainer that a parsed recipe describes."""
-    prepared = prepare(script_args, training_args, model_args)
+    """The trainer that a parsed recipe describes; `prepared` is what `prepare` returned, if it was called before."""
+    prepared = prepared or prepare(script_args, training_args, model_args)
     model = load_model_from_args(model_args)
     reset_generation_config(model, prepared["processing_class"])
     accept_missing_images(model, always_encode=PartialState().num_processes > 1)

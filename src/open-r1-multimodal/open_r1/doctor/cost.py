@@ -1,0 +1,117 @@
+"""What a run takes: memory and disk by counting, hours by measuring two steps."""
+
+import math
+import shutil
+from collections.abc import Iterator
+
+import psutil
+import torch
+
+from open_r1.doctor.finding import Checks, Finding, failed, passed, skipped, warned
+from open_r1.doctor.patient import MEASURED_STEPS, Patient, existing, free_memory
+from open_r1.memory import Launch, count_run
+
+GB = 1e9
+MAX_CPU_FLOPS = 2e12  # of the steps that are measured; a laptop takes a minute
+FLOPS_A_TOKEN = 10  # and parameter: sampling, scoring by the reference, forward, backward
+
+
+def memory(patient: Patient) -> Iterator[Finding]:
+    """The count of `open_r1.memory` against the card, or all processes against this machine."""
+    patient.need("model_outline")
+    launch, on_cpu = patient.launch, patient.on_cpu
+    peak, free = count_run(*patient.settings, launch, on_cpu).peak, free_memory(on_cpu)
+    if on_cpu:
+        needed, total = peak * launch.num_processes, psutil.virtual_memory().total
+        what = f"{launch.num_processes} processes take {needed / GB:.1f} GB at most"
+    else:
+        needed, total = peak, torch.cuda.mem_get_info()[1]
+        what = f"{needed / GB:.1f} GB at most on each GPU"
+    what += f", of {total / GB:.1f} GB {free / GB:.1f} are free"
+    remedy = "smaller per_device_train_batch_size or max_completion_length, configs/overlays/lora.yaml, docs/memory.md"
+    if on_cpu and launch.num_processes > 1:
+        remedy = f"NUM_PROCESSES=1, {remedy}"
+    if needed > total:
+        yield failed(what, remedy)
+    elif needed > free:
+        yield warned(what, "end what else takes memory there")
+    else:
+        yield passed(what + (", vLLM's not counted" if getattr(patient.settings[1], "use_vllm", False) else ""))
+
+
+def total_steps(patient: Patient) -> int:
+    """Optimiser steps of the run."""
+    args = patient.settings[1]
+    if args.max_steps > 0:
+        return args.max_steps
+    per_step = args.per_device_train_batch_size * patient.launch.num_processes * args.gradient_accumulation_steps
+    samples = len(patient.prepared_data["train_dataset"]) * (args.num_generations if patient.is_grpo else 1)
+    return math.ceil(args.num_train_epochs * samples / per_step)
+
+
+def checkpoint_bytes(patient: Patient) -> tuple[float, float]:
+    """What a checkpoint takes on the disk, and what of it the model at the end takes."""
+    script_args, args, model_args = patient.settings
+    whole = Launch(1, patient.launch.zero_stage)
+    base = count_run(script_args, args, model_args, whole, patient.on_cpu).base
+    weights = base["weights"]
+    if model_args.use_peft:
+        weights = sum(p.nbytes for p in patient.model_outline.parameters() if p.requires_grad)
+    if args.save_only_model:
+        return weights, weights
+    return weights + base["optimiser"] + (weights if whole.zero_stage else 0), weights  # DeepSpeed writes them again
+
+
+def disk(patient: Patient) -> Iterator[Finding]:
+    """The checkpoints to come, and the model at the end."""
+    patient.need("model_outline")
+    args, steps = patient.settings[1], total_steps(patient)
+    one, last = checkpoint_bytes(patient)
+    interval = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
+    written = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy, math.ceil(steps / interval))
+    if args.save_total_limit:
+        written = min(written, args.save_total_limit + 1)  # the oldest goes after the newest is there
+    needed = written * one + last
+    folder = existing(args.output_dir)
+    free = shutil.disk_usage(folder).free
+    what = f"{written} checkpoints of {one / GB:.2f} GB and the model: {needed / GB:.1f} GB, "
+    what += f"{free / GB:.1f} GB are free in {folder}"
+    if needed > free:
+        yield failed(what, "another OUTPUT, --save_total_limit 2, or --save_only_model true (which cannot be resumed)")
+    else:
+        yield passed(what)
+
+
+def hours(patient: Patient) -> Iterator[Finding]:
+    """From two steps in this process, which does the work of all of them."""
+    args, steps = patient.settings[1], total_steps(patient)
+    trainer = patient.trainer
+    if getattr(args, "use_vllm", False):
+        yield skipped("vLLM generates in this recipe: the log's first steps tell")
+        return
+    needed = count_run(patient.settings[0], trainer.args, patient.settings[2], Launch(), patient.on_cpu).peak
+    if needed > free_memory(patient.on_cpu):
+        yield skipped(f"a step in one process takes {needed / GB:.1f} GB, more than is free")
+        return
+    if patient.on_cpu and flops(patient) > MAX_CPU_FLOPS:
+        yield skipped("a step takes a CPU minutes: the log's first steps tell")
+        return
+    seconds = trainer.train().metrics["train_runtime"] / MEASURED_STEPS
+    if not patient.on_cpu:
+        seconds /= patient.launch.num_processes  # processes on a CPU share its cores
+    minutes = seconds * steps / 60
+    time = f"{minutes / 60:.1f} hours" if minutes > 60 else f"{minutes:.1f} minutes"
+    yield passed(f"{seconds:.1f} s a step, measured over {MEASURED_STEPS}; {steps} take {time}")
+
+
+def flops(patient: Patient) -> float:
+    """A rough count for the steps that are measured."""
+    script_args, args = patient.settings[0], patient.trainer.args
+    examples = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    tokens = examples * script_args.max_prompt_length
+    if patient.is_grpo:
+        tokens = tokens / args.num_generations + examples * args.max_completion_length
+    return MEASURED_STEPS * tokens * FLOPS_A_TOKEN * sum(p.numel() for p in patient.model_outline.parameters())
+
+
+CHECKS: Checks = {"memory": memory, "disk": disk, "hours": hours}

@@ -1,0 +1,93 @@
+"""The machine: versions, GPUs, shared memory. Needs no recipe."""
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import tomllib
+import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
+from open_r1.doctor.patient import Patient
+from open_r1.prompts import REPO_ROOT
+
+SHARED_MEMORY = 10**9  # bytes that NCCL and the workers of a few processes need
+NVIDIA_SMI_SECONDS = 30
+
+
+def versions(patient: Patient) -> Iterator[Finding]:
+    """What is installed against the pins."""
+    wrong, lines = [], (REPO_ROOT / "requirements.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    for pin in pins:
+        try:
+            installed = version(pin.name)
+        except PackageNotFoundError:
+            wrong.append(f"{pin.name} is not installed")
+            continue
+        if not pin.specifier.contains(Version(installed), prereleases=True):
+            wrong.append(f"{pin.name} {installed} is not {pin.specifier}")
+    if wrong:
+        yield failed("; ".join(wrong), "bash setup.sh installs the tested set")
+    else:
+        yield passed(f"{len(pins)} packages as pinned in requirements.txt")
+
+
+def python(patient: Patient) -> Iterator[Finding]:
+    """The interpreter."""
+    found = platform.python_version()
+    project = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]
+    if SpecifierSet(project["requires-python"]).contains(found, prereleases=True):
+        yield passed(found)
+    else:
+        yield failed(f"{found} is not {project['requires-python']}", "bash setup.sh makes an environment of one")
+
+
+def gpus(patient: Patient) -> Iterator[Finding]:
+    """What the driver lists against what torch can use."""
+    listed, usable = listed_gpus(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if usable:
+        sizes = [torch.cuda.get_device_properties(device).total_memory / 1e9 for device in range(usable)]
+        yield passed(f"{usable} x {torch.cuda.get_device_name()}, {min(sizes):.0f} GB")
+    elif listed and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        yield failed(
+            f"nvidia-smi lists {len(listed)} GPUs, and torch {torch.__version__} can use none",
+            "install a driver as new as this torch's CUDA, or torch for this driver: bash setup.sh",
+        )
+    else:
+        hidden = f" of {len(listed)} in CUDA_VISIBLE_DEVICES" if listed else ""
+        yield passed(f"none{hidden}: CPU processes in float32")
+
+
+def listed_gpus() -> list[str]:
+    """The GPUs that nvidia-smi lists; none where it is missing, fails or hangs."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    try:
+        result = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line for line in result.stdout.splitlines() if line.startswith("GPU ")]
+
+
+def shared_memory(patient: Patient) -> Iterator[Finding]:
+    """/dev/shm, through which processes talk."""
+    if not Path("/dev/shm").is_dir():
+        return
+    free = shutil.disk_usage("/dev/shm").free
+    what = f"{free / 1e9:.1f} GB free in /dev/shm"
+    if free < SHARED_MEMORY and patient.processes > 1:
+        yield warned(what, "start the container with --shm-size 8g or --ipc host")
+    else:
+        yield passed(what)
+
+
+CHECKS: Checks = {"versions": versions, "Python": python, "GPU": gpus, "shared memory": shared_memory}

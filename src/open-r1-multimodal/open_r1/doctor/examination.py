@@ -1,0 +1,44 @@
+"""All checks in their order, each with what came of it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from open_r1.doctor import cost, data, environment, model, prompt, recipe, rewards
+from open_r1.doctor.finding import Finding, failed, skipped
+from open_r1.doctor.patient import Missing, Patient
+from open_r1.entry import USER_ERRORS, silence
+from open_r1.front_door import Mistake, first_line, printable
+
+FAMILIES = {
+    "environment": environment.CHECKS,
+    "recipe": recipe.CHECKS,
+    "data": data.CHECKS,
+    "prompt": prompt.CHECKS,
+    "rewards": rewards.CHECKS,
+    "model": model.CHECKS,
+    "cost": cost.CHECKS,
+}
+WIDTHS = {"verdict": 6, "family": 13, "name": 15}
+
+
+def examine(patient: Patient) -> Iterator[Finding]:
+    """Run the checks, of a recipe or (without one) of the machine alone."""
+    families = list(FAMILIES.items()) if patient.arguments else [("environment", environment.CHECKS)]
+    for family, checks in families:
+        for name, check in checks.items():
+            findings = []
+            try:
+                with silence():
+                    findings += check(patient)
+            except Missing as error:
+                findings.append(skipped(str(error)))
+            except (Mistake, RuntimeError, *USER_ERRORS) as error:  # RuntimeError: torch's, for shapes and memory
+                findings.append(failed(first_line(error)))
+            yield from (replace(finding, family=family, name=name) for finding in findings)
+
+
+def line(finding: Finding) -> str:
+    """A row of the table; below what is not well stands what to do."""
+    start = "".join(f"{getattr(finding, column):<{width}}" for column, width in WIDTHS.items())
+    below = f"\n{'':{len(start)}}-> {finding.remedy}" if finding.remedy else ""
+    return printable(f"{start}{' '.join(finding.what.split())}{below}")
