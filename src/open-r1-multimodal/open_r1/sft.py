@@ -18,6 +18,7 @@ from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLSFTConfig, SFTScriptArguments
 from open_r1.data import load_datasets_from_args, load_processor_from_args
 from open_r1.entry import Command, run
+from open_r1.finite import FiniteMixin
 from open_r1.images import BrokenImage, open_image
 from open_r1.modeling import (
     accept_missing_images,
@@ -62,7 +63,7 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
         return self.last
 
 
-class Qwen2VLSFTTrainer(LoadWeightsMixin, SFTTrainer):
+class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, SFTTrainer):
     """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed."""
 
 
