@@ -60,6 +60,7 @@ class FiniteMixin:
         if keeps_weights and done and find_defect(folder / f"checkpoint-{done}"):
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self.accelerator.wait_for_everyone()  # until the main process has declared it complete
         checkpoint = last_complete_checkpoint(folder)
         goes_on = f"the same command goes on from {checkpoint}" if checkpoint else "there is no checkpoint yet"
         raise Mistake(

@@ -78,7 +78,7 @@ def flat_share(first: Events, newest: Events) -> float:
 
 
 def parting(first: Events, newest: Events) -> float:
-    """By how much format rose and accuracy fell, the lesser of both, from the first to the second half of the window."""
+    """The lesser of format's rise and accuracy's fall, from the first to the second half of the window."""
     half = len(newest) // 2
     rises = []
     for name in ("rewards/format_reward/mean", "rewards/accuracy_reward/mean"):
