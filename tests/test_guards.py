@@ -12,12 +12,13 @@ import test_sft
 from fake_run import write_run
 from open_r1.callbacks import add_run_callbacks
 from open_r1.checkpoints import CompleteCheckpoints, find_defect, last_complete_checkpoint
-from open_r1.data import DataArguments
+from open_r1.data import DataArguments, load_dataset
 from open_r1.front_door import Mistake
 from open_r1.guards import GUARDS, new_warnings
+from open_r1.modeling import load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.report.page import write_report
-from support import make_trainer, read_jsonl, run_grpo
+from support import make_trainer, read_jsonl, run_grpo, write_examples
 
 HEALTHY = {
     "loss": 0.0,
@@ -227,3 +228,50 @@ def test_one_of_two_zero_processes_has_a_loss_that_is_no_number(tiny_model, exam
     assert done.returncode == 0 and "checkpoint-2" in done.stdout, done.stderr[-3000:]
     steps = [row["step"] for row in read_jsonl(tmp_path / "out/trajectories/train.jsonl")]
     assert steps == sorted([1, 2, 3, 4] * 16)
+
+
+# --- images that break during a run -----------------------------------------------------------------------------
+
+
+def test_a_run_ends_when_many_images_break(tiny_model, tmp_path, capsys):
+    data = write_examples(tmp_path, count=12)
+    trainer = make_trainer(tiny_model, data, tmp_path / "out", max_steps=9, max_completion_length=2, disable_tqdm=True)
+    for path in (tmp_path / "images").iterdir():
+        path.write_bytes(b"gone")
+    with pytest.raises(Mistake, match=r"^1[12] images broke during training .allowed: 10.; restore the data"):
+        trainer.train()
+    assert capsys.readouterr().err.count("corrupt image; completions about it earn nothing") in (11, 12)
+    assert len(read_jsonl(tmp_path / "out/trajectories/train.jsonl")) == 5 * 8  # of ten prompts
+
+
+def test_a_run_that_goes_on_keeps_rows_whose_images_broke(tiny_model, tmp_path, capsys):
+    data, processor = write_examples(tmp_path, count=12), load_processor(tiny_model, chat_template="base")
+    images = sorted((tmp_path / "images").iterdir(), key=lambda path: int(path.stem.partition("_")[0]))
+    whole = load_dataset(data, processor)
+    images[3].unlink()
+    images[7].write_bytes(images[7].read_bytes()[:60])
+    with pytest.raises(FileNotFoundError, match="row 3: no image"):
+        load_dataset(data, processor)
+    capsys.readouterr()
+    assert load_dataset(data, processor, has_begun=True).to_list() == whole.to_list()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert lines == [
+        f"warning: {data}: row 3: image {images[3]}: no such file; completions about it earn nothing",
+        f"warning: {data}: row 7: image {images[7]}: corrupt image; completions about it earn nothing",
+    ]
+    for path in images[:11]:
+        path.unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"row 0: .* so are 10 others since the run began; restore the data$"):
+        load_dataset(data, processor, has_begun=True)
+
+
+def test_sft_ends_when_many_images_break(tiny_model, tmp_path):
+    data = write_examples(tmp_path, count=16)
+    trainer = test_sft.make_trainer(tiny_model, data, tmp_path / "out", "--save_strategy", "no")
+    collate = trainer.data_collator
+    rows = list(trainer.train_dataset)
+    for path in (tmp_path / "images").iterdir():
+        path.unlink() if path.name != "0_0.png" else None
+    collate(rows[:11])
+    with pytest.raises(Mistake, match=r"^11 images broke during training; restore the data: image "):
+        collate(rows[:12])

@@ -183,6 +183,11 @@ class RunLog(TrainerCallback):
             append_rows(Path(args.output_dir) / LOG, [row])
 
 
+def has_begun(args: TrainingArguments) -> bool:
+    """Whether these arguments go on with a run that has taken a step."""
+    return args.resume_from_checkpoint == "auto" and (Path(args.output_dir) / LOG).is_file()
+
+
 def first_start(path: Path) -> str | None:
     """When the run that left this `run.json` started; None when there is none to read."""
     try:

@@ -36,6 +36,7 @@ from trl.trainer.utils import get_config_model_id, split_tensor_dict
 from open_r1.backends import Backend, TransformersBackend, VLLMBackend
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLGRPOConfig, check_settings
+from open_r1.data import most_broken
 from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
 from open_r1.finite import FiniteMixin
@@ -57,8 +58,6 @@ from open_r1.trackers import LogRollouts
 from open_r1.trajectories import Completion
 
 TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's metrics, never logged
-# The images that may break during a run, before it stops: a share of the prompts, but this many at least.
-BROKEN_SHARE, LEAST_BROKEN = 0.01, 10
 PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
 
 
@@ -155,7 +154,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
     - the prompt of a group is encoded, prefilled and scored once (`open_r1.shared_prefix`, `open_r1.rollout`);
     - rows with and without images may be mixed, in any number of processes;
     - an image that cannot be opened any more ends no run: completions about it earn nothing and are counted, up to
-      `BROKEN_SHARE` of the prompts;
+      `data.most_broken`;
     - a loss or gradient that is no number ends it before the weights are spoiled (`open_r1.finite`);
     - the figures of an evaluation are over its questions, each once (`open_r1.heldout`);
     - every completion goes to `{output_dir}/trajectories/{train,eval}.jsonl`, and a few are shown where the run
@@ -219,7 +218,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         self._held_out_left = math.inf  # how many it has still to see
         self._broken_images: set[str] = set()  # what is wrong with each, of all processes since the start
         prompts = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 0
-        self._most_broken = max(LEAST_BROKEN, int(BROKEN_SHARE * prompts))
+        self._most_broken = most_broken(prompts)
         self.add_callback(ContinueRollouts(self))
         self.add_callback(LogRollouts(self))
 
