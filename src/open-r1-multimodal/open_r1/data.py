@@ -20,6 +20,7 @@ from trl.data_utils import prepare_multimodal_messages
 from open_r1.configs import DataArguments
 from open_r1.families import control_tokens, family_of_processor
 from open_r1.files import replacing
+from open_r1.front_door import printable
 from open_r1.images import EXTENSIONS, BrokenImage, ImageSource, check_image, image_bytes, image_size, opened
 from open_r1.modeling import load_processor
 from open_r1.tasks.examples import Columns, iter_examples
@@ -196,7 +197,7 @@ def load_dataset(
     if len(lost) > most_broken(len(kept)):
         raise ValueError(f"{lost[0]}; so are {len(lost) - 1} others since the run began; restore the data")
     for line in lost:
-        state.print(f"warning: {line}; completions about it earn nothing")
+        state.print(f"warning: {printable(line)}; completions about it earn nothing")
     reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
     if not kept:
         raise ValueError(f"{source}: no example left; left out {reasons}")

@@ -1,6 +1,5 @@
 """A loss or gradient that is no number stops a run before it spoils the weights, and what led to it is kept."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NoReturn
@@ -8,7 +7,7 @@ from typing import Any, NoReturn
 from accelerate.utils import gather_object
 
 from open_r1.checkpoints import find_defect, last_complete_checkpoint
-from open_r1.files import replace_file
+from open_r1.files import replace_file, to_json
 from open_r1.front_door import Mistake
 
 
@@ -55,8 +54,7 @@ class FiniteMixin:
         rows, path = self.offending_batch(), folder / f"stopped_at_step_{done + 1}.json"
         if self.accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            content = {"step": done + 1, "reason": reason, "batch": rows}
-            replace_file(path, json.dumps(content, ensure_ascii=False, indent=1).encode())
+            replace_file(path, to_json({"step": done + 1, "reason": reason, "batch": rows}, indent=1))
         if keeps_weights and done and find_defect(folder / f"checkpoint-{done}"):
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from open_r1.trajectories import is_usable
+from open_r1.fields import is_usable
 
 Events = Sequence[Mapping[str, Any]]  # what was logged of one step each, in order
 NO_SPREAD = 1e-6  # a standard deviation that is rounding alone

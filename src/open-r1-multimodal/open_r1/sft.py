@@ -20,7 +20,7 @@ from open_r1.configs import Qwen2VLSFTConfig, SFTScriptArguments
 from open_r1.data import load_datasets_from_args, load_processor_from_args, most_broken
 from open_r1.entry import Command, run
 from open_r1.finite import FiniteMixin
-from open_r1.front_door import Mistake
+from open_r1.front_door import Mistake, printable
 from open_r1.images import BrokenImage, open_image
 from open_r1.modeling import (
     accept_missing_images,
@@ -62,7 +62,7 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
             self.last = row, [open_image(path) for path in row["images"]]
         except BrokenImage as error:  # `load_dataset` has seen it whole
             if str(error) not in self.broken:
-                print(f"warning: {error}; the row before it is repeated", file=sys.stderr, flush=True)
+                print(f"warning: {printable(error)}; the row before it is repeated", file=sys.stderr, flush=True)
             self.broken.add(str(error))
             if self.last is None or len(self.broken) > self.most_broken:
                 raise Mistake(f"{len(self.broken)} images broke during training; restore the data: {error}") from error

@@ -40,7 +40,7 @@ from open_r1.data import most_broken
 from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
 from open_r1.finite import FiniteMixin
-from open_r1.front_door import Mistake
+from open_r1.front_door import Mistake, printable
 from open_r1.heldout import held_out_figures
 from open_r1.images import BrokenImage, ImageSource, image_name, open_image
 from open_r1.modeling import (
@@ -295,7 +295,9 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
                     self._rollout.is_broken[row] = True
                 if str(error) not in self._broken_images:
                     self._broken_images.add(str(error))
-                    print(f"warning: {error}; completions about it earn nothing", file=sys.stderr, flush=True)
+                    print(
+                        f"warning: {printable(error)}; completions about it earn nothing", file=sys.stderr, flush=True
+                    )
         return images
 
     # ---- The rollout
