@@ -1,6 +1,8 @@
 """What a crash may do to a file: nothing to the old one, and no more than a torn last line to JSON Lines."""
 
 import os
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +132,19 @@ def test_kept_rows_stay_as_they_were_written(tmp_path):
     written = path.stat().st_mtime_ns
     assert keep_rows(path, lambda row: True) == 0 and path.stat().st_mtime_ns == written
     assert names(tmp_path) == ["rows.jsonl"]
+
+
+def test_a_full_disk_takes_all_rows_or_none(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, ROWS)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 40, limits[1]))  # a row and a half
+    try:
+        with pytest.raises(OSError, match=re.escape(f"File too large: '{path}'")):
+            append_rows(path, ROWS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    append_rows(path, ROWS)
+    assert read_rows(path) == ROWS * 2

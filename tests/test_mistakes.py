@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -10,12 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from open_r1 import entry, grpo, sft
 from open_r1.configs import LOSS_TYPES
 from open_r1.entry import Command, check, train
-from open_r1.failures import FIRST, Mistake, last_word, told_once
+from open_r1.failures import FIRST, Mistake, full_disk, last_word, told_once
+from open_r1.files import append_rows
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import PLANNED_PROCESSES
 from open_r1.trainer import Qwen2VLGRPOTrainer
@@ -348,3 +352,28 @@ def test_a_signal_during_the_check_ends_it(tmp_path, tiny_model, examples_json):
     assert launcher.wait(timeout=20) == 128 + signal.SIGTERM and launcher.stderr.read() == ""
     left = subprocess.run(["ps", "-o", "pid=", "-s", str(launcher.pid)], capture_output=True, text=True)
     assert left.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: append_rows(folder / "log.jsonl", [{"text": "x" * 20_000}]),
+        lambda folder: torch.save({"weights": torch.zeros(20_000)}, folder / "optimizer.pt"),
+        lambda folder: save_file({"weights": torch.zeros(20_000)}, folder / "model.safetensors"),
+    ],
+    ids=["rows", "optimizer", "weights"],
+)
+def test_a_full_disk_is_one_line(write, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(Mistake, match=r"^.*: takes no more, is the disk full") as told, full_disk(str(tmp_path)):
+            write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(told.value).startswith(str(tmp_path)) and "\n" not in str(told.value)
+
+
+def test_other_failures_are_no_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="shape"), full_disk(str(tmp_path)):
+        raise RuntimeError("shape")

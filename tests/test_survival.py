@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -34,7 +35,16 @@ from open_r1.checkpoints import (
 )
 from open_r1.data import DataArguments
 from open_r1.prompts import REPO_ROOT
-from support import launch_env, load_weights, make_config, make_trainer, read_jsonl, run_grpo, vowel_share
+from support import (
+    launch_env,
+    load_weights,
+    make_config,
+    make_trainer,
+    read_jsonl,
+    run_grpo,
+    vowel_share,
+    write_examples,
+)
 
 STEPS = 16
 # Where a run of one process is killed, each at a seeded moment: between the micro-batches of a step, before and after
@@ -337,6 +347,46 @@ def test_two_processes_under_zero2_killed_at_four_moments(tmp_path, tiny_model, 
     assert start(tmp_path / "killed").wait() == 0, (tmp_path / "log").read_text()[-3000:]
     assert (tmp_path / "log").read_text().count("resuming from") >= 3
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+# What ends a run of `faulty:reward`, in order: a pattern of its last line.
+ENDS = (
+    r"",  # the launcher: nobody is left to tell
+    r"error: rank 1 of 2 was ended by SIGKILL",
+    r"error: .*: takes no more, is the disk full\? \(.*File too large: .*train\.jsonl",
+    r"error: .*: takes no more, is the disk full\? ",
+    r"error: reward_funcs: faulty:reward returned nan ",
+    r"error: rank 0 of 2 was ended by SIGKILL",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_300_steps_with_seven_faults(tmp_path, tiny_model, quick_python):
+    """The same command, started again after every end: each step's completions are there once, and a model."""
+    data, output = write_examples(tmp_path / "data"), tmp_path / "run"
+    arguments = ["--max_steps", "300", "--save_steps", "20", "--save_total_limit", "2", "--logging_steps", "1"]
+    arguments += ["--reward_funcs", "faulty:reward", "--max_completion_length", "4", "--completions_per_step", "8"]
+    lines, printed = [], ""
+    for end in (*ENDS, None):
+        # A process that a launcher starts dies with it; those of the quick Python are a server's.
+        python = sys.executable if end == "" else str(quick_python)
+        result = run_grpo(tiny_model, data, output, *arguments, PYTHON=python, OMP_NUM_THREADS="1")
+        assert "Traceback" not in result.stderr, result.stderr[-5000:]
+        assert (result.returncode == 0) == (end is None), (end, result.returncode, result.stderr[-3000:])
+        lines.append(result.stderr.strip().splitlines()[-1] if end else "")
+        printed += result.stdout + result.stderr
+    assert all(re.match(end, line) for end, line in zip(ENDS, lines[:-1], strict=True)), lines
+    assert len(list((tmp_path / "faults").iterdir())) == 7
+    assert printed.count("resuming from") == len(ENDS)
+    rows = read_jsonl(output / "trajectories/train.jsonl")
+    assert [row["step"] for row in rows] == [step for step in range(1, 301) for _ in range(8)]
+    assert [log["step"] for log in read_jsonl(output / "log.jsonl") if "loss" in log] == list(range(1, 301))
+    damaged = [row for row in rows if row["images"] == [str(data.parent / "images/5_0.png")]]
+    assert {row["step"] > 230 for row in damaged if row["rewards"] == {"reward": None}} == {True}
+    assert all(row["advantage"] == 0 for row in damaged if row["step"] > 232)
+    assert "images/5_0.png: corrupt image; completions about it earn nothing" in printed
+    assert all(weights.isfinite().all() for weights in load_weights(output).values())
 
 
 @pytest.mark.distributed

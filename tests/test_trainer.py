@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.data import count_prompt_tokens, load_dataset
 from open_r1.families import end_token_ids, vision_token_ids
+from open_r1.finite import FiniteMixin
 from open_r1.images import open_image
 from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.rewards import accuracy_reward
@@ -255,7 +256,9 @@ SEAMS = {
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
     "_generate": ["prompts"],
     "_tokenize_prompts": ["prompts"],
+    "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "_compute_loss": ["model", "inputs"],
+    "_get_grad_norm": ["model", "grad_norm"],
     "_prepare_inputs": ["generation_batch"],
     "_get_train_sampler": ["dataset"],
     "get_eval_dataloader": ["eval_dataset"],
@@ -274,7 +277,12 @@ def test_the_seams_in_trl_are_where_we_override_them(name):
 
 
 def test_every_override_is_on_the_list():
-    own = {name for kind in (Qwen2VLGRPOTrainer, LoadWeightsMixin) for name in vars(kind) if not name.startswith("__")}
+    own = {
+        name
+        for kind in (Qwen2VLGRPOTrainer, FiniteMixin, LoadWeightsMixin)
+        for name in vars(kind)
+        if not name.startswith("__")
+    }
     scoring = {"_get_per_token_logps_and_entropies"}  # many arguments, of which we read the first
     assert {name for name in own if callable(getattr(GRPOTrainer, name, None))} == {*SEAMS, *scoring}
 

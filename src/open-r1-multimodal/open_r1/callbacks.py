@@ -1,13 +1,14 @@
 """What a run shows while it trains and leaves in its folder beside trajectories and checkpoints.
 
 `RunLog` writes `run.json`, what was run, and `log.jsonl`, one line a log event. `ProgressLines` prints one line a log
-event.
+event, `Warnings` one when a guard of `guards.py` begins to warn.
 """
 
 import json
 import math
 import os
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from open_r1.files import append_rows, keep_rows, replace_file
+from open_r1.guards import new_warnings
 
 RUN, LOG = "run.json", "log.jsonl"
 _SECRET = re.compile(r"(?:^|_)(?:token|password|secret|api_key)$", re.IGNORECASE)
@@ -74,6 +76,7 @@ def add_run_callbacks(
             }
         )
     )
+    trainer.add_callback(Warnings())  # behind the line and the event that it is about
 
 
 def whole_path(name: str | None) -> str | None:
@@ -180,6 +183,11 @@ class RunLog(TrainerCallback):
             append_rows(Path(args.output_dir) / LOG, [row])
 
 
+def has_begun(args: TrainingArguments) -> bool:
+    """Whether these arguments go on with a run that has taken a step."""
+    return args.resume_from_checkpoint == "auto" and (Path(args.output_dir) / LOG).is_file()
+
+
 def first_start(path: Path) -> str | None:
     """When the run that left this `run.json` started; None when there is none to read."""
     try:
@@ -281,3 +289,23 @@ class ProgressLines(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+# --- warnings -------------------------------------------------------------------------------------------------
+
+
+class Warnings(TrainerCallback):
+    """Tell what the guards find, when it begins: on the terminal, and as an event of its own in `log.jsonl`."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Look at a step's event, and at those before it, which a checkpoint brings along."""
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        found = new_warnings([event for event in state.log_history if "loss" in event])
+        for name, sentence in found.items():
+            print(f"warning: step {state.global_step}: {name}: {sentence}", file=sys.stderr, flush=True)
+        rows = [{"step": state.global_step, "time": time.time(), "guard": k, "warning": v} for k, v in found.items()]
+        if rows:
+            append_rows(Path(args.output_dir) / LOG, rows)

@@ -20,11 +20,19 @@ from trl.data_utils import prepare_multimodal_messages
 from open_r1.configs import DataArguments
 from open_r1.families import control_tokens, family_of_processor
 from open_r1.files import replacing
-from open_r1.images import EXTENSIONS, ImageSource, check_image, image_bytes, image_size, opened
+from open_r1.front_door import printable
+from open_r1.images import EXTENSIONS, BrokenImage, ImageSource, check_image, image_bytes, image_size, opened
 from open_r1.modeling import load_processor
 from open_r1.tasks.examples import Columns, iter_examples
 
 Row = dict[str, Any]
+# The images that may break during a run before it stops: a share of the prompts, but this many at least.
+BROKEN_SHARE, LEAST_BROKEN = 0.01, 10
+
+
+def most_broken(prompts: int) -> int:
+    """How many images may break during a run over so many prompts."""
+    return max(LEAST_BROKEN, int(BROKEN_SHARE * prompts))
 
 
 def load_processor_from_args(model_args: ModelConfig, data_args: DataArguments) -> ProcessorMixin:
@@ -44,6 +52,7 @@ def load_datasets_from_args(
     template_kwargs: dict[str, str],
     checks: Sequence[Callable[[Row], None]] = (),
     max_answer_length: int | None = None,
+    has_begun: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
     """`load_dataset` with the values of a recipe: what to train on, and what is held out."""
     columns = columns_of(data_args)
@@ -58,6 +67,7 @@ def load_datasets_from_args(
             split=split,
             checks=checks,
             max_answer_length=max_answer_length,
+            has_begun=has_begun,
             **template_kwargs,
         )
 
@@ -115,6 +125,16 @@ def count_prompt_tokens(example: Row, processor: ProcessorMixin, **template_kwar
     return len(processor.tokenizer(text)["input_ids"]) - len(sizes) + images
 
 
+def find_broken(images: Sequence[str]) -> BrokenImage | None:
+    """What is wrong with the first of these files that is no picture."""
+    try:
+        for path in images:
+            check_image(path)
+    except BrokenImage as error:
+        return error
+    return None
+
+
 @contextmanager
 def naming(source: str | Path, row: int) -> Iterator[None]:
     """In the block, what is wrong with a row is told with its file and number."""
@@ -134,6 +154,7 @@ def load_dataset(
     split: str = "train",
     checks: Sequence[Callable[[Row], None]] = (),
     max_answer_length: int | None = None,
+    has_begun: bool = False,
     **template_kwargs: str,
 ) -> Dataset:
     """Read a data set; leave out, never truncate, what is too long, and texts that spell a control token.
@@ -144,6 +165,8 @@ def load_dataset(
         max_prompt_length: in tokens, image tokens included; None keeps every length.
         checks: each raises ValueError for a row that cannot be trained on.
         max_answer_length: in tokens; None keeps every length.
+        has_begun: a run that found every image whole goes on: those that broke since (`most_broken` at most) are named,
+            and their rows stay, so that the others keep their places.
         template_kwargs: for the chat template.
 
     Raises:
@@ -151,25 +174,33 @@ def load_dataset(
             opened included; or no example is left.
     """
     state = PartialState()
-    controls, left_out, kept = control_tokens(processor), Counter(), []
-    examples = iter_examples(source, columns, config, split)
+    controls, left_out, kept, lost = control_tokens(processor), Counter(), [], []
+    examples = iter_examples(source, columns, config, split, must_exist=not has_begun)
     for row, example in enumerate(tqdm(examples, desc="examples", unit="", disable=not state.is_main_process)):
         with naming(source, row):
             example["images"] = [store_image(image) for image in example["images"]]
-            for path in example["images"]:
-                check_image(path)
             for check in checks:
                 check(example)
             answer = example["solution"] or ""
             texts = [*(message["content"] for message in example["prompt"]), answer]
+            broken = find_broken(example["images"])
+            if broken and not has_begun:
+                raise broken
             if any(token in text for text in texts for token in controls):
                 left_out["a control token of the model in their text"] += 1
             elif max_answer_length and len(processor.tokenizer(answer)["input_ids"]) > max_answer_length:
                 left_out[f"an answer over {max_answer_length} tokens (max_answer_length)"] += 1
+            elif broken:
+                lost.append(f"{source}: row {row}: {broken}")
+                kept.append(example)
             elif count_prompt_tokens(example, processor, **template_kwargs) > (max_prompt_length or math.inf):
                 left_out[f"a prompt over {max_prompt_length} tokens (max_prompt_length, or fewer max_pixels)"] += 1
             else:
                 kept.append(example)
+    if len(lost) > most_broken(len(kept)):
+        raise ValueError(f"{lost[0]}; so are {len(lost) - 1} others since the run began; restore the data")
+    for line in lost:
+        state.print(f"warning: {printable(line)}; completions about it earn nothing")
     reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
     if not kept:
         raise ValueError(f"{source}: no example left; left out {reasons}")

@@ -25,7 +25,7 @@ from open_r1.checkpoints import (
     read_state,
     resolve_checkpoint,
 )
-from open_r1.failures import mistakes, told_once
+from open_r1.failures import full_disk, mistakes, told_once
 from open_r1.front_door import Mistake
 from open_r1.locks import IN_USE, owned
 from open_r1.modeling import check_weights, parameter_table
@@ -206,11 +206,13 @@ def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], a
     trainer.add_callback(CompleteCheckpoints(args))
     recipes, _ = split_arguments(arguments)
     add_run_callbacks(trainer, command.name, script_args, model_args, recipes)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with full_disk(args.output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step == steps_before:
         raise Mistake(f"{script_args.dataset_name}: too few examples for a step; nothing was trained, nothing saved")
-    trainer.save_model(args.output_dir)
-    trainer.save_state()
+    with full_disk(args.output_dir):
+        trainer.save_model(args.output_dir)
+        trainer.save_state()
     say(f"saved {args.output_dir}")
     if trainer.is_world_process_zero():
         report(args.output_dir)

@@ -6,6 +6,7 @@ folder where torch's launcher lets its processes leave their errors.
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -15,11 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from open_r1.front_door import Mistake, printable
+from open_r1.front_door import Mistake, first_line, printable
 
 MISTAKE = 2  # exit code, as argparse's
 FIRST = "first_failure"
 PAUSE = 1.0  # seconds
+# How Python, safetensors and torch say that a file could not be written to its end.
+NO_ROOM = re.compile(r"No space left|quota exceeded|File too large|PytorchStreamWriter|unexpected pos \d")
 SETTLED = 5  # seconds that the failures of one cause lie apart; torch's launcher waits 30 before it kills
 
 
@@ -30,6 +33,20 @@ def mistakes(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise Mistake(error) from error
+
+
+@contextmanager
+def full_disk(folder: str) -> Iterator[None]:
+    """Inside it, what fails because a run's folder takes no more becomes a `Mistake`."""
+    try:
+        yield
+    except Exception as error:
+        if not NO_ROOM.search(str(error)):
+            raise
+        raise Mistake(
+            f"{folder}: takes no more, is the disk full? ({first_line(error)}); make room, and the same command goes "
+            "on from the newest whole checkpoint"
+        ) from error
 
 
 @contextmanager

@@ -70,13 +70,22 @@ def read_json(path: Path) -> Any:
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add rows to the end of a JSON Lines file and wait until they are on disk."""
+    """Add rows to the end of a JSON Lines file and wait until they are on disk: all of them or, on a full one, none.
+
+    Raises:
+        OSError: they could not be written; the file is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = b"".join(map(to_json, rows))
-    with path.open("ab") as file:
-        file.write(lines)
-        file.flush()
-        os.fsync(file.fileno())
+    lines = memoryview(b"".join(map(to_json, rows)))
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while lines:
+                lines = lines[file.write(lines) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def whole_lines(lines: Iterable[bytes]) -> Iterator[bytes]:

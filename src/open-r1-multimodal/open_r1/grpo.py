@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import ModelConfig
 
+from open_r1.callbacks import has_begun
 from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, check_settings
 from open_r1.data import load_datasets_from_args, load_processor_from_args, opens_think
 from open_r1.entry import Command, run
@@ -30,7 +31,9 @@ def prepare(
     processor = load_processor_from_args(model_args, script_args)
     reward_funcs = get_reward_funcs(script_args.reward_funcs, think_prefilled=opens_think(processor, **template_kwargs))
     checks = [check_gold] if accuracy_reward in reward_funcs else []
-    train_dataset, eval_dataset = load_datasets_from_args(script_args, processor, template_kwargs, checks)
+    train_dataset, eval_dataset = load_datasets_from_args(
+        script_args, processor, template_kwargs, checks, has_begun=has_begun(training_args)
+    )
     prompts = training_args.generation_batch_size // training_args.num_generations
     if len(train_dataset) < prompts:
         raise ValueError(

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicLayer, GenerationConfig, PreTrainedModel
 
 from open_r1.families import family_of
+from open_r1.front_door import Mistake
 from open_r1.shared_prefix import Prompt, enable_grouping, join_images
 
 # Dropping finished rows copies the cache of the others, so it waits until an eighth of the rows has finished.
@@ -67,6 +68,9 @@ def generate(
 
     Returns:
         The token ids of each completion with its end token, if it came to one; the prompts' order, repeats together.
+
+    Raises:
+        Mistake: the model gives no numbers.
     """
     enable_grouping(model)
     device = model.device
@@ -91,6 +95,8 @@ def generate(
         **join_images(family_of(model), prompts, device),
     )
     cache.batch_select_indices(owner.to(device))
+    if not outputs.logits.isfinite().all():
+        raise Mistake("the model's scores of the next token are no numbers: its weights are NaN, infinite or too large")
     logits = outputs.logits[owner.to(device), -1]  # (B, V)
     is_padded = bool((mask == 0).any())
     mask = mask[owner].to(device)  # (B, P)

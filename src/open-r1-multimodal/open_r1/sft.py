@@ -14,10 +14,13 @@ from PIL import Image
 from trl import ModelConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from open_r1.callbacks import has_begun
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLSFTConfig, SFTScriptArguments
-from open_r1.data import load_datasets_from_args, load_processor_from_args
+from open_r1.data import load_datasets_from_args, load_processor_from_args, most_broken
 from open_r1.entry import Command, run
+from open_r1.finite import FiniteMixin
+from open_r1.front_door import Mistake, printable
 from open_r1.images import BrokenImage, open_image
 from open_r1.modeling import (
     accept_missing_images,
@@ -35,6 +38,8 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
 
     completion_only_loss: bool = True
     template_kwargs: dict[str, str] = field(default_factory=dict)
+    most_broken: int = most_broken(0)  # images, before the run stops
+    broken: set[str] = field(default_factory=set)
     last: tuple[dict[str, Any], list[Image.Image]] | None = None  # the newest row whose images could be opened
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -56,13 +61,15 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
         try:
             self.last = row, [open_image(path) for path in row["images"]]
         except BrokenImage as error:  # `load_dataset` has seen it whole
-            if self.last is None:
-                raise
-            print(f"warning: {error}; the row before it is repeated", file=sys.stderr, flush=True)
+            if str(error) not in self.broken:
+                print(f"warning: {printable(error)}; the row before it is repeated", file=sys.stderr, flush=True)
+            self.broken.add(str(error))
+            if self.last is None or len(self.broken) > self.most_broken:
+                raise Mistake(f"{len(self.broken)} images broke during training; restore the data: {error}") from error
         return self.last
 
 
-class Qwen2VLSFTTrainer(LoadWeightsMixin, SFTTrainer):
+class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, SFTTrainer):
     """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed."""
 
 
@@ -84,11 +91,15 @@ def prepare(
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args)
     train_dataset, eval_dataset = load_datasets_from_args(
-        script_args, processor, template_kwargs, [check_answer], script_args.max_answer_length
+        *(script_args, processor, template_kwargs, [check_answer]),
+        max_answer_length=script_args.max_answer_length,
+        has_begun=has_begun(training_args),
     )
     return {
         "processing_class": processor,
-        "data_collator": AnswerCollator(processor=processor, template_kwargs=template_kwargs),
+        "data_collator": AnswerCollator(
+            processor=processor, template_kwargs=template_kwargs, most_broken=most_broken(len(train_dataset))
+        ),
         "train_dataset": train_dataset,
         "eval_dataset": eval_dataset,
         "peft_config": peft_config,

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,8 +36,11 @@ from trl.trainer.utils import get_config_model_id, split_tensor_dict
 from open_r1.backends import Backend, TransformersBackend, VLLMBackend
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLGRPOConfig, check_settings
+from open_r1.data import most_broken
 from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
+from open_r1.finite import FiniteMixin
+from open_r1.front_door import Mistake, printable
 from open_r1.heldout import held_out_figures
 from open_r1.images import BrokenImage, ImageSource, image_name, open_image
 from open_r1.modeling import (
@@ -139,7 +142,7 @@ class Rollout:
     rewards: list[list[float]] = field(default_factory=list)
 
 
-class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
+class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
     """TRL's `GRPOTrainer` for Qwen2-VL, Qwen2.5-VL and Qwen3-VL, with the same signature, defaults and datasets.
 
     A dataset row holds `prompt`, conversational or (without images) a text; `images` or `image`, if any, as whatever
@@ -150,7 +153,9 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
       `args` alone, never from the checkpoint's generation_config;
     - the prompt of a group is encoded, prefilled and scored once (`open_r1.shared_prefix`, `open_r1.rollout`);
     - rows with and without images may be mixed, in any number of processes;
-    - an image that cannot be opened any more ends no run: completions about it earn nothing and are counted;
+    - an image that cannot be opened any more ends no run: completions about it earn nothing and are counted, up to
+      `data.most_broken`;
+    - a loss or gradient that is no number ends it before the weights are spoiled (`open_r1.finite`);
     - the figures of an evaluation are over its questions, each once (`open_r1.heldout`);
     - every completion goes to `{output_dir}/trajectories/{train,eval}.jsonl`, and a few are shown where the run
       reports to;
@@ -211,7 +216,9 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
         self.last_rollout: list[dict[str, Any]] = []  # trajectory rows of all processes, the newest in training
         self._held_out: list[dict[str, Any]] = []  # trajectory rows of the evaluation under way
         self._held_out_left = math.inf  # how many it has still to see
-        self._broken_images: set[str] = set()  # those that were told of
+        self._broken_images: set[str] = set()  # what is wrong with each, of all processes since the start
+        prompts = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 0
+        self._most_broken = most_broken(prompts)
         self.add_callback(ContinueRollouts(self))
         self.add_callback(LogRollouts(self))
 
@@ -265,6 +272,12 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
         if is_broken.any():
             rewards[is_broken] = torch.nan  # TRL's word for: no advantage, and no part in a mean
             self._metrics[self._mode()]["broken_images/completions"].append(is_broken.sum().item())
+            self._broken_images.update(gather_object(sorted(self._broken_images)))
+            if len(self._broken_images) > self._most_broken:
+                raise Mistake(
+                    f"{len(self._broken_images)} images broke during training (allowed: {self._most_broken}); "
+                    f"restore the data; one of them: {min(self._broken_images)}"
+                )
         start = self.accelerator.process_index * len(prompts)
         rollout.completions, rollout.ids = completions, completion_ids_list
         rollout.rewards = rewards[start : start + len(prompts)].tolist()
@@ -282,7 +295,9 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
                     self._rollout.is_broken[row] = True
                 if str(error) not in self._broken_images:
                     self._broken_images.add(str(error))
-                    print(f"warning: {error}; completions about it earn nothing", file=sys.stderr, flush=True)
+                    print(
+                        f"warning: {printable(error)}; completions about it earn nothing", file=sys.stderr, flush=True
+                    )
         return images
 
     # ---- The rollout
@@ -319,7 +334,10 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
                 prompt = put_images(prompt, self._open(images_of(prompt), rows))
             encoded.append(self.backend.encode(prompt))
             repeats.append(len(rows))
-        answer = self.backend.generate(encoded, repeats, self.generation_config)
+        try:
+            answer = self.backend.generate(encoded, repeats, self.generation_config)
+        except Mistake as error:  # no numbers: the update before it spoiled the weights
+            self.stop(str(error), keeps_weights=False)
         prompts = [prompt for prompt, count in zip(answer.prompts, repeats, strict=True) for _ in range(count)]
         self._rollout.prompts = self._scored = prompts
         return {
@@ -386,6 +404,10 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
         return self._buffered_inputs[self._step % steps]
 
     # ---- What is logged and left behind
+
+    def offending_batch(self) -> list[dict[str, Any]]:
+        """The newest rollout: prompts, completions, rewards and all else of its trajectories."""
+        return self.last_rollout
 
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
@@ -491,6 +513,9 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
         if mode == "train":
             start = 0
             self.last_rollout = rows
+            groups = [rows[i : i + self.num_generations] for i in range(0, len(rows), self.num_generations)]
+            identical = sum(len({row["completion"] for row in group}) == 1 for group in groups) / len(groups)
+            self._metrics[mode]["completions/identical_groups"].append(identical)
             for name, value in reflection_shares(rows).items():
                 self._metrics[mode][name].append(value)
         else:

@@ -108,6 +108,7 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
         accuracy_length_legend=figures.accuracy_length_legend(curves),
         charts=[(chart, figures.legend(chart), figures.chart_svg(chart)) for chart in curves.charts],
         missing=curves.missing,
+        warnings=[(step, visible(guard), visible(sentence)) for step, guard, sentence in run.warnings],
         reflections=[
             (title, reflection_statistics(trajectories))
             for title, trajectories in (("training", train), ("held-out", held_out))

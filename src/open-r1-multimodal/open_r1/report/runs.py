@@ -40,7 +40,7 @@ def _is_time(value: Any) -> bool:
 
 
 EVENT: Fields = {"step": Check(is_count, "a number of steps")}
-EVENT_OPTIONAL: Fields = {"time": Check(_is_time, "seconds since 1970")}
+EVENT_OPTIONAL: Fields = {"time": Check(_is_time, "seconds since 1970"), "guard": TEXT, "warning": TEXT}
 INFO_OPTIONAL: Fields = {
     "command": TEXT,
     "started": TEXT,
@@ -103,6 +103,11 @@ class Run:
     def steps_done(self) -> int:
         """The last step that the log knows of."""
         return max((event["step"] for event in self.events), default=0)
+
+    @property
+    def warnings(self) -> list[tuple[int, str, str]]:
+        """Step, guard and sentence of each warning, in their order."""
+        return [(e["step"], e["guard"], e["warning"]) for e in self.events if "guard" in e and "warning" in e]
 
     @property
     def last_time(self) -> float | None:

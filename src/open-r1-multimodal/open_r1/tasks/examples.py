@@ -48,7 +48,11 @@ def read_examples(
 
 
 def iter_examples(
-    source: str | Path, columns: Columns | None = None, config: str | None = None, split: str = "train"
+    source: str | Path,
+    columns: Columns | None = None,
+    config: str | None = None,
+    split: str = "train",
+    must_exist: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """The rows of a data set, in its order; images are named, not opened.
 
@@ -57,6 +61,7 @@ def iter_examples(
         columns: of a data set without dialogues.
         config: of a folder or a Hub data set that has several.
         split: of a folder or a Hub data set.
+        must_exist: whether an image file that is not there is an error.
 
     Yields:
         One dict a record: `prompt` (conversational, without `<image>` marks), `images` (absolute paths, or what
@@ -72,7 +77,7 @@ def iter_examples(
     count = 0
     for row, record in enumerate(read_records(source, config, split)):
         try:
-            yield to_row(mended(record), folder, columns or Columns())
+            yield to_row(mended(record), folder, columns or Columns(), must_exist)
         except RecursionError as error:
             raise ValueError(f"{source}: row {row}: nested too deeply") from error
         except (OSError, ValueError) as error:
@@ -133,7 +138,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=64):
                 yield from batch.to_pylist()
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # OSError: damaged in the middle
         raise ValueError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
 
 
@@ -200,11 +205,12 @@ def mended(value: Any) -> Any:
     return value
 
 
-def to_row(record: Any, folder: Path, columns: Columns) -> dict[str, Any]:
+def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True) -> dict[str, Any]:
     """One record -> one row of `iter_examples`, whose errors it raises without file and row.
 
     Args:
         folder: where relative image paths start.
+        must_exist: see `iter_examples`.
     """
     if not isinstance(record, Mapping):
         raise ValueError("expected an object")
@@ -240,7 +246,7 @@ def to_row(record: Any, folder: Path, columns: Columns) -> dict[str, Any]:
         text = sat_question(text, options)
     row = {
         "prompt": [*system, {"role": "user", "content": text}],
-        "images": [locate(reference, folder) for reference in references],
+        "images": [locate(reference, folder, must_exist) for reference in references],
         "solution": solution,
         "options": options,
         "question_type": str(fields.get("question_type", "")),
@@ -334,7 +340,7 @@ def from_parts(parts: list[Any], form: str) -> tuple[str, list[Any]]:
     return "".join(texts), references
 
 
-def locate(reference: Any, folder: Path) -> Any:
+def locate(reference: Any, folder: Path, must_exist: bool = True) -> Any:
     """An image reference as an absolute path; what carries its bytes stays what it is."""
     if image_bytes(reference) is not None:
         return reference
@@ -344,6 +350,6 @@ def locate(reference: Any, folder: Path) -> Any:
     if text.startswith(("http://", "https://")):
         raise ValueError(f"image {text}: download it first and name the file")
     path = folder / local_path(text)
-    if not path.is_file():
+    if must_exist and not path.is_file():
         raise FileNotFoundError(f"no image {path}" + (", that is a folder" if path.is_dir() else ""))
     return str(path)

@@ -1,0 +1,313 @@
+"""Fuzzing: whatever a model writes is judged, and whatever a file holds is a row or an error in one line.
+
+The examples are the same in every run. What they find becomes a case of its own in the file of what it was about.
+"""
+
+import io
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from open_r1.answers import extract_answer, is_correct, judge
+from open_r1.backends import collapse_image_tokens
+from open_r1.families import FAMILIES
+from open_r1.rewards import accuracy_reward, format_reward
+from open_r1.sampling import shuffle_groups
+from open_r1.shared_prefix import Prompt, pack
+from open_r1.tasks.examples import iter_examples
+from open_r1.tasks.sat import Example, Skip, convert_row, to_record
+
+SECONDS = 1.0  # of a processor, for a response of 100,000 characters; it takes a twentieth of them
+
+
+def fuzz(examples: int) -> settings:
+    """So many examples, always the same ones."""
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+
+
+# --- answers and rewards ----------------------------------------------------------------------------------------
+
+PIECES = [
+    *("<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "{", "The answer is ", "Answer: ", "答案是"),
+    *("(A)", "(B) ", "C.", "[D]", " A ", "option b", "left", "right", "3", "three", " 1/2", "-5", "3.0", "√{", "9π"),
+    *(" or ", "not ", "either ", "because ", "while a", "I would choose ", "Therefore, ", "\n", "\nQuestion: ", ". "),
+    *("。", "、", "İ", "ß", "\0", "\u202e", "\ud800", "\x1b[2J", "**", "``", "$", "%", "&lt;", "<|im_end|>", " ", "\t"),
+]
+TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=6), max_size=12).map("".join)
+OPTIONS = st.lists(TEXTS | st.sampled_from(["left", "right", "3", "4", "yes", "no", "point A"]), min_size=1, max_size=5)
+
+
+@st.composite
+def questions(draw: st.DrawFn) -> dict:
+    """A gold answer, and the options that it is one of; or none."""
+    options = draw(st.none() | OPTIONS)
+    return {"gold": draw(TEXTS if options is None else st.sampled_from(options)), "options": options}
+
+
+@fuzz(250)
+@given(TEXTS, questions(), st.sampled_from([None, False]), st.booleans())
+def test_every_response_gets_a_verdict(response, question, lettered, lenient):
+    verdict = judge(response, **question, lettered=lettered, lenient=lenient)
+    assert verdict.reading and verdict.correct in (True, False)
+    assert verdict.answer is not None or not verdict.correct
+    if question["options"] and verdict.answer is not None:
+        letters = [f"({chr(ord('A') + index)})" for index in range(len(question["options"]))]
+        assert verdict.answer in {*question["options"], *letters}
+    if not lenient:
+        assert verdict.correct == is_correct(extract_answer(response), **question, lettered=lettered)
+
+
+@fuzz(200)
+@given(TEXTS, questions(), st.randoms(use_true_random=False))
+def test_the_order_of_options_decides_nothing(answer, question, draw):
+    shuffled = draw.sample(question["options"] or [], len(question["options"] or []))
+    expected = is_correct(answer, **question, lettered=False)
+    assert is_correct(answer, question["gold"], shuffled, lettered=False) == expected
+
+
+@fuzz(100)
+@given(st.lists(st.sampled_from(range(-99, 99)).map(str), min_size=1, max_size=8, unique=True), st.data())
+def test_a_letter_means_the_option_at_its_place(options, data):
+    chosen, gold = (data.draw(st.integers(0, len(options) - 1)) for _ in range(2))
+    dress = data.draw(st.sampled_from(["{}", "({})", "{}.", "[{}]", "Option {}", "**{}**"]))
+    answer = dress.format(chr(ord("A") + chosen))
+    assert is_correct(answer, options[gold], options, lettered=True) == (chosen == gold)
+
+
+@fuzz(60)
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join), questions(), st.booleans())
+def test_a_long_response_is_judged_in_time(piece, question, lenient):
+    response = piece * (100_000 // len(piece))
+    start = time.process_time()
+    judge(response, **question, lenient=lenient)
+    assert time.process_time() - start < SECONDS
+
+
+@fuzz(300)
+@given(st.lists(st.tuples(TEXTS, questions()), min_size=1, max_size=4), st.booleans())
+def test_rewards_are_0_or_1_for_any_text(rows, think_prefilled):
+    texts = [text for text, _ in rows]
+    conversations = [[{"role": "assistant", "content": text}] for text in texts]
+    golds, options = ([question[key] for _, question in rows] for key in ("gold", "options"))
+    for rewards in (
+        [accuracy_reward(form, solution=golds, options=options) for form in (texts, conversations)],
+        [format_reward(form, think_prefilled=think_prefilled) for form in (texts, conversations)],
+    ):
+        assert rewards[0] == rewards[1] and len(rewards[0]) == len(rows)
+        assert all(type(reward) is float and reward in (0, 1) for reward in rewards[0])
+
+
+@fuzz(200)
+@given(TEXTS, TEXTS, st.sampled_from(["", " ", "\n\n"]))
+def test_the_right_format_is_rewarded_whatever_it_holds(thought, answer, space):
+    is_clean = not any(tag in thought + answer for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+    text = f"{space}<think>{thought}</think>{space}<answer>{answer}</answer>{space}"
+    expected = float(is_clean and bool(thought.strip()) and bool(answer.strip()))
+    assert format_reward([text]) == format_reward([text.replace("<think>", "", 1)], think_prefilled=True) == [expected]
+
+
+# --- packing ----------------------------------------------------------------------------------------------------
+
+GROUPS = st.lists(
+    st.tuples(st.integers(1, 6), st.lists(st.integers(0, 5), min_size=1, max_size=4)), min_size=1, max_size=4
+)
+
+
+@fuzz(200)
+@given(GROUPS)
+def test_a_packed_row_is_its_sequences(groups):
+    """Every completion token is predicted from its own prompt and its own branch, at its own position."""
+    prompts, rows = [], []
+    for number, (length, lengths) in enumerate(groups):
+        prompt = Prompt(torch.arange(length) + 100 * (number + 1), torch.arange(length).expand(3, length))
+        prompts += [prompt] * len(lengths)
+        rows += [list(range(1000 * len(rows) + 1000, 1000 * len(rows) + 1000 + n)) for n in lengths]
+    width = max(1, max(map(len, rows)))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    batch = pack(FAMILIES["qwen2_vl"], prompts, ids, mask)
+    packed, positions = batch.model_inputs["input_ids"][0], batch.model_inputs["position_ids"][0, 0]
+    if any(rows):
+        assert torch.equal(batch.unpack(batch.labels), ids * mask)
+    else:
+        assert batch.labels.tolist() == [[-100]]
+    assert len(packed) == len(positions) == sum(group.length for group in batch.model_inputs["groups"])
+    scored, first = batch.model_inputs["scored"].tolist(), 0
+    for group, (length, lengths) in zip(batch.model_inputs["groups"], groups, strict=True):
+        prompt, own = prompts[first], rows[first : first + len(lengths)]
+        first += len(lengths)
+        prefix = packed[group.start : group.start + group.prefix].tolist()
+        assert group.prefix == length - 1 and prefix == prompt.input_ids[:-1].tolist()
+        branches = [at[is_token].tolist() for at, is_token in zip(group.branches, group.is_token, strict=True)]
+        for row, places in zip([row for row in own if row], branches, strict=True):
+            for count, place in enumerate(places):
+                assert place == scored.pop(0)
+                seen = group.mask[count].tolist()  # of prefix and branch
+                assert seen == [True] * (group.prefix + count + 1) + [False] * (len(seen) - group.prefix - count - 1)
+                assert prefix + packed[places[: count + 1]].tolist() == prompt.input_ids.tolist() + row[:count]
+                assert positions[place] == length - 1 + count
+    assert scored == ([] if any(rows) else [0])
+
+
+@fuzz(100)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(0, 2**31))
+def test_shuffling_moves_groups_and_loses_no_row(sizes, seed):
+    prompts = [Prompt(torch.arange(2), torch.zeros(3, 2)) for _ in sizes]
+    rows = [prompt for prompt, size in zip(prompts, sizes, strict=True) for _ in range(size)]
+    torch.manual_seed(seed)
+    shuffled = shuffle_groups({"prompts": rows, "row": torch.arange(len(rows))})
+    order = shuffled["row"].tolist()
+    assert sorted(order) == list(range(len(rows))) and shuffled["prompts"] == [rows[row] for row in order]
+    assert all(b == a + 1 or rows[a] is not rows[b] for a, b in pairwise(order))
+
+
+@fuzz(100)
+@given(st.lists(st.integers(0, 3), max_size=30))
+def test_collapsing_image_tokens_touches_no_other(ids):
+    collapsed = collapse_image_tokens(ids, 3)
+    assert [token for token in collapsed if token != 3] == [token for token in ids if token != 3]
+    assert (3, 3) not in pairwise(collapsed)
+
+
+# --- rows of files ----------------------------------------------------------------------------------------------
+
+FIELDS = ["messages", "conversations", "prompt", "question", "problem", "solution", "answer", "images", "image"]
+FIELDS += ["options", "question_type"]
+NAMES = [*FIELDS, "completions", "role", "content", "from", "value", "type", "text", "path", "bytes"]
+WORDS = ["user", "assistant", "human", "gpt", "system", "image", "text", "<image>", "<image>What?", "a.png", "left", ""]
+WORDS += ["file://a.png", "data:image/png;base64,AAAA", "http://127.0.0.1/x.png", "\ud800", "\0", "/dev/zero"]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(WORDS) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), inner, max_size=4)
+        | st.fixed_dictionaries({"role": st.sampled_from(WORDS), "content": inner})
+        | st.fixed_dictionaries({"type": st.sampled_from(["image", "text"]), "text": inner, "image": inner})
+    ),
+    max_leaves=12,
+)
+TURNS = st.tuples(VALUES, VALUES).map(
+    lambda pair: [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+)
+RECORDS = st.dictionaries(st.sampled_from(FIELDS), VALUES | TURNS, max_size=5) | VALUES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with one picture."""
+    path = tmp_path_factory.mktemp("fuzz")
+    Image.new("RGB", (4, 4)).save(path / "a.png")
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a file, if it has any; each of them is one, and an error is one line that names the file."""
+    try:
+        rows = list(iter_examples(path))
+    except (OSError, ValueError) as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error), error
+        return []
+    for row in rows:
+        assert row["prompt"] and all(isinstance(message["content"], str) for message in row["prompt"])
+        assert isinstance(row["images"], list) and isinstance(row["question_type"], str)
+        assert row["solution"] is None or isinstance(row["solution"], str)
+        assert all(isinstance(option, str) for option in row["options"])
+    return rows
+
+
+@fuzz(400)
+@given(RECORDS, st.sampled_from([".json", ".jsonl"]))
+def test_any_json_record_is_a_row_or_one_line(folder, record, ending):
+    path = folder / f"rows{ending}"
+    path.write_text(json.dumps([record] if ending == ".json" else record) + "\n")
+    read(path)
+
+
+JSON_LIKE = st.text('[]{}",:\n 0e-untf\\', max_size=40).map(str.encode)
+
+
+@fuzz(150)
+@given(st.binary(max_size=40) | st.text('[]{}",:\n 0e-untf\\', max_size=40).map(str.encode), st.sampled_from(["", "l"]))
+def test_any_bytes_are_no_json_in_one_line(folder, content, ending):
+    path = folder / f"bytes.json{ending}"
+    path.write_bytes(content)
+    read(path)
+
+
+def column(rows: int) -> st.SearchStrategy:
+    """A column of a parquet file."""
+    cells = [st.sampled_from(WORDS), st.integers(-9, 9), st.binary(max_size=5), st.booleans(), st.floats()]
+    cells += [st.lists(st.sampled_from(WORDS), max_size=3)]
+    cells += [
+        st.fixed_dictionaries({"bytes": st.none() | st.binary(max_size=9), "path": st.sampled_from(["a.png", None])})
+    ]
+    return st.one_of([st.lists(st.none() | cell, min_size=rows, max_size=rows) for cell in cells])
+
+
+@fuzz(150)
+@given(st.integers(1, 3).flatmap(lambda rows: st.dictionaries(st.sampled_from(FIELDS), column(rows), max_size=5)))
+def test_any_parquet_table_is_rows_or_one_line(folder, columns):
+    path = folder / "rows.parquet"
+    try:
+        pq.write_table(pa.table(columns), path)
+    except (pa.ArrowException, UnicodeEncodeError):  # no table
+        return
+    read(path)
+
+
+@fuzz(150)
+@given(st.randoms(use_true_random=False), st.integers(1, 8))
+def test_any_damaged_parquet_file_is_rows_or_one_line(folder, draw, count):
+    file = io.BytesIO()
+    pq.write_table(pa.table({"question": ["What?"] * 9, "answer": ["left"] * 9, "image": ["a.png"] * 9}), file)
+    content = bytearray(file.getvalue())
+    for _ in range(count):
+        content[draw.randrange(len(content))] = draw.randrange(256)
+    path = folder / "damaged.parquet"
+    path.write_bytes(content if draw.random() < 0.8 else content[: draw.randrange(len(content))])
+    read(path)
+
+
+PICTURE = io.BytesIO()
+Image.new("RGB", (4, 4)).save(PICTURE, "PNG")
+SAT_TEXTS = st.none() | st.sampled_from(["left", "right", " ", "Left ", "<image>", "<|im_end|>", "\ud800"]) | st.text()
+SAT_IMAGES = st.sampled_from([None, b"", b"x", PICTURE.getvalue(), PICTURE.getvalue()[:50]])
+SAT_IMAGES |= st.fixed_dictionaries({"bytes": SAT_IMAGES, "path": st.none()})
+SAT_ROWS = st.fixed_dictionaries(
+    {
+        "image_bytes": st.none() | st.lists(SAT_IMAGES, max_size=2),
+        "question": SAT_TEXTS,
+        "answers": st.none() | st.lists(SAT_TEXTS, max_size=4),
+        "question_type": SAT_TEXTS,
+        "correct_answer": SAT_TEXTS,
+    }
+)
+
+
+@fuzz(300)
+@given(SAT_ROWS, st.booleans())
+def test_any_row_of_sat_is_an_example_or_has_a_reason(folder, row, keep_multi_image):
+    result = convert_row(row, 0, seed=0, keep_multi_image=keep_multi_image)
+    if isinstance(result, Skip):
+        return
+    assert isinstance(result, Example) and result.answer in result.options and set(result.options) == {*row["answers"]}
+    assert len(result.images) == len(row["image_bytes"])
+    path = folder / "sat.json"
+    path.write_text(json.dumps([to_record(result, ["a.png"] * len(result.images))]))
+    (example,) = read(path)
+    assert example["solution"] == result.answer and example["options"] == list(result.options)
