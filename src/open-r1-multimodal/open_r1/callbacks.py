@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from open_r1.files import append_rows, keep_rows, replace_file
+from open_r1.files import append_rows, keep_rows, read_json, replace_file
 from open_r1.guards import new_warnings
 
 RUN, LOG = "run.json", "log.jsonl"
@@ -118,7 +118,7 @@ def check_same_run(
         ValueError: when that run trained something else, or in another way.
     """
     try:
-        run = json.loads((Path(output_dir) / RUN).read_text(encoding="utf-8"))
+        run = read_json(Path(output_dir) / RUN)
         then = {**run["arguments"], "command": run["command"]}
         then["examples_per_step"] = examples_per_step(then, run["world_size"])
     except (OSError, ValueError, TypeError, KeyError):  # of an older run, or damaged: nothing to compare
@@ -191,7 +191,7 @@ def has_begun(args: TrainingArguments) -> bool:
 def first_start(path: Path) -> str | None:
     """When the run that left this `run.json` started; None when there is none to read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["started"]
+        return read_json(path)["started"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
