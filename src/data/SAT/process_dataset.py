@@ -5,11 +5,11 @@
 writes into --output_dir
 
     SAT_train_15000.json          the examples: LLaMA-Factory, ms-swift and this repository load it
-    SAT_train_15000.info.json     the settings it was made with, and how many rows were kept and skipped
+    SAT_train_15000.info.json     the settings it was made with, how many rows were kept and skipped, and its SHA-256
     images/SAT_train_15000/       the image bytes, untouched, as {row}_{image}.{true extension}
 
 The number in the name is the number asked for (or `all`), so that a script can name the file beforehand. An
-interrupted run continues where it was; a finished one says so and does nothing.
+interrupted run continues where it was; a finished one says so, or what of it was damaged since.
 """
 
 import argparse
