@@ -31,11 +31,10 @@ from open_r1.front_door import first_line
 from open_r1.hub import model_folder
 from open_r1.model_files import (
     ADAPTER,
-    PROCESSOR_FILES,
     base_name,
+    check_processor_files,
     check_weight_files,
     read_config,
-    read_object,
     tensor_names,
 )
 from open_r1.prompts import load_chat_template
@@ -312,9 +311,7 @@ def load_processor(
     """
     folder = model_folder(model_name_or_path, revision)
     family = family_of_folder(folder) if (folder / "config.json").is_file() else None  # an adapter's has none
-    for name in PROCESSOR_FILES:
-        if (folder / name).is_file():
-            read_object(folder / name)
+    check_processor_files(folder)
     with reading(folder, "processor or tokenizer"):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, padding_side="left")
     known = [family.processor for family in FAMILIES.values()]
