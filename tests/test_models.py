@@ -302,8 +302,9 @@ def test_a_broken_adapter_is_one_line(name, adapter):
 
 def test_a_pickled_adapter_is_not_opened(adapter):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(OSError, match=r"adapter_model\.bin is a pickle"):
-        adapter_base(adapter)
+    for base in (None, adapter_base(adapter)):
+        with pytest.raises(OSError, match=r"adapter_model\.bin is a pickle"):
+            load_checkpoint(adapter, base=base)
 
 
 # --- templates and bounds -----------------------------------------------------------------------------------

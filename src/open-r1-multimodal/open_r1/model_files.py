@@ -57,13 +57,12 @@ def base_name(folder: Path) -> str:
     """The name of the base model in an adapter's folder.
 
     Raises:
-        OSError, ValueError: its configuration does not name one, or there are no whole weights.
+        OSError, ValueError: its configuration does not name one.
     """
     path = folder / "adapter_config.json"
     name = read_object(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise OSError(f"{path}: names no base model (base_model_name_or_path)")
-    check_weight_files(folder, ADAPTER)
     return name
 
 

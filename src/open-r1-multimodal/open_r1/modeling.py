@@ -240,7 +240,7 @@ def adapter_base(folder: str | Path) -> Path | None:
     """The folder of the base model that a LoRA run's folder names; None for a folder of whole weights.
 
     Raises:
-        OSError, ValueError: the adapter is damaged, or there is no such base model, here or on the hub.
+        OSError, ValueError: the adapter's configuration is damaged, or there is no such base model, here or on the hub.
     """
     if not (Path(folder) / "adapter_config.json").is_file():
         return None
@@ -259,11 +259,12 @@ def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | 
         base: folder in place of the base model that the adapter names.
 
     Raises:
-        OSError, ValueError: what `adapter_base` and `load_model` raise.
+        OSError, ValueError: what `adapter_base` and `load_model` raise; or the adapter is not whole.
     """
     base = base or adapter_base(folder)
     if base is None:
         return load_model(folder, dtype=dtype)
+    check_weight_files(Path(folder), ADAPTER)
     model = load_model(base, dtype=dtype)
     with torch.no_grad(), reading(folder, "adapter"):
         adapted = PeftModel.from_pretrained(model, folder)
