@@ -1,6 +1,7 @@
 """The stand-in hub against the real client, and what users read when the hub has a bad day."""
 
 import hashlib
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,17 @@ def test_a_hub_out_of_reach_is_one_line(tmp_path, offline):
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: owner/data: neither here nor to be had from the Hub (")
     assert ("Connection refused" in line) == (offline == "0") and float(result.stdout) < 10
+
+
+def test_a_hub_that_says_nothing_is_one_line(tmp_path):
+    """A network can swallow what is sent."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        nobody = Hub({})
+        nobody.url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        result = fetch(nobody, tmp_path / "home", HF_HUB_ETAG_TIMEOUT="1")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: owner/data: neither here nor to be had from the Hub (timed out")
+    assert float(result.stdout) < 10
 
 
 def test_a_path_is_not_taken_for_a_name(tmp_path):

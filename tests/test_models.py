@@ -128,9 +128,8 @@ def other_ids(folder: Path) -> None:
 
 
 def no_images(folder: Path) -> None:
-    """A text model's tokenizer, and no processor."""
-    (folder / "processor_config.json").unlink()
-    settings("tokenizer_config.json", processor_class=None)(folder)
+    """A processor for text alone."""
+    settings("processor_config.json", processor_class="Qwen2Tokenizer")(folder)
 
 
 def code(folder: Path) -> None:
@@ -177,10 +176,10 @@ BROKEN = {
     ),
     "NaN": (poison("mlp", float("nan")), r"\S+mlp\S+ holds NaN or infinite weights"),
     "infinite": (poison("visual", -float("inf")), r"\S+visual\S+ holds NaN or infinite weights"),
-    "no tokenizer": (write("tokenizer.json", None), "cannot be loaded|is token None of the tokenizer"),
+    "no tokenizer": (write("tokenizer.json", None), r"holds no tokenizer\.json; copy it"),
     "tokenizer garbage": (write("tokenizer.json", b"{]"), "tokenizer.json: not JSON"),
     "tokenizer of nothing": (write("tokenizer.json", b"{}"), "tokenizer cannot be loaded"),
-    "no processor": (write("processor_config.json", None), "cannot be loaded|holds no processor"),
+    "no processor": (write("processor_config.json", None), r"holds no processor_config\.json; copy it"),
     "processor garbage": (write("processor_config.json", b"\xff"), "processor_config.json: not JSON"),
     "processor of parts": (settings("processor_config.json", image_processor=[]), "processor or tokenizer cannot be"),
     "text's tokenizer": (no_images, "cannot be loaded|holds no processor for images and text"),
@@ -303,8 +302,9 @@ def test_a_broken_adapter_is_one_line(name, adapter):
 
 def test_a_pickled_adapter_is_not_opened(adapter):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(OSError, match=r"adapter_model\.bin is a pickle"):
-        adapter_base(adapter)
+    for base in (None, adapter_base(adapter)):
+        with pytest.raises(OSError, match=r"adapter_model\.bin is a pickle"):
+            load_checkpoint(adapter, base=base)
 
 
 # --- templates and bounds -----------------------------------------------------------------------------------

@@ -7,7 +7,10 @@ import pytest
 from PIL import Image
 
 from open_r1.data import opens_think
-from open_r1.prompts import join_options, load_chat_template, sat_question
+from open_r1.evaluate.answering import check_prompts
+from open_r1.families import QWEN_TOKENS, control_tokens
+from open_r1.prompts import check_text, join_options, load_chat_template, sat_question
+from open_r1.tasks.benchmarks import Item
 from open_r1.tiny import make_processor, make_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "data/prompts.json").read_text())
@@ -78,3 +81,28 @@ def test_options_read_as_in_the_paper():
     assert sat_question("Where?", ["a", "b, c", "d"]) == (
         "Answer in natural language. Where? Choose between the following options: a, b, c or d"
     )
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [(f"a {token} b", "control token of the model") for token in QWEN_TOKENS]
+    + [("", "is empty"), (" \n", "is empty"), ("half \ud800", "half a character"), ("\udc80", "half a character")],
+)
+def test_a_prompt_that_would_not_be_read_as_text_is_refused(text, message, tokenizer):
+    """By evaluation with its question's name, and by ask.py; training leaves the row out."""
+    with pytest.raises(ValueError, match=message):
+        check_text(text, control_tokens(tokenizer))
+    fine, other = (Item(id, "Count", "?", ("a",), "a", prompt, ()) for id, prompt in ((4, QUESTION), (5, text)))
+    with pytest.raises(ValueError, match=f"^question 5: .*{message}"):
+        check_prompts([fine, other], make_processor(tokenizer))
+
+
+@pytest.mark.parametrize(
+    "text", [QUESTION, "<image> <|mine|> </think>", "a\0b \x07", "\u202e\u05e9\u05dc", "\U0001f600", "{{ 7*7 }}"]
+)
+def test_other_texts_are_text(text, tokenizer):
+    """They bring no control token, and come back as they are."""
+    controls = control_tokens(tokenizer)
+    check_text(text, controls)
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text and not set(ids) & set(tokenizer.convert_tokens_to_ids(controls))

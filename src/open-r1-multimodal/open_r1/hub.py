@@ -20,7 +20,7 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
         OSError: it cannot be had; the message names it and the reason, in one line.
     """
     import httpx  # what the hub's client speaks through; both need half a second that local files do without
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, get_session, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -28,6 +28,15 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
         RepositoryNotFoundError,
     )
 
+    def limit(request: httpx.Request) -> None:
+        """A hub that takes a connection and says nothing is waited for as long as one that takes none."""
+        known = request.extensions["timeout"]
+        request.extensions["timeout"] = {
+            what: seconds or constants.HF_HUB_ETAG_TIMEOUT for what, seconds in known.items()
+        }
+
+    session = get_session()  # the client's own, which sets no limit to most requests
+    session.event_hooks = {"request": [*session.event_hooks["request"], limit]}
     try:
         return Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns=list(files)))
     except HFValidationError as error:

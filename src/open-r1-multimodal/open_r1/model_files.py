@@ -12,7 +12,6 @@ from open_r1.files import read_json
 from open_r1.front_door import first_line
 
 MODEL, ADAPTER = "model", "adapter_model"  # names of weight files, without their ends
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -40,17 +39,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     raise OSError(f"{folder} holds no model (config.json, *.safetensors)")
 
 
+def check_processor_files(folder: Path) -> None:
+    """See that a folder has the files of a processor and a tokenizer, and that they are JSON.
+
+    Raises:
+        OSError, ValueError: it has not; in one line.
+    """
+    for names in (("processor_config.json", "preprocessor_config.json"), ("tokenizer.json", "vocab.json")):
+        if not any((folder / name).is_file() for name in names):
+            raise OSError(f"{folder} holds no {names[0]}; copy it from the model that this one was made from")
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            read_object(folder / name)
+
+
 def base_name(folder: Path) -> str:
     """The name of the base model in an adapter's folder.
 
     Raises:
-        OSError, ValueError: its configuration does not name one, or there are no whole weights.
+        OSError, ValueError: its configuration does not name one.
     """
     path = folder / "adapter_config.json"
     name = read_object(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise OSError(f"{path}: names no base model (base_model_name_or_path)")
-    check_weight_files(folder, ADAPTER)
     return name
 
 

@@ -31,11 +31,10 @@ from open_r1.front_door import first_line
 from open_r1.hub import model_folder
 from open_r1.model_files import (
     ADAPTER,
-    PROCESSOR_FILES,
     base_name,
+    check_processor_files,
     check_weight_files,
     read_config,
-    read_object,
     tensor_names,
 )
 from open_r1.prompts import load_chat_template
@@ -241,7 +240,7 @@ def adapter_base(folder: str | Path) -> Path | None:
     """The folder of the base model that a LoRA run's folder names; None for a folder of whole weights.
 
     Raises:
-        OSError, ValueError: the adapter is damaged, or there is no such base model, here or on the hub.
+        OSError, ValueError: the adapter's configuration is damaged, or there is no such base model, here or on the hub.
     """
     if not (Path(folder) / "adapter_config.json").is_file():
         return None
@@ -260,11 +259,12 @@ def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | 
         base: folder in place of the base model that the adapter names.
 
     Raises:
-        OSError, ValueError: what `adapter_base` and `load_model` raise.
+        OSError, ValueError: what `adapter_base` and `load_model` raise; or the adapter is not whole.
     """
     base = base or adapter_base(folder)
     if base is None:
         return load_model(folder, dtype=dtype)
+    check_weight_files(Path(folder), ADAPTER)
     model = load_model(base, dtype=dtype)
     with torch.no_grad(), reading(folder, "adapter"):
         adapted = PeftModel.from_pretrained(model, folder)
@@ -312,9 +312,7 @@ def load_processor(
     """
     folder = model_folder(model_name_or_path, revision)
     family = family_of_folder(folder) if (folder / "config.json").is_file() else None  # an adapter's has none
-    for name in PROCESSOR_FILES:
-        if (folder / name).is_file():
-            read_object(folder / name)
+    check_processor_files(folder)
     with reading(folder, "processor or tokenizer"):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, padding_side="left")
     known = [family.processor for family in FAMILIES.values()]
