@@ -31,6 +31,7 @@ from open_r1.report.page import write_report
 from open_r1.report.runs import KnownImages, read_run
 from open_r1.rewards import get_reward_funcs
 from open_r1.signatures import SIGNATURE, TRUST, check_origin, files_to_sign, key_path, read_key
+from support import run_grpo
 
 LAUNCHES = REPO_ROOT / "src/open-r1-multimodal/configs"
 PACKAGE = {"PYTHONPATH": str(REPO_ROOT / "src/open-r1-multimodal")}
@@ -424,6 +425,18 @@ def test_the_run_scripts_start_no_python_that_looks_there(hostile_folder, tmp_pa
     script = REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh"
     subprocess.run(["sh", script], env=env, check=True, capture_output=True)
     assert set((tmp_path / "python.asked").read_text().splitlines()) == {"1"}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("launch", ["cpu", "ddp"])
+def test_no_process_of_a_launch_imports_from_there(hostile_folder, tiny_model, examples_json, launch):
+    """Real interpreters, under DeepSpeed and without; also what Python imports by itself."""
+    (hostile_folder / "sitecustomize.py").write_text("open('it_ran', 'w')\n")
+    (hostile_folder / "mine_alone.py").write_text("def f(completions, **kwargs): return [0.0] * len(completions)\n")
+    env = {"NUM_PROCESSES": "1", "ACCELERATE_CONFIG": launch}
+    arguments = ("--max_steps", "1", "--reward_funcs", "mine_alone:f")
+    result = run_grpo(tiny_model, examples_json, hostile_folder / "out", *arguments, **env)
+    assert result.returncode == 0 and not (hostile_folder / "it_ran").exists(), result.stderr[-3000:]
 
 
 # --- the folder of a run ----------------------------------------------------------------------------------------

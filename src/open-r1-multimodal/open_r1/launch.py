@@ -73,6 +73,7 @@ def main() -> None:
     checking.start()
     # Imports torch, as the check does meanwhile.
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import launch as settings_of_launch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -81,6 +82,8 @@ def main() -> None:
         sys.exit(checking.exitcode if checking.exitcode > 0 else f"error: signal {-checking.exitcode} ended the check")
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         clear_stale_builds(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
+    # accelerate gives processes under DeepSpeed the current folder, where a random.py would go before Python's.
+    settings_of_launch.env_var_path_add = lambda name, _: os.environ.get(name, "")
     logging.disable(logging.ERROR)  # in this process: what torch's launcher says of failures is in the last word
     try:
         launch_command(launch_command_parser().parse_args(["--main_process_port", "0", *sys.argv[1:]]))
