@@ -1,6 +1,7 @@
 """What a run takes: memory and disk by counting, hours by measuring two steps."""
 
 import math
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -96,9 +97,12 @@ def hours(patient: Patient) -> Iterator[Finding]:
     if patient.on_cpu and flops(patient) > MAX_CPU_FLOPS:
         yield skipped("a step takes a CPU minutes: the log's first steps tell")
         return
+    threads, processes = torch.get_num_threads(), patient.launch.num_processes
+    torch.set_num_threads(min(threads * processes, os.cpu_count() or 1))  # as all of them together
     seconds = trainer.train().metrics["train_runtime"] / MEASURED_STEPS
+    torch.set_num_threads(threads)
     if not patient.on_cpu:
-        seconds /= patient.launch.num_processes  # processes on a CPU share its cores
+        seconds /= processes
     minutes = seconds * steps / 60
     time = f"{minutes / 60:.1f} hours" if minutes > 60 else f"{minutes:.1f} minutes"
     yield passed(f"{seconds:.1f} s a step, measured over {MEASURED_STEPS}; {steps} take {time}")

@@ -130,7 +130,7 @@ def tolerance(patient: Patient) -> float:
 def compare(patient: Patient, some: Scores, others: Scores, what: str, remedy: str) -> Finding:
     """Whether scores that should be the same are."""
     mean, most = difference(some, others)
-    what = f"{what}: log-probabilities differ by {mean:.1e} in the mean, {most:.1e} at most"
+    what = f"{what}: log-probabilities differ by {mean:.1e}, {most:.1e} at most"
     return passed(what) if mean <= tolerance(patient) else failed(what, remedy)  # NaN is not
 
 
@@ -185,7 +185,7 @@ def reference(patient: Patient) -> Iterator[Finding]:
         with use_adapter(trainer.model, None):
             referred = score(patient, rows)
     remedy = "they start from different weights: some are missing in the model's files"
-    yield compare(patient, policy, referred, "KL at step 0, policy and reference", remedy)
+    yield compare(patient, policy, referred, "policy and reference, before the first step", remedy)
 
 
 def sight(patient: Patient) -> Iterator[Finding]:
@@ -196,7 +196,7 @@ def sight(patient: Patient) -> Iterator[Finding]:
         return
     grey = [{**row, "images": [Image.new("RGB", image.size, "grey") for image in row["images"]]} for row in rows]
     mean, most = difference(score(patient, rows), score(patient, grey))
-    what = f"grey in place of the images changes log-probabilities by {mean:.1e} in the mean, {most:.1e} at most"
+    what = f"grey images change log-probabilities by {mean:.1e}, {most:.1e} at most"
     remedy = "the vision tower's weights are dead, or this model does not look at images"
     if mean > tolerance(patient):
         yield passed(what)
