@@ -135,14 +135,9 @@ def compare(patient: Patient, some: Scores, others: Scores, what: str, remedy: s
 
 
 def weights(patient: Patient) -> Iterator[Finding]:
-    """The weights, and that they say something."""
-    scores = torch.cat(score(patient, questions(patient)))
+    """They are loaded as the run loads them."""
     model = plain_model(patient)
-    what = f"{model.dtype} on {model.device}; right answers have {scores.mean():.2f} a token"
-    if scores.isfinite().all():
-        yield passed(what)
-    else:
-        yield failed(f"log-probabilities are not finite: {what}", "the weights are damaged: fetch the model again")
+    yield passed(f"{model.dtype} on {model.device}, attention {model.config._attn_implementation}")
 
 
 def image_tokens(patient: Patient) -> Iterator[Finding]:
@@ -217,8 +212,8 @@ def shared_prefix(patient: Patient) -> Iterator[Finding]:
 
 
 CHECKS: Checks = {
-    "image tokens": image_tokens,  # a forward pass would end in the middle where these do not fit
     "weights": weights,
+    "image tokens": image_tokens,  # first: a forward pass would end in the middle where these do not fit
     "batching": batching,
     "reference": reference,
     "sight": sight,
