@@ -267,7 +267,7 @@ BROKEN = {
     damaged_weights: ("model", "weights", "holds NaN or infinite weights"),
     shifted_positions: ("model", "shared prefix", "shared prefix against TRL's path: .* differ"),
     "--reward_funcs accuracy test_doctor:constant": ("rewards", "lint", "constant gives 0.5 for each of"),
-    "--max_completion_length 90000000": ("cost", "memory", r"2 processes take \d+.\d GB at most, of .* are free"),
+    "--max_completion_length 90000000": ("cost", "memory", r"2 x \d+.\d GB at most, of .* are free"),
     "--model_name_or_path /nowhere": ("recipe", "model", "/nowhere"),
     "--output_dir /proc/version": ("recipe", "output", "/proc/version"),
     "--chat_template /nowhere.jinja": ("recipe", "model", "/nowhere.jinja"),
@@ -313,6 +313,19 @@ def test_nothing_fails_where_all_is_well(run, examined, monkeypatch):
     if not RUNS[run]:
         assert {family for family, _ in named} == set(FAMILIES) - ({"rewards"} if run == "SFT" else set())
         assert "s a step" in named["cost", "hours"].what
+
+
+def test_what_cannot_be_counted_is_skipped(examined, tmp_path):
+    (tmp_path / "unbounded.yaml").write_text("max_prompt_length: null\n")
+    findings = list(examined("--config", str(tmp_path / "unbounded.yaml")))
+    skipped = [(finding.family, finding.name) for finding in findings if finding.verdict is not Verdict.PASS]
+    assert skipped == [("cost", "memory"), ("cost", "disk"), ("cost", "hours")]
+
+
+def test_little_shared_memory_is_named_where_processes_need_it(examined, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=64e6))
+    found = next(finding for finding in examined() if finding.verdict is not Verdict.PASS)
+    assert (found.name, found.verdict, found.what) == ("shared memory", Verdict.WARN, "0.1 GB free in /dev/shm")
 
 
 def constant(completions: list, **kwargs: object) -> list[float]:

@@ -102,7 +102,9 @@ def lengths(patient: Patient) -> Iterator[Finding]:
     tokens = [count_prompt_tokens(kept[row], processor, **patient.template_kwargs) for row in sample]
     left_out = total - len(kept)
     what = f"{left_out:,} of {total:,} rows left out ({left_out / total:.1%}); {len(tokens)} others have "
-    what += f"{statistics.median(tokens):.0f} tokens in the median, {max(tokens)} at most, {bound} allowed"
+    what += (
+        f"{statistics.median(tokens):.0f} tokens in the median, {max(tokens)} at most, {bound or 'any number'} allowed"
+    )
     if left_out > FEW * total:
         yield warned(what, "raise max_prompt_length or lower max_pixels; control tokens in a text leave it out too")
     else:
