@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON; of --memory bytes")
     args, overrides = parser.parse_known_args()
     if not args.config and (args.memory or overrides):
-        raise Mistake(f"{(['--memory', *overrides])[not args.memory]}: name a recipe with --config")
+        raise Mistake(f"{'--memory' if args.memory else overrides[0]}: name a recipe with --config")
     launch = read_launch(args.accelerate_config, args.num_processes)
     command = choose_command(args.script, args.config, overrides)
     named = [part for recipe in args.config for part in ("--config", recipe)]

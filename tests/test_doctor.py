@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from trl import ModelConfig
 from open_r1 import grpo, sft
 from open_r1.data import count_prompt_tokens
 from open_r1.doctor import environment, rewards
+from open_r1.doctor.cost import checkpoint_bytes
 from open_r1.doctor.examination import FAMILIES, examine
 from open_r1.doctor.finding import Finding, Verdict
 from open_r1.doctor.patient import Patient
@@ -35,7 +37,7 @@ from open_r1.shared_prefix import Prompt
 from open_r1.tasks.examples import iter_examples, read_examples
 from open_r1.tiny import make_config as make_model_config
 from open_r1.tiny import make_model, make_processor, make_tokenizer
-from support import load_weights, run_grpo, write_examples
+from support import load_weights, make_trainer, run_grpo, write_examples
 
 # Trains two steps of the recipe at hand with a model of no size, which imports and allocates all that a run does,
 # and then with the model itself: what comes on top is the model's.
@@ -260,13 +262,16 @@ BROKEN = {
     broken_image: ("data", "images", r"examples.json: row 3: image .*3_0.png: "),
     leak: ("data", "leaks", "2 of 2 held-out questions show an image of the training set, 0 ask the same of it"),
     lost_tags: ("prompt", "tags", "neither ends with <think> nor asks for"),
-    dead_tower: ("model", "sight", "grey in place of the images changes log-probabilities by 0.0e[+]00"),
+    dead_tower: ("model", "sight", "grey images change log-probabilities by 0.0e[+]00"),
     other_processor: ("model", "image tokens", ""),
-    damaged_weights: ("model", "weights", "not finite"),
+    damaged_weights: ("model", "weights", "holds NaN or infinite weights"),
     shifted_positions: ("model", "shared prefix", "shared prefix against TRL's path: .* differ"),
     "--reward_funcs accuracy test_doctor:constant": ("rewards", "lint", "constant gives 0.5 for each of"),
-    "--max_completion_length 90000000": ("cost", "memory", r"2 processes take \d+.\d GB at most, of .* are free"),
+    "--max_completion_length 90000000": ("cost", "memory", r"2 x \d+.\d GB at most, of .* are free"),
     "--model_name_or_path /nowhere": ("recipe", "model", "/nowhere"),
+    "--output_dir /proc/version": ("recipe", "output", "/proc/version"),
+    "--chat_template /nowhere.jinja": ("recipe", "model", "/nowhere.jinja"),
+    "--reward_funcs accuracy test_doctor:nothing": ("recipe", "rewards", "test_doctor"),
     "--num_generations 3": ("recipe", "settings", "num_generations 3"),
     "--report_to wandb": ("recipe", "tracking", "wandb, without a key"),
     "--dataset_name /nowhere.json": ("data", "rows", "/nowhere.json"),
@@ -299,12 +304,28 @@ RUNS = {
 def test_nothing_fails_where_all_is_well(run, examined, monkeypatch):
     monkeypatch.setattr(environment, "versions", lambda patient: iter([]))
     other = {"recipe": REPO_ROOT / "tests/data/sft.yaml", "command": sft.COMMAND} if run == "SFT" else {}
-    findings = list(examined(*RUNS[run], **other))
-    assert [finding for finding in findings if finding.verdict in (Verdict.WARN, Verdict.FAIL)] == []
+    findings = examined(*RUNS[run], **other)
+    if RUNS[run]:  # what a step takes is measured of two of them
+        findings = takewhile(lambda finding: finding.family != "cost", findings)
     named = {(finding.family, finding.name): finding for finding in findings}
-    assert {family for family, _ in named} == set(FAMILIES) - ({"rewards"} if run == "SFT" else set())
+    assert [finding for finding in named.values() if finding.verdict in (Verdict.WARN, Verdict.FAIL)] == []
     assert ("model", "reference") in named or run in ("GRPO without KL", "SFT")
-    assert "s a step" in named["cost", "hours"].what
+    if not RUNS[run]:
+        assert {family for family, _ in named} == set(FAMILIES) - ({"rewards"} if run == "SFT" else set())
+        assert "s a step" in named["cost", "hours"].what
+
+
+def test_what_cannot_be_counted_is_skipped(examined, tmp_path):
+    (tmp_path / "unbounded.yaml").write_text("max_prompt_length: null\n")
+    findings = list(examined("--config", str(tmp_path / "unbounded.yaml")))
+    skipped = [(finding.family, finding.name) for finding in findings if finding.verdict is not Verdict.PASS]
+    assert skipped == [("cost", "memory"), ("cost", "disk"), ("cost", "hours")]
+
+
+def test_little_shared_memory_is_named_where_processes_need_it(examined, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=64e6))
+    found = next(finding for finding in examined() if finding.verdict is not Verdict.PASS)
+    assert (found.name, found.verdict, found.what) == ("shared memory", Verdict.WARN, "0.1 GB free in /dev/shm")
 
 
 def constant(completions: list, **kwargs: object) -> list[float]:
@@ -402,6 +423,19 @@ def test_a_survey_goes_on_after_what_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr("open_r1.doctor.survey.DECODING_SECONDS", -1)
     hurried = survey(iter_examples(data), check)
     assert hurried.decoded == 0 and hurried.broken == [] and hurried.shown[1] == found.shown[1]
+
+
+def test_a_checkpoint_takes_what_is_counted(tiny_model, examples_json, tmp_path):
+    trainer = make_trainer(
+        tiny_model, examples_json, tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1
+    )
+    trainer.train()
+    arguments = ["--config", str(RECIPE), "--model_name_or_path", str(tiny_model), "--dataset_name", str(examples_json)]
+    patient = Patient(grpo.COMMAND, [*arguments, "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"], Launch())
+    files = {path.name: path.stat().st_size for path in (tmp_path / "run/checkpoint-1").iterdir()}
+    counted, model = checkpoint_bytes(patient)
+    assert model == pytest.approx(files["model.safetensors"], rel=0.1)
+    assert counted == pytest.approx(files["model.safetensors"] + files["optimizer.pt"], rel=0.1)
 
 
 # ---- The command

@@ -1,6 +1,7 @@
 """What a run takes: memory and disk by counting, hours by measuring two steps."""
 
 import math
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ import torch
 
 from open_r1.doctor.finding import Checks, Finding, failed, passed, skipped, warned
 from open_r1.doctor.patient import MEASURED_STEPS, Patient, existing, free_memory
-from open_r1.memory import Launch, count_run
+from open_r1.memory import Launch
 
 GB = 1e9
 MAX_CPU_FLOPS = 2e12  # of the steps that are measured; a laptop takes a minute
@@ -18,16 +19,12 @@ FLOPS_A_TOKEN = 10  # and parameter: sampling, scoring by the reference, forward
 
 def memory(patient: Patient) -> Iterator[Finding]:
     """The count of `open_r1.memory` against the card, or all processes against this machine."""
-    patient.need("model_outline")
     launch, on_cpu = patient.launch, patient.on_cpu
-    peak, free = count_run(*patient.settings, launch, on_cpu).peak, free_memory(on_cpu)
-    if on_cpu:
-        needed, total = peak * launch.num_processes, psutil.virtual_memory().total
-        what = f"{launch.num_processes} processes take {needed / GB:.1f} GB at most"
-    else:
-        needed, total = peak, torch.cuda.mem_get_info()[1]
-        what = f"{needed / GB:.1f} GB at most on each GPU"
-    what += f", of {total / GB:.1f} GB {free / GB:.1f} are free"
+    peak, free = patient.count(launch).peak, free_memory(on_cpu)
+    total = psutil.virtual_memory().total if on_cpu else torch.cuda.mem_get_info()[1]
+    needed = peak * launch.num_processes if on_cpu else peak
+    what = f"{launch.num_processes} x {peak / GB:.1f} GB at most, of {total / GB:.1f} GB "
+    what += f"{'' if on_cpu else 'of a GPU '}{free / GB:.1f} are free"
     remedy = "smaller per_device_train_batch_size or max_completion_length, configs/overlays/lora.yaml, docs/memory.md"
     if on_cpu and launch.num_processes > 1:
         remedy = f"NUM_PROCESSES=1, {remedy}"
@@ -51,9 +48,9 @@ def total_steps(patient: Patient) -> int:
 
 def checkpoint_bytes(patient: Patient) -> tuple[float, float]:
     """What a checkpoint takes on the disk, and what of it the model at the end takes."""
-    script_args, args, model_args = patient.settings
+    _, args, model_args = patient.settings
     whole = Launch(1, patient.launch.zero_stage)
-    base = count_run(script_args, args, model_args, whole, patient.on_cpu).base
+    base = patient.count(whole).base
     weights = base["weights"]
     if model_args.use_peft:
         weights = sum(p.nbytes for p in patient.model_outline.parameters() if p.requires_grad)
@@ -64,7 +61,6 @@ def checkpoint_bytes(patient: Patient) -> tuple[float, float]:
 
 def disk(patient: Patient) -> Iterator[Finding]:
     """The checkpoints to come, and the model at the end."""
-    patient.need("model_outline")
     args, steps = patient.settings[1], total_steps(patient)
     one, last = checkpoint_bytes(patient)
     interval = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
@@ -89,16 +85,21 @@ def hours(patient: Patient) -> Iterator[Finding]:
     if getattr(args, "use_vllm", False):
         yield skipped("vLLM generates in this recipe: the log's first steps tell")
         return
-    needed = count_run(patient.settings[0], trainer.args, patient.settings[2], Launch(), patient.on_cpu).peak
+    needed = patient.count(Launch(), trainer.args).peak
     if needed > free_memory(patient.on_cpu):
         yield skipped(f"a step in one process takes {needed / GB:.1f} GB, more than is free")
         return
     if patient.on_cpu and flops(patient) > MAX_CPU_FLOPS:
         yield skipped("a step takes a CPU minutes: the log's first steps tell")
         return
-    seconds = trainer.train().metrics["train_runtime"] / MEASURED_STEPS
+    threads, processes = torch.get_num_threads(), patient.launch.num_processes
+    torch.set_num_threads(min(threads * processes, os.cpu_count() or 1))  # as all of them together
+    try:
+        seconds = trainer.train().metrics["train_runtime"] / MEASURED_STEPS
+    finally:
+        torch.set_num_threads(threads)
     if not patient.on_cpu:
-        seconds /= patient.launch.num_processes  # processes on a CPU share its cores
+        seconds /= processes
     minutes = seconds * steps / 60
     time = f"{minutes / 60:.1f} hours" if minutes > 60 else f"{minutes:.1f} minutes"
     yield passed(f"{seconds:.1f} s a step, measured over {MEASURED_STEPS}; {steps} take {time}")

@@ -101,8 +101,10 @@ def lengths(patient: Patient) -> Iterator[Finding]:
     processor = patient.prepared_data["processing_class"]
     tokens = [count_prompt_tokens(kept[row], processor, **patient.template_kwargs) for row in sample]
     left_out = total - len(kept)
-    what = f"{left_out:,} of {total:,} rows left out ({left_out / total:.1%}); of {len(tokens)} others the prompt has "
-    what += f"{statistics.median(tokens):.0f} tokens in the middle, {max(tokens)} at most, of {bound} allowed"
+    what = f"{left_out:,} of {total:,} rows left out ({left_out / total:.1%}); {len(tokens)} others have "
+    what += (
+        f"{statistics.median(tokens):.0f} tokens in the median, {max(tokens)} at most, {bound or 'any number'} allowed"
+    )
     if left_out > FEW * total:
         yield warned(what, "raise max_prompt_length or lower max_pixels; control tokens in a text leave it out too")
     else:

@@ -130,19 +130,14 @@ def tolerance(patient: Patient) -> float:
 def compare(patient: Patient, some: Scores, others: Scores, what: str, remedy: str) -> Finding:
     """Whether scores that should be the same are."""
     mean, most = difference(some, others)
-    what = f"{what}: log-probabilities differ by {mean:.1e} in the mean, {most:.1e} at most"
+    what = f"{what}: log-probabilities differ by {mean:.1e}, {most:.1e} at most"
     return passed(what) if mean <= tolerance(patient) else failed(what, remedy)  # NaN is not
 
 
 def weights(patient: Patient) -> Iterator[Finding]:
-    """The weights, and that they say something."""
-    scores = torch.cat(score(patient, questions(patient)))
+    """They are loaded as the run loads them."""
     model = plain_model(patient)
-    what = f"{model.dtype} on {model.device}; right answers have {scores.mean():.2f} a token"
-    if scores.isfinite().all():
-        yield passed(what)
-    else:
-        yield failed(f"log-probabilities are not finite: {what}", "the weights are damaged: fetch the model again")
+    yield passed(f"{model.dtype} on {model.device}, attention {model.config._attn_implementation}")
 
 
 def image_tokens(patient: Patient) -> Iterator[Finding]:
@@ -185,7 +180,7 @@ def reference(patient: Patient) -> Iterator[Finding]:
         with use_adapter(trainer.model, None):
             referred = score(patient, rows)
     remedy = "they start from different weights: some are missing in the model's files"
-    yield compare(patient, policy, referred, "KL at step 0, policy and reference", remedy)
+    yield compare(patient, policy, referred, "policy and reference, before the first step", remedy)
 
 
 def sight(patient: Patient) -> Iterator[Finding]:
@@ -196,7 +191,7 @@ def sight(patient: Patient) -> Iterator[Finding]:
         return
     grey = [{**row, "images": [Image.new("RGB", image.size, "grey") for image in row["images"]]} for row in rows]
     mean, most = difference(score(patient, rows), score(patient, grey))
-    what = f"grey in place of the images changes log-probabilities by {mean:.1e} in the mean, {most:.1e} at most"
+    what = f"grey images change log-probabilities by {mean:.1e}, {most:.1e} at most"
     remedy = "the vision tower's weights are dead, or this model does not look at images"
     if mean > tolerance(patient):
         yield passed(what)
@@ -217,8 +212,8 @@ def shared_prefix(patient: Patient) -> Iterator[Finding]:
 
 
 CHECKS: Checks = {
-    "image tokens": image_tokens,  # a forward pass would end in the middle where these do not fit
     "weights": weights,
+    "image tokens": image_tokens,  # first: a forward pass would end in the middle where these do not fit
     "batching": batching,
     "reference": reference,
     "sight": sight,

@@ -22,7 +22,7 @@ from open_r1.data import columns_of, load_processor_from_args, opens_think
 from open_r1.doctor.survey import Survey, survey
 from open_r1.entry import USER_ERRORS, Command, read_settings
 from open_r1.front_door import Mistake, first_line
-from open_r1.memory import Launch, build_model, load_config, weight_bytes
+from open_r1.memory import Count, Launch, build_model, count_run, load_config, weight_bytes
 from open_r1.modeling import check_model, check_template, check_weights
 from open_r1.recipes import PLANNED_PROCESSES
 from open_r1.rewards import Reward, check_gold, get_reward_funcs
@@ -164,6 +164,14 @@ class Patient:
         if needed > free_memory(self.on_cpu):
             raise Missing(f"the weights take {needed / 1e9:.1f} GB, {free_memory(self.on_cpu) / 1e9:.1f} GB are free")
         return self.command.build_trainer(script_args, self.alone(args), model_args, self.prepared_data)
+
+    def count(self, launch: Launch, args: TrainingArguments | None = None) -> Count:
+        """The memory of a step under a launch, with the run's settings or others."""
+        self.need("model_outline")
+        script_args, own, model_args = self.settings
+        if script_args.max_prompt_length is None:
+            raise Missing("without max_prompt_length there is nothing to count for")
+        return count_run(script_args, args or own, model_args, launch, self.on_cpu)
 
     def need(self, *parts: str) -> None:
         """Raise what these parts raise: what is wrong with them is told as theirs."""

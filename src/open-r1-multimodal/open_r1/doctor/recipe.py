@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from open_r1.checkpoints import Layout
 from open_r1.doctor.finding import Checks, Finding, failed, passed
 from open_r1.doctor.patient import Patient, existing
 from open_r1.entry import find_checkpoint, resolve_report_to
+from open_r1.locks import IN_USE, owned
 
 
 def settings(patient: Patient) -> Iterator[Finding]:
@@ -15,9 +17,8 @@ def settings(patient: Patient) -> Iterator[Finding]:
     per_step = args.per_device_train_batch_size * patient.launch.num_processes * args.gradient_accumulation_steps
     unit = f"completions, {args.num_generations} a prompt" if patient.is_grpo else "examples"
     zero = "no ZeRO" if patient.launch.zero_stage is None else f"ZeRO-{patient.launch.zero_stage}"
-    yield passed(
-        f"{patient.command.name}, {patient.launch.num_processes} processes, {zero}; a step is {per_step} {unit}"
-    )
+    processes = f"{patient.launch.num_processes} process{'es' if patient.launch.num_processes > 1 else ''}"
+    yield passed(f"{patient.command.name}, {processes}, {zero}; a step is {per_step} {unit}")
 
 
 def tracking(patient: Patient) -> Iterator[Finding]:
@@ -31,8 +32,11 @@ def tracking(patient: Patient) -> Iterator[Finding]:
 
 
 def output(patient: Patient) -> Iterator[Finding]:
-    """Where the run would begin, and that it can be written to."""
+    """Where the run would begin, that it can be written to, and that nobody else does."""
     args, layout = patient.settings[1], Layout(patient.launch.zero_stage or 0, patient.launch.num_processes)
+    if (Path(args.output_dir) / IN_USE).exists():
+        with owned(args.output_dir):
+            pass  # its owner is gone
     checkpoint = find_checkpoint(patient.command, patient.settings, layout)
     folder = existing(args.output_dir)
     if not (folder.is_dir() and os.access(folder, os.W_OK)):

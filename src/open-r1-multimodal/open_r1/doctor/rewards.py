@@ -14,7 +14,7 @@ from open_r1.answers import extract_answer, is_correct
 from open_r1.data import Row, opens_think
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
 from open_r1.doctor.patient import Patient
-from open_r1.front_door import first_line
+from open_r1.front_door import Mistake, first_line
 from open_r1.rewards import Reward, accuracy_reward
 
 ROWS = 200  # among which are looked for
@@ -100,7 +100,10 @@ def examine(reward: Reward, samples: Sequence[Sample], tokenizer: Any) -> Findin
         given = call(reward, samples, tokenizer)
         values = [math.nan if value is None else float(value) for value in given]
     except (Exception, SystemExit) as error:  # a user's function raises what it likes
-        return failed(f"{name} raises {type(error).__name__}: {first_line(error)}", "mend it, or leave it out")
+        what = (
+            str(error) if isinstance(error, Mistake) else f"{name} raises {type(error).__name__}: {first_line(error)}"
+        )
+        return failed(what, "mend it, or leave it out")
     seconds = (time.perf_counter() - start) / len(samples)
     if len(values) != len(samples):
         return failed(f"{name} gives {len(values)} rewards for {len(samples)} completions", "one for each is expected")
