@@ -7,6 +7,9 @@ from trl import GRPOConfig, SFTConfig
 
 from open_r1.recipes import count_processes
 
+# TRL's own, which it checks in the first step
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+
 
 @dataclass
 class DataArguments:
@@ -113,6 +116,8 @@ class Qwen2VLGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type: {self.loss_type!r} is none of {', '.join(LOSS_TYPES)}")
         self.resolve_accumulation()
         self.check_group_size()
         super().__post_init__()

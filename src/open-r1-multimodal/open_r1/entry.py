@@ -136,11 +136,6 @@ def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, Trai
         ValueError, OSError, ImportError: for a setting with which nothing would be trained.
     """
     script_args, args, model_args = read_recipe(command.arguments, arguments)
-    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
-        raise ValueError(
-            f"max_steps {args.max_steps}, num_train_epochs {args.num_train_epochs}: nothing would be trained; "
-            "max_steps: -1 trains num_train_epochs"
-        )
     if args.eval_strategy != "no" and script_args.eval_dataset_name is None:
         raise ValueError(
             f"eval_strategy {args.eval_strategy.value}: there are no held-out examples; name them in "

@@ -72,8 +72,8 @@ def check_gpus(processes: int) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = f" ({first_line(error)})"
     raise Mistake(
-        f"{processes} processes need a GPU each, and torch {torch.__version__} can use {found}{reason}; mend the driver "
-        "and run `bash setup.sh`, or train on the CPU: CUDA_VISIBLE_DEVICES=-1"
+        f"{processes} processes need a GPU each, and torch {torch.__version__} can use {found}{reason}; mend the "
+        "driver and run `bash setup.sh`, or train on the CPU: CUDA_VISIBLE_DEVICES=-1"
     )
 
 

@@ -30,7 +30,7 @@ class Limit:
         return (math.isfinite(value) and above and below) or value == self.also
 
     def __str__(self) -> str:
-        words = [f"{'above' if self.open_low else 'at least'} {self.low}"] if self.low > -math.inf else []
+        words = [f"{'above' if self.open_low else 'of at least'} {self.low}"] if self.low > -math.inf else []
         words += [f"{'below' if self.open_high else 'at most'} {self.high}"] if self.high < math.inf else []
         also = "" if self.also is None else f", or {self.also}"
         return f"a number {' and '.join(words)}{also}" if words else "a finite number"
@@ -59,7 +59,7 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys(
         (
             *("learning_rate", "beta", "epsilon", "epsilon_high", "top_k", "weight_decay", "warmup_steps"),
-            *("max_grad_norm", "num_train_epochs", "save_total_limit", "eval_delay", "neftune_noise_alpha"),
+            *("max_grad_norm", "save_total_limit", "eval_delay", "neftune_noise_alpha"),
             *("dataloader_num_workers", "entropy_coef", "router_aux_loss_coef", "vllm_importance_sampling_clip_min"),
         ),
         AMOUNT,
@@ -68,7 +68,7 @@ LIMITS: dict[str, Limit] = {
         (
             *("delta", "repetition_penalty", "adam_epsilon", "sapo_temperature_neg", "sapo_temperature_pos"),
             *("vllm_server_timeout", "vllm_importance_sampling_clip_max", "off_policy_mask_threshold"),
-            *("logging_steps", "eval_steps"),
+            *("logging_steps", "eval_steps", "num_train_epochs"),
         ),
         POSITIVE,
     ),
@@ -80,13 +80,12 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys(("vllm_server_port", "vllm_group_port"), Limit(low=1, high=65535)),
     "temperature": Limit(low=0, open_low=True, hint="completions are sampled"),
     "num_generations": Limit(low=2, hint="a completion is measured against the others of its group"),
-    "max_steps": Limit(low=0, also=-1, hint="-1 trains num_train_epochs"),
+    "max_steps": Limit(low=1, also=-1, hint="-1 trains num_train_epochs"),
     "save_steps": Limit(low=0, open_low=True, hint="save_strategy: no saves nothing"),
 }
 
 # TRL's own names, which it checks in the first step or never
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
     "scale_rewards": ("group", "batch", "none", True, False),
     "importance_sampling_level": ("token", "sequence"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
@@ -127,7 +126,7 @@ def check_pairs(settings: Mapping[str, Any]) -> None:
     rewards, weights = settings.get("reward_funcs"), settings.get("reward_weights")
     if rewards and weights is not None and len(rewards) != len(weights):
         raise ValueError(
-            f"reward_weights: {len(weights)} for the {len(rewards)} reward_funcs {', '.join(rewards)}; give one for each"
+            f"reward_weights: {len(weights)} for {len(rewards)} reward_funcs ({', '.join(rewards)}); give one for each"
         )
     if weights and not any(weights):
         raise ValueError("reward_weights: all are 0, and nothing would be learned")

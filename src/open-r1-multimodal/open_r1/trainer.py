@@ -39,6 +39,7 @@ from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLGRPOConfig, check_settings
 from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
+from open_r1.front_door import Mistake
 from open_r1.heldout import held_out_figures
 from open_r1.images import BrokenImage, ImageSource, image_name, open_image
 from open_r1.modeling import accept_missing_images, check_model_type, reset_generation_config
@@ -255,6 +256,9 @@ class Qwen2VLGRPOTrainer(LoadWeightsMixin, GRPOTrainer):
             for row, given, now in zip(rollout.rows, rollout.given, inputs, strict=True)
         ]
         rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)  # (all B, funcs)
+        if rewards.isnan().all() and self._mode() == "train":
+            names = ", ".join(self.reward_func_names)
+            raise Mistake(f"reward_funcs: no completion of a step got a reward, only None ({names})")
         is_broken = self.accelerator.gather(torch.tensor(rollout.is_broken, device=rewards.device))  # (all B,)
         if is_broken.any():
             rewards[is_broken] = torch.nan  # TRL's word for: no advantage, and no part in a mean
