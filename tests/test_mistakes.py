@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_type_hints
@@ -13,7 +14,7 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from open_r1 import entry, grpo, sft
+from open_r1 import entry, front_door, grpo, sft
 from open_r1.configs import LOSS_TYPES
 from open_r1.entry import Command, check, train
 from open_r1.failures import FIRST, Mistake, last_word, told_once
@@ -21,7 +22,7 @@ from open_r1.limits import CHOICES, LIMITS, NEEDED
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import PLANNED_PROCESSES, read_recipe
 from open_r1.trainer import Qwen2VLGRPOTrainer
-from support import launch_env, run_grpo, vowel_share, write_examples
+from support import launch_env, make_trainer, run_grpo, vowel_share, write_examples
 
 LAUNCHES = REPO_ROOT / "src/open-r1-multimodal/configs"
 RECIPE = {
@@ -283,6 +284,17 @@ def test_a_run_that_took_no_step_is_no_result(tiny_model, examples_json, tmp_pat
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+def test_a_step_in_which_nothing_is_rewarded_ends_the_run(tiny_model, examples_json, tmp_path):
+    """None is a reward function's word for: not of this kind. Of none at all nothing can be learned."""
+
+    def nothing(completions, **kwargs):
+        return [None] * len(completions)
+
+    trainer = make_trainer(tiny_model, examples_json, tmp_path, [nothing])
+    with pytest.raises(Mistake, match=r"^reward_funcs: no completion of a step got a reward, only None \(nothing\)$"):
+        trainer.train()
+
+
 # --- under the run script ----------------------------------------------------------------------------------------
 
 
@@ -441,6 +453,42 @@ def test_of_several_processes_the_first_tells(tmp_path, monkeypatch, capsys):
             raise Mistake(f"of {rank}")
     assert capsys.readouterr().err == "error: of 1\n" and (tmp_path / FIRST).read_text() == "1"
     assert json.loads((tmp_path / "0/error.json").read_text())["message"] == "Mistake: of 0"
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [(Mistake("of mine"), "cvbench: error: of mine"), (OSError(28, "full"), "cvbench: error: [Errno 28] full")],
+)
+def test_of_several_processes_of_a_command_the_first_tells(tmp_path, monkeypatch, error, told):
+    """As `accelerate launch` starts an evaluation."""
+    monkeypatch.setattr("open_r1.front_door.PAUSE", 0)
+    monkeypatch.setattr(sys, "argv", ["cvbench.py"])
+    codes = []
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
+        with pytest.raises(SystemExit) as left:
+            front_door.run(raising(error))
+        codes.append(left.value.code)
+    assert codes == [told, 1]
+
+
+@pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
+def test_of_several_processes_that_are_stopped_one_tells(monkeypatch, capsys, rank, lines):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit) as left:
+        front_door.run(raising(KeyboardInterrupt()))
+    assert left.value.code == 130 and capsys.readouterr().err.count("SIGINT: nothing was written") == lines
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    """A command that ends so."""
+
+    def main() -> None:
+        raise error
+
+    return main
 
 
 def failure(code: int, timestamp: int, error_file: str = "<N/A>") -> SimpleNamespace:

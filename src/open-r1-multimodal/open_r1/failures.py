@@ -66,10 +66,10 @@ def last_word(failures: Mapping[int, Any], processes: int) -> tuple[int, str]:
     name = f"rank {rank} of {processes}"
     if rank in told:
         return max(code, 1), f"error: {name} failed; its traceback is above"
-    return killed(name, -code) if code < 0 else (code, f"error: {name} ended with exit code {code}")
+    return ended_by(name, -code) if code < 0 else (code, f"error: {name} ended with exit code {code}")
 
 
-def killed(name: str, number: int) -> tuple[int, str]:
+def ended_by(name: str, number: int) -> tuple[int, str]:
     """The exit code and the line of a process that a signal ended."""
     cause = ", as the kernel does when memory runs out" if number == signal.SIGKILL else ""
     return 128 + number, f"error: {name} was ended by {signal.Signals(number).name}{cause}"

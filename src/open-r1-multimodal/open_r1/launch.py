@@ -25,7 +25,7 @@ import psutil
 
 sys.path.remove(str(Path(__file__).parent))  # where Python looks first; open_r1's modules are no top-level ones
 
-from open_r1.failures import continues, killed, last_word, told_once
+from open_r1.failures import continues, ended_by, last_word, told_once
 from open_r1.front_door import STOPS, Mistake, Stopped, first_line
 
 STALE_SECONDS = 60
@@ -140,7 +140,7 @@ def start(launch: argparse.Namespace, told: SimpleQueue) -> None:
     except ChildFailedError as error:
         code, line = last_word(error.failures, launch.num_processes)
     except subprocess.CalledProcessError as error:  # of the one process of a launch that is not distributed
-        code, line = (error.returncode, "") if error.returncode > 0 else killed("the process", -error.returncode)
+        code, line = (error.returncode, "") if error.returncode > 0 else ended_by("the process", -error.returncode)
     else:
         return
     if code > 128:  # a signal's: nothing is wrong with the run itself
