@@ -201,5 +201,6 @@ def _check_rewards(rewards: Any, name: str, count: int) -> list[float | None]:
 def _describe(error: BaseException) -> str:
     """An exception with the line of the user's that it comes from."""
     places = [f" ({frame.filename}, line {frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)]
-    theirs = [place for place in places if not any(part in place for part in (__file__, "<frozen", "site-packages"))]
+    passed_through = (__file__, importlib.__file__, "<frozen", "site-packages")
+    theirs = [place for place in places if not any(part in place for part in passed_through)]
     return f"{type(error).__name__}: {first_line(error)}{theirs[-1] if theirs else ''}"
