@@ -212,7 +212,7 @@ def test_a_signal_ends_every_process_in_one_line(tmp_path, tiny_model, examples_
         assert time.monotonic() < deadline and launcher.poll() is None, "training did not start"
         time.sleep(0.1)
     os.killpg(launcher.pid, stop) if stop == signal.SIGINT else launcher.send_signal(stop)  # Ctrl-C goes to the group
-    assert launcher.wait(timeout=60) == 128 + stop
+    assert launcher.wait(timeout=120) == 128 + stop
     deadline = time.monotonic() + 30
     while (left := _processes_naming(str(tmp_path))) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -248,7 +248,7 @@ def launching(tmp_path, monkeypatch):
         monkeypatch.setattr(launch.sys, "argv", ["launch.py", "--config_file=x", "--num_processes=1", "grpo.py"])
         launch.main()
 
-    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "")
     before = {number: signal.getsignal(number) for number in launch.STOPS}
     yield run
     for number, handler in before.items():
@@ -292,7 +292,7 @@ def test_a_launch_says_what_stopped_it(launching, tmp_path, capsys, stop, steps,
 def test_nohup_stays(launching):
     """A hangup that was ignored when the launch began goes on being ignored."""
     launching(lambda launch, told: os.kill(os.getpid(), signal.SIGHUP), hangup=signal.SIG_IGN)
-    assert "SIGHUP" not in os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"]
+    assert "SIGHUP" not in os.environ["PET_SIGNALS_TO_HANDLE"]
 
 
 @pytest.mark.parametrize("found, reason", [(0, "no driver"), (1, None)])

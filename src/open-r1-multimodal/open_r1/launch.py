@@ -155,7 +155,7 @@ def main() -> None:
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under `nohup`
             signal.signal(number, stop)
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torch's launcher leaves the others to `stop`
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's --signals_to_handle: `stop` handles the others
     told = multiprocessing.get_context("fork").SimpleQueue()
     try:
         start(launch, told)
