@@ -50,7 +50,8 @@ is_supported "$PYTHON" ||
     fail "$("$PYTHON" --version) in $PYTHON is not supported; use Python 3.11, 3.12, 3.13 or 3.14"
 prefix=$(PYTHONSAFEPATH=1 "$PYTHON" -c 'import sys; print(sys.prefix)')
 
-gpu=$(gpu_names | head -n 1)
+gpus=$(gpu_names) || fail "$gpu_hangs"
+gpu=$(printf '%s' "$gpus" | head -n 1)
 
 # Nothing changed since the last time: say so and stop
 stamp="$prefix/.setup-stamp"

@@ -17,10 +17,23 @@ need_packages() {
     exit 1
 }
 
-# The names of the NVIDIA GPUs, one a line. Nothing when nvidia-smi is missing, fails, hangs or lists something else:
-# with a broken driver it prints its error on stdout.
+# The names of the NVIDIA GPUs, one a line. Nothing when nvidia-smi is missing, fails or lists something else: with a
+# broken driver it prints its error on stdout. Status 1 when it does not answer: there is a GPU then, and it hangs.
+gpu_hangs="nvidia-smi does not answer within 10 s; restart the machine, or go on without its GPU: CUDA_VISIBLE_DEVICES=-1"
 gpu_names() {
+    case ${CUDA_VISIBLE_DEVICES-0} in "" | -1*) return 0 ;; esac
     command -v nvidia-smi >/dev/null 2>&1 || return 0
-    listed=$(timeout -k 1 30 nvidia-smi --list-gpus 2>/dev/null) || return 0
+    listed=$(timeout -k 1 10 nvidia-smi --list-gpus 2>/dev/null) || case $? in
+        124 | 137) return 1 ;;
+        *) return 0 ;;
+    esac
     printf '%s\n' "$listed" | sed -n 's/^GPU [0-9][0-9]*: \(.*\) (UUID: GPU-.*)$/\1/p'
+}
+
+# Whether an argument asks for help. A value may hold these words, but none is one of them.
+asks_help() {
+    for argument in "$@"; do
+        case $argument in --help | -h) return 0 ;; esac
+    done
+    return 1
 }

@@ -28,10 +28,11 @@ socket.send_fds(server, [len(start).to_bytes(8, "big")], [0, 1, 2])
 server.sendall(start)
 answers = server.makefile()
 process = int(answers.readline())
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda number, _: os.kill(process, number))
 code = int(answers.readline())
-signal.signal(signal.SIGTERM, signal.SIG_DFL)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 sys.exit(code) if code >= 0 else os.kill(os.getpid(), -code)
 """
 
@@ -85,6 +86,7 @@ def follow(connection: socket.socket, process: int) -> None:
 
 def start(argv: list[str], environment: dict[str, str], folder: str) -> None:
     """Be `python SCRIPT ARGUMENTS` or `python -m MODULE ARGUMENTS`, as far as these can tell."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which who is started in the background ignores
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

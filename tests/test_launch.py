@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import get_scheduler
@@ -187,27 +188,44 @@ def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, example
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_leaves_no_process_behind(tmp_path, tiny_model, examples_json, stop):
+@pytest.mark.parametrize(
+    "stop, launch",
+    [
+        (signal.SIGINT, {}),
+        (signal.SIGTERM, {}),
+        (signal.SIGHUP, {}),
+        (signal.SIGKILL, {}),
+        (signal.SIGTERM, {"ACCELERATE_CONFIG": "ddp", "NUM_PROCESSES": "1"}),  # accelerate starts it without torch's
+    ],
+)
+def test_a_signal_ends_every_process_in_one_line(tmp_path, tiny_model, examples_json, quick_python, stop, launch):
     launcher = subprocess.Popen(
-        ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh"), "--max_steps", "100000"],
-        env=launch_env(tiny_model, examples_json, tmp_path / "out"),
+        ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh"), "--max_steps", "100000", "--save_steps", "1"],
+        env=launch_env(tiny_model, examples_json, tmp_path / "out", PYTHON=str(quick_python), **launch),
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
-    trajectories = tmp_path / "out/trajectories/train.jsonl"
     deadline = time.monotonic() + 180
-    while not trajectories.exists() and time.monotonic() < deadline and launcher.poll() is None:
-        time.sleep(0.5)
-    assert trajectories.exists(), "training did not start"
+    while not list(tmp_path.glob("out/checkpoint-*/complete.json")):
+        assert time.monotonic() < deadline and launcher.poll() is None, "training did not start"
+        time.sleep(0.1)
     os.killpg(launcher.pid, stop) if stop == signal.SIGINT else launcher.send_signal(stop)  # Ctrl-C goes to the group
-    assert launcher.wait(timeout=60) != 0
+    told = stop != signal.SIGKILL
+    assert launcher.wait(timeout=120) == (128 + stop if told else -stop)
     deadline = time.monotonic() + 30
     while (left := _processes_naming(str(tmp_path))) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert left == []
+    said = launcher.stderr.read()
+    assert "Traceback" not in said
+    if not told:
+        return
+    whole = [path.parent.name for path in tmp_path.glob("out/checkpoint-*/complete.json")]
+    step = max(int(name.removeprefix("checkpoint-")) for name in whole)
+    assert said.splitlines()[-1] == f"stopped by {stop.name}; the same command continues at step {step}"
 
 
 def _processes_naming(text: str) -> list[str]:
@@ -222,9 +240,96 @@ def _processes_naming(text: str) -> list[str]:
     return commands
 
 
-def test_a_killed_compiler_does_not_make_the_next_launch_wait(tmp_path, monkeypatch):
-    """torch waits for as long as a lock is there; one that is young, or has a compiler at work, stays."""
+@pytest.fixture
+def launching(tmp_path, monkeypatch):
+    """launch.py in this process: calls its main with a `start` of the test's."""
     monkeypatch.syspath_prepend(str(REPO_ROOT / "src/open-r1-multimodal/open_r1"))  # as when launch.py is run
+    from open_r1 import launch
+
+    def run(start, hangup=signal.SIG_DFL) -> None:
+        signal.signal(signal.SIGHUP, hangup)
+        monkeypatch.setattr(launch, "start", start)
+        monkeypatch.setattr(launch.sys, "argv", ["launch.py", "--config_file=x", "--num_processes=1", "grpo.py"])
+        launch.main()
+
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "")
+    before = {number: signal.getsignal(number) for number in launch.STOPS}
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "steps, resumes, state",
+    [
+        (None, True, "nothing has started"),
+        ([], True, "the same command starts from the beginning"),
+        ([3, 20, 100], True, "the same command continues at step 100"),
+        ([3], False, "the same command starts from the beginning"),
+    ],
+)
+def test_a_launch_says_what_stopped_it(launching, tmp_path, capsys, stop, steps, resumes, state):
+    """And where it goes on, which is where its last whole checkpoint is; a second signal changes nothing."""
+    child = subprocess.Popen(["sleep", "60"])
+    for step in steps or []:
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/complete.json").touch()
+    (tmp_path / "checkpoint-200").mkdir()  # half-written
+
+    def start(launch, told):
+        if steps is not None:
+            told.put((str(tmp_path), resumes))
+        try:
+            os.kill(os.getpid(), stop)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as left:
+        launching(start)
+    assert left.value.code == 128 + stop
+    assert capsys.readouterr().err == f"\nstopped by {stop.name}; {state}\n"
+    assert not psutil.pid_exists(child.pid)
+
+
+def test_nohup_stays(launching):
+    """A hangup that was ignored when the launch began goes on being ignored."""
+    launching(lambda launch, told: os.kill(os.getpid(), signal.SIGHUP), hangup=signal.SIG_IGN)
+    assert "SIGHUP" not in os.environ["PET_SIGNALS_TO_HANDLE"]
+
+
+@pytest.mark.parametrize("found, reason", [(0, "no driver"), (1, None)])
+def test_a_gpu_that_torch_cannot_use_is_told(launching, monkeypatch, found, reason):
+    from open_r1.launch import Mistake, check_gpus
+
+    def init():
+        if reason:
+            raise RuntimeError(f"{reason}\nand more")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    check_gpus(found)
+    told = rf"^2 processes need a GPU each, and torch \S+ can use {found}{f' .{reason}.' if reason else ''}; mend the "
+    with pytest.raises(Mistake, match=told):
+        check_gpus(2)
+
+
+@pytest.mark.parametrize("value", ["a --help b", "-h --help", "--config x"])
+def test_a_value_that_holds_an_option_is_a_value(launched, value):
+    result = launched("--run_name", value)
+    assert result.returncode == 0 and value in result.stdout.splitlines()
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_is_for_an_argument_of_its_own(launched, option):
+    result = launched("--max_steps", "3", option)
+    assert result.returncode == 0 and result.stdout.startswith("Start a training script on every GPU")
+
+
+def test_a_killed_compiler_does_not_make_the_next_launch_wait(tmp_path, launching):
+    """torch waits for as long as a lock is there; one that is young, or has a compiler at work, stays."""
     from open_r1.launch import STALE_SECONDS, clear_stale_builds
 
     for name, age in (("killed", STALE_SECONDS + 9), ("busy", STALE_SECONDS + 9), ("young", 0)):

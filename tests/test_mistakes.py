@@ -7,23 +7,26 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
 
-from open_r1 import entry, grpo, sft
+from open_r1 import entry, front_door, grpo, sft
 from open_r1.configs import LOSS_TYPES
 from open_r1.entry import Command, check, train
 from open_r1.failures import FIRST, Mistake, full_disk, last_word, told_once
 from open_r1.files import append_rows
+from open_r1.limits import CHOICES, LIMITS, NEEDED
 from open_r1.prompts import REPO_ROOT
-from open_r1.recipes import PLANNED_PROCESSES
+from open_r1.recipes import PLANNED_PROCESSES, read_recipe
 from open_r1.trainer import Qwen2VLGRPOTrainer
-from support import launch_env, run_grpo, vowel_share, write_examples
+from support import launch_env, make_trainer, run_grpo, vowel_share, write_examples
 
 LAUNCHES = REPO_ROOT / "src/open-r1-multimodal/configs"
 RECIPE = {
@@ -76,10 +79,19 @@ CHANGES = [
     ({"num_generations": 1}, r"num_generations 1: "),
     ({"completions_per_step": 60}, r"completions_per_step 60 is not a multiple of 16 .*; 48 and 64 would fit"),
     ({"loss_type": "gpro"}, r"loss_type: 'gpro' is none of grpo, "),
-    ({"temperature": 0}, r"temperature 0.*: completions are sampled"),
+    ({"temperature": 0}, r"temperature 0.*: expected a number above 0; completions are sampled"),
+    ({"beta": float("nan")}, r"beta nan: expected a number of at least 0"),
+    (
+        {"reward_funcs": "accuracy format"},
+        r".*/recipe\.yaml: reward_funcs: expected a list, \[accuracy, format\], not ",
+    ),
+    ({"reward_funcs": []}, r"reward_funcs: needs a value"),
+    ({"num_generations": None}, r"num_generations: needs a value"),
+    ({"reward_weights": []}, r"reward_weights: 0 for 2 reward_funcs \(accuracy, format\)"),
+    ({"eval_strategy": "steps"}, r"eval_strategy steps: there are no held-out examples"),
     ({"accelerator_config": {"split": True}}, r".*/recipe\.yaml: .*unexpected keyword argument 'split'"),
-    ({"max_steps": 0}, r"max_steps 0, num_train_epochs 3.0: nothing would be trained"),
-    ({"max_steps": -1, "num_train_epochs": 0}, r"max_steps -1, num_train_epochs 0.*: nothing would be trained"),
+    ({"max_steps": 0}, r"max_steps 0: expected a number of at least 1, or -1; -1 trains num_train_epochs"),
+    ({"max_steps": -1, "num_train_epochs": 0}, r"num_train_epochs 0.*: expected a number above 0"),
     ({"torch_compile": True}, r"torch_compile: "),
     ({"freeze_vision": True, "freeze_llm": True}, r"freeze_vision, freeze_merger, freeze_llm: nothing is left"),
     ({"load_in_4bit": True}, r"load_in_4bit, load_in_8bit: quantised weights cannot be trained"),
@@ -112,6 +124,80 @@ def test_a_mistake_in_an_argument_is_one_line(find_mistake, arguments, message):
     assert re.match(message, find_mistake(*arguments))
 
 
+VALUES = [
+    ("--learning_rate -1e-5", "learning_rate -1e-05: expected a number of at least 0"),
+    ("--learning_rate nan", "learning_rate nan: "),
+    ("--learning_rate inf", "learning_rate inf: "),
+    ("--beta -0.1", "beta -0.1: expected a number of at least 0"),
+    ("--beta -inf", "beta -inf: "),
+    ("--epsilon -.2", "epsilon -0.2: "),
+    ("--delta 0", "delta 0.0: expected a number above 0"),
+    ("--temperature -1", "temperature -1.0: expected a number above 0; completions are sampled"),
+    ("--temperature nan", "temperature nan: "),
+    ("--top_p 0", "top_p 0.0: expected a number above 0 and at most 1"),
+    ("--top_p 1.5", "top_p 1.5: "),
+    ("--top_k -1", "top_k -1: expected a number of at least 0"),
+    ("--min_p 2", "min_p 2.0: expected a number of at least 0 and at most 1"),
+    ("--num_generations 0", "num_generations 0: expected a number of at least 2; "),
+    ("--num_generations 6", "num_generations 6: a rollout of 64 completions "),
+    ("--completions_per_step 0", "completions_per_step 0: expected a number of at least 1"),
+    ("--completions_per_step -64", "completions_per_step -64: "),
+    ("--max_completion_length 0", "max_completion_length 0: "),
+    ("--importance_sampling_level word", "importance_sampling_level: 'word' is none of token, sequence"),
+    ("--scale_rewards grp", "scale_rewards: 'grp' is none of group, batch, none"),
+    ("--loss_type gpro", "loss_type: 'gpro' is none of grpo, "),
+    ("--reward_weights 1 inf", "reward_weights inf: expected a finite number"),
+    ("--reward_weights 1 nan", "reward_weights nan: "),
+    ("--reward_weights 1 2 3", "reward_weights: 3 for 2 reward_funcs (accuracy, format); give one for each"),
+    ("--reward_weights 0 -0e0", "reward_weights: all are 0, and nothing would be learned"),
+    ("--reward_funcs", "--reward_funcs/--reward-funcs: expected at least one argument"),
+]
+SHARED_VALUES = [
+    ("--max_pixels 1", "max_pixels 1: expected a number of at least 784; "),
+    ("--max_pixels -1", "max_pixels -1: "),
+    ("--max_pixels 3000", "min_pixels 3136 is more than max_pixels 3000; min_pixels: 3000 would fit"),
+    ("--min_pixels 0", "min_pixels 0: "),
+    ("--max_prompt_length 0", "max_prompt_length 0: expected a number of at least 1"),
+    ("--per_device_train_batch_size 0", "per_device_train_batch_size 0: "),
+    ("--per_device_train_batch_size -8", "per_device_train_batch_size -8: "),
+    ("--gradient_accumulation_steps 0", "gradient_accumulation_steps 0: "),
+    ("--max_steps -5", "max_steps -5: expected a number of at least 1, or -1; "),
+    ("--num_train_epochs -2", "num_train_epochs -2.0: "),
+    ("--save_steps 0", "save_steps 0.0: expected a number above 0; save_strategy: no saves nothing"),
+    ("--save_total_limit -1", "save_total_limit -1: "),
+    ("--logging_steps -1", "logging_steps -1.0: "),
+    ("--warmup_steps -3", "warmup_steps -3.0: "),
+    ("--weight_decay -1", "weight_decay -1.0: "),
+    ("--max_grad_norm nan", "max_grad_norm nan: "),
+    ("--adam_beta2 1", "adam_beta2 1.0: expected a number of at least 0 and below 1"),
+    ("--seed -1", "seed -1: expected a number of at least 0 and at most 4294967295"),
+    ("--seed 99999999999999999999", "seed 99999999999999999999: "),
+    ("--lora_r 0", "lora_r 0: "),
+    ("--lora_alpha -1", "lora_alpha -1: "),
+    ("--lora_dropout 1", "lora_dropout 1.0: "),
+    ("--attn_implementation flesh", "attn_implementation: 'flesh' is none of auto, eager, sdpa, "),
+    ("--dtype float23", "--dtype: invalid choice: 'float23'"),
+    ("--max_steps many", "--max_steps/--max-steps: invalid int value: 'many'"),
+]
+
+
+@pytest.mark.parametrize(
+    "command, arguments, message",
+    [(grpo.COMMAND, *row) for row in VALUES + SHARED_VALUES] + [(sft.COMMAND, *row) for row in SHARED_VALUES],
+)
+def test_a_value_that_means_nothing_is_one_line(command, arguments, message, tmp_path):
+    """Before anything is made of it; a negative number is a value, however it is written."""
+    recipe = ["--config", f"configs/{command.name}_sat.yaml", "--dataset_name", "x", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError) as raised:
+        read_recipe(command.arguments, [*recipe, "--use_cpu", "true", "--bf16", "false", *arguments.split()])
+    assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
+
+
+def test_every_limit_is_that_of_a_setting():
+    hints = [get_type_hints(kind) for command in (grpo.COMMAND, sft.COMMAND) for kind in command.arguments]
+    assert {*LIMITS, *CHOICES, *NEEDED} <= set().union(*hints)
+
+
 def test_other_recipes_that_are_none(find_mistake):
     assert "recipe.yaml: not YAML: " in find_mistake(recipe="temperature: [1")
     assert "must contain a YAML mapping" in find_mistake(recipe="grpo")
@@ -129,7 +215,7 @@ def test_other_recipes_that_are_none(find_mistake):
         ("base: overlay.yaml", r"{path}: base: leads back to this file"),
         ("base: [recipe.yaml, none.yaml]", r"{path}: base: no file .*/none\.yaml"),
         ("base: 4", r"{path}: base: no file .*/4"),
-        ("temperature: 0", r"temperature 0.*: completions are sampled"),
+        ("temperature: 0", r"temperature 0.*: expected a number above 0; completions are sampled"),
         (None, r"--config: no recipe {path}"),
     ],
 )
@@ -202,6 +288,17 @@ def test_a_run_that_took_no_step_is_no_result(tiny_model, examples_json, tmp_pat
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+def test_a_step_in_which_nothing_is_rewarded_ends_the_run(tiny_model, examples_json, tmp_path):
+    """None is a reward function's word for: not of this kind. Of none at all nothing can be learned."""
+
+    def nothing(completions, **kwargs):
+        return [None] * len(completions)
+
+    trainer = make_trainer(tiny_model, examples_json, tmp_path, [nothing])
+    with pytest.raises(Mistake, match=r"^reward_funcs: no completion of a step got a reward, only None \(nothing\)$"):
+        trainer.train()
+
+
 # --- under the run script ----------------------------------------------------------------------------------------
 
 
@@ -213,6 +310,9 @@ def test_a_run_that_took_no_step_is_no_result(tiny_model, examples_json, tmp_pat
         ({"CONFIG": " "}, "error: CONFIG: names no recipe"),
         ({"NUM_PROCESSES": "two"}, "error: NUM_PROCESSES: 'two' is not a number of processes"),
         ({"NUM_PROCESSES": "0"}, "error: NUM_PROCESSES: '0' is not a number of processes"),
+        ({"NUM_PROCESSES": "1.5"}, "error: NUM_PROCESSES: '1.5' is not a number of processes"),
+        ({"NUM_PROCESSES": "-1"}, "error: NUM_PROCESSES: '-1' is not a number of processes"),
+        ({"NUM_PROCESSES": "99999"}, "error: NUM_PROCESSES: '99999' is not a number of processes"),
         ({"ACCELERATE_CONFIG": "zero9"}, f"error: ACCELERATE_CONFIG: no file {LAUNCHES}/zero9.yaml"),
     ],
 )
@@ -222,22 +322,64 @@ def test_the_script_tells_its_own(tmp_path, tiny_model, environment, message):
     assert not (tmp_path / "out").exists()
 
 
+TWO_GPUS = "echo 'GPU 0: H100 (UUID: GPU-a)'; echo 'GPU 1: H100 (UUID: GPU-b)'"
+
+
 @pytest.mark.parametrize(
-    "lists, gpus",
+    "lists, visible, gpus",
     [
-        ("echo 'NVIDIA-SMI has failed because it could not talk to the driver.'; exit 9", 0),
-        ("echo 'No devices were found'", 0),
-        ("echo 'GPU 0: H100 (UUID: GPU-a)'; echo 'GPU 1: H100 (UUID: GPU-b)'", 2),
+        ("echo 'NVIDIA-SMI has failed because it could not talk to the driver.'; exit 9", None, 0),
+        ("echo 'No devices were found'", None, 0),
+        ("exec sleep 60", "-1", 0),  # not asked
+        (TWO_GPUS, None, 2),
+        (TWO_GPUS, "", 0),
+        (TWO_GPUS, "-1", 0),
+        (TWO_GPUS, "NoDevFiles", 0),
+        (TWO_GPUS, "1", 1),
+        (TWO_GPUS, "1,GPU-a", 2),
+        (TWO_GPUS, "0,-1,1", 1),
     ],
 )
-def test_a_gpu_is_one_that_can_be_listed(tmp_path, tiny_model, examples_json, lists, gpus):
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{lists}\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NUM_PROCESSES": "3", "ACCELERATE_CONFIG": "zero9"}
-    result = run_grpo(tiny_model, examples_json, tmp_path / "out", **env)
+def test_a_gpu_is_one_that_can_be_listed_and_is_visible(tmp_path, tiny_model, examples_json, lists, visible, gpus):
+    result = run_with_gpus(tmp_path, tiny_model, examples_json, lists, visible)
     assert result.returncode == 2 and ("no GPU found" in result.stdout) == (gpus == 0)
-    told = "NUM_PROCESSES: 3 is more than the 2 GPUs" if gpus else "ACCELERATE_CONFIG: no file"
+    told = f"NUM_PROCESSES: 3 is more than the {gpus} GPUs" if gpus else "ACCELERATE_CONFIG: no file"
     assert result.stderr.startswith(f"error: {told}") and result.stderr.count("\n") == 1
+
+
+def run_with_gpus(
+    folder: Path, model: Path, data: Path, lists: str, visible: str | None, **env: str
+) -> subprocess.CompletedProcess:
+    """A launch that goes no further than its script, on a machine whose nvidia-smi does this."""
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{lists}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    env |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    env = {"PATH": f"{folder}:{os.environ['PATH']}", "NUM_PROCESSES": "3", "ACCELERATE_CONFIG": "zero9", **env}
+    return run_grpo(model, data, folder / "out", **env)
+
+
+@pytest.mark.parametrize("visible", ["0,1,2", "7", "99999999999999999999"])
+def test_a_gpu_that_is_not_there(tmp_path, tiny_model, examples_json, visible):
+    result = run_with_gpus(tmp_path, tiny_model, examples_json, TWO_GPUS, visible)
+    assert (result.returncode, result.stderr) == (
+        2,
+        f"error: CUDA_VISIBLE_DEVICES: there is no GPU {visible[-1 if ',' in visible else 0 :]}; "
+        "this machine's are 0 to 1\n",
+    )
+
+
+@pytest.mark.slow
+def test_a_gpu_that_hangs_is_told(tmp_path, tiny_model, examples_json):
+    result = run_with_gpus(tmp_path, tiny_model, examples_json, 'trap "" TERM; while :; do sleep 1; done', None)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: nvidia-smi does not answer within 10 s; ")
+
+
+@pytest.mark.parametrize("threads", ["many", "0", "1.5"])
+def test_threads_that_are_no_number_are_left_out(tmp_path, tiny_model, examples_json, threads):
+    result = run_with_gpus(tmp_path, tiny_model, examples_json, "exit 9", None, OMP_NUM_THREADS=threads)
+    assert result.stderr.splitlines()[0] == f"OMP_NUM_THREADS: '{threads}' is not a number of threads, and left out"
+    assert result.stderr.splitlines()[1].startswith("error: ACCELERATE_CONFIG: ")
 
 
 @pytest.mark.slow
@@ -266,14 +408,16 @@ def reward(completions, **kwargs):
         {does}
     return [float(len(completion[0]["content"]) % 3) for completion in completions]
 """
+OF_MINE = "error: reward_funcs: failing:reward "
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "ranks, does, code, tracebacks, last",
     [
-        ("1", "raise KeyError('of mine')", 1, 1, "error: rank 1 of 2 failed; its traceback is above"),
-        ("01", "raise KeyError('of mine')", 1, 1, "error: rank [01] of 2 failed; its traceback is above"),
+        ("1", "raise KeyError('of mine')", 2, 0, rf"{OF_MINE}raised KeyError: 'of mine' \(.*/failing\.py, line 7\)"),
+        ("01", "return [None]", 2, 0, rf"{OF_MINE}returned 1 rewards; expected a list of 4, a finite number .*"),
+        ("1", "import trl; trl.GRPOTrainer.compute_loss = None", 1, 1, "error: rank 1 of 2 failed; .* is above"),
         ("1", "os.kill(os.getpid(), signal.SIGKILL)", 137, 0, "error: rank 1 of 2 was ended by SIGKILL, .* memory .*"),
         ("1", "os._exit(7)", 7, 0, "error: rank 1 of 2 ended with exit code 7"),
     ],
@@ -289,7 +433,7 @@ def test_a_failing_rank_is_told_once(
     assert result.returncode == code and re.fullmatch(last, lines[-1]), result.stderr
     assert sum(line.startswith("Traceback") for line in lines) == tracebacks
     if tracebacks:
-        assert lines[-2] == "KeyError: 'of mine'"
+        assert lines[-2] == "TypeError: 'NoneType' object is not callable"
     assert "ChildFailedError" not in result.stderr and "torch/distributed/elastic" not in result.stderr
 
 
@@ -304,7 +448,7 @@ def test_a_process_alone_tells_and_leaves(monkeypatch, capsys):
 
 
 def test_of_several_processes_the_first_tells(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("open_r1.failures.PAUSE", 0)
+    monkeypatch.setattr("open_r1.front_door.PAUSE", 0)
     for rank in (1, 0):
         (tmp_path / str(rank)).mkdir()
         monkeypatch.setenv("RANK", str(rank))
@@ -313,6 +457,42 @@ def test_of_several_processes_the_first_tells(tmp_path, monkeypatch, capsys):
             raise Mistake(f"of {rank}")
     assert capsys.readouterr().err == "error: of 1\n" and (tmp_path / FIRST).read_text() == "1"
     assert json.loads((tmp_path / "0/error.json").read_text())["message"] == "Mistake: of 0"
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [(Mistake("of mine"), "cvbench: error: of mine"), (OSError(28, "full"), "cvbench: error: [Errno 28] full")],
+)
+def test_of_several_processes_of_a_command_the_first_tells(tmp_path, monkeypatch, error, told):
+    """As `accelerate launch` starts an evaluation."""
+    monkeypatch.setattr("open_r1.front_door.PAUSE", 0)
+    monkeypatch.setattr(sys, "argv", ["cvbench.py"])
+    codes = []
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
+        with pytest.raises(SystemExit) as left:
+            front_door.run(raising(error))
+        codes.append(left.value.code)
+    assert codes == [told, 1]
+
+
+@pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
+def test_of_several_processes_that_are_stopped_one_tells(monkeypatch, capsys, rank, lines):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit) as left:
+        front_door.run(raising(KeyboardInterrupt()))
+    assert left.value.code == 130 and capsys.readouterr().err.count("SIGINT: nothing was written") == lines
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    """A command that ends so."""
+
+    def main() -> None:
+        raise error
+
+    return main
 
 
 def failure(code: int, timestamp: int, error_file: str = "<N/A>") -> SimpleNamespace:
@@ -337,7 +517,7 @@ def test_the_last_word_names_the_cause(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_during_the_check_ends_it(tmp_path, tiny_model, examples_json):
-    """No worker has started yet; the check goes with the launcher, and says nothing."""
+    """No worker has started yet; the check goes with the launcher."""
     launcher = subprocess.Popen(
         ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh")],
         env=launch_env(tiny_model, examples_json, tmp_path / "out"),
@@ -349,7 +529,8 @@ def test_a_signal_during_the_check_ends_it(tmp_path, tiny_model, examples_json):
     with pytest.raises(subprocess.TimeoutExpired):
         launcher.wait(timeout=3)
     launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(timeout=20) == 128 + signal.SIGTERM and launcher.stderr.read() == ""
+    assert launcher.wait(timeout=20) == 128 + signal.SIGTERM
+    assert launcher.stderr.read() == "\nstopped by SIGTERM; nothing has started\n"
     left = subprocess.run(["ps", "-o", "pid=", "-s", str(launcher.pid)], capture_output=True, text=True)
     assert left.stdout.strip() == ""
 

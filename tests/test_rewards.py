@@ -1,11 +1,15 @@
 """Reward functions as TRL calls them; among the cases, the reference's mistakes."""
 
+import asyncio
 import inspect
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
+from open_r1.front_door import Mistake
 from open_r1.rewards import (
     accuracy_reward,
     format_reward,
@@ -200,24 +204,104 @@ def test_own_rewards_get_only_what_they_ask_for(my_rewards):
     "name", ["acuracy", "", ":", "my_rewards:", ":plain", "my_rewards:missing", "my_rewards:constant"]
 )
 def test_unknown_rewards_are_one_clear_line(name, my_rewards):
-    with pytest.raises(ValueError, match=r"^reward_funcs: ") as error:
+    with pytest.raises(Mistake, match=r"^reward_funcs: ") as error:
         get_reward_funcs([name])
     assert "\n" not in str(error.value)
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'acuracy'.*accuracy, format, length"):
+    with pytest.raises(Mistake, match=r"'acuracy'.*accuracy, format, length"):
         get_reward_funcs(["accuracy", "acuracy"])
 
 
 @pytest.mark.parametrize("name", ["no_such_module:reward", "no_such_package.module:reward"])
 def test_a_missing_module_is_named(name):
-    with pytest.raises(ValueError, match="no module 'no_such"):
+    with pytest.raises(Mistake, match="no module 'no_such"):
         get_reward_funcs([name])
 
 
-def test_a_broken_import_inside_a_users_module_is_not_hidden(tmp_path, monkeypatch):
-    (tmp_path / "broken_rewards.py").write_text("import no_such_dependency\n")
+OWN = """import sys
+import numpy
+def unlike(completions): return [0.0] * len(completions)
+def text(completions, **kwargs): return ["1.0"] * len(completions)
+def infinite(completions, **kwargs): return [1.0] + [float("inf")] * (len(completions) - 1)
+def huge(completions, **kwargs): return [10**400] * len(completions)
+async def nan(completions, **kwargs): return [float("nan")] * len(completions)
+def nested(completions, **kwargs): return numpy.zeros((len(completions), 2))
+def one(completions, **kwargs): return [1.0]
+def number(completions, **kwargs): return 1.0
+def leaves(completions, **kwargs): sys.exit(0)
+def breaks(completions, **kwargs): return numpy.zeros(2).reshape(3)
+def misses(texts, **kwargs): return [0.0] * len(texts)
+def good(completions, **kwargs): return numpy.float32(0.5), True, None
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module of the user's own with this text; its file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "own_rewards.py"
+        path.write_text(text)
+        return path
+
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
-        get_reward_funcs(["broken_rewards:reward"])
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+    yield write
+    sys.modules.pop("own_rewards", None)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("import no_such_dependency", r"ModuleNotFoundError: No module named 'no_such_dependency' \({path}, line 1\)"),
+        ("\nraise RuntimeError('boom\\nmore')", r"RuntimeError: boom \({path}, line 2\)"),
+        ("import sys; sys.exit(0)", r"SystemExit: 0 \({path}, line 1\)"),
+        ("def f(:", r"SyntaxError: invalid syntax \(own_rewards\.py, line 1\)"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_one_line(own, text, message):
+    path = own(text)
+    with pytest.raises(Mistake) as raised:
+        get_reward_funcs(["own_rewards:reward"])
+    expected = "reward_funcs: module 'own_rewards' cannot be imported: " + message.format(path=path)
+    assert re.fullmatch(expected, str(raised.value))
+
+
+@pytest.mark.parametrize("name", ["own_rewards:unlike", "builtins:max"])
+def test_a_function_that_trl_could_not_call_is_no_reward(own, name):
+    own(OWN)
+    with pytest.raises(Mistake, match=rf"^reward_funcs: {name} must take \*\*kwargs"):
+        get_reward_funcs([name])
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("text", "returned '1.0' for completion 0; expected a list of 3, a finite number "),
+        ("infinite", "returned inf for completion 1; "),
+        ("huge", "returned 10000.* for completion 0; "),
+        ("nan", "returned nan for completion 0; "),
+        ("nested", r"returned array\(\[0\., 0\.\]\) for completion 0; "),
+        ("one", "returned 1 rewards; expected a list of 3"),
+        ("number", "returned 1.0; expected a list of 3"),
+        ("leaves", r"raised SystemExit: 0 \({path}, line 11\)$"),
+        ("breaks", r"raised ValueError: cannot reshape .* \({path}, line 12\)$"),
+        ("misses", r"raised TypeError: misses\(\) missing 1 required positional argument: 'texts'$"),
+    ],
+)
+def test_what_is_no_reward_names_its_function(own, name, message):
+    path = own(OWN)
+    (reward,) = get_reward_funcs([f"own_rewards:{name}"])
+    with pytest.raises(Mistake) as raised:
+        rewards = reward(prompts=["p"] * 3, completions=["x", "y", "z"])
+        asyncio.run(rewards)  # of the one that TRL has to await
+    expected = f"reward_funcs: own_rewards:{name} " + message.format(path=path)
+    assert re.match(expected, str(raised.value)) and len(str(raised.value)) < 250
+
+
+def test_numbers_of_any_kind_are_rewards(own):
+    own(OWN)
+    (reward,) = get_reward_funcs(["own_rewards:good"])
+    assert reward(completions=["x", "y", "z"]) == [0.5, 1.0, None] and reward.__name__ == "good"

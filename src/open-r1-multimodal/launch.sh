@@ -29,10 +29,10 @@ script="$here/open_r1/$1.py" command=$1
 CONFIG="${CONFIG:-$ROOT/configs/$2.yaml}"
 shift 2
 
-case " $* " in *" --help "* | *" -h "*)
+if asks_help "$@"; then
     sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$here/launch.sh"
-    exec "$PYTHON" "$script" --help ;;
-esac
+    exec "$PYTHON" "$script" --help
+fi
 
 doctor=""
 for argument; do
@@ -41,7 +41,9 @@ for argument; do
 done
 
 DATA="${DATA:-$ROOT/src/data/SAT/SAT_train_15000.json}"
-case " $* " in *" --config"[\ =]*) fail "--config: name the recipes in CONFIG" ;; esac
+for argument in "$@"; do
+    case $argument in --config | --config=*) fail "--config: name the recipes in CONFIG" ;; esac
+done
 is_recipe() {
     [ -f "$1" ] || [ -f "$ROOT/$1" ]
 }
@@ -59,13 +61,28 @@ unset IFS
 OUTPUT="${OUTPUT:-$ROOT/outputs/${names#_}}"
 set -- --dataset_name "$DATA" --output_dir "$OUTPUT" ${MODEL:+--model_name_or_path "$MODEL"} "$@"
 
-gpus=$(gpu_names | grep -c . || true)
+listed=$(gpu_names) || fail "$gpu_hangs"
+gpus=$(printf '%s' "$listed" | grep -c . || true)
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && [ "$gpus" -gt 0 ]; then
-    gpus=$(printf '%s' "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '[0-9a-zA-Z]' || true)
+    all=$gpus
+    gpus=0
+    for device in $(printf '%s' "$CUDA_VISIBLE_DEVICES" | tr ',' ' '); do
+        case $device in # as CUDA reads it: numbers or UUIDs, up to the first that is neither
+            GPU-* | MIG-*) ;;
+            *[!0-9]*) break ;;
+            *) [ "$device" -lt "$all" ] 2>/dev/null ||
+                fail "CUDA_VISIBLE_DEVICES: there is no GPU $device; this machine's are 0 to $((all - 1))" ;;
+        esac
+        gpus=$((gpus + 1))
+    done
 fi
 NUM_PROCESSES="${NUM_PROCESSES:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}"
 case "$NUM_PROCESSES" in
-    *[!0-9]* | 0*) fail "NUM_PROCESSES: '$NUM_PROCESSES' is not a number of processes" ;;
+    *[!0-9]* | 0* | ?????*) fail "NUM_PROCESSES: '$NUM_PROCESSES' is not a number of processes" ;;
+esac
+case "${OMP_NUM_THREADS:-1}" in *[!0-9]* | 0*)
+    echo "OMP_NUM_THREADS: '$OMP_NUM_THREADS' is not a number of threads, and left out" >&2
+    unset OMP_NUM_THREADS ;;
 esac
 if [ "$gpus" -gt 0 ]; then
     [ "$NUM_PROCESSES" -le "$gpus" ] || fail "NUM_PROCESSES: $NUM_PROCESSES is more than the $gpus GPUs of this machine"

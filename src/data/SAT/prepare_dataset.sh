@@ -31,7 +31,7 @@ ROOT=$(CDPATH='' cd -- "$here/../../.." && pwd)
 . "$ROOT/scripts/env.sh"
 need_packages
 
-case " $* " in *" --help "* | *" -h "*) exec "$PYTHON" "$here/process_dataset.py" --help ;; esac
+! asks_help "$@" || exec "$PYTHON" "$here/process_dataset.py" --help
 
 parquet=${SAT_PARQUET:-$here/SAT_$fold.parquet}
 if [ -z "${SAT_PARQUET:-}" ] && [ ! -f "$parquet" ]; then

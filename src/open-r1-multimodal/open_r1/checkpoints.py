@@ -17,10 +17,9 @@ from torch import nn
 from torch.serialization import register_package
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from open_r1.files import replacing
+from open_r1.files import MANIFEST, replacing
 from open_r1.signatures import SIGNATURE, check_origin, sign
 
-MANIFEST = "complete.json"
 NO_MANIFEST = f"{MANIFEST} lists no files"
 # What a checkpoint holds for resuming alone. The rest is the model, as `save_model` writes it.
 RESUME_FILES = ("optimizer*", "scheduler*", "rng_state*", "global_step*", "latest", "zero_to_*", MANIFEST, SIGNATURE)

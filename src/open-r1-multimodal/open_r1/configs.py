@@ -1,4 +1,4 @@
-"""Every setting that a recipe can hold beside TRL's own, and what is checked of them before anything is loaded."""
+"""Every setting that a recipe can hold beside TRL's own, and how they go together."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -118,8 +118,6 @@ class Qwen2VLGRPOConfig(GRPOConfig):
     def __post_init__(self):
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type: {self.loss_type!r} is none of {', '.join(LOSS_TYPES)}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature {self.temperature}: completions are sampled; it must be above 0")
         self.resolve_accumulation()
         self.check_group_size()
         super().__post_init__()

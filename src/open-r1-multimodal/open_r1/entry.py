@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -97,7 +98,7 @@ class Command:
     build_trainer: Callable[..., Trainer]
 
 
-def check(command: Command, arguments: Sequence[str], config_file: str, processes: int) -> None:
+def check(command: Command, arguments: Sequence[str], config_file: str, processes: int) -> TrainingArguments:
     """Find, in one process and without weights, what would end a run before its first step.
 
     Args:
@@ -105,6 +106,9 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
         arguments: of its command line.
         config_file: accelerate's, of the launch.
         processes: that it is going to start.
+
+    Returns:
+        How each of them is going to train.
 
     Raises:
         Mistake: for the first thing found.
@@ -122,6 +126,7 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
             command.prepare(*settings)
             model_args = settings[2]
             check_weights(model_args.model_name_or_path, model_args.model_revision)
+    return settings[1]
 
 
 @contextmanager
@@ -138,10 +143,10 @@ def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, Trai
         ValueError, OSError, ImportError: for a setting with which nothing would be trained.
     """
     script_args, args, model_args = read_recipe(command.arguments, arguments)
-    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+    if args.eval_strategy != "no" and script_args.eval_dataset_name is None:
         raise ValueError(
-            f"max_steps {args.max_steps}, num_train_epochs {args.num_train_epochs}: nothing would be trained; "
-            "max_steps: -1 trains num_train_epochs"
+            f"eval_strategy {args.eval_strategy.value}: there are no held-out examples; name them in "
+            "eval_dataset_name, or eval_strategy: no"
         )
     Trainer.get_optimizer_cls_and_kwargs(args)  # raises for an optimizer whose package is not there
     args.report_to = resolve_report_to(args.report_to)
@@ -166,6 +171,8 @@ def find_checkpoint(command: Command, settings: tuple[Any, TrainingArguments, An
 def run(command: Command) -> None:
     """The whole of a training command; `launch.py` starts it in every process."""
     follow_launcher()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the other signals: at once, and the launcher says so
     prepare_process()
     with told_once():
         train(command, sys.argv[1:])

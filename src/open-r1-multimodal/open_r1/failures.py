@@ -1,26 +1,21 @@
 """How a run ends that cannot go on: what a user can mend is one line; anything else a traceback, told once.
 
-All processes of a launch may fail alike, or one takes the others along. The first to fail tells, and says so in the
-folder where torch's launcher lets its processes leave their errors.
+All processes of a launch may fail alike, or one takes the others along. The first to fail tells.
 """
 
-import json
-import os
 import re
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from open_r1.front_door import Mistake, first_line, printable
+from open_r1.files import MANIFEST
+from open_r1.front_door import FIRST, Mistake, first_line, is_first, printable
 
 MISTAKE = 2  # exit code, as argparse's
-FIRST = "first_failure"
-PAUSE = 1.0  # seconds
 # How Python, safetensors and torch say that a file could not be written to its end.
 NO_ROOM = re.compile(r"No space left|quota exceeded|File too large|PytorchStreamWriter|unexpected pos \d")
 SETTLED = 5  # seconds that the failures of one cause lie apart; torch's launcher waits 30 before it kills
@@ -55,27 +50,10 @@ def told_once() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _is_first(error):
+        if is_first(error):
             sys.stderr.write(f"error: {printable(error)}\n" if isinstance(error, Mistake) else traceback.format_exc())
             sys.stderr.flush()
         sys.exit(MISTAKE if isinstance(error, Mistake) else 1)
-
-
-def _is_first(error: Exception) -> bool:
-    """Whether this process is the first of its launch to fail; alone it is."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return True
-    path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])  # {folder of the launch}/{rank}/error.json
-    path.write_text(json.dumps({"message": f"{type(error).__name__}: {error}", "timestamp": int(time.time())}))
-    try:
-        file = (path.parent.parent / FIRST).open("x")
-    except FileExistsError:
-        time.sleep(2 * PAUSE)  # the launcher ends the others with the first that leaves
-        return False
-    time.sleep(PAUSE)  # if what failed here is that another process was killed, the launcher ends this one now
-    with file:
-        file.write(os.environ["RANK"])
-    return True
 
 
 def last_word(failures: Mapping[int, Any], processes: int) -> tuple[int, str]:
@@ -105,7 +83,22 @@ def last_word(failures: Mapping[int, Any], processes: int) -> tuple[int, str]:
     name = f"rank {rank} of {processes}"
     if rank in told:
         return max(code, 1), f"error: {name} failed; its traceback is above"
-    if code < 0:
-        cause = ", as the kernel does when memory runs out" if code == -signal.SIGKILL else ""
-        return 128 - code, f"error: {name} was ended by {signal.Signals(-code).name}{cause}"
-    return code, f"error: {name} ended with exit code {code}"
+    return ended_by(name, -code) if code < 0 else (code, f"error: {name} ended with exit code {code}")
+
+
+def ended_by(name: str, number: int) -> tuple[int, str]:
+    """The exit code and the line of a process that a signal ended."""
+    cause = ", as the kernel does when memory runs out" if number == signal.SIGKILL else ""
+    return 128 + number, f"error: {name} was ended by {signal.Signals(number).name}{cause}"
+
+
+def continues(output_dir: str, resumes: bool) -> str:
+    """Where a run that was stopped goes on: at its last whole checkpoint, if it is told to resume.
+
+    Args:
+        output_dir: of the run.
+        resumes: whether `resume_from_checkpoint` is `auto`.
+    """
+    manifests = Path(output_dir).glob(f"checkpoint-*/{MANIFEST}") if resumes else []
+    steps = [int(path.parent.name.partition("-")[2]) for path in manifests]
+    return f"the same command continues at step {max(steps)}" if steps else "the same command starts from the beginning"

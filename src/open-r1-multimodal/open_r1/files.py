@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+MANIFEST = "complete.json"  # written last into a checkpoint: it is whole
+
 
 @contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:

@@ -7,9 +7,11 @@ installed.
 
 import argparse
 import importlib.util
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[3]
 PROBE = "trl"  # nothing else brings it: whoever has it has what setup.sh installs
 CHOSEN = "OPEN_R1_PYTHON"  # environment variable: the Python that the script was started anew with
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FIRST = "first_failure"
+PAUSE = 1.0  # seconds
 
 
 class Mistake(Exception):
@@ -79,7 +84,7 @@ def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
     os.environ["PYTHONSAFEPATH"] = "1"  # of Pythons started from here: `-c` and `-m` would look in the current folder
     path = Path(sys.argv[0])
     name = path.parent.name if path.stem == "__main__" else path.stem
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in STOPS[1:]:
         if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` ignores SIGHUP, and so do we then
             signal.signal(number, stop)
     for stream in (sys.stdout, sys.stderr):  # a terminal of few letters shows the others as escapes
@@ -90,12 +95,37 @@ def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
     except BrokenPipeError:  # the reader has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except USER_ERRORS as error:
+    except Exception as error:
+        if not is_first(error):
+            sys.exit(1)
+        if not isinstance(error, USER_ERRORS):
+            raise
         sys.exit(f"{name}: error: {printable(first_line(error))}")
     except KeyboardInterrupt as error:
         number = getattr(error, "number", signal.SIGINT)
-        print(f"\n{name}: {signal.Signals(number).name}: {stopped}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a launch get it
+            print(f"\n{name}: {signal.Signals(number).name}: {stopped}", file=sys.stderr)
         sys.exit(128 + number)
+
+
+def is_first(error: Exception) -> bool:
+    """Whether this process is the first of its launch to fail, and the one to tell; alone it is.
+
+    Under torch's launcher it says so in the folder where that lets its processes leave their errors.
+    """
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return True
+    path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])  # {folder of the launch}/{rank}/error.json
+    path.write_text(json.dumps({"message": f"{type(error).__name__}: {error}", "timestamp": int(time.time())}))
+    try:
+        file = (path.parent.parent / FIRST).open("x")
+    except FileExistsError:
+        time.sleep(2 * PAUSE)  # the launcher ends the others with the first that leaves
+        return False
+    time.sleep(PAUSE)  # if what failed here is that another process was killed, the launcher ends this one now
+    with file:
+        file.write(os.environ["RANK"])
+    return True
 
 
 def first_line(error: BaseException) -> str:

@@ -3,10 +3,12 @@
     python launch.py --config_file ACCELERATE.yaml --num_processes N [--mixed_precision no] SCRIPT.py ARGUMENTS
 
 `launch.sh` calls it. What one process can find wrong is told in one line before the others start (exit code 2). Of
-processes that fail, the first tells why; the last line names its rank.
+processes that fail, the first tells why; the last line names its rank. A signal (Ctrl-C, SIGTERM, SIGHUP) ends them
+all in one line that says where the same command continues.
 """
 
 import argparse
+import contextlib
 import importlib
 import logging
 import multiprocessing
@@ -15,14 +17,17 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 if str(Path(__file__).parent) in sys.path:  # where Python looks first; open_r1's modules are no top-level ones
     sys.path.remove(str(Path(__file__).parent))
 
-from open_r1.failures import last_word, told_once
+from open_r1.failures import continues, ended_by, last_word, told_once
+from open_r1.front_door import STOPS, Mistake, Stopped, first_line
 from open_r1.orphans import follow_launcher, lead
 
 STALE_SECONDS = 60
@@ -39,13 +44,40 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(launch: argparse.Namespace) -> None:
-    """Everything that the processes would find wrong before they load weights."""
+def check(launch: argparse.Namespace, told: SimpleQueue) -> None:
+    """Everything that the processes would find wrong before they load weights; tells where they will leave what."""
     follow_launcher()
+    for number in STOPS:
+        if signal.getsignal(number) is stop:  # its parent's, who speaks for it
+            signal.signal(number, signal.SIG_DFL)
     with told_once():
+        if os.environ.get("DS_ACCELERATOR") != "cpu":
+            check_gpus(launch.num_processes)
         entry = importlib.import_module("open_r1.entry")
         command = importlib.import_module(f"open_r1.{launch.script.stem}").COMMAND
-        entry.check(command, launch.arguments, launch.config_file, launch.num_processes)
+        args = entry.check(command, launch.arguments, launch.config_file, launch.num_processes)
+        told.put((args.output_dir, args.resume_from_checkpoint == "auto"))
+
+
+def check_gpus(processes: int) -> None:
+    """See that torch finds a GPU for every process; a driver may list them that it cannot use.
+
+    Raises:
+        Mistake: when it does not.
+    """
+    torch = importlib.import_module("torch")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found >= processes:
+        return
+    reason = ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = f" ({first_line(error)})"
+    raise Mistake(
+        f"{processes} processes need a GPU each, and torch {torch.__version__} can use {found}{reason}; mend the "
+        "driver and run `bash setup.sh`, or train on the CPU: CUDA_VISIBLE_DEVICES=-1"
+    )
 
 
 def clear_stale_builds(folder: Path) -> None:
@@ -63,18 +95,42 @@ def working_folders() -> set[str]:
     return {process.info["cwd"] for process in psutil.process_iter(["cwd"])}
 
 
-def main() -> None:
-    """Check in a process of its own, which takes what it read along, and launch."""
-    launch = parse()
-    lead()
-    for stop in (signal.SIGINT, signal.SIGTERM):  # until torch takes over; the check goes with its parent
-        signal.signal(stop, lambda number, _: sys.exit(128 + number))
-    checking = multiprocessing.get_context("fork").Process(target=check, args=[launch], daemon=True)
+def stop(number: int, _: Any = None) -> None:
+    """Signal handler: unwind, once.
+
+    Raises:
+        Stopped: always.
+    """
+    for other in STOPS:
+        signal.signal(other, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def end_children() -> None:
+    """Leave no process behind."""
+    children = psutil.Process().children(recursive=True)
+    for process in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(children, timeout=10)[1]:
+        process.kill()
+
+
+def start(launch: argparse.Namespace, told: SimpleQueue) -> None:
+    """Check in a process of its own, which takes what it read along, and launch.
+
+    Args:
+        launch: the command line.
+        told: what `check` tells.
+
+    Raises:
+        SystemExit: when the check or a process of the launch fails.
+    """
+    checking = multiprocessing.get_context("fork").Process(target=check, args=[launch, told], daemon=True)
     checking.start()
     # Imports torch, as the check does meanwhile.
     from accelerate.commands.launch import launch_command, launch_command_parser
     from accelerate.utils import launch as settings_of_launch
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     checking.join()
@@ -89,12 +145,32 @@ def main() -> None:
         launch_command(launch_command_parser().parse_args(["--main_process_port", "0", *sys.argv[1:]]))
     except ChildFailedError as error:
         code, line = last_word(error.failures, launch.num_processes)
-        print(line, end="\n" if line else "", file=sys.stderr)
-        sys.exit(code)
     except subprocess.CalledProcessError as error:  # of the one process of a launch that is not distributed
-        sys.exit(error.returncode)
-    except SignalException as stopped:
-        sys.exit(f"stopped by {stopped.sigval.name}")
+        code, line = (error.returncode, "") if error.returncode > 0 else ended_by("the process", -error.returncode)
+    else:
+        return
+    if code > 128:  # a signal's: nothing is wrong with the run itself
+        line += f"; {continues(*told.get())}"
+    print(line, end="\n" if line else "", file=sys.stderr)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Launch, and end every process when a signal asks for it."""
+    launch = parse()
+    lead()
+    for number in STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under `nohup`
+            signal.signal(number, stop)
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's --signals_to_handle: `stop` handles the others
+    told = multiprocessing.get_context("fork").SimpleQueue()
+    try:
+        start(launch, told)
+    except Stopped as stopped:
+        end_children()
+        state = "nothing has started" if told.empty() else continues(*told.get())
+        print(f"\nstopped by {signal.Signals(stopped.number).name}; {state}", file=sys.stderr)
+        sys.exit(128 + stopped.number)
 
 
 if __name__ == "__main__":

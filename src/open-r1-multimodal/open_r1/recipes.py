@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -10,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from open_r1.limits import check_values
 from open_r1.prompts import REPO_ROOT
 
 BASE = "base"  # in a recipe: the files that it changes, one or a list, as seen from its own folder
@@ -97,6 +99,7 @@ class RecipeParser(HfArgumentParser):
 
     def __init__(self, dataclass_types: Sequence[type]):
         super().__init__(dataclass_types, allow_abbrev=False, parents=[CONFIG])
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)  # argparse's: not -1e-5
         self.hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
 
     def error(self, message: str) -> None:
@@ -104,10 +107,11 @@ class RecipeParser(HfArgumentParser):
         raise ValueError(message.removeprefix("argument "))
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """argparse's; what it does not know is refused here, before anything is made of what it knows."""
+        """argparse's; what it does not know or means nothing is refused, before anything is made of the others."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             raise ValueError(self._unknown("argument", unknown[0]))
+        check_values(vars(namespace))
         return namespace, unknown
 
     def read(self, path: Path, settings: dict[str, Any]) -> None:
@@ -125,6 +129,8 @@ class RecipeParser(HfArgumentParser):
                 if name not in self.hints or name not in actions:
                     raise ValueError(self._unknown("setting", str(name)))
                 if actions[name].nargs == "+" and isinstance(value, str):
+                    if len(parts := value.split()) > 1:
+                        raise ValueError(f"{name}: expected a list, [{', '.join(parts)}], not {value!r}")
                     settings[name] = [value]
                 self._check(actions[name], settings[name])
         except ValueError as error:

@@ -1,6 +1,7 @@
 """Reward functions in TRL's form: keyword lists with an entry per completion in, a float per completion out.
 
-A recipe names them in `reward_funcs`, by their name in `reward_funcs_registry` or as `module:function`.
+A recipe names them in `reward_funcs`, by their name in `reward_funcs_registry` or as `module:function`. What a function
+of the user's own raises, or returns that is no reward, ends a run in one line that names it.
 """
 
 import functools
@@ -9,19 +10,23 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
 from open_r1.answers import extract_answer, is_correct
+from open_r1.front_door import Mistake, first_line
 
 Completion = str | list[dict[str, Any]]
 Reward = Callable[..., list[float]]
 
 _THINK_THEN_ANSWER = re.compile(r"\s*<think>(?P<think>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_LARGEST = 1e15  # of a reward: its square still fits the float32 that advantages are computed in
 
 
 def accuracy_reward(
@@ -94,9 +99,9 @@ def get_reward_funcs(names: Sequence[str], think_prefilled: bool = False) -> lis
         think_prefilled: bound to every reward function that has a parameter of this name.
 
     Raises:
-        ValueError: in one line, when a name is unknown or does not lead to a callable.
+        Mistake: when a name is unknown or does not lead to a function that can be called as TRL does.
     """
-    return [_bind(_find_reward(name), think_prefilled) for name in names]
+    return [_get_reward(name, think_prefilled) for name in names]
 
 
 def completion_text(completion: Completion) -> str:
@@ -130,24 +135,37 @@ def import_here(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def _find_reward(name: str) -> Reward:
+def _get_reward(name: str, think_prefilled: bool) -> Reward:
     if name in reward_funcs_registry:
-        return reward_funcs_registry[name]
+        return _bind(reward_funcs_registry[name], think_prefilled)
+    reward = _import_reward(name)
+    try:
+        parameters = inspect.signature(reward).parameters.values()
+    except (TypeError, ValueError):  # of a function that is not written in Python
+        parameters = []
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        raise Mistake(
+            f"reward_funcs: {name} must take **kwargs: TRL gives it prompts, completions, completion_ids, every column "
+            "of the data, and more"
+        )
+    return _guard(_bind(reward, think_prefilled), name)
+
+
+def _import_reward(name: str) -> Reward:
     module_name, colon, function_name = name.partition(":")
     if not (module_name and colon and function_name):
         known = ", ".join(reward_funcs_registry)
-        raise ValueError(f"reward_funcs: unknown reward {name!r} (known: {known}; your own: module:function)")
+        raise Mistake(f"reward_funcs: unknown reward {name!r} (known: {known}; your own: module:function)")
     try:
         module = import_here(module_name)
-    except ModuleNotFoundError as error:
-        # An import that fails inside the user's module is the user's to see in full.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(f"reward_funcs: no module {module_name!r} for reward {name!r}") from error
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise Mistake(f"reward_funcs: no module {module_name!r} for reward {name!r}") from error
+        raise Mistake(f"reward_funcs: module {module_name!r} cannot be imported: {_describe(error)}") from error
     reward = getattr(module, function_name, None)
     if not callable(reward):
         where = getattr(module, "__file__", None) or "built in"
-        raise ValueError(f"reward_funcs: module {module_name!r} ({where}) has no function {function_name!r}")
+        raise Mistake(f"reward_funcs: module {module_name!r} ({where}) has no function {function_name!r}")
     return reward
 
 
@@ -156,3 +174,57 @@ def _bind(reward: Reward, think_prefilled: bool) -> Reward:
         return reward
     bound = functools.partial(reward, think_prefilled=think_prefilled)
     return functools.update_wrapper(bound, reward)  # keeps __name__, under which TRL logs it
+
+
+def _guard(reward: Reward, name: str) -> Reward:
+    """A reward of the user's own, checked at every call."""
+    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
+
+        async def guarded(*, completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
+            with _blamed_on(name):
+                rewards = await reward(completions=completions, **kwargs)
+            return _check_rewards(rewards, name, len(completions))
+    else:
+
+        def guarded(*, completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
+            with _blamed_on(name):
+                rewards = reward(completions=completions, **kwargs)
+            return _check_rewards(rewards, name, len(completions))
+
+    guarded.__name__ = name.partition(":")[2]  # TRL logs it under this name
+    return guarded
+
+
+@contextmanager
+def _blamed_on(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise Mistake(f"reward_funcs: {name} raised {_describe(error)}") from error
+
+
+def _check_rewards(rewards: Any, name: str, count: int) -> list[float | None]:
+    """The rewards as floats; None, of a function that has no opinion, stays."""
+    expected = f"expected a list of {count}, a finite number (or None) for each completion"
+    try:
+        values = list(rewards)
+    except TypeError as error:
+        raise Mistake(f"reward_funcs: {name} returned {rewards!r:.60}; {expected}") from error
+    if len(values) != count:
+        raise Mistake(f"reward_funcs: {name} returned {len(values)} rewards; {expected}")
+    for index, value in enumerate(values):
+        try:
+            if value is None or (not isinstance(value, str) and abs(float(value)) < _LARGEST):
+                continue
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # a list, a tensor of several numbers, 10**400
+            pass
+        raise Mistake(f"reward_funcs: {name} returned {value!r:.60} for completion {index}; {expected}")
+    return [None if value is None else float(value) for value in values]
+
+
+def _describe(error: BaseException) -> str:
+    """An exception with the line of the user's that it comes from."""
+    places = [f" ({frame.filename}, line {frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)]
+    passed_through = (__file__, importlib.__file__, "<frozen", "site-packages")
+    theirs = [place for place in places if not any(part in place for part in passed_through)]
+    return f"{type(error).__name__}: {first_line(error)}{theirs[-1] if theirs else ''}"

@@ -268,6 +268,9 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
             for row, given, now in zip(rollout.rows, rollout.given, inputs, strict=True)
         ]
         rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)  # (all B, funcs)
+        if rewards.isnan().all() and self._mode() == "train":
+            names = ", ".join(self.reward_func_names)
+            raise Mistake(f"reward_funcs: no completion of a step got a reward, only None ({names})")
         is_broken = self.accelerator.gather(torch.tensor(rollout.is_broken, device=rewards.device))  # (all B,)
         if is_broken.any():
             rewards[is_broken] = torch.nan  # TRL's word for: no advantage, and no part in a mean
