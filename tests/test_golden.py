@@ -27,7 +27,7 @@ from trl import ModelConfig, TrlParser
 from fake_run import fake_events, fake_rows, write_images, write_run
 from open_r1.configs import Qwen2VLSFTConfig, SFTScriptArguments
 from open_r1.data import load_dataset
-from open_r1.evaluate.run import result_path
+from open_r1.evaluate.run import evaluate, result_path
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.report.page import write_report
@@ -143,7 +143,7 @@ def measure_evaluation(data: Path, folder: Path) -> dict[str, Any]:
             *("--max_new_tokens", str(TOKENS), "--dtype", "float32"),
         ]
     )
-    script.evaluate(args)
+    evaluate(args)
     result = json.loads(result_path(args).read_text())
     responses = [row["response"] for row in result["results"]]
     return {

@@ -391,8 +391,9 @@ def test_a_users_reward_is_found_and_nothing_else(hostile_folder, monkeypatch):
         (hostile_folder / package / "rewards.py").write_text(reward)
     (hostile_folder / "mine_in_package/__init__.py").touch()
     names = ["mine_alone:f", "mine_in_package.rewards:f", "mine_in_folder.rewards:f"]
-    assert [reward([]) for reward in get_reward_funcs(names)] == [[0.0]] * 3
-    assert get_reward_funcs(["colorsys:rgb_to_hsv"])[0].__module__ == "colorsys"
+    assert [reward(completions=[""]) for reward in get_reward_funcs(names)] == [[0.0]] * 3
+    with pytest.raises(Mistake, match="colorsys:rgb_to_hsv must take"):  # the library's, which takes three numbers
+        get_reward_funcs(["colorsys:rgb_to_hsv"])
     assert str(hostile_folder) not in sys.path
     (hostile_folder / "mine_broken.py").write_text("import mine_alone_too")
     (hostile_folder / "mine_alone_too.py").touch()
