@@ -395,11 +395,13 @@ def test_a_users_reward_is_found_and_nothing_else(hostile_folder, monkeypatch):
     with pytest.raises(Mistake, match="colorsys:rgb_to_hsv must take"):  # the library's, which takes three numbers
         get_reward_funcs(["colorsys:rgb_to_hsv"])
     assert str(hostile_folder) not in sys.path
-    (hostile_folder / "mine_broken.py").write_text("import mine_alone_too")
-    (hostile_folder / "mine_alone_too.py").touch()
-    with pytest.raises(ModuleNotFoundError, match="mine_alone_too"):
+    (hostile_folder / "mine_of_two.py").write_text(f"import mine_beside_it\n{reward}")
+    (hostile_folder / "mine_beside_it.py").touch()
+    assert get_reward_funcs(["mine_of_two:f"])
+    (hostile_folder / "mine_broken.py").write_text("import mine_nowhere")
+    with pytest.raises(Mistake, match="mine_nowhere"):
         get_reward_funcs(["mine_broken:f"])
-    assert "mine_broken" not in sys.modules
+    assert str(hostile_folder) not in sys.path
 
 
 def test_no_command_starts_a_python_that_looks_in_the_current_folder(hostile_folder, monkeypatch):

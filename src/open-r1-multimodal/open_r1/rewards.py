@@ -13,8 +13,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.machinery import PathFinder
-from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
@@ -117,22 +115,21 @@ def _well_formed(text: str) -> bool:
 
 
 def import_here(name: str) -> ModuleType:
-    """A module, also one in the current folder, which is looked at for this name alone: it is not on Python's path,
-    where libraries would find there what they look for.
+    """A module, also one in the current folder with what it imports there.
+
+    That folder is on Python's path for this alone, and last: else libraries would find there what they look for.
 
     Raises:
         ImportError: there is none.
     """
-    top = name.partition(".")[0]
-    if top not in sys.modules and find_spec(top) is None and (spec := PathFinder.find_spec(top, [os.getcwd()])):
-        module = sys.modules[top] = module_from_spec(spec)
-        try:
-            if spec.loader:  # a folder without __init__.py has none
-                spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[top]
-            raise
-    return importlib.import_module(name)
+    here = os.getcwd()
+    if here in sys.path:  # in PYTHONPATH
+        return importlib.import_module(name)
+    sys.path.append(here)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(here)
 
 
 def _get_reward(name: str, think_prefilled: bool) -> Reward:
