@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -199,9 +200,10 @@ def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, example
     ],
 )
 def test_a_signal_ends_every_process_in_one_line(tmp_path, tiny_model, examples_json, quick_python, stop, launch):
+    python = sys.executable if stop == signal.SIGKILL else quick_python  # whose processes have other parents
     launcher = subprocess.Popen(
         ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh"), "--max_steps", "100000", "--save_steps", "1"],
-        env=launch_env(tiny_model, examples_json, tmp_path / "out", PYTHON=str(quick_python), **launch),
+        env=launch_env(tiny_model, examples_json, tmp_path / "out", PYTHON=str(python), **launch),
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
