@@ -23,7 +23,7 @@ gpu_hangs="nvidia-smi does not answer within 10 s; restart the machine, or go on
 gpu_names() {
     case ${CUDA_VISIBLE_DEVICES-0} in "" | -1*) return 0 ;; esac
     command -v nvidia-smi >/dev/null 2>&1 || return 0
-    listed=$(timeout -k 1 10 nvidia-smi --list-gpus 2>/dev/null) || case $? in
+    { listed=$(timeout -k 1 10 nvidia-smi --list-gpus); } 2>/dev/null || case $? in # the shell would say "Killed"
         124 | 137) return 1 ;;
         *) return 0 ;;
     esac

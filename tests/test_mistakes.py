@@ -416,7 +416,7 @@ OF_MINE = "error: reward_funcs: failing:reward "
     "ranks, does, code, tracebacks, last",
     [
         ("1", "raise KeyError('of mine')", 2, 0, rf"{OF_MINE}raised KeyError: 'of mine' \(.*/failing\.py, line 7\)"),
-        ("01", "return [None]", 2, 0, rf"{OF_MINE}returned 1 rewards; expected a list of 4, a finite number .*"),
+        ("01", "return [None]", 2, 0, rf"{OF_MINE}returned 1 rewards; expected a list of \d, a finite number .*"),
         ("1", "import trl; trl.GRPOTrainer.compute_loss = None", 1, 1, "error: rank 1 of 2 failed; .* is above"),
         ("1", "os.kill(os.getpid(), signal.SIGKILL)", 137, 0, "error: rank 1 of 2 was ended by SIGKILL, .* memory .*"),
         ("1", "os._exit(7)", 7, 0, "error: rank 1 of 2 ended with exit code 7"),

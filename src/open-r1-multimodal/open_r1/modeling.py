@@ -182,9 +182,9 @@ def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
     """A context in which a parameter is whole on this process; under ZeRO-3 all of a run enter it."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters  # imported by now
+    import deepspeed  # imported by now
 
-    return GatheredParameters(parameter)
+    return deepspeed.zero.GatheredParameters(parameter)
 
 
 def check_finite(model: nn.Module, name: str | Path) -> None:
