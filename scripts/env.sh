@@ -9,6 +9,7 @@ if [ -z "${PYTHON:-}" ]; then
     done
 fi
 PYTHON="${PYTHON:-python3}"
+export PYTHONUTF8=1 # in a locale of ASCII, Python could not read files of its libraries
 
 # Ends the script in one line when PYTHON lacks the packages.
 need_packages() {
