@@ -147,7 +147,7 @@ def test_recipes_say_what_the_readme_says(tmp_path):
 
 def test_quantised_weights_need_bitsandbytes_and_an_adapter(tiny_model, monkeypatch):
     args = {"model_name_or_path": str(tiny_model), "load_in_4bit": True}
-    with pytest.raises(ValueError, match="load_in_4bit, load_in_8bit: quantised weights cannot be trained"):
+    with pytest.raises(ValueError, match="load_in_4bit, load_in_8bit: weights that bitsandbytes quantised"):
         load_model_from_args(ModelConfig(**args))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="load_in_4bit, load_in_8bit: bitsandbytes is not installed") as raised:

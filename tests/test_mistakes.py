@@ -94,7 +94,7 @@ CHANGES = [
     ({"max_steps": -1, "num_train_epochs": 0}, r"num_train_epochs 0.*: expected a number above 0"),
     ({"torch_compile": True}, r"torch_compile: "),
     ({"freeze_vision": True, "freeze_llm": True}, r"freeze_vision, freeze_merger, freeze_llm: nothing is left"),
-    ({"load_in_4bit": True}, r"load_in_4bit, load_in_8bit: quantised weights cannot be trained"),
+    ({"load_in_4bit": True}, r"load_in_4bit, load_in_8bit: weights that bitsandbytes quantised"),
     ({"chat_template": "lama"}, r"chat_template: no file 'lama'"),
     ({"reward_funcs": ["acuracy"]}, r"reward_funcs: unknown reward 'acuracy'"),
     ({"reward_funcs": ["no_such_module:f"]}, r"reward_funcs: no module 'no_such_module'"),

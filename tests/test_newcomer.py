@@ -132,7 +132,12 @@ def test_a_mistake_is_one_line(newcomer, folder, command, named):
     ("folder", "command", "named", "status"),
     [
         ("src/eval", "python test_qwen2vl_CVBench.py --model_path Qwen/Qwen2-VL-2B", "Qwen/Qwen2-VL-2B", 503),
-        ("", "python scripts/ask.py --model Qwen/Qwen2-VL-2B --image docs/report.png --question Why?", "Qwen/Qwen2-VL-2B", 429),
+        (
+            "",
+            "python scripts/ask.py --model Qwen/Qwen2-VL-2B --image docs/report.png --question Why?",
+            "Qwen/Qwen2-VL-2B",
+            429,
+        ),
         ("", "python scripts/doctor.py --memory --config configs/grpo_sat.yaml", "Qwen/Qwen2-VL-2B", None),
         ("src/data/SAT", "FOLD=val bash prepare_dataset.sh", "SAT_val.parquet of array/SAT", 503),
         ("src/data/SAT", "FOLD=val bash prepare_dataset.sh", "SAT_val.parquet of array/SAT", None),

@@ -83,7 +83,9 @@ def check_model(model_args: ModelConfig) -> Family:
     if quantises and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("load_in_4bit, load_in_8bit: bitsandbytes is not installed; run setup.sh again")
     if quantises and not model_args.use_peft:
-        raise ValueError("load_in_4bit, load_in_8bit: weights that bitsandbytes quantised cannot be trained; set use_peft: true")
+        raise ValueError(
+            "load_in_4bit, load_in_8bit: weights that bitsandbytes quantised cannot be trained; set use_peft: true"
+        )
     return family
 
 
