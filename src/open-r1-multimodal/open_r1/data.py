@@ -31,8 +31,8 @@ BROKEN_SHARE, LEAST_BROKEN = 0.01, 10
 
 
 def most_broken(prompts: int) -> int:
-    """How many images may break during a run over so many prompts."""
-    return max(LEAST_BROKEN, int(BROKEN_SHARE * prompts))
+    """How many images may break during a run over so many prompts; of a small set not more than half."""
+    return max(min(LEAST_BROKEN, prompts // 2), int(BROKEN_SHARE * prompts))
 
 
 def load_processor_from_args(model_args: ModelConfig, data_args: DataArguments) -> ProcessorMixin:

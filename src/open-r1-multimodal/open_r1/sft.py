@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from open_r1.callbacks import has_begun
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLSFTConfig, SFTScriptArguments
-from open_r1.data import load_datasets_from_args, load_processor_from_args, most_broken
+from open_r1.data import LEAST_BROKEN, load_datasets_from_args, load_processor_from_args, most_broken
 from open_r1.entry import Command, run
 from open_r1.finite import FiniteMixin
 from open_r1.front_door import Mistake, printable
@@ -38,7 +38,7 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
 
     completion_only_loss: bool = True
     template_kwargs: dict[str, str] = field(default_factory=dict)
-    most_broken: int = most_broken(0)  # images, before the run stops
+    most_broken: int = LEAST_BROKEN  # images, before the run stops
     broken: set[str] = field(default_factory=set)
     last: tuple[dict[str, Any], list[Image.Image]] | None = None  # the newest row whose images could be opened
 
