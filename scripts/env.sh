@@ -10,6 +10,8 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 PYTHON="${PYTHON:-python3}"
 export PYTHONUTF8=1 # in a locale of ASCII, Python could not read files of its libraries
+letters="${PYTHONIOENCODING:-}"
+export PYTHONIOENCODING="${letters%%:*}:backslashreplace" # a terminal of few letters shows the others as escapes
 
 # Ends the script in one line when PYTHON lacks the packages.
 need_packages() {

@@ -296,3 +296,13 @@ def test_arguments_and_interpreter_options_survive(doors, bare_python, tmp_path)
     result = start(bare_python, doors / "scripts/report.py", str(run))
     assert result.returncode == 1 and str(run) in result.stderr and result.stderr.count("\n") == 1
     assert FRONT_DOOR_ROOT == REPO_ROOT
+
+
+def test_a_locale_of_ascii_hides_nothing(tmp_path):
+    (tmp_path / "text").write_text("ö", encoding="utf-8")
+    print_it = "import sys; print(open(sys.argv[1]).read())"
+    command = f'ROOT="$1"; . "$1/scripts/env.sh"; "$PYTHON" -c "{print_it}" "$2"'
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    env = {**os.environ, **ascii_only, "PYTHON": sys.executable}
+    shell = ["sh", "-euc", command, "sh", str(REPO_ROOT), str(tmp_path / "text")]
+    assert subprocess.run(shell, env=env, capture_output=True, check=True).stdout == b"\\xf6\n"
