@@ -31,6 +31,7 @@ from PIL import Image
 
 from open_r1.data import count_prompt_tokens
 from open_r1.files import replace_file
+from open_r1.memory import free_memory
 from open_r1.modeling import load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.tasks.examples import read_examples
@@ -170,11 +171,6 @@ def cpu_dtype() -> str:
     return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
 
 
-def free_memory() -> int:
-    """Bytes that can be had on this machine, or on its first card."""
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-
-
 # --- the phases ---------------------------------------------------------------------------------------
 
 
@@ -277,8 +273,8 @@ def rehearse(folder: Path, model: str | None) -> list[Row]:
         shutil.rmtree(path, ignore_errors=True)  # of an earlier rehearsal
     for phase in training(folder, model, measure_data(model, folder / "data/SAT_train_32.json")):
         needed = forecast(phase.forecast)
-        if needed > free_memory():
-            note = f"left out: needs {needed / 1e9:.1f} GB, {free_memory() / 1e9:.1f} GB are free"
+        if needed > (free := free_memory(on_cpu=not torch.cuda.is_available())):
+            note = f"left out: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
             rows.append(Row(phase.name, forecast=needed, note=note))
             print(f"== {phase.name}: {note}")
             continue

@@ -28,7 +28,7 @@ from open_r1.checkpoints import (
 )
 from open_r1.failures import full_disk, mistakes, told_once
 from open_r1.front_door import Mistake
-from open_r1.locks import IN_USE, owned
+from open_r1.locks import check_free, owned
 from open_r1.modeling import check_weights, parameter_table
 from open_r1.orphans import follow_launcher
 from open_r1.recipes import PLANNED_PROCESSES, read_recipe, split_arguments
@@ -118,9 +118,7 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
     with mistakes(*USER_ERRORS), silence():
         layout = Layout.of_config(config_file, processes)
         settings = read_settings(command, arguments)
-        if (Path(settings[1].output_dir) / IN_USE).exists():
-            with owned(settings[1].output_dir):
-                pass  # its owner is gone
+        check_free(settings[1].output_dir)
         checkpoint = find_checkpoint(command, settings, layout)
         if not (checkpoint and is_finished(checkpoint, settings[1])):
             command.prepare(*settings)

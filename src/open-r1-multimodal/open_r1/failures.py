@@ -38,9 +38,8 @@ def full_disk(folder: str) -> Iterator[None]:
     except Exception as error:
         if not NO_ROOM.search(str(error)):
             raise
-        reason = (
-            "half a file was written" if isinstance(error, RuntimeError) else first_line(error)
-        )  # torch's: an assert
+        # torch's RuntimeError is an assertion, which tells a user nothing
+        reason = "half a file was written" if isinstance(error, RuntimeError) else first_line(error)
         raise Mistake(
             f"{folder}: takes no more, is the disk full? ({reason}); make room, and the same command goes on from the "
             "newest whole checkpoint"

@@ -44,6 +44,17 @@ def owned(target: str | Path, is_file: bool = False) -> Iterator[None]:
         file.close()
 
 
+def check_free(folder: str | Path) -> None:
+    """See that nobody writes a folder now; a lock whose owner is gone goes with it.
+
+    Raises:
+        Mistake: somebody does.
+    """
+    if (Path(folder) / IN_USE).exists():
+        with owned(folder):
+            pass
+
+
 def _lock(path: Path, target: str | Path) -> TextIO:
     """The lock's file, open, locked and signed by this process."""
     while True:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from peft import get_peft_model
 from torch import nn
@@ -318,3 +319,8 @@ def count_run(
         gradient_checkpointing=args.gradient_checkpointing,
         is_cpu=is_cpu,
     )
+
+
+def free_memory(on_cpu: bool) -> int:
+    """Bytes that can be had now on this machine, or on its first card."""
+    return psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info()[0]

@@ -9,8 +9,8 @@ import psutil
 import torch
 
 from open_r1.doctor.finding import Checks, Finding, failed, passed, skipped, warned
-from open_r1.doctor.patient import MEASURED_STEPS, Patient, existing, free_memory
-from open_r1.memory import Launch
+from open_r1.doctor.patient import MEASURED_STEPS, Patient, existing
+from open_r1.memory import Launch, free_memory
 
 GB = 1e9
 MAX_CPU_FLOPS = 2e12  # of the steps that are measured; a laptop takes a minute

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -22,7 +21,7 @@ from open_r1.data import columns_of, load_processor_from_args, opens_think
 from open_r1.doctor.survey import Survey, survey
 from open_r1.entry import USER_ERRORS, Command, read_settings
 from open_r1.front_door import Mistake, first_line
-from open_r1.memory import Count, Launch, build_model, count_run, load_config, weight_bytes
+from open_r1.memory import Count, Launch, build_model, count_run, free_memory, load_config, weight_bytes
 from open_r1.modeling import check_model, check_template, check_weights
 from open_r1.recipes import PLANNED_PROCESSES
 from open_r1.rewards import Reward, check_gold, get_reward_funcs
@@ -206,8 +205,3 @@ def existing(folder: str) -> Path:
     """The part of a path that is there."""
     path = Path(folder).absolute()
     return next(place for place in (path, *path.parents) if place.exists())
-
-
-def free_memory(on_cpu: bool) -> int:
-    """Bytes that can be had now on this machine, or on its first card."""
-    return psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info()[0]

@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from open_r1.checkpoints import Layout
 from open_r1.doctor.finding import Checks, Finding, failed, passed
 from open_r1.doctor.patient import Patient, existing
 from open_r1.entry import find_checkpoint, resolve_report_to
-from open_r1.locks import IN_USE, owned
+from open_r1.locks import check_free
 
 
 def settings(patient: Patient) -> Iterator[Finding]:
@@ -34,9 +33,7 @@ def tracking(patient: Patient) -> Iterator[Finding]:
 def output(patient: Patient) -> Iterator[Finding]:
     """Where the run would begin, that it can be written to, and that nobody else does."""
     args, layout = patient.settings[1], Layout(patient.launch.zero_stage or 0, patient.launch.num_processes)
-    if (Path(args.output_dir) / IN_USE).exists():
-        with owned(args.output_dir):
-            pass  # its owner is gone
+    check_free(args.output_dir)
     checkpoint = find_checkpoint(patient.command, patient.settings, layout)
     folder = existing(args.output_dir)
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
