@@ -75,5 +75,6 @@ def quick_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert server.poll() is None and time.monotonic() < deadline, "preloaded.py did not start"
         time.sleep(0.2)
     yield folder / "python"
+    assert server.poll() is None, "a test ended preloaded.py, and with it all that use it"
     server.kill()
     server.wait()
