@@ -1,5 +1,5 @@
 #!/bin/sh
-# Set up and run the tests: the quick suite, or with --all also those marked distributed, browser or slow.
+# Set up and run the tests: the quick suite, or with --all also those marked distributed, browser, slow or vllm.
 # Other arguments go to pytest: `bash scripts/test.sh -k answers`, `bash scripts/test.sh -m browser -n 0`.
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)

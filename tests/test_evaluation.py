@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from open_r1 import backends, front_door
+from open_r1 import front_door
 from open_r1.backends import TransformersBackend
 from open_r1.evaluate import answering
 from open_r1.evaluate import run as evaluation
@@ -325,7 +325,7 @@ def test_an_interrupted_run_continues_and_ends_the_same(script, arguments, tmp_p
 def test_a_finished_run_is_scored_again_and_another_is_kept_aside(script, arguments, tmp_path, monkeypatch, capsys):
     first = run(script, arguments)
     with monkeypatch.context() as patch:
-        patch.setitem(backends.BACKENDS, "hf", lambda *args, **kwargs: pytest.fail("loads the model again"))
+        patch.setitem(answering.BACKENDS, "hf", lambda *args, **kwargs: pytest.fail("loads the model again"))
         assert run(script, arguments) == first
         assert "answered before" in capsys.readouterr().out
         assert not list((tmp_path / "results").glob("*.old"))

@@ -19,7 +19,6 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from open_r1.backends import VLLMBackend
 from open_r1.configs import FreezeArguments
 from open_r1.data import load_dataset
 from open_r1.families import FAMILIES, QwenVL, end_token_ids, family_of, find_family, vision_token_ids
@@ -29,6 +28,7 @@ from open_r1.prompts import load_chat_template
 from open_r1.tiny import make_config as make_model_config
 from open_r1.tiny import make_tokenizer
 from open_r1.trainer import Qwen2VLGRPOTrainer
+from open_r1.vllm_backends import TrainerVLLMBackend
 from support import Scripted, make_config, read_jsonl, vowel_share
 
 NAME = "made_up_vl"
@@ -187,7 +187,7 @@ def test_vllm_gets_each_image_and_one_token_in_its_place(tiny_model):
 
     processor = load_processor(tiny_model, chat_template="base", max_pixels=12544)
     model = load_model(tiny_model, dtype="float32")
-    backend = VLLMBackend(model, processor, Engine(), lambda: 4, lambda: None)
+    backend = TrainerVLLMBackend(model, processor, Engine(), lambda: 4, lambda: None)
     image = Image.new("RGB", (56, 56), "red")
     parts = [{"type": "image", "image": image}, {"type": "text", "text": "What colour?"}]
     prompts = [backend.encode([{"role": "user", "content": parts}]), backend.encode("No picture.")]

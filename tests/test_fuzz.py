@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from open_r1.answers import extract_answer, is_correct, judge
-from open_r1.backends import collapse_image_tokens
 from open_r1.families import FAMILIES
 from open_r1.rewards import accuracy_reward, format_reward
 from open_r1.sampling import shuffle_groups
 from open_r1.shared_prefix import Prompt, pack
 from open_r1.tasks.examples import iter_examples
 from open_r1.tasks.sat import Example, Skip, convert_row, to_record
+from open_r1.vllm_backends import collapse_image_tokens
 
 SECONDS = 1.0  # of a processor, for a response of 100,000 characters; it takes a twentieth of them
 

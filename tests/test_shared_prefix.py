@@ -11,7 +11,6 @@ from datasets import List
 from peft import LoraConfig
 from trl import GRPOTrainer
 
-from open_r1.backends import collapse_image_tokens
 from open_r1.data import load_dataset
 from open_r1.families import FAMILIES
 from open_r1.modeling import freeze, load_model, load_processor
@@ -19,6 +18,7 @@ from open_r1.prompts import REPO_ROOT
 from open_r1.sampling import shuffle_groups
 from open_r1.shared_prefix import Prompt, pack
 from open_r1.trainer import Qwen2VLGRPOTrainer
+from open_r1.vllm_backends import collapse_image_tokens
 from support import (
     Scripted,
     fake_completions,

@@ -27,7 +27,8 @@ from open_r1.tasks.benchmarks import BENCHMARKS
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B"
-BACKEND_NAMES = ("hf",)  # of backends.BACKENDS, which imports torch
+# Of answering.BACKENDS, which imports torch; and questions a batch: vLLM makes its own of those that it has at hand.
+BATCH_SIZES = {"hf": 32, "vllm": 256}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--benchmark", choices=BENCHMARKS, default="CV-Bench", help="(default: %(default)s)")
     add("--dataset_path", help="Hub id, parquet (or .jsonl) file, or folder (default: the benchmark's on the Hub)")
     add("--limit", type=positive, metavar="N", help="ask N questions only, the same share of each task, seeded")
-    add("--bs", type=positive, default=32, help="questions a batch (default: %(default)s)")
+    add("--bs", type=positive, help="questions a batch, after which they are saved (default: 32; 256 with vllm)")
     add("--max_new_tokens", type=positive, default=700, help="longest response (default: %(default)s, as in training)")
     add(
         "--max_pixels",
@@ -61,7 +62,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "for a published one)",
     )
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="auto: bfloat16 on a GPU")
-    add("--backend", choices=BACKEND_NAMES, default="hf", help="what generates (default: %(default)s)")
+    add(
+        "--backend", choices=BATCH_SIZES, default="hf", help="what generates: hf is transformers (default: %(default)s)"
+    )
     add(
         "--parser",
         choices=PARSERS,
@@ -78,6 +81,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "score with the --dataset_path that it asked",
     )
     args = parser.parse_args(argv)
+    args.bs = args.bs or BATCH_SIZES[args.backend]
     if args.model_path is None:
         args.model_path = str(evaluation.newest_grpo_output(REPO_ROOT / "outputs") or DEFAULT_MODEL)
     return args

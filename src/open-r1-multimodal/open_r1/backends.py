@@ -1,23 +1,21 @@
 """Who generates: one protocol for training and evaluation. Prompts in, completions out.
 
-Another engine is a class here with these two methods; for evaluation, also a function in `BACKENDS` that loads it.
+Another engine is a class with these two methods, as those of `vllm_backends`; for evaluation also a function in
+`evaluate.answering.BACKENDS` that loads it.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from open_r1.modeling import load_checkpoint, reset_generation_config
 from open_r1.rollout import generate
-from open_r1.shared_prefix import Prompt, encode_images, encode_prompt, images_of
-
-if TYPE_CHECKING:
-    from trl.generation.vllm_generation import VLLMGeneration
+from open_r1.shared_prefix import Prompt, encode_images, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -92,50 +90,3 @@ def load_transformers(
     model = load_checkpoint(folder, dtype=dtype).to(device).eval()
     reset_generation_config(model, processor)
     return TransformersBackend(model, processor, lambda: nullcontext(model), **template_kwargs)
-
-
-BACKENDS = {"hf": load_transformers}
-
-
-class VLLMBackend:
-    """vLLM, as TRL runs it: colocated or as a server. The sampling settings are those that TRL gave it.
-
-    Args:
-        model, processor: see `TransformersBackend`.
-        engine: TRL's.
-        group_size: completions of a prompt over all processes.
-        profile: a context that measures the engine's call.
-        template_kwargs: for the chat template.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        processor: ProcessorMixin,
-        engine: "VLLMGeneration",
-        group_size: Callable[[], int],
-        profile: Callable[[], AbstractContextManager[Any]],
-        **template_kwargs: Any,
-    ):
-        self.model, self.processor, self.engine = model, processor, engine
-        self.group_size, self.profile, self.template_kwargs = group_size, profile, template_kwargs
-
-    def encode(self, prompt: list[dict[str, Any]] | str) -> Prompt:
-        encoded = encode_prompt(self.model, self.processor, prompt, **self.template_kwargs)
-        return encoded if isinstance(prompt, str) else replace(encoded, images=tuple(images_of(prompt)))
-
-    def generate(self, prompts: Sequence[Prompt], repeats: Sequence[int], settings: GenerationConfig) -> Completions:
-        rows = [prompt for prompt, count in zip(prompts, repeats, strict=True) for _ in range(count)]
-        images = [list(prompt.images) or None for prompt in rows]
-        _, ids, logprobs, _ = self.engine.generate(
-            prompts=[collapse_image_tokens(p.input_ids.tolist(), self.processor.image_token_id) for p in rows],
-            images=images if any(images) else None,
-            num_generations=self.group_size(),
-            profiler=self.profile(),
-        )
-        return Completions(ids, [[token[0] for token in tokens] for tokens in logprobs], prompts)
-
-
-def collapse_image_tokens(ids: Sequence[int], image_token_id: int) -> list[int]:
-    """Token ids with every run of image tokens as one: vLLM expands it by itself, as many times as there are."""
-    return [i for position, i in enumerate(ids) if i != image_token_id or position == 0 or ids[position - 1] != i]

@@ -1,5 +1,6 @@
 """Every setting that a recipe can hold beside TRL's own, and how they go together."""
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -158,8 +159,29 @@ class Qwen2VLGRPOConfig(GRPOConfig):
             )
 
 
+def need_vllm(option: str) -> None:
+    """Raise ImportError, which names the option that asks for it, where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError(
+            f"{option}: vLLM is not installed; setup.sh installs it on a machine with an NVIDIA GPU, and without this "
+            "option transformers generates"
+        )
+
+
 def check_settings(args: GRPOConfig, shared_prefix: bool) -> None:
-    """Raise ValueError for settings that the shared prefix does not go with."""
+    """See that settings go with each other, and with what is installed.
+
+    Raises:
+        ValueError: for settings that the shared prefix does not go with, or that need it.
+        ImportError: vLLM is asked for and not there.
+    """
+    if args.use_vllm:
+        need_vllm("use_vllm")
+    if args.use_vllm and args.vllm_mode == "colocate" and not shared_prefix:
+        raise ValueError(
+            "shared_prefix: with use_vllm it must be true: TRL hands a colocated engine prompts whose image tokens are "
+            "written out, and the engine writes them out again"
+        )
     if shared_prefix and args.torch_compile:
         raise ValueError(
             "torch_compile: the shared prefix packs a row of another shape for every micro-batch, which would be "

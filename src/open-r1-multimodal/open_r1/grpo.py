@@ -26,6 +26,10 @@ def prepare(
         ValueError, OSError, ImportError: for a model, rewards or data that no run can start with.
     """
     check_settings(training_args, training_args.shared_prefix)
+    if training_args.use_vllm and training_args.vllm_max_model_length is None and script_args.max_prompt_length:
+        # the longest that there is; vLLM would keep room for the longest that the model can
+        longest = script_args.max_prompt_length + training_args.max_completion_length
+        training_args.vllm_max_model_length = longest
     peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args)

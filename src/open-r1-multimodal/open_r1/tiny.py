@@ -93,16 +93,18 @@ def make_config(
     num_layers: int = 2,
     vision_size: int = 32,
     vision_layers: int = 2,
+    head_dim: int = 16,
 ) -> PreTrainedConfig:
-    """The family's configuration at a size that trains on a CPU: heads of 16 dimensions in text and vision."""
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}  # of head_dim / 2 = 8
+    """The family's configuration at a size that trains on a CPU: heads of `head_dim` dimensions, in the tower of 16."""
+    section = [head_dim // 8, 3 * head_dim // 16, 3 * head_dim // 16]  # time, height, width: half of a head
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
         "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": hidden_size // 16,
-        "num_key_value_heads": hidden_size // 32,
+        "num_attention_heads": hidden_size // head_dim,
+        "num_key_value_heads": hidden_size // (2 * head_dim),
         "max_position_embeddings": 4096,
         "rope_parameters": rope,
         **text_token_arguments(tokenizer),
@@ -113,7 +115,7 @@ def make_config(
     else:
         vision |= {"hidden_size": vision_size, "intermediate_size": 2 * vision_size, "out_hidden_size": hidden_size}
     if model_type == "qwen3_vl":
-        text |= {"head_dim": 16, "rope_parameters": {**rope, "mrope_interleaved": True}}
+        text |= {"head_dim": head_dim, "rope_parameters": {**rope, "mrope_interleaved": True}}
     return AutoConfig.for_model(
         model_type,
         text_config=text,

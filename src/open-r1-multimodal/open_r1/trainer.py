@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import (
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -33,7 +35,8 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import get_config_model_id, split_tensor_dict
 
-from open_r1.backends import Backend, TransformersBackend, VLLMBackend
+from open_r1 import agreement
+from open_r1.backends import Backend, TransformersBackend
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLGRPOConfig, check_settings
 from open_r1.data import most_broken
@@ -53,9 +56,10 @@ from open_r1.modeling import (
 from open_r1.reflection import analyse, reflection_shares
 from open_r1.rewards import completion_text
 from open_r1.sampling import EpochSampler, shuffle_groups
-from open_r1.shared_prefix import Prompt, enable_grouping, images_of, pack
+from open_r1.shared_prefix import Prompt, enable_grouping, encode_prompt, images_of, pack
 from open_r1.trackers import LogRollouts
 from open_r1.trajectories import Completion
+from open_r1.vllm_backends import TrainerVLLMBackend, banned, engine_settings, engines_with
 
 TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's metrics, never logged
 PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
@@ -118,6 +122,16 @@ class ContinueRollouts(TrainerCallback):
         for path in sorted(self.trainer.trajectory_dir.glob("*.jsonl")):
             if dropped := keep_rows(path, lambda row: row["step"] <= state.global_step):
                 print(f"{path}: dropped {dropped} lines after step {state.global_step}, which this run repeats")
+
+
+class CheckEngine(TrainerCallback):
+    """Before the first step, resumed or not, see that an engine beside the policy samples from it."""
+
+    def __init__(self, trainer: "Qwen2VLGRPOTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.trainer.check_engine()
 
 
 @dataclass
@@ -190,16 +204,21 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
             check_weights(model, revision)
         if processing_class is None:
             processing_class = load_processor(name, revision=revision)
-        args.generation_kwargs = {
-            **ban_tokens(vision_token_ids(processing_class), args.use_vllm),
-            **({} if args.use_vllm else {"eos_token_id": end_token_ids(processing_class)}),
-            **(args.generation_kwargs or {}),
-        }
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *more, **kwargs)
+        ends, never = end_token_ids(processing_class), vision_token_ids(processing_class)
+        if args.use_vllm:
+            settings = {"stop_token_ids": ends, "logit_bias": banned(never)}
+            engines = engines_with(**engine_settings(processing_class, engine_dtype(model, args)))
+        else:
+            settings, engines = {"eos_token_id": ends, "suppress_tokens": never}, nullcontext()
+        args.generation_kwargs = {**settings, **(args.generation_kwargs or {})}
+        with engines:
+            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *more, **kwargs)
         plain, reference = self._plain_model(), self.ref_model and self.accelerator.unwrap_model(self.ref_model)
         self.family = family_of(plain)
         reset_generation_config(plain, processing_class)
-        self.eos_token_ids = end_token_ids(processing_class)
+        self.eos_token_ids = ends
+        if self.use_vllm:  # TRL tells its engine alone
+            self.generation_config = GenerationConfig(max_new_tokens=self.max_completion_length, eos_token_id=ends)
         self.reward_func_names = told_apart(self.reward_func_names)
         # Tool calls put images and foreign tokens into completions; they stay on TRL's path.
         self.shared_prefix = shared_prefix and self._is_vlm and not (self.tools or self.rollout_func)
@@ -220,6 +239,8 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         prompts = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 0
         self._most_broken = most_broken(prompts)
         self.add_callback(ContinueRollouts(self))
+        if self.use_vllm and self.shared_prefix:
+            self.add_callback(CheckEngine(self))
         self.add_callback(LogRollouts(self))
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
@@ -315,7 +336,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         model, processor = self._plain_model(), self.processing_class
         if self.use_vllm:
             profile = partial(profiling_context, self, "vLLM.generate")
-            return VLLMBackend(
+            return TrainerVLLMBackend(
                 model, processor, self.vllm_generation, self._group_size, profile, **self.chat_template_kwargs
             )
 
@@ -348,6 +369,36 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
             "completion_ids": answer.ids,
             "logprobs": answer.logprobs,
         }
+
+    @torch.no_grad()
+    def check_engine(self) -> None:
+        """Compare an engine's log-probabilities of a few completions with the policy's; see `agreement`.
+
+        Raises:
+            Mistake: they differ.
+        """
+        self.vllm_generation.sync_weights()  # a resumed policy is not the one that the engine has loaded
+        plain, group = self._plain_model(), self._group_size()
+        encoded, prompts = [], []
+        for row in islice(self.train_dataset, agreement.PROMPTS):
+            prompt = with_images_inside(row)["prompt"]
+            if not isinstance(prompt, str):
+                prompt = put_images(prompt, [open_image(image) for image in images_of(prompt)])
+            encoded.append(self.backend.encode(prompt))
+            # encoded once more, by the policy's processor: the backend's own may be the mistake
+            prompts += [encode_prompt(plain, self.processing_class, prompt, **self.chat_template_kwargs)] * group
+        longest = min(agreement.TOKENS, self.max_completion_length)
+        settings = GenerationConfig(max_new_tokens=longest, eos_token_id=self.eos_token_ids)
+        answer = self.backend.generate(encoded, [group] * len(encoded), settings)
+        rows = [torch.tensor(ids, device=self.accelerator.device) for ids in answer.ids]
+        ids = pad_sequence(rows, batch_first=True)  # (B, C)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        self._scored = prompts
+        scored, *_ = self._get_per_token_logps_and_entropies(self.model, ids, mask, ids.shape[1])
+        self._metrics["train"].clear()  # none of it is a step's
+        found = agreement.difference(answer.logprobs, scored).to(self.accelerator.device)
+        total, count = self.accelerator.reduce(found, reduction="sum").tolist()
+        agreement.check_agreement(total / max(count, 1), engine_dtype(plain, self.args))
 
     # ---- TRL's own path, without a shared prefix
 
@@ -543,6 +594,9 @@ def told_apart(names: list[str]) -> list[str]:
     return result
 
 
-def ban_tokens(ids: list[int], use_vllm: bool) -> dict[str, Any]:
-    """Generation settings that give `ids` no probability, in the words of the rollout's backend."""
-    return {"logit_bias": dict.fromkeys(ids, -100.0)} if use_vllm else {"suppress_tokens": ids}
+def engine_dtype(model: str | PreTrainedModel, args: GRPOConfig) -> str:
+    """The dtype in which the policy computes, for an engine beside it."""
+    if args.bf16 or args.fp16:
+        return "bfloat16" if args.bf16 else "float16"
+    dtype = (args.model_init_kwargs or {}).get("dtype", "float32") if isinstance(model, str) else model.dtype
+    return str(dtype).removeprefix("torch.")

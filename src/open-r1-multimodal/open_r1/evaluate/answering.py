@@ -15,17 +15,19 @@ from typing import Any
 
 from transformers import GenerationConfig, ProcessorMixin
 
-from open_r1.backends import Backend
+from open_r1.backends import Backend, load_transformers
 from open_r1.families import control_tokens, end_token_ids, family_of_processor, vision_token_ids
 from open_r1.images import BrokenImage, image_size, open_image
 from open_r1.modeling import adapter_base, check_template, load_processor
 from open_r1.prompts import check_text, load_chat_template
 from open_r1.shared_prefix import Prompt
 from open_r1.tasks.benchmarks import Item
+from open_r1.vllm_backends import load_vllm
 
 PAPER_MAX_PIXELS = 401408  # what the paper trains and evaluates at
 # The bound that Qwen publishes (16384 image tokens) fits no recipe's prompt: nothing was trained at it here.
 PUBLISHED_MAX_PIXELS = 12845056
+BACKENDS = {"hf": load_transformers, "vllm": load_vllm}
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a weight file, for its fingerprint
 
 

@@ -202,8 +202,8 @@ def evaluate(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from open_r1.backends import BACKENDS
     from open_r1.evaluate.answering import (
+        BACKENDS,
         Answerer,
         check_prompts,
         generation_settings,

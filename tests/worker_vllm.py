@@ -1,0 +1,83 @@
+"""Colocated training with the real vLLM on a CPU: `worker_vllm.py FOLDER DTYPE`; what it saw is in FOLDER/seen.json.
+
+`test_vllm.py` runs it in an environment that has vLLM, and imports it where training is launched: vLLM for the CPU
+packs weights when it loads them, and would not take new ones.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+from vllm.model_executor.layers import utils
+
+import open_r1.vllm_backends
+from open_r1.front_door import Mistake
+from open_r1.prompts import load_chat_template
+from support import load_weights, make_trainer, vowel_share
+
+
+def use_weights_as_they_are(layer: torch.nn.Module, remove_weight: bool) -> None:
+    layer.cpu_linear = torch.nn.functional.linear
+
+
+utils.dispatch_cpu_unquantized_gemm = use_weights_as_they_are
+
+
+def refused(trainer) -> str | None:
+    """What the check before the first step says."""
+    try:
+        trainer.check_engine()
+    except Mistake as error:
+        return str(error)
+
+
+def main(folder: Path, dtype: str) -> None:
+    trainer = make_trainer(
+        *(folder / "model", folder / "data/examples.json", folder / dtype, vowel_share),
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_max_model_length=512,
+        bf16=dtype == "bfloat16",
+        learning_rate=2e-4,
+        max_steps=10,
+    )
+    seen = {"engine": str(trainer.vllm_generation.llm.model_config.dtype)}
+    trainer.train()
+    trainer.save_model(folder / dtype)
+    name = "sampling/sampling_logp_difference/mean"
+    seen["differences"] = [log[name] for log in trainer.state.log_history if name in log]
+    before, after = load_weights(folder / "model"), load_weights(folder / dtype)
+    seen["moved"] = sorted({trainer.family.part_of(key) for key in after if not torch.equal(before[key], after[key])})
+    seen["nothing"] = refused(trainer)
+
+    backend, policy = trainer.backend, trainer.processing_class
+    backend.processor = copy.deepcopy(policy)
+    backend.processor.chat_template = load_chat_template("instruct")
+    seen["another template"] = refused(trainer)
+    backend.processor = policy
+
+    size = policy.image_processor.size
+    policy.image_processor.size = {**size, "longest_edge": size["shortest_edge"]}
+    seen["another max_pixels"] = refused(trainer)
+    policy.image_processor.size = size
+
+    collapse = open_r1.vllm_backends.collapse_image_tokens
+    open_r1.vllm_backends.collapse_image_tokens = lambda ids, _: list(ids)
+    seen["expanded twice"] = refused(trainer)
+    open_r1.vllm_backends.collapse_image_tokens = collapse
+
+    forget = backend.forget_images
+    backend.forget_images = lambda: None
+    with torch.no_grad():  # an update that shows
+        for parameter in trainer.family.vision_tower(trainer.model).parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    seen["images under old weights"] = refused(trainer)
+    backend.forget_images = forget
+    seen["new weights"] = refused(trainer)
+    (folder / "seen.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
