@@ -72,7 +72,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": 3136}  # other bounds than the run's
     processor.save_pretrained(folder / "model")
 
-    path = write_examples(folder / "data", 6, images_per_example=2)
+    path = write_examples(folder / "data", 9, images_per_example=2)
     records = json.loads(path.read_text())
     for row, record in enumerate(records):
         record["images"] = record["images"][row % 3 :]
