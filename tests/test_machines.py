@@ -1,7 +1,10 @@
 """Several machines at one run; here each is a launcher of its own, and they meet over loopback."""
 
+import importlib.util
+import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -33,22 +36,22 @@ def start(tmp_path, tiny_model, examples_json, quick_python):
     started: list[subprocess.Popen] = []
 
     def launch(output: Path, *arguments: str, count: int = 2, processes: int = 2, **env: str) -> list[subprocess.Popen]:
-        meeting = {"NUM_MACHINES": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        ranks = []
+        # a constant rate: the same whether a run is to end at step 2 or 3
+        settings = ["--learning_rate", "1e-3", "--lr_scheduler_type", "constant", *arguments]
+        shared = {"NUM_MACHINES": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        shared |= {"NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "1", "PYTHON": str(quick_python), **env}
         for rank in range(count):
             own = {"MACHINE_RANK": str(rank), "XDG_STATE_HOME": str(tmp_path / f"home_{rank}")}
-            own |= {"NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "1", "PYTHON": str(quick_python)}
-            ranks.append(
+            started.append(
                 subprocess.Popen(
-                    ["sh", RUN, "--reward_funcs", "support:vowel_share", "--learning_rate", "1e-3", *arguments],
-                    env=launch_env(tiny_model, examples_json, output, **meeting, **own, **env),
+                    ["sh", RUN, "--reward_funcs", "support:vowel_share", *settings],
+                    env=launch_env(tiny_model, examples_json, output, **shared, **own),
                     cwd=tmp_path,
                     stdout=(tmp_path / f"stdout_{rank}").open("w"),
                     stderr=(tmp_path / f"stderr_{rank}").open("w"),
                 )
             )
-        started.extend(ranks)
-        return ranks
+        return started[-count:]
 
     yield launch
     for process in started:
@@ -83,6 +86,30 @@ def test_two_machines_learn_what_one_does_and_go_on(tmp_path, start):
     assert [row["completion"] for row in rows[0]] == [row["completion"] for row in rows[1]]
     weights = [load_weights(tmp_path / name) for name in ("one", "two")]
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
+
+
+@pytest.mark.distributed
+def test_who_ends_a_run_is_told_on_its_machine(tmp_path, start):
+    """A killed process, a port that is taken; the other machine's launcher ends, too, and says that it is not its."""
+    kill = 'os.environ["RANK"] == "2" and os.kill(os.getpid(), signal.SIGKILL)'
+    (tmp_path / "deadly.py").write_text(f"import os, signal\n\ndef reward(completions, **others):\n    {kill}\n")
+    ranks = start(tmp_path / "out", "--max_steps", "3", "--reward_funcs", "deadly:reward")
+    assert [each.wait() for each in ranks] == [2, 128 + signal.SIGKILL], told(tmp_path, 0) + told(tmp_path, 1)
+    lines = [told(tmp_path, rank).splitlines() for rank in range(2)]
+    assert re.fullmatch(
+        r"error: machine 0 of 2: a process of another machine is gone \(.*\); what ended it .*", lines[0][-1]
+    )
+    assert lines[1][-1].startswith("error: rank 2 of 4 was ended by SIGKILL, as the kernel does when memory runs out; ")
+    assert not any("Traceback" in line for said in lines for line in said)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        main, other = start(tmp_path / "out", "--max_steps", "3", MASTER_PORT=str(port))
+        assert main.wait() == 2
+        other.terminate()
+        assert other.wait() == 128 + signal.SIGTERM
+    assert told(tmp_path, 0) == f"error: MASTER_PORT: {port} is in use; choose another, on all machines\n"
 
 
 def launches(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
@@ -260,3 +287,47 @@ def test_a_job_whose_time_is_over_goes_back_into_the_queue(tmp_path, job, code, 
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=60) == 0
     assert (tmp_path / "said").read_text().splitlines() == ["scancel --signal=TERM 17", *said]
+
+
+# --- The rollout server -------------------------------------------------------------------------------------
+
+
+def test_the_server_sees_images_and_computes_as_the_recipes_policy(tmp_path, tiny_model, quick_python):
+    env = {**os.environ, "DRY_RUN": "1", "MODEL": str(tiny_model), "PYTHON": str(quick_python)}
+
+    def command(*arguments: str, **more: str) -> list[str]:
+        script = ["sh", str(REPO_ROOT / "scripts/serve_rollouts.sh"), *arguments]
+        result = subprocess.run(script, env={**env, **more}, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return shlex.split(result.stdout)
+
+    def value(command: list[str], option: str) -> str:
+        return command[len(command) - command[::-1].index(option)]
+
+    paper = command()
+    assert paper[:4] == ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", str(tiny_model)]
+    assert json.loads(value(paper, "--mm-processor-kwargs")) == {
+        "size": {"shortest_edge": 3136, "longest_edge": 401408}
+    }
+    assert (value(paper, "--dtype"), value(paper, "--max-model-len")) == ("bfloat16", "1724")
+    assert value(paper, "--weight-transfer-config") == '{"backend": "nccl"}' and "--enable-scale-out" in paper
+    own = command("--max_pixels", "50176", "--vllm_server_port", "8001", "--max_completion_length", "100")
+    assert json.loads(value(own, "--mm-processor-kwargs"))["size"]["longest_edge"] == 50176
+    assert (value(own, "--port"), value(own, "--max-model-len")) == ("8001", "1124")
+    own = command("--dtype", "auto", "--bf16", "false", VLLM_ARGUMENTS="--tensor-parallel-size 2 --max-model-len 900")
+    assert value(own, "--dtype") == "float32"  # the tiny checkpoint's
+    assert (value(own, "--tensor-parallel-size"), value(own, "--max-model-len")) == ("2", "900")
+    recipes = "configs/grpo_sat.yaml configs/overlays/vllm.yaml configs/overlays/lora.yaml"
+    assert value(command(CONFIG=recipes), "--dtype") == "bfloat16"
+
+
+def test_the_server_says_what_it_takes_and_that_vllm_is_missing(tmp_path, tiny_model, quick_python):
+    script = ["bash", str(REPO_ROOT / "scripts/serve_rollouts.sh")]
+    help_text = subprocess.check_output([*script, "--help"], text=True)
+    assert help_text.startswith("Start the server that samples a run's completions") and "VLLM_ARGUMENTS" in help_text
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed here, and would start")
+    env = {**os.environ, "MODEL": str(tiny_model), "PYTHON": str(quick_python)}
+    result = subprocess.run(script, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and "has no vLLM; `bash setup.sh` installs it" in result.stderr
+    assert result.stderr.count("\n") == 1

@@ -54,13 +54,13 @@ def as_seen_here(error: Exception) -> Exception:
 
     On one machine the launcher ends the others before they can tell.
     """
-    lost = LOST.search(str(error))
-    if lost and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-        return Mistake(
-            f"machine {os.environ['GROUP_RANK']} of {os.environ['GROUP_WORLD_SIZE']}: another process of the run is gone "
-            f"({lost[0]}); what ended it is told on its machine"
-        )
-    return error
+    lost, machines = LOST.search(str(error)), int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    if lost is None or machines == 1:
+        return error
+    return Mistake(
+        f"machine {os.environ['GROUP_RANK']} of {machines}: a process of another machine is gone ({lost[0]}); what "
+        "ended it is told there"
+    )
 
 
 @contextmanager

@@ -3,9 +3,9 @@
     python launch.py --config_file ACCELERATE.yaml --num_processes N [--mixed_precision no]
         [--num_machines M --machine_rank R --main_process_ip ADDRESS --main_process_port PORT] SCRIPT.py ARGUMENTS
 
-`launch.sh` calls it, on each of several machines; N counts the processes of all. What one process can find wrong is told in one line before the others start (exit code 2). Of
-processes that fail, the first tells why; the last line names its rank. A signal (Ctrl-C, SIGTERM, SIGHUP) ends them
-all in one line that says where the same command continues.
+`launch.sh` calls it, on each of several machines; N counts the processes of all. What one process can find wrong is
+told in one line before the others start (exit code 2). Of processes that fail, the first tells why; the last line names
+its rank. A signal (Ctrl-C, SIGTERM, SIGHUP) ends them all in one line that says where the same command continues.
 """
 
 import argparse
@@ -60,9 +60,7 @@ def check(launch: argparse.Namespace, told: SimpleQueue) -> None:
             check_gpus(launch.num_processes // launch.num_machines)
         entry = importlib.import_module("open_r1.entry")
         command = importlib.import_module(f"open_r1.{launch.script.stem}").COMMAND
-        args = entry.check(
-            command, launch.arguments, launch.config_file, launch.num_processes, launch.machine_rank
-        )
+        args = entry.check(command, launch.arguments, launch.config_file, launch.num_processes, launch.machine_rank)
         told.put((args.output_dir, args.resume_from_checkpoint == "auto"))
 
 
@@ -149,10 +147,10 @@ def start(launch: argparse.Namespace, told: SimpleQueue) -> None:
     # accelerate gives processes under DeepSpeed the current folder, where a random.py would go before Python's.
     settings_of_launch.env_var_path_add = lambda name, _: os.environ.get(name, "")
     logging.disable(logging.ERROR)  # in this process: what torch's launcher says of failures is in the last word
-    machines = f"machine {launch.machine_rank} of {launch.num_machines}"
+    machine = f"machine {launch.machine_rank} of {launch.num_machines}"
     meeting = f"{launch.main_process_ip}:{launch.main_process_port}"
     if launch.num_machines > 1:
-        print(f"{machines}: meets the others at {meeting}", flush=True)
+        print(f"{machine}: meets the others at {meeting}", flush=True)
     # A free port, unless machines meet at one; and each starts its own processes, none by pdsh on others.
     defaults = ["--main_process_port", "0", "--deepspeed_multinode_launcher", "standard"]
     try:
@@ -164,10 +162,8 @@ def start(launch: argparse.Namespace, told: SimpleQueue) -> None:
     except ConnectionError:  # accelerate's, of machine 0
         code, line = 2, f"error: MASTER_PORT: {launch.main_process_port} is in use; choose another, on all machines"
     except DistError as error:
-        code, line = 1, (
-            f"error: {machines} did not meet the others at {meeting} ({first_line(error)}); every one must be started "
-            "with the same NUM_MACHINES, NUM_PROCESSES, MASTER_ADDR and MASTER_PORT, within ten minutes"
-        )
+        every = "start every machine with the same NUM_MACHINES, MASTER_ADDR and MASTER_PORT, within ten minutes"
+        code, line = 1, f"error: {machine} did not meet the others at {meeting} ({first_line(error)}); {every}"
     else:
         return
     if code > 128:  # a signal's: nothing is wrong with the run itself

@@ -17,7 +17,9 @@ from trl import ModelConfig
 from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig
 from open_r1.data import load_processor_from_args
 from open_r1.front_door import Mistake, run
+from open_r1.memory import load_config
 from open_r1.recipes import read_recipe
+from open_r1.vllm_backends import engine_settings
 
 # The endpoints through which a trainer sends weights are vLLM's for development.
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
@@ -27,33 +29,41 @@ FOR_TRL = (
     *("--weight-transfer-config", json.dumps({"backend": "nccl"})),
     *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enable-scale-out"),
 )
-# A recipe names neither its data nor the place of its run, which a server needs not know.
-UNUSED = ("--dataset_name", "-", "--output_dir", "-", "--use_cpu", "true", "--bf16", "false", "--report_to", "none")
+# What a recipe does not name and a server need not know: its data, the place of its run, its GPUs.
+UNUSED = ("--dataset_name", "-", "--output_dir", "-", "--use_cpu", "true", "--report_to", "none")
 
 
 def serve_arguments(
     script_args: GRPOScriptArguments, args: Qwen2VLGRPOConfig, model_args: ModelConfig, more: Sequence[str] = ()
 ) -> list[str]:
-    """What follows `vllm serve`: model, dtype, port, longest row (tokens) and bounds of an image (pixels).
+    """What follows `vllm serve`: the model, its port, the longest row in tokens, and `engine_settings`.
 
     Args:
         script_args, args, model_args: of the recipe.
         more: vLLM's own arguments; they win.
 
     Raises:
-        OSError, ValueError: the recipe leaves the bounds to a checkpoint that cannot be read.
+        OSError, ValueError: no such model, or none that this project was tested with.
     """
-    smallest, largest = script_args.min_pixels, script_args.max_pixels
-    size = {"shortest_edge": smallest, "longest_edge": largest}
-    if not (smallest and largest):
-        size = dict(load_processor_from_args(model_args, script_args).image_processor.size)
+    name, revision = model_args.model_name_or_path, model_args.model_revision
     length = args.vllm_max_model_length
-    if length is None and script_args.max_prompt_length and args.max_completion_length:
+    if length is None and script_args.max_prompt_length:
         length = script_args.max_prompt_length + args.max_completion_length
-    arguments = [model_args.model_name_or_path, "--revision", model_args.model_revision]
-    arguments += ["--dtype", model_args.dtype or "auto", "--port", str(args.vllm_server_port)]
+    settings = engine_settings(load_processor_from_args(model_args, script_args), policy_dtype(args, model_args))
+    arguments = [name, "--revision", revision, "--port", str(args.vllm_server_port)]
     arguments += ["--max-model-len", str(length)] if length else []
-    return [*arguments, "--mm-processor-kwargs", json.dumps({"size": size}), *FOR_TRL, *more]
+    for option, value in settings.items():
+        arguments += [f"--{option.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else value]
+    return [*arguments, *FOR_TRL, *more]
+
+
+def policy_dtype(args: Qwen2VLGRPOConfig, model_args: ModelConfig) -> str:
+    """The dtype in which a recipe's policy computes; raises what `load_config` raises."""
+    if args.bf16 or args.fp16:
+        return "bfloat16" if args.bf16 else "float16"
+    if model_args.dtype not in (None, "auto"):
+        return model_args.dtype
+    return str(load_config(model_args.model_name_or_path, model_args.model_revision).dtype or "float32").split(".")[-1]
 
 
 def main() -> None:
