@@ -258,7 +258,10 @@ def other_table(model: Model, machine: Machine) -> str:
     short = machine.move(decode_bytes(model, Work(**{**vars(work), "longest": 300}), 8))
     rows = [
         ["ZeRO-3's traffic, 8 GPUs", f"{machine.send(zero3_bytes(model, 8, micro_batches(work, 8, batch)), 8):.3f}"],
-        ["ZeRO-3's traffic, 64 GPUs", f"{machine.send(zero3_bytes(model, 64, micro_batches(many, 64, batch)), 64):.3f}"],
+        [
+            "ZeRO-3's traffic, 64 GPUs",
+            f"{machine.send(zero3_bytes(model, 64, micro_batches(many, 64, batch)), 64):.3f}",
+        ],
         ["weights to a vLLM in the same GPUs (a copy)", f"{machine.move(2 * weights):.3f}"],
         ["weights to a vLLM on another node (a broadcast)", f"{machine.send(weights, 64):.3f}"],
         ["decode of 64 completions on one GPU", f"{machine.move(decode_bytes(model, work, 64)):.3f}"],

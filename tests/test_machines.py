@@ -92,7 +92,8 @@ def test_two_machines_learn_what_one_does_and_go_on(tmp_path, start):
 def test_who_ends_a_run_is_told_on_its_machine(tmp_path, start):
     """A killed process, a port that is taken; the other machine's launcher ends, too, and says that it is not its."""
     kill = 'os.environ["RANK"] == "2" and os.kill(os.getpid(), signal.SIGKILL)'
-    (tmp_path / "deadly.py").write_text(f"import os, signal\n\ndef reward(completions, **others):\n    {kill}\n")
+    reward = f"def reward(completions, **others):\n    {kill}\n    return [0.0] * len(completions)\n"
+    (tmp_path / "deadly.py").write_text(f"import os, signal\n\n{reward}")
     ranks = start(tmp_path / "out", "--max_steps", "3", "--reward_funcs", "deadly:reward")
     assert [each.wait() for each in ranks] == [2, 128 + signal.SIGKILL], told(tmp_path, 0) + told(tmp_path, 1)
     lines = [told(tmp_path, rank).splitlines() for rank in range(2)]
