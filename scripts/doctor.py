@@ -37,12 +37,14 @@ LAUNCH_CONFIGS = REPO_ROOT / "src/open-r1-multimodal/configs"
 DATA = REPO_ROOT / "src/data/SAT/SAT_train_15000.json"  # launch.sh's
 
 
-def read_launch(name: str, num_processes: int) -> Launch:
+def read_launch(name: str, num_processes: int, num_machines: int) -> Launch:
     """The ZeRO stage of an accelerate configuration: a file, or the name of one of this project's."""
     path = Path(name) if Path(name).is_file() else LAUNCH_CONFIGS / f"{name}.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"--accelerate_config: no file {path}")
-    return Launch(num_processes, Layout.of_config(str(path), num_processes).zero_stage or None)
+    if num_processes % num_machines:
+        raise Mistake(f"--num_processes {num_processes}: {num_machines} machines need as many each")
+    return Launch(num_processes, Layout.of_config(str(path), num_processes).zero_stage or None, num_machines)
 
 
 def choose_command(script: str | None, recipes: list[str], overrides: list[str]) -> Command:
@@ -106,14 +108,15 @@ def main() -> None:
         "--config", action="append", default=[], help="recipe, a file in configs/; may be given several times"
     )
     parser.add_argument("--script", choices=("grpo", "sft"), help="what runs the recipe (default: as it looks)")
-    parser.add_argument("--num_processes", type=positive, default=1, help="GPUs (default: 1)")
+    parser.add_argument("--num_processes", type=positive, default=1, help="GPUs, on all machines (default: 1)")
+    parser.add_argument("--num_machines", type=positive, default=1, help="(default: 1)")
     parser.add_argument("--accelerate_config", default="zero2", help="zero2, zero3, ddp or a file (default: zero2)")
     parser.add_argument("--cpu", action="store_true", help="with --memory: count for processes on a CPU")
     parser.add_argument("--json", action="store_true", help="print JSON; of --memory bytes")
     args, overrides = parser.parse_known_args()
     if not args.config and (args.memory or overrides):
         raise Mistake(f"{'--memory' if args.memory else overrides[0]}: name a recipe with --config")
-    launch = read_launch(args.accelerate_config, args.num_processes)
+    launch = read_launch(args.accelerate_config, args.num_processes, args.num_machines)
     command = choose_command(args.script, args.config, overrides)
     named = [part for recipe in args.config for part in ("--config", recipe)]
     if not args.memory:

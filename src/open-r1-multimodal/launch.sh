@@ -1,5 +1,6 @@
 #!/bin/sh
 # Start a training script on every GPU of this machine, or on CPU processes where there is none.
+# Several machines start it each, with the same arguments (docs/running.md; scripts/slurm.sbatch does it on SLURM).
 #
 #   sh launch.sh SCRIPT RECIPE [ARGUMENTS]    (run_grpo_SAT.sh and run_sft.sh call it)
 #
@@ -10,7 +11,12 @@
 #                      CONFIG="configs/grpo_sat.yaml configs/overlays/lora.yaml"; names are looked up in the current
 #                      folder and then in the repository   (default: configs/RECIPE.yaml)
 #   OUTPUT             output folder                       (default: outputs/ and the recipes' names: grpo_sat_lora)
-#   NUM_PROCESSES      processes                           (default: the GPUs; 2 without one)
+#   NUM_PROCESSES      processes of this machine, as many on each
+#                                                          (default: the GPUs; 2 without one)
+#   NUM_MACHINES       machines; they share the file system of OUTPUT and DATA   (default: 1)
+#   MACHINE_RANK       this one's number, from 0 on, where there are several
+#   MASTER_ADDR        address of machine 0, as the others see it
+#   MASTER_PORT        a port that is free there           (default: 29500)
 #   ACCELERATE_CONFIG  how to launch: zero2, zero3, ddp, cpu, or a file
 #                      (default: zero2, and cpu without a GPU; zero3 for run_sft.sh)
 # Arguments override the recipe: `--max_steps 100 --beta 0`; `--help` lists them all. `--doctor` looks at what would be
@@ -24,6 +30,11 @@ need_packages
 fail() {
     echo "error: $*" >&2
     exit 2
+}
+# Whether a text is a whole number, and from $2 to $3.
+is_number() {
+    case $1 in "" | *[!0-9]* | 0?* | ??????*) return 1 ;; esac
+    [ "$1" -ge "$2" ] && [ "$1" -le "$3" ]
 }
 script="$here/open_r1/$1.py" command=$1
 CONFIG="${CONFIG:-$ROOT/configs/$2.yaml}"
@@ -77,22 +88,34 @@ if [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && [ "$gpus" -gt 0 ]; then
     done
 fi
 NUM_PROCESSES="${NUM_PROCESSES:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}"
-case "$NUM_PROCESSES" in
-    *[!0-9]* | 0* | ?????*) fail "NUM_PROCESSES: '$NUM_PROCESSES' is not a number of processes" ;;
-esac
+is_number "$NUM_PROCESSES" 1 9999 || fail "NUM_PROCESSES: '$NUM_PROCESSES' is not a number of processes"
+NUM_MACHINES="${NUM_MACHINES:-1}"
+is_number "$NUM_MACHINES" 1 9999 || fail "NUM_MACHINES: '$NUM_MACHINES' is not a number of machines"
+[ "$NUM_MACHINES" -gt 1 ] || MACHINE_RANK="${MACHINE_RANK:-0}"
+is_number "${MACHINE_RANK:-}" 0 "$((NUM_MACHINES - 1))" ||
+    fail "MACHINE_RANK: '${MACHINE_RANK:-}' is not the number of a machine, of NUM_MACHINES=$NUM_MACHINES from 0 on"
+if [ "$NUM_MACHINES" -gt 1 ]; then
+    MASTER_PORT="${MASTER_PORT:-29500}"
+    is_number "$MASTER_PORT" 1 65535 || fail "MASTER_PORT: '$MASTER_PORT' is not a port, 1 to 65535"
+    case "${MASTER_ADDR:-}" in "" | *[!0-9A-Za-z._-]*)
+        fail "MASTER_ADDR: '${MASTER_ADDR:-}' is not the name or IPv4 address of machine 0, which every machine needs" ;;
+    esac
+fi
+processes=$((NUM_PROCESSES * NUM_MACHINES))
 case "${OMP_NUM_THREADS:-1}" in *[!0-9]* | 0*)
     echo "OMP_NUM_THREADS: '$OMP_NUM_THREADS' is not a number of threads, and left out" >&2
     unset OMP_NUM_THREADS ;;
 esac
+precision=""
 if [ "$gpus" -gt 0 ]; then
     [ "$NUM_PROCESSES" -le "$gpus" ] || fail "NUM_PROCESSES: $NUM_PROCESSES is more than the $gpus GPUs of this machine"
     ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-zero2}"
-    set -- "$script" "$@"
 else
     echo "no GPU found: training on CPU processes in float32"
     ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-cpu}"
     # use_cpu goes to the trainer alone: told of it, accelerate would put plain DDP in DeepSpeed's place.
-    set -- --mixed_precision no "$script" --use_cpu true --bf16 false --dtype float32 "$@"
+    set -- --use_cpu true --bf16 false --dtype float32 "$@"
+    precision=no
     export DS_ACCELERATOR=cpu
     # What DeepSpeed compiles for the CPU belongs to this environment: others would compile it again, every time.
     prefix=$(PYTHONSAFEPATH=1 "$PYTHON" -c 'import sys; print(sys.prefix)')
@@ -107,11 +130,12 @@ fi
 export PYTHONSAFEPATH=1
 
 if [ -n "$doctor" ]; then
-    while [ "$1" != "$script" ]; do shift; done # what is the launcher's
-    shift
     exec "$PYTHON" "$ROOT/scripts/doctor.py" --script "$command" --accelerate_config "$ACCELERATE_CONFIG" \
-        --num_processes "$NUM_PROCESSES" "$@"
+        --num_processes "$processes" --num_machines "$NUM_MACHINES" "$@"
 fi
 
+set -- ${precision:+--mixed_precision "$precision"} "$script" "$@"
+[ "$NUM_MACHINES" -eq 1 ] || set -- --num_machines "$NUM_MACHINES" --machine_rank "$MACHINE_RANK" \
+    --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" "$@"
 # exec: a signal to this script reaches the launcher, which ends its processes.
-exec "$PYTHON" "$here/open_r1/launch.py" --config_file "$ACCELERATE_CONFIG" --num_processes "$NUM_PROCESSES" "$@"
+exec "$PYTHON" "$here/open_r1/launch.py" --config_file "$ACCELERATE_CONFIG" --num_processes "$processes" "$@"

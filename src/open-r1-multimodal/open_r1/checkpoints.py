@@ -81,8 +81,12 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
-def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> str | None:
+def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str, has_key: bool = True) -> str | None:
     """`auto`: the newest complete checkpoint of the output folder, if it has one; `none`: start anew; else the path.
+
+    Args:
+        resume_from_checkpoint, output_dir: of the run.
+        has_key: whether this process can tell who wrote a checkpoint; another then has to.
 
     Raises:
         FileNotFoundError: when the path is no folder, or one that a run cannot continue from.
@@ -98,9 +102,8 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> s
     if checkpoint is None:
         check_unused(output_dir, resume_from_checkpoint)
         return None
-    if PartialState().is_main_process:
+    if has_key:
         check_origin(checkpoint, but=[MANIFEST])
-    PartialState().wait_for_everyone()  # nobody loads a file of it before
     return checkpoint
 
 

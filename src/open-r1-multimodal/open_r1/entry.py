@@ -29,6 +29,7 @@ from open_r1.checkpoints import (
 from open_r1.failures import full_disk, mistakes, told_once
 from open_r1.front_door import Mistake
 from open_r1.locks import check_free, owned
+from open_r1.machines import check_shared, decide_once
 from open_r1.modeling import check_weights, parameter_table
 from open_r1.orphans import follow_launcher
 from open_r1.recipes import PLANNED_PROCESSES, read_recipe, split_arguments
@@ -98,14 +99,17 @@ class Command:
     build_trainer: Callable[..., Trainer]
 
 
-def check(command: Command, arguments: Sequence[str], config_file: str, processes: int) -> TrainingArguments:
+def check(
+    command: Command, arguments: Sequence[str], config_file: str, processes: int, machine_rank: int = 0
+) -> TrainingArguments:
     """Find, in one process and without weights, what would end a run before its first step.
 
     Args:
         command: what is going to run.
         arguments: of its command line.
         config_file: accelerate's, of the launch.
-        processes: that it is going to start.
+        processes: that are going to run, on all machines.
+        machine_rank: of this machine.
 
     Returns:
         How each of them is going to train.
@@ -119,7 +123,8 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
         layout = Layout.of_config(config_file, processes)
         settings = read_settings(command, arguments)
         check_free(settings[1].output_dir)
-        checkpoint = find_checkpoint(command, settings, layout)
+        # The key of signatures is the main process's: another machine may have another home.
+        checkpoint = find_checkpoint(command, settings, layout, has_key=machine_rank == 0)
         if not (checkpoint and is_finished(checkpoint, settings[1])):
             command.prepare(*settings)
             model_args = settings[2]
@@ -151,14 +156,16 @@ def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, Trai
     return script_args, args, model_args
 
 
-def find_checkpoint(command: Command, settings: tuple[Any, TrainingArguments, Any], layout: Layout) -> str | None:
-    """Where the run continues, if anywhere.
+def find_checkpoint(
+    command: Command, settings: tuple[Any, TrainingArguments, Any], layout: Layout, has_key: bool = True
+) -> str | None:
+    """Where the run continues, if anywhere; `has_key`: see `resolve_checkpoint`.
 
     Raises:
         ValueError, OSError: when it cannot continue there as it is launched.
     """
     args = settings[1]
-    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir, has_key)
     if checkpoint and args.resume_from_checkpoint == "auto":
         check_same_run(args.output_dir, layout.processes, command.name, *settings)
     if checkpoint and not is_finished(checkpoint, args) and not args.deepspeed:
@@ -186,16 +193,17 @@ def train(command: Command, arguments: Sequence[str]) -> None:
         settings = read_settings(command, arguments)
         os.makedirs(settings[1].output_dir, exist_ok=True)
     with owned(settings[1].output_dir):
+        check_shared(settings[1].output_dir)
         train_with(command, settings, arguments)
 
 
 def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], arguments: Sequence[str]) -> None:
     """`train`, with the settings read and the output folder its own."""
+    checkpoint = decide_once(lambda: find_checkpoint(command, settings, Layout.of_this_process()))
     with mistakes(*USER_ERRORS):
-        checkpoint = find_checkpoint(command, settings, Layout.of_this_process())
         trainer = command.build_trainer(*settings)
     script_args, args, model_args = settings
-    say = trainer.accelerator.print
+    say = print if trainer.is_world_process_zero() else (lambda *_: None)
     say(parameter_table(trainer.model))
     # A trainer that resumes at its last step would take one step more.
     if checkpoint and is_finished(checkpoint, args):

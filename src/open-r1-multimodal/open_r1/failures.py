@@ -3,6 +3,7 @@
 All processes of a launch may fail alike, or one takes the others along. The first to fail tells.
 """
 
+import os
 import re
 import signal
 import sys
@@ -18,6 +19,8 @@ from open_r1.front_door import FIRST, Mistake, first_line, is_first, printable
 MISTAKE = 2  # exit code, as argparse's
 # How Python, safetensors and torch say that a file could not be written to its end.
 NO_ROOM = re.compile(r"No space left|quota exceeded|File too large|PytorchStreamWriter|unexpected pos \d")
+# How gloo, NCCL and torch's store say that the process at the other end is not there any more.
+LOST = re.compile(r"Connection (?:closed|reset) by peer|remote process exited|failed to recv, got 0 bytes")
 SETTLED = 5  # seconds that the failures of one cause lie apart; torch's launcher waits 30 before it kills
 
 
@@ -46,12 +49,27 @@ def full_disk(folder: str) -> Iterator[None]:
         ) from error
 
 
+def as_seen_here(error: Exception) -> Exception:
+    """The error; of one that only says that a process of another machine is gone, a line that says so.
+
+    On one machine the launcher ends the others before they can tell.
+    """
+    lost, machines = LOST.search(str(error)), int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    if lost is None or machines == 1:
+        return error
+    return Mistake(
+        f"machine {os.environ['GROUP_RANK']} of {machines}: a process of another machine is gone ({lost[0]}); what "
+        "ended it is told there"
+    )
+
+
 @contextmanager
 def told_once() -> Iterator[None]:
     """Tell what goes wrong inside, unless another process of the launch has already, and exit."""
     try:
         yield
-    except Exception as error:
+    except Exception as raised:
+        error = as_seen_here(raised)
         if is_first(error):
             sys.stderr.write(f"error: {printable(error)}\n" if isinstance(error, Mistake) else traceback.format_exc())
             sys.stderr.flush()

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from open_r1.checkpoints import find_defect, last_complete_checkpoint
 from open_r1.files import replace_file, to_json
 from open_r1.front_door import Mistake
+from open_r1.machines import decide_once
 
 
 class FiniteMixin:
@@ -55,7 +56,7 @@ class FiniteMixin:
         if self.accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             replace_file(path, to_json({"step": done + 1, "reason": reason, "batch": rows}, indent=1))
-        if keeps_weights and done and find_defect(folder / f"checkpoint-{done}"):
+        if keeps_weights and done and decide_once(lambda: find_defect(folder / f"checkpoint-{done}")):
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             self.accelerator.wait_for_everyone()  # until the main process has declared it complete

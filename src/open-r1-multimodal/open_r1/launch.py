@@ -1,10 +1,11 @@
 """Start a training command in several processes: accelerate's launcher, with a check before and a short word after.
 
-    python launch.py --config_file ACCELERATE.yaml --num_processes N [--mixed_precision no] SCRIPT.py ARGUMENTS
+    python launch.py --config_file ACCELERATE.yaml --num_processes N [--mixed_precision no]
+        [--num_machines M --machine_rank R --main_process_ip ADDRESS --main_process_port PORT] SCRIPT.py ARGUMENTS
 
-`launch.sh` calls it. What one process can find wrong is told in one line before the others start (exit code 2). Of
-processes that fail, the first tells why; the last line names its rank. A signal (Ctrl-C, SIGTERM, SIGHUP) ends them
-all in one line that says where the same command continues.
+`launch.sh` calls it, on each of several machines; N counts the processes of all. What one process can find wrong is
+told in one line before the others start (exit code 2). Of processes that fail, the first tells why; the last line names
+its rank. A signal (Ctrl-C, SIGTERM, SIGHUP) ends them all in one line that says where the same command continues.
 """
 
 import argparse
@@ -39,6 +40,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config_file", required=True)
     parser.add_argument("--num_processes", type=int, required=True)
     parser.add_argument("--mixed_precision")
+    parser.add_argument("--num_machines", type=int, default=1)
+    parser.add_argument("--machine_rank", type=int, default=0)
+    parser.add_argument("--main_process_ip")
+    parser.add_argument("--main_process_port", type=int, default=0)
     parser.add_argument("script", type=Path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser.parse_args()
@@ -52,10 +57,10 @@ def check(launch: argparse.Namespace, told: SimpleQueue) -> None:
             signal.signal(number, signal.SIG_DFL)
     with told_once():
         if os.environ.get("DS_ACCELERATOR") != "cpu":
-            check_gpus(launch.num_processes)
+            check_gpus(launch.num_processes // launch.num_machines)
         entry = importlib.import_module("open_r1.entry")
         command = importlib.import_module(f"open_r1.{launch.script.stem}").COMMAND
-        args = entry.check(command, launch.arguments, launch.config_file, launch.num_processes)
+        args = entry.check(command, launch.arguments, launch.config_file, launch.num_processes, launch.machine_rank)
         told.put((args.output_dir, args.resume_from_checkpoint == "auto"))
 
 
@@ -131,6 +136,7 @@ def start(launch: argparse.Namespace, told: SimpleQueue) -> None:
     # Imports torch, as the check does meanwhile.
     from accelerate.commands.launch import launch_command, launch_command_parser
     from accelerate.utils import launch as settings_of_launch
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     checking.join()
@@ -141,12 +147,23 @@ def start(launch: argparse.Namespace, told: SimpleQueue) -> None:
     # accelerate gives processes under DeepSpeed the current folder, where a random.py would go before Python's.
     settings_of_launch.env_var_path_add = lambda name, _: os.environ.get(name, "")
     logging.disable(logging.ERROR)  # in this process: what torch's launcher says of failures is in the last word
+    machine = f"machine {launch.machine_rank} of {launch.num_machines}"
+    meeting = f"{launch.main_process_ip}:{launch.main_process_port}"
+    if launch.num_machines > 1:
+        print(f"{machine}: meets the others at {meeting}", flush=True)
+    # A free port, unless machines meet at one; and each starts its own processes, none by pdsh on others.
+    defaults = ["--main_process_port", "0", "--deepspeed_multinode_launcher", "standard"]
     try:
-        launch_command(launch_command_parser().parse_args(["--main_process_port", "0", *sys.argv[1:]]))
+        launch_command(launch_command_parser().parse_args([*defaults, *sys.argv[1:]]))
     except ChildFailedError as error:
         code, line = last_word(error.failures, launch.num_processes)
     except subprocess.CalledProcessError as error:  # of the one process of a launch that is not distributed
         code, line = (error.returncode, "") if error.returncode > 0 else ended_by("the process", -error.returncode)
+    except ConnectionError:  # accelerate's, of machine 0
+        code, line = 2, f"error: MASTER_PORT: {launch.main_process_port} is in use; choose another, on all machines"
+    except DistError as error:
+        every = "start every machine with the same NUM_MACHINES, MASTER_ADDR and MASTER_PORT, within ten minutes"
+        code, line = 1, f"error: {machine} did not meet the others at {meeting} ({first_line(error)}); {every}"
     else:
         return
     if code > 128:  # a signal's: nothing is wrong with the run itself

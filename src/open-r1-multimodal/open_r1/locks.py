@@ -45,14 +45,26 @@ def owned(target: str | Path, is_file: bool = False) -> Iterator[None]:
 
 
 def check_free(folder: str | Path) -> None:
-    """See that nobody writes a folder now; a lock whose owner is gone goes with it.
+    """See that nobody writes a folder now. Several may look at a time, as the launchers of several machines do.
 
     Raises:
-        Mistake: somebody does.
+        Mistake: somebody does, or the lock cannot be read.
     """
-    if (Path(folder) / IN_USE).exists():
-        with owned(folder):
-            pass
+    try:
+        with (Path(folder) / IN_USE).open("r+") as file:
+            _take(file, fcntl.LOCK_SH, folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise Mistake(error) from error
+
+
+def holder(folder: str | Path) -> str | None:
+    """Who holds the lock of a folder, in the words that it signed with; None when nobody does."""
+    try:
+        return (Path(folder) / IN_USE).read_text()
+    except FileNotFoundError:
+        return None
 
 
 def _lock(path: Path, target: str | Path) -> TextIO:
@@ -60,14 +72,10 @@ def _lock(path: Path, target: str | Path) -> TextIO:
     while True:
         file = path.open("a+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            with file:
-                holder = file.read(200) or "another process"  # which has not signed yet
-            raise Mistake(f"{target}: in use by {holder}; wait until it ends, or choose another place") from error
-        except OSError as error:
-            print(f"{target}: nothing keeps a second run out, no lock can be had here: {error}", file=sys.stderr)
+            _take(file, fcntl.LOCK_EX, target)
+        except Mistake:
+            file.close()
+            raise
         if _is_at(file, path):
             break
         file.close()  # its last owner deleted it before it was ours
@@ -75,6 +83,18 @@ def _lock(path: Path, target: str | Path) -> TextIO:
     file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
     file.flush()
     return file
+
+
+def _take(file: TextIO, kind: int, target: str | Path) -> None:
+    """Lock an open file, as the one owner (LOCK_EX) or as one of those who look (LOCK_SH); raise Mistake if it is."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        name = file.read(200) or "another process"  # which has not signed yet
+        raise Mistake(f"{target}: in use by {name}; wait until it ends, or choose another place") from error
+    except OSError as error:
+        print(f"{target}: nothing keeps a second run out, no lock can be had here: {error}", file=sys.stderr)
 
 
 def _is_at(file: TextIO, path: Path) -> bool:

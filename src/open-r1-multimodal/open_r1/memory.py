@@ -43,10 +43,19 @@ ATTENTION = "counted_attention"
 
 @dataclass(frozen=True)
 class Launch:
-    """How a recipe is launched: the number of GPUs and ZeRO's stage, or None without DeepSpeed."""
+    """How a recipe is launched: the number of GPUs, ZeRO's stage or None without DeepSpeed, and over how many machines.
+
+    Every machine has as many of the GPUs.
+    """
 
     num_processes: int = 1
     zero_stage: int | None = None
+    num_machines: int = 1
+
+    @property
+    def processes_here(self) -> int:
+        """Those of one machine."""
+        return self.num_processes // self.num_machines
 
     def share(self, amount: float, from_stage: int) -> float:
         """A GPU's part of an amount that ZeRO splits from a stage on."""

@@ -22,11 +22,11 @@ def memory(patient: Patient) -> Iterator[Finding]:
     launch, on_cpu = patient.launch, patient.on_cpu
     peak, free = patient.count(launch).peak, free_memory(on_cpu)
     total = psutil.virtual_memory().total if on_cpu else torch.cuda.mem_get_info()[1]
-    needed = peak * launch.num_processes if on_cpu else peak
-    what = f"{launch.num_processes} x {peak / GB:.1f} GB at most, of {total / GB:.1f} GB "
+    needed = peak * launch.processes_here if on_cpu else peak
+    what = f"{launch.processes_here} x {peak / GB:.1f} GB at most, of {total / GB:.1f} GB "
     what += f"{'' if on_cpu else 'of a GPU '}{free / GB:.1f} are free"
     remedy = "smaller per_device_train_batch_size or max_completion_length, configs/overlays/lora.yaml, docs/memory.md"
-    if on_cpu and launch.num_processes > 1:
+    if on_cpu and launch.processes_here > 1:
         remedy = f"NUM_PROCESSES=1, {remedy}"
     if needed > total:
         yield failed(what, remedy)
@@ -92,14 +92,13 @@ def hours(patient: Patient) -> Iterator[Finding]:
     if patient.on_cpu and flops(patient) > MAX_CPU_FLOPS:
         yield skipped("a step takes a CPU minutes: the log's first steps tell")
         return
-    threads, processes = torch.get_num_threads(), patient.launch.num_processes
-    torch.set_num_threads(min(threads * processes, os.cpu_count() or 1))  # as all of them together
+    threads, launch = torch.get_num_threads(), patient.launch
+    torch.set_num_threads(min(threads * launch.processes_here, os.cpu_count() or 1))  # as those here together
     try:
         seconds = trainer.train().metrics["train_runtime"] / MEASURED_STEPS
     finally:
         torch.set_num_threads(threads)
-    if not patient.on_cpu:
-        seconds /= processes
+    seconds /= launch.num_machines if patient.on_cpu else launch.num_processes
     minutes = seconds * steps / 60
     time = f"{minutes / 60:.1f} hours" if minutes > 60 else f"{minutes:.1f} minutes"
     yield passed(f"{seconds:.1f} s a step, measured over {MEASURED_STEPS}; {steps} take {time}")

@@ -84,7 +84,7 @@ def shared_memory(patient: Patient) -> Iterator[Finding]:
         return
     free = shutil.disk_usage("/dev/shm").free
     what = f"{free / 1e9:.1f} GB free in /dev/shm"
-    if free < SHARED_MEMORY and patient.launch.num_processes > 1:
+    if free < SHARED_MEMORY and patient.launch.processes_here > 1:
         yield warned(what, "start the container with --shm-size 8g or --ipc host")
     else:
         yield passed(what)
