@@ -49,7 +49,7 @@ def test_what_documents_name_is_there(document):
     """Links, their headings, and the repository's files in the text."""
     text = document.read_text()
     for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
-        path = document.parent / target
+        path = document.parent / target if target else document
         assert path.exists(), target
         if heading:
             titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)

