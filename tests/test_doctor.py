@@ -20,7 +20,7 @@ from trl import ModelConfig
 
 from open_r1 import grpo, sft
 from open_r1.data import count_prompt_tokens
-from open_r1.doctor import environment, rewards
+from open_r1.doctor import cost, environment, rewards
 from open_r1.doctor.cost import checkpoint_bytes
 from open_r1.doctor.examination import FAMILIES, examine
 from open_r1.doctor.finding import Finding, Verdict
@@ -505,6 +505,21 @@ def test_nothing_is_examined_without_a_recipe(monkeypatch):
         doctor_main(monkeypatch, "--beta", "0")
     with pytest.raises(Mistake, match="--memory: name a recipe with --config"):
         doctor_main(monkeypatch, "--memory")
+
+
+@pytest.mark.parametrize("machines, here", [(1, 4), (2, 2)])
+def test_a_machines_memory_is_for_its_own_processes(machines, here):
+    """Of four on a CPU; what ZeRO leaves each is counted for all."""
+    counted = []
+    patient = SimpleNamespace(launch=Launch(4, 2, machines), on_cpu=True, settings=(None, SimpleNamespace()))
+    patient.count = lambda launch: counted.append(launch.num_processes) or SimpleNamespace(peak=1e6)
+    (finding,) = cost.memory(patient)
+    assert finding.what.startswith(f"{here} x 0.0 GB at most") and counted == [4]
+
+
+def test_machines_have_as_many_processes_each(monkeypatch):
+    with pytest.raises(Mistake, match="--num_processes 3: 2 machines need as many each"):
+        doctor_main(monkeypatch, "--num_processes", "3", "--num_machines", "2")
 
 
 def doctor_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

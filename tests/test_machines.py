@@ -108,8 +108,13 @@ def test_who_ends_a_run_is_told_on_its_machine(tmp_path, start):
         port = taken.getsockname()[1]
         main, other = start(tmp_path / "out", "--max_steps", "3", MASTER_PORT=str(port))
         assert main.wait() == 2
+        deadline = time.monotonic() + 120
+        while "meets the others" not in told(tmp_path, 1, "stdout") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(2)  # until it waits in torch
         other.terminate()
-        assert other.wait() == 128 + signal.SIGTERM
+        assert other.wait(timeout=60) == 128 + signal.SIGTERM
+    assert told(tmp_path, 1).endswith("stopped by SIGTERM; the same command starts from the beginning\n")
     assert told(tmp_path, 0) == f"error: MASTER_PORT: {port} is in use; choose another, on all machines\n"
 
 

@@ -231,7 +231,7 @@ def check_layout(checkpoint: str, layout: Layout) -> None:
     if saved.zero_stage != layout.zero_stage or (saved.zero_stage and saved.processes != layout.processes):
         raise ValueError(
             f"{checkpoint}: was written by {saved}, and this is {layout}; launch as then "
-            f"(NUM_PROCESSES, ACCELERATE_CONFIG), {anew}"
+            f"(NUM_PROCESSES, NUM_MACHINES, ACCELERATE_CONFIG), {anew}"
         )
 
 

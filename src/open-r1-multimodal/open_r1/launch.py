@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -32,6 +33,7 @@ from open_r1.front_door import STOPS, Mistake, Stopped, first_line
 from open_r1.orphans import follow_launcher, lead
 
 STALE_SECONDS = 60
+HANDLED_SECONDS = 1  # after which a handler has run, if it can
 
 
 def parse() -> argparse.Namespace:
@@ -111,6 +113,28 @@ def stop(number: int, _: Any = None) -> None:
     raise Stopped(number)
 
 
+def say_stopped(number: int, told: SimpleQueue) -> None:
+    """The last line of a launch that a signal ends."""
+    state = "nothing has started" if told.empty() else continues(*told.get())
+    print(f"\nstopped by {signal.Signals(number).name}; {state}", file=sys.stderr, flush=True)
+
+
+def hear_signals(told: SimpleQueue) -> None:
+    """End by a signal also while torch waits for other machines: its C++ lets no handler of Python's run meanwhile."""
+    heard, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell)
+
+    def listen() -> None:
+        while number := os.read(heard, 1)[0]:
+            time.sleep(HANDLED_SECONDS)
+            if signal.getsignal(number) is stop and not psutil.Process().children():  # `stop` did not run
+                say_stopped(number, told)
+                os._exit(128 + number)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
 def end_children() -> None:
     """Leave no process behind."""
     children = psutil.Process().children(recursive=True)
@@ -151,6 +175,7 @@ def start(launch: argparse.Namespace, told: SimpleQueue) -> None:
     meeting = f"{launch.main_process_ip}:{launch.main_process_port}"
     if launch.num_machines > 1:
         print(f"{machine}: meets the others at {meeting}", flush=True)
+        hear_signals(told)
     # A free port, unless machines meet at one; and each starts its own processes, none by pdsh on others.
     defaults = ["--main_process_port", "0", "--deepspeed_multinode_launcher", "standard"]
     try:
@@ -185,8 +210,7 @@ def main() -> None:
         start(launch, told)
     except Stopped as stopped:
         end_children()
-        state = "nothing has started" if told.empty() else continues(*told.get())
-        print(f"\nstopped by {signal.Signals(stopped.number).name}; {state}", file=sys.stderr)
+        say_stopped(stopped.number, told)
         sys.exit(128 + stopped.number)
 
 

@@ -19,7 +19,7 @@ from open_r1.data import load_processor_from_args
 from open_r1.front_door import Mistake, run
 from open_r1.memory import load_config
 from open_r1.recipes import read_recipe
-from open_r1.vllm_backends import engine_settings
+from open_r1.vllm_backends import engine_dtype, engine_settings
 
 # The endpoints through which a trainer sends weights are vLLM's for development.
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
@@ -49,21 +49,15 @@ def serve_arguments(
     length = args.vllm_max_model_length
     if length is None and script_args.max_prompt_length:
         length = script_args.max_prompt_length + args.max_completion_length
-    settings = engine_settings(load_processor_from_args(model_args, script_args), policy_dtype(args, model_args))
+    dtype = model_args.dtype
+    if dtype in (None, "auto"):
+        dtype = load_config(name, revision).dtype or "float32"
+    settings = engine_settings(load_processor_from_args(model_args, script_args), engine_dtype(args, dtype))
     arguments = [name, "--revision", revision, "--port", str(args.vllm_server_port)]
     arguments += ["--max-model-len", str(length)] if length else []
     for option, value in settings.items():
         arguments += [f"--{option.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else value]
     return [*arguments, *FOR_TRL, *more]
-
-
-def policy_dtype(args: Qwen2VLGRPOConfig, model_args: ModelConfig) -> str:
-    """The dtype in which a recipe's policy computes; raises what `load_config` raises."""
-    if args.bf16 or args.fp16:
-        return "bfloat16" if args.bf16 else "float16"
-    if model_args.dtype not in (None, "auto"):
-        return model_args.dtype
-    return str(load_config(model_args.model_name_or_path, model_args.model_revision).dtype or "float32").split(".")[-1]
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ from open_r1.sampling import EpochSampler, shuffle_groups
 from open_r1.shared_prefix import Prompt, enable_grouping, encode_prompt, images_of, pack
 from open_r1.trackers import LogRollouts
 from open_r1.trajectories import Completion
-from open_r1.vllm_backends import TrainerVLLMBackend, banned, engine_settings, engines_with
+from open_r1.vllm_backends import TrainerVLLMBackend, banned, engine_dtype, engine_settings, engines_with
 
 TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's metrics, never logged
 PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
@@ -206,8 +206,10 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
             processing_class = load_processor(name, revision=revision)
         ends, never = end_token_ids(processing_class), vision_token_ids(processing_class)
         if args.use_vllm:
+            # TRL loads a model given by its name in float32, if it is told nothing else
+            own = (args.model_init_kwargs or {}).get("dtype", "float32") if isinstance(model, str) else model.dtype
             settings = {"stop_token_ids": ends, "logit_bias": banned(never)}
-            engines = engines_with(**engine_settings(processing_class, engine_dtype(model, args)))
+            engines = engines_with(**engine_settings(processing_class, engine_dtype(args, own)))
         else:
             settings, engines = {"eos_token_id": ends, "suppress_tokens": never}, nullcontext()
         args.generation_kwargs = {**settings, **(args.generation_kwargs or {})}
@@ -398,7 +400,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         self._metrics["train"].clear()  # none of it is a step's
         found = agreement.difference(answer.logprobs, scored).to(self.accelerator.device)
         total, count = self.accelerator.reduce(found, reduction="sum").tolist()
-        agreement.check_agreement(total / max(count, 1), engine_dtype(plain, self.args))
+        agreement.check_agreement(total / max(count, 1), engine_dtype(self.args, plain.dtype))
 
     # ---- TRL's own path, without a shared prefix
 
@@ -592,11 +594,3 @@ def told_apart(names: list[str]) -> list[str]:
         seen[name] += 1
         result.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
     return result
-
-
-def engine_dtype(model: str | PreTrainedModel, args: GRPOConfig) -> str:
-    """The dtype in which the policy computes, for an engine beside it."""
-    if args.bf16 or args.fp16:
-        return "bfloat16" if args.bf16 else "float16"
-    dtype = (args.model_init_kwargs or {}).get("dtype", "float32") if isinstance(model, str) else model.dtype
-    return str(dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
 from open_r1.backends import Completions
 from open_r1.configs import need_vllm
@@ -34,6 +34,13 @@ NEVER = -100.0  # the least that may be added to a token's score
 def collapse_image_tokens(ids: Sequence[int], image_token_id: int) -> list[int]:
     """Token ids with every run of image tokens as one: the engine writes as many as the image has."""
     return [i for position, i in enumerate(ids) if i != image_token_id or position == 0 or ids[position - 1] != i]
+
+
+def engine_dtype(args: TrainingArguments, own: torch.dtype | str) -> str:
+    """The dtype in which a policy computes whose weights are of the dtype `own`."""
+    if args.bf16 or args.fp16:
+        return "bfloat16" if args.bf16 else "float16"
+    return str(own).removeprefix("torch.")
 
 
 def engine_settings(processor: ProcessorMixin | PreTrainedTokenizerBase, dtype: str) -> dict[str, Any]:
