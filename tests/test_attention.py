@@ -18,6 +18,7 @@ from open_r1.shared_prefix import (
 from support import attend_plainly, slow_varlen
 
 HEADS, KEY_HEADS, DIM = 6, 2, 16
+SCALE = 0.3  # not the usual one
 # of each group: tokens of the prefix, and of each branch
 LAYOUTS = {
     "one group": [(7, [3, 1, 5])],
@@ -50,16 +51,17 @@ def attend_separately(query, key, value, layout, scaling):
     outputs = []
     for group in layout.groups:
         prefix = list(range(group.start, group.start + group.prefix))
-        outputs.append(attend_plainly(*(states[0][:, prefix] for states in (query, key, value))))
+        outputs.append(attend_plainly(*(states[0][:, prefix] for states in (query, key, value)), scaling))
         for places, is_token in zip(group.branches, group.is_token, strict=True):
             path = prefix + places[is_token].tolist()
-            outputs.append(attend_plainly(*(states[0][:, path] for states in (query, key, value)))[:, group.prefix :])
+            attended = attend_plainly(*(states[0][:, path] for states in (query, key, value)), scaling)
+            outputs.append(attended[:, group.prefix :])
     return torch.cat(outputs, dim=1).transpose(0, 1)[None]
 
 
 def output_and_gradients(attend, states, layout):
     """On the CPU, in float64; the output's gradient is the same for all who attend."""
-    output = attend(*states, layout, None)
+    output = attend(*states, layout, SCALE)
     torch.manual_seed(1)
     weights = torch.randn(output.shape, dtype=torch.float64).to(output)
     gradients = torch.autograd.grad((output * weights).sum(), states)
@@ -88,7 +90,7 @@ def test_torchs_kernel_takes_what_it_is_given():
     """Its arguments and shapes, forward and backward, on tensors without numbers: no GPU is needed for that."""
     layout = make_layout(LAYOUTS["several groups"], device="meta")
     states = make_states(layout, torch.bfloat16, device="meta")
-    output = attend_paths(*states, layout, 0.25)
+    output = attend_paths(*states, layout, SCALE)
     assert output.shape == (1, states[0].shape[2], HEADS, DIM) and output.dtype == torch.bfloat16
     assert [gradient.shape for gradient in torch.autograd.grad(output.sum(), states)] == [s.shape for s in states]
 
@@ -99,9 +101,9 @@ def test_a_decoding_step_is_the_last_row_of_attention(is_padded):
     query, key, value = (torch.randn(3, heads, 9, DIM, dtype=torch.float64) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
     padding = [2, 0, 5] if is_padded else [0, 0, 0]
     mask = torch.stack([torch.arange(9) >= count for count in padding])[:, None, None] if is_padded else None
-    output = decode_attention(query[:, :, -1:], key, value, mask, None)
+    output = decode_attention(query[:, :, -1:], key, value, mask, SCALE)
     for row, count in enumerate(padding):
-        expected = attend_plainly(query[row, :, -1:], key[row, :, count:], value[row, :, count:])
+        expected = attend_plainly(query[row, :, -1:], key[row, :, count:], value[row, :, count:], SCALE)
         assert torch.allclose(output[row, 0], expected[:, 0], rtol=0, atol=1e-12)
 
 
