@@ -163,7 +163,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     deadline = start + 60 * args.minutes
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
-        bench = gpu.prepare(Path(folder), args.rehearsal)
+        bench = gpu.prepare(Path(folder).resolve(), args.rehearsal)
         about = {"about": describe(bench), "python": platform.python_version(), "torch": torch.__version__}
         outcomes: list[Outcome] = []
         for name, measure in gpu.MEASUREMENTS.items():

@@ -63,7 +63,7 @@ def test_a_rehearsal_runs_every_measurement(gpu, tmp_path):
     result = json.loads((tmp_path / "here/gpu_check.json").read_text())
     outcomes = {outcome["name"]: outcome for outcome in result["outcomes"]}
     assert list(outcomes) == list(gpu.MEASUREMENTS)
-    needs = {"attention of packed groups, flash along paths": "compute capability 8.0", "by vLLM": "vLLM"}
+    needs = {"attention of packed groups, flash along paths": "compute capability 8.0", "vLLM": "vLLM"}
     for name, outcome in outcomes.items():
         missing = [reason for part, reason in needs.items() if part in name]
         if missing and outcome["figures"] is None:
@@ -135,12 +135,12 @@ def test_the_table_has_a_row_a_figure_and_what_stock_takes_more(check):
     outcomes = [
         check.Outcome("step, this trainer", {"rollout, s": 2.0, "peak memory, GB": 10.0, "MFU of whole step, %": 30.0}),
         check.Outcome("step, stock TRL", {"rollout, s": 5.0, "peak memory, GB": 40.0, "MFU of whole step, %": 10.0}),
-        check.Outcome("rollout by vLLM", reason="not run: vLLM is not installed"),
+        check.Outcome("evaluation and rollout, vLLM", reason="not run: vLLM is not installed"),
     ]
     lines = check.table(outcomes).splitlines()
     assert lines[2] == "| step, this trainer | rollout, s | 2 |"
     assert lines[-3:] == [
-        "| rollout by vLLM | - | not run: vLLM is not installed |",
+        "| evaluation and rollout, vLLM | - | not run: vLLM is not installed |",
         "| stock TRL / this trainer | rollout | 2.50x |",
         "| stock TRL / this trainer | peak memory | 4.00x |",
     ]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import GenerationConfig
+from transformers import GenerationConfig, ProcessorMixin
 
 from benchmarks.step import (
     PRESETS,
@@ -34,9 +34,16 @@ from benchmarks.step import (
     write_checkpoint,
 )
 from open_r1 import grpo
-from open_r1.backends import BACKENDS
+from open_r1.backends import Backend
 from open_r1.entry import quiet
-from open_r1.evaluate.answering import Answerer, answer_batches, generation_settings, load_prompting, make_batches
+from open_r1.evaluate.answering import (
+    BACKENDS,
+    Answerer,
+    answer_batches,
+    generation_settings,
+    load_prompting,
+    make_batches,
+)
 from open_r1.evaluate.answering import messages as with_images
 from open_r1.front_door import Mistake
 from open_r1.images import open_image
@@ -352,50 +359,46 @@ def first_step(bench: Bench, overlay: str) -> Figures:
 # --- generating ----------------------------------------------------------------------------------------------
 
 
-def load_backend(bench: Bench, name: str) -> tuple[Any, Any]:
-    """Who generates, and the processor.
+def generate(bench: Bench, name: str) -> Figures:
+    """An evaluation's questions, greedily, and a step's completions, sampled, by a backend of the evaluation.
 
-    Raises:
-        Impossible: it is not installed.
+    Everything runs to its full length: random weights hardly ever end it.
     """
     if name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise Impossible("vLLM is not installed; setup.sh installs it where there is an NVIDIA GPU")
-    if name not in BACKENDS:
-        raise Impossible(f"open_r1.backends.BACKENDS has no {name}")
     style = {"style": "reasoning"}
     processor, _ = load_prompting(bench.model, "base", **style)
-    return BACKENDS[name](bench.model, processor, device(), bench.preset.dtype, **style), processor
+    backend = BACKENDS[name](bench.model, processor, device(), bench.preset.dtype, **style)
+    answered, answering_seconds = answer(bench, Answerer(backend, processor, bench.preset.max_length))
+    sampled, sampling_seconds = sample(bench, backend, processor)
+    return {
+        "evaluation, questions a second": bench.questions / answering_seconds,
+        "evaluation, tokens a second": answered / answering_seconds,
+        "rollout, s": sampling_seconds,
+        "rollout, tokens a second": sampled / sampling_seconds,
+    }
 
 
-def rollout(bench: Bench, name: str) -> Figures:
-    """A step's completions at full length: random weights hardly ever end one."""
-    backend, processor = load_backend(bench, name)
+def answer(bench: Bench, answerer: Answerer) -> tuple[int, float]:
+    """Tokens and seconds of answers to questions of CV-Bench's kind, 640x480, in one batch."""
+    batches = make_batches(answerer, read(BENCHMARKS["CV-Bench"], str(bench.folder / "cvbench")), bench.questions)
+    start = time.perf_counter()
+    tokens = sum(response.tokens for batch in answer_batches(answerer, batches) for _, response in batch)
+    return tokens, time.perf_counter() - start
+
+
+def sample(bench: Bench, backend: Backend, processor: ProcessorMixin) -> tuple[int, float]:
+    """Tokens and seconds of a step's rollout; the prompts are new to the backend, so that none is in a cache."""
+    settings = generation_settings(processor, bench.preset.max_length)
+    settings |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    start = time.perf_counter()
     prompts = [
         backend.encode(with_images([open_image(path) for path in row["images"]], row["prompt"][0]["content"]))
         for row in bench.data
     ]
-
-    def sample(tokens: int) -> int:
-        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        settings = GenerationConfig(**{**generation_settings(processor, tokens), **sampling})
-        return sum(map(len, backend.generate(prompts, [bench.preset.group_size] * len(prompts), settings).ids))
-
-    sample(4)
-    start = time.perf_counter()
-    tokens = sample(bench.preset.max_length)
-    seconds = time.perf_counter() - start
-    return {"tokens": tokens, "s": seconds, "tokens a second": tokens / seconds}
-
-
-def evaluation(bench: Bench, name: str) -> Figures:
-    """Questions of CV-Bench's kind, 640x480, in one batch; every response at full length."""
-    backend, processor = load_backend(bench, name)
-    answerer = Answerer(backend, processor, bench.preset.max_length)
-    batches = make_batches(answerer, read(BENCHMARKS["CV-Bench"], str(bench.folder / "cvbench")), bench.questions)
-    start = time.perf_counter()
-    tokens = sum(response.tokens for batch in answer_batches(answerer, batches) for _, response in batch)
-    seconds = time.perf_counter() - start
-    return {"questions a second": bench.questions / seconds, "tokens a second": tokens / seconds}
+    repeats = [bench.preset.group_size] * len(prompts)
+    completions = backend.generate(prompts, repeats, GenerationConfig(**settings))
+    return sum(map(len, completions.ids)), time.perf_counter() - start
 
 
 # In the order of what is wanted most, should time run out; vLLM last, since it keeps memory.
@@ -407,8 +410,6 @@ MEASUREMENTS: dict[str, Callable[[Bench], Figures]] = {
     "step, stock TRL": partial(step, way="stock"),
     "step with LoRA": partial(adapter_step, overlay="lora"),
     "step with QLoRA": partial(adapter_step, overlay="qlora"),
-    "rollout by transformers": partial(rollout, name="hf"),
-    "evaluation by transformers": partial(evaluation, name="hf"),
-    "rollout by vLLM": partial(rollout, name="vllm"),
-    "evaluation by vLLM": partial(evaluation, name="vllm"),
+    "evaluation and rollout, transformers": partial(generate, name="hf"),
+    "evaluation and rollout, vLLM": partial(generate, name="vllm"),
 }
