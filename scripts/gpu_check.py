@@ -105,7 +105,7 @@ def attempt(name: str, measure: Callable[[], dict[str, float]], deadline: float)
 
 
 def ratios(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """How many times stock TRL's seconds and bytes this trainer's are."""
+    """By what factor stock TRL takes more seconds and bytes than this trainer."""
     figures = {outcome.name: outcome.figures for outcome in outcomes}
     stock, ours = (figures.get(name) or {} for name in STEPS)
     return {name: stock[name] / ours[name] for name in ours if name in stock and name.endswith((", s", ", GB"))}

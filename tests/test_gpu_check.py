@@ -156,6 +156,30 @@ def test_utilisation_of_a_cards_flops(gpu):
     assert gpu.utilisation(3 * 1e9 * 1000, seconds=0.1, peak=1e15) == pytest.approx(0.06)
 
 
+def test_an_adapter_is_tried_in_the_room_of_a_small_card_and_then_of_a_larger(gpu, monkeypatch):
+    """80 GB, of which 3 are taken: 2.4 by torch's allocator, so 0.6 outside of it."""
+    limits, tried = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (77e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2.4e9)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+
+    def first_step(bench, overlay):
+        tried.append(overlay)
+        if len(tried) < fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"s": 1.0}
+
+    monkeypatch.setattr(gpu, "first_step", first_step)
+    fits = 2
+    assert gpu.adapter_step(None, "lora") == {"runs within, GB": 24, "s": 1.0}
+    assert limits == [pytest.approx(15.4 / 80), 1.0, pytest.approx(23.4 / 80), 1.0] and tried == ["lora"] * 2
+    tried.clear()
+    fits = 3
+    with pytest.raises(gpu.Impossible, match="out of memory within 24 GB"):
+        gpu.adapter_step(None, "lora")
+
+
 @pytest.mark.parametrize(
     "name, flops",
     [

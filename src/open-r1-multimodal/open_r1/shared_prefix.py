@@ -370,9 +370,9 @@ def attend_folded(
     """
     folds = query.shape[1] // key.shape[1]
     folded = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])  # (B, K, H / K * C, D)
-    if mask is not None:
+    if mask is not None and mask.shape[-2] > 1:
         mask = mask.repeat(*[1] * (mask.dim() - 2), folds, 1)
-    return F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling).view(query.shape)
+    return F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling).reshape(query.shape)
 
 
 def keep_scored(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
