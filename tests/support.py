@@ -1,4 +1,4 @@
-"""What several tests share: rendered examples, a reward that a random model can earn, training runs."""
+"""What several tests share: rendered examples, a reward that a random model can earn, training runs, slow attention."""
 
 import json
 import os
@@ -172,3 +172,24 @@ def launch_env(model: Path, data: Path, output: Path, **env: str) -> dict[str, s
         "HF_HUB_OFFLINE": "1",
         **env,
     }
+
+
+def attend_plainly(query, key, value, scale=None):
+    """One sequence whose queries (H, Q, D) are the last of its keys (K, T, D), by the book -> (H, Q, D)."""
+    key, value = (states.repeat_interleave(query.shape[0] // key.shape[0], dim=0) for states in (key, value))
+    scores = query @ key.transpose(1, 2) * (scale or query.shape[-1] ** -0.5)
+    queries, keys = scores.shape[1:]
+    hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ value
+
+
+def slow_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """`torch.nn.attention.varlen.varlen_attn` where there is no kernel: causal, aligned to the bottom right."""
+    assert window_size == (-1, 0) and enable_gqa
+    queries, keys = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    assert (max(queries), max(keys)) == (max_q, max_k) and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    outputs = [
+        attend_plainly(*(states.transpose(0, 1) for states in sequence), scale)
+        for sequence in zip(query.split(queries), key.split(keys), value.split(keys), strict=True)
+    ]
+    return torch.cat(outputs, dim=1).transpose(0, 1)

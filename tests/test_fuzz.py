@@ -146,9 +146,10 @@ def test_a_packed_row_is_its_sequences(groups):
         assert torch.equal(batch.unpack(batch.labels), ids * mask)
     else:
         assert batch.labels.tolist() == [[-100]]
-    assert len(packed) == len(positions) == sum(group.length for group in batch.model_inputs["groups"])
+    layout = batch.model_inputs["layout"]
+    assert len(packed) == len(positions) == sum(group.length for group in layout.groups)
     scored, first = batch.model_inputs["scored"].tolist(), 0
-    for group, (length, lengths) in zip(batch.model_inputs["groups"], groups, strict=True):
+    for group, (length, lengths) in zip(layout.groups, groups, strict=True):
         prompt, own = prompts[first], rows[first : first + len(lengths)]
         first += len(lengths)
         prefix = packed[group.start : group.start + group.prefix].tolist()

@@ -16,7 +16,7 @@ from open_r1.families import FAMILIES
 from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.sampling import shuffle_groups
-from open_r1.shared_prefix import Prompt, pack
+from open_r1.shared_prefix import Prompt, attend_paths, pack
 from open_r1.trainer import Qwen2VLGRPOTrainer
 from open_r1.vllm_backends import collapse_image_tokens
 from support import (
@@ -25,6 +25,7 @@ from support import (
     launch_env,
     load_weights,
     make_config,
+    slow_varlen,
     vowel_share,
     write_examples,
     write_mixed,
@@ -128,6 +129,26 @@ def test_scores_and_gradients_of_every_family(
     assert_same_scores_and_gradients(
         *make_trainers(tiny_models[model_type], datasets_by_images[images], tmp_path, per_device_train_batch_size=8)
     )
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_scores_and_gradients_over_paths(
+    model_type, checkpointing, tiny_models, datasets_by_images, tmp_path, monkeypatch
+):
+    """The way of a GPU, with a slow kernel in place of its own."""
+    without_shuffling(monkeypatch)
+    monkeypatch.setattr(
+        "open_r1.shared_prefix.choose_attention", lambda query: partial(attend_paths, varlen=slow_varlen)
+    )
+    trainers = make_trainers(
+        tiny_models[model_type],
+        datasets_by_images[1],
+        tmp_path,
+        per_device_train_batch_size=16,
+        gradient_checkpointing=checkpointing,
+    )
+    assert_same_scores_and_gradients(*trainers)
 
 
 CASES = {
@@ -236,7 +257,7 @@ def test_a_packed_row_holds_each_prompt_once():
     assert batch.labels.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
     assert batch.model_inputs["position_ids"][0].tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2, 1, 2, 3]]
     assert torch.equal(batch.unpack(batch.labels.float()), ids.float() * mask)
-    first, second = batch.model_inputs["groups"]
+    first, second = batch.model_inputs["layout"].groups
     assert (first.start, first.prefix, first.length) == (0, 2, 6)
     assert (second.start, second.prefix, second.length) == (6, 1, 6)
     # a token of a branch sees the prefix and what came before it in its branch

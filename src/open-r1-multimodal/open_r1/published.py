@@ -68,14 +68,18 @@ def make_2b_config(
     )
 
 
-def save_random_2b(output: str | Path, seed: int = 0) -> Path:
-    """Write a checkpoint of Qwen2-VL-2B's size in bfloat16, in shards as the Hub has it (4.4 GB)."""
+def save_random_2b(output: str | Path, seed: int = 0, device: str = "cpu") -> Path:
+    """Write a checkpoint of Qwen2-VL-2B's size in bfloat16, in shards as the Hub has it (4.4 GB).
+
+    `device` draws the numbers; each its own from a seed.
+    """
     tokenizer = make_qwen_tokenizer()
     set_seed(seed)
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # drawn in the dtype it is saved in, so that 4.4 GB are enough
     try:
-        model = Qwen2VLForConditionalGeneration(make_2b_config(tokenizer))
+        with torch.device(device):
+            model = Qwen2VLForConditionalGeneration(make_2b_config(tokenizer))
     finally:
         torch.set_default_dtype(dtype)
     model.generation_config = own_sampling_settings(model.config.text_config)

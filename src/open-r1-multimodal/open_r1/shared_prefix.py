@@ -10,8 +10,9 @@ prompt in each branch, and the image is encoded once. The numbers are those of s
 (tests/test_shared_prefix.py); the work is that of the unique tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, ProcessorMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -108,17 +110,63 @@ class Group:
 
     start: int
     prefix: int  # length
-    length: int  # prefix and branches
+    lengths: Sequence[int]  # of the G branches
     branches: torch.Tensor  # positions in the row; padded with the group's first
     is_token: torch.Tensor  # False where `branches` is padding
     mask: torch.Tensor  # (C, prefix + C): what a branch sees
+
+    @property
+    def length(self) -> int:
+        """Prefix and branches."""
+        return self.prefix + sum(self.lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """A packed row as N sequences for attention of variable lengths: each prefix, and each branch behind its prefix.
+
+    The queries of a sequence are its own tokens, so all together are the row as it lies; its keys are the path to them,
+    of T tokens in all.
+    """
+
+    keys: torch.Tensor  # (T,): positions in the row, path by path
+    query_ends: torch.Tensor  # (N + 1,) int32: 0, and where each sequence's queries end
+    key_ends: torch.Tensor  # (N + 1,) int32: likewise in `keys`
+    most_queries: int  # of a sequence
+    most_keys: int
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The groups of a packed row, in order and without gaps."""
+
+    groups: Sequence[Group]
+
+    @cached_property
+    def paths(self) -> Paths:
+        """Made once a row, and only where attention asks for it."""
+        lengths, paths = [], []
+        for group in self.groups:
+            prefix, *branches = torch.arange(group.start, group.start + group.length).split(
+                [group.prefix, *group.lengths]
+            )
+            if group.prefix:
+                lengths.append(group.prefix)
+                paths.append(prefix)
+            lengths += group.lengths
+            paths += [torch.cat([prefix, branch]) for branch in branches]
+        device, sizes = self.groups[0].branches.device, list(map(len, paths))
+        query_ends, key_ends = (
+            F.pad(torch.tensor(counts).cumsum(0), (1, 0)).to(device, torch.int32) for counts in (lengths, sizes)
+        )
+        return Paths(torch.cat(paths).to(device), query_ends, key_ends, max(lengths), max(sizes))
 
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
     """A micro-batch of groups as one row of L tokens; B completions of at most C tokens."""
 
-    model_inputs: dict[str, Any]  # input_ids (1, L), position_ids (3, 1, L), images, groups, scored positions (S,)
+    model_inputs: dict[str, Any]  # input_ids (1, L), position_ids (3, 1, L), images, layout, scored positions (S,)
     labels: torch.Tensor  # (1, S): the token that each scored position predicts
     completion_mask: torch.Tensor  # (B, C)
 
@@ -171,7 +219,7 @@ def pack(
     model_inputs = {
         "input_ids": torch.cat(ids)[None],
         "position_ids": torch.cat(positions, dim=1)[:, None],
-        "groups": groups,
+        "layout": Layout(groups),
         "scored": torch.cat(scored),
         **join_images(family, shared, device),
     }
@@ -188,7 +236,7 @@ def locate_group(start: int, prefix: int, branch_lengths: Sequence[int], device:
     branches = torch.where(is_token, begin[:, None] + column, start)
     key = torch.arange(prefix + longest, device=device)
     mask = key <= prefix + column[:, None]  # causal, the prefix in front
-    return Group(start, prefix, prefix + sum(branch_lengths), branches, is_token, mask)
+    return Group(start, prefix, branch_lengths, branches, is_token, mask)
 
 
 def grouped_attention(
@@ -198,49 +246,97 @@ def grouped_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    groups: Sequence[Group] | None = None,
+    layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: packed groups, a decoding step, or else plain SDPA.
 
-    No mask over the whole row is ever made: a prefix attends to itself causally, and the branches of a group are a
-    batch whose keys are the prefix and themselves.
-
     Args:
-        query: (1, H, L, D). key, value: (1, K, L, D) with H a multiple of K.
-        groups: the row's layout, in order and without gaps; None outside of packed scoring.
+        query: (B, H, L, D). key, value: (B, K, L, D) with H a multiple of K.
+        layout: of a packed row, B = 1; None outside of packed scoring.
 
     Returns:
-        (1, L, H, D), and None for the weights.
+        (B, L, H, D), and None for the weights.
     """
-    if groups is None:
-        if query.shape[2] == 1:
-            return decode_attention(query, key, value, attention_mask, scaling), None
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if layout is not None:
+        return choose_attention(query)(query, key, value, layout, scaling), None
+    if query.shape[2] == 1:
+        return decode_attention(query, key, value, attention_mask, scaling), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def choose_attention(query: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Who attends in a packed row: torch's flash attention where it runs, else SDPA. Both give the same."""
+    has_flash = (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+    return attend_paths if has_flash else attend_groups
+
+
+def attend_groups(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None
+) -> torch.Tensor:
+    """Two calls of SDPA a group: a prefix attends to itself, its branches are a batch that sees the prefix as well.
+
+    No mask over the whole row is ever made. Shapes: see `grouped_attention`.
+    """
     outputs = []
-    for group in groups:
+    for group in layout.groups:
         prefix = slice(group.start, group.start + group.prefix)
         prefix_key, prefix_value = key[:, :, prefix], value[:, :, prefix]
+        # Without a mask the fused kernels of CPU and CUDA take fewer heads of keys, and skip what causality hides.
         attended = F.scaled_dot_product_attention(
             query[:, :, prefix], prefix_key, prefix_value, is_causal=True, scale=scaling, enable_gqa=True
         )
         outputs.append(attended[0].transpose(0, 1))  # (prefix, H, D)
-        if not len(group.branches):
+        if not group.lengths:
             continue
         branch_query, branch_key, branch_value = (
             states[0][:, group.branches].transpose(0, 1) for states in (query, key, value)
         )  # (G, H or K, C, D)
-        count = len(group.branches)
-        attended = F.scaled_dot_product_attention(
+        count = len(group.lengths)
+        attended = attend_folded(
             branch_query,
             torch.cat([prefix_key.expand(count, -1, -1, -1), branch_key], dim=2),
             torch.cat([prefix_value.expand(count, -1, -1, -1), branch_value], dim=2),
-            attn_mask=group.mask,
-            scale=scaling,
-            enable_gqa=True,
+            group.mask,
+            scaling,
         )  # (G, H, C, D)
         outputs.append(attended.transpose(1, 2)[group.is_token])  # (tokens, H, D)
-    return torch.cat(outputs)[None], None
+    return torch.cat(outputs)[None]
+
+
+def attend_paths(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float | None,
+    varlen: Callable[..., torch.Tensor] = varlen_attn,
+) -> torch.Tensor:
+    """One call a row over the keys and values along each path; what it softmaxes needs no merging.
+
+    Flash attention aligns causality to the bottom right: the queries of a path are its last tokens. Shapes: see
+    `grouped_attention`. `varlen` is the kernel.
+    """
+    paths = layout.paths
+    key, value = (states[0].transpose(0, 1).index_select(0, paths.keys) for states in (key, value))  # (T, K, D)
+    attended = varlen(
+        query[0].transpose(0, 1),  # (L, H, D)
+        key,
+        value,
+        paths.query_ends,
+        paths.key_ends,
+        paths.most_queries,
+        paths.most_keys,
+        scale=scaling,
+        window_size=(-1, 0),  # causal
+        enable_gqa=True,
+    )
+    return attended[None]
 
 
 def decode_attention(
@@ -250,14 +346,33 @@ def decode_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    """One new token a row: query (B, H, 1, D), key and value (B, K, T, D), mask (B, 1, 1, T) -> (B, 1, H, D).
+    """One new token a row: query (B, H, 1, D), key and value (B, K, T, D), mask (B, 1, 1, T) -> (B, 1, H, D)."""
+    return attend_folded(query, key, value, attention_mask, scaling).transpose(1, 2)
 
-    The heads that share keys become queries of one head, so that no key is repeated.
+
+def attend_folded(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """SDPA with a mask for fewer heads of keys than of queries: query (B, H, C, D), key and value (B, K, T, D).
+
+    The heads that share keys become queries of one head, so that no key is repeated. `enable_gqa` would do, but with a
+    mask CUDA has no fused kernel for it.
+
+    Args:
+        mask: broadcasts to (B, 1, C, T).
+
+    Returns:
+        (B, H, C, D)
     """
-    batch, heads, _, dim = query.shape
-    folded = query.view(batch, key.shape[1], -1, dim)  # (B, K, H / K, D)
-    attended = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
-    return attended.reshape(batch, 1, heads, dim)
+    folds = query.shape[1] // key.shape[1]
+    folded = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])  # (B, K, H / K * C, D)
+    if mask is not None and mask.shape[-2] > 1:
+        mask = mask.repeat(*[1] * (mask.dim() - 2), folds, 1)
+    return F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling).reshape(query.shape)
 
 
 def keep_scored(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
