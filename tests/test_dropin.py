@@ -6,6 +6,7 @@ beta > 0, LoRA, importance sampling, several images. Left out are its tests of o
 this class refuses, of Liger kernels and vLLM, which need a GPU, and of tools, which need a model that calls them.
 """
 
+import importlib.util
 import inspect
 import io
 from pathlib import Path
@@ -21,6 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from open_r1.shared_prefix import ATTENTION
 from open_r1.trainer import Qwen2VLGRPOTrainer, told_apart
+from open_r1.vllm_backends import load_vllm
 from support import read_jsonl
 
 MESSAGE = [{"role": Value("string"), "content": Value("string")}]
@@ -138,6 +140,16 @@ def test_what_the_shared_prefix_does_not_go_with(tiny_model, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             Qwen2VLGRPOTrainer(str(tiny_model), by_length, stock_config(tmp_path, **changes), one_image())
+
+
+def test_vllm_that_is_not_there_is_one_line(tiny_model, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name))
+    line = "vLLM is not installed; setup.sh installs it on a machine with an NVIDIA GPU"
+    with pytest.raises(ImportError, match=f"^use_vllm: {line}"):
+        Qwen2VLGRPOTrainer(str(tiny_model), by_length, stock_config(tmp_path, use_vllm=True), one_image())
+    with pytest.raises(ImportError, match=f"^--backend vllm: {line}"):
+        load_vllm(tiny_model, None, "cpu")
 
 
 def test_rewards_of_one_name_are_told_apart():

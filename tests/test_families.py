@@ -1,5 +1,7 @@
 """A model family is one entry, and who generates is one class: made-up ones, which only this file knows, train."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 import trl.trainer.utils
@@ -9,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    GenerationConfig,
     Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -176,26 +179,43 @@ def test_a_backend_that_only_a_test_knows_is_learned_from(tiny_model, examples_j
     assert all(log["grad_norm"] > 0 for log in trainer.state.log_history if "grad_norm" in log)
 
 
-def test_vllm_gets_each_image_and_one_token_in_its_place(tiny_model):
-    """Of the engine only its answer is made up: what TRL's `VLLMGeneration` is asked, and gives."""
-    asked = {}
+class Engine:
+    """TRL's `VLLMGeneration`, as far as it is asked; its answers are made up."""
 
-    class Engine:
-        def generate(self, **request):
-            asked.update(request)
-            return None, [[5], [6], [7]], [[[-0.1]], [[-0.2]], [[-0.3]]], None
+    def __init__(self, mode: str, tensor_parallel_size: int = 1):
+        self.mode, self.tensor_parallel_size, self.generation_kwargs = mode, tensor_parallel_size, {"seed": 1}
+        self.llm = Mock()  # only to forget images
+        self.vllm_client, self.accelerator = Mock(), Mock(is_main_process=True)
 
+    def generate(self, prompts, images, num_generations, profiler):
+        self.asked, self.images = prompts, images
+        count = len(prompts) * self.generation_kwargs.get("n", 1)
+        return None, [[row] for row in range(count)], [[[-0.1 * row]] for row in range(count)], None
+
+
+@pytest.mark.parametrize(
+    "mode, parallel, repeats, rows, each",
+    [
+        ("colocate", 1, [4, 4], [0, 1], 4),  # once a prompt
+        ("colocate", 1, [4, 2], [0, 0, 1], 2),  # a process with a part of a group
+        ("colocate", 2, [2, 1], [0, 0, 1], 1),
+        ("server", 1, [2, 2], [0, 0, 1, 1], None),  # TRL makes one of what is the same
+    ],
+)
+def test_vllm_gets_each_image_and_as_many_tokens_as_it_reads(tiny_model, mode, parallel, repeats, rows, each):
     processor = load_processor(tiny_model, chat_template="base", max_pixels=12544)
-    model = load_model(tiny_model, dtype="float32")
-    backend = TrainerVLLMBackend(model, processor, Engine(), lambda: 4, lambda: None)
+    model, engine = load_model(tiny_model, dtype="float32"), Engine(mode, parallel)
+    backend = TrainerVLLMBackend(model, processor, engine, lambda: 4, lambda: None)
     image = Image.new("RGB", (56, 56), "red")
     parts = [{"type": "image", "image": image}, {"type": "text", "text": "What colour?"}]
     prompts = [backend.encode([{"role": "user", "content": parts}]), backend.encode("No picture.")]
-    answer = backend.generate(prompts, [2, 1], settings=None)
-    assert answer.ids == [[5], [6], [7]] and answer.logprobs == [[-0.1], [-0.2], [-0.3]] and answer.prompts is prompts
-    assert asked["images"] == [[image], [image], None] and asked["num_generations"] == 4
-    image_tokens = [ids.count(processor.image_token_id) for ids in asked["prompts"]]
-    assert image_tokens == [1, 1, 0] and (prompts[0].input_ids == processor.image_token_id).sum() > 1
+    answer = backend.generate(prompts, repeats, GenerationConfig(max_new_tokens=9))
+    assert answer.prompts is prompts and len(answer.ids) == len(answer.logprobs) == sum(repeats)
+    assert engine.images == [[[image], None][row] for row in rows] and engine.max_completion_length == 9
+    assert engine.generation_kwargs.get("n") == each and engine.generation_kwargs["seed"] == 1
+    image_tokens = 1 if mode == "colocate" else int((prompts[0].input_ids == processor.image_token_id).sum())
+    found = [ids.count(processor.image_token_id) for ids in engine.asked]
+    assert found == [[image_tokens, 0][row] for row in rows] and (mode == "colocate" or image_tokens == 4)
 
 
 def test_a_family_that_nobody_knows_is_one_line():

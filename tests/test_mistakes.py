@@ -93,6 +93,7 @@ CHANGES = [
     ({"max_steps": 0}, r"max_steps 0: expected a number of at least 1, or -1; -1 trains num_train_epochs"),
     ({"max_steps": -1, "num_train_epochs": 0}, r"num_train_epochs 0.*: expected a number above 0"),
     ({"torch_compile": True}, r"torch_compile: "),
+    ({"use_vllm": True, "shared_prefix": False}, r"shared_prefix: with use_vllm it must be true"),
     ({"freeze_vision": True, "freeze_llm": True}, r"freeze_vision, freeze_merger, freeze_llm: nothing is left"),
     ({"load_in_4bit": True}, r"load_in_4bit, load_in_8bit: weights that bitsandbytes quantised"),
     ({"chat_template": "lama"}, r"chat_template: no file 'lama'"),

@@ -5,10 +5,18 @@ import torch
 from PIL import Image
 from transformers import DynamicLayer, GenerationConfig
 
-from open_r1.families import FAMILIES
+from open_r1.evaluate.answering import generation_settings, messages
+from open_r1.families import FAMILIES, family_of, vision_token_ids
+from open_r1.images import open_image
 from open_r1.modeling import load_model, load_processor
+from open_r1.prompts import REPO_ROOT
 from open_r1.rollout import RoomyLayer, generate
-from open_r1.shared_prefix import encode_prompt
+from open_r1.shared_prefix import encode_prompt, pack
+from open_r1.tasks.benchmarks import BENCHMARKS, read
+from open_r1.world.parquet import write_cvbench
+from open_r1.world.scene import LEVELS
+
+BASE = REPO_ROOT / "configs/tiny/base"
 
 
 def make_messages(count: int) -> list[list[dict]]:
@@ -119,3 +127,23 @@ def test_the_cache_with_room_holds_what_the_plain_one_holds():
     for mine, theirs in zip(roomy.update(keys, values), plain.update(keys, values), strict=True):
         assert torch.equal(mine, theirs)
     assert roomy.get_seq_length() == plain.get_seq_length() == 11
+
+
+def test_a_trained_model_gives_vision_tokens_nothing(tmp_path):
+    """So the softmax that is scored, the whole one, is the one that is sampled, which leaves them out."""
+    model, processor = load_model(BASE, dtype="float32").eval(), load_processor(str(BASE))
+    write_cvbench(tmp_path, 12, 3, LEVELS["easy"])
+    items = read(BENCHMARKS["CV-Bench"], str(tmp_path))
+    conversations = [messages([open_image(image) for image in item.images], item.prompt) for item in items]
+    prompts = [encode_prompt(model, processor, conversation, style="reasoning") for conversation in conversations]
+    never = vision_token_ids(processor)
+    settings = {**generation_settings(processor, 96), "do_sample": True, "temperature": 1.0, "top_k": 0}
+    torch.manual_seed(0)
+    shares = []
+    for prompt, ids in zip(prompts, generate(model, prompts, [1] * 12, GenerationConfig(**settings)), strict=True):
+        completion = torch.tensor([ids])
+        packed = pack(family_of(model), [prompt], completion, torch.ones_like(completion))
+        with torch.no_grad():
+            logits = model(**packed.model_inputs).logits[0]  # (C, V)
+        shares.append(logits.softmax(dim=-1)[:, never].sum(dim=-1))
+    assert torch.cat(shares).mean() < 1e-4

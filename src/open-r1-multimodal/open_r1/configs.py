@@ -175,13 +175,13 @@ def check_settings(args: GRPOConfig, shared_prefix: bool) -> None:
         ValueError: for settings that the shared prefix does not go with, or that need it.
         ImportError: vLLM is asked for and not there.
     """
-    if args.use_vllm:
-        need_vllm("use_vllm")
     if args.use_vllm and args.vllm_mode == "colocate" and not shared_prefix:
         raise ValueError(
             "shared_prefix: with use_vllm it must be true: TRL hands a colocated engine prompts whose image tokens are "
             "written out, and the engine writes them out again"
         )
+    if args.use_vllm:
+        need_vllm("use_vllm")
     if shared_prefix and args.torch_compile:
         raise ValueError(
             "torch_compile: the shared prefix packs a row of another shape for every micro-batch, which would be "
