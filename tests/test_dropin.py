@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from trl import GRPOConfig, GRPOTrainer
 
+from open_r1.front_door import Mistake
 from open_r1.shared_prefix import ATTENTION
 from open_r1.trainer import Qwen2VLGRPOTrainer, told_apart
 from open_r1.vllm_backends import load_vllm
@@ -146,9 +147,9 @@ def test_vllm_that_is_not_there_is_one_line(tiny_model, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name))
     line = "vLLM is not installed; setup.sh installs it on a machine with an NVIDIA GPU"
-    with pytest.raises(ImportError, match=f"^use_vllm: {line}"):
+    with pytest.raises(Mistake, match=f"^use_vllm: {line}"):
         Qwen2VLGRPOTrainer(str(tiny_model), by_length, stock_config(tmp_path, use_vllm=True), one_image())
-    with pytest.raises(ImportError, match=f"^--backend vllm: {line}"):
+    with pytest.raises(Mistake, match=f"^--backend vllm: {line}"):
         load_vllm(tiny_model, None, "cpu")
 
 

@@ -75,8 +75,11 @@ class MadeUpFamily(QwenVL):
 
 
 @pytest.fixture(scope="module")
-def made_up():
-    """The family, here and in transformers, where TRL looks for the class of a reference model."""
+def made_up(tiny_models):
+    """The family, here and in transformers, where TRL looks for the class of a reference model.
+
+    The models of all tests are made before it: they are of every family that there is then.
+    """
     trl.trainer.utils.transformers.MadeUpModel = MadeUpModel
     AutoConfig.register(NAME, MadeUpConfig)
     AutoModelForImageTextToText.register(MadeUpConfig, MadeUpModel)

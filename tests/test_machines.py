@@ -335,5 +335,5 @@ def test_the_server_says_what_it_takes_and_that_vllm_is_missing(tmp_path, tiny_m
         pytest.skip("vLLM is installed here, and would start")
     env = {**os.environ, "MODEL": str(tiny_model), "PYTHON": str(quick_python)}
     result = subprocess.run(script, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1 and "has no vLLM; `bash setup.sh` installs it" in result.stderr
+    assert result.returncode == 1 and "serve_rollouts.sh: vLLM is not installed; setup.sh installs it" in result.stderr
     assert result.stderr.count("\n") == 1

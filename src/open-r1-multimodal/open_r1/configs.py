@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from trl import GRPOConfig, SFTConfig
 
+from open_r1.front_door import Mistake
 from open_r1.recipes import count_processes
 
 # TRL's own, which it checks in the first step
@@ -160,9 +161,9 @@ class Qwen2VLGRPOConfig(GRPOConfig):
 
 
 def need_vllm(option: str) -> None:
-    """Raise ImportError, which names the option that asks for it, where vLLM is not installed."""
+    """Raise Mistake, which names the option that asks for it, where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
-        raise ImportError(
+        raise Mistake(
             f"{option}: vLLM is not installed; setup.sh installs it on a machine with an NVIDIA GPU, and without this "
             "option transformers generates"
         )
@@ -173,7 +174,7 @@ def check_settings(args: GRPOConfig, shared_prefix: bool) -> None:
 
     Raises:
         ValueError: for settings that the shared prefix does not go with, or that need it.
-        ImportError: vLLM is asked for and not there.
+        Mistake: vLLM is asked for and not there.
     """
     if args.use_vllm and args.vllm_mode == "colocate" and not shared_prefix:
         raise ValueError(

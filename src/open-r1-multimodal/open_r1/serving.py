@@ -5,7 +5,6 @@
 `scripts/serve_rollouts.sh` calls it, and says what it takes from the environment.
 """
 
-import importlib.util
 import json
 import os
 import shlex
@@ -14,9 +13,9 @@ from collections.abc import Sequence
 
 from trl import ModelConfig
 
-from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig
+from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, need_vllm
 from open_r1.data import load_processor_from_args
-from open_r1.front_door import Mistake, run
+from open_r1.front_door import run
 from open_r1.memory import load_config
 from open_r1.recipes import read_recipe
 from open_r1.vllm_backends import engine_dtype, engine_settings
@@ -64,7 +63,7 @@ def main() -> None:
     """Become the server.
 
     Raises:
-        Mistake: this Python has no vLLM.
+        Mistake: vLLM is not installed.
     """
     recipe = read_recipe((GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig), [*UNUSED, *sys.argv[1:]])
     arguments = serve_arguments(*recipe, more=shlex.split(os.environ.get("VLLM_ARGUMENTS", "")))
@@ -72,8 +71,7 @@ def main() -> None:
         setting = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
         print(f"{setting} vllm serve {shlex.join(arguments)}")
         return
-    if importlib.util.find_spec("vllm") is None:
-        raise Mistake(f"{sys.executable} has no vLLM; `bash setup.sh` installs it on a machine with a GPU")
+    need_vllm("serve_rollouts.sh")
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
     os.execve(sys.executable, command, {**os.environ, **ENVIRONMENT})
 

@@ -204,7 +204,7 @@ def load_vllm(
         template_kwargs: for the chat template.
 
     Raises:
-        ImportError: vLLM is not installed.
+        Mistake: vLLM is not installed.
         OSError, ValueError: what `modeling.check_model_files` and `modeling.load_checkpoint` raise.
     """
     need_vllm("--backend vllm")
