@@ -6,6 +6,7 @@ Nothing is measured here. A time is work over the machine's peak and an efficien
 thing after the other; what launches of kernels, Python and waiting for each other take is not in it.
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Iterable
@@ -271,10 +272,17 @@ def other_table(model: Model, machine: Machine) -> str:
     return table(["seconds of", ""], rows)
 
 
-def main() -> None:
-    """Print the page's tables."""
+def tables() -> str:
+    """The page's tables."""
     model, machine = qwen2_vl_2b(), Machine()
-    print("\n\n".join((flops_table(model), seconds_table(model, machine), other_table(model, machine))))
+    return "\n\n".join((flops_table(model), seconds_table(model, machine), other_table(model, machine)))
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    ).parse_args()
+    print(tables())
 
 
 if __name__ == "__main__":
