@@ -397,7 +397,8 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         self._scored = prompts
         scored, *_ = self._get_per_token_logps_and_entropies(self.model, ids, mask, ids.shape[1])
-        self._metrics["train"].clear()  # none of it is a step's
+        for metrics in self._metrics.values():  # none of it is a step's or an evaluation's
+            metrics.clear()
         found = agreement.difference(answer.logprobs, scored).to(self.accelerator.device)
         total, count = self.accelerator.reduce(found, reduction="sum").tolist()
         agreement.check_agreement(total / max(count, 1), engine_dtype(self.args, plain.dtype))
