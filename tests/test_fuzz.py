@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
 from PIL import Image
 
 from open_r1.answers import extract_answer, is_correct, judge
@@ -26,6 +27,9 @@ from open_r1.tasks.examples import iter_examples
 from open_r1.tasks.sat import Example, Skip, convert_row, to_record
 from open_r1.vllm_backends import collapse_image_tokens
 
+# It mixes in constants of this project's modules that are imported, which other tests decide: not the same every time.
+assert providers.is_local_module_file("mine.py")
+providers.is_local_module_file = lambda path: False
 SECONDS = 1.0  # of a processor, for a response of 100,000 characters; it takes a twentieth of them
 
 

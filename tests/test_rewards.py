@@ -12,6 +12,7 @@ import pytest
 from open_r1.front_door import Mistake
 from open_r1.rewards import (
     accuracy_reward,
+    check_gold,
     format_reward,
     get_reward_funcs,
     length_reward,
@@ -86,6 +87,12 @@ def test_accuracy_mixes_questions_with_and_without_options():
 
 def test_accuracy_unwraps_a_tagged_solution():
     assert accuracy("<answer>left</answer>", "<answer> left </answer>") == 1.0
+
+
+def test_tags_that_an_option_has_itself_are_no_dress():
+    gold = r"\boxed{<answer><think></answer>"  # found by test_fuzz.py
+    assert accuracy("<answer>left</answer>", gold, [gold, "left"]) == 0.0
+    check_gold({"solution": gold, "options": [gold]})
 
 
 def test_accuracy_hides_no_bug():

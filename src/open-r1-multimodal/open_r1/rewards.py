@@ -45,7 +45,7 @@ def accuracy_reward(
     """
     options = options or [None] * len(completions)
     answers = [extract_answer(completion_text(completion)) for completion in completions]
-    golds = [extract_answer(gold) or gold for gold in solution]
+    golds = [bare_gold(*question) for question in zip(solution, options, strict=True)]
     return [float(is_correct(*sample)) for sample in zip(answers, golds, options, strict=True)]
 
 
@@ -54,7 +54,12 @@ def check_gold(row: Mapping[str, Any]) -> None:
     gold = row["solution"]
     if gold is None or not gold.strip():
         raise ValueError("no answer, which the accuracy reward compares with (--answer_column names its field)")
-    is_correct(None, extract_answer(gold) or gold, row["options"])
+    is_correct(None, bare_gold(gold, row["options"]), row["options"])
+
+
+def bare_gold(solution: str, options: Sequence[str] | None) -> str:
+    """The gold answer without `<answer>` tags around it, unless they are an option's own."""
+    return solution if options and solution in options else extract_answer(solution) or solution
 
 
 def format_reward(completions: Sequence[Completion], think_prefilled: bool = False, **kwargs: Any) -> list[float]:

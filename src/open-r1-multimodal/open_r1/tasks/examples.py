@@ -261,10 +261,12 @@ def dialogue(form: str, messages: Any) -> tuple[list[dict[str, str]], str | list
         (ROLES.get(role, role), content)
         for message in (messages if isinstance(messages, list) else [])
         if isinstance(message, Mapping)
-        for role in [message.get("role", message.get("from"))]
+        for role in [str(message.get("role", message.get("from")))]
         for content in [message.get("content", message.get("value"))]
     ]
     system = [{"role": "system", "content": text} for role, text in pairs[:1] if role == "system"]
+    if system and not isinstance(system[0]["content"], str):
+        raise ValueError(f"{form}: expected a system message with text")
     match pairs[len(system) :]:
         case [("user", str() | list() as user)]:
             return system, user, None
