@@ -13,7 +13,7 @@ from open_r1.report.runs import FORMAT, Run, Trajectories
 from open_r1.report.statistics import by_step, first_and_last_tenth
 
 FLAT = 0.05  # a rise of accuracy that is no more than sampling
-MAX_READ = 2_000  # completions whose thoughts are read, evenly over the run
+MAX_READ = 500  # completions whose thoughts are read, evenly over the run: a long one takes milliseconds
 NO_ENTROPY = 1e-6  # nats a token
 
 
