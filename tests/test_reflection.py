@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from open_r1.reflection import Reflection, analyse, find_reflections, reflection_shares
+from open_r1.reflection import Reflection, analyse, concluded, find_reflections, reflection_shares
 
 LABELLED = [
     json.loads(line)
@@ -102,6 +102,23 @@ def test_the_option_before_the_first_reflection(text, considered, final):
     read = analyse(text, ["left", "right"])
     assert (read.considered, read.final) == (considered, final)
     assert read.self_corrected == (None not in (considered, final) and considered != final)
+
+
+@pytest.mark.parametrize(
+    "text, thought, answer",
+    [
+        ("First left. So it is right.</think><answer>left</answer>", "right", "left"),
+        ("First left. So it is right.</think><answer> Right. </answer>", "right", "right"),
+        ("It is right. It is not left. <answer>left</answer>", "right", "left"),  # "not" sets it aside; no </think>
+        ("No idea.</think> It is right. <answer>left</answer>", None, "left"),  # what follows is no thought
+        ("It is right.</think><answer>left or right</answer>", None, None),  # a hedge is no answer
+        ("It is right.", None, None),  # cut off
+        ("", None, None),
+    ],
+)
+def test_what_a_thought_comes_to_and_what_is_answered(text, thought, answer):
+    assert concluded(text, ["left", "right"]) == (thought, answer)
+    assert concluded(text, []) == concluded(text, ["", " "]) == (None, None)
 
 
 def row(reflections: list, self_corrected: bool, **rewards: float | None) -> dict:

@@ -192,7 +192,7 @@ def test_a_finished_run(tmp_path):
     assert "my run" in page.text and "finished" in page.text and "4 of 4 steps" in page.text
     assert "32 completions, 12 held-out" in page.text
     assert page.titles() == [
-        "Accuracy and completion length",
+        "Accuracy, completion length and reflection",
         "Accuracy and format reward",
         "Held-out accuracy",
         "Completion length",
@@ -482,7 +482,9 @@ def test_examples_are_among_the_embedded(tmp_path, monkeypatch):
     steps = [step["step"] for step in page.data["sources"]["train"]["steps"]]
     assert {33, 77, 123} <= set(steps) and len(steps) < 40
     links = [value for name, value in page.attributes if name == "href" and value.startswith("#train/")]
-    assert links == ["#train/33/1/1", "#train/77/1/1", "#train/123/1/1"]
+    before_and_after, quoted = links[:2], links[2:]
+    assert before_and_after == ["#train/0/1/1", "#train/199/1/1"]
+    assert quoted == ["#train/33/1/1", "#train/77/1/1", "#train/123/1/1"]
 
 
 def test_a_large_evaluation_is_thinned_to_the_same_prompts(tmp_path):

@@ -198,6 +198,19 @@ def analyse(completion: str, options: Sequence[str] | None) -> Reflection:
     return Reflection(spans, _last_named(completion[: spans[0][0]], options) if spans else None, final)
 
 
+def concluded(completion: str, options: Sequence[str]) -> tuple[str | None, str | None]:
+    """The option that the thought names last, and the one in the last `<answer>` block; None where none can be read.
+
+    The thought is what stands before `</think>`, or else before that block. Options are read as in `analyse`.
+    """
+    options = [option for option in options if normalize(option)]
+    final = judge(completion, options[0], options).answer if options else None
+    if final is None:  # nothing to compare, and a thought may be long
+        return None, None
+    thought = completion.partition("</think>" if "</think>" in completion else "<answer>")[0]
+    return _last_named(thought, options), final
+
+
 def _last_named(text: str, options: Sequence[str]) -> str | None:
     """The option that the last sentence which names exactly one names."""
     for sentence in reversed(_SENTENCE_END.split(text[-MAX_CONTEXT_CHARS:])):

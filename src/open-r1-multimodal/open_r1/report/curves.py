@@ -47,10 +47,19 @@ class Chart:
 
 @dataclass(frozen=True)
 class Curves:
-    """What there is to draw of a run: the paper's figure (accuracy, length), the charts, and titles without data."""
+    """What there is to draw of a run.
+
+    Attributes:
+        accuracy, length: of the paper's figure.
+        reflection, success: below it, shares of the completions and of their self-corrections.
+        charts: the others.
+        missing: titles without data.
+    """
 
     accuracy: list[Line]
     length: list[Line]
+    reflection: list[Line]
+    success: list[Line]
     charts: list[Chart]
     missing: list[str]
 
@@ -69,7 +78,7 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
             Chart("learning-rate", "Learning rate", [Panel("", [Line("learning rate", run.series("learning_rate"))])]),
             Chart("entropy", "Entropy", [Panel("nats a token", [Line("entropy", run.series("entropy"))])]),
         ]
-        return _with_data([], [], charts)
+        return _with_data([[], [], [], []], charts)
 
     steps = train.rows["step"]
 
@@ -132,7 +141,7 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
         Chart("gradient", "Gradient norm", [Panel("norm", [Line("gradient norm", run.series("grad_norm"))])]),
     ]
     accuracies = [accuracy, Line("held-out accuracy", held_out_line.points, marked=True)]
-    return _with_data(accuracies, [Line("completion length", lengths)], charts)
+    return _with_data([accuracies, [Line("completion length", lengths)], reflections, corrections], charts)
 
 
 def is_sft(run: Run, train: Trajectories) -> bool:
@@ -188,7 +197,7 @@ def step_time(run: Run) -> list[Line]:
     return [Line(name, Series(total.steps, values)) for name, values in parts]
 
 
-def _with_data(accuracy: Sequence[Line], length: Sequence[Line], charts: Sequence[Chart]) -> Curves:
+def _with_data(paper: Sequence[Sequence[Line]], charts: Sequence[Chart]) -> Curves:
     """Leaves out what has no data: curves, panels (`missing` has their first curve's label), charts (their title)."""
     drawn, missing = [], []
     for chart in charts:
@@ -203,5 +212,4 @@ def _with_data(accuracy: Sequence[Line], length: Sequence[Line], charts: Sequenc
             missing += [panel.lines[0].label for panel in empty]
         else:
             missing.append(chart.title)
-    paper = ([line for line in lines if len(line.points)] for lines in (accuracy, length))
-    return Curves(*paper, drawn, missing)
+    return Curves(*([line for line in lines if len(line.points)] for lines in paper), drawn, missing)

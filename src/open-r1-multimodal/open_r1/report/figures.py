@@ -24,22 +24,24 @@ from open_r1.report.statistics import moving_average
 MAX_POINTS = 600  # of a curve; more cannot be told apart
 SMOOTH_FROM = 40  # points from which on a moving average is drawn over them
 # No curve is told from another by colour alone; `page.css` draws the same in legends.
-DASHES = ("-", (0, (4, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1)))
-LENGTH_CURVE = 2  # the number of length's colour in the paper's figure, with a held-out curve or without
+DASHES = ("-", (0, (4, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
+# The numbers of colours in the paper's figure, whichever of its curves there are.
+LENGTH_CURVE, REFLECTION_CURVE, SUCCESS_CURVE = 2, 3, 5
 
 # In a figure for the page each colour is a mark, replaced by the style sheet's variable once the SVG is written.
-PAGE_COLOURS = ("#010101", "#010102", "#010103", "#010104")
-PAGE_INK, PAGE_GRID = "#010105", "#010106"
+PAGE_COLOURS = ("#010101", "#010102", "#010103", "#010104", "#010105", "#010106")
+PAGE_INK, PAGE_GRID = "#010107", "#010108"
 VARIABLES = {
     **{mark: f"var(--curve-{number})" for number, mark in enumerate(PAGE_COLOURS, start=1)},
     PAGE_INK: "currentColor",
     PAGE_GRID: "var(--grid)",
 }
 # In a figure of its own, on white.
-PAPER_COLOURS = ("#3b52c4", "#c2410c", "#0f766e", "#7c3aed")
+PAPER_COLOURS = ("#3b52c4", "#c2410c", "#0f766e", "#7c3aed", "#a16207", "#be185d")
 PAPER_INK, PAPER_GRID = "#1c1f26", "#e3e5ea"
 
 WIDE, NARROW = (12.6, 4.9), (5.4, 3.9)  # inches; one is 72 units of an SVG
+BELOW = 0.5  # height of what stands below the paper's figure, as a share of its own
 CARD = (5.4, 3.5)
 _MARK = re.compile("|".join(VARIABLES))
 
@@ -65,7 +67,13 @@ def legend(chart: Chart) -> list[tuple[int, str]]:
 
 def accuracy_length_legend(curves: Curves) -> list[tuple[int, str]]:
     """The same for the paper's figure."""
-    return [*enumerate(line.label for line in curves.accuracy), *((LENGTH_CURVE, line.label) for line in curves.length)]
+    starts = (0, LENGTH_CURVE, REFLECTION_CURVE, SUCCESS_CURVE)
+    lines = (curves.accuracy, curves.length, curves.reflection, curves.success)
+    return [
+        (number, line.label)
+        for start, some in zip(starts, lines, strict=True)
+        for number, line in enumerate(some, start)
+    ]
 
 
 def chart_svg(chart: Chart) -> Markup:
@@ -83,12 +91,21 @@ def chart_svg(chart: Chart) -> Markup:
         return _inline(figure, chart.name, f"{chart.title}. {text}.")
 
 
+def accuracy_length_title(curves: Curves) -> str:
+    """What the paper's figure shows."""
+    return "Accuracy, completion length and reflection" if curves.reflection else "Accuracy and completion length"
+
+
 def accuracy_length_svg(curves: Curves, name: str, size: tuple[float, float]) -> Markup:
-    """The paper's figure for the page: accuracy (left axis) and response length (right axis) against steps."""
+    """The paper's figure for the page: accuracy (left axis) and response length (right axis) against steps.
+
+    Below them, where the run looked for it, reflection (left axis) and the success of self-corrections (right axis).
+    """
     with rc_context(_rc(name)):
         figure = _accuracy_length(curves, PAGE, size)
         text = [describe(line, True) for line in curves.accuracy] + [describe(line, False) for line in curves.length]
-        return _inline(figure, name, f"Accuracy and completion length. {'; '.join(text)}.")
+        text += [describe(line, True) for line in (*curves.reflection, *curves.success)]
+        return _inline(figure, name, f"{accuracy_length_title(curves)}. {'; '.join(text)}.")
 
 
 def save_accuracy_length(curves: Curves, path: Path) -> None:
@@ -129,8 +146,9 @@ def _rc(salt: str) -> dict[str, object]:
 
 
 def _accuracy_length(curves: Curves, theme: Theme, size: tuple[float, float]) -> Figure:
-    figure = Figure(size, layout="constrained")
-    left = figure.subplots()
+    heights = [1, BELOW] if curves.reflection else [1]
+    figure = Figure((size[0], size[1] * sum(heights)), layout="constrained")
+    left, *below = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     _draw_panel(left, Panel("accuracy", curves.accuracy, percent=True, rare=True), theme, 0, parts=5)
     if curves.length:
         right = left.twinx()
@@ -143,7 +161,15 @@ def _accuracy_length(curves: Curves, theme: Theme, size: tuple[float, float]) ->
         left.tick_params(axis="y", labelcolor=theme.curves[0])
     else:
         left.yaxis.set_visible(False)
-    _label_steps(left)
+    for axes in below:
+        _draw_panel(axes, Panel("reflection", curves.reflection, percent=True, rare=True), theme, REFLECTION_CURVE, 3)
+        if curves.success:
+            right = axes.twinx()
+            _draw_panel(right, Panel("ends right", curves.success, percent=True), theme, SUCCESS_CURVE, parts=2)
+            right.grid(False)
+            right.yaxis.label.set_color(theme.curves[SUCCESS_CURVE])
+            right.tick_params(axis="y", labelcolor=theme.curves[SUCCESS_CURVE])
+    _label_steps([left, *below][-1])
     return figure
 
 

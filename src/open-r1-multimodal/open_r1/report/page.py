@@ -8,7 +8,7 @@ what it writes, and the page's script puts text only where text belongs.
 import base64
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +23,7 @@ from open_r1.files import replace_file
 from open_r1.report import figures
 from open_r1.report.browser import QUOTE, Steps, browser_data, shown, steps_of, visible
 from open_r1.report.curves import Curves, collect, is_sft
+from open_r1.report.diagnosis import diagnose
 from open_r1.report.runs import KnownImages, Run, Trajectories, read_run, scan_trajectories
 from open_r1.report.statistics import first_and_last_tenth, reflection_statistics
 
@@ -92,6 +93,9 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     script = (here / "page.js").read_text(encoding="utf-8")
     picked = pick_examples(train)
+    quoted = examples(train, picked)
+    data = browser_data({"train": train, "eval": held_out}, {"train": picked, "eval": ()}, KnownImages(run))
+    first = find_group(data, quoted[0]["step"], quoted[0]["group"]) if quoted else None
     return environment.get_template("page.html.jinja").render(
         style=Markup((here / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
@@ -105,6 +109,7 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
             for name, size in (("wide", figures.WIDE), ("narrow", figures.NARROW))
             if curves.accuracy or curves.length
         ],
+        accuracy_length_title=figures.accuracy_length_title(curves),
         accuracy_length_legend=figures.accuracy_length_legend(curves),
         charts=[(chart, figures.legend(chart), figures.chart_svg(chart)) for chart in curves.charts],
         missing=curves.missing,
@@ -114,8 +119,11 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
             for title, trajectories in (("training", train), ("held-out", held_out))
             if len(trajectories)
         ],
-        examples=examples(train, picked),
-        browser=browser_data({"train": train, "eval": held_out}, {"train": picked, "eval": ()}, KnownImages(run)),
+        examples=quoted,
+        first_pictures=pictures(data, first) if first else [],
+        pair=before_and_after(data, first),
+        signs=[] if is_sft(run, train) or not (train or run.events) else diagnose(run, train),
+        browser=data,
     )
 
 
@@ -192,6 +200,7 @@ def quotation(trajectories: Trajectories, steps: Steps, index: int, correct: flo
     group, rows = next((number, rows) for number, rows in enumerate(steps[step], start=1) if index in rows)
     return {
         "step": step,
+        "group": group,
         "link": f"#train/{step}/{group}/{rows.index(index) + 1}",
         "before": visible(("…" if start > QUOTE else "") + text[max(0, start - QUOTE) : start]),
         "reflection": visible(text[start : min(end, start + QUOTE)]),
@@ -200,4 +209,64 @@ def quotation(trajectories: Trajectories, steps: Steps, index: int, correct: flo
         "answer": shown(extract_answer(text)),
         "corrected": record.get("self_corrected", False),
         "correct": None if math.isnan(correct) else bool(correct),
+    }
+
+
+def find_group(data: Mapping[str, Any], step: int, number: int) -> dict[str, Any] | None:
+    """A prompt's completions in one step of training, among what the page's browser holds."""
+    steps = data["sources"]["train"]["steps"]
+    groups = (group for each in steps if each["step"] == step for group in each["groups"])
+    return next((group for group in groups if group["number"] == number), None)
+
+
+def pictures(data: Mapping[str, Any], group: Mapping[str, Any]) -> list[str]:
+    """The images of a group's prompt that the page holds, as data URIs."""
+    images = [data["images"][number] for number in data["prompts"][group["prompt"]]["images"]]
+    return [image["source"] for image in images if "source" in image]
+
+
+def before_and_after(data: Mapping[str, Any], first: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """One prompt at the first and the last step that ask it, of those in the page's browser; None if none recurs.
+
+    Args:
+        data: what the browser holds.
+        first: the group of the first reflection. Its prompt is taken if it recurs; else one that reflects in the end,
+            better rightly, else any; of equals the one whose steps lie furthest apart.
+    """
+    asked: dict[int, list[tuple[str, int, dict[str, Any]]]] = {}
+    for name, source in data["sources"].items():
+        for step in source["steps"]:
+            for group in step["groups"]:
+                asked.setdefault(group["prompt"], []).append((name, step["step"], group))
+    pairs = [(places[0], places[-1]) for places in asked.values() if places[0][1] < places[-1][1]]
+    if not pairs:
+        return None
+
+    def rank(pair: tuple) -> tuple[bool, bool, bool, int]:
+        (_, start, before), (_, end, after) = pair
+        is_first = first is not None and before["prompt"] == first["prompt"]
+        reflective = [each for each in after["completions"] if each["reflective"]]
+        return is_first, any(each["correct"] for each in reflective), bool(reflective), end - start
+
+    before, after = max(pairs, key=rank)
+    return {
+        "question": data["prompts"][before[2]["prompt"]]["question"],
+        "pictures": pictures(data, before[2]),
+        "solution": before[2]["solution"],
+        "sides": [side(*before, prefers_reflective=False), side(*after, prefers_reflective=True)],
+    }
+
+
+def side(name: str, step: int, group: Mapping[str, Any], prefers_reflective: bool) -> dict[str, Any]:
+    """The first completion of a group, or the first that reflects, and how many of the group are right."""
+    completions = group["completions"]
+    reflective = [place for place, each in enumerate(completions) if each["reflective"] and prefers_reflective]
+    place = reflective[0] if reflective else 0
+    judged = [each["correct"] for each in completions if each["correct"] is not None]
+    return {
+        "step": step,
+        "link": f"#{name}/{step}/{group['number']}/{place + 1}",
+        "tally": f"{sum(judged)} of {len(judged)} correct" if judged else f"{len(completions)} completions",
+        "reflective": bool(reflective),
+        "text": completions[place]["text"],
     }

@@ -1,0 +1,150 @@
+"""Why no aha: signs of what keeps reflection from coming, each with the numbers of a run. No torch.
+
+A sign is an entry of `SIGNS`, which holds the limits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from open_r1.reflection import concluded
+from open_r1.report.runs import FORMAT, Run, Trajectories
+from open_r1.report.statistics import by_step, first_and_last_tenth
+
+FLAT = 0.05  # a rise of accuracy that is no more than sampling
+MAX_READ = 500  # completions whose thoughts are read, evenly over the run: a long one takes milliseconds
+NO_ENTROPY = 1e-6  # nats a token
+
+
+class NotMeasured(Exception):
+    """A run has not the data; says what is missing."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What may keep reflection from coming.
+
+    Attributes:
+        name: in the page.
+        limit: it is seen from this value on.
+        measure: the run and its completions -> the value, and its numbers in words; raises NotMeasured.
+        seen, unseen: what it means, and what it means that it is not there; with {limit}.
+    """
+
+    name: str
+    limit: float
+    measure: Callable[[Run, Trajectories], tuple[float, str]]
+    seen: str
+    unseen: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a sign says of a run; `seen` is None where it was not measured, and `numbers` says why."""
+
+    name: str
+    seen: bool | None
+    numbers: str
+    meaning: str
+
+
+def zero_signal(run: Run, train: Trajectories) -> tuple[float, str]:
+    """The mean share of groups whose completions all earned the same."""
+    values = run.series("frac_reward_zero_std").values
+    if not len(values):
+        raise NotMeasured("the log has no frac_reward_zero_std")
+    first, last = first_and_last_tenth(values)
+    return values.mean(), f"{values.mean():.0%} of the groups; first {first:.0%}, last {last:.0%}"
+
+
+def format_alone(run: Run, train: Trajectories) -> tuple[float, str]:
+    """How far format rose while the accuracy of what keeps it did not; 0 where that rose.
+
+    An answer outside of its tag counts as wrong, so that accuracy over all completions rises with format alone.
+    """
+    form, correct, steps = train.rewards.get(FORMAT), train.correct(), train.rows["step"]
+    if form is None or np.isnan(correct).all():
+        raise NotMeasured("needs completions with the accuracy and the format reward")
+    kept = form > 0.5
+    before, after = first_and_last_tenth(by_step(steps, form).values)
+    right = first_and_last_tenth(by_step(steps[kept], correct[kept]).values)
+    if right is None:
+        raise NotMeasured("no completion keeps the format")
+    numbers = f"format {before:.0%} → {after:.0%}; accuracy of what keeps it {right[0]:.0%} → {right[1]:.0%}"
+    return (after - before if right[1] - right[0] < FLAT else 0.0), numbers
+
+
+def entropy_fall(run: Run, train: Trajectories) -> tuple[float, str]:
+    """How many times lower entropy is in the end."""
+    tenths = first_and_last_tenth(run.series("entropy").values)
+    if tenths is None:
+        raise NotMeasured("the log has no entropy")
+    first, last = tenths
+    return first / max(last, NO_ENTROPY), f"{first:.2f} → {last:.2f} nats a token"
+
+
+def contradictions(run: Run, train: Trajectories) -> tuple[float, str]:
+    """The share of completions whose thought names another option last than their answer, where both name one."""
+    chosen = np.unique(np.linspace(0, len(train) - 1, min(len(train), MAX_READ), dtype=int))
+    records = [train.read(index) for index in chosen]
+    asked = [record for record in records if record.get("options")]
+    if not asked:
+        raise NotMeasured("no completions of questions with known options")
+    read = [concluded(record["completion"], record["options"]) for record in asked]
+    both = [(thought, answer) for thought, answer in read if thought is not None and answer is not None]
+    if not both:
+        raise NotMeasured(f"of {len(asked):,} completions read, none names an option in its thought and its answer")
+    other = sum(thought != answer for thought, answer in both)
+    numbers = f"{other:,} of {len(both):,} ({other / len(both):.0%}), of {len(asked):,} completions read"
+    return other / len(both), numbers
+
+
+SIGNS = (
+    Sign(
+        "Groups without signal",
+        0.5,
+        zero_signal,
+        "{limit:.0%} of the groups or more taught nothing, as all their completions earned the same: "
+        "take easier or harder questions, or a higher temperature.",
+        "Most groups held better and worse completions, so there was something to learn.",
+    ),
+    Sign(
+        "Format alone",
+        0.1,
+        format_alone,
+        "It learned to write the tags, but what stands in them is no more often right than before.",
+        "Where format rose, accuracy rose with it; or format hardly rose.",
+    ),
+    Sign(
+        "Entropy collapse",
+        4.0,
+        entropy_fall,
+        "Entropy fell to a {limit:.0f}th or less: what is never sampled any more, a reflection for one, cannot be "
+        "rewarded.",
+        "It still samples different completions.",
+    ),
+    Sign(
+        "Thought against answer",
+        0.2,
+        contradictions,
+        "The option that a thought names last is often not the answer: thinking does not decide it, so longer thoughts "
+        "earn nothing.",
+        "Answers mostly are what the thoughts before them end with.",
+    ),
+)
+
+
+def diagnose(run: Run, train: Trajectories) -> list[Finding]:
+    """What each sign says of a run."""
+    findings = []
+    for sign in SIGNS:
+        try:
+            value, numbers = sign.measure(run, train)
+        except NotMeasured as reason:
+            findings.append(Finding(sign.name, None, str(reason), ""))
+        else:
+            seen = bool(value >= sign.limit)
+            meaning = (sign.seen if seen else sign.unseen).format(limit=sign.limit)
+            findings.append(Finding(sign.name, seen, numbers, meaning))
+    return findings

@@ -1,0 +1,180 @@
+"""The aha at a glance, and why there is none: signs in hand-made runs, and what the page has of them."""
+
+import re
+from html import unescape
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fake_run import PROMPT, fake_events, fake_rows, row, write_images, write_run
+from open_r1.report.diagnosis import MAX_READ, Finding, diagnose
+from open_r1.report.page import write_report
+from open_r1.report.runs import read_run, scan_trajectories
+
+STEPS = 20
+SIGNALS, FORMAT = "Groups without signal", "Format alone"
+ENTROPY, THOUGHT = "Entropy collapse", "Thought against answer"
+HOSTILE = "</script><img src=x onerror='window.hit = 1'>{{ 7 * 7 }}"
+
+
+def found(run: Path) -> dict[str, Finding]:
+    with scan_trajectories(run / "trajectories/train.jsonl") as train:
+        return {finding.name: finding for finding in diagnose(read_run(run), train)}
+
+
+def rewards(right: float, kept: float) -> dict[str, float]:
+    return {"accuracy_reward": right, "format_reward": kept}
+
+
+def section(page: str, name: str) -> str:
+    """The words of one section of the page, each tag a blank."""
+    html = re.search(rf'<section id="{name}".*?</section>', page, re.DOTALL)
+    return " ".join(unescape(re.sub("<[^>]*>", " ", html[0])).split()) if html else ""
+
+
+# --- the signs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share, seen", [(0.7, True), (0.3, False)])
+def test_groups_without_signal(tmp_path, share, seen):
+    events = [{"step": step, "frac_reward_zero_std": share} for step in range(1, STEPS)]
+    events.append({"step": STEPS, "frac_reward_zero_std": float("nan")})  # no number does not count
+    finding = found(write_run(tmp_path / "run", events=events))[SIGNALS]
+    assert finding.seen is seen and finding.numbers.startswith(f"{share:.0%} of the groups;")
+
+
+@pytest.mark.parametrize(
+    "before, after, seen, numbers",
+    [
+        # one of two right all along: accuracy over all completions doubles by format alone
+        ((0.5, 0.5), (0.5, 1.0), True, "format 50% → 100%; accuracy of what keeps it 50% → 50%"),
+        ((0.5, 0.5), (1.0, 1.0), False, "format 50% → 100%; accuracy of what keeps it 50% → 100%"),
+        ((0.5, 1.0), (0.5, 1.0), False, "format 100% → 100%; accuracy of what keeps it 50% → 50%"),
+    ],
+)
+def test_format_alone(tmp_path, before, after, seen, numbers):
+    rows = []
+    for step in range(1, STEPS + 1):
+        right, kept = before if step <= STEPS / 2 else after
+        for place in range(8):
+            keeps = place < 8 * kept
+            rows.append(row(step=step, rewards=rewards(float(keeps and place % 8 < 8 * kept * right), float(keeps))))
+    finding = found(write_run(tmp_path / "run", rows))[FORMAT]
+    assert (finding.seen, finding.numbers) == (seen, numbers)
+
+
+@pytest.mark.parametrize("last, seen", [(0.2, True), (0.0, True), (0.5, False), (3.0, False)])
+def test_entropy_collapse(tmp_path, last, seen):
+    events = [{"step": step, "entropy": 1.0 if step <= STEPS / 2 else last} for step in range(1, STEPS + 1)]
+    finding = found(write_run(tmp_path / "run", events=events))[ENTROPY]
+    assert (finding.seen, finding.numbers) == (seen, f"1.00 → {last:.2f} nats a token")
+
+
+def test_thought_against_answer(tmp_path):
+    same = row(completion="It is left.</think><answer>left</answer>")
+    other = row(completion="It is right.</think><answer>left</answer>")
+    silent = row(completion="Hm.</think><answer>left</answer>")
+    unknown = row(completion="It is right.</think><answer>left</answer>", options=None)
+    finding = found(write_run(tmp_path / "seen", [same, other, other, silent, unknown]))[THOUGHT]
+    assert (finding.seen, finding.numbers) == (True, "2 of 3 (67%), of 4 completions read")
+    assert found(write_run(tmp_path / "not", [same] * 9 + [other]))[THOUGHT].seen is False
+
+
+def test_of_a_long_run_thoughts_are_read_evenly(tmp_path):
+    same, other = (
+        row(step=step, completion=f"It is {thought}.</think><answer>left</answer>")
+        for step, thought in ((1, "left"), (2, "right"))
+    )
+    finding = found(write_run(tmp_path / "run", [same] * MAX_READ + [other] * MAX_READ))[THOUGHT]
+    assert finding.numbers == f"{MAX_READ // 2:,} of {MAX_READ:,} (50%), of {MAX_READ:,} completions read"
+
+
+def test_what_was_not_measured_says_why(tmp_path):
+    reasons = {name: (finding.seen, finding.numbers) for name, finding in found(write_run(tmp_path / "run")).items()}
+    assert reasons == {
+        SIGNALS: (None, "the log has no frac_reward_zero_std"),
+        FORMAT: (None, "needs completions with the accuracy and the format reward"),
+        ENTROPY: (None, "the log has no entropy"),
+        THOUGHT: (None, "no completions of questions with known options"),
+    }
+    bare = [row(completion="Hm.", rewards=rewards(0.0, 0.0))]
+    findings = found(write_run(tmp_path / "bare", bare))
+    assert findings[FORMAT].numbers == "no completion keeps the format"
+    assert findings[THOUGHT].numbers.startswith("of 1 completions read, none names")
+
+
+# --- the page -------------------------------------------------------------------------------------------------
+
+
+def test_every_grpo_run_has_the_section(tmp_path):
+    questions = write_images(tmp_path / "images", 6)
+    rows = fake_rows(questions, range(1, 5), 4, prompts=2, group=4)
+    why = section(write_report(write_run(tmp_path / "run", rows, events=fake_events(4))).read_text(), "why")
+    assert "Why no aha?" in why and all(name in why for name in (SIGNALS, FORMAT, ENTROPY, THOUGHT))
+    assert "not measured" not in why
+    old = write_run(tmp_path / "old", events=[{"step": 1, "reward": 0.5}])
+    assert section(write_report(old).read_text(), "why").count("not measured") == 4
+    supervised = write_run(tmp_path / "sft", events=[{"step": 1, "loss": 0.5}], command="sft")
+    assert section(write_report(supervised).read_text(), "why") == ""
+    assert section(write_report(write_run(tmp_path / "new")).read_text(), "why") == ""  # nothing happened yet
+
+
+def test_reflection_is_in_the_papers_figure(tmp_path):
+    rows = [row(step=step, reflections=[[0, 2]], self_corrected=step > 1) for step in (1, 2, 3)]
+    run = write_run(tmp_path / "run", rows)
+    write_report(run)
+    figure = (run / "accuracy_length.svg").read_text()
+    labels = ("accuracy", "completion length", "reflective", "self-corrected", "self-corrections that end right")
+    assert all(f">{label}<" in figure for label in labels)
+    older = write_run(tmp_path / "older", [{key: value for key, value in row().items() if key != "reflections"}])
+    write_report(older)
+    assert ">reflective<" not in (older / "accuracy_length.svg").read_text()
+
+
+def test_the_first_aha_has_its_picture(tmp_path):
+    path = tmp_path / "red.png"
+    Image.new("RGB", (40, 30), "red").save(path)
+    rows = [
+        row(step=step, images=[str(path)], prompt=f"{step}?", reflections=[[0, 2]] * (step > 1)) for step in (1, 2, 3)
+    ]
+    page = write_report(write_run(tmp_path / "run", rows)).read_text()
+    assert "The first aha: step 2" in section(page, "aha") and "before and after" not in section(page, "aha")
+    assert len(re.findall(r'<img src="data:image/png;base64,', page)) == 1
+
+
+def test_one_prompt_before_and_after(tmp_path):
+    """The first aha's prompt, early and late, and not another that recurs as well."""
+
+    def asked(step: int, question: str, text: str, right: float, reflections: list) -> dict:
+        changes = {"completion": text, "rewards": rewards(right, 1.0), "reflections": reflections}
+        return row(step=step, prompt=PROMPT.format(question), group=int(question == "Where?"), **changes)
+
+    rows = [
+        asked(1, "Which?", "another", 0.0, []),
+        asked(2, "Where?", f"early {HOSTILE}", 0.0, []),
+        asked(2, "Where?", "early too", 0.0, []),
+        asked(4, "Where?", "wait", 0.0, [[0, 4]]),
+        asked(5, "Where?", "late", 1.0, []),
+        asked(5, "Where?", f"wait {HOSTILE}", 1.0, [[0, 4]]),
+        asked(9, "Which?", "another", 1.0, []),
+    ]
+    page = write_report(write_run(tmp_path / "run", rows)).read_text()
+    aha = section(page, "aha")
+    assert f"Step 2 0 of 2 correct; the first: early {HOSTILE}" in aha
+    assert f"Step 5 2 of 2 correct; the first that reflects: wait {HOSTILE}" in aha
+    assert 'href="#train/2/1/1"' in page and 'href="#train/5/1/2"' in page
+    assert "onerror='" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+
+
+def test_held_out_questions_recur_where_training_asks_each_once(tmp_path):
+    rows = [row(step=step, prompt=PROMPT.format(f"{step}?"), reflections=[[0, 2]] * (step == 2)) for step in (1, 2)]
+    held_out = [
+        row(step=step, prompt=PROMPT.format(question), completion=f"{question} {step}", reflections=[[0, 1]] * reflects)
+        for step in (1, 2)
+        for question, reflects in (("Far?", False), ("Near?", step == 2))
+    ]
+    page = write_report(write_run(tmp_path / "run", rows, held_out)).read_text()
+    aha = section(page, "aha")
+    assert "the first: Near? 1" in aha and "the first that reflects: N ear? 2" in aha
+    assert 'href="#eval/1/2/1"' in page and 'href="#eval/2/2/1"' in page
