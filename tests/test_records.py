@@ -299,6 +299,7 @@ MISTAKES = {
     "no answer": (changed(messages=[{"role": "user", "content": "<image>What?"}]), "no answer"),
     "name": (changed(completions=[1]), "the field completions has a name"),
     "form": (changed(messages=None), "no messages, conversations, prompt or question; it has .*--question_column"),
+    "odd names": (changed(messages=None, **{"a\nb": 1}), r"it has .*, 'a\\nb': name one with --question_column"),
     "turns": (changed(messages=[{"role": "assistant", "content": "a"}]), "expected one user and one assistant"),
     "role": (changed(messages=[{"role": [], "content": "a"}]), "expected one user and one assistant"),
     "system": (changed(messages=[{"role": "system", "content": 5}]), "expected a system message with text"),

@@ -231,9 +231,9 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
         system, answer = [], None
         question = text_of(fields, columns.question, ("prompt", *QUESTIONS))
         if question is None:
-            known = ", ".join(map(str, record))
             raise ValueError(
-                f"no messages, conversations, prompt or question; it has {known}: name one with --question_column"
+                f"no messages, conversations, prompt or question; it has {names(record)}: name one with "
+                "--question_column"
             )
         text = without_marks(question, len(references), must_have=False)
     if not text.strip():
@@ -277,6 +277,11 @@ def dialogue(form: str, messages: Any) -> tuple[list[dict[str, str]], str | list
     raise ValueError(f"{form}: expected one user and one assistant message with text")
 
 
+def names(fields: Mapping[Any, Any]) -> str:
+    """The names of the fields, in one line whatever they hold."""
+    return ", ".join(name if name.isprintable() else ascii(name) for name in map(str, fields))
+
+
 def find_images(fields: Mapping[str, Any], column: str | None) -> list[Any]:
     """The image references of a record: one, or a list of them."""
     key = column or next((key for key in IMAGES if key in fields), "images")
@@ -294,7 +299,7 @@ def text_of(fields: Mapping[str, Any], given: str | None, known: Sequence[str]) 
     if key is None:
         return None
     if key not in fields:
-        raise ValueError(f"no field {key}; it has {', '.join(map(str, fields))}")
+        raise ValueError(f"no field {key}; it has {names(fields)}")
     if not isinstance(fields[key], str | int | float):
         raise ValueError(f"{key}: expected a text or a number")
     return str(fields[key])
