@@ -160,6 +160,13 @@ class Qwen2VLGRPOConfig(GRPOConfig):
             )
 
 
+def longest_row(script_args: GRPOScriptArguments, args: GRPOConfig) -> int | None:
+    """Tokens of the longest prompt with its completion, for which an engine keeps room; None: what its model can."""
+    if args.vllm_max_model_length is not None or not script_args.max_prompt_length:
+        return args.vllm_max_model_length
+    return script_args.max_prompt_length + args.max_completion_length
+
+
 def need_vllm(option: str) -> None:
     """Raise Mistake, which names the option that asks for it, where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:

@@ -9,7 +9,7 @@ from typing import Any
 from trl import ModelConfig
 
 from open_r1.callbacks import has_begun
-from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, check_settings
+from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, check_settings, longest_row
 from open_r1.data import load_datasets_from_args, load_processor_from_args, opens_think
 from open_r1.entry import Command, run
 from open_r1.modeling import check_model, freeze, get_adapter_config, load_model_from_args
@@ -26,10 +26,8 @@ def prepare(
         ValueError, OSError, ImportError: for a model, rewards or data that no run can start with.
     """
     check_settings(training_args, training_args.shared_prefix)
-    if training_args.use_vllm and training_args.vllm_max_model_length is None and script_args.max_prompt_length:
-        # the longest that there is; vLLM would keep room for the longest that the model can
-        longest = script_args.max_prompt_length + training_args.max_completion_length
-        training_args.vllm_max_model_length = longest
+    if training_args.use_vllm:
+        training_args.vllm_max_model_length = longest_row(script_args, training_args)
     peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args)

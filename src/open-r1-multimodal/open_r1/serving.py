@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from trl import ModelConfig
 
-from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, need_vllm
+from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, longest_row, need_vllm
 from open_r1.data import load_processor_from_args
 from open_r1.front_door import run
 from open_r1.memory import load_config
@@ -45,14 +45,12 @@ def serve_arguments(
         OSError, ValueError: no such model, or none that this project was tested with.
     """
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    length = args.vllm_max_model_length
-    if length is None and script_args.max_prompt_length:
-        length = script_args.max_prompt_length + args.max_completion_length
     dtype = model_args.dtype
     if dtype in (None, "auto"):
         dtype = load_config(name, revision).dtype or "float32"
     settings = engine_settings(load_processor_from_args(model_args, script_args), engine_dtype(args, dtype))
     arguments = [name, "--revision", revision, "--port", str(args.vllm_server_port)]
+    length = longest_row(script_args, args)
     arguments += ["--max-model-len", str(length)] if length else []
     for option, value in settings.items():
         arguments += [f"--{option.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else value]
