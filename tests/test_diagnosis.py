@@ -14,7 +14,7 @@ from open_r1.report.runs import read_run, scan_trajectories
 
 STEPS = 20
 SIGNALS, FORMAT = "Groups without signal", "Format alone"
-ENTROPY, THOUGHT = "Entropy collapse", "Thought against answer"
+ENTROPY, THOUGHT, BLIND = "Entropy collapse", "Thought against answer", "Blind accuracy"
 HOSTILE = "</script><img src=x onerror='window.hit = 1'>{{ 7 * 7 }}"
 
 
@@ -81,6 +81,15 @@ def test_thought_against_answer(tmp_path):
     assert found(write_run(tmp_path / "not", [same] * 9 + [other]))[THOUGHT].seen is False
 
 
+@pytest.mark.parametrize("without, seen", [(0.4, False), (0.75, True), (0.9, True)])
+def test_blind_accuracy(tmp_path, without, seen):
+    name = "rewards/accuracy_reward/mean"
+    events = [{"step": step, f"eval_{name}": accuracy} for step, accuracy in ((0, 0.4), (STEPS, 0.8))]
+    finding = found(write_run(tmp_path / "run", events=[*events, {"step": STEPS, f"blind_{name}": without}]))[BLIND]
+    numbers = f"{without:.0%} of the held-out questions without their images, 80% with them"
+    assert (finding.seen, finding.numbers) == (seen, numbers)
+
+
 def test_of_a_long_run_thoughts_are_read_evenly(tmp_path):
     same, other = (
         row(step=step, completion=f"It is {thought}.</think><answer>left</answer>")
@@ -97,6 +106,7 @@ def test_what_was_not_measured_says_why(tmp_path):
         FORMAT: (None, "needs completions with the accuracy and the format reward"),
         ENTROPY: (None, "the log has no entropy"),
         THOUGHT: (None, "no completions of questions with known options"),
+        BLIND: (None, "needs held-out questions (eval_strategy), which the end of a run asks without their images"),
     }
     bare = [row(completion="Hm.", rewards=rewards(0.0, 0.0))]
     findings = found(write_run(tmp_path / "bare", bare))
@@ -111,10 +121,10 @@ def test_every_grpo_run_has_the_section(tmp_path):
     questions = write_images(tmp_path / "images", 6)
     rows = fake_rows(questions, range(1, 5), 4, prompts=2, group=4)
     why = section(write_report(write_run(tmp_path / "run", rows, events=fake_events(4))).read_text(), "why")
-    assert "Why no aha?" in why and all(name in why for name in (SIGNALS, FORMAT, ENTROPY, THOUGHT))
-    assert "not measured" not in why
+    assert "Why no aha?" in why and all(name in why for name in (SIGNALS, FORMAT, ENTROPY, THOUGHT, BLIND))
+    assert why.count("not measured") == 1  # nothing was held out
     old = write_run(tmp_path / "old", events=[{"step": 1, "reward": 0.5}])
-    assert section(write_report(old).read_text(), "why").count("not measured") == 4
+    assert section(write_report(old).read_text(), "why").count("not measured") == 5
     supervised = write_run(tmp_path / "sft", events=[{"step": 1, "loss": 0.5}], command="sft")
     assert section(write_report(supervised).read_text(), "why") == ""
     assert section(write_report(write_run(tmp_path / "new")).read_text(), "why") == ""  # nothing happened yet

@@ -174,7 +174,7 @@ def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, example
         result = run_grpo(tiny_model, examples_json, output, *arguments, **env)
         assert result.returncode == 0, result.stderr[-3000:]
         assert f"report: {output}/report.html" in result.stdout and (output / "report.html").stat().st_size
-        assert "{" not in result.stdout and result.stdout.count("\nstep ") == 4  # three steps and an evaluation
+        assert "{" not in result.stdout and result.stdout.count("\nstep ") == 5  # steps, evaluations
         assert json.loads((output / "run.json").read_text())["world_size"] == int(processes)
         rows = [log for log in read_jsonl(output / "log.jsonl") if "loss" in log or "eval_loss" in log]
         logs[processes] = [{name: log[name] for name in log if "reflection/" in name} for log in rows]
@@ -182,6 +182,8 @@ def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, example
         for log in rows[:3]:
             shares = [bool(row["reflections"]) for row in rollouts if row["step"] == log["step"]]
             assert log["reflection/share"] == sum(shares) / len(shares) and len(shares) == 16
+        blind = read_jsonl(output / "trajectories/blind.jsonl")
+        assert len(blind) == 8 and not any(row["images"] or "image_pad" in row["prompt"] for row in blind)
     assert logs["1"] == logs["2"] and len(logs["1"]) == 4
     assert logs["1"][3] == {
         "eval_reflection/share": 3 / 8,

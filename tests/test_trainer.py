@@ -19,7 +19,7 @@ from open_r1.images import open_image
 from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.rewards import accuracy_reward
 from open_r1.tasks.examples import read_examples
-from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
+from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer, without_images
 from support import load_weights, make_config, make_trainer, read_jsonl, vowel_share, write_examples
 
 
@@ -92,6 +92,33 @@ def test_evaluation_during_training(run):
     trainer, _, _, output = run
     assert [log["step"] for log in trainer.state.log_history if "eval_reward" in log] == [1, 2]
     assert [row["step"] for row in read_jsonl(output / "trajectories/eval.jsonl")] == [1] * 16 + [2] * 16
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_the_held_out_questions_are_asked_without_their_images_too(shared_prefix, tiny_model, examples_json, tmp_path):
+    def needs_images(completions, images, **kwargs):
+        return [float(len(each)) for each in images]
+
+    settings = {"eval_strategy": "steps", "num_generations_eval": 1, "per_device_eval_batch_size": 8}
+    settings["shared_prefix"] = shared_prefix
+    trainer = make_trainer(tiny_model, examples_json, tmp_path, needs_images, examples_json, **settings)
+    trainer.evaluate_blind()
+    rows = read_jsonl(tmp_path / "trajectories/blind.jsonl")
+    assert len(rows) == 8 and all(row["images"] == [] and "image_pad" not in row["prompt"] for row in rows)
+    [log] = trainer.state.log_history
+    assert log["blind_rewards/needs_images/mean"] == 0 and not any(name.startswith("eval_") for name in log)
+    trainer.evaluate()
+    assert trainer.state.log_history[-1]["eval_rewards/needs_images/mean"] == 1
+    assert len(read_jsonl(tmp_path / "trajectories/eval.jsonl")) == 8
+
+
+def test_an_image_is_taken_out_of_any_form_of_row():
+    parts = [{"type": "image"}, {"type": "text", "text": "Where?"}]
+    row = {"prompt": [{"role": "user", "content": parts}, {"role": "user", "content": "Hm."}], "image": "a.png", "x": 1}
+    content = [{"type": "text", "text": "Where?"}]
+    bare = {"prompt": [{"role": "user", "content": content}, {"role": "user", "content": "Hm."}], "image": None, "x": 1}
+    assert without_images(row) == bare and without_images({"prompt": "Where?"}) == {"prompt": "Where?"}
+    assert without_images({"prompt": "Where?", "images": ["a.png"]}) == {"prompt": "Where?", "images": []}
 
 
 def test_checkpoint_carries_prompt_pixels_and_neutral_generation(run, tiny_model):

@@ -204,7 +204,7 @@ def describe(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
 
     Args:
         logs: of GRPO or SFT, as the trainer logs them.
-        prefix: "eval_" for an evaluation.
+        prefix: "eval_" for an evaluation, "blind_" for one without images.
     """
     found = (re.fullmatch(rf"{prefix}rewards/(.+)/mean", key) for key in logs)
     names = [match[1] for match in found if match]
@@ -249,12 +249,15 @@ class ProgressLines(TrainerCallback):
     ) -> None:
         """Print the event; the summary at the end of training is left to the run files."""
         self.close_bar()
-        is_evaluation = any(key.startswith("eval_") for key in logs)
+        is_evaluation = any(key.startswith(("eval_", "blind_")) for key in logs)
         if not state.is_world_process_zero or not (is_evaluation or "loss" in logs):
             return
         cells = [f"step {state.global_step:{len(str(state.max_steps))}}/{state.max_steps}"]
         if is_evaluation:
-            cells += ["held-out     " if "eval_reward" in logs else "held-out", *describe(logs, "eval_")]
+            if "blind_reward" in logs:
+                cells += ["without image", *describe(logs, "blind_")]
+            else:
+                cells += ["held-out     " if "eval_reward" in logs else "held-out", *describe(logs, "eval_")]
         else:
             seconds = sum(self.since_log) / max(len(self.since_log), 1)
             self.since_log.clear()

@@ -14,7 +14,7 @@ from open_r1.data import load_datasets_from_args, load_processor_from_args, open
 from open_r1.entry import Command, run
 from open_r1.modeling import check_model, freeze, get_adapter_config, load_model_from_args
 from open_r1.rewards import accuracy_reward, check_gold, get_reward_funcs
-from open_r1.trainer import Qwen2VLGRPOTrainer
+from open_r1.trainer import AskBlind, Qwen2VLGRPOTrainer
 
 
 def prepare(
@@ -61,7 +61,9 @@ def build_trainer(
     prepared = prepared or prepare(script_args, training_args, model_args)
     model = load_model_from_args(model_args)
     freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
-    return Qwen2VLGRPOTrainer(model=model, args=training_args, **prepared)
+    trainer = Qwen2VLGRPOTrainer(model=model, args=training_args, **prepared)
+    trainer.add_callback(AskBlind(trainer))
+    return trainer
 
 
 COMMAND = Command("grpo", (GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig), prepare, build_trainer)

@@ -101,6 +101,20 @@ def with_images_inside(row: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in row.items() if name not in ("image", "images")}, "prompt": prompt}
 
 
+def without_images(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as if it had no images."""
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        prompt = [
+            message
+            if isinstance(message["content"], str)
+            else {**message, "content": [part for part in message["content"] if part["type"] != "image"]}
+            for message in prompt
+        ]
+    nothing = {name: value for name, value in (("images", []), ("image", None)) if name in row}
+    return {**row, **nothing, "prompt": prompt}
+
+
 def text_or_none(value: Any) -> str | None:
     """A value for a trajectory's row."""
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
@@ -132,6 +146,17 @@ class CheckEngine(TrainerCallback):
 
     def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.trainer.check_engine()
+
+
+class AskBlind(TrainerCallback):
+    """After the last step, ask the held-out questions once without their images, for the report to compare."""
+
+    def __init__(self, trainer: "Qwen2VLGRPOTrainer"):
+        self.trainer = trainer
+
+    def on_train_end(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.trainer.eval_dataset is not None and args.eval_strategy != "no":
+            self.trainer.evaluate_blind()
 
 
 @dataclass
@@ -235,6 +260,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         self._rollout_seconds = 0.0  # of the optimiser step under way
         self.trajectory_dir = Path(args.output_dir) / "trajectories"
         self.last_rollout: list[dict[str, Any]] = []  # trajectory rows of all processes, the newest in training
+        self._is_blind = False  # whether the evaluation under way shows no images
         self._held_out: list[dict[str, Any]] = []  # trajectory rows of the evaluation under way
         self._held_out_left = math.inf  # how many it has still to see
         self._broken_images: set[str] = set()  # what is wrong with each, of all processes since the start
@@ -259,9 +285,19 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         self._held_out_left = len(dataset) * self.num_generations_eval if isinstance(dataset, Dataset) else math.inf
         return dataloader
 
+    def evaluate_blind(self) -> None:
+        """Ask the held-out questions without their images; logged as `blind_...`, written to `blind.jsonl`."""
+        self._is_blind = True
+        try:
+            self.evaluate()
+        finally:
+            self._is_blind = False
+
     # The one place that sees a rollout's prompts, completions, rewards and advantages together. TRL has no public
     # hook there; tests/test_trainer.py fails when its contract changes.
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self._is_blind:
+            inputs = [without_images(row) for row in inputs]
         rollout = self._rollout = Rollout(inputs, [False] * len(inputs))
         if self.shared_prefix:
             # The images go inside the prompts, as they are: rows without an `images` column keep TRL from
@@ -516,6 +552,9 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
             figures = held_out_figures(self._held_out, self.reward_weights.tolist(), self.num_generations_eval)
             metrics.update({name: [value] for name, value in {**figures, **reflection_shares(self._held_out)}.items()})
             self._held_out = []
+            if self._is_blind:
+                logs = {f"blind_{name}": value for name, value in figures.items()}
+                metrics.clear()
         super().log(logs, start_time)
 
     def _render(self, prompt: list[dict[str, Any]] | str, images: list[ImageSource]) -> tuple[str, list[str]]:
@@ -584,7 +623,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         for index, row in enumerate(rows, start=start):
             row["group"] = index // self._group_size()
         if self.accelerator.is_main_process:
-            append_rows(self.trajectory_dir / f"{mode}.jsonl", rows)
+            append_rows(self.trajectory_dir / f"{'blind' if self._is_blind else mode}.jsonl", rows)
 
 
 def told_apart(names: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from open_r1.reflection import concluded
-from open_r1.report.runs import FORMAT, Run, Trajectories
+from open_r1.report.runs import ACCURACY, FORMAT, Run, Trajectories
 from open_r1.report.statistics import by_step, first_and_last_tenth
 
 FLAT = 0.05  # a rise of accuracy that is no more than sampling
@@ -100,6 +100,15 @@ def contradictions(run: Run, train: Trajectories) -> tuple[float, str]:
     return other / len(both), numbers
 
 
+def blind(run: Run, train: Trajectories) -> tuple[float, str]:
+    """The accuracy on held-out questions without their images, as a share of that with them."""
+    with_image, without = (run.series(f"{kind}_rewards/{ACCURACY}/mean").values for kind in ("eval", "blind"))
+    if not (len(with_image) and len(without)):
+        raise NotMeasured("needs held-out questions (eval_strategy), which the end of a run asks without their images")
+    numbers = f"{without[-1]:.0%} of the held-out questions without their images, {with_image[-1]:.0%} with them"
+    return without[-1] / max(with_image[-1], without[-1], 1e-6), numbers
+
+
 SIGNS = (
     Sign(
         "Groups without signal",
@@ -131,6 +140,14 @@ SIGNS = (
         "The option that a thought names last is often not the answer: thinking does not decide it, so longer thoughts "
         "earn nothing.",
         "Answers mostly are what the thoughts before them end with.",
+    ),
+    Sign(
+        "Blind accuracy",
+        0.9,
+        blind,
+        "Without the image it is right about as often: it has learned what questions give away, and looking again can "
+        "earn little.",
+        "It is right more often because it sees the image.",
     ),
 )
 
