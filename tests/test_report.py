@@ -29,6 +29,7 @@ from open_r1.report.statistics import (
     first_and_last_tenth,
     group_accuracy,
     moving_average,
+    pass_rates,
     quartiles,
     reflection_statistics,
 )
@@ -110,6 +111,12 @@ def test_statistics_of_a_tiny_run(tiny):
     assert by_step(steps, tiny.rows["length"].astype(float)).values.tolist() == [25, 150]
     assert by_step(steps, tiny.rows["length"].astype(float), quartiles).values.tolist() == [[17.5, 32.5], [125, 175]]
     assert by_step(steps, (~tiny.rows["ended"]).astype(float)).values.tolist() == [0.25, 0]
+
+
+def test_pass_rates_are_those_of_groups(tiny):
+    early, late = pass_rates(tiny).items()
+    assert (early[0], early[1].tolist()) == ("to step 1", [0, 0, 1, 0, 0])
+    assert (late[0], late[1].tolist()) == ("from step 3", [0, 0, 0, 0, 1])
 
 
 def test_reflections_are_counted(tiny):
@@ -202,6 +209,7 @@ def test_a_finished_run(tmp_path):
         "Reward spread and groups without signal",
         "Seconds a step",
         "Gradient norm",
+        "Pass rates of prompts",
     ]
     assert len(page.completions()) == 32 and len(page.completions("eval")) == 12
     assert all(image["source"].startswith("data:image/png;base64,") for image in page.data["images"])

@@ -44,6 +44,7 @@ CONTINUED = (
     *("options_column", "chat_template", "chat_template_kwargs", "max_prompt_length", "max_pixels", "min_pixels"),
     *("reward_funcs", "reward_weights", "num_generations", "examples_per_step", "max_completion_length"),
     *("temperature", "top_p", "top_k", "beta", "epsilon", "loss_type", "scale_rewards", "num_iterations"),
+    *("min_signal_groups", "max_refills", "skip_solved", "skip_hopeless", "rescale_by_signal"),
     *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "seed"),
 )
 

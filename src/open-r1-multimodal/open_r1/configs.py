@@ -97,7 +97,49 @@ class GRPOScriptArguments(FreezeArguments, DataArguments):
 
 
 @dataclass
-class Qwen2VLGRPOConfig(GRPOConfig):
+class SignalArguments:
+    """Which prompts are asked, by what their groups earn: one whose completions all earn the same teaches nothing."""
+
+    min_signal_groups: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of a rollout's groups whose completions must earn different rewards. While it is missed, as "
+            "many new prompts are sampled, and their groups with signal replace those without; the step keeps its "
+            "number of completions. DAPO asks for all, GPG for 0.4. 0 takes every group as it comes."
+        },
+    )
+    max_refills: int = field(
+        default=3,
+        metadata={"help": "How often a rollout is refilled at most for min_signal_groups; then it is used as it is."},
+    )
+    skip_solved: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability that a prompt whose completions so far all succeeded (first reward above 0.5) is "
+            "passed over for another. 1 never asks it again."
+        },
+    )
+    skip_hopeless: float = field(
+        default=0.0,
+        metadata={"help": "The same for a prompt none of whose completions succeeded so far. 1 never asks it again."},
+    )
+    rescale_by_signal: bool = field(
+        default=False,
+        metadata={
+            "help": "Multiply advantages by groups / groups with signal of a rollout, so that those without do not "
+            "shrink the step (the alpha of GPG). Trajectories hold advantages before that."
+        },
+    )
+
+    @property
+    def signal_settings(self) -> list[str]:
+        """Those that change something; max_refills alone does not."""
+        names = ("min_signal_groups", "skip_solved", "skip_hopeless", "rescale_by_signal")
+        return [name for name in names if getattr(self, name)]
+
+
+@dataclass
+class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
     """TRL's `GRPOConfig` and what this trainer adds to it."""
 
     completions_per_step: int | None = field(
@@ -176,8 +218,33 @@ def need_vllm(option: str) -> None:
         )
 
 
-def check_settings(args: GRPOConfig, shared_prefix: bool) -> None:
+def check_signal(args: GRPOConfig, shared_prefix: bool, streams: bool) -> None:
+    """See that the settings of `SignalArguments` can do what they say; raises as `check_settings` does."""
+    settings = args.signal_settings if isinstance(args, SignalArguments) else []
+    if not settings:
+        return
+    name, batch = settings[0], args.per_device_train_batch_size * args.steps_per_generation
+    if not shared_prefix:
+        raise ValueError(f"{name}: needs the shared prefix; leave it out, or add --shared_prefix true")
+    if streams:
+        raise ValueError(f"{name}: prompts are drawn by their number, which a train_dataset that streams has not")
+    if args.remove_unused_columns:
+        raise ValueError(f"{name}: the number of a row is a column; remove_unused_columns: false keeps it")
+    if batch % args.num_generations:
+        raise ValueError(
+            f"{name}: groups are exchanged within a process, and its rollout of {batch} completions "
+            f"(per_device_train_batch_size x accumulation) does not hold whole ones of num_generations "
+            f"{args.num_generations}"
+        )
+
+
+def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False) -> None:
     """See that settings go with each other, and with what is installed.
+
+    Args:
+        args: of the run.
+        shared_prefix: whether it shares prefixes.
+        streams: whether its training set has no length and no rows to pick.
 
     Raises:
         ValueError: for settings that the shared prefix does not go with, or that need it.
@@ -190,6 +257,7 @@ def check_settings(args: GRPOConfig, shared_prefix: bool) -> None:
         )
     if args.use_vllm:
         need_vllm("use_vllm")
+    check_signal(args, shared_prefix, streams)
     if shared_prefix and args.torch_compile:
         raise ValueError(
             "torch_compile: the shared prefix packs a row of another shape for every micro-batch, which would be "

@@ -53,6 +53,7 @@ LIMITS: dict[str, Limit] = {
             *("num_generations_eval", "max_completion_length", "max_prompt_length", "max_length"),
             *("eval_accumulation_steps", "dataloader_prefetch_factor", "torch_empty_cache_steps", "ddp_timeout"),
             *("lora_r", "lora_alpha", "ref_model_sync_steps", "vllm_max_model_length", "vllm_tensor_parallel_size"),
+            "max_refills",
         ),
         COUNT,
     ),
@@ -72,7 +73,13 @@ LIMITS: dict[str, Limit] = {
         ),
         POSITIVE,
     ),
-    **dict.fromkeys(("min_p", "label_smoothing_factor", "ref_model_mixup_alpha", "top_entropy_quantile"), SHARE),
+    **dict.fromkeys(
+        (
+            *("min_p", "label_smoothing_factor", "ref_model_mixup_alpha", "top_entropy_quantile"),
+            *("min_signal_groups", "skip_solved", "skip_hopeless"),
+        ),
+        SHARE,
+    ),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), BELOW_ONE),
     **dict.fromkeys(("top_p", "vllm_gpu_memory_utilization"), Limit(low=0, high=1, open_low=True)),
     **dict.fromkeys(("seed", "data_seed"), SEED),

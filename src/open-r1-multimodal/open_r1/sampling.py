@@ -1,11 +1,27 @@
-"""In what order prompts are asked, and how a rollout's groups are shuffled into micro-batches."""
+"""In what order prompts are asked, how groups are shuffled, and by which ones those without signal are replaced.
 
+A group whose completions all earn the same teaches nothing. DAPO (arXiv 2503.14476) and GPG (arXiv 2504.02546) sample
+on until enough groups of a batch do: here a rollout is one or more passes of as many prompts, merged into one of the
+size of the first. What is asked follows from the seed, the step, the pass and the pass rates alone, so that every
+process, and a resumed run, finds it by itself.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, pad
 
+from open_r1.fields import COUNT, Check, are, check, is_count
+from open_r1.files import read_json, replace_file, to_json, whole_lines
 from open_r1.shared_prefix import rows_by_prompt
+
+PASS_RATES = "pass_rates.json"  # in a run's folder
 
 
 class EpochSampler(RepeatSampler):
@@ -35,3 +51,147 @@ def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
         return [values[row] for row in order]
 
     return {name: reorder(values) for name, values in batch.items()}
+
+
+# --- groups with signal ---------------------------------------------------------------------------------------
+
+
+def find_signal(advantages: torch.Tensor, rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Which groups teach something: the advantages of their completions differ.
+
+    Args:
+        advantages: (B,) of whole groups.
+        rewards: (B, functions); a completion for which all are NaN has no part in it.
+
+    Returns:
+        (B / group_size,) bool.
+    """
+    unknown = rewards.isnan().all(dim=1).view(-1, group_size)  # (groups, G)
+    groups = advantages.view(-1, group_size)  # (groups, G)
+    lowest = groups.masked_fill(unknown, torch.inf).amin(dim=1)
+    highest = groups.masked_fill(unknown, -torch.inf).amax(dim=1)
+    return highest > lowest
+
+
+def find_swaps(has_signal: Sequence[bool], refill_has_signal: Sequence[bool]) -> dict[int, int]:
+    """Group without signal -> group of the refill that takes its place, as far as those with signal go."""
+    empty = [group for group, has_one in enumerate(has_signal) if not has_one]
+    full = [group for group, has_one in enumerate(refill_has_signal) if has_one]
+    return dict(zip(empty, full, strict=False))
+
+
+def merge_rollouts(
+    rollout: Mapping[str, Any], refill: Mapping[str, Any], swaps: Mapping[int, int], group_size: int, pad_id: int
+) -> dict[str, Any]:
+    """A rollout with some groups of a refill in place of its own; the others stay where they are.
+
+    Args:
+        rollout, refill: the same entries: lists and tensors (B, ...), padded to a width of their own, those named
+            `prompt_...` on the left and others on the right; a tensor (), which stays that of the rollout.
+        swaps: group of the rollout -> group of the refill.
+        group_size: rows of a group.
+        pad_id: what pads token ids; the rest is padded with 0.
+    """
+    rows = len(rollout["advantages"])
+    groups = range(rows // group_size)
+    picked = [(refill, swaps[group]) if group in swaps else (rollout, group) for group in groups]
+
+    def merge(name: str) -> Any:
+        if isinstance(rollout[name], torch.Tensor) and not rollout[name].ndim:
+            return rollout[name]
+        values = [source[name][group * group_size + k] for source, group in picked for k in range(group_size)]
+        if not isinstance(rollout[name], torch.Tensor):
+            return values
+        if not values[0].ndim:
+            return torch.stack(values)  # (B,)
+        side = "left" if name.startswith("prompt_") else "right"
+        return pad(values, pad_id if name.endswith("_ids") else 0, side)  # (B, width of the widest)
+
+    return {name: merge(name) for name in rollout}
+
+
+# --- which prompts --------------------------------------------------------------------------------------------
+
+
+def replace_prompts(
+    rows: Sequence[int], chance: Callable[[int], float], taken: Set[int], size: int, draw: random.Random
+) -> list[int]:
+    """Prompts, some of which are passed over for a fresh one that never is; one for which there is none left stays.
+
+    Args:
+        rows: of the training set, one a prompt.
+        chance: the probability that a row is passed over.
+        taken: rows that are not fresh.
+        size: of the training set.
+        draw: where chance comes from.
+    """
+    passed = [draw.random() < chance(row) for row in rows]
+    if not any(passed):
+        return list(rows)
+    fresh = (row for row in draw.sample(range(size), size) if row not in taken and not chance(row))
+    return [next(fresh, row) if is_passed else row for row, is_passed in zip(rows, passed, strict=True)]
+
+
+def draw_prompts(
+    count: int, chance: Callable[[int], float], taken: Set[int], size: int, draw: random.Random
+) -> list[int]:
+    """As many fresh prompts, those of a kind that is passed over replaced; see `replace_prompts`.
+
+    Where fewer are left, some of those that were taken come again.
+    """
+    rows = sorted(draw.sample(range(size), size), key=taken.__contains__)[:count]
+    return replace_prompts(rows, chance, {*taken, *rows}, size, draw)
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        row.isdecimal() and are(is_count)(n) and len(n) == 2 for row, n in value.items()
+    )
+
+
+@dataclass
+class PassRates:
+    """How often each prompt was solved.
+
+    Attributes:
+        counts: row of the training set -> [completions that succeeded, completions that were judged].
+        step: the newest that was counted.
+    """
+
+    counts: dict[int, list[int]] = field(default_factory=dict)
+    step: int = 0
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Count completions: rows of `trajectories`. One succeeds if its first reward is above 0.5."""
+        for row in rows:
+            reward = next(iter(row["rewards"].values()), None)
+            if reward is not None and row.get("row") is not None:
+                succeeded, judged = self.counts.get(row["row"], (0, 0))
+                self.counts[row["row"]] = [succeeded + (reward > 0.5), judged + 1]
+                self.step = max(self.step, row["step"])
+
+    def chance(self, row: int, skip_solved: float, skip_hopeless: float) -> float:
+        """The probability that a prompt is passed over: the first if all its completions succeeded, or if none did."""
+        succeeded, judged = self.counts.get(row, (0, 0))
+        if not judged or 0 < succeeded < judged:
+            return 0.0
+        return skip_solved if succeeded else skip_hopeless
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write them into a run's folder as those after a step; not if they count a later one."""
+        if self.step <= step:
+            replace_file(folder / PASS_RATES, to_json({"step": step, "counts": self.counts}))
+
+    @classmethod
+    def of_run(cls, folder: Path, step: int) -> "PassRates":
+        """Those of a run after a step: as it saved them then, or else counted from its trajectories."""
+        with suppress(OSError, ValueError):  # none, or damaged: the trajectories say the same
+            counts = Check(_are_counts, "two counts by row")
+            saved = check(read_json(folder / PASS_RATES), {"step": COUNT, "counts": counts}, {}, PASS_RATES)
+            if saved["step"] == step:
+                return cls({int(row): count for row, count in saved["counts"].items()}, step)
+        rates, path = cls(), folder / "trajectories/train.jsonl"
+        if path.exists():
+            with path.open("rb") as file:
+                rates.add(row for row in map(json.loads, whole_lines(file)) if row["step"] <= step)
+        return rates

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import sys
 import time
 from collections import Counter
@@ -38,7 +39,7 @@ from trl.trainer.utils import get_config_model_id, split_tensor_dict
 from open_r1 import agreement
 from open_r1.backends import Backend, TransformersBackend
 from open_r1.checkpoints import LoadWeightsMixin
-from open_r1.configs import Qwen2VLGRPOConfig, check_settings
+from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_settings
 from open_r1.data import most_broken
 from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
@@ -46,6 +47,7 @@ from open_r1.finite import FiniteMixin
 from open_r1.front_door import Mistake, printable
 from open_r1.heldout import held_out_figures
 from open_r1.images import BrokenImage, ImageSource, image_name, open_image
+from open_r1.machines import decide_once
 from open_r1.modeling import (
     accept_missing_images,
     check_model_files,
@@ -55,7 +57,16 @@ from open_r1.modeling import (
 )
 from open_r1.reflection import analyse, reflection_shares
 from open_r1.rewards import completion_text
-from open_r1.sampling import EpochSampler, shuffle_groups
+from open_r1.sampling import (
+    EpochSampler,
+    PassRates,
+    draw_prompts,
+    find_signal,
+    find_swaps,
+    merge_rollouts,
+    replace_prompts,
+    shuffle_groups,
+)
 from open_r1.shared_prefix import Prompt, enable_grouping, encode_prompt, images_of, pack
 from open_r1.trackers import LogRollouts
 from open_r1.trajectories import Completion
@@ -63,6 +74,7 @@ from open_r1.vllm_backends import TrainerVLLMBackend, banned, engine_dtype, engi
 
 TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's metrics, never logged
 PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
+ROW = "training_row"  # the column with a row's number, where prompts are drawn by it
 
 
 def row_images(row: dict[str, Any]) -> list[ImageSource]:
@@ -138,6 +150,23 @@ class ContinueRollouts(TrainerCallback):
                 print(f"{path}: dropped {dropped} lines after step {state.global_step}, which this run repeats")
 
 
+class RememberPassRates(TrainerCallback):
+    """Start a run, resumed or not, with the pass rates of its step; leave them beside checkpoints and at the end."""
+
+    def __init__(self, trainer: "Qwen2VLGRPOTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        folder = Path(args.output_dir)
+        self.trainer.pass_rates = decide_once(lambda: PassRates.of_run(folder, state.global_step))
+
+    def on_save(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if state.is_world_process_zero:
+            self.trainer.pass_rates.save(Path(args.output_dir), state.global_step)
+
+    on_train_end = on_save
+
+
 class CheckEngine(TrainerCallback):
     """Before the first step, resumed or not, see that an engine beside the policy samples from it."""
 
@@ -170,10 +199,12 @@ class Rollout:
         prompts: encoded once each, where the prefix is shared.
         completions, ids: what was sampled, as reward functions get it.
         rewards: of each row one a function; NaN for none.
+        refill: which pass it is of those that make one generation step.
     """
 
     rows: list[dict[str, Any]]
     is_broken: list[bool]
+    refill: int = 0
     given: list[dict[str, Any]] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
     completions: list[Any] = field(default_factory=list)
@@ -196,6 +227,8 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
       `data.most_broken`;
     - a loss or gradient that is no number ends it before the weights are spoiled (`open_r1.finite`);
     - the figures of an evaluation are over its questions, each once (`open_r1.heldout`);
+    - groups without signal can be replaced by others, and prompts that never or always succeed be asked less
+      (`SignalArguments` of `open_r1.configs`);
     - every completion goes to `{output_dir}/trajectories/{train,eval}.jsonl`, and a few are shown where the run
       reports to;
     - the log says how many completions reflect, and how many correct themselves (`open_r1.reflection`).
@@ -222,7 +255,10 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         if args is None:
             args = Qwen2VLGRPOConfig(f"{name.split('/')[-1]}-GRPO")
         shared_prefix = getattr(args, "shared_prefix", True)
-        check_settings(args, shared_prefix)
+        check_settings(args, shared_prefix, streams=isinstance(train_dataset, IterableDataset))
+        self.signal = args if isinstance(args, SignalArguments) else SignalArguments()
+        if self.signal.signal_settings and isinstance(train_dataset, Dataset):
+            train_dataset = train_dataset.add_column(ROW, list(range(len(train_dataset))))
         revision = (args.model_init_kwargs or {}).get("revision") or "main"
         if isinstance(model, str):
             check_model_files(model, revision)
@@ -249,6 +285,9 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         self.reward_func_names = told_apart(self.reward_func_names)
         # Tool calls put images and foreign tokens into completions; they stay on TRL's path.
         self.shared_prefix = shared_prefix and self._is_vlm and not (self.tools or self.rollout_func)
+        if self.signal.signal_settings and not self.shared_prefix:
+            name = self.signal.signal_settings[0]
+            raise ValueError(f"{name}: needs the shared prefix, which tools and a rollout_func do without")
         encodes_once = self.shared_prefix and not self.use_vllm and not self.family.trains_vision(plain)
         if self.shared_prefix:
             self.backend = self.make_backend(keep_features=encodes_once)
@@ -260,6 +299,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         self._rollout_seconds = 0.0  # of the optimiser step under way
         self.trajectory_dir = Path(args.output_dir) / "trajectories"
         self.last_rollout: list[dict[str, Any]] = []  # trajectory rows of all processes, the newest in training
+        self.pass_rates = PassRates()  # equal in all processes
         self._is_blind = False  # whether the evaluation under way shows no images
         self._held_out: list[dict[str, Any]] = []  # trajectory rows of the evaluation under way
         self._held_out_left = math.inf  # how many it has still to see
@@ -267,6 +307,8 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         prompts = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 0
         self._most_broken = most_broken(prompts)
         self.add_callback(ContinueRollouts(self))
+        if self.signal.signal_settings:
+            self.add_callback(RememberPassRates(self))
         if self.use_vllm and self.shared_prefix:
             self.add_callback(CheckEngine(self))
         self.add_callback(LogRollouts(self))
@@ -295,10 +337,10 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
 
     # The one place that sees a rollout's prompts, completions, rewards and advantages together. TRL has no public
     # hook there; tests/test_trainer.py fails when its contract changes.
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]], refill: int = 0) -> dict[str, Any]:
         if self._is_blind:
             inputs = [without_images(row) for row in inputs]
-        rollout = self._rollout = Rollout(inputs, [False] * len(inputs))
+        rollout = self._rollout = Rollout(inputs, [False] * len(inputs), refill)
         if self.shared_prefix:
             # The images go inside the prompts, as they are: rows without an `images` column keep TRL from
             # preprocessing every image again for every completion. Neighbours share one prompt, which is copied once.
@@ -492,9 +534,64 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            batch = shuffle_groups(self._generate_and_score_completions(generation_batch))
+            sample = self._sample_groups if self.signal.signal_settings else self._generate_and_score_completions
+            batch = shuffle_groups(sample(generation_batch))
             self._buffered_inputs = split_tensor_dict(batch, steps)
         return self._buffered_inputs[self._step % steps]
+
+    # ---- Groups with signal
+
+    def _sample_groups(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """A rollout of this process, of several passes if need be; see `open_r1.sampling`.
+
+        All processes decide by the same numbers: each runs as many passes as the others.
+        """
+        signal, metrics, total = self.signal, self._metrics["train"], len(self.train_dataset)
+        chance = partial(self.pass_rates.chance, skip_solved=signal.skip_solved, skip_hopeless=signal.skip_hopeless)
+        asked = gather_object([row[ROW] for row in inputs[:: self.num_generations]])  # of the batch, a row a group
+        starts = {name: len(metrics.get(name, ())) for name in ("time/rollout", "time/scoring")}
+
+        def draw(refill: int) -> random.Random:
+            return random.Random(f"{self.args.seed}/{self.state.global_step}/{refill}")
+
+        rows = replace_prompts(asked, chance, set(asked), total, draw(0))
+        batch, has_signal = self._sample_pass(inputs if rows == asked else self._own_rows(rows), 0)
+        asked = {*asked, *rows}
+        for refill in range(signal.max_refills + 1):
+            found = self.accelerator.gather(has_signal)  # (groups of all processes,)
+            with_signal = found.sum().item()
+            if refill == signal.max_refills or with_signal / len(found) >= signal.min_signal_groups:
+                break
+            rows = draw_prompts(len(rows), chance, asked, total, draw(refill + 1))
+            other, other_has_signal = self._sample_pass(self._own_rows(rows), refill + 1)
+            swaps = find_swaps(has_signal.tolist(), other_has_signal.tolist())
+            batch = merge_rollouts(batch, other, swaps, self.num_generations, self._tokenizer.pad_token_id)
+            has_signal[list(swaps)] = True
+            asked.update(rows)
+        batch["num_items_in_batch"] = self.accelerator.gather(batch["completion_mask"].sum()).sum()
+        if signal.rescale_by_signal:
+            batch["advantages"] = batch["advantages"] * (len(found) / max(with_signal, 1))
+        metrics["signal/refills"].append(refill)
+        metrics["signal/wasted"].append(((refill + 1) * len(found) - with_signal) * self.num_generations)
+        metrics["signal/share"].append(with_signal / len(found))
+        for name, start in starts.items():  # a rollout's seconds are those of all its passes
+            if passes := metrics.get(name, [])[start:]:
+                metrics[name][start:] = [sum(passes)]
+        return batch
+
+    def _sample_pass(self, inputs: list[dict[str, Any]], refill: int) -> tuple[dict[str, Any], torch.Tensor]:
+        """A pass of this process, and which of its groups have signal (groups,)."""
+        batch = self._generate_and_score_completions(inputs, refill)
+        advantages = batch["advantages"]
+        rewards = torch.tensor(self._rollout.rewards, device=advantages.device)  # (B, functions)
+        return batch, find_signal(advantages, rewards, self.num_generations)
+
+    def _own_rows(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """What this process asks of a pass: its slice of the training set's rows, each once a completion."""
+        groups = len(numbers) // self.accelerator.num_processes
+        start = self.accelerator.process_index * groups
+        rows = [self.train_dataset[number] for number in numbers[start : start + groups]]
+        return [dict(row) for row in rows for _ in range(self.num_generations)]
 
     # ---- What is logged and left behind
 
@@ -602,13 +699,17 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
                 reflections=reflection.spans,
                 considered=reflection.considered,
                 self_corrected=reflection.self_corrected,
+                row=row.get(ROW),
+                refill=rollout.refill,
             )
             rows.append(record.to_row())
         first = self.accelerator.process_index * len(rows)
         rows = gather_object(rows)
         if mode == "train":
-            start = 0
-            self.last_rollout = rows
+            earlier = self.last_rollout if rollout.refill else []
+            start = len(earlier)
+            self.last_rollout = earlier + rows
+            self.pass_rates.add(rows)
             groups = [rows[i : i + self.num_generations] for i in range(0, len(rows), self.num_generations)]
             identical = sum(len({row["completion"] for row in group}) == 1 for group in groups) / len(groups)
             self._metrics[mode]["completions/identical_groups"].append(identical)

@@ -9,6 +9,8 @@ from typing import Annotated, Any, get_type_hints
 
 from open_r1.fields import FLAG, TEXT, Check, Fields, are, is_count, is_number, is_text, maybe
 
+CHOOSING = ("row", "refill")
+
 
 def _are_rewards(value: Any) -> bool:
     return isinstance(value, dict) and all(reward is None or is_number(reward) for reward in value.values())
@@ -36,10 +38,12 @@ class Completion:
     considered: Annotated[str | None, maybe(TEXT)] = None
     self_corrected: Annotated[bool, FLAG] = False
     group: Annotated[int, Check(is_count, "a number")] = 0  # of one prompt's completions; counts anew in every rollout
+    row: Annotated[int | None, maybe(Check(is_count, "a number"))] = None  # of the prompt in the training set
+    refill: Annotated[int, Check(is_count, "a number")] = 0  # which pass of a rollout sampled it, see open_r1.sampling
 
     def to_row(self) -> dict[str, Any]:
-        """As a line of a file holds it."""
-        return dict(vars(self))
+        """As a line of a file holds it; the last two fields are those of a run that chooses its prompts."""
+        return {name: value for name, value in vars(self).items() if self.row is not None or name not in CHOOSING}
 
 
 _HINTS = get_type_hints(Completion, include_extras=True)

@@ -1,13 +1,13 @@
 """A run -> its curves: which there are and what each one shows; not how they are drawn. No torch."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from open_r1.report.runs import ACCURACY, FORMAT, Run, Series, Trajectories
-from open_r1.report.statistics import by_step, group_accuracy, quartiles
+from open_r1.report.statistics import PASS_RATES, by_step, group_accuracy, pass_rates, quartiles
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,18 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """Shares, as bars side by side in every bin: label -> (bins,). `name` is its id in the page."""
+
+    name: str
+    title: str
+    bins: Sequence[str]
+    shares: Mapping[str, np.ndarray]
+    axes: tuple[str, str]
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Curves:
     """What there is to draw of a run.
 
@@ -54,6 +66,7 @@ class Curves:
         reflection, success: below it, shares of the completions and of their self-corrections.
         charts: the others.
         missing: titles without data.
+        histograms: what is not drawn against steps.
     """
 
     accuracy: list[Line]
@@ -62,6 +75,7 @@ class Curves:
     success: list[Line]
     charts: list[Chart]
     missing: list[str]
+    histograms: Sequence[Histogram] = ()
 
 
 def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
@@ -133,7 +147,14 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
             "Reward spread and groups without signal",
             [
                 Panel("std of rewards", [Line("std of rewards", run.series("reward_std"))]),
-                Panel("no signal", [Line("groups without signal", run.series("frac_reward_zero_std"))], True),
+                Panel(
+                    "of groups",
+                    [
+                        Line("groups without signal", run.series("frac_reward_zero_std")),
+                        Line("with signal, after refills", run.series("signal/share")),
+                    ],
+                    True,
+                ),
             ],
             "A group whose completions all earn the same reward teaches nothing.",
         ),
@@ -141,7 +162,20 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
         Chart("gradient", "Gradient norm", [Panel("norm", [Line("gradient norm", run.series("grad_norm"))])]),
     ]
     accuracies = [accuracy, Line("held-out accuracy", held_out_line.points, marked=True)]
-    return _with_data([accuracies, [Line("completion length", lengths)], reflections, corrections], charts)
+    curves = _with_data([accuracies, [Line("completion length", lengths)], reflections, corrections], charts)
+    return replace(curves, histograms=[pass_rate_histogram(train)] if train.rewards else [])
+
+
+def pass_rate_histogram(train: Trajectories) -> Histogram:
+    """How hard the prompts are for the model, when training starts and when it ends."""
+    return Histogram(
+        "pass-rates",
+        "Pass rates of prompts",
+        PASS_RATES,
+        pass_rates(train),
+        ("completions of a prompt that succeed", "of prompts"),
+        "A completion succeeds when its first reward is above 0.5. Every sampled group counts, replaced ones too.",
+    )
 
 
 def is_sft(run: Run, train: Trajectories) -> bool:

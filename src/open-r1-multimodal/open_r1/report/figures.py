@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LinearLocator, MaxNLocator
 
 from open_r1.files import replacing
-from open_r1.report.curves import Chart, Curves, Line, Panel
+from open_r1.report.curves import Chart, Curves, Histogram, Line, Panel
 from open_r1.report.statistics import moving_average
 
 MAX_POINTS = 600  # of a curve; more cannot be told apart
@@ -89,6 +89,26 @@ def chart_svg(chart: Chart) -> Markup:
         _label_steps(rows[-1])
         text = "; ".join(describe(line, panel.percent) for panel in chart.panels for line in panel.lines)
         return _inline(figure, chart.name, f"{chart.title}. {text}.")
+
+
+def histogram_svg(histogram: Histogram) -> Markup:
+    """A histogram for the page."""
+    with rc_context(_rc(histogram.name)):
+        figure = Figure(CARD, layout="constrained")
+        axes, places, width = figure.subplots(), np.arange(len(histogram.bins)), 0.8 / len(histogram.shares)
+        for at, shares in enumerate(histogram.shares.values()):
+            left = places - 0.4 + at * width
+            axes.bar(left, shares, width, align="edge", color=PAGE.curves[at % len(PAGE.curves)], alpha=0.75)
+        _frame(axes, histogram.axes[1], PAGE, parts=4)
+        _as_shares(axes)
+        axes.set_xticks(places, histogram.bins)
+        axes.set_xlabel(histogram.axes[0])
+        text = [
+            f"{label}: "
+            + ", ".join(f"{name} {100 * share:.1f} %" for name, share in zip(histogram.bins, shares, strict=True))
+            for label, shares in histogram.shares.items()
+        ]
+        return _inline(figure, histogram.name, f"{histogram.title}. {'; '.join(text)}.")
 
 
 def accuracy_length_title(curves: Curves) -> str:
@@ -180,23 +200,32 @@ def _draw_panel(axes: Axes, panel: Panel, theme: Theme, number: int, parts: int)
     else:
         for at, line in enumerate(panel.lines, start=number):
             _draw_line(axes, line, theme.curves[at % len(theme.curves)], DASHES[at % len(DASHES)])
-    axes.set_ylabel(panel.label, color=theme.ink)
+    _frame(axes, panel.label, theme, parts)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if panel.percent:
+        _as_shares(axes)
+    if panel.percent and not panel.rare:
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_locator(LinearLocator(parts + 1))
+        for drawn in axes.lines:  # a curve along the edge is drawn in its full width
+            drawn.set_clip_on(False)
+
+
+def _frame(axes: Axes, label: str, theme: Theme, parts: int) -> None:
+    """Grid, spines and ticks in the theme's colours, with about `parts` intervals between the ticks on the left."""
+    axes.set_ylabel(label, color=theme.ink)
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(theme.grid)
     axes.tick_params(colors=theme.ink, length=0, pad=5)
     axes.xaxis.label.set_color(theme.ink)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(parts))
-    if panel.percent:
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
-        axes.set_ylim(bottom=0)
-    if panel.percent and not panel.rare:
-        axes.set_ylim(0, 1)
-        axes.yaxis.set_major_locator(LinearLocator(parts + 1))
-        for drawn in axes.lines:  # a curve along the edge is drawn in its full width
-            drawn.set_clip_on(False)
+
+
+def _as_shares(axes: Axes) -> None:
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+    axes.set_ylim(bottom=0)
 
 
 def _label_steps(axes: Axes) -> None:

@@ -112,6 +112,7 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
         accuracy_length_title=figures.accuracy_length_title(curves),
         accuracy_length_legend=figures.accuracy_length_legend(curves),
         charts=[(chart, figures.legend(chart), figures.chart_svg(chart)) for chart in curves.charts],
+        histograms=[(each, list(enumerate(each.shares)), figures.histogram_svg(each)) for each in curves.histograms],
         missing=curves.missing,
         warnings=[(step, visible(guard), visible(sentence)) for step, guard, sentence in run.warnings],
         reflections=[

@@ -49,6 +49,35 @@ def first_and_last_tenth(values: np.ndarray) -> tuple[float, float] | None:
     return float(values[:tenth].mean()), float(values[-tenth:].mean())
 
 
+PASS_RATES = ("none", "under 1/3", "middle", "over 2/3", "all")  # of a group's completions succeed
+
+
+def pass_rates(trajectories: Trajectories) -> dict[str, np.ndarray]:
+    """Shares (5,) of the groups in which so many completions succeed, `PASS_RATES`; by the first reward, above 0.5.
+
+    Args:
+        trajectories: with at least one reward.
+
+    Returns:
+        Those of the first and of the last tenth of the steps, at least one each, by a label.
+    """
+    reward = next(iter(trajectories.rewards.values()))
+    known = ~np.isnan(reward)
+    steps, groups = trajectories.rows["step"][known], trajectories.rows["group"][known]
+    seen = np.unique(steps)
+    tenth = -(-len(seen) // 10)
+
+    def shares(chosen: np.ndarray) -> np.ndarray:
+        rates = by_step(groups[chosen], (reward[known][chosen] > 0.5).astype(float)).values
+        kinds = np.digitize(rates, (1e-9, 1 / 3 - 1e-9, 2 / 3 + 1e-9, 1 - 1e-9))
+        return np.bincount(kinds, minlength=len(PASS_RATES)) / len(rates)
+
+    return {
+        f"to step {seen[tenth - 1]}": shares(steps <= seen[tenth - 1]),
+        f"from step {seen[-tenth]}": shares(steps >= seen[-tenth]),
+    }
+
+
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     """(n,) centred means over `window` (odd) values, over fewer at the ends."""
 

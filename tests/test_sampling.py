@@ -1,0 +1,379 @@
+"""Groups without signal give way to others, and which prompts are asked follows from seed, step and pass rates."""
+
+import json
+import random
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from open_r1 import grpo
+from open_r1.configs import check_settings
+from open_r1.prompts import REPO_ROOT
+from open_r1.recipes import PLANNED_PROCESSES, read_recipe
+from open_r1.sampling import (
+    PASS_RATES,
+    PassRates,
+    draw_prompts,
+    find_signal,
+    find_swaps,
+    merge_rollouts,
+    replace_prompts,
+)
+from open_r1.trainer import ROW, Qwen2VLGRPOTrainer
+from support import launch_env, load_weights, make_config, read_jsonl
+
+NAN = float("nan")
+
+
+def questions(count: int) -> Dataset:
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": f"Is it {row}?"}] for row in range(count)]})
+
+
+def one_in_four(completions, training_row, **kwargs):
+    """Every fourth prompt divides its completions; of the others a third always succeeds, the rest never."""
+    return [float(k % 2 if row % 4 == 0 else row % 4 == 1) for k, row in enumerate(training_row)]
+
+
+def never(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+def make_trainer(model: Path, output: Path, reward=one_in_four, rows: int = 16, **changes) -> Qwen2VLGRPOTrainer:
+    """Four prompts x two completions a step."""
+    settings = {"num_generations": 2, "max_completion_length": 6, "min_signal_groups": 0.5, **changes}
+    return Qwen2VLGRPOTrainer(str(model), reward, make_config(output, **settings), train_dataset=questions(rows))
+
+
+def logged(trainer: Qwen2VLGRPOTrainer, name: str) -> list[float]:
+    return [event[f"signal/{name}"] for event in trainer.state.log_history if f"signal/{name}" in event]
+
+
+def asked(rows: list[dict]) -> dict[int, list[int]]:
+    """Step -> the training rows of its groups, in the order of its passes."""
+    steps: dict[int, dict[int, int]] = {}
+    for row in rows:
+        steps.setdefault(row["step"], {})[row["group"]] = row["row"]
+    return {step: list(groups.values()) for step, groups in steps.items()}
+
+
+# --- the pure part --------------------------------------------------------------------------------------------
+
+
+def test_a_group_has_signal_when_its_known_rewards_differ():
+    rewards = [[1, NAN], [0, NAN], [1, 1], [1, 1], [NAN, NAN], [NAN, NAN], [1, 0], [NAN, NAN]]
+    # the last two: one completion of a group without a reward is no difference to the other
+    advantages = torch.tensor([0.7, -0.7, 1e-4, 1e-4, 0, 0, 1e-4, 0])
+    assert find_signal(advantages, torch.tensor(rewards), 2).tolist() == [True, False, False, False]
+
+
+def test_groups_without_signal_give_way_in_order():
+    assert find_swaps([False, True, False, False], [True, False, True, False]) == {0: 0, 2: 2}
+    assert find_swaps([True, True], [True, True]) == {} == find_swaps([False, False], [False, False])
+
+
+def test_a_merged_rollout_keeps_its_rows_and_widens():
+    def rollout(first: int, prompt_width: int, width: int) -> dict:
+        ids = torch.arange(first, first + 4).unsqueeze(1)
+        return {
+            "prompts": [f"prompt {(first + k) // 2}" for k in range(4)],
+            "prompt_ids": ids.expand(4, prompt_width),
+            "prompt_mask": torch.ones(4, prompt_width, dtype=torch.long),
+            "completion_ids": ids.expand(4, width),
+            "completion_mask": torch.ones(4, width, dtype=torch.long),
+            "ref_per_token_logps": -ids.expand(4, width).float(),
+            "importance_sampling_ratio": ids.float(),  # one a sequence
+            "advantages": ids.squeeze(1).float(),
+            "num_items_in_batch": torch.tensor(4 * width),
+        }
+
+    one, other = rollout(0, 3, 2), rollout(10, 2, 3)
+    merged = merge_rollouts(one, other, {0: 1}, 2, pad_id=99)
+    assert list(merged) == list(one)
+    assert merged["prompts"] == ["prompt 6", "prompt 6", "prompt 1", "prompt 1"]
+    assert merged["advantages"].tolist() == [12, 13, 2, 3]
+    assert merged["importance_sampling_ratio"].tolist() == [[12], [13], [2], [3]]
+    assert merged["prompt_ids"].tolist() == [[99, 12, 12], [99, 13, 13], [2, 2, 2], [3, 3, 3]]
+    assert merged["prompt_mask"].tolist() == [[0, 1, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]]
+    assert merged["completion_ids"].tolist() == [[12, 12, 12], [13, 13, 13], [2, 2, 99], [3, 3, 99]]
+    assert merged["completion_mask"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0]]
+    assert merged["ref_per_token_logps"].tolist() == [[-12] * 3, [-13] * 3, [-2, -2, 0], [-3, -3, 0]]
+    for name, values in merge_rollouts(one, other, {}, 2, pad_id=99).items():
+        assert torch.equal(values, one[name]) if isinstance(values, torch.Tensor) else values == one[name]
+
+
+def test_fresh_prompts_come_first_and_there_are_always_enough():
+    def draw(count, taken, seed="7/0/1"):
+        return draw_prompts(count, lambda row: 0.0, taken, 10, random.Random(seed))
+
+    assert draw(4, {0, 1, 2}) == draw(4, {0, 1, 2}) != draw(4, {0, 1, 2}, seed="7/0/2")
+    assert all(
+        len(set(found)) == 4 and not set(found) & {0, 1, 2} for found in (draw(4, {0, 1, 2}, k) for k in "abcdef")
+    )
+    assert set(draw(5, set(range(7)))[:3]) == {7, 8, 9}
+    assert set(draw(10, set(range(10)))) == set(range(10))
+
+
+def test_prompts_are_passed_over_for_others_that_never_are():
+    chances = {0: 1.0, 1: 1.0, 2: 0.5}
+
+    def replace(rows, taken, size=10, seed=0):
+        return replace_prompts(rows, lambda row: chances.get(row, 0.0), taken, size, random.Random(seed))
+
+    assert replace([3, 4], {3, 4}) == [3, 4]
+    first, second, third = replace([0, 3, 1], {0, 1, 3})
+    assert second == 3 and first != third and {first, third} <= {4, 5, 6, 7, 8, 9}
+    assert replace([0, 1], {0, 1}, size=3) == [0, 1]  # 2 is of the kind itself: nobody is left
+    assert len(set(replace([0, 1], {0, 1}, size=4))) == 2
+    kept = Counter(replace([2], {2}, seed=seed)[0] == 2 for seed in range(1000))
+    assert 400 < kept[True] < 600
+
+
+def test_pass_rates_count_the_first_reward_and_survive_in_a_file(tmp_path):
+    def rows(row, rewards, step=1):
+        return [{"step": step, "row": row, "rewards": {"accuracy": each, "format": 1.0}} for each in rewards]
+
+    rates = PassRates()
+    rates.add([*rows(3, [1.0, 0.0, 0.6]), *rows(4, [1.0, None, 1.0]), *rows(5, [0.5, 0.0]), *rows(6, [None])])
+    rates.add([{"step": 1, "rewards": {"accuracy": 1.0}}])  # of an older run, which did not count rows
+    assert rates.counts == {3: [2, 3], 4: [2, 2], 5: [0, 2]}
+    assert [rates.chance(row, 0.25, 0.75) for row in (3, 4, 5, 6)] == [0.0, 0.25, 0.75, 0.0]
+
+    lines = rows(3, [1.0], step=1) + rows(3, [0.0, 0.0], step=2)
+    (tmp_path / "trajectories").mkdir()
+    (tmp_path / "trajectories/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines) + '{"step": 2')
+    assert PassRates.of_run(tmp_path, 0).counts == {}
+    assert PassRates.of_run(tmp_path, 1).counts == {3: [1, 1]}
+    assert PassRates.of_run(tmp_path, 2).counts == {3: [1, 3]}
+    rates.save(tmp_path, 2)
+    assert PassRates.of_run(tmp_path, 2).counts == rates.counts  # of this step: taken as it is
+    assert PassRates.of_run(tmp_path, 1).counts == {3: [1, 1]}  # of another
+    for damaged in ('{"step": 2}', '{"step": 2, "counts": {"3": [1]}}', '{"step": 2, "counts": {"x": [1, 1]}}', "\0"):
+        (tmp_path / PASS_RATES).write_text(damaged)
+        assert PassRates.of_run(tmp_path, 2).counts == {3: [1, 3]}
+    (tmp_path / PASS_RATES).unlink()
+    rates.add(rows(7, [1.0], step=4))
+    rates.save(tmp_path, 3)  # they say more than step 3 did
+    assert not (tmp_path / PASS_RATES).exists()
+
+
+# --- a run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def refilled(tiny_model, tmp_path_factory):
+    """A run in which a quarter of the prompts have signal, and half of the groups must."""
+    output = tmp_path_factory.mktemp("refilled")
+    trainer = make_trainer(tiny_model, output, max_steps=3, rescale_by_signal=True)
+    scales = []
+    trainer.log = lambda logs, start=None, log=trainer.log: (
+        scales.append([batch["advantages"] for batch in trainer._buffered_inputs]),
+        log(logs, start),
+    )[1]
+    trainer.train()
+    return trainer, read_jsonl(output / "trajectories/train.jsonl"), scales
+
+
+def test_the_asked_share_is_reached(refilled):
+    trainer, rows, _ = refilled
+    shares, refills, wasted = (logged(trainer, name) for name in ("share", "refills", "wasted"))
+    assert len(shares) == 3 and min(shares) >= 0.5 and 0 < max(refills) <= 3
+    for step, share, count, waste in zip((1, 2, 3), shares, refills, wasted, strict=True):
+        of_step = [row for row in rows if row["step"] == step]
+        assert {row["refill"] for row in of_step} == set(range(int(count) + 1))
+        assert len(of_step) == 8 * (count + 1) and waste == len(of_step) - 8 * share
+        groups = asked(of_step)[step]
+        assert len(set(groups)) == len(groups) == 4 * (count + 1)  # none is asked twice
+        assert [row["group"] for row in of_step] == [index // 2 for index in range(len(of_step))]
+    assert trainer.pass_rates.counts.keys() == {row["row"] for row in rows}
+
+
+def test_the_step_learns_from_as_many_completions_and_from_the_right_ones(refilled):
+    trainer, rows, scales = refilled
+    batches = trainer._buffered_inputs
+    assert [len(batch["completion_ids"]) for batch in batches] == [4, 4]
+    share = logged(trainer, "share")[-1]
+    decode = trainer.processing_class.batch_decode
+    known = {(row["prompt"], row["completion"], row["length"]): row for row in rows if row["step"] == 3}
+    tokens, spread = 0, 0
+    for batch in batches:
+        prompts = decode([prompt.input_ids for prompt in batch["prompts"]])
+        ids = [each[mask.bool()] for each, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)]
+        padded = [each[mask.bool()] for each, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
+        assert all(torch.equal(a, b.input_ids) for a, b in zip(padded, batch["prompts"], strict=True))
+        texts = decode(ids, skip_special_tokens=True)
+        for prompt, text, own, advantage in zip(prompts, texts, ids, batch["advantages"].tolist(), strict=True):
+            row = known[prompt, text, len(own)]
+            assert advantage == pytest.approx(row["advantage"] / share)  # GPG's alpha
+            spread += advantage != 0
+        tokens += sum(map(len, ids))
+    assert spread == 8 * share
+    assert batches[0]["num_items_in_batch"].item() == tokens
+    assert all(len(torch.cat(each)) == 8 for each in scales)
+
+
+def test_the_seconds_of_a_step_are_those_of_all_its_passes(refilled):
+    trainer, *_ = refilled
+    for log in trainer.state.log_history[:-1]:
+        parts = [log["time/rollout"], log["time/scoring"], log["time/update"]]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(log["step_time"], rel=1e-6)
+
+
+def test_without_any_signal_it_goes_on(tiny_model, tmp_path):
+    """Three passes of four prompts, and there are eight: the third asks some of them again."""
+    trainer = make_trainer(tiny_model, tmp_path, never, rows=8, max_refills=2, max_steps=2, rescale_by_signal=True)
+    trainer.train()
+    assert logged(trainer, "share") == [0, 0] and logged(trainer, "refills") == [2, 2]
+    assert logged(trainer, "wasted") == [24, 24]
+    assert Counter(row["step"] for row in read_jsonl(tmp_path / "trajectories/train.jsonl")) == {1: 24, 2: 24}
+
+
+def test_what_is_solved_is_passed_over(tiny_model, tmp_path):
+    """Two epochs over eight prompts: in the second, those that are solved give way to others."""
+    trainer = make_trainer(
+        tiny_model, tmp_path, rows=8, max_steps=4, min_signal_groups=0.0, skip_solved=1.0, skip_hopeless=0.0
+    )
+    trainer.train()
+    steps = asked(read_jsonl(tmp_path / "trajectories/train.jsonl"))
+    solved = {1, 5}
+    assert sorted(steps[1] + steps[2]) == list(range(8))
+    assert all(len(set(rows)) == 4 and not set(rows) & solved for rows in (steps[3], steps[4]))
+    assert trainer.pass_rates.counts[1] == [2, 2] and trainer.pass_rates.counts[2][0] == 0
+    assert logged(trainer, "refills") == [0] * 4
+
+
+RESUMED = {
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "skip_solved": 0.5,
+    "skip_hopeless": 0.5,
+    "max_refills": 2,
+    "num_train_epochs": 2,
+}
+
+
+@pytest.mark.parametrize("left", ["later", "none"])
+def test_a_resumed_run_asks_the_same(left, tiny_model, tmp_path):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    make_trainer(tiny_model, whole, rows=12, **RESUMED).train()
+    shutil.copytree(whole, again)  # as if killed after step 4, with the checkpoint of step 2 the newest whole one
+    if left == "none":
+        (again / PASS_RATES).unlink()
+    resumed = make_trainer(tiny_model, again, rows=12, **RESUMED)
+    resumed.train(resume_from_checkpoint=str(again / "checkpoint-2"))
+    rows = read_jsonl(whole / "trajectories/train.jsonl")
+    assert any(row["refill"] for row in rows if row["step"] > 2)  # there was something to ask anew
+    assert read_jsonl(again / "trajectories/train.jsonl") == rows
+    assert (again / PASS_RATES).read_bytes() == (whole / PASS_RATES).read_bytes()
+    one, two = (load_weights(folder / "checkpoint-4") for folder in (whole, again))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- over ranks -----------------------------------------------------------------------------------------------
+
+WORKER = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_sampling import RESUMED, logged, make_trainer
+output, checkpoint = sys.argv[1:]
+trainer = make_trainer({model!r}, output, rows=16, **RESUMED)
+trainer.train(resume_from_checkpoint=checkpoint or None)
+assert [len(batch["completion_ids"]) for batch in trainer._buffered_inputs] == [4, 4]
+assert len(logged(trainer, "share")) == 4
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_two_ranks_run_as_many_passes_and_resume(config, tiny_model, quick_python, tmp_path):
+    """Each exchanges groups among its own four; both decide by all eight, or one would wait for ever."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(tests=str(REPO_ROOT / "tests"), model=str(tiny_model)))
+    path = REPO_ROOT / f"src/open-r1-multimodal/configs/{config}.yaml"
+    launch = [quick_python, "-m", "accelerate.commands.launch", "--config_file", str(path), "--mixed_precision", "no"]
+    launch += ["--num_processes", "2", "--main_process_port", "0", str(script)]
+    env = launch_env(tiny_model, tmp_path, tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    subprocess.run([*launch, str(whole), ""], env=env, check=True, timeout=400)
+    rows = read_jsonl(whole / "trajectories/train.jsonl")
+    for step, groups in asked(rows).items():
+        of_step = [row for row in rows if row["step"] == step]
+        passes = max(row["refill"] for row in of_step) + 1
+        assert len(of_step) == 16 * passes and len(groups) == 8 * passes and len(set(groups[:8])) == 8
+    assert sorted(asked(rows)[1][:16]) == list(range(16))  # half in the first pass, the others in the second
+    assert max(row["refill"] for row in rows) > 0
+    log = json.loads((whole / "checkpoint-4/trainer_state.json").read_text())["log_history"]
+    assert all(event["signal/share"] >= 0.5 or event["signal/refills"] == 2 for event in log)
+    assert any(event["signal/share"] >= 0.5 and event["signal/refills"] > 0 for event in log)
+
+    shutil.copytree(whole, again)
+    subprocess.run([*launch, str(again), str(again / "checkpoint-2")], env=env, check=True, timeout=400)
+    assert asked(read_jsonl(again / "trajectories/train.jsonl")) == asked(rows)
+    assert (again / PASS_RATES).read_bytes() == (whole / PASS_RATES).read_bytes()
+
+
+# --- what is refused ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--min_signal_groups 1.1", "min_signal_groups 1.1: expected a number of at least 0 and at most 1"),
+        ("--min_signal_groups nan", "min_signal_groups nan: "),
+        ("--max_refills 0", "max_refills 0: expected a number of at least 1"),
+        ("--skip_solved -0.1", "skip_solved -0.1: "),
+        ("--skip_hopeless 2", "skip_hopeless 2.0: "),
+    ],
+)
+def test_values_out_of_range_are_one_line(arguments, message, tmp_path):
+    recipe = ["--config", "configs/grpo_sat.yaml", "--dataset_name", "x", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError) as raised:
+        read_recipe(grpo.COMMAND.arguments, [*recipe, "--use_cpu", "true", "--bf16", "false", *arguments.split()])
+    assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
+
+
+def test_settings_that_need_what_is_not_there_are_refused(tmp_path, monkeypatch):
+    def refusal(shared_prefix=True, streams=False, **changes):
+        with pytest.raises(ValueError) as raised:
+            check_settings(make_config(tmp_path, **changes), shared_prefix, streams)
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    assert refusal(shared_prefix=False, skip_solved=0.5).startswith("skip_solved: needs the shared prefix")
+    assert refusal(streams=True, skip_hopeless=0.5).startswith("skip_hopeless: ")
+    assert refusal(rescale_by_signal=True, remove_unused_columns=True).startswith("rescale_by_signal: ")
+    for shared_prefix, streams in ((False, False), (True, True)):
+        check_settings(make_config(tmp_path), shared_prefix, streams)  # off: none of it matters
+    monkeypatch.setenv(PLANNED_PROCESSES, "2")  # of two completions each, which together are a group
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    assert "its rollout of 2 completions" in refusal(min_signal_groups=0.4, **halves)
+
+
+def test_a_trainer_refuses_what_it_cannot_draw_from(tiny_model, tmp_path):
+    def make(data, **kwargs):
+        args = make_config(tmp_path, min_signal_groups=1.0)
+        Qwen2VLGRPOTrainer(str(tiny_model), never, args, train_dataset=data, **kwargs)
+
+    with pytest.raises(ValueError, match=r"min_signal_groups: .* streams"):
+        make(questions(4).to_iterable_dataset())
+    with pytest.raises(ValueError, match=r"min_signal_groups: .* rollout_func"):
+        make(questions(4), rollout_func=lambda prompts, trainer: {})
+
+
+def test_a_run_without_these_settings_leaves_nothing_of_them(tiny_model, tmp_path):
+    seen = []
+
+    def spy(completions, **kwargs):
+        seen.append(ROW in kwargs)
+        return never(completions)
+
+    trainer = make_trainer(tiny_model, tmp_path, spy, min_signal_groups=0.0, max_steps=1)
+    trainer.train()
+    assert seen == [False] and logged(trainer, "share") == []
+    assert not {"row", "refill"} & set(read_jsonl(tmp_path / "trajectories/train.jsonl")[0])
+    assert not (tmp_path / PASS_RATES).exists()
