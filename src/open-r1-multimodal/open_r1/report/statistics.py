@@ -49,7 +49,7 @@ def first_and_last_tenth(values: np.ndarray) -> tuple[float, float] | None:
     return float(values[:tenth].mean()), float(values[-tenth:].mean())
 
 
-PASS_RATES = ("none", "under 1/3", "middle", "over 2/3", "all")  # of a group's completions succeed
+PASS_RATES = ("none", "< 1/3", "middle", "> 2/3", "all")  # of a group's completions succeed
 
 
 def pass_rates(trajectories: Trajectories) -> dict[str, np.ndarray]:
