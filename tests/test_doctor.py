@@ -32,7 +32,7 @@ from open_r1.memory import Launch, Load, count_memory
 from open_r1.modeling import FreezeArguments, load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import merge_recipes
-from open_r1.rewards import accuracy_reward
+from open_r1.rewards import accuracy_reward, bare_accuracy_reward, get_reward_funcs, repetition_reward
 from open_r1.shared_prefix import Prompt
 from open_r1.tasks.examples import iter_examples, read_examples
 from open_r1.tiny import make_config as make_model_config
@@ -368,6 +368,13 @@ def first_word(completions: list, **kwargs: object) -> list[str]:
     "reward, verdict, pattern",
     [
         (accuracy_reward, Verdict.PASS, "1 for 20 dresses of a right answer, 0 for wrong, hedged and none"),
+        (bare_accuracy_reward, Verdict.PASS, "accuracy_reward: 0 to 1 over"),
+        (repetition_reward, Verdict.PASS, r"repetition_reward: -0\.\d+ to 0 over"),
+        (
+            *get_reward_funcs(["soft_overlong"], max_completion_length=64),
+            Verdict.PASS,
+            "overlong_reward: -1 to 0 over",
+        ),
         (of_length, Verdict.PASS, r"of_length: \d+ to \d+ over"),
         (of_length_later, Verdict.PASS, "of_length_later"),
         (constant, Verdict.FAIL, "constant gives 0.5 for each of"),
@@ -381,7 +388,7 @@ def first_word(completions: list, **kwargs: object) -> list[str]:
 )
 def test_the_lint_names_a_reward(reward, verdict, pattern, examples_json):
     finding = rewards.examine(
-        reward, rewards.make_samples(read_examples(examples_json), opens_think=True), make_tokenizer()
+        reward, rewards.make_samples(read_examples(examples_json), opens_think=True, longest=64), make_tokenizer()
     )
     assert finding.verdict is verdict and re.search(pattern, finding.what), finding
 
@@ -389,7 +396,7 @@ def test_the_lint_names_a_reward(reward, verdict, pattern, examples_json):
 def test_a_slow_reward_is_named(examples_json, monkeypatch):
     monkeypatch.setattr(rewards, "SLOW", 0)
     finding = rewards.examine(
-        of_length, rewards.make_samples(read_examples(examples_json), opens_think=True), make_tokenizer()
+        of_length, rewards.make_samples(read_examples(examples_json), opens_think=True, longest=64), make_tokenizer()
     )
     assert finding.verdict is Verdict.WARN and re.search(r"takes \d+ ms a completion", finding.what)
 
@@ -400,7 +407,7 @@ def test_a_slow_reward_is_named(examples_json, monkeypatch):
 )
 def test_an_answer_that_is_misread_is_named(kind, text, verdict, examples_json):
     """A reader that knows no bare answer, none in a dress, or takes a wrong one."""
-    samples = rewards.make_samples(read_examples(examples_json), opens_think=True)
+    samples = rewards.make_samples(read_examples(examples_json), opens_think=True, longest=64)
     first = next(index for index, sample in enumerate(samples) if sample.kind == kind)
     samples[first] = replace(samples[first], text=text)
     finding = rewards.examine(accuracy_reward, samples, make_tokenizer())

@@ -97,6 +97,9 @@ CHANGES = [
     ({"freeze_vision": True, "freeze_llm": True}, r"freeze_vision, freeze_merger, freeze_llm: nothing is left"),
     ({"load_in_4bit": True}, r"load_in_4bit, load_in_8bit: weights that bitsandbytes quantised"),
     ({"chat_template": "lama"}, r"chat_template: no file 'lama'"),
+    ({"reward_funcs": ["accuracy", "order_consistency"]}, r"reward_funcs: order_consistency .*rotate_options: true"),
+    ({"rotate_options": True, "num_generations": 32}, r"rotate_options: .*rollout of 32 completions .* multiple of 64"),
+    ({"rotate_options": True, "min_signal_groups": 0.5}, r"rotate_options: min_signal_groups asks one order "),
     ({"reward_funcs": ["acuracy"]}, r"reward_funcs: unknown reward 'acuracy'"),
     ({"reward_funcs": ["no_such_module:f"]}, r"reward_funcs: no module 'no_such_module'"),
     ({"dataset_name": "/no.json"}, r"/no\.json: no such file"),
@@ -234,6 +237,10 @@ def test_config_without_a_name(find_mistake):
 
 def test_a_single_value_is_a_list_of_one(find_mistake):
     assert find_mistake(reward_funcs="accuracy", lora_target_modules="all-linear") == ""
+
+
+def test_both_orders_of_a_question_fit_the_papers_recipe(find_mistake):
+    assert find_mistake(reward_funcs=["accuracy", "order_consistency"], rotate_options=True) == ""
 
 
 def test_a_template_that_is_none(find_mistake, tmp_path):

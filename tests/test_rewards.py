@@ -12,10 +12,13 @@ import pytest
 from open_r1.front_door import Mistake
 from open_r1.rewards import (
     accuracy_reward,
+    bare_accuracy_reward,
     check_gold,
     format_reward,
     get_reward_funcs,
     length_reward,
+    order_consistency_reward,
+    repetition_reward,
     reward_funcs_registry,
 )
 
@@ -102,6 +105,29 @@ def test_accuracy_hides_no_bug():
         accuracy_reward(["<answer>left</answer>"], solution=[])
 
 
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        *((text, 1.0) for text in ("left", "\nLeft.\n", '"left"', "**left**", "<answer>left</answer>")),
+        *((text, 0.0) for text in ("right", "", "left or right", "It is left.", "I look. left", "A")),
+        *((text, 0.0) for text in ("<think>hm</think>left", "hm</think>\n<answer>left</answer>")),
+    ],
+)
+def test_bare_accuracy_pays_for_the_answer_alone(text, reward):
+    for completion in (text, as_conversation(text)):
+        assert bare_accuracy_reward([completion], solution=["left"], options=[SIDES]) == [reward]
+        assert bare_accuracy_reward([completion], solution=["<answer>left</answer>"]) == [reward]  # dressed, no options
+
+
+def test_bare_accuracy_reads_what_accuracy_reads():
+    """Another dress, the same checker; and data that is wrong is told."""
+    texts, golds = ["3.0", "three", "4", r"\frac{1}{2}"], ["3", "3", "3", "0.5"]
+    tagged = accuracy_reward([f"<answer>{text}</answer>" for text in texts], solution=golds)
+    assert bare_accuracy_reward(texts, solution=golds) == tagged == [1.0, 1.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match="none of the options"):
+        bare_accuracy_reward(["left"], solution=["behind"], options=[SIDES])
+
+
 GOOD = "<think>I look.</think>\n<answer>left</answer>"
 
 
@@ -172,10 +198,57 @@ def test_length_is_linear_and_bounded():
     assert length_reward(["x"], completion_ids=[[7] * 50], target_length=100) == [0.5]
 
 
+def test_repetition_is_the_share_of_what_was_there_before():
+    ids = [[], [7] * 7, list(range(50)), [7] * 17, [*range(8), *range(100, 108), *range(8)]]
+    rewards = repetition_reward(["x"] * 5, completion_ids=ids)
+    assert rewards == pytest.approx([0.0, 0.0, 0.0, -9 / 10, -1 / 17])
+    # a phrase that is said again, as by who looks again, is none; a loop is nearly -1
+    again = [*range(20), 1, 2, 3, 4, *range(30, 50)]
+    assert repetition_reward(["x"] * 2, completion_ids=[again, [1, 2, 3] * 200]) == pytest.approx([0.0, -1.0], abs=0.01)
+    assert repetition_reward(["x"], completion_ids=[again], ngram=3) == pytest.approx([-2 / 42])
+
+
+def test_soft_overlong_punishes_the_last_fifth_of_the_limit():
+    ids = [[7] * length for length in (0, 80, 81, 90, 100)]
+    for limit, expected in ((100, [0, 0, -0.05, -0.5, -1]), (700, [0] * 5)):
+        (reward,) = get_reward_funcs(["soft_overlong"], max_completion_length=limit, think_prefilled=True)
+        assert reward(completions=["x"] * 5, completion_ids=ids, prompts=["p"] * 5) == pytest.approx(expected)
+    (reward,) = get_reward_funcs(["soft_overlong"], max_completion_length=4)  # no fifth of it is a whole token
+    assert reward(completions=["x"], completion_ids=[[7] * 4]) == [0.0]
+
+
+def consistency(*asked, options=SIDES):
+    """Rewards of completions, each with its question and whether its options are in the second order."""
+    orders = [options[::-1] if second else options for _, second, _ in asked]
+    texts = [f"<think>hm</think><answer>{answer}</answer>" for *_, answer in asked]
+    numbers = [question for question, *_ in asked]
+    return order_consistency_reward(texts, options=orders, rotation_of=numbers)
+
+
+def test_order_consistency_is_the_share_of_the_other_order_that_agrees():
+    left, right = (1, False, "left"), (1, True, "right")
+    assert consistency(left, left, left, (1, True, "Left."), right, right) == pytest.approx([1 / 3] * 3 + [1, 0, 0])
+    # whether it is right plays no part; what cannot be read agrees with nothing, not with its like either
+    assert consistency((1, False, "right"), right) == [1, 1]
+    assert consistency((1, False, "left or right"), (1, True, "left or right"), (1, True, "")) == [0, 0, 0]
+
+
+def test_order_consistency_compares_one_question_in_two_orders_alone():
+    assert consistency((1, False, "left"), (1, False, "left")) == [None, None]
+    assert consistency((1, False, "left"), (2, True, "left")) == [None, None]
+    assert consistency((None, False, "left"), (None, True, "left")) == [None, None]
+    assert order_consistency_reward(["<answer>left</answer>"], options=[SIDES]) == [None]  # held-out, in one order
+    numbers = ["3", "4"]
+    assert consistency((1, False, "three"), (1, True, "3.0"), (1, True, "4"), options=numbers) == [0.5, 1, 0]
+
+
 def test_registry_resolves_in_order_and_keeps_names():
-    rewards = get_reward_funcs(["format", "accuracy", "length"])
-    assert [reward.__name__ for reward in rewards] == ["format_reward", "accuracy_reward", "length_reward"]
-    assert set(reward_funcs_registry) == {"accuracy", "format", "length"}
+    rewards = get_reward_funcs(["format", "accuracy", "length", "repetition", "soft_overlong"], max_completion_length=9)
+    names = ["format_reward", "accuracy_reward", "length_reward", "repetition_reward", "soft_overlong_reward"]
+    assert [reward.__name__ for reward in rewards] == names
+    # what reads a run's accuracy knows one name
+    assert [reward.__name__ for reward in get_reward_funcs(["bare_accuracy"])] == ["accuracy_reward"]
+    assert len(reward_funcs_registry) == len(names) + 2
 
 
 @pytest.mark.parametrize("prefilled", [False, True])

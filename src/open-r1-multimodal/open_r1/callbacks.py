@@ -43,7 +43,8 @@ CONTINUED = (
     *("dataset_name", "dataset_config", "dataset_train_split", "question_column", "answer_column", "image_column"),
     *("options_column", "chat_template", "chat_template_kwargs", "max_prompt_length", "max_pixels", "min_pixels"),
     *("reward_funcs", "reward_weights", "num_generations", "examples_per_step", "max_completion_length"),
-    *("temperature", "top_p", "top_k", "beta", "epsilon", "loss_type", "scale_rewards", "num_iterations"),
+    *("temperature", "top_p", "top_k", "beta", "epsilon", "epsilon_high", "loss_type", "scale_rewards"),
+    *("num_iterations", "importance_sampling_level", "rotate_options"),
     *("min_signal_groups", "max_refills", "skip_solved", "skip_hopeless", "rescale_by_signal"),
     *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "seed"),
 )

@@ -90,8 +90,15 @@ class GRPOScriptArguments(FreezeArguments, DataArguments):
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy", "format"],
         metadata={
-            "help": "Rewards by registry name (accuracy, format, length) or as module:function; "
-            "reward_weights weighs them."
+            "help": "Rewards by registry name (accuracy, bare_accuracy, format, length, order_consistency, repetition, "
+            "soft_overlong; docs/running.md) or as module:function; reward_weights weighs them."
+        },
+    )
+    rotate_options: bool = field(
+        default=False,
+        metadata={
+            "help": "Ask every question twice, side by side: as it is, and with its first option last. For "
+            "order_consistency; an epoch is twice as long. Options stand in the question as in SAT: 'a, b or c'."
         },
     )
 
@@ -207,6 +214,27 @@ def longest_row(script_args: GRPOScriptArguments, args: GRPOConfig) -> int | Non
     if args.vllm_max_model_length is not None or not script_args.max_prompt_length:
         return args.vllm_max_model_length
     return script_args.max_prompt_length + args.max_completion_length
+
+
+def check_rotation(script_args: GRPOScriptArguments, args: Qwen2VLGRPOConfig) -> None:
+    """See that both orders of a question come before one process, if the reward that compares them is to say anything.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if not script_args.rotate_options:
+        if "order_consistency" in script_args.reward_funcs:
+            raise ValueError("reward_funcs: order_consistency compares two orders of options; add rotate_options: true")
+        return
+    chosen = [name for name in args.signal_settings if name != "rescale_by_signal"]
+    if chosen:
+        raise ValueError(f"rotate_options: {chosen[0]} asks one order of a question without the other; leave one out")
+    batch, pair = args.per_device_train_batch_size * args.steps_per_generation, 2 * args.num_generations
+    if batch % pair:
+        raise ValueError(
+            f"rotate_options: a process asks both orders of a question, so that its rollout of {batch} completions "
+            f"(per_device_train_batch_size x accumulation) must be a multiple of {pair}, 2 x num_generations"
+        )
 
 
 def need_vllm(option: str) -> None:

@@ -23,9 +23,11 @@ from open_r1.files import replacing
 from open_r1.front_door import printable
 from open_r1.images import EXTENSIONS, BrokenImage, ImageSource, check_image, image_bytes, image_size, opened
 from open_r1.modeling import load_processor
+from open_r1.prompts import join_options
 from open_r1.tasks.examples import Columns, iter_examples
 
 Row = dict[str, Any]
+ROTATION_OF = "rotation_of"  # which question a row asks in one of two orders of its options
 # The images that may break during a run before it stops: a share of the prompts, but this many at least.
 BROKEN_SHARE, LEAST_BROKEN = 0.01, 10
 
@@ -52,12 +54,13 @@ def load_datasets_from_args(
     template_kwargs: dict[str, str],
     checks: Sequence[Callable[[Row], None]] = (),
     max_answer_length: int | None = None,
+    rotate_options: bool = False,
     has_begun: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
-    """`load_dataset` with the values of a recipe: what to train on, and what is held out."""
+    """`load_dataset` with the values of a recipe: what to train on, and what is held out, which is never rotated."""
     columns = columns_of(data_args)
 
-    def load(name: str, split: str) -> Dataset:
+    def load(name: str, split: str, rotate_options: bool = False) -> Dataset:
         return load_dataset(
             name,
             processor,
@@ -67,11 +70,12 @@ def load_datasets_from_args(
             split=split,
             checks=checks,
             max_answer_length=max_answer_length,
+            rotate_options=rotate_options,
             has_begun=has_begun,
             **template_kwargs,
         )
 
-    train = load(data_args.dataset_name, data_args.dataset_train_split)
+    train = load(data_args.dataset_name, data_args.dataset_train_split, rotate_options)
     held_out = data_args.eval_dataset_name
     return train, load(held_out, data_args.dataset_test_split) if held_out else None
 
@@ -83,10 +87,17 @@ def columns_of(data_args: DataArguments) -> Columns:
 
 def opens_think(processor: ProcessorMixin, **template_kwargs: str) -> bool:
     """Whether the chat template ends a prompt inside an opened `<think>`, so that completions start there."""
-    prompt = processor.apply_chat_template(
-        [{"role": "user", "content": ""}], add_generation_prompt=True, tokenize=False, **template_kwargs
-    )
-    return prompt.rstrip().endswith("<think>")
+    return _around_question(processor, **template_kwargs).rstrip().endswith("<think>")
+
+
+def asks_for_thought(processor: ProcessorMixin, **template_kwargs: str) -> bool:
+    """Whether the chat template opens `<think>`, or asks for one."""
+    return "<think>" in _around_question(processor, **template_kwargs)
+
+
+def _around_question(processor: ProcessorMixin, **template_kwargs: str) -> str:
+    message = {"role": "user", "content": ""}
+    return processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False, **template_kwargs)
 
 
 def store_image(source: ImageSource) -> str:
@@ -125,6 +136,21 @@ def count_prompt_tokens(example: Row, processor: ProcessorMixin, **template_kwar
     return len(processor.tokenizer(text)["input_ids"]) - len(sizes) + images
 
 
+def in_two_orders(example: Row, question: int) -> list[Row]:
+    """A question as it is, and with its first option last; both under its number, `ROTATION_OF`.
+
+    Raises:
+        ValueError: its text does not list two options or more as SAT's do, or its answer is none of them by its text.
+    """
+    *system, asked = example["prompt"]
+    options, rotated = example["options"], [*example["options"][1:], *example["options"][:1]]
+    before, listed, after = asked["content"].rpartition(join_options(options) if options else "\n")
+    if len(options) < 2 or not listed or example["solution"] not in options:
+        raise ValueError("rotate_options: needs a question that lists its options, 'a, b or c', its answer among them")
+    again = {**example, "prompt": [*system, {**asked, "content": before + join_options(rotated) + after}]}
+    return [{**example, ROTATION_OF: question}, {**again, "options": rotated, ROTATION_OF: question}]
+
+
 def find_broken(images: Sequence[str]) -> BrokenImage | None:
     """What is wrong with the first of these files that is no picture."""
     try:
@@ -154,6 +180,7 @@ def load_dataset(
     split: str = "train",
     checks: Sequence[Callable[[Row], None]] = (),
     max_answer_length: int | None = None,
+    rotate_options: bool = False,
     has_begun: bool = False,
     **template_kwargs: str,
 ) -> Dataset:
@@ -165,6 +192,7 @@ def load_dataset(
         max_prompt_length: in tokens, image tokens included; None keeps every length.
         checks: each raises ValueError for a row that cannot be trained on.
         max_answer_length: in tokens; None keeps every length.
+        rotate_options: every row is followed by itself with its options in another order; see `in_two_orders`.
         has_begun: a run that found every image whole goes on: those that broke since (`most_broken` at most) are named,
             and their rows stay, so that the others keep their places.
         template_kwargs: for the chat template.
@@ -181,6 +209,7 @@ def load_dataset(
             example["images"] = [store_image(image) for image in example["images"]]
             for check in checks:
                 check(example)
+            rows = in_two_orders(example, row) if rotate_options else [example]
             answer = example["solution"] or ""
             texts = [*(message["content"] for message in example["prompt"]), answer]
             broken = find_broken(example["images"])
@@ -192,11 +221,14 @@ def load_dataset(
                 left_out[f"an answer over {max_answer_length} tokens (max_answer_length)"] += 1
             elif broken:
                 lost.append(f"{source}: row {row}: {broken}")
-                kept.append(example)
-            elif count_prompt_tokens(example, processor, **template_kwargs) > (max_prompt_length or math.inf):
+                kept += rows
+            elif any(
+                count_prompt_tokens(each, processor, **template_kwargs) > (max_prompt_length or math.inf)
+                for each in rows
+            ):
                 left_out[f"a prompt over {max_prompt_length} tokens (max_prompt_length, or fewer max_pixels)"] += 1
             else:
-                kept.append(example)
+                kept += rows
     if len(lost) > most_broken(len(kept)):
         raise ValueError(f"{lost[0]}; so are {len(lost) - 1} others since the run began; restore the data")
     for line in lost:

@@ -9,11 +9,11 @@ from typing import Any
 from trl import ModelConfig
 
 from open_r1.callbacks import has_begun
-from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, check_settings, longest_row
+from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, check_rotation, check_settings, longest_row
 from open_r1.data import load_datasets_from_args, load_processor_from_args, opens_think
 from open_r1.entry import Command, run
 from open_r1.modeling import check_model, freeze, get_adapter_config, load_model_from_args
-from open_r1.rewards import accuracy_reward, check_gold, get_reward_funcs
+from open_r1.rewards import COMPARING, check_gold, get_reward_funcs
 from open_r1.trainer import AskBlind, Qwen2VLGRPOTrainer
 
 
@@ -26,15 +26,22 @@ def prepare(
         ValueError, OSError, ImportError: for a model, rewards or data that no run can start with.
     """
     check_settings(training_args, training_args.shared_prefix)
+    check_rotation(script_args, training_args)
     if training_args.use_vllm:
         training_args.vllm_max_model_length = longest_row(script_args, training_args)
     peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args)
-    reward_funcs = get_reward_funcs(script_args.reward_funcs, think_prefilled=opens_think(processor, **template_kwargs))
-    checks = [check_gold] if accuracy_reward in reward_funcs else []
+    reward_funcs = get_reward_funcs(
+        script_args.reward_funcs,
+        think_prefilled=opens_think(processor, **template_kwargs),
+        max_completion_length=training_args.max_completion_length,
+    )
+    checks = [check_gold] if any(reward in COMPARING for reward in reward_funcs) else []
     train_dataset, eval_dataset = load_datasets_from_args(
-        script_args, processor, template_kwargs, checks, has_begun=has_begun(training_args)
+        *(script_args, processor, template_kwargs, checks),
+        rotate_options=script_args.rotate_options,
+        has_begun=has_begun(training_args),
     )
     prompts = training_args.generation_batch_size // training_args.num_generations
     if len(train_dataset) < prompts:

@@ -16,11 +16,13 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
+
 from open_r1.answers import extract_answer, is_correct
 from open_r1.front_door import Mistake, first_line
 
 Completion = str | list[dict[str, Any]]
-Reward = Callable[..., list[float]]
+Reward = Callable[..., list[float | None]]
 
 _THINK_THEN_ANSWER = re.compile(r"\s*<think>(?P<think>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -43,14 +45,31 @@ def accuracy_reward(
     Raises:
         ValueError: when a solution is none of its options; the data is wrong then, not the model.
     """
-    options = options or [None] * len(completions)
-    answers = [extract_answer(completion_text(completion)) for completion in completions]
-    golds = [bare_gold(*question) for question in zip(solution, options, strict=True)]
-    return [float(is_correct(*sample)) for sample in zip(answers, golds, options, strict=True)]
+    return _compare([extract_answer(completion_text(completion)) for completion in completions], solution, options)
+
+
+def bare_accuracy_reward(
+    completions: Sequence[Completion],
+    solution: Sequence[str],
+    options: Sequence[Sequence[str] | None] | None = None,
+    **kwargs: Any,
+) -> list[float]:
+    """1.0 where the completion is the solution and nothing else, read as strictly as by `accuracy_reward`, else 0.0.
+
+    The equality reward of No-Thinking-RL (arXiv 2503.16188): a thought in front of the answer earns nothing. It fails
+    where a model never answers so briefly: then all of a group earn 0. Logs and the report know it by the name of
+    `accuracy_reward`, whose arguments and errors it shares.
+    """
+    return _compare([completion_text(completion).strip() for completion in completions], solution, options)
+
+
+bare_accuracy_reward.__name__ = accuracy_reward.__name__  # whatever reads a run's accuracy finds it under this name
+
+COMPARING = (accuracy_reward, bare_accuracy_reward)  # with a gold answer, which every row then needs
 
 
 def check_gold(row: Mapping[str, Any]) -> None:
-    """Raise ValueError for a row of a dataset that `accuracy_reward` could not judge."""
+    """Raise ValueError for a row of a dataset that the rewards of `COMPARING` could not judge."""
     gold = row["solution"]
     if gold is None or not gold.strip():
         raise ValueError("no answer, which the accuracy reward compares with (--answer_column names its field)")
@@ -87,29 +106,112 @@ def length_reward(
     return [min(len(ids) / target_length, 1.0) for ids in completion_ids]
 
 
+def repetition_reward(
+    completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]], ngram: int = 8, **kwargs: Any
+) -> list[float]:
+    """Minus the share of a completion's n-grams of tokens that were there before: in (-1, 0], 0.0 without repetition.
+
+    TRL's penalty, after arXiv 2502.03373, appendix C.2. Eight tokens, not TRL's three: a model that looks again says
+    phrases of three tokens again, and is not to pay for it. It fails to see a loop that changes a word each time, and
+    what repeats in other words.
+    """
+    return get_repetition_penalty_reward(ngram)(completion_ids)
+
+
+def soft_overlong_reward(
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]],
+    max_completion_length: int,
+    **kwargs: Any,
+) -> list[float]:
+    """In [-1, 0]: 0.0 up to four fifths of the limit of a completion, then linear down to -1.0 at the limit.
+
+    TRL's soft overlong punishment, DAPO's equation 13 (arXiv 2503.14476), over the same share of the limit. It fails as
+    a control of length: far from the limit it says nothing. Where it is the only reward that differs within a group, it
+    teaches to be brief, right or wrong.
+
+    Args:
+        completions, completion_ids: see TRL.
+        max_completion_length: of the run, in tokens.
+    """
+    return get_soft_overlong_punishment(max_completion_length, max_completion_length // 5)(completion_ids)
+
+
+def order_consistency_reward(
+    completions: Sequence[Completion],
+    options: Sequence[Sequence[str] | None] | None = None,
+    rotation_of: Sequence[int | None] | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
+    """The share of the completions for another order of its options that choose what a completion does: in [0, 1].
+
+    0.0 without a readable answer, None where the batch holds no other order (`rotate_options` puts it there). After
+    arXiv 2510.10104, which asks the second order behind the first one's thought, and pays less for wrong answers. It
+    fails where a model is wrong in every order: agreeing on that is paid as well, so it belongs behind the accuracy
+    reward, with less weight.
+
+    Args:
+        completions: texts, or conversations whose last message is the model's.
+        options: in the order of each question.
+        rotation_of: the number of the question that a completion is for, in whatever order.
+    """
+    if options is None or rotation_of is None:
+        return [None] * len(completions)
+    texts = [extract_answer(completion_text(completion)) for completion in completions]
+    chosen = [_choice(*sample) for sample in zip(texts, options, strict=True)]
+    asked = [(question, tuple(order or ())) for question, order in zip(rotation_of, options, strict=True)]
+    rewards: list[float | None] = []
+    for (question, order), choice in zip(asked, chosen, strict=True):
+        others = [
+            choice is not None and other == choice
+            for (other_question, other_order), other in zip(asked, chosen, strict=True)
+            if question is not None and other_question == question and other_order != order
+        ]
+        rewards.append(sum(others) / len(others) if others else None)
+    return rewards
+
+
 reward_funcs_registry: dict[str, Reward] = {
     "accuracy": accuracy_reward,
+    "bare_accuracy": bare_accuracy_reward,
     "format": format_reward,
     "length": length_reward,
+    "order_consistency": order_consistency_reward,
+    "repetition": repetition_reward,
+    "soft_overlong": soft_overlong_reward,
 }
 
 
-def get_reward_funcs(names: Sequence[str], think_prefilled: bool = False) -> list[Reward]:
+def get_reward_funcs(names: Sequence[str], **of_the_run: Any) -> list[Reward]:
     """The reward functions of a recipe.
 
     Args:
         names: names in the registry, or `module:function` for a function of the user's own.
-        think_prefilled: bound to every reward function that has a parameter of this name.
+        of_the_run: `think_prefilled` (see `format_reward`), `max_completion_length`: each bound to the reward functions
+            that have a parameter of its name.
 
     Raises:
         Mistake: when a name is unknown or does not lead to a function that can be called as TRL does.
     """
-    return [_get_reward(name, think_prefilled) for name in names]
+    return [_get_reward(name, of_the_run) for name in names]
 
 
 def completion_text(completion: Completion) -> str:
     """The model's text in one completion, which TRL gives as a string or as a conversation."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def _compare(
+    answers: Sequence[str | None], solution: Sequence[str], options: Sequence[Sequence[str] | None] | None
+) -> list[float]:
+    options = options or [None] * len(answers)
+    golds = [bare_gold(*question) for question in zip(solution, options, strict=True)]
+    return [float(is_correct(*sample)) for sample in zip(answers, golds, options, strict=True)]
+
+
+def _choice(answer: str | None, options: Sequence[str] | None) -> str | None:
+    """The option that an answer, read strictly, is."""
+    return next((option for option in options or () if is_correct(answer, option, options, lettered=False)), None)
 
 
 def _well_formed(text: str) -> bool:
@@ -137,9 +239,9 @@ def import_here(name: str) -> ModuleType:
         sys.path.remove(here)
 
 
-def _get_reward(name: str, think_prefilled: bool) -> Reward:
+def _get_reward(name: str, of_the_run: Mapping[str, Any]) -> Reward:
     if name in reward_funcs_registry:
-        return _bind(reward_funcs_registry[name], think_prefilled)
+        return _bind(reward_funcs_registry[name], of_the_run)
     reward = _import_reward(name)
     try:
         parameters = inspect.signature(reward).parameters.values()
@@ -150,7 +252,7 @@ def _get_reward(name: str, think_prefilled: bool) -> Reward:
             f"reward_funcs: {name} must take **kwargs: TRL gives it prompts, completions, completion_ids, every column "
             "of the data, and more"
         )
-    return _guard(_bind(reward, think_prefilled), name)
+    return _guard(_bind(reward, of_the_run), name)
 
 
 def _import_reward(name: str) -> Reward:
@@ -171,10 +273,11 @@ def _import_reward(name: str) -> Reward:
     return reward
 
 
-def _bind(reward: Reward, think_prefilled: bool) -> Reward:
-    if "think_prefilled" not in inspect.signature(reward).parameters:
+def _bind(reward: Reward, of_the_run: Mapping[str, Any]) -> Reward:
+    asked = {name: of_the_run[name] for name in inspect.signature(reward).parameters if name in of_the_run}
+    if not asked:
         return reward
-    bound = functools.partial(reward, think_prefilled=think_prefilled)
+    bound = functools.partial(reward, **asked)
     return functools.update_wrapper(bound, reward)  # keeps __name__, under which TRL logs it
 
 

@@ -8,9 +8,10 @@ process, and a resumed run, finds it by itself.
 
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,26 @@ class EpochSampler(RepeatSampler):
     """TRL's sampler with an order that follows from the seed and the epoch, so that a resumed run finds it again.
 
     TRL's draws epoch after epoch from one generator, which a resumed run would start from the first.
+
+    Args:
+        data_source, mini_repeat_count, batch_size, others: see TRL.
+        together: so many rows that follow one another stay neighbours; batch_size is a multiple of it.
     """
+
+    def __init__(
+        self, data_source: Sized, mini_repeat_count: int, batch_size: int, together: int = 1, **others: Any
+    ) -> None:
+        super().__init__(range(len(data_source) // together), 1, batch_size // together, **others)
+        self.together, self.completions = together, mini_repeat_count
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of rows, each as often as it is completed."""
+        for block in super().__iter__():
+            for row in range(block * self.together, (block + 1) * self.together):
+                yield from repeat(row, self.completions)
+
+    def __len__(self) -> int:
+        return super().__len__() * self.together * self.completions
 
     def set_epoch(self, epoch: int) -> None:
         """accelerate calls it at the start of every epoch, also of the one it resumes in."""

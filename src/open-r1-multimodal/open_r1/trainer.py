@@ -40,7 +40,7 @@ from open_r1 import agreement
 from open_r1.backends import Backend, TransformersBackend
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_settings
-from open_r1.data import most_broken
+from open_r1.data import ROTATION_OF, most_broken
 from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
 from open_r1.finite import FiniteMixin
@@ -314,10 +314,11 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         self.add_callback(LogRollouts(self))
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
-        """TRL's, as an `EpochSampler`."""
+        """TRL's, as an `EpochSampler`; both orders of a question come before one process."""
         sampler = super()._get_train_sampler(dataset)
         names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
-        return EpochSampler(**{name: getattr(sampler, name) for name in names})
+        together = 2 if ROTATION_OF in (getattr(sampler.data_source, "column_names", None) or []) else 1
+        return EpochSampler(**{name: getattr(sampler, name) for name in names}, together=together)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
         """TRL's. An evaluation begins here: what its processes get beyond its questions, to be even, will not count."""

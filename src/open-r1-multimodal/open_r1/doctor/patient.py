@@ -24,7 +24,7 @@ from open_r1.front_door import Mistake, first_line
 from open_r1.memory import Count, Launch, build_model, count_run, free_memory, load_config, weight_bytes
 from open_r1.modeling import check_model, check_template, check_weights
 from open_r1.recipes import PLANNED_PROCESSES
-from open_r1.rewards import Reward, check_gold, get_reward_funcs
+from open_r1.rewards import COMPARING, Reward, check_gold, get_reward_funcs, reward_funcs_registry
 from open_r1.sft import check_answer
 from open_r1.tasks.examples import iter_examples
 
@@ -120,7 +120,14 @@ class Patient:
     @part
     def reward_funcs(self) -> list[Reward]:
         """Of GRPO; of SFT none."""
-        return get_reward_funcs(self.settings[0].reward_funcs, self.prompt_opening) if self.is_grpo else []
+        if not self.is_grpo:
+            return []
+        script_args, args, _ = self.settings
+        return get_reward_funcs(
+            script_args.reward_funcs,
+            think_prefilled=self.prompt_opening,
+            max_completion_length=args.max_completion_length,
+        )
 
     @part
     def train_set(self) -> Survey:
@@ -140,7 +147,8 @@ class Patient:
         script_args = self.settings[0]
         check = check_answer
         if self.is_grpo:
-            check = check_gold if "accuracy" in script_args.reward_funcs else lambda row: None
+            compares = any(reward_funcs_registry.get(name) in COMPARING for name in script_args.reward_funcs)
+            check = check_gold if compares else lambda row: None
         return survey(iter_examples(name, columns_of(script_args), script_args.dataset_config, split), check)
 
     @part

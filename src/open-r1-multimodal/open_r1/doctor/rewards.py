@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerState
 
 from open_r1.answers import extract_answer, is_correct
-from open_r1.data import Row, opens_think
+from open_r1.data import ROTATION_OF, Row, opens_think
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
 from open_r1.doctor.patient import Patient
 from open_r1.front_door import Mistake, first_line
@@ -52,12 +52,13 @@ class Sample:
     right: bool
 
 
-def make_samples(rows: Iterable[Row], opens_think: bool) -> list[Sample]:
+def make_samples(rows: Iterable[Row], opens_think: bool, longest: int) -> list[Sample]:
     """Right, wrong and hedged answers, and none, to a few questions that have different answers.
 
     Args:
         rows: examples, the first of each answer are taken.
         opens_think: whether the prompt ends with `<think>`, so that completions start inside.
+        longest: the limit of a completion, in tokens.
     """
     thought = THOUGHT if opens_think else f"<think>{THOUGHT}"
     asked: dict[str, Row] = {}
@@ -75,6 +76,10 @@ def make_samples(rows: Iterable[Row], opens_think: bool) -> list[Sample]:
         result += [Sample(row, kind, f"{thought}<answer>{text}</answer>", right) for kind, text, right in answers]
         result += [Sample(row, kind, thought + text.format(gold), False) for kind, text in NO_ANSWERS.items()]
         result += [Sample(row, "empty", "", False), Sample(row, "thought alone", f"It is {gold}. {thought}", False)]
+        if row.get(ROTATION_OF) is not None:
+            other_order = {**row, "options": [*row["options"][1:], *row["options"][:1]]}
+            result.append(Sample(other_order, "in another order", f"{thought}<answer>{gold}</answer>", True))
+        result += [Sample(row, "answer alone", gold, False), Sample(row, "endless", f"{gold} " * longest, False)]
     return result
 
 
@@ -135,7 +140,8 @@ def lint(patient: Patient) -> Iterator[Finding]:
     prepared = patient.prepared_data
     rows = prepared["train_dataset"].select(range(min(ROWS, len(prepared["train_dataset"]))))
     processor = prepared["processing_class"]
-    samples = make_samples(rows, opens_think(processor, **patient.template_kwargs))
+    longest = patient.settings[1].max_completion_length
+    samples = make_samples(rows, opens_think(processor, **patient.template_kwargs), longest)
     for reward in prepared["reward_funcs"]:
         yield examine(reward, samples, processor.tokenizer)
 

@@ -1,0 +1,103 @@
+"""Questions in two orders of their options: what is asked, side by side in a rollout, and what consistency earns."""
+
+import re
+
+import pytest
+
+from open_r1.data import ROTATION_OF, in_two_orders, load_dataset
+from open_r1.modeling import load_model, load_processor
+from open_r1.prompts import sat_question
+from open_r1.rewards import accuracy_reward, order_consistency_reward
+from open_r1.sampling import EpochSampler
+from open_r1.trainer import Qwen2VLGRPOTrainer
+from support import Scripted, make_config, read_jsonl, write_examples
+
+ASKED = "Will it be to my left or right?"
+
+
+def example(options, solution="left", text=None):
+    text = sat_question(ASKED, options or ["none"]) if text is None else text
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]
+    return {"prompt": prompt, "images": ["a.png"], "solution": solution, "options": options, "mine": 1}
+
+
+@pytest.mark.parametrize(
+    "options, rotated",
+    [
+        (["left", "right"], ["right", "left"]),
+        (["left", "up, down", "right"], ["up, down", "right", "left"]),
+        (["left", "left side", "right"], ["left side", "right", "left"]),
+    ],
+)
+def test_a_question_in_two_orders(options, rotated):
+    row = example(options)
+    assert in_two_orders(row, 7) == [{**row, ROTATION_OF: 7}, {**example(rotated), ROTATION_OF: 7}]
+    assert row == example(options)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        example([]),
+        example(["left"]),
+        example(["left", "right"], solution="A"),
+        example(["left", "right"], solution=None),
+        example(["left", "right"], text="Where? (A) left (B) right"),
+    ],
+)
+def test_a_question_that_lists_no_options_has_no_other_order(row):
+    with pytest.raises(ValueError, match=r"^rotate_options: needs a question that lists its options, 'a, b or c'"):
+        in_two_orders(row, 0)
+
+
+def test_pairs_are_asked_side_by_side(tmp_path):
+    """Shuffled as pairs, by seed and epoch alone; every row of an epoch once, both halves of a pair in one process."""
+    settings = {"mini_repeat_count": 4, "batch_size": 4, "seed": 3}
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler = EpochSampler(range(10), together=2, **settings)
+        sampler.set_epoch(epoch)
+        rows = list(sampler)
+        assert len(rows) == len(sampler) == 2 * 4 * 4  # 10 rows are two batches of 4, and a rest
+        assert len(set(rows)) == 8 and all(rows.count(row) == 4 for row in rows)
+        for start in range(0, len(rows), 8):
+            assert rows[start : start + 8] == [row for row in (rows[start], rows[start] + 1) for _ in range(4)]
+            assert rows[start] % 2 == 0
+        orders.append(rows)
+    assert orders[0] == orders[2] != orders[1]
+    assert len(list(EpochSampler(range(10), repeat_count=3, together=2, **settings))) == 3 * 32
+
+
+@pytest.mark.parametrize("choose, consistency", [(lambda options: options[0], 0.0), (min, 1.0)])
+def test_a_run_pays_for_what_does_not_depend_on_the_order(tiny_model, tmp_path, choose, consistency):
+    """A policy that names the first option, and one that names the same in any order."""
+    processor = load_processor(tiny_model, chat_template="base", max_pixels=12544)
+    data = load_dataset(write_examples(tmp_path), processor, rotate_options=True)
+    assert len(data) == 16 and data[ROTATION_OF] == [row // 2 for row in range(16)]
+    assert data[0]["options"] == data[1]["options"][::-1] and data[0]["solution"] == data[1]["solution"]
+    held_out = load_dataset(write_examples(tmp_path), processor)
+    trainer = Qwen2VLGRPOTrainer(
+        model=load_model(tiny_model, dtype="float32"),
+        reward_funcs=[accuracy_reward, order_consistency_reward],
+        args=make_config(tmp_path / "out", max_completion_length=200, eval_strategy="steps", eval_steps=2),
+        train_dataset=data,
+        eval_dataset=held_out,
+        processing_class=processor,
+    )
+
+    def complete(prompts):
+        completions = []
+        for prompt in map(processor.decode, prompts):
+            options = re.findall(r"options: (\w+) or (\w+)", prompt)[-1]
+            completions.append(f"So.</think><answer>{choose(options)}</answer>")
+        return [[*processor.tokenizer(text)["input_ids"], processor.tokenizer.eos_token_id] for text in completions]
+
+    trainer.backend = Scripted(trainer.backend, complete)
+    trainer.train()
+    rows = read_jsonl(tmp_path / "out/trajectories/train.jsonl")
+    assert len(rows) == 2 * 8 and {row["rewards"]["order_consistency_reward"] for row in rows} == {consistency}
+    for start in range(0, 16, 8):
+        one, other = rows[start]["options"], rows[start + 4]["options"]
+        assert one == other[::-1] and rows[start]["images"] == rows[start + 4]["images"]
+    held_out = read_jsonl(tmp_path / "out/trajectories/eval.jsonl")
+    assert held_out and {row["rewards"]["order_consistency_reward"] for row in held_out} == {None}
