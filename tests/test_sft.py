@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,12 +11,20 @@ import torch
 from trl import ModelConfig
 
 from open_r1.data import load_dataset
+from open_r1.doctor.prompt import render
 from open_r1.families import FAMILIES, PARTS, vision_token_ids
 from open_r1.images import open_image
 from open_r1.modeling import freeze, load_model, load_processor, parameter_table
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import read_recipe
-from open_r1.sft import AnswerCollator, Qwen2VLSFTConfig, SFTScriptArguments, build_trainer
+from open_r1.sft import (
+    AnswerCollator,
+    Qwen2VLSFTConfig,
+    SFTScriptArguments,
+    answer_checks,
+    build_trainer,
+    prepare,
+)
 from open_r1.tasks import sat
 from open_r1.tiny import make_config as make_model_config
 from open_r1.tiny import make_model, make_processor, make_tokenizer
@@ -93,6 +102,77 @@ def test_loss_is_on_the_answer_and_its_end_alone(tiny_models, examples_json, mod
             style="direct",
         )["input_ids"][0]
         assert prompt.tolist() == list(asked)
+
+
+THOUGHT = "I look.\n</think>\n<answer>left</answer>"
+
+
+@pytest.mark.parametrize("template", ["base", "instruct"])
+def test_a_cold_start_learns_a_thought_behind_the_prompt_that_grpo_asks_with(tiny_model, tmp_path, template):
+    """And never its `<think>` twice."""
+    records = json.loads(write_examples(tmp_path, count=2).read_text())
+    answers = [f"<think>{THOUGHT}", f"\n<think>{THOUGHT}" if template == "base" else f"<think>{THOUGHT}"]
+    for record, answer in zip(records, answers, strict=True):
+        record["messages"][1]["content"] = answer
+    (tmp_path / "reasoned.json").write_text(json.dumps(records))
+    args = ["--config", "configs/sft_sat.yaml", "--config", "configs/overlays/cold_start.yaml"]
+    args += ["--model_name_or_path", str(tiny_model), "--dataset_name", str(tmp_path / "reasoned.json")]
+    args += ["--chat_template", template, "--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--bf16", "false"]
+    prepared = prepare(*parse(args))
+    rows, processor = list(prepared["train_dataset"]), prepared["processing_class"]
+    batch = prepared["data_collator"](rows)
+    for ids, labels, mask, row in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], rows, strict=True):
+        is_answer = labels != -100
+        opening = "" if template == "base" else "<think>"
+        assert processor.decode(labels[is_answer]).rstrip() == opening + THOUGHT + "<|im_end|>"
+        content = [{"type": "image", "image": row["images"][0]}]
+        content += [{"type": "text", "text": row["prompt"][0]["content"]}]
+        asked = processor.apply_chat_template(
+            [[{"role": "user", "content": content}]], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"][0]
+        learned = ids[mask.bool()].tolist()
+        assert learned[: len(asked)] == list(asked)  # as GRPO renders it, without arguments of the template
+        assert processor.decode(learned).count("<think>") == 1 + (template == "instruct")  # which asks for one in words
+
+
+@pytest.mark.parametrize(
+    "answer", ["left", "<answer>left</answer>", "<think>hm</think> left", f"<think><think>{THOUGHT}"]
+)
+def test_an_answer_without_a_thought_is_no_cold_start(tiny_model, tmp_path, answer):
+    processor = load_processor(tiny_model, chat_template="base")
+    row = {"solution": answer}
+    for check in answer_checks(processor, style="direct"):
+        check(row)
+    with pytest.raises(ValueError, match="the prompt asks for a thought") as raised:
+        for check in answer_checks(processor):
+            check(row)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_run_gives_reasoned_examples(tiny_model, tmp_path, monkeypatch):
+    """As docs/running.md picks them out of its rollouts: completions that earned everything, and their questions."""
+    (code,) = re.findall(r"```python\n(import json\n.+?)```", (REPO_ROOT / "docs/running.md").read_text(), re.DOTALL)
+    processor = load_processor(tiny_model, chat_template="base")
+    asked = load_dataset(write_examples(tmp_path, count=3, images_per_example=2), processor)
+    rows = [
+        {
+            "prompt": render(processor, row),
+            "images": row["images"],
+            "options": row["options"],
+            "completion": THOUGHT,
+            "rewards": {"accuracy_reward": right, "format_reward": 1.0},
+        }
+        for row, right in zip(asked, (1.0, 0.0, 1.0), strict=True)
+    ]
+    path = tmp_path / "outputs/grpo_sat/trajectories/train.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    learned = load_dataset(tmp_path / "reasoned.json", processor, checks=answer_checks(processor))
+    same = ("prompt", "images", "options")
+    assert [[row[name] for name in same] for row in learned] == [[asked[i][name] for name in same] for i in (0, 2)]
+    assert learned[0]["solution"] == f"<think>{THOUGHT}"
 
 
 def test_images_in_messages(tiny_model, tmp_path):

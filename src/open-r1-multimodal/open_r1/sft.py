@@ -5,19 +5,30 @@ Launch it with `run_sft.sh`, or by hand: `accelerate launch open_r1/sft.py --con
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from PIL import Image
+from transformers import ProcessorMixin
 from trl import ModelConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from open_r1.callbacks import has_begun
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLSFTConfig, SFTScriptArguments
-from open_r1.data import LEAST_BROKEN, load_datasets_from_args, load_processor_from_args, most_broken
+from open_r1.data import (
+    LEAST_BROKEN,
+    Row,
+    asks_for_thought,
+    load_datasets_from_args,
+    load_processor_from_args,
+    most_broken,
+    opens_think,
+)
 from open_r1.entry import Command, run
 from open_r1.finite import FiniteMixin
 from open_r1.front_door import Mistake, printable
@@ -30,6 +41,12 @@ from open_r1.modeling import (
     load_model_from_args,
     reset_generation_config,
 )
+from open_r1.rewards import format_reward
+
+
+def after_prompt(answer: str, think_prefilled: bool) -> str:
+    """What of an answer is left to learn behind a prompt that, maybe, has opened its `<think>` already."""
+    return answer.lstrip().removeprefix("<think>") if think_prefilled else answer
 
 
 @dataclass
@@ -42,13 +59,20 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
     broken: set[str] = field(default_factory=set)
     last: tuple[dict[str, Any], list[Image.Image]] | None = None  # the newest row whose images could be opened
 
+    @cached_property
+    def think_prefilled(self) -> bool:
+        """Whether the prompts end with `<think>`."""
+        return opens_think(self.processor, **self.template_kwargs)
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """B rows -> `input_ids`, `attention_mask`, `labels` (B, T), and what the model takes of images."""
         return super().torch_call(
             [
                 {
                     "prompt": row["prompt"],
-                    "completion": [{"role": "assistant", "content": row["solution"]}],
+                    "completion": [
+                        {"role": "assistant", "content": after_prompt(row["solution"], self.think_prefilled)}
+                    ],
                     "images": images,
                     "chat_template_kwargs": self.template_kwargs,
                 }
@@ -73,10 +97,31 @@ class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, SFTTrainer):
     """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed."""
 
 
-def check_answer(row: dict[str, Any]) -> None:
+def check_answer(row: Row) -> None:
     """Raise ValueError for a row that says nothing to learn."""
     if row["solution"] is None:
         raise ValueError("no answer to train on (--answer_column names its field)")
+
+
+def check_thought(row: Row, think_prefilled: bool) -> None:
+    """Raise ValueError for an answer that GRPO's format reward would not pay, behind a prompt that asks for a thought.
+
+    Args:
+        row: with a `solution`.
+        think_prefilled: whether the prompt ends with `<think>`; the answer may write it again, or not.
+    """
+    if format_reward([after_prompt(row["solution"], think_prefilled)], think_prefilled) != [1.0]:
+        raise ValueError(
+            "the prompt asks for a thought, and the answer is not <think>...</think> <answer>...</answer>; "
+            "answers alone are learned with chat_template_kwargs: {style: direct}"
+        )
+
+
+def answer_checks(processor: ProcessorMixin, **template_kwargs: str) -> list[Callable[[Row], None]]:
+    """What every row has to pass behind these prompts; with `style: direct` answers alone are meant."""
+    if template_kwargs.get("style") == "direct" or not asks_for_thought(processor, **template_kwargs):
+        return [check_answer]
+    return [check_answer, partial(check_thought, think_prefilled=opens_think(processor, **template_kwargs))]
 
 
 def prepare(
@@ -91,7 +136,7 @@ def prepare(
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args)
     train_dataset, eval_dataset = load_datasets_from_args(
-        *(script_args, processor, template_kwargs, [check_answer]),
+        *(script_args, processor, template_kwargs, answer_checks(processor, **template_kwargs)),
         max_answer_length=script_args.max_answer_length,
         has_begun=has_begun(training_args),
     )
