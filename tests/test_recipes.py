@@ -29,10 +29,14 @@ from support import read_jsonl
 CONFIGS = REPO_ROOT / "configs"
 RECIPES = sorted(str(path.relative_to(REPO_ROOT)) for glob in ("*.yaml", "tiny/*.yaml") for path in CONFIGS.glob(glob))
 LAUNCHES = ("zero2", "zero3", "ddp")
-# The README's combinations; the recipes without an overlay that mean the same run under the other launches.
-# That with vLLM needs it: test_vllm.py.
-COMBINED = set(re.findall(r'CONFIG="(.+?)"', (REPO_ROOT / "README.md").read_text()))
-OVERLAID = sorted(config for config in COMBINED if "vllm" not in config)
+OVERLAYS = sorted(path.stem for path in (CONFIGS / "overlays").glob("*.yaml"))
+# Every overlay over the paper's recipe, so the README's combinations too. QLoRA is a recipe of its own; vLLM needs it:
+# test_vllm.py.
+OVERLAID = [
+    f"configs/{'sft' if name == 'cold_start' else 'grpo'}_sat.yaml configs/overlays/{name}.yaml"
+    for name in OVERLAYS
+    if name not in ("qlora", "vllm")
+]
 RUNS = [(recipe, launch) for recipe in RECIPES for launch in LAUNCHES] + [(config, "zero2") for config in OVERLAID]
 BASE = REPO_ROOT / "configs/tiny/base"
 STEPS = 3
@@ -48,6 +52,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*command, "--output_dir", str(folder)], env=environment, check=True, capture_output=True)
     examples = json.loads((folder / "SAT_train_100.json").read_text())
     (folder / "held_out.json").write_text(json.dumps(examples[:8]))
+    for example in examples:
+        answer = example["messages"][-1]
+        answer["content"] = f"<think>The picture shows it.</think>\n<answer>{answer['content']}</answer>"
+    (folder / "reasoned.json").write_text(json.dumps(examples))
     return folder / "SAT_train_100.json"
 
 
@@ -88,6 +96,21 @@ def test_an_adapter_changes_this_and_nothing_else(config, recipe, changes, monke
     assert merge_recipes(config.split()) == {**plain, **changes}
 
 
+def test_the_readme_combines_recipes_that_run():
+    combined = re.findall(r'CONFIG="(.+?)"', (REPO_ROOT / "README.md").read_text())
+    assert combined and {config for config in combined if "vllm" not in config} <= set(OVERLAID)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_says_what_it_is(name):
+    """In its header, and in the table."""
+    header = (CONFIGS / f"overlays/{name}.yaml").read_text().partition("\n\n")[0]
+    parts = re.findall(r"^# (What|Why|Source|Expect|Cost):\s+\S{2,} ", header, re.MULTILINE)
+    assert parts == ["What", "Why", "Source", "Expect", "Cost"]
+    (row,) = re.findall(rf"^\| `overlays/{name}\.yaml`.*\|$", (CONFIGS / "README.md").read_text(), re.MULTILINE)
+    assert all(cell.strip() for cell in row.strip("|").split("|"))
+
+
 def test_the_later_counts(tmp_path, monkeypatch):
     """An overlay over the recipe, arguments over both; what an overlay does not name stays."""
     monkeypatch.chdir(tmp_path)
@@ -107,12 +130,13 @@ def test_the_later_counts(tmp_path, monkeypatch):
 @pytest.mark.parametrize("recipe, launch", RUNS)
 def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, tmp_path):
     settings = merge_recipes(recipe.split())
-    is_sft = Path(recipe).name.startswith("sft")
+    is_sft = Path(recipe.split()[0]).name.startswith("sft")
     arguments = ["--logging_steps", "1", "--save_steps", "1"]
     arguments += [] if is_sft else ["--max_completion_length", "96"]
     if "eval_strategy" in settings:
         arguments += ["--eval_dataset_name", str(data.with_name("held_out.json"))]
     script = "run_sft.sh" if is_sft else "run_grpo_SAT.sh"
+    examples = data.with_name("reasoned.json") if "cold_start" in recipe else data
     output = tmp_path / "out"
 
     def run(steps: int) -> str:
@@ -123,7 +147,7 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, tmp_pat
                 "PYTHON": str(quick_python),
                 "CONFIG": recipe,
                 "MODEL": str(BASE),
-                "DATA": str(data),
+                "DATA": str(examples),
                 "OUTPUT": str(output),
                 "ACCELERATE_CONFIG": launch,
                 "HF_HUB_OFFLINE": "1",
@@ -157,9 +181,10 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, tmp_pat
     rates = [log["learning_rate"] for log in logs]
     assert rates == pytest.approx([rate(settings, step, STEPS - 1) for step in range(1, STEPS + 1)], rel=1e-4)
     if not is_sft:
+        steps = range(1, STEPS + 1, settings.get("num_iterations", 1))  # that begin with a rollout
         rows = read_jsonl(output / "trajectories/train.jsonl")
-        assert [row["step"] for row in rows] == [n + 1 for n in range(STEPS) for _ in range(len(rows) // STEPS)]
-        assert len(rows) == STEPS * settings["completions_per_step"]
+        written = [row["step"] for row in rows if not row.get("refill")]
+        assert written == [step for step in steps for _ in range(settings["completions_per_step"])]
 
     if settings.get("use_peft"):
         assert not (output / "model.safetensors").exists()  # the base stays as it is
@@ -178,7 +203,8 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, tmp_pat
     else:
         trained, base = load_file(output / "model.safetensors"), load_file(BASE / "model.safetensors")
         assert trained.keys() - {"lm_head.weight"} == base.keys()  # ZeRO writes the tied head as well
-        assert [name for name in base if torch.equal(trained[name], base[name].float())] == []
+        same = [name for name in base if torch.equal(trained[name], base[name].float())]
+        assert same == [name for name in base if settings.get("freeze_vision") and "visual" in name]
 
 
 def rate(settings: dict, step: int, total: int) -> float:
