@@ -43,8 +43,8 @@ def test_seeds_that_differ_widen_the_interval():
     steady = np.full((4, 200), 0.5)
     wild = np.array([[1.0], [1.0], [0.0], [0.0]]).repeat(200, axis=1)
     difference, low, high = paired_bootstrap(steady, wild)
-    assert difference == 0 and low == pytest.approx(-0.5) and high == pytest.approx(0.5)
-    assert paired_bootstrap(steady, steady) == (0, 0, 0)
+    assert difference == 0 and (low, high) == pytest.approx((-0.5, 0.5))
+    assert paired_bootstrap(steady, steady) == pytest.approx((0, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,11 @@ def test_what_recipes_reached_and_took(runs):
 
     assert reference["curve"]["completions"] == [0, 40, 80]
     assert reference["curve"]["low"] == [0.2, 0.4, 0.6] and reference["curve"]["high"] == [0.2, 0.45, 0.7]
-    assert reference["reached"] == {"accuracy": 0.65, "completions": 80, "of_seeds": [None, pytest.approx(72)]}
+    assert reference["reached"] == {
+        "accuracy": pytest.approx(0.65),
+        "completions": 80,
+        "of_seeds": [None, pytest.approx(72)],
+    }
     assert refilled["reached"]["completions"] == pytest.approx(80 + 80 * (0.65 - 0.55) / 0.35)
     assert worse["reached"]["completions"] is None
 
@@ -198,24 +202,27 @@ def test_without_results_of_an_evaluation(tmp_path):
     ],
 )
 def test_runs_that_cannot_be_compared(tmp_path, changes, message):
-    done = script(write_trial(tmp_path / "none/seed0", 12), write_trial(tmp_path / "lora/seed0", 12, **changes))
-    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
-    assert not list(tmp_path.glob("sweep.*"))
+    runs = [write_trial(tmp_path / "none/seed0", 12), write_trial(tmp_path / "lora/seed0", 12, **changes)]
+    reference, other = map(read_trial, runs)
+    with pytest.raises(ValueError, match=message):
+        compare_recipes({"none": [reference], "lora": [other]})
 
 
 def test_what_is_no_run_of_a_sweep(tmp_path):
     path = write_trial(tmp_path / "none/seed0", 12)
     (path / "A_result_1.json").write_text("{}")
     (path / "B_result_1.json").write_text("{}")
-    assert "2 results in it (A_result_1.json, B_result_1.json); keep one" in script(path).stderr
+    done = script(path)
+    assert done.returncode == 1 and not list(tmp_path.glob("sweep.*"))
+    assert done.stderr == f"sweep: error: {path}: 2 results in it (A_result_1.json, B_result_1.json); keep one\n"
     for rows, message in (
         ([], "no held-out answers"),
         (held_out(0, [True]) + held_out(10, [True, False]), "asked 1 to 2 held-out questions"),
         ([held | {"rewards": {"other": 1.0}} for held in held_out(0, [True])], "no accuracy_reward in"),
     ):
         path = write_run(tmp_path / f"{message[:5]}/seed0", [row()], rows)
-        done = script(path)
-        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+        with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
+            read_trial(path)
 
 
 # --- the script -------------------------------------------------------------------------------------------------

@@ -85,13 +85,14 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray) -> tuple[float, floa
         first, second: (seeds, questions) in [0, 1], each with seeds of its own.
     """
     rng = np.random.default_rng(BOOTSTRAP_SEED)
-    seeds = [len(side) for side in (first, second)]
-    differences = []
-    for _ in range(BOOTSTRAP_SAMPLES):
-        questions = rng.integers(first.shape[1], size=first.shape[1])
-        one, other = (rng.integers(count, size=count) for count in seeds)
-        differences.append(second[other][:, questions].mean() - first[one][:, questions].mean())
-    low, high = np.quantile(differences, (0.025, 0.975))
+
+    def draw(n: int) -> np.ndarray:
+        """(samples, n) by how much each of n counts; n draws that put something back are a multinomial one."""
+        return rng.multinomial(n, [1 / n] * n, BOOTSTRAP_SAMPLES) / n
+
+    questions = draw(first.shape[1])
+    one, other = ((draw(len(side)) * (questions @ side.T)).sum(axis=1) for side in (first, second))  # (samples,)
+    low, high = np.quantile(other - one, (0.025, 0.975))
     return float(second.mean() - first.mean()), float(low), float(high)
 
 

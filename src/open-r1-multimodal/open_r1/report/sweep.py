@@ -139,7 +139,7 @@ def compare_recipes(recipes: Mapping[str, Sequence[Trial]]) -> list[dict[str, An
             raise ValueError(f"{trial.path}: its result file is about other questions than {reference[0].path}'s")
         if not np.array_equal(trial.steps, reference[0].steps):
             raise ValueError(f"{trial.path}: evaluated after other steps than {reference[0].path}")
-    target = float(final(reference).mean())
+    target = float(mean_curve(reference)[1][-1])
     return [
         {
             "recipe": name,
