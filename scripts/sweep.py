@@ -113,7 +113,7 @@ def draw(rows: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> None:
             axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
         for axes in panels.flat[len(rows) :]:
             axes.set_visible(False)
-        figure.supxlabel(f"completions sampled; dashed: {rows[0]['recipe']}", fontsize=10)
+        figure.supxlabel(f"completions sampled; dashed: recipe {rows[0]['recipe']}", fontsize=10)
         figure.supylabel("held-out accuracy; band: the seeds", fontsize=10)
         for path in paths:
             metadata = {"Date": None} if path.suffix == ".svg" else {}

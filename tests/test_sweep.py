@@ -1,5 +1,6 @@
 """Recipes side by side: the numbers of hand-made runs, their table and figure, and the script that makes real ones."""
 
+import contextlib
 import json
 import os
 import re
@@ -352,6 +353,10 @@ def test_a_sweep_that_was_interrupted_goes_on(tmp_path):
         time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) != 0
+    with contextlib.suppress(ProcessLookupError):  # the shell is gone; the launcher ends its process first
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.5)
     assert (first / "sweep_done").exists() and not (second / "sweep_done").exists()
     before = (first / "log.jsonl").stat().st_mtime_ns
 
