@@ -21,7 +21,7 @@ use_environment()
 
 from open_r1.answers import Unread
 from open_r1.evaluate.results import read_scored
-from open_r1.evaluate.statistics import TOTAL, by_question, mcnemar, paired_difference, unread_warning
+from open_r1.evaluate.statistics import TOTAL, mcnemar, outcomes, paired_difference, unread_warning
 from open_r1.files import replacing
 
 CHART_FORMATS = (".png", ".svg", ".pdf")
@@ -46,15 +46,6 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         words = [own[:-1] for own in words]
     names = ["_".join(own) for own in words]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
-
-
-def outcomes(result: Mapping[str, Any]) -> dict[Hashable, bool]:
-    """Question -> whether it was answered right, in all its rotations."""
-    questions = by_question(result["results"])
-    return {
-        (rows[0].get("id", position), rows[0]["question"]): all(row["correct"] for row in rows)
-        for position, rows in enumerate(questions)
-    }
 
 
 def differing_conditions(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -179,7 +170,7 @@ def main() -> None:
     print(score_table(names, results))
     print("accuracy in % (95 % interval) [if every response that could not be read were wrong - right]")
     print(f"\n{detail_table(names, results)}")
-    first, *others = map(outcomes, results)
+    first, *others = (outcomes(result["results"]) for result in results)
     if others:
         print(f"\n| against {names[0]} | {TOTAL} in points | it alone right | not it | shared | McNemar p |")
         print("|:-|-:|-:|-:|-:|-:|")

@@ -35,33 +35,18 @@ start=$(date +%s)
 step 1 "set up"
 sh "$ROOT/setup.sh"
 . "$ROOT/scripts/env.sh"
+. "$ROOT/scripts/tiny_world.sh"
 export PYTHON HF_HUB_OFFLINE=1
 run="$ROOT/outputs/quickstart"
 [ "$seed" = 0 ] || run="$run-seed$seed"
 base="$ROOT/configs/tiny/base"
-mkdir -p "$run"
 
 evaluate() { # model, further arguments
-    model=$1
-    shift
-    "$PYTHON" "$ROOT/src/eval/test_qwen2vl_CVBench.py" --model_path "$model" --dataset_path "$run/cvbench" \
-        --output_dir "$run/results" --max_new_tokens 96 --bs 128 "$@"
-}
-
-render() { # file that shows it is done, rows, seed, further arguments
-    done_when=$1 rows=$2 scenes=$3
-    shift 3
-    [ -f "$done_when" ] || "$PYTHON" "$ROOT/scripts/world.py" --level easy --rows "$rows" --seed "$scenes" "$@"
+    evaluate_in_tiny_world "$run" "$run/results" "$@"
 }
 
 step 2 "prepare: scenes in SAT's and CV-Bench's schemas -> prepare_dataset.sh"
-render "$run/SAT_train.parquet" 2000 1 --output "$run/SAT_train.parquet"
-render "$run/SAT_val.parquet" 256 2 --output "$run/SAT_val.parquet"
-render "$run/cvbench/test_3d.parquet" 600 3 --schema cvbench --output "$run/cvbench"
-SAT_PARQUET="$run/SAT_train.parquet" sh "$ROOT/src/data/SAT/prepare_dataset.sh" --total_num 2000 \
-    --output_dir "$run/data"
-FOLD=val SAT_PARQUET="$run/SAT_val.parquet" sh "$ROOT/src/data/SAT/prepare_dataset.sh" --total_num 256 \
-    --output_dir "$run/data"
+prepare_tiny_world "$run"
 export DATA="$run/data/SAT_train_2000.json" MODEL="$base"
 
 step 3 "evaluate the base: it sees, and guesses"

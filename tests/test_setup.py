@@ -21,7 +21,14 @@ FRONT_DOORS = sorted(
     for path in (REPO_ROOT / folder).rglob("*.py")
     if "__main__" in path.read_text()
 )
-LIGHT = {"report.py", "compare.py", "world.py", "process_dataset.py", "test_qwen2vl_CVBench.py"}  # no torch for --help
+LIGHT = {
+    "report.py",
+    "compare.py",
+    "sweep.py",
+    "world.py",
+    "process_dataset.py",
+    "test_qwen2vl_CVBench.py",
+}  # no torch for --help
 H100 = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1c2d)"
 
 

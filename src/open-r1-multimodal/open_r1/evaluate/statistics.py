@@ -75,6 +75,27 @@ def paired_difference(only_first: int, only_second: int, n: int) -> tuple[float,
     return difference, difference - half, difference + half
 
 
+def paired_bootstrap(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
+    """Second accuracy minus first over the same questions, and its percentile bootstrap 95 % interval.
+
+    Questions are drawn anew in pairs, and of each side its seeds: runs of one recipe differ, too. A side of one seed
+    says nothing about that, and the interval is then one of the questions alone.
+
+    Args:
+        first, second: (seeds, questions) in [0, 1], each with seeds of its own.
+    """
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+
+    def draw(n: int) -> np.ndarray:
+        """(samples, n) by how much each of n counts; n draws that put something back are a multinomial one."""
+        return rng.multinomial(n, [1 / n] * n, BOOTSTRAP_SAMPLES) / n
+
+    questions = draw(first.shape[1])
+    one, other = ((draw(len(side)) * (questions @ side.T)).sum(axis=1) for side in (first, second))  # (samples,)
+    low, high = np.quantile(other - one, (0.025, 0.975))
+    return float(second.mean() - first.mean()), float(low), float(high)
+
+
 # --- rows ---------------------------------------------------------------------------------------------------
 
 
@@ -106,6 +127,14 @@ def by_question(rows: Iterable[Row]) -> list[list[Row]]:
     for position, row in enumerate(rows):
         questions[row.get("id", ("position", position))].append(row)
     return list(questions.values())
+
+
+def outcomes(rows: Sequence[Row]) -> dict[Hashable, bool]:
+    """Question -> whether it was answered right, in all its rotations."""
+    return {
+        (rotations[0].get("id", position), rotations[0]["question"]): all(row["correct"] for row in rotations)
+        for position, rotations in enumerate(by_question(rows))
+    }
 
 
 def gold_index(row: Row) -> int:
