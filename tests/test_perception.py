@@ -50,7 +50,7 @@ def make_papo_trainer(model, data, output, reward=no_difference, freeze_vision=F
     """A trainer with PAPO's term, on completions of every awkward kind."""
     changes = {"papo_coef": 0.5, "beta": 0.0, "optim": "sgd", **changes}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("support.load_model", partial(load_frozen, freeze_vision=freeze_vision))
+        patch.setattr("support.load_model", partial(load_seeing, freeze_vision=freeze_vision))
         trainer = make_trainer(model, data, output, reward, **changes)
     end = trainer.processing_class.tokenizer.convert_tokens_to_ids("<|im_end|>")
     script(trainer, lambda ids: fake_completions(ids, end, trainer.max_completion_length))
@@ -60,10 +60,14 @@ def make_papo_trainer(model, data, output, reward=no_difference, freeze_vision=F
     return trainer
 
 
-def load_frozen(path, freeze_vision, **kwargs):
-    """A model whose vision tower may be frozen: rollout and policy then share its features."""
+def load_seeing(path, freeze_vision, **kwargs):
+    """A random model to which its image matters. With a frozen vision tower rollout and policy share its features."""
     model = load_model(path, **kwargs)
     freeze(model, freeze_vision=freeze_vision)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if FAMILIES[model.config.model_type].part_of(name) == "merger":
+                parameter *= 5
     return model
 
 
@@ -163,25 +167,27 @@ def test_term_and_gradient_are_those_of_the_slow_one(model_type, rows, frozen, t
         per_device_train_batch_size=8,
     )
     group_order(trainer)
-    terms = []
-    for inputs in micro_batches(trainer):
-        trainer.model.zero_grad()
-        loss = trainer.compute_loss(trainer.model, inputs)
-        loss.backward()
-        gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
-        trainer.model.zero_grad()
-        slow = -trainer.papo_coef * slow_term(trainer, inputs) / trainer.current_gradient_accumulation_steps
-        slow.backward()
-        assert loss.item() == pytest.approx(slow.item(), rel=1e-4, abs=1e-7)
-        expected = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
-        assert set(expected) <= set(gradients)
-        largest = max((gradient.norm() for gradient in expected.values()), default=0)
-        for name, gradient in gradients.items():
-            difference = (gradient - expected.get(name, torch.zeros_like(gradient))).norm()
-            assert difference <= 1e-4 * gradient.norm() + 1e-6 * largest, name
-        terms.append(slow.item())
-    assert min(terms) < -1e-7
+    batches = list(micro_batches(trainer))
+    losses, gradients = backward(trainer, batches, lambda inputs: trainer.compute_loss(trainer.model, inputs))
+    weight = -trainer.papo_coef / trainer.current_gradient_accumulation_steps
+    slow_losses, expected = backward(trainer, batches, lambda inputs: weight * slow_term(trainer, inputs))
+    assert losses == pytest.approx(slow_losses, rel=1e-4, abs=1e-7) and min(losses) < -1e-4
+    assert set(expected) == set(gradients)
+    largest = max(gradient.norm() for gradient in expected.values())
+    worst = {name: ((gradients[name] - g).norm() / (g.norm() + 1e-3 * largest)).item() for name, g in expected.items()}
+    print("H3", max(worst.items(), key=lambda x: x[1]), losses, slow_losses)
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * largest, name
     assert trainer._metrics["train"]["papo/kl"][0] > 0
+
+
+def backward(trainer, batches, loss_of):
+    """The losses of micro-batches, and all gradients that they leave together."""
+    trainer.model.zero_grad()
+    losses = [loss_of(inputs) for inputs in batches]
+    sum(losses).backward()
+    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return [loss.item() for loss in losses], gradients
 
 
 def group_order(trainer):
@@ -205,11 +211,12 @@ def test_the_mean_is_that_of_the_loss_type(loss_type, tiny_model, datasets, tmp_
         tiny_model, datasets["one image"], tmp_path, loss_type=loss_type, beta=0.5, steps_per_generation=4
     )
     for inputs in micro_batches(trainer):
+        inputs["masked_logps"] = inputs["masked_logps"] - torch.rand(inputs["masked_logps"].shape)
         inputs["ref_per_token_logps"] = inputs["masked_logps"]
         without = {name: value for name, value in inputs.items() if name != "masked_logps"}
         alone = trainer.compute_loss(trainer.model, without).item()
-        assert alone > 1e-7
-        assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(0, abs=1e-4 * alone)
+        assert alone > 1e-3
+        assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(0, abs=1e-5 * alone)
 
 
 def test_a_prompt_without_an_image_has_no_term(tiny_model, datasets, tmp_path):
