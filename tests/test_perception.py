@@ -61,12 +61,12 @@ def make_papo_trainer(model, data, output, reward=no_difference, freeze_vision=F
 
 
 def load_seeing(path, freeze_vision, **kwargs):
-    """A random model to which its image matters. With a frozen vision tower rollout and policy share its features."""
+    """A random model to which its image matters, so that rounding is small beside it. With a frozen vision tower rollout and policy share its features."""
     model = load_model(path, **kwargs)
     freeze(model, freeze_vision=freeze_vision)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if FAMILIES[model.config.model_type].part_of(name) == "merger":
+            if ".layers." in name and parameter.ndim == 2:
                 parameter *= 5
     return model
 
@@ -171,11 +171,9 @@ def test_term_and_gradient_are_those_of_the_slow_one(model_type, rows, frozen, t
     losses, gradients = backward(trainer, batches, lambda inputs: trainer.compute_loss(trainer.model, inputs))
     weight = -trainer.papo_coef / trainer.current_gradient_accumulation_steps
     slow_losses, expected = backward(trainer, batches, lambda inputs: weight * slow_term(trainer, inputs))
-    assert losses == pytest.approx(slow_losses, rel=1e-4, abs=1e-7) and min(losses) < -1e-4
+    assert losses == pytest.approx(slow_losses, rel=1e-4, abs=1e-8) and min(losses) < -1e-5
     assert set(expected) == set(gradients)
     largest = max(gradient.norm() for gradient in expected.values())
-    worst = {name: ((gradients[name] - g).norm() / (g.norm() + 1e-3 * largest)).item() for name, g in expected.items()}
-    print("H3", max(worst.items(), key=lambda x: x[1]), losses, slow_losses)
     for name, gradient in expected.items():
         assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * largest, name
     assert trainer._metrics["train"]["papo/kl"][0] > 0
