@@ -1,14 +1,15 @@
-"""Three seeded steps on given completions, saved: `worker_shared_prefix.py MODEL DATA OUTPUT PER_DEVICE_BATCH`.
+"""Three seeded steps on given completions, saved: `worker_shared_prefix.py MODEL DATA OUTPUT PER_DEVICE_BATCH [JSON]`.
 
-`test_shared_prefix.py` runs it in one process and under ZeRO in two.
+The JSON changes settings. `test_shared_prefix.py` and `test_perception.py` run it in one process and under ZeRO in two.
 """
 
+import json
 import sys
 
 import open_r1.trainer
 from support import Scripted, fake_completions, make_trainer
 
-model_path, data, output, per_device = sys.argv[1:]
+model_path, data, output, per_device, *changes = sys.argv[1:]
 open_r1.trainer.shuffle_groups = lambda batch: batch  # the same completions in every micro-batch, whatever the layout
 
 
@@ -24,6 +25,7 @@ trainer = make_trainer(
     max_steps=3,
     per_device_train_batch_size=int(per_device),
     gradient_accumulation_steps=2,
+    **json.loads(changes[0] if changes else "{}"),
 )
 end = trainer.processing_class.tokenizer.convert_tokens_to_ids("<|im_end|>")
 

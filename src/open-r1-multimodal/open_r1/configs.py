@@ -166,6 +166,24 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
         },
     )
 
+    papo_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of PAPO's perception term, which rewards the policy for saying something else when its "
+            "image is masked; one more forward pass over the rollout. 0: none."
+        },
+    )
+    papo_mask_ratio: float = field(
+        default=0.6, metadata={"help": "The share of an image's patches that are black in PAPO's term."}
+    )
+    rollout_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Sample the second half of each group from images that are noised to this step of diffusion, of "
+            "1000, annealed to 0 over the run (NoisyRollout); all completions are scored with the clean image. 0: none."
+        },
+    )
+
     def __post_init__(self):
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type: {self.loss_type!r} is none of {', '.join(LOSS_TYPES)}")
@@ -266,6 +284,16 @@ def check_signal(args: GRPOConfig, shared_prefix: bool, streams: bool) -> None:
         )
 
 
+def check_perception(args: GRPOConfig, shared_prefix: bool) -> None:
+    """See that what masks or noises images has the shared prefix that it is made for; ValueError if not."""
+    for name in ("papo_coef", "rollout_noise"):
+        if getattr(args, name, 0) and not shared_prefix:
+            raise ValueError(
+                f"{name}: needs the shared prefix, which a text model, tools, a rollout_func and shared_prefix false "
+                "go without; leave it out"
+            )
+
+
 def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False) -> None:
     """See that settings go with each other, and with what is installed.
 
@@ -293,6 +321,17 @@ def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False)
         )
     if shared_prefix and not args.ds3_gather_for_generation:
         raise ValueError("ds3_gather_for_generation: the shared prefix needs true; or add --shared_prefix false")
+    check_perception(args, shared_prefix)
+    if getattr(args, "rollout_noise", 0) and args.use_vllm:
+        if args.vllm_mode == "server":
+            raise ValueError(
+                "rollout_noise: a vLLM server is asked once a group, for one image; add --vllm_mode colocate"
+            )
+        if args.vllm_importance_sampling_correction:
+            raise ValueError(
+                "rollout_noise: vLLM's log-probabilities are those of the noisy image, and no measure of the engine; "
+                "add --vllm_importance_sampling_correction false"
+            )
 
 
 @dataclass

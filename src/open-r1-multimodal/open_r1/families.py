@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from qwen_vl_utils.vision_process import smart_resize
 from torch import nn
@@ -104,6 +105,12 @@ class Family(ABC):
         """The smallest image that the model takes, of zeros."""
 
     @abstractmethod
+    def blacken(
+        self, images: ImageInputs, processor: ProcessorMixin, share: float, rng: np.random.Generator
+    ) -> ImageInputs:
+        """The images with each patch black with probability `share`."""
+
+    @abstractmethod
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Positions (3, P) of a prompt: what a processor made of it, one row."""
 
@@ -149,6 +156,18 @@ class QwenVL(Family):
         merge, patch = vision.spatial_merge_size, vision.patch_size
         pixels = torch.zeros(merge**2, vision.in_channels * vision.temporal_patch_size * patch**2)
         return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, merge, merge]])}
+
+    def blacken(
+        self, images: ImageInputs, processor: ProcessorMixin, share: float, rng: np.random.Generator
+    ) -> ImageInputs:
+        pixels = images["pixel_values"]  # (patches, channels * frames * patch * patch)
+        mean, std = (
+            torch.tensor(values, dtype=pixels.dtype)
+            for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
+        )
+        black = (-mean / std).repeat_interleave(pixels.shape[1] // len(mean))
+        is_black = torch.from_numpy(rng.random(len(pixels)) < share)
+        return {**images, "pixel_values": torch.where(is_black[:, None], black, pixels)}
 
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
         """M-RoPE: time, height, width."""

@@ -62,6 +62,7 @@ LIMITS: dict[str, Limit] = {
             *("learning_rate", "beta", "epsilon", "epsilon_high", "top_k", "weight_decay", "warmup_steps"),
             *("max_grad_norm", "save_total_limit", "eval_delay", "neftune_noise_alpha"),
             *("dataloader_num_workers", "entropy_coef", "router_aux_loss_coef", "vllm_importance_sampling_clip_min"),
+            "papo_coef",
         ),
         AMOUNT,
     ),
@@ -76,10 +77,11 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys(
         (
             *("min_p", "label_smoothing_factor", "ref_model_mixup_alpha", "top_entropy_quantile"),
-            *("min_signal_groups", "skip_solved", "skip_hopeless"),
+            *("min_signal_groups", "skip_solved", "skip_hopeless", "papo_mask_ratio"),
         ),
         SHARE,
     ),
+    "rollout_noise": Limit(low=0, high=999, hint="a step of diffusion; NoisyRollout starts from 500"),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), BELOW_ONE),
     **dict.fromkeys(("top_p", "vllm_gpu_memory_utilization"), Limit(low=0, high=1, open_low=True)),
     **dict.fromkeys(("seed", "data_seed"), SEED),

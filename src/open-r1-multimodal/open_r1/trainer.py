@@ -14,6 +14,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
@@ -33,13 +34,14 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import get_config_model_id, split_tensor_dict
 
 from open_r1 import agreement
 from open_r1.backends import Backend, TransformersBackend
 from open_r1.checkpoints import LoadWeightsMixin
-from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_settings
+from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_perception, check_settings
 from open_r1.data import ROTATION_OF, most_broken
 from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
@@ -55,6 +57,7 @@ from open_r1.modeling import (
     load_processor,
     reset_generation_config,
 )
+from open_r1.perception import add_noise, batch_mean, mask_prompt, noise_step, perception_kl, seeded, split_halves
 from open_r1.reflection import analyse, reflection_shares
 from open_r1.rewards import completion_text
 from open_r1.sampling import (
@@ -67,7 +70,7 @@ from open_r1.sampling import (
     replace_prompts,
     shuffle_groups,
 )
-from open_r1.shared_prefix import Prompt, enable_grouping, encode_prompt, images_of, pack
+from open_r1.shared_prefix import Prompt, enable_grouping, encode_prompt, images_of, pack, rows_by_prompt
 from open_r1.trackers import LogRollouts
 from open_r1.trajectories import Completion
 from open_r1.vllm_backends import TrainerVLLMBackend, banned, engine_dtype, engine_settings, engines_with
@@ -223,6 +226,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
       `args` alone, never from the checkpoint's generation_config;
     - the prompt of a group is encoded, prefilled and scored once (`open_r1.shared_prefix`, `open_r1.rollout`);
     - rows with and without images may be mixed, in any number of processes;
+    - images may be masked in a term of the loss, or noised in half of a rollout (`open_r1.perception`);
     - an image that cannot be opened any more ends no run: completions about it earn nothing and are counted, up to
       `data.most_broken`;
     - a loss or gradient that is no number ends it before the weights are spoiled (`open_r1.finite`);
@@ -288,7 +292,11 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         if self.signal.signal_settings and not self.shared_prefix:
             name = self.signal.signal_settings[0]
             raise ValueError(f"{name}: needs the shared prefix, which tools and a rollout_func do without")
+        check_perception(args, self.shared_prefix)
+        self.papo_coef, self.rollout_noise = (getattr(args, name, 0.0) for name in ("papo_coef", "rollout_noise"))
         encodes_once = self.shared_prefix and not self.use_vllm and not self.family.trains_vision(plain)
+        if self.papo_coef and self.accelerator.num_processes > 1:
+            encodes_once = False  # masked images run the tower, and then all processes must in every pass
         if self.shared_prefix:
             self.backend = self.make_backend(keep_features=encodes_once)
             self.rollout_func = self._roll_out  # TRL's seam for those who generate otherwise
@@ -358,6 +366,8 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         output = super()._generate_and_score_completions(rows)
         if self.shared_prefix:
             output["prompts"] = rollout.prompts
+        if self.papo_coef and self.model.training:
+            output["masked_logps"] = self._score_masked(output)
         self._save_trajectories(rollout, output)
         return output
 
@@ -431,25 +441,51 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         return TransformersBackend(model, processor, borrow, keep_features, **self.chat_template_kwargs)
 
     def _roll_out(self, prompts: list[Any], _: GRPOTrainer) -> dict[str, Any]:
-        """TRL's `rollout_func`: images are opened, encoded and prefilled once for all neighbours of one prompt."""
-        encoded, repeats = [], []
+        """TRL's `rollout_func`: images are opened, encoded and prefilled once for all neighbours of one prompt.
+
+        With `rollout_noise` the second half of a group is sampled from noisy images; what is returned, and scored, is
+        the prompt with the clean ones.
+        """
+        noise, first = self._noise_step(), self.accelerator.process_index * len(prompts)
+        encoded, repeats, scored = [], [], []  # what is asked, how often, and the index of what is scored for it
+        row = 0
         for prompt, same in groupby(prompts):
-            rows = range(sum(repeats), sum(repeats) + len(list(same)))
+            rows = range(row, row + len(list(same)))
+            row = rows.stop
+            images = []
             if not isinstance(prompt, str):
-                prompt = put_images(prompt, self._open(images_of(prompt), rows))
-            encoded.append(self.backend.encode(prompt))
-            repeats.append(len(rows))
+                images = self._open(images_of(prompt), rows)
+                prompt = put_images(prompt, images)
+            versions, parts = [self.backend.encode(prompt)], [(False, len(rows))]
+            if noise and images:
+                rng = self._seeded((first + rows.start) // self._group_size())
+                noisy = put_images(prompt, [add_noise(image, noise, rng) for image in images])
+                versions.append(self.backend.encode(noisy))
+                parts = split_halves(first + rows.start, len(rows), self._group_size())
+            scored += [len(encoded)] * len(parts)
+            encoded += [versions[is_noisy] for is_noisy, _ in parts]
+            repeats += [count for _, count in parts]
         try:
             answer = self.backend.generate(encoded, repeats, self.generation_config)
         except Mistake as error:  # no numbers: the update before it spoiled the weights
             self.stop(str(error), keeps_weights=False)
-        prompts = [prompt for prompt, count in zip(answer.prompts, repeats, strict=True) for _ in range(count)]
+        prompts = [answer.prompts[index] for index, count in zip(scored, repeats, strict=True) for _ in range(count)]
         self._rollout.prompts = self._scored = prompts
         return {
             "prompt_ids": [prompt.input_ids.tolist() for prompt in prompts],
             "completion_ids": answer.ids,
             "logprobs": answer.logprobs,
         }
+
+    def _seeded(self, group: int) -> np.random.Generator:
+        """Random numbers of a group of this step, counted over all processes; the same after a resume."""
+        return seeded(self.args.seed, self.state.global_step, group)
+
+    def _noise_step(self) -> int:
+        """How noisy the images of this rollout's noisy halves are; 0 for an evaluation."""
+        if not (self.rollout_noise and self.model.training):
+            return 0
+        return noise_step(self.rollout_noise, self.state.global_step / max(self.state.max_steps, 1))
 
     @torch.no_grad()
     def check_engine(self) -> None:
@@ -518,7 +554,48 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
                 packed_tokens += batch.model_inputs["input_ids"].numel()
             saved = 1 - packed_tokens / input_ids.numel()
             self._metrics[self._mode()]["packing/tokens_saved"].append(saved)
-            return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+            logps = torch.cat(logps)
+            if self.papo_coef:
+                self._last_logps = logps  # `_compute_loss` keeps them to itself
+            return logps, torch.cat(entropies) if compute_entropy else None, None
+
+    @torch.no_grad()
+    def _score_masked(self, output: dict[str, Any]) -> torch.Tensor:
+        """Log-probabilities (B, C) of a rollout's completions, by the policy that sampled them, behind masked images.
+
+        Of a prompt without an image too: under ZeRO-3 all ranks must run as many forward passes.
+        """
+        first = self.accelerator.process_index * len(output["prompts"])
+        self._scored = []
+        for rows in rows_by_prompt(output["prompts"]):
+            rng = self._seeded((first + rows[0]) // self.num_generations)
+            prompt, ratio = output["prompts"][rows[0]], self.args.papo_mask_ratio
+            self._scored += [mask_prompt(prompt, self.family, self.processing_class, ratio, rng)] * len(rows)
+        ids, mask = (
+            torch.cat([output[f"prompt_{name}"], output[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
+        )
+        longest, batch_size = output["completion_ids"].shape[1], self.args.per_device_train_batch_size
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logps, *_ = self._get_per_token_logps_and_entropies(self.model, ids, mask, longest, batch_size)
+        return logps
+
+    def _perception_gain(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """PAPO's term of a micro-batch that was just scored, a scalar for the loss to fall by.
+
+        It is `papo_coef` times `perception_kl`, 0 behind a prompt without an image, averaged as the loss type averages
+        its tokens and over the step's micro-batches.
+        """
+        kl = perception_kl(self._last_logps, inputs["masked_logps"])  # (B, C)
+        self._last_logps = None  # and with it the graph
+        mask = inputs["completion_mask"]
+        sees = torch.tensor([bool(prompt.image_inputs) for prompt in inputs["prompts"]], device=mask.device)
+        kl = kl * sees[:, None]
+        sums = torch.stack([(kl.detach() * mask).sum(), (mask * sees[:, None]).sum()])
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self._metrics["train"]["papo/kl"].append(total / max(count, 1))
+        tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        mean = batch_mean(kl, mask, self.loss_type, self.max_completion_length, tokens / self.args.steps_per_generation)
+        return self.papo_coef * mean / self.current_gradient_accumulation_steps
 
     # Tells the scoring above whose completions a micro-batch holds; TRL's signature has no place for it.
     def _compute_loss(self, model, inputs):
@@ -527,7 +604,8 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         if not self.model.training:
             tokens = self.accelerator.reduce(inputs["completion_mask"].sum(), reduction="sum").item()
             self._metrics["eval"][TOKENS].append(tokens)
-        return super()._compute_loss(model, inputs)
+        loss = super()._compute_loss(model, inputs)
+        return loss - self._perception_gain(inputs) if "masked_logps" in inputs else loss
 
     # TRL's shuffles completions across micro-batches, which would scatter the groups.
     def _prepare_inputs(self, generation_batch):

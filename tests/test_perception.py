@@ -1,0 +1,395 @@
+"""PAPO's term against a slow implementation of it, and NoisyRollout's halves: who sees what, and what is scored."""
+
+import json
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from open_r1.backends import Completions
+from open_r1.configs import LOSS_TYPES, check_settings
+from open_r1.families import FAMILIES
+from open_r1.limits import check_values
+from open_r1.modeling import freeze, load_model, load_processor
+from open_r1.perception import (
+    MOST_KL,
+    add_noise,
+    noise_step,
+    perception_kl,
+    seeded,
+    split_halves,
+)
+from open_r1.prompts import REPO_ROOT
+from support import fake_completions, launch_env, load_weights, make_config, make_trainer, write_examples, write_mixed
+from test_shared_prefix import script
+
+SHARE = 0.6
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    """Prepared JSON files by what their rows hold; the mixed one has rows without an image."""
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "one image": write_examples(folder / "one", 12),
+        "two images": write_examples(folder / "two", 12, 2),
+        "mixed": write_mixed(folder / "mixed", 12),
+    }
+
+
+def no_difference(completions, **kwargs):
+    """A reward without an advantage: what is left of the loss is PAPO's term."""
+    return [1.0] * len(completions)
+
+
+def make_papo_trainer(model, data, output, reward=no_difference, freeze_vision=False, **changes):
+    """A trainer with PAPO's term, on completions of every awkward kind."""
+    changes = {"papo_coef": 0.5, "beta": 0.0, "optim": "sgd", **changes}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("support.load_model", partial(load_seeing, freeze_vision=freeze_vision))
+        trainer = make_trainer(model, data, output, reward, **changes)
+    end = trainer.processing_class.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    script(trainer, lambda ids: fake_completions(ids, end, trainer.max_completion_length))
+    trainer.create_optimizer_and_scheduler(num_training_steps=1)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    return trainer
+
+
+def load_seeing(path, freeze_vision, **kwargs):
+    """A random model to which its image matters, so that rounding is small beside it.
+
+    With a frozen vision tower rollout and policy share its features.
+    """
+    model = load_model(path, **kwargs)
+    freeze(model, freeze_vision=freeze_vision)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".layers." in name and parameter.ndim == 2:
+                parameter *= 5
+    return model
+
+
+def micro_batches(trainer):
+    """The inputs of every micro-batch of one rollout."""
+    rows = next(iter(trainer.get_train_dataloader()))
+    for step in range(trainer.args.steps_per_generation):
+        trainer._step = step
+        yield trainer._prepare_inputs(rows)
+
+
+# ---- the mathematics
+
+
+def test_the_estimate_is_the_divergence():
+    """Weighted by how often each token is sampled, the estimates are KL(p || p_masked), by the book."""
+    torch.manual_seed(0)
+    p, masked = torch.randn(2, 9).log_softmax(dim=-1)
+    expected = (p.exp() * (p - masked)).sum()
+    assert (p.exp() * perception_kl(p, masked)).sum().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_token_that_the_masked_policy_rules_out_has_a_finite_gradient():
+    logps = torch.tensor([[-300.0, -1.0, -1.0]], requires_grad=True)
+    kl = perception_kl(logps, torch.tensor([[-1.0, -300.0, -2.0]]))
+    kl.sum().backward()
+    assert kl[0, :2].tolist() == [MOST_KL] * 2 and logps.grad[0, :2].tolist() == [0, 0]
+    assert logps.grad[0, 2].item() == pytest.approx(1 - np.exp(-1), rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_masked_patches_are_those_of_a_black_image(model_type, tiny_models):
+    processor, family = load_processor(tiny_models[model_type], max_pixels=12544), FAMILIES[model_type]
+    picture, black = (
+        family.images_of(processor.image_processor(images=[Image.new("RGB", (96, 64), colour)], return_tensors="pt"))
+        for colour in ("orange", "black")
+    )
+    name = family.image_inputs[0]
+    masked = family.blacken(picture, processor, SHARE, seeded(7, 0, 0))
+    is_black = (masked[name] == picture[name]).all(dim=1).logical_not()
+    assert torch.allclose(masked[name][is_black], black[name][is_black], atol=1e-6)
+    assert 0.3 < is_black.float().mean() < 0.9
+    assert all(torch.equal(masked[other], picture[other]) for other in family.image_inputs[1:])
+    again, other = (family.blacken(picture, processor, SHARE, seeded(7, 0, group)) for group in (0, 1))
+    assert torch.equal(masked[name], again[name]) and not torch.equal(masked[name], other[name])
+    assert torch.equal(family.blacken(picture, processor, 0, seeded(7))[name], picture[name])
+
+
+# ---- the term in the loss
+
+
+def slow_term(trainer, inputs):
+    """PAPO's term of a micro-batch by the book: each completion behind its own prompt in stock forward passes.
+
+    The mask is drawn and the black patch made here once more, without the trainer's help.
+    """
+    model, processor = trainer.model, trainer.processing_class
+    total = torch.zeros((), requires_grad=True)
+    for prompt, ids, mask in zip(inputs["prompts"], inputs["completion_ids"], inputs["completion_mask"], strict=True):
+        completion = ids[: mask.sum()]
+        if not (prompt.image_inputs and len(completion)):
+            continue
+        black = processor.image_processor(images=[Image.new("RGB", (56, 56), "black")], return_tensors="pt")
+        clean = prompt.image_inputs["pixel_values"]
+        drawn = np.random.default_rng((7, 0, trainer.groups[prompt])).random(len(clean))  # the seed, step 0, its group
+        masked_pixels = clean.clone()
+        masked_pixels[torch.from_numpy(drawn < SHARE)] = black["pixel_values"][0]
+        row = torch.cat([prompt.input_ids, completion])[None]
+        types = (row == processor.image_token_id).long()
+        scores = []
+        for pixels in (clean, masked_pixels):
+            logits = model(
+                input_ids=row,
+                attention_mask=torch.ones_like(row),
+                pixel_values=pixels,
+                image_grid_thw=prompt.image_inputs["image_grid_thw"],
+                mm_token_type_ids=types,
+            ).logits[0, len(prompt) - 1 : -1]
+            scores.append(logits.log_softmax(dim=-1).gather(1, completion[:, None])[:, 0])
+        logps, masked = scores[0], scores[1].detach()
+        total = total + ((masked - logps).exp() - (masked - logps) - 1).mean()
+    return total / len(inputs["prompts"])
+
+
+CASES = [(model_type, rows, False) for model_type in FAMILIES for rows in ("one image", "two images", "mixed")]
+
+
+@pytest.mark.parametrize("model_type, rows, frozen", [*CASES, ("qwen2_vl", "mixed", True)])
+def test_term_and_gradient_are_those_of_the_slow_one(model_type, rows, frozen, tiny_models, datasets, tmp_path):
+    """Several prompts a micro-batch, with completions of any length."""
+    trainer = make_papo_trainer(
+        tiny_models[model_type],
+        datasets[rows],
+        tmp_path,
+        freeze_vision=frozen,
+        loss_type="grpo",
+        per_device_train_batch_size=8,
+    )
+    group_order(trainer)
+    batches = list(micro_batches(trainer))
+    losses, gradients = backward(trainer, batches, lambda inputs: trainer.compute_loss(trainer.model, inputs))
+    weight = -trainer.papo_coef / trainer.current_gradient_accumulation_steps
+    slow_losses, expected = backward(trainer, batches, lambda inputs: weight * slow_term(trainer, inputs))
+    assert losses == pytest.approx(slow_losses, rel=1e-4, abs=1e-8) and min(losses) < -1e-5
+    assert set(expected) == set(gradients)
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * largest, name
+    assert trainer._metrics["train"]["papo/kl"][0] > 0
+
+
+def backward(trainer, batches, loss_of):
+    """The losses of micro-batches, and all gradients that they leave together."""
+    trainer.model.zero_grad()
+    losses = [loss_of(inputs) for inputs in batches]
+    sum(losses).backward()
+    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return [loss.item() for loss in losses], gradients
+
+
+def group_order(trainer):
+    """Remember the number of each prompt's group, before the groups are shuffled."""
+    original = trainer._generate_and_score_completions
+    trainer.groups = {}
+
+    def remember(rows):
+        output = original(rows)
+        for row, prompt in enumerate(output["prompts"]):
+            trainer.groups.setdefault(prompt, row // trainer.num_generations)
+        return output
+
+    trainer._generate_and_score_completions = remember
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_mean_is_that_of_the_loss_type(loss_type, tiny_model, datasets, tmp_path):
+    """TRL's KL of a reference that is the masked policy, weighed alike, is the same term: they cancel."""
+    trainer = make_papo_trainer(
+        tiny_model, datasets["one image"], tmp_path, loss_type=loss_type, beta=0.5, steps_per_generation=4
+    )
+    for inputs in micro_batches(trainer):
+        inputs["masked_logps"] = inputs["masked_logps"] - torch.rand(inputs["masked_logps"].shape)
+        inputs["ref_per_token_logps"] = inputs["masked_logps"]
+        without = {name: value for name, value in inputs.items() if name != "masked_logps"}
+        alone = trainer.compute_loss(trainer.model, without).item()
+        assert alone > 1e-3
+        assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(0, abs=1e-5 * alone)
+
+
+def test_a_prompt_without_an_image_has_no_term(tiny_model, datasets, tmp_path):
+    """Nor has it one when the policy has moved on since the rollout."""
+    trainer = make_papo_trainer(tiny_model, datasets["mixed"], tmp_path, per_device_train_batch_size=8)
+    seen = 0
+    for inputs in micro_batches(trainer):
+        inputs["masked_logps"] = inputs["masked_logps"] - 1
+        blind = torch.tensor([not prompt.image_inputs for prompt in inputs["prompts"]])
+        loss = trainer.compute_loss(trainer.model, inputs).item()
+        inputs["masked_logps"] = inputs["masked_logps"].masked_fill(blind[:, None], -7.0)
+        assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(loss, rel=1e-6)
+        seen += blind.sum().item()
+    assert seen
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_rollout_costs_one_more_pass_a_micro_batch(frozen, tiny_model, datasets, tmp_path):
+    """Whatever its prompts hold: under ZeRO-3 all processes must run as many."""
+    passes = {}
+    for coefficient in (0.0, 0.1):
+        trainer = make_papo_trainer(
+            tiny_model, datasets["mixed"], tmp_path, freeze_vision=frozen, papo_coef=coefficient, max_steps=1
+        )
+        calls = []
+        trainer.model.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        trainer.train()
+        passes[coefficient] = len(calls)
+    assert passes[0.0] == 2 and passes[0.1] == 4
+
+
+# ---- noise in the rollout
+
+
+def test_noise_is_annealed_from_its_start_to_nothing():
+    assert [noise_step(500, progress) for progress in (0, 0.3, 2 / 3, 1)] == [500, 500, 250, 0]
+    assert all(noise_step(500, step / 100) >= noise_step(500, (step + 1) / 100) for step in range(100))
+
+
+def test_noise_is_of_the_strength_that_its_step_says():
+    """By NoisyRollout's schedule; the median and a quartile, which clipping at black and white leaves alone."""
+    grey = Image.new("RGB", (200, 200), (128, 128, 128))
+    for step, kept in ((100, 0.9966), (300, 0.9623), (500, 0.7448)):
+        pixels = np.asarray(add_noise(grey, step, seeded(1)), dtype=float) / 255
+        middle, spread = kept**0.5 * 128 / 255, 0.6745 * (1 - kept) ** 0.5
+        assert np.quantile(pixels, (0.25, 0.5, 0.75)) == pytest.approx(
+            [middle - spread, middle, min(middle + spread, 1)], abs=0.01
+        )
+    assert add_noise(grey, 300, seeded(1)).tobytes() == add_noise(grey, 300, seeded(1)).tobytes()
+
+
+def test_halves_of_groups_wherever_a_process_begins():
+    assert split_halves(0, 8, 8) == [(False, 4), (True, 4)]
+    assert split_halves(8, 4, 8) == [(False, 4)]
+    assert split_halves(12, 4, 8) == [(False, 0), (True, 4)]  # the clean prompt is scored all the same
+    assert split_halves(0, 10, 5) == [(False, 3), (True, 2), (False, 3), (True, 2)]
+    assert split_halves(2, 3, 8) == [(False, 2), (True, 1)]
+
+
+class Watching:
+    """A backend that keeps what it was asked, and answers as the one it replaces."""
+
+    def __init__(self, backend):
+        self.encode, self.inner, self.asked = backend.encode, backend, []
+
+    def generate(self, prompts, repeats, settings) -> Completions:
+        self.asked.append([(prompt, count) for prompt, count in zip(prompts, repeats, strict=True)])
+        return self.inner.generate(prompts, repeats, settings)
+
+
+def pixels_of(prompt):
+    return prompt.image_inputs.get("pixel_values")
+
+
+def test_half_of_a_group_is_sampled_from_noise_and_all_of_it_scored_clean(tiny_model, datasets, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "max_steps": 3}
+    trainer = make_trainer(
+        tiny_model, datasets["mixed"], tmp_path, eval_data=datasets["mixed"], rollout_noise=500, **settings
+    )
+    backend = trainer.backend = Watching(trainer.backend)
+    scored = []
+    original = trainer._generate_and_score_completions
+
+    def spy(rows):
+        output = original(rows)
+        scored.append((trainer.model.training, output["prompts"]))
+        return output
+
+    trainer._generate_and_score_completions = spy
+    trainer.train()
+    assert len(scored) == len(backend.asked)
+    noisy_groups = 0
+    for (training, prompts), asked in zip(scored, backend.asked, strict=True):
+        assert sum(count for _, count in asked) == len(prompts)
+        # one object a group, so that it is packed once
+        assert all(len({id(prompt) for prompt in prompts[i : i + 4]}) == 1 for i in range(0, len(prompts), 4))
+        if not training:
+            assert {id(prompt) for prompt, _ in asked} == {id(prompt) for prompt in prompts}
+            continue
+        row = 0
+        for prompt, count in asked:
+            group = prompts[row]
+            assert torch.equal(prompt.input_ids, group.input_ids)
+            if row % 4 == 2:
+                assert count == 2 and not torch.allclose(pixels_of(prompt), pixels_of(group), atol=0.1)
+                noisy_groups += 1
+            elif count == 2:
+                assert torch.equal(pixels_of(prompt), pixels_of(group))
+            else:
+                assert count == 4 and pixels_of(prompt) is None
+            row += count
+    assert noisy_groups
+
+
+def test_a_resumed_run_draws_the_same_masks_and_noise(tiny_model, datasets, tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "papo_coef": 0.5, "rollout_noise": 500}
+    make_trainer(tiny_model, datasets["one image"], tmp_path / "whole", **settings).train()
+    resumed = make_trainer(tiny_model, datasets["one image"], tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    whole, again = (load_weights(tmp_path / name / "checkpoint-4") for name in ("whole", "resumed"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    other = make_trainer(tiny_model, datasets["one image"], tmp_path / "other", **{**settings, "papo_mask_ratio": 0.5})
+    other.train()
+    assert any((whole[name] - p).abs().max() > 0 for name, p in load_weights(tmp_path / "other/checkpoint-4").items())
+
+
+@pytest.mark.distributed
+def test_two_zero_processes_match_one(tiny_model, datasets, quick_python, tmp_path):
+    """Three groups of four over two ranks, some without an image: the second begins with the noisy half of a group."""
+    data, changes = datasets["mixed"], json.dumps({"papo_coef": 0.5, "rollout_noise": 500})
+    worker = [str(Path(__file__).with_name("worker_shared_prefix.py")), str(tiny_model), str(data)]
+    env = launch_env(tiny_model, data, tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    subprocess.run([quick_python, *worker, str(tmp_path / "one"), "6", changes], env=env, check=True)
+    subprocess.run([quick_python, *worker, str(tmp_path / "none"), "6"], env=env, check=True)
+    config = REPO_ROOT / "src/open-r1-multimodal/configs/zero3.yaml"
+    launch = [quick_python, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    launch += ["--mixed_precision", "no", "--num_processes", "2", "--main_process_port", "0"]
+    subprocess.run([*launch, *worker, str(tmp_path / "two"), "3", changes], env=env, check=True)
+    none, one, two = (load_weights(tmp_path / name) for name in ("none", "one", "two"))
+    assert any((one[name] - none[name]).abs().max() > 1e-4 for name in one)
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize("name", ["papo_coef", "rollout_noise"])
+def test_both_need_the_shared_prefix(name, tmp_path):
+    args = make_config(tmp_path, shared_prefix=False, **{name: 0.5})
+    with pytest.raises(ValueError, match=f"{name}: needs the shared prefix"):
+        check_settings(args, args.shared_prefix)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"vllm_mode": "server"}, "--vllm_mode colocate"),
+        ({"vllm_mode": "colocate"}, "--vllm_importance_sampling_correction false"),
+        ({"vllm_mode": "colocate", "vllm_importance_sampling_correction": False}, None),
+    ],
+)
+def test_noise_and_vllm(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("open_r1.configs.need_vllm", lambda option: None)
+    args = make_config(tmp_path, rollout_noise=500, use_vllm=True, **changes)
+    if message is None:
+        check_settings(args, args.shared_prefix)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_settings(args, args.shared_prefix)
+
+
+@pytest.mark.parametrize("setting", [{"papo_coef": -0.1}, {"papo_mask_ratio": 1.5}, {"rollout_noise": 1000}])
+def test_values_that_mean_nothing(setting):
+    with pytest.raises(ValueError, match="expected a number"):
+        check_values(setting)
