@@ -298,16 +298,17 @@ def test_text_that_is_not_utf8_names_its_file(tmp_path, table):
         (b'{"caption": "\xe9"}', "line 2: not JSON ('utf-8' codec"),
         (b"[" * 99_999, "line 2: not JSON (nested too deep)"),
         (b"[1]", "row 1: expected an object"),
-        (b'{"caption": "?"}', "no column image, label; is this VSR?"),
-        (b'{"caption": "\\ud800", "image": "a", "label": 1}', "row 1: caption: expected text"),
-        (b'{"caption": "?", "image": "a", "label": 2}', "row 1: label: expected 0 or 1"),
-        (b'{"caption": "?", "image": 5, "label": 1}', "row 1: image: expected an image"),
-        (b'{"caption": "?", "image": {"bytes": [1]}, "label": 1}', "row 1: image: expected an image"),
+        (b'{"caption": "?"}', "no column image, label, relation; is this VSR?"),
+        (b'{"caption": "\\ud800", "image": "a", "label": 1, "relation": "on"}', "row 1: caption: expected text"),
+        (b'{"caption": "?", "image": "a", "label": 2, "relation": "on"}', "row 1: label: expected 0 or 1"),
+        (b'{"caption": "?", "image": 5, "label": 1, "relation": "on"}', "row 1: image: expected an image"),
+        (b'{"caption": "?", "image": "a", "label": 1, "relation": null}', "row 1: relation: expected a name"),
+        (b'{"caption": "?", "image": {"bytes": [1]}, "label": 1, "relation": "on"}', "row 1: image: expected an image"),
     ],
 )
 def test_a_line_of_vsr_that_is_something_else(tmp_path, line, message):
     path = tmp_path / "test.jsonl"
-    path.write_bytes(b'{"caption": "?", "image": "a", "label": 1}\n' + line + b"\n\n")
+    path.write_bytes(b'{"caption": "?", "image": "a", "label": 1, "relation": "on"}\n' + line + b"\n\n")
     assert refused(read, BENCHMARKS["VSR"], str(path)).startswith(f"{path}: {message}")
 
 
