@@ -19,7 +19,7 @@ from open_r1.images import open_image
 from open_r1.tasks.benchmarks import BENCHMARKS, VSR_CATEGORY, Item, read
 from open_r1.world.parquet import sat_row, write_cvbench, write_sat
 from open_r1.world.scene import LEVELS
-from test_results import script
+from support import script
 
 EASY = LEVELS["easy"]
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -110,7 +110,7 @@ def test_a_set_takes_from_the_recipe_what_it_does_not_say_itself(tmp_path):
         ("datasets: []", "{file}: expected datasets, a list with path and fraction of each, and nothing else"),
         ("datasets: [{path: a.jsonl}]\nstreaming: true", "{file}: expected datasets, a list with path and fraction"),
         ("datasets: [", "{file}: not YAML (while parsing a flow"),
-        ("[" * 5000, "{file}: not YAML ("),
+        pytest.param("[" * 1000, "{file}: not YAML (", id="nested"),
         (
             "datasets: [{path: a.jsonl, fraction: 1}, {path: long.jsonl, fraction: 1.0e-3}]",
             "{folder}/long.jsonl: fraction 0.001 takes none of its 40 rows",
@@ -199,6 +199,7 @@ def test_dynamic_questions_are_prepared_and_trained_in_a_mixture(tmp_path, tiny_
     )
     env = {"ACCELERATE_CONFIG": "cpu", "OMP_NUM_THREADS": "1", "PYTHON": str(quick_python)}
     arguments = ["--max_steps", "2", "--reward_funcs", "support:vowel_share", "--save_steps", "2"]
+    arguments += ["--max_prompt_length", "1024"]  # the tiny tokenizer takes most words letter by letter
     result = run_grpo(tiny_model, data, tmp_path / "out", *arguments, **env)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = read_jsonl(tmp_path / "out/trajectories/train.jsonl")

@@ -3,12 +3,9 @@
 Each damage is one line that names the file, the row and the field; nothing of it reaches a terminal unescaped.
 """
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +19,7 @@ from open_r1.tasks.benchmarks import BENCHMARKS, read
 from open_r1.world import __main__ as world
 from open_r1.world.parquet import write_cvbench
 from open_r1.world.scene import LEVELS
+from support import script
 
 ROTATED = [("left", "right"), ("right", "left")]
 HALF = "\ud800"  # a character
@@ -42,13 +40,6 @@ def make_rows(count: int = 6) -> list[dict]:
 def make_scored() -> dict:
     about = {"benchmark": "SAT-val", "prompt": {"name": "base", "style": "reasoning", "template": "{{ style }}"}}
     return make_result(make_rows(), about, "lenient")
-
-
-def script(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, REPO_ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def refused(reads: Callable, *arguments: object) -> str:
