@@ -1,10 +1,12 @@
 """Compare evaluation results: a table, a bar chart, and paired tests over the questions that they share.
 
     python scripts/compare.py src/eval/results/CVBench_result_*_reasoning.json
+    python scripts/compare.py src/eval/results/*_reasoning.json     several benchmarks: a line a score, a column a model
 
-The first result is the one that the others are compared with. The difference of two results is paired: each question
-is its own control. Its p-value is McNemar's exact test; a question in several rotations counts as right when it is
-right in all of them. Warnings say what else differs: values move by ten points with the prompt or the parser alone.
+The first result is the one that the others are compared with, of each benchmark its own. The difference of two results
+is paired: each question is its own control. Its p-value is McNemar's exact test; a question in several rotations counts
+as right when it is right in all of them. Warnings say what else differs: values move by ten points with the prompt or
+the parser alone.
 """
 
 import argparse
@@ -23,41 +25,88 @@ from open_r1.answers import Unread
 from open_r1.evaluate.results import read_scored
 from open_r1.evaluate.statistics import TOTAL, mcnemar, outcomes, paired_difference, unread_warning
 from open_r1.files import replacing
+from open_r1.tasks.benchmarks import BENCHMARKS
 
 CHART_FORMATS = (".png", ".svg", ".pdf")
-# What two results must share to be compared, and how a warning names it.
+# What two results must share to be compared, and how a warning names it; of two benchmarks the questions differ.
 CONDITIONS = {
-    "benchmark": "benchmarks",
     "prompt": "prompts",
     "parser": "parsers",
-    "questions": "questions",
     "generation": "generation settings",
     "pixels": "image sizes",
     "dtype": "number formats",
 }
+QUESTIONS = {"questions": "questions"}
+Result = Mapping[str, Any]
+Models = Sequence[tuple[str, Mapping[str, Result]]]  # name, and its results by benchmark
 
 
-def short_names(paths: Sequence[Path]) -> list[str]:
-    """The file names without what all of them begin and end with, at whole words; the stems if that leaves nothing."""
-    words = [path.stem.split("_") for path in paths]
+def benchmark_of(result: Result) -> str:
+    """What was asked; the evaluation records it."""
+    return result.get("benchmark", "unnamed")
+
+
+def name_results(paths: Sequence[Path], results: Sequence[Result]) -> list[str]:
+    """What to call each result: by its file. Those of one model on several benchmarks have one name."""
+    benchmarks = [benchmark_of(result) for result in results]
+    if len(set(benchmarks)) == 1:
+        return short_names([path.stem for path in paths]) or list(map(str, paths))
+    files = [BENCHMARKS[name].name if name in BENCHMARKS else name for name in benchmarks]
+    stems = [path.stem.removeprefix(f"{file}_result_") for path, file in zip(paths, files, strict=True)]
+    distinct = list(dict.fromkeys(stems))
+    names = short_names(distinct)
+    if names is None or len(set(zip(stems, benchmarks, strict=True))) < len(stems):
+        return list(map(str, paths))
+    return [names[distinct.index(stem)] for stem in stems]
+
+
+def rename(names: Sequence[str], results: Sequence[Result], given: Sequence[str]) -> list[str]:
+    """The names that the user gave, in place of `name_results`: one a result, of several benchmarks one a model.
+
+    Raises:
+        ValueError: too many or too few.
+    """
+    if len(set(map(benchmark_of, results))) == 1:
+        if len(given) != len(results):
+            raise ValueError(f"--names: {len(given)} names for {len(results)} results")
+        return list(given)
+    distinct = list(dict.fromkeys(names))
+    if len(given) != len(distinct):
+        raise ValueError(f"--names: {len(given)} names for {len(distinct)} models ({', '.join(distinct)})")
+    return [given[distinct.index(name)] for name in names]
+
+
+def by_model(names: Sequence[str], results: Sequence[Result]) -> Models:
+    """The results of each model; of one benchmark alone, each result is one."""
+    if len(set(map(benchmark_of, results))) == 1:
+        return [(name, {benchmark_of(result): result}) for name, result in zip(names, results, strict=True)]
+    models: dict[str, dict[str, Result]] = {}
+    for name, result in zip(names, results, strict=True):
+        models.setdefault(name, {})[benchmark_of(result)] = result
+    return list(models.items())
+
+
+def short_names(stems: Sequence[str]) -> list[str] | None:
+    """File names without what all of them begin and end with, at whole words; None if that leaves two the same."""
+    words = [stem.split("_") for stem in stems]
     while len(words) > 1 and all(len(own) > 1 and own[0] == words[0][0] for own in words):
         words = [own[1:] for own in words]
     while len(words) > 1 and all(len(own) > 1 and own[-1] == words[0][-1] for own in words):
         words = [own[:-1] for own in words]
     names = ["_".join(own) for own in words]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    return names if len(set(names)) == len(names) else None
 
 
-def differing_conditions(results: Sequence[Mapping[str, Any]]) -> list[str]:
+def differing(results: Sequence[Result], conditions: Mapping[str, str]) -> list[str]:
     """The names of the conditions under which not all results were made; unknown ones differ from known ones."""
     return [
         name
-        for key, name in CONDITIONS.items()
+        for key, name in conditions.items()
         if len({json.dumps(result.get(key), sort_keys=True) for result in results}) > 1
     ]
 
 
-def score_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
+def score_table(names: Sequence[str], results: Sequence[Result]) -> str:
     """Accuracy in %, its 95 % interval and its bounds: a line a result, a column a task and the Total."""
     tasks = dict.fromkeys(row["task"] for result in results for row in result["results"])
     columns = [*tasks, TOTAL]
@@ -70,7 +119,7 @@ def score_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> s
     return "\n".join(lines)
 
 
-def detail_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
+def detail_table(names: Sequence[str], results: Sequence[Result]) -> str:
     """The other scores, and the shares of responses that could not be read or were cut off: a column a result."""
     tasks = {row["task"] for result in results for row in result["results"]}
     labels = dict.fromkeys(label for result in results for label in result["scores"])
@@ -87,6 +136,20 @@ def detail_table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> 
     return "\n".join(lines)
 
 
+def joint_table(models: Models, benchmarks: Sequence[str]) -> str:
+    """Every score of several benchmarks, in %, with its interval and bounds: a line a score, a column a model."""
+    lines = [f"| | chance | {' | '.join(name for name, _ in models)} |", f"|:-|-:|{'-:|' * len(models)}"]
+    for benchmark in benchmarks:
+        results = [found[benchmark] for _, found in models if benchmark in found]
+        tasks = [row["task"] for result in results for row in result["results"]]
+        others = [label for result in results for label in result["scores"]]
+        for label in dict.fromkeys([*tasks, TOTAL, *others]):
+            scores = [found[benchmark]["scores"].get(label) if benchmark in found else None for _, found in models]
+            chance = next((f"{100 * score['chance']:.2f}" for score in scores if score), "-")
+            lines.append(f"| {benchmark}: {label} | {chance} | {' | '.join(map(interval, scores))} |")
+    return "\n".join(lines)
+
+
 def interval(value: Mapping[str, Any] | None) -> str:
     """`"45.20 (41.0 - 49.0) [45.2 - 47.9]"`, or a dash for a score that there is none of."""
     if value is None:
@@ -94,6 +157,18 @@ def interval(value: Mapping[str, Any] | None) -> str:
     low, high = (100 * bound for bound in value["interval"])
     bounds = " [{:.1f} - {:.1f}]".format(*(100 * bound for bound in value["bounds"])) if "bounds" in value else ""
     return f"{100 * value['accuracy']:.2f} ({low:.1f} - {high:.1f}){bounds}"
+
+
+def paired_table(benchmark: str, names: Sequence[str], results: Sequence[Result]) -> str:
+    """How the results of a benchmark differ from the first one."""
+    first, *others = (outcomes(result["results"]) for result in results)
+    lines = [
+        f"| {benchmark}, against {names[0]} | {TOTAL} in points | it alone right | not it | shared | McNemar p |",
+        "|:-|-:|-:|-:|-:|-:|",
+    ]
+    return "\n".join(
+        [*lines, *(paired_line(name, first, other) for name, other in zip(names[1:], others, strict=True))]
+    )
 
 
 def paired_line(name: str, first: Mapping[Hashable, bool], second: Mapping[Hashable, bool]) -> str:
@@ -115,29 +190,37 @@ def paired_line(name: str, first: Mapping[Hashable, bool], second: Mapping[Hasha
     )
 
 
-def draw(path: Path, names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
-    """A group of bars a score, with 95 % intervals and the level of chance."""
+def draw(path: Path, models: Models, columns: Sequence[tuple[str, str, str]]) -> None:
+    """A group of bars a score, with 95 % intervals and the level of chance.
+
+    Args:
+        columns: of each group its benchmark, the score's name there, and what to call it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in a name is a dollar sign
     from matplotlib import pyplot as plt
 
-    labels = list(results[0]["scores"])
-    width = 0.8 / len(results)
-    figure, axes = plt.subplots(figsize=(max(6, 1.1 * len(labels)), 4), layout="constrained")
-    for number, (name, result) in enumerate(zip(names, results, strict=True)):
-        shown = [(at, result["scores"][label]) for at, label in enumerate(labels) if label in result["scores"]]
-        x = [at + (number - (len(results) - 1) / 2) * width for at, _ in shown]
+    width = 0.8 / len(models)
+    figure, axes = plt.subplots(figsize=(max(6, 1.1 * len(columns)), 4), layout="constrained")
+    chances: dict[int, float] = {}
+    for number, (name, found) in enumerate(models):
+        shown = [
+            (at, found[benchmark]["scores"][label])
+            for at, (benchmark, label, _) in enumerate(columns)
+            if benchmark in found and label in found[benchmark]["scores"]
+        ]
+        x = [at + (number - (len(models) - 1) / 2) * width for at, _ in shown]
         height = [100 * value["accuracy"] for _, value in shown]
         # An interval of quantiles may lie beside its own point estimate by a rounding error.
         below = [max(0, 100 * (value["accuracy"] - value["interval"][0])) for _, value in shown]
         above = [max(0, 100 * (value["interval"][1] - value["accuracy"])) for _, value in shown]
         axes.bar(x, height, width, yerr=(below, above), capsize=2, label=name)
-    chance = [100 * results[0]["scores"][label]["chance"] for label in labels]
-    edges = [[at + side for at in range(len(labels))] for side in (-0.45, 0.45)]
-    axes.hlines(chance, *edges, "k", "dotted")
-    axes.set_xticks(range(len(labels)), labels, rotation=20)
+        chances = {at: 100 * value["chance"] for at, value in shown} | chances
+    edges = [[at + side for at in chances] for side in (-0.45, 0.45)]
+    axes.hlines(list(chances.values()), *edges, "k", "dotted")
+    axes.set_xticks(range(len(columns)), [shown_as for _, _, shown_as in columns], rotation=20)
     axes.set_ylabel("accuracy in %, 95 % interval; dotted: chance")
     axes.set_ylim(0, 100)
     axes.legend()
@@ -157,31 +240,50 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="result file of the evaluation")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call the results (default: by their files)")
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        metavar="NAME",
+        help="what to call the results, of several benchmarks the models (default: by their files)",
+    )
     parser.add_argument(
         "--chart", type=chart_path, metavar="FILE", help="PNG, SVG or PDF (default: comparison.png beside the first)"
     )
     args = parser.parse_args()
     chart = args.chart or args.results[0].parent / "comparison.png"
     results = [read_scored(path) for path in args.results]
-    names = [printable(name) for name in args.names or short_names(args.results)]
-    if len(names) != len(results):
-        raise ValueError(f"--names: {len(names)} names for {len(results)} results")
-    print(score_table(names, results))
-    print("accuracy in % (95 % interval) [if every response that could not be read were wrong - right]")
-    print(f"\n{detail_table(names, results)}")
-    first, *others = (outcomes(result["results"]) for result in results)
-    if others:
-        print(f"\n| against {names[0]} | {TOTAL} in points | it alone right | not it | shared | McNemar p |")
-        print("|:-|-:|-:|-:|-:|-:|")
-    for name, other in zip(names[1:], others, strict=True):
-        print(paired_line(name, first, other))
-    draw(chart, names, results)
+    names = name_results(args.results, results)
+    if args.names:
+        names = rename(names, results, args.names)
+    names = list(map(printable, names))
+    models = by_model(names, results)
+    benchmarks = list(dict.fromkeys(map(benchmark_of, results)))
+    groups = {
+        benchmark: [
+            (name, result) for name, result in zip(names, results, strict=True) if benchmark_of(result) == benchmark
+        ]
+        for benchmark in benchmarks
+    }
+    explained = "accuracy in % (95 % interval) [if every response that could not be read were wrong - right]"
+    if len(benchmarks) == 1:
+        print(f"{score_table(names, results)}\n{explained}\n\n{detail_table(names, results)}")
+        columns = [(benchmarks[0], label, label) for label in results[0]["scores"]]
+    else:
+        print(f"{joint_table(models, benchmarks)}\n{explained}")
+        columns = [(benchmark, TOTAL, benchmark) for benchmark in benchmarks]
+    for benchmark, group in groups.items():
+        if len(group) > 1:
+            print(f"\n{paired_table(benchmark, *zip(*group, strict=True))}")
+    draw(chart, models, columns)
     for name, result in zip(names, results, strict=True):
         if warning := unread_warning(result["shares"]):
-            print(f"warning: {name}: {warning}", file=sys.stderr)
-    for condition in differing_conditions(results):
+            which = name if len(benchmarks) == 1 else f"{name}, {benchmark_of(result)}"
+            print(f"warning: {which}: {warning}", file=sys.stderr)
+    for condition in differing(results, CONDITIONS):
         print(f"warning: the {condition} differ; the results are not like for like", file=sys.stderr)
+    for benchmark, group in groups.items():
+        for condition in differing([result for _, result in group], QUESTIONS):
+            print(f"warning: {benchmark}: the {condition} differ; the results are not like for like", file=sys.stderr)
     print(f"\n{printable(chart)}")
 
 

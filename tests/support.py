@@ -1,5 +1,6 @@
 """What several tests share: rendered examples, a reward that a random model can earn, training runs, slow attention."""
 
+import importlib.util
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -141,6 +143,14 @@ def make_trainer(
 def read_jsonl(path: Path) -> list[dict]:
     """The rows of a JSON Lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def script(path: str) -> ModuleType:
+    """A command, by its path in the repository, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, REPO_ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -267,12 +267,21 @@ def test_blink_and_vsr_rows(tmp_path, items):
 
     (tmp_path / "images").mkdir()
     (tmp_path / "images/1.jpg").write_bytes(image)
-    lines = [{"image": "1.jpg", "caption": "The cat is on the mat.", "label": 1}, {"image": "2.jpg", "caption": "?"}]
-    lines[1]["label"] = 0
+    lines = [{"image": "1.jpg", "caption": "The cat is on the mat.", "label": 1, "relation": "on"}]
+    lines += [{"image": "2.jpg", "caption": "?", "label": 0, "relation": "after"}]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     asked = read(BENCHMARKS["VSR"], str(tmp_path))
     assert [item.images for item in asked] == [(image,), (None,)]
+    assert [item.task for item in asked] == ["Topological", "Unallocated"]
+    # as in the evaluation of the R1-Zero paper
+    assert asked[0].prompt == (
+        'Please analyze the provided image. Does the statement "The cat is on the mat." accurately describes what you '
+        "see? Choose from (A) True or (B) False."
+    )
     assert all(row["correct"] for row in judged(respond(asked, "True", "(B) False")))
+    (tmp_path / "images/1.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"none of the images is there; its files name images of COCO 2017"):
+        read(BENCHMARKS["VSR"], str(tmp_path))
 
 
 def test_limit_keeps_the_shares_of_the_tasks():

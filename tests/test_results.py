@@ -3,12 +3,9 @@
 Each damage is one line that names the file, the row and the field; nothing of it reaches a terminal unescaped.
 """
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +19,7 @@ from open_r1.tasks.benchmarks import BENCHMARKS, read
 from open_r1.world import __main__ as world
 from open_r1.world.parquet import write_cvbench
 from open_r1.world.scene import LEVELS
+from support import script
 
 ROTATED = [("left", "right"), ("right", "left")]
 HALF = "\ud800"  # a character
@@ -42,13 +40,6 @@ def make_rows(count: int = 6) -> list[dict]:
 def make_scored() -> dict:
     about = {"benchmark": "SAT-val", "prompt": {"name": "base", "style": "reasoning", "template": "{{ style }}"}}
     return make_result(make_rows(), about, "lenient")
-
-
-def script(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, REPO_ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def refused(reads: Callable, *arguments: object) -> str:
@@ -298,16 +289,17 @@ def test_text_that_is_not_utf8_names_its_file(tmp_path, table):
         (b'{"caption": "\xe9"}', "line 2: not JSON ('utf-8' codec"),
         (b"[" * 99_999, "line 2: not JSON (nested too deep)"),
         (b"[1]", "row 1: expected an object"),
-        (b'{"caption": "?"}', "no column image, label; is this VSR?"),
-        (b'{"caption": "\\ud800", "image": "a", "label": 1}', "row 1: caption: expected text"),
-        (b'{"caption": "?", "image": "a", "label": 2}', "row 1: label: expected 0 or 1"),
-        (b'{"caption": "?", "image": 5, "label": 1}', "row 1: image: expected an image"),
-        (b'{"caption": "?", "image": {"bytes": [1]}, "label": 1}', "row 1: image: expected an image"),
+        (b'{"caption": "?"}', "no column image, label, relation; is this VSR?"),
+        (b'{"caption": "\\ud800", "image": "a", "label": 1, "relation": "on"}', "row 1: caption: expected text"),
+        (b'{"caption": "?", "image": "a", "label": 2, "relation": "on"}', "row 1: label: expected 0 or 1"),
+        (b'{"caption": "?", "image": 5, "label": 1, "relation": "on"}', "row 1: image: expected an image"),
+        (b'{"caption": "?", "image": "a", "label": 1, "relation": null}', "row 1: relation: expected a name"),
+        (b'{"caption": "?", "image": {"bytes": [1]}, "label": 1, "relation": "on"}', "row 1: image: expected an image"),
     ],
 )
 def test_a_line_of_vsr_that_is_something_else(tmp_path, line, message):
     path = tmp_path / "test.jsonl"
-    path.write_bytes(b'{"caption": "?", "image": "a", "label": 1}\n' + line + b"\n\n")
+    path.write_bytes(b'{"caption": "?", "image": "a", "label": 1, "relation": "on"}\n' + line + b"\n\n")
     assert refused(read, BENCHMARKS["VSR"], str(path)).startswith(f"{path}: {message}")
 
 

@@ -6,7 +6,8 @@
 #
 # From the environment:
 #   MODEL              model name or folder                (default: the recipe's)
-#   DATA               prepared JSON file                  (default: src/data/SAT/SAT_train_15000.json)
+#   DATA               prepared JSON file, or all else that dataset_name takes: a YAML file mixes several data sets
+#                                                          (default: src/data/SAT/SAT_train_15000.json)
 #   CONFIG             recipe, a file, or several files between blanks, of which a later one changes those before it:
 #                      CONFIG="configs/grpo_sat.yaml configs/overlays/lora.yaml"; names are looked up in the current
 #                      folder and then in the repository   (default: configs/RECIPE.yaml)

@@ -20,7 +20,7 @@ class DataArguments:
     dataset_name: str = field(
         metadata={
             "help": "What to train on: a JSON, JSON Lines or parquet file, a folder that datasets reads or has saved, "
-            "or a name on the Hub."
+            "a name on the Hub, or a YAML file that mixes several of these (open_r1/tasks/mixture.py)."
         }
     )
     dataset_config: str | None = field(

@@ -24,7 +24,8 @@ from open_r1.front_door import printable
 from open_r1.images import EXTENSIONS, BrokenImage, ImageSource, check_image, image_bytes, image_size, opened
 from open_r1.modeling import load_processor
 from open_r1.prompts import join_options
-from open_r1.tasks.examples import Columns, iter_examples
+from open_r1.tasks.examples import Columns
+from open_r1.tasks.mixture import iter_mixture, parts_of
 
 Row = dict[str, Any]
 ROTATION_OF = "rotation_of"  # which question a row asks in one of two orders of its options
@@ -187,7 +188,7 @@ def load_dataset(
     """Read a data set; leave out, never truncate, what is too long, and texts that spell a control token.
 
     Args:
-        source, columns, config, split: see `examples.iter_examples`.
+        source, columns, config, split: see `mixture.parts_of`.
         processor: renders and measures the prompts.
         max_prompt_length: in tokens, image tokens included; None keeps every length.
         checks: each raises ValueError for a row that cannot be trained on.
@@ -203,13 +204,13 @@ def load_dataset(
     """
     state = PartialState()
     controls, left_out, kept, lost = control_tokens(processor), Counter(), [], []
-    examples = iter_examples(source, columns, config, split, must_exist=not has_begun)
-    for row, example in enumerate(tqdm(examples, desc="examples", unit="", disable=not state.is_main_process)):
-        with naming(source, row):
+    examples = iter_mixture(parts_of(source, columns, config, split), must_exist=not has_begun)
+    for origin, row, example in tqdm(examples, desc="examples", unit="", disable=not state.is_main_process):
+        with naming(origin, row):
             example["images"] = [store_image(image) for image in example["images"]]
             for check in checks:
                 check(example)
-            rows = in_two_orders(example, row) if rotate_options else [example]
+            rows = in_two_orders(example, len(kept)) if rotate_options else [example]
             answer = example["solution"] or ""
             texts = [*(message["content"] for message in example["prompt"]), answer]
             broken = find_broken(example["images"])
@@ -220,7 +221,7 @@ def load_dataset(
             elif max_answer_length and len(processor.tokenizer(answer)["input_ids"]) > max_answer_length:
                 left_out[f"an answer over {max_answer_length} tokens (max_answer_length)"] += 1
             elif broken:
-                lost.append(f"{source}: row {row}: {broken}")
+                lost.append(f"{origin}: row {row}: {broken}")
                 kept += rows
             elif any(
                 count_prompt_tokens(each, processor, **template_kwargs) > (max_prompt_length or math.inf)

@@ -26,7 +26,7 @@ from open_r1.modeling import check_model, check_template, check_weights
 from open_r1.recipes import PLANNED_PROCESSES
 from open_r1.rewards import COMPARING, Reward, check_gold, get_reward_funcs, reward_funcs_registry
 from open_r1.sft import check_answer
-from open_r1.tasks.examples import iter_examples
+from open_r1.tasks.mixture import iter_mixture, parts_of
 
 MEASURED_STEPS = 2
 # A dozen passes over short batches; of a larger model they take a CPU longer than anybody waits for a check.
@@ -149,7 +149,8 @@ class Patient:
         if self.is_grpo:
             compares = any(reward_funcs_registry.get(name) in COMPARING for name in script_args.reward_funcs)
             check = check_gold if compares else lambda row: None
-        return survey(iter_examples(name, columns_of(script_args), script_args.dataset_config, split), check)
+        parts = parts_of(name, columns_of(script_args), script_args.dataset_config, split)
+        return survey((example for _, _, example in iter_mixture(parts)), check)
 
     @part
     def prepared_data(self) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def survey(examples: Iterable[Row], check: Callable[[Row], None]) -> Survey:
     """Look through a data set; after what is wrong with a row comes the next one.
 
     Args:
-        examples: see `tasks.examples.iter_examples`, whose errors pass.
+        examples: see `tasks.mixture.iter_mixture`, whose errors pass.
         check: raises ValueError for a row whose answer cannot be trained on.
     """
     found, deadline, threads = Survey(), time.monotonic() + DECODING_SECONDS, os.cpu_count() or 1

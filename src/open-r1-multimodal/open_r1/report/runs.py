@@ -20,6 +20,7 @@ from open_r1.fields import TEXT, Check, Fields, check, is_count, is_integer, is_
 from open_r1.files import read_json
 from open_r1.images import local_path
 from open_r1.tasks.examples import read_list
+from open_r1.tasks.mixture import parts_of
 from open_r1.trajectories import NUMBERS, OPTIONAL, REQUIRED
 
 ACCURACY, FORMAT = "accuracy_reward", "format_reward"  # as the trainer logs the registry's rewards
@@ -182,12 +183,16 @@ class KnownImages:
         self.folders = [run.path.resolve()]
         self.names: set[str] = set()
         for source in filter(None, (run.info.get("dataset"), run.info.get("eval_dataset"))):
-            path = Path(source).absolute()
-            if path.is_dir() or path.suffix == ".parquet":
-                self.folders.append((path if path.is_dir() else path.parent).resolve())
-            elif path.is_file():
-                with suppress(OSError, ValueError):  # moved, or no data set any more: it names nothing
-                    self.names |= {os.path.abspath(path.parent / local_path(text)) for text in _texts(read_list(path))}
+            with suppress(OSError, ValueError):  # moved, or no data set any more: it names nothing
+                for part in parts_of(source):
+                    self._add(Path(part.path).absolute())
+
+    def _add(self, path: Path) -> None:
+        """The images of one data set; raises OSError or ValueError for one that cannot be read."""
+        if path.is_dir() or path.suffix == ".parquet":
+            self.folders.append((path if path.is_dir() else path.parent).resolve())
+        elif path.is_file():
+            self.names |= {os.path.abspath(path.parent / local_path(text)) for text in _texts(read_list(path))}
 
     def __contains__(self, path: str) -> bool:
         if os.path.abspath(path) in self.names:

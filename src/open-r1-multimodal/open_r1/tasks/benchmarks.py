@@ -85,6 +85,7 @@ class Benchmark:
         convert: a row and its number -> what to ask; nothing for a row that cannot be scored, which is reported;
             ValueError for one that no intact file holds.
         combination: name and formula of an official score over the sources' accuracies.
+        images: where they are to be had, if the files only name them.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Benchmark:
     columns: Fields
     convert: Callable[[Mapping[str, Any], int], list[Item]]
     combination: tuple[str, Combination] | None = None
+    images: str | None = None
 
 
 # --- definitions --------------------------------------------------------------------------------------------
@@ -177,22 +179,36 @@ def blink_items(row: Mapping[str, Any], number: int) -> list[Item]:
 
 
 VSR: Fields = {"caption": PROSE, "image": IMAGE, "label": Check(lambda value: value in (0, 1, "0", "1"), "0 or 1")}
+VSR |= {"relation": NAME}
+# The authors' groups of relations (`rel_meta_category_dict.txt` in their repository); others are `Unallocated`.
+VSR_CATEGORIES = {
+    "Adjacency": "adjacent to, alongside, at the side of, at the right side of, at the left side of, attached to, "
+    "at the back of, ahead of, against, at the edge of",
+    "Directional": "off, past, toward, down, deep down, up, away from, along, around, from, into, to, across, "
+    "across from, through, down from",
+    "Orientation": "facing, facing away from, parallel to, perpendicular to",
+    "Projective": "on top of, beneath, beside, behind, left of, right of, under, in front of, below, above, over, "
+    "in the middle of",
+    "Proximity": "by, close to, near, far from, far away from",
+    "Topological": "connected to, detached from, has as a part, part of, contains, within, at, on, in, with, "
+    "surrounding, among, consists of, out of, between, inside, outside, touching",
+}
+VSR_CATEGORY = {relation: name for name, relations in VSR_CATEGORIES.items() for relation in relations.split(", ")}
+VSR_IMAGES = "its files name images of COCO 2017 (train and val), which belong beside test.jsonl or in images/ there"
 
 
 def vsr_items(row: Mapping[str, Any], number: int) -> list[Item]:
-    """VSR gives captions that are true or false; the wording of the question is ours.
-
-    Its files are JSON Lines that name COCO images; those lie beside them or in `images/`.
-    """
-    question, options = f'Is this statement about the image true? "{row["caption"]}"', ("True", "False")
+    """VSR gives captions that are true or false; the question is that of the R1-Zero paper's evaluation, verbatim."""
+    statement = f'Does the statement "{row["caption"]}" accurately describes what you see?'
+    question = f"Please analyze the provided image. {statement} Choose from (A) True or (B) False."
     return [
         Item(
             id=number,
-            task="VSR",
+            task=VSR_CATEGORY.get(row["relation"], "Unallocated"),
             question=question,
-            options=options,
+            options=("True", "False"),
             answer="(A)" if int(row["label"]) == 1 else "(B)",
-            prompt=cvbench.render_prompt(question, options),
+            prompt=question,
             images=(row["image"],),
         )
     ]
@@ -205,7 +221,11 @@ BENCHMARKS = {
     "SAT-val": Benchmark("SAT-val", "array/SAT", ("SAT_val.parquet",), SAT, sat_items),
     "SAT-test": Benchmark("SAT-test", "array/SAT", ("SAT_test.parquet",), SAT, sat_items),
     "BLINK": Benchmark("BLINK", "BLINK-Benchmark/BLINK", BLINK_FILES, BLINK, blink_items),
-    "VSR": Benchmark("VSR", "cambridgeltl/vsr_zeroshot", ("test.jsonl",), VSR, vsr_items),
+    # the split that the R1-Zero paper asked, and the one whose objects VSR's own training set does not show
+    "VSR": Benchmark("VSR", "cambridgeltl/vsr_random", ("test.jsonl",), VSR, vsr_items, images=VSR_IMAGES),
+    "VSR-zeroshot": Benchmark(
+        "VSR-zeroshot", "cambridgeltl/vsr_zeroshot", ("test.jsonl",), VSR, vsr_items, images=VSR_IMAGES
+    ),
 }
 
 
@@ -248,7 +268,10 @@ def read(benchmark: Benchmark, dataset_path: str | None = None, limit: int | Non
         raise ValueError(f"{dataset_path or benchmark.hub_id}: no question in it")
     if limit is not None:
         questions = [questions[i] for i in stratified([items[0].task for items, _ in questions], limit)]
-    return [with_images(item, folder) for items, folder in questions for item in items]
+    found = [with_images(item, folder) for items, folder in questions for item in items]
+    if benchmark.images and not any(data for item in found for data in item.images):
+        raise FileNotFoundError(f"{questions[0][1]}: none of the images is there; {benchmark.images}")
+    return found
 
 
 def locate(benchmark: Benchmark, dataset_path: str) -> list[Path]:

@@ -1,0 +1,137 @@
+"""Several data sets as one: a YAML file that lists them, and how large a share of the examples each of them gives.
+
+    datasets:
+      - path: SAT_train_15000.json   # all that dataset_name can be; relative to this file, or a name on the Hub
+        fraction: 0.8
+      - path: dynamic/SAT_train_4000.json
+        fraction: 0.2
+
+Keys and meaning are those of TRL's `DatasetConfig` (`path`, `name`, `split`, `fraction`): fractions are normalised, and
+the mixture is as large as it can be with no row taken twice, the first ones of each set; without fractions all rows are
+taken. A set may name columns of its own (`question_column`, ...), as a recipe does for all. The trainer shuffles. No
+torch.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from open_r1.tasks.examples import FILES, Columns, iter_examples, one_line, read_records
+
+SUFFIXES = (".yaml", ".yml")
+TEXTS = ("path", "name", "split", *(f"{column}_column" for column in asdict(Columns())))
+KEYS = (*TEXTS, "fraction")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data set of several, or the only one; `path`, `columns`, `name` (a configuration), `split`: `iter_examples`.
+
+    Attributes:
+        fraction: of the mixture, against the others' fractions; None takes every row.
+    """
+
+    path: str
+    columns: Columns
+    name: str | None = None
+    split: str = "train"
+    fraction: float | None = None
+
+
+def parts_of(
+    source: str | Path, columns: Columns | None = None, config: str | None = None, split: str = "train"
+) -> list[Part]:
+    """The data sets of a mixture, or the one that `source` is.
+
+    Args:
+        source: a YAML file, or all that `iter_examples` takes.
+        columns, config, split: of a set that says nothing else.
+
+    Raises:
+        OSError, ValueError: the file is no mixture, or names a set that is not there; one line with file and key.
+    """
+    alone = Part(str(source), columns or Columns(), config, split)
+    if not str(source).endswith(SUFFIXES):
+        return [alone]
+    file = Path(source)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not YAML ({one_line(error)})") from error
+    listed = content.get("datasets") if isinstance(content, dict) and len(content) == 1 else None
+    if not isinstance(listed, list) or not listed:
+        raise ValueError(f"{file}: expected datasets, a list with path and fraction of each, and nothing else")
+    parts = [read_part(entry, alone, file.parent, f"{file}: datasets {n}") for n, entry in enumerate(listed, start=1)]
+    if len({part.fraction is None for part in parts}) > 1:
+        raise ValueError(f"{file}: fraction: give it for each of the datasets or for none")
+    return parts
+
+
+def read_part(entry: Any, default: Part, folder: Path, where: str) -> Part:
+    """One entry of the list -> a data set; raises what `parts_of` raises, and names `where`."""
+    if not isinstance(entry, dict) or "path" not in entry:
+        raise ValueError(f"{where}: expected path and fraction of a data set")
+    if unknown := [str(key) for key in entry if key not in KEYS]:
+        raise ValueError(f"{where}: unknown {unknown[0]!a}; known are {', '.join(KEYS)}")
+    for key in TEXTS:
+        if key in entry and not (isinstance(entry[key], str) and entry[key].strip()):
+            raise ValueError(f"{where}: {key}: expected a text, not {entry[key]!r}")
+    fraction = entry.get("fraction")
+    is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+    if fraction is not None and not (is_number and math.isfinite(fraction) and fraction > 0):
+        raise ValueError(f"{where}: fraction {fraction!r}: expected a number above 0")
+    path = folder / entry["path"]
+    if not path.exists() and (path.suffix in FILES or Path(entry["path"]).is_absolute()):
+        raise FileNotFoundError(f"{where}: path: no file or folder {path}")
+    own = {column: entry[f"{column}_column"] for column in asdict(Columns()) if f"{column}_column" in entry}
+    return Part(
+        path=str(path) if path.exists() else entry["path"],
+        columns=replace(default.columns, **own),
+        name=entry.get("name", default.name),
+        split=entry.get("split", default.split),
+        fraction=fraction,
+    )
+
+
+def rows_of_each(sizes: Sequence[int], fractions: Sequence[float]) -> list[int]:
+    """How many rows each set gives: shares as the fractions are, as many as there are without taking one twice.
+
+    >>> rows_of_each([100, 50], [3, 1])
+    [100, 33]
+    """
+    shares = [fraction / math.fsum(fractions) for fraction in fractions]
+    total = min(size / share for size, share in zip(sizes, shares, strict=True))
+    return [round(total * share) for share in shares]
+
+
+def iter_mixture(parts: Sequence[Part], must_exist: bool = True) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """The examples of all sets, one set after the other.
+
+    Args:
+        parts: see `parts_of`.
+        must_exist: see `iter_examples`.
+
+    Yields:
+        The set, the number of the row in it, and the row.
+
+    Raises:
+        OSError, ValueError: what `iter_examples` raises; or a set would give no row at all.
+    """
+    counts: list[int | None] = [None] * len(parts)
+    if all(part.fraction is not None for part in parts):
+        sizes = [sum(1 for _ in read_records(part.path, part.name, part.split)) for part in parts]
+        counts = rows_of_each(sizes, [part.fraction for part in parts])
+        for part, size, count in zip(parts, sizes, counts, strict=True):
+            if not count:
+                raise ValueError(f"{part.path}: fraction {part.fraction} takes none of its {size} rows")
+    for part, count in zip(parts, counts, strict=True):
+        examples = iter_examples(part.path, part.columns, part.name, part.split, must_exist)
+        for row, example in enumerate(islice(examples, count)):
+            yield part.path, row, example

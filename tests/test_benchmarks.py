@@ -1,0 +1,236 @@
+"""SAT's, BLINK's and VSR's questions in their published schemas: asked by the command, scored, in one table.
+
+A planted backend answers what the test wants, from prompts that the real one encoded; so every number is known.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from open_r1.backends import Completions, load_transformers
+from open_r1.evaluate import answering
+from open_r1.evaluate.statistics import ALL_ROTATIONS
+from open_r1.images import open_image
+from open_r1.tasks.benchmarks import BENCHMARKS, VSR_CATEGORY, Item, read
+from open_r1.world.parquet import sat_row, write_cvbench, write_sat
+from open_r1.world.scene import LEVELS
+from support import script
+
+EASY = LEVELS["easy"]
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+BLINK_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("idx", "question", "sub_task")),
+        *((f"image_{number}", IMAGE) for number in (1, 2, 3, 4)),
+        ("choices", pa.list_(pa.string())),
+        *((name, pa.string()) for name in ("answer", "prompt", "explanation")),
+    ]
+)
+
+
+def picture(row: int) -> bytes:
+    return sat_row(row, 0, EASY)["image_bytes"][0]
+
+
+def blink_row(task: str, row: int, **changes: object) -> dict:
+    question = "Two points are circled on the image. Which point is closer to the camera?"
+    options = ["A is closer", "B is closer"] if task == "Relative_Depth" else ["yes", "no"]
+    listed = "\n".join(f"({letter}) {option}" for letter, option in zip("AB", options, strict=True))
+    return {
+        "idx": f"val_{task}_{row}",
+        "question": question,
+        "sub_task": task,
+        "image_1": {"bytes": picture(row), "path": None},
+        "choices": options,
+        "answer": f"({'AB'[row % 2]})",
+        "prompt": f"{question} Picture {row}.\nSelect from the following choices.\n{listed}",
+        **changes,
+    }
+
+
+def write_blink(folder: Path, count: int, **changes: object) -> Path:
+    for task in ("Relative_Depth", "Spatial_Relation"):
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        table = pa.Table.from_pylist([blink_row(task, row, **changes) for row in range(count)], BLINK_SCHEMA)
+        pq.write_table(table, folder / task / "val-00000-of-00001.parquet")
+    return folder
+
+
+def write_vsr(folder: Path, relations: list[str]) -> Path:
+    (folder / "images").mkdir(parents=True)
+    with (folder / "test.jsonl").open("w") as lines:
+        for row, relation in enumerate(relations):
+            name = f"{row:012}.jpg"
+            (folder / "images" / name).write_bytes(picture(row))
+            line = {"image": name, "image_link": f"http://images.cocodataset.org/train2017/{name}", "label": row % 2}
+            line |= {"caption": f"The cat is {relation} mat {row}.", "relation": relation, "annotator_id": 1}
+            lines.write(json.dumps(line | {"vote_true_validator_id": [2, 6], "vote_false_validator_id": []}) + "\n")
+    return folder
+
+
+def write_sat_test(folder: Path) -> Path:
+    """Four questions about one image and four about two."""
+    folder.mkdir()
+    write_sat(folder / "SAT_test.parquet", 8, 0, EASY, ["left", "rotation"])
+    return folder
+
+
+@pytest.fixture
+def ask(tiny_model, tmp_path, monkeypatch) -> Callable[..., Path]:
+    """The evaluation's command with a model's name and planted responses; returns the result file."""
+
+    def ask(name: str, benchmark: str, folder: Path, respond: Callable[[Item], str]) -> Path:
+        items = read(BENCHMARKS[benchmark], str(folder))
+
+        class Planted:
+            def __init__(self, *args, **kwargs):
+                self.real, self.tokenizer, self.asked = load_transformers(*args, **kwargs), args[1].tokenizer, {}
+
+            def encode(self, messages):
+                *images, text = messages[0]["content"]
+                shown = [image["image"].tobytes() for image in images]
+                [item] = [
+                    item
+                    for item in items
+                    if item.prompt == text["text"] and [open_image(data).tobytes() for data in item.images] == shown
+                ]
+                prompt = self.real.encode(messages)
+                assert len(prompt.image_inputs["image_grid_thw"]) == len(item.images)
+                self.asked[id(prompt)] = prompt, item
+                return prompt
+
+            def generate(self, prompts, repeats, settings):
+                responses = [respond(self.asked[id(prompt)][1]) for prompt in prompts]
+                ids = [self.tokenizer(response)["input_ids"] + settings.eos_token_id[:1] for response in responses]
+                return Completions(ids, None, prompts)
+
+        monkeypatch.setitem(answering.BACKENDS, "hf", Planted)
+        model = tmp_path / name
+        if not model.exists():
+            model.symlink_to(tiny_model)
+        options = {"--model_path": model, "--benchmark": benchmark, "--dataset_path": folder, "--prompt": "base"}
+        options |= {"--output_dir": tmp_path / "results", "--max_pixels": 12544}
+        monkeypatch.setattr(sys, "argv", ["", *(str(part) for option in options.items() for part in option)])
+        script("src/eval/test_qwen2vl_CVBench.py").main()
+        return tmp_path / "results" / f"{BENCHMARKS[benchmark].name}_result_{name}_reasoning.json"
+
+    return ask
+
+
+def right(item: Item) -> str:
+    return f"It is so. </think> <answer> {item.answer} </answer>"
+
+
+def wrong(item: Item) -> str:
+    others = [f"({letter})" for letter in "AB"] if item.answer.startswith("(") else item.options
+    return f"It is so. </think> <answer> {next(o for o in others if o != item.answer)} </answer>"
+
+
+def accuracies(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text())["accuracy"]
+
+
+def test_blink(ask, tmp_path):
+    folder = write_blink(tmp_path / "blink", 4)
+    path = ask("m", "BLINK", folder, lambda item: right(item) if item.task == "Relative_Depth" else "(A)")
+    assert accuracies(path) == {"Total": 0.75, "Relative_Depth": 1, "Spatial_Relation": 0.5}
+
+
+def test_vsr(ask, tmp_path):
+    folder = write_vsr(tmp_path / "vsr", ["on", "in", "left of", "behind", "facing", "next to"])
+    path = ask("m", "VSR", folder, lambda item: right(item) if item.task in ("Projective", "Orientation") else "True")
+    # A caption is true in every other row; `True` is right there.
+    expected = {"Topological": 0.5, "Projective": 1, "Orientation": 1, "Unallocated": 1, "Total": 5 / 6}
+    assert accuracies(path) == pytest.approx(expected)
+    assert [VSR_CATEGORY[name] for name in ("in the middle of", "at the edge of", "far away from", "down from")] == [
+        *("Projective", "Adjacency", "Proximity", "Directional")
+    ]
+
+
+def test_sat_with_one_and_two_images_in_every_rotation(ask, tmp_path):
+    folder = write_sat_test(tmp_path / "sat")
+    path = ask("m", "SAT-test", folder, lambda item: item.options[0] if item.task == "other" else right(item))
+    result = json.loads(path.read_text())
+    assert len(result["results"]) == 16 and result["scores"]["Total"]["n"] == 8
+    expected = {"other": 0.5, "action_sequence": 1, "Total": 0.75, ALL_ROTATIONS: 0.5}
+    assert result["accuracy"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"answer": "hidden"}, "row 0: ground_truth: 'hidden' is none of its 2 options"),
+        ({"answer": None}, "row 0: answer: expected text"),
+        ({"choices": None}, "row 0: choices: expected a list of texts"),
+        ({"sub_task": None}, "row 0: sub_task: expected a name"),
+        ({"prompt": None}, "row 0: prompt: expected text"),
+        ({"idx": "x"}, "row 1: has the idx 'x' of"),
+    ],
+    ids=str,
+)
+def test_a_row_of_blink_that_is_something_else(tmp_path, changes, message):
+    folder = write_blink(tmp_path, 2, **changes)
+    with pytest.raises(ValueError) as told:
+        read(BENCHMARKS["BLINK"], str(folder))
+    assert str(told.value).startswith(f"{folder}/Relative_Depth/val-00000-of-00001.parquet: {message}")
+    assert "\n" not in str(told.value)
+
+
+def test_a_folder_without_vsrs_images_is_one_line(ask, tmp_path):
+    folder = write_vsr(tmp_path / "vsr", ["on", "in"])
+    for path in (folder / "images").iterdir():
+        path.unlink()
+    with pytest.raises(OSError, match="none of the images is there"):
+        ask("m", "VSR", folder, right)
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[list[str], str]]:
+    """compare.py's lines and what it warns of; drawn beside the results."""
+
+    def compare(*arguments: object) -> tuple[list[str], str]:
+        monkeypatch.setattr(sys, "argv", ["", *map(str, arguments), "--chart", str(tmp_path / "chart.svg")])
+        script("scripts/compare.py").main()
+        told = capsys.readouterr()
+        return told.out.splitlines(), told.err
+
+    return compare
+
+
+@pytest.mark.slow
+def test_the_results_of_all_benchmarks_are_one_table(ask, compare, tmp_path, capsys):
+    write_cvbench(tmp_path / "cvbench", 8, 3, EASY)
+    folders = {"CV-Bench": tmp_path / "cvbench", "BLINK": write_blink(tmp_path / "blink", 2)}
+    folders |= {"VSR": write_vsr(tmp_path / "vsr", ["on", "near"]), "SAT-test": write_sat_test(tmp_path / "sat")}
+    answers = {"base": wrong, "grpo": right}
+    paths = [ask(name, benchmark, folders[benchmark], answers[name]) for benchmark in folders for name in answers]
+    paths.pop()  # of the last benchmark the first model alone
+    capsys.readouterr()
+    out, err = compare(*paths)
+    assert out[0] == "| | chance | base | grpo |" and not err
+    rows = [line[2:-2].split(" | ") for line in out[2:] if line.startswith("| ") and ": " in line]
+    table = {name: cells for name, *cells in rows}
+    for benchmark in ("CV-Bench", "BLINK", "VSR"):
+        chance, first, second = table[f"{benchmark}: Total"]
+        assert first.startswith("0.00 (") and second.startswith("100.00 (") and float(chance) > 0
+    assert table["VSR: Proximity"][2].startswith("100.00 (") and table["BLINK: Relative_Depth"][1].startswith("0.00 (")
+    assert table["CV-Bench: CV-Bench"][2].startswith("100.00 (")  # the official score
+    assert table["SAT-test: Total"][1].startswith("0.00 (") and table["SAT-test: Total"][2] == "-"
+    assert sum("| grpo | +100.00 (" in line for line in out) == 3
+    assert next(line for line in out if "against" in line).startswith("| CV-Bench, against base | Total in points")
+    assert all(name in (tmp_path / "chart.svg").read_text() for name in folders)
+
+    out, _ = compare(*paths, "--names", "Base", "R1-Zero")
+    assert out[0] == "| | chance | Base | R1-Zero |"
+    with pytest.raises(ValueError, match=r"--names: 1 names for 2 models \(base, grpo\)"):
+        compare(*paths, "--names", "Base")
+
+    other = json.loads(paths[1].read_text()) | {"parser": "strict"}
+    (tmp_path / "CVBench_result_other_reasoning.json").write_text(json.dumps(other))
+    _, err = compare(*paths, tmp_path / "CVBench_result_other_reasoning.json")
+    assert err == "warning: the parsers differ; the results are not like for like\n"
