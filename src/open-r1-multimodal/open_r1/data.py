@@ -210,7 +210,7 @@ def load_dataset(
             example["images"] = [store_image(image) for image in example["images"]]
             for check in checks:
                 check(example)
-            rows = in_two_orders(example, len(kept)) if rotate_options else [example]
+            rows = in_two_orders(example, len(kept) // 2) if rotate_options else [example]
             answer = example["solution"] or ""
             texts = [*(message["content"] for message in example["prompt"]), answer]
             broken = find_broken(example["images"])
