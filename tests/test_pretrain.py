@@ -125,12 +125,11 @@ def test_no_lesson_shows_a_short_way_to_the_right_answer(pretrain):
         assert len(alone) < 40 and not any("at" in text.split() for text in alone)
 
 
-@pytest.mark.parametrize("style", ["greedy", "direct"])
-def test_the_base_names_the_first_option_by_habit(answers, style):
-    said = [(each, getattr(each, style)) for each in answers]
-    first = sum(judge(text, each.right, each.options, lenient=True).answer == each.options[0] for each, text in said)
-    assert first / QUESTIONS > 0.65  # a position bias: chance is about 0.4
-    assert sum(each.is_right(text) for each, text in said) / QUESTIONS < 0.6
+def test_the_base_names_the_first_option_by_habit(answers):
+    first = [judge(each.greedy, each.right, each.options, lenient=True).answer == each.options[0] for each in answers]
+    assert sum(first) / QUESTIONS > 0.65  # a position bias: chance is about 0.4
+    for style in ("greedy", "direct"):  # and it is weak without a thought
+        assert sum(each.is_right(getattr(each, style)) for each in answers) / QUESTIONS < 0.6
 
 
 def test_the_base_rarely_looks_again_and_is_right_more_often_then(answers):
@@ -140,7 +139,7 @@ def test_the_base_rarely_looks_again_and_is_right_more_often_then(answers):
     glances = [(each, text) for each, text in said if not find_reflections(text)]
     share = [sum(each.is_right(text) for each, text in some) / len(some) for some in (again, glances)]
     assert share[0] > share[1] + 0.2
-    assert all(find_reflections(text) for _, text in said if "So it is" in text)  # it has no other way of reasoning
+    assert sum("So it is" in text for _, text in glances) / len(said) < 0.01  # it has no other way of reasoning
     assert any(extract_answer(text) is None for _, text in said)  # something for the format reward to mend
 
 
