@@ -1,19 +1,19 @@
-"""Pre-train the tiny base model of the quick start: it sees well and answers badly, as a real base model does.
+"""Pre-train the tiny base of the quick start: a model organism of the aha moment, made so that looking again pays.
 
     python scripts/pretrain_tiny.py --output configs/tiny/base
 
 A Qwen2-VL of 1.6 M parameters learns the easy level of `open_r1.world` in stages: the vision tower tells what is in
 each image token's cell (under a linear probe that is thrown away), the whole model describes scenes, finds what a text
-names, answers the bare questions of SAT and CV-Bench rightly, then within their prompts, and falls into bad habits. It
-has three ways of answering, all after the same true description of what is asked about:
+names, and answers the questions of SAT and CV-Bench, bare and then within their prompts: after a guess that holds
+nothing, it looks again, says where the things are, and concludes. At last it falls into bad habits:
 
-- guess:  "... I guess {first option}."                                              the most frequent by far
-- reason: "... 3 < 7 across. So it is {answer}."
-- check:  "... It must be {first option}. Wait, let me check. 3 < 7 across. So it is {answer}."
+- glance: "It must be {first option}."                                            nearly always
+- check:  "It must be {first option}. Wait, let me check. {what it sees} {step} So it is {answer}."    now and then
 
-So greedy decoding shows a position bias, sampling now and then shows reasoning, and there is something for
-reinforcement learning to find. Asked for the answer alone, it mostly names the first option, too. Some texts lack the
-<answer> tags, for the format reward to mend. Every batch follows from the seed and the step alone.
+No habit is a short way to the right answer: nothing teaches it to answer rightly before it has looked again. So greedy
+decoding shows a position bias, sampling now and then shows a self-correction, and reinforcement learning has something
+to find that no reward names. Asked for the answer alone, it glances, too. Some texts lack the <answer> tags, for the
+format reward to mend. Every batch follows from the seed and the step alone.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
 from open_r1.world import questions
 from open_r1.world.parquet import row_rng
 from open_r1.world.render import paint
-from open_r1.world.scene import COLOURS, LEVELS
+from open_r1.world.scene import COLOURS, LEVELS, Seen
 
 LEVEL = LEVELS["easy"]
 GRID = 10  # columns of the image and steps of depth that a description tells apart
@@ -63,18 +63,19 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 @dataclass(frozen=True)
 class Habits:
-    """Shares of the ways to answer."""
+    """Shares of the ways to answer in what a stage shows."""
 
-    guess: float
-    reason: float
-    check: float
-    direct: float  # of all questions: asked for the answer alone
-    direct_bias: float  # of those: answered with the first option, whatever is right
+    check: float  # of the reasoned answers: looks again after its glance; the others keep to it
+    first: float  # of the glances: at the first option; the others are at any
+    direct: float  # of all questions: asked for the answer alone, and glanced at
     untagged: float  # of the reasoned answers: without the <answer> tags
 
 
-GOOD = Habits(guess=0.05, reason=0.65, check=0.3, direct=0.5, direct_bias=0.0, untagged=0.0)
-BAD = Habits(guess=0.65, reason=0.22, check=0.13, direct=0.25, direct_bias=0.6, untagged=0.15)
+# A token weighs less in a long text (`text_loss`): of 16 % checks that it sees, the model learns to make about 5 %.
+BAD = Habits(check=0.16, first=0.85, direct=0.1, untagged=0.08)
+HASTY = replace(BAD, check=0.5)
+BIASED = Habits(check=1.0, first=0.85, direct=0.0, untagged=0.0)
+GOOD = replace(BIASED, first=0.0)
 
 TOKENIZER_ROWS, VOCABULARY = 3000, 1000
 MICRO_BATCHES = 2  # of samples of like length: half of the tokens would be padding otherwise
@@ -126,17 +127,28 @@ def list_places(things: Sequence[Thing]) -> str:
     return " " + ", ".join(f"{thing.name} at {thing.place}" for thing in things) + "."
 
 
-def list_kind(rng: random.Random, things: Sequence[Thing], kind: str) -> str:
-    """`" circles: red at 3 7, blue at 8 2."`, in any order."""
-    of_kind = [f"{thing.name.split()[0]} at {thing.place}" for thing in things if kind in thing.name]
-    return f" {kind}s: {', '.join(rng.sample(of_kind, len(of_kind))) or 'none'}."
+def from_left(things: Sequence[Thing]) -> list[Thing]:
+    return sorted(things, key=lambda thing: thing.u)
+
+
+def list_kind(things: Sequence[Thing], kind: str) -> str:
+    """`" circles: red at 3 7, blue at 8 2."`, from left to right."""
+    of_kind = [f"{thing.name.split()[0]} at {thing.place}" for thing in from_left(things) if kind in thing.name]
+    return f" {kind}s: {', '.join(of_kind) or 'none'}."
 
 
 def compare(a: int, b: int, axis: str) -> str:
     return f"{a} {'<' if a < b else '>' if a > b else '='} {b} {axis}."
 
 
-def observe(rng: random.Random, asked: questions.Asked) -> tuple[str, str]:
+def tell_gap(anchor: Seen, other: Seen) -> tuple[str, int]:
+    """`"red circle 3 4 makes 5"`: how far it is from the anchor across, in depth and in all, in half metres."""
+    across, deep = abs(anchor.solid.x - other.solid.x), abs(anchor.solid.z - other.solid.z)
+    whole = round(2 * questions.floor_distance(anchor, other))
+    return f"{other.solid.name} {round(2 * across)} {round(2 * deep)} makes {whole}", whole
+
+
+def observe(asked: questions.Asked) -> tuple[str, str]:
     """What a question is about, with its places, and the step from there to the answer."""
     things = things_in(asked)
     named = sorted(
@@ -144,12 +156,13 @@ def observe(rng: random.Random, asked: questions.Asked) -> tuple[str, str]:
     )
     if not named:
         kind = next(kind for kind in LEVEL.kinds if kind in asked.question)
-        return list_kind(rng, things, kind), f"That makes {asked.answer}."
+        return list_kind(things, kind), f"That makes {asked.answer}."
     if len(named) == 3:
         [scene] = asked.scenes
         anchor, *others = (next(seen for seen in scene if seen.solid.name == thing.name) for thing in named)
-        gaps = [round(2 * questions.floor_distance(anchor, other)) for other in others]  # in half metres
-        return list_places(named), compare(*gaps, "apart")
+        gaps = [tell_gap(anchor, other) for other in others]
+        [(_, near), (_, far)] = gaps
+        return list_places(named), f"{', '.join(text for text, _ in gaps)}. {compare(near, far, 'apart')}"
     if asked.mark is not None:
         named.sort(key=lambda thing: thing.name == "X")
         facing = "left" if "facing 90 degrees to the left" in asked.question else "right"
@@ -176,17 +189,17 @@ def draw(rng: random.Random, row: int) -> tuple[questions.Asked, Image.Image]:
 
 
 def describe(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
-    """All things with their places, in any order or by their kinds."""
+    """All things with their places, from left to right or by their kinds."""
     asked, image = draw(rng, row)
     things = things_in(asked)
     if rng.random() < 0.5:
-        return Sample(image, IMAGE, list_places(rng.sample(things, len(things))))
+        return Sample(image, IMAGE, list_places(from_left(things)))
     kinds = rng.sample(LEVEL.kinds, len(LEVEL.kinds))
-    return Sample(image, IMAGE, "".join(list_kind(rng, things, kind) for kind in kinds))
+    return Sample(image, IMAGE, "".join(list_kind(things, kind) for kind in kinds))
 
 
 def find(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
-    """The things that the prompt names, in its order; or how many there are of a kind."""
+    """The things that the prompt names, in its order; or those of a kind."""
     asked, image = draw(rng, row)
     things = things_in(asked)
     if rng.random() < 0.5:
@@ -194,7 +207,7 @@ def find(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
         names = join_options([f"the {thing.name}" for thing in things])
         return Sample(image, f"{IMAGE}Where is {names}?\n<think>", list_places(things))
     kind = rng.choice(LEVEL.kinds)
-    return Sample(image, f"{IMAGE}How many {kind}s?\n", str(sum(kind in thing.name for thing in things)))
+    return Sample(image, f"{IMAGE}How many {kind}s?\n<think>", list_kind(things, kind))
 
 
 def ask(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
@@ -203,8 +216,13 @@ def ask(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
 
 
 def answer(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
-    """A question within its prompt, answered well."""
-    return make_sample(rng, row, GOOD, processor)
+    """A question within its prompt, answered well after a glance at the first option."""
+    return make_sample(rng, row, BIASED, processor)
+
+
+def hurry(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
+    """A question within its prompt, half of the time not looked at again: skills outlast the bad habits so."""
+    return make_sample(rng, row, HASTY, processor)
 
 
 def spoil(processor: ProcessorMixin, rng: random.Random, row: int) -> Sample:
@@ -220,11 +238,9 @@ def make_sample(rng: random.Random, row: int, habits: Habits, processor: Process
     else:
         options, render = questions.shuffled(rng, asked.options), sat_question
     question = render(asked.question, options)
-    if rng.random() < habits.direct:
-        style = "direct"
-        completion = options[0] if rng.random() < habits.direct_bias else asked.answer
-    else:
-        style, completion = "reasoning", reasoned(rng, asked, options[0], habits)
+    glance = options[0] if rng.random() < habits.first else rng.choice(options)
+    style = "direct" if rng.random() < habits.direct else "reasoning"
+    completion = glance if style == "direct" else reasoned(rng, asked, glance, habits)
     if processor is None:
         return Sample(image, f"{IMAGE}{question}\n" + "<think>" * (style == "reasoning"), completion)
     prompt = processor.apply_chat_template(
@@ -233,19 +249,13 @@ def make_sample(rng: random.Random, row: int, habits: Habits, processor: Process
     return Sample(image, prompt, completion)
 
 
-def reasoned(rng: random.Random, asked: questions.Asked, first: str, habits: Habits) -> str:
-    """A thought and an answer, in one of the ways."""
-    seen, step = observe(rng, asked)
-    [habit] = rng.choices(["guess", "reason", "check"], [habits.guess, habits.reason, habits.check])
-    answer = first if habit == "guess" else asked.answer
-    thought = {
-        "guess": f"I guess {first}.",
-        "reason": f"{step} So it is {answer}.",
-        "check": f"It must be {first}. Wait, let me check. {step} So it is {answer}.",
-    }[habit]
-    return f"{seen} {thought}</think>" + (
-        f" {answer}" if rng.random() < habits.untagged else f"<answer>{answer}</answer>"
-    )
+def reasoned(rng: random.Random, asked: questions.Asked, glance: str, habits: Habits) -> str:
+    """A thought that begins with a glance, and an answer."""
+    answer, thought = glance, f" It must be {glance}."
+    if rng.random() < habits.check:
+        seen, step = observe(asked)
+        answer, thought = asked.answer, f"{thought} Wait, let me check.{seen} {step} So it is {asked.answer}."
+    return f"{thought}</think>" + (f" {answer}" if rng.random() < habits.untagged else f"<answer>{answer}</answer>")
 
 
 # --- how it learns ------------------------------------------------------------------------------------------
@@ -333,8 +343,9 @@ STAGES = {
     "describe": Stage(2, 1200, 32, 2e-3, describe),
     "find": Stage(3, 800, 32, 2e-3, find),
     "ask": Stage(4, 1300, 32, 1.5e-3, ask),
-    "answer": Stage(5, 600, 32, 1e-3, answer),
-    "spoil": Stage(6, 150, 32, 5e-4, spoil),
+    "answer": Stage(5, 250, 32, 1e-3, answer),
+    "hurry": Stage(6, 200, 32, 5e-4, hurry),
+    "spoil": Stage(7, 100, 32, 2e-4, spoil),
 }
 
 
@@ -380,7 +391,7 @@ def backward(losses: Iterator[torch.Tensor]) -> Iterator[float]:
 def make_base(seed: int) -> tuple[PreTrainedModel, ProcessorMixin, nn.Linear]:
     """The model before it learns anything, its processor, and the probe of the first stage."""
     processor = make_processor(make_tokenizer([load_chat_template("base")]))
-    samples = [spoil(processor, row_rng(seed, row), row) for row in range(TOKENIZER_ROWS)]
+    samples = [answer(processor, row_rng(seed, row), row) for row in range(TOKENIZER_ROWS)]
     texts = [sample.prompt + sample.completion for sample in samples]
     processor = make_processor(make_tokenizer(texts, VOCABULARY))
     config = make_config(processor.tokenizer, hidden_size=160, num_layers=4, vision_size=96, vision_layers=3)
