@@ -167,14 +167,14 @@ def test_term_and_gradient_are_those_of_the_slow_one(model_type, rows, frozen, t
         tmp_path,
         freeze_vision=frozen,
         loss_type="grpo",
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=16,
     )
     group_order(trainer)
     batches = list(micro_batches(trainer))
     losses, gradients = backward(trainer, batches, lambda inputs: trainer.compute_loss(trainer.model, inputs))
     weight = -trainer.papo_coef / trainer.current_gradient_accumulation_steps
     slow_losses, expected = backward(trainer, batches, lambda inputs: weight * slow_term(trainer, inputs))
-    assert losses == pytest.approx(slow_losses, rel=1e-4, abs=1e-8) and min(losses) < -1e-5
+    assert losses == pytest.approx(slow_losses, rel=1e-4, abs=2e-9) and min(losses) < -1e-6
     assert set(expected) == set(gradients)
     largest = max(gradient.norm() for gradient in expected.values())
     for name, gradient in expected.items():
