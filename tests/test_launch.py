@@ -183,7 +183,7 @@ def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, example
             shares = [bool(row["reflections"]) for row in rollouts if row["step"] == log["step"]]
             assert log["reflection/share"] == sum(shares) / len(shares) and len(shares) == 16
         blind = read_jsonl(output / "trajectories/blind.jsonl")
-        assert len(blind) == 8 and not any(row["images"] or "image_pad" in row["prompt"] for row in blind)
+        assert len(blind) == 32 and not any(row["images"] or "image_pad" in row["prompt"] for row in blind)
     assert logs["1"] == logs["2"] and len(logs["1"]) == 4
     assert logs["1"][3] == {
         "eval_reflection/share": 3 / 8,
