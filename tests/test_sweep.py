@@ -347,13 +347,19 @@ def test_a_sweep_that_was_interrupted_goes_on(tmp_path):
     command = ["sh", str(SWEEP), "--overlays", "none lora", "--seeds", "0", "--steps", "2", "--jobs", "1"]
     env = {**os.environ, "PYTHON": sys.executable, "OUTPUT": str(tmp_path / "sweep")}
     first, second = (tmp_path / "sweep" / name / "seed0" for name in ("none", "lora"))
-    process = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background ignores it
+    )
     try:
         while not (second / "log.jsonl").exists():
             assert process.poll() is None, Path(f"{first}.log").read_text()[-3000:]
             time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=60) != 0
+        assert process.wait(timeout=120) != 0
         with contextlib.suppress(ProcessLookupError):  # the shell is gone; the launcher ends its process first
             while True:
                 os.killpg(process.pid, 0)
