@@ -347,7 +347,7 @@ def test_a_resumed_run_draws_the_same_masks_and_noise(tiny_model, datasets, tmp_
 @pytest.mark.distributed
 def test_two_zero_processes_match_one(tiny_model, datasets, quick_python, tmp_path):
     """Three groups of four over two ranks, some without an image: the second begins with the noisy half of a group."""
-    data, changes = datasets["mixed"], json.dumps({"papo_coef": 0.5, "rollout_noise": 500})
+    data, changes = datasets["mixed"], json.dumps({"papo_coef": 100, "rollout_noise": 500})
     worker = [str(Path(__file__).with_name("worker_shared_prefix.py")), str(tiny_model), str(data)]
     env = launch_env(tiny_model, data, tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     subprocess.run([quick_python, *worker, str(tmp_path / "one"), "6", changes], env=env, check=True)
