@@ -18,11 +18,9 @@ from open_r1.front_door import printable, run, use_environment
 
 use_environment()
 
-from open_r1.files import replace_file, replacing, to_json
+from open_r1.files import replace_file, to_json
+from open_r1.report.figures import save_recipes
 from open_r1.report.sweep import Trial, compare_recipes, read_trial
-
-COLUMNS = 5  # of the figure's panels
-OWN, REFERENCE, GRID = "#3b52c4", "#80868f", "#e3e5ea"
 
 
 def by_recipe(runs: Sequence[Path]) -> dict[str, list[Trial]]:
@@ -88,39 +86,6 @@ def number(value: float | None, form: str = ",.0f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def draw(rows: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> None:
-    """Held-out accuracy against completions: a panel a recipe, with a band over its seeds and the reference in grey."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    columns = min(COLUMNS, len(rows))
-    lines = -(-len(rows) // columns)
-    # The same numbers leave the same file; a dollar sign in a name is a dollar sign.
-    with rc_context({"svg.hashsalt": "sweep", "svg.fonttype": "none", "text.parse_math": False}):
-        figure = Figure((2.6 * columns + 0.6, 2.3 * lines + 0.4), layout="constrained")
-        panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-        for axes, row in zip(panels.flat, rows, strict=False):
-            reference = rows[0]["curve"]
-            axes.plot(reference["completions"], reference["accuracy"], color=REFERENCE, linestyle=(0, (4, 1.5)))
-            own = row["curve"]
-            axes.fill_between(own["completions"], own["low"], own["high"], color=OWN, alpha=0.16, linewidth=0)
-            axes.plot(own["completions"], own["accuracy"], color=OWN, linewidth=2)
-            axes.set_title(row["recipe"], fontsize=10)
-            axes.grid(axis="y", color=GRID, linewidth=0.8)
-            axes.spines[["top", "right", "left"]].set_visible(False)
-            axes.tick_params(length=0)
-            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
-        for axes in panels.flat[len(rows) :]:
-            axes.set_visible(False)
-        figure.supxlabel(f"completions sampled; dashed: recipe {rows[0]['recipe']}", fontsize=10)
-        figure.supylabel("held-out accuracy; band: the seeds", fontsize=10)
-        for path in paths:
-            metadata = {"Date": None} if path.suffix == ".svg" else {}
-            with replacing(path) as temporary:
-                figure.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
-
-
 def main() -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(
@@ -137,7 +102,8 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     replace_file(output / "sweep.json", to_json(rows, indent=1))
     replace_file(output / "sweep.md", text.encode())
-    draw(rows, [output / "sweep.png", output / "sweep.svg"])
+    for ending in (".png", ".svg"):
+        save_recipes(rows, output / f"sweep{ending}")
     print(text)
     print(printable(output / "sweep.png"))
 

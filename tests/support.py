@@ -145,9 +145,9 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def script(path: str) -> ModuleType:
-    """A command, by its path in the repository, as a module."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, REPO_ROOT / path)
+def load_script(path: Path) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -16,10 +16,11 @@ from open_r1.backends import Completions, load_transformers
 from open_r1.evaluate import answering
 from open_r1.evaluate.statistics import ALL_ROTATIONS
 from open_r1.images import open_image
+from open_r1.prompts import REPO_ROOT
 from open_r1.tasks.benchmarks import BENCHMARKS, VSR_CATEGORY, Item, read
 from open_r1.world.parquet import sat_row, write_cvbench, write_sat
 from open_r1.world.scene import LEVELS
-from support import script
+from support import load_script
 
 EASY = LEVELS["easy"]
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -116,7 +117,7 @@ def ask(tiny_model, tmp_path, monkeypatch) -> Callable[..., Path]:
         options = {"--model_path": model, "--benchmark": benchmark, "--dataset_path": folder, "--prompt": "base"}
         options |= {"--output_dir": tmp_path / "results", "--max_pixels": 12544}
         monkeypatch.setattr(sys, "argv", ["", *(str(part) for option in options.items() for part in option)])
-        script("src/eval/test_qwen2vl_CVBench.py").main()
+        load_script(REPO_ROOT / "src/eval/test_qwen2vl_CVBench.py").main()
         return tmp_path / "results" / f"{BENCHMARKS[benchmark].name}_result_{name}_reasoning.json"
 
     return ask
@@ -195,7 +196,7 @@ def compare(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[list[str], str
 
     def compare(*arguments: object) -> tuple[list[str], str]:
         monkeypatch.setattr(sys, "argv", ["", *map(str, arguments), "--chart", str(tmp_path / "chart.svg")])
-        script("scripts/compare.py").main()
+        load_script(REPO_ROOT / "scripts/compare.py").main()
         told = capsys.readouterr()
         return told.out.splitlines(), told.err
 

@@ -1,7 +1,6 @@
 """The evaluation with a model: what is asked, how it is decoded, and that no work is lost."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -34,6 +33,7 @@ from open_r1.tasks.benchmarks import BENCHMARKS, Item, read
 from open_r1.tiny import make_processor, make_tokenizer, save_tiny_model
 from open_r1.world.parquet import sat_row, write_cvbench
 from open_r1.world.scene import LEVELS
+from support import load_script
 
 SCRIPT = REPO_ROOT / "src/eval/test_qwen2vl_CVBench.py"
 GOLDEN = json.loads((Path(__file__).parent / "data/prompts.json").read_text())
@@ -45,10 +45,7 @@ TOKENS = 24
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The evaluation script as a module."""
-    spec = importlib.util.spec_from_file_location("evaluation_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ the same random numbers samples is another run: there, write the file at the com
 """
 
 import hashlib
-import importlib.util
 import json
 import math
 import re
@@ -17,7 +16,6 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -36,7 +34,7 @@ from open_r1.sft import build_trainer
 from open_r1.trainer import Qwen2VLGRPOTrainer
 from open_r1.world.parquet import write_cvbench, write_sat
 from open_r1.world.scene import LEVELS
-from support import make_config, read_jsonl, vowel_share
+from support import load_script, make_config, read_jsonl, vowel_share
 
 GOLDEN = Path(__file__).parent / "data/golden.json"
 BASE = REPO_ROOT / "configs/tiny/base"
@@ -52,14 +50,6 @@ def prepare(folder: Path) -> Path:
     command = [sys.executable, str(PREPARE), "--parquet", str(folder / "world.parquet"), "--total_num", "48"]
     subprocess.run([*command, "--output_dir", str(folder)], check=True, capture_output=True)
     return folder / "SAT_train_48.json"
-
-
-def load_script(path: Path) -> ModuleType:
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def sha256(value: Any) -> str:

@@ -1,6 +1,5 @@
 """The tiny base of the quick start: what is shipped is what its script makes, and it has the habits that it claims."""
 
-import importlib.util
 import json
 import os
 import random
@@ -25,7 +24,7 @@ from open_r1.world import questions
 from open_r1.world.parquet import row_rng, write_sat
 from open_r1.world.render import paint
 from open_r1.world.scene import LEVELS
-from support import read_jsonl, run_grpo
+from support import load_script, read_jsonl, run_grpo
 
 BASE = REPO_ROOT / "configs/tiny/base"
 SCRIPT = REPO_ROOT / "scripts/pretrain_tiny.py"
@@ -36,10 +35,7 @@ QUESTIONS, SAMPLES = 60, 16
 @pytest.fixture(scope="module")
 def pretrain():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("pretrain_tiny", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @dataclass(frozen=True)

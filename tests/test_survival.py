@@ -184,6 +184,8 @@ def test_another_run_in_the_folder_is_not_continued(tmp_path, tiny_model):
         (1, "grpo", arguments("other/model"), "model_name_or_path"),
         (1, "grpo", arguments(learning_rate=1.0), "learning_rate"),
         (1, "grpo", arguments(num_generations=2), "num_generations"),
+        (1, "grpo", arguments(papo_coef=0.01), "papo_coef"),
+        (1, "grpo", arguments(rollout_noise=500.0), "rollout_noise"),
         (2, "grpo", arguments(), "examples_per_step"),
         (1, "sft", arguments(), "command"),
     ):

@@ -46,6 +46,7 @@ CONTINUED = (
     *("temperature", "top_p", "top_k", "beta", "epsilon", "epsilon_high", "loss_type", "scale_rewards"),
     *("num_iterations", "importance_sampling_level", "rotate_options"),
     *("min_signal_groups", "max_refills", "skip_solved", "skip_hopeless", "rescale_by_signal"),
+    *("papo_coef", "papo_mask_ratio", "rollout_noise"),
     *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "seed"),
 )
 

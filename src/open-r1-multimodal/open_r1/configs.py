@@ -264,14 +264,23 @@ def need_vllm(option: str) -> None:
         )
 
 
-def check_signal(args: GRPOConfig, shared_prefix: bool, streams: bool) -> None:
+def check_shared_prefix(args: GRPOConfig, shared_prefix: bool) -> None:
+    """See that the settings that are made for the shared prefix have it; ValueError if not."""
+    signal = args.signal_settings if isinstance(args, SignalArguments) else []
+    for name in (*signal, "papo_coef", "rollout_noise"):
+        if getattr(args, name, 0) and not shared_prefix:
+            raise ValueError(
+                f"{name}: needs the shared prefix, which a text model, tools, a rollout_func and shared_prefix false "
+                "go without; leave it out"
+            )
+
+
+def check_signal(args: GRPOConfig, streams: bool) -> None:
     """See that the settings of `SignalArguments` can do what they say; raises as `check_settings` does."""
     settings = args.signal_settings if isinstance(args, SignalArguments) else []
     if not settings:
         return
     name, batch = settings[0], args.per_device_train_batch_size * args.steps_per_generation
-    if not shared_prefix:
-        raise ValueError(f"{name}: needs the shared prefix; leave it out, or add --shared_prefix true")
     if streams:
         raise ValueError(f"{name}: prompts are drawn by their number, which a train_dataset that streams has not")
     if args.remove_unused_columns:
@@ -282,16 +291,6 @@ def check_signal(args: GRPOConfig, shared_prefix: bool, streams: bool) -> None:
             f"(per_device_train_batch_size x accumulation) does not hold whole ones of num_generations "
             f"{args.num_generations}"
         )
-
-
-def check_perception(args: GRPOConfig, shared_prefix: bool) -> None:
-    """See that what masks or noises images has the shared prefix that it is made for; ValueError if not."""
-    for name in ("papo_coef", "rollout_noise"):
-        if getattr(args, name, 0) and not shared_prefix:
-            raise ValueError(
-                f"{name}: needs the shared prefix, which a text model, tools, a rollout_func and shared_prefix false "
-                "go without; leave it out"
-            )
 
 
 def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False) -> None:
@@ -313,7 +312,8 @@ def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False)
         )
     if args.use_vllm:
         need_vllm("use_vllm")
-    check_signal(args, shared_prefix, streams)
+    check_shared_prefix(args, shared_prefix)
+    check_signal(args, streams)
     if shared_prefix and args.torch_compile:
         raise ValueError(
             "torch_compile: the shared prefix packs a row of another shape for every micro-batch, which would be "
@@ -321,7 +321,6 @@ def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False)
         )
     if shared_prefix and not args.ds3_gather_for_generation:
         raise ValueError("ds3_gather_for_generation: the shared prefix needs true; or add --shared_prefix false")
-    check_perception(args, shared_prefix)
     if getattr(args, "rollout_noise", 0) and args.use_vllm:
         if args.vllm_mode == "server":
             raise ValueError(

@@ -41,7 +41,7 @@ from trl.trainer.utils import get_config_model_id, split_tensor_dict
 from open_r1 import agreement
 from open_r1.backends import Backend, TransformersBackend
 from open_r1.checkpoints import LoadWeightsMixin
-from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_perception, check_settings
+from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_settings, check_shared_prefix
 from open_r1.data import ROTATION_OF, most_broken
 from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
@@ -233,8 +233,8 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
     - the figures of an evaluation are over its questions, each once (`open_r1.heldout`);
     - groups without signal can be replaced by others, and prompts that never or always succeed be asked less
       (`SignalArguments` of `open_r1.configs`);
-    - every completion goes to `{output_dir}/trajectories/{train,eval}.jsonl`, and a few are shown where the run
-      reports to;
+    - every completion goes to `{output_dir}/trajectories/{train,eval,blind}.jsonl`, and a few are shown where the
+      run reports to;
     - the log says how many completions reflect, and how many correct themselves (`open_r1.reflection`).
 
     Args:
@@ -289,10 +289,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         self.reward_func_names = told_apart(self.reward_func_names)
         # Tool calls put images and foreign tokens into completions; they stay on TRL's path.
         self.shared_prefix = shared_prefix and self._is_vlm and not (self.tools or self.rollout_func)
-        if self.signal.signal_settings and not self.shared_prefix:
-            name = self.signal.signal_settings[0]
-            raise ValueError(f"{name}: needs the shared prefix, which tools and a rollout_func do without")
-        check_perception(args, self.shared_prefix)
+        check_shared_prefix(args, self.shared_prefix)
         self.papo_coef, self.rollout_noise = (getattr(args, name, 0.0) for name in ("papo_coef", "rollout_noise"))
         encodes_once = self.shared_prefix and not self.use_vllm and not self.family.trains_vision(plain)
         if self.papo_coef and self.accelerator.num_processes > 1:

@@ -5,9 +5,10 @@ Curves in the page take their colours from its style sheet (light and dark) and 
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -43,6 +44,7 @@ PAPER_INK, PAPER_GRID = "#1c1f26", "#e3e5ea"
 WIDE, NARROW = (12.6, 4.9), (5.4, 3.9)  # inches; one is 72 units of an SVG
 BELOW = 0.5  # height of what stands below the paper's figure, as a share of its own
 CARD = (5.4, 3.5)
+PANELS = 5  # beside each other
 _MARK = re.compile("|".join(VARIABLES))
 
 
@@ -133,8 +135,35 @@ def save_accuracy_length(curves: Curves, path: Path) -> None:
     with replacing(path) as temporary, rc_context(_rc("accuracy-length")):
         figure = _accuracy_length(curves, PAPER, (8.0, 4.2))
         figure.legend(loc="outside upper center", ncols=3, frameon=False)
-        metadata = {"Date": None} if path.suffix == ".svg" else {}  # the same run leaves the same file
-        figure.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
+        _save(figure, temporary, path.suffix)
+
+
+def save_recipes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Held-out accuracy against completions: a panel a recipe, with a band over its seeds and the reference dashed.
+
+    Args:
+        rows: see `report.sweep.compare_recipes`; the first one is the reference.
+        path: PNG or SVG.
+    """
+    columns = min(PANELS, len(rows))
+    lines = -(-len(rows) // columns)
+    with replacing(path) as temporary, rc_context({**_rc("sweep"), "font.size": 10}):
+        figure = Figure((2.6 * columns + 0.6, 2.3 * lines + 0.4), layout="constrained")
+        panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, row in zip(panels.flat, rows, strict=False):
+            reference, own = rows[0]["curve"], row["curve"]
+            axes.plot(reference["completions"], reference["accuracy"], color=PAPER.ink, alpha=0.5, linestyle=DASHES[1])
+            axes.fill_between(own["completions"], own["low"], own["high"], color=PAPER.curves[0], alpha=0.16, lw=0)
+            axes.plot(own["completions"], own["accuracy"], color=PAPER.curves[0], linewidth=2)
+            axes.set_title(row["recipe"], fontsize=10)
+            _frame(axes, "", PAPER, parts=5)
+            _as_shares(axes)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
+        for axes in panels.flat[len(rows) :]:
+            axes.set_visible(False)
+        figure.supxlabel(f"completions sampled; dashed: recipe {rows[0]['recipe']}", fontsize=10)
+        figure.supylabel("held-out accuracy; band: the seeds", fontsize=10)
+        _save(figure, temporary, path.suffix)
 
 
 def describe(line: Line, percent: bool) -> str:
@@ -151,6 +180,11 @@ def thin(values: np.ndarray, limit: int = MAX_POINTS) -> np.ndarray:
     stretches = np.array_split(np.arange(len(values)), limit // 2 - 1)
     extremes = [part[at] for part in stretches for at in (values[part].argmin(), values[part].argmax())]
     return np.unique([0, *extremes, len(values) - 1])
+
+
+def _save(figure: Figure, path: Path, suffix: str) -> None:
+    metadata = {"Date": None} if suffix == ".svg" else {}  # the same run leaves the same file
+    figure.savefig(path, format=suffix[1:], dpi=150, metadata=metadata)
 
 
 def _rc(salt: str) -> dict[str, object]:
