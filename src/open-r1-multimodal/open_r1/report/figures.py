@@ -156,9 +156,10 @@ def save_recipes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.fill_between(own["completions"], own["low"], own["high"], color=PAPER.curves[0], alpha=0.16, lw=0)
             axes.plot(own["completions"], own["accuracy"], color=PAPER.curves[0], linewidth=2)
             axes.set_title(row["recipe"], fontsize=10)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
+        for axes in panels.flat:  # when all is drawn: a limit ends the scaling of the axis that they share
             _frame(axes, "", PAPER, parts=5)
             _as_shares(axes)
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
         for axes in panels.flat[len(rows) :]:
             axes.set_visible(False)
         figure.supxlabel(f"completions sampled; dashed: recipe {rows[0]['recipe']}", fontsize=10)
