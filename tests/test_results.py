@@ -19,7 +19,7 @@ from open_r1.tasks.benchmarks import BENCHMARKS, read
 from open_r1.world import __main__ as world
 from open_r1.world.parquet import write_cvbench
 from open_r1.world.scene import LEVELS
-from support import script
+from support import load_script
 
 ROTATED = [("left", "right"), ("right", "left")]
 HALF = "\ud800"  # a character
@@ -190,7 +190,7 @@ def test_half_a_character_in_a_response_is_scored_and_written(tmp_path, monkeypa
     (tmp_path / "x.json").write_text(json.dumps(rows))
     options = ["--precomputed_json", str(tmp_path / "x.json"), "--output_dir", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["", *options, "--benchmark", "SAT-val"])
-    script("src/eval/test_qwen2vl_CVBench.py").main()
+    load_script(REPO_ROOT / "src/eval/test_qwen2vl_CVBench.py").main()
     assert "6 responses: 0.0% without" in capsys.readouterr().out
     written = read_scored(tmp_path / "out/x.json")
     assert written["scores"]["Total"]["accuracy"] == 1 and written["results"][0]["response"] == rows[0]["response"]
@@ -202,7 +202,7 @@ def test_names_are_text_in_the_chart_and_escaped_on_the_terminal(tmp_path, monke
     path = tmp_path / "$_{$\x1b]0;own\x07.json"
     path.write_text(json.dumps(result))
     monkeypatch.setattr(sys, "argv", ["", str(path), str(path), "--chart", str(tmp_path / "chart.svg")])
-    script("scripts/compare.py").main()
+    load_script(REPO_ROOT / "scripts/compare.py").main()
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\\x1b]0;own\\x07" in out and "| $\\frac{$ |" in out
     assert "<svg" in (tmp_path / "chart.svg").read_text()
@@ -321,6 +321,6 @@ def test_a_wrong_option_is_seen_first(tmp_path, monkeypatch, capsys, run, argume
     monkeypatch.setattr(sys, "argv", ["", *arguments.format(folder=tmp_path).split()])
     monkeypatch.syspath_prepend(REPO_ROOT / "scripts")  # of benchmarks/
     with pytest.raises(SystemExit) as left:
-        (script(run).main if isinstance(run, str) else run)()
+        (load_script(REPO_ROOT / run).main if isinstance(run, str) else run)()
     assert left.value.code == 2 and message.format(folder=tmp_path) in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
