@@ -20,5 +20,5 @@ fi
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-# Two processes, each with fixtures of its own (2 GB), so a file's tests stay together.
-HF_HUB_OFFLINE=1 exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+# Two processes, each with fixtures of its own (2 GB), so a file's tests stay together; in conftest.py's order.
+HF_HUB_OFFLINE=1 exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

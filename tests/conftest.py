@@ -12,12 +12,24 @@ if os.access(sys.prefix, os.W_OK):  # as launch.sh does, so that DeepSpeed's cod
 
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 # Imported where they are used: tests that need no torch start without it.
+
+SECONDS = {"vllm": 200, "distributed": 30, "slow": 30, "browser": 5}  # that a test of this mark takes, about
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that two processes end together; pytest-xdist itself counts tests alone."""
+    of_file = Counter()
+    for item in items:
+        of_file[item.path] += max((SECONDS.get(mark.name, 0) for mark in item.iter_markers()), default=0) or 0.1
+    items.sort(key=lambda item: -of_file[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)
