@@ -122,7 +122,7 @@ def test_the_cache_with_room_holds_what_the_plain_one_holds():
         for mine, theirs in zip(roomy.update(keys, values), plain.update(keys, values), strict=True):
             assert torch.equal(mine, theirs)
     for layer in (roomy, plain):
-        layer.batch_select_indices(torch.tensor([3, 0, 0]))
+        layer.reorder_cache(torch.tensor([3, 0, 0]))
     keys, values = torch.randn(2, 3, 2, 1, 8)
     for mine, theirs in zip(roomy.update(keys, values), plain.update(keys, values), strict=True):
         assert torch.equal(mine, theirs)
