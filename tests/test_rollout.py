@@ -15,6 +15,7 @@ from open_r1.shared_prefix import encode_prompt, pack
 from open_r1.tasks.benchmarks import BENCHMARKS, read
 from open_r1.world.parquet import write_cvbench
 from open_r1.world.scene import LEVELS
+from support import enlarge
 
 BASE = REPO_ROOT / "configs/tiny/base"
 
@@ -35,9 +36,7 @@ def loaded(tiny_models):
     loaded = {}
     for name, path in tiny_models.items():
         model = load_model(path, dtype="float32").eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(3)
+        enlarge(model)
         loaded[name] = model, load_processor(path, chat_template="base")
     return loaded
 
