@@ -184,6 +184,15 @@ def launch_env(model: Path, data: Path, output: Path, **env: str) -> dict[str, s
     }
 
 
+def enlarge(model: torch.nn.Module) -> None:
+    """Three times the weights, so that greedy decoding with a random model does not repeat one token."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Qwen3.5 multiplies by 1 + the weight of a norm
+            around_one = name.endswith("norm.weight") and not parameter.any()
+            parameter.add_(2) if around_one else parameter.mul_(3)
+
+
 def attend_plainly(query, key, value, scale=None):
     """One sequence whose queries (H, Q, D) are the last of its keys (K, T, D), by the book -> (H, Q, D)."""
     key, value = (states.repeat_interleave(query.shape[0] // key.shape[0], dim=0) for states in (key, value))

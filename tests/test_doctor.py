@@ -14,8 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import DynamicCache, LlamaConfig
 from trl import ModelConfig
 
 from open_r1 import grpo, sft
@@ -28,7 +29,7 @@ from open_r1.doctor.patient import Patient
 from open_r1.doctor.survey import survey
 from open_r1.entry import Command
 from open_r1.front_door import Mistake
-from open_r1.memory import Launch, Load, count_memory
+from open_r1.memory import Launch, Load, activation_bytes, build_model, cache_bytes, count_memory
 from open_r1.modeling import FreezeArguments, load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import merge_recipes
@@ -147,7 +148,7 @@ def test_weights_and_states_are_counted_to_the_byte():
     assert frozen.backward["activations"] < two.backward["activations"]
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_every_family_and_recipe_is_counted(tiny_models, model_type, capsys, monkeypatch):
     configs = REPO_ROOT / "configs"
     recipes = [[path] for path in sorted([*configs.glob("*.yaml"), *configs.glob("tiny/*.yaml")])]
@@ -160,6 +161,34 @@ def test_every_family_and_recipe_is_counted(tiny_models, model_type, capsys, mon
         doctor_main(monkeypatch, *arguments)
         output = capsys.readouterr().out
         assert "computed" in output and float(output.split()[-1]) > 0
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "qwen3_5"])
+def test_a_cache_holds_what_is_counted(model_type):
+    """Keys and values grow with every token, what a recurrent layer carries does not; in bfloat16, but its state."""
+    config = make_model_config(make_tokenizer(), model_type)
+    text = make_model(config).to(torch.bfloat16).model.language_model
+    for tokens in (5, 90):
+        cache, states = DynamicCache(config=config), torch.randn(1, tokens, 64, dtype=torch.bfloat16)
+        text(inputs_embeds=states, position_ids=torch.arange(tokens).expand(3, 1, -1), past_key_values=cache)
+        held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+        for layer in cache.layers:
+            held += [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+        a_token, a_completion = cache_bytes(config.text_config, 2)
+        assert sum(part.nbytes for part in held if part is not None) == a_token * tokens + a_completion
+        assert (a_completion > 0) == (model_type == "qwen3_5")
+
+
+def test_what_is_kept_for_a_layer_is_that_of_its_kind():
+    """A gated delta net keeps more than attention, in chunks: a count of one kind would miss it."""
+    load = Load(1, 256, 128, 16, 4)
+    counts = []
+    for kinds in (["full_attention"] * 4, ["linear_attention"] + ["full_attention"] * 3, ["linear_attention"] * 4):
+        config = make_model_config(make_tokenizer(), "qwen3_5", num_layers=4)
+        config.text_config.layer_types = kinds
+        model = build_model(config, ModelConfig(dtype="float32"), FreezeArguments(), Launch())
+        counts.append(activation_bytes(model, load, gradient_checkpointing=True))
+    assert counts[0] < counts[1] == pytest.approx(counts[2], rel=0.01)
 
 
 def test_longer_completions_and_checkpointing_change_the_activations():

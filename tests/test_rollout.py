@@ -15,6 +15,7 @@ from open_r1.shared_prefix import encode_prompt, pack
 from open_r1.tasks.benchmarks import BENCHMARKS, read
 from open_r1.world.parquet import write_cvbench
 from open_r1.world.scene import LEVELS
+from support import enlarge
 
 BASE = REPO_ROOT / "configs/tiny/base"
 
@@ -35,9 +36,7 @@ def loaded(tiny_models):
     loaded = {}
     for name, path in tiny_models.items():
         model = load_model(path, dtype="float32").eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(3)
+        enlarge(model)
         loaded[name] = model, load_processor(path, chat_template="base")
     return loaded
 
@@ -122,7 +121,7 @@ def test_the_cache_with_room_holds_what_the_plain_one_holds():
         for mine, theirs in zip(roomy.update(keys, values), plain.update(keys, values), strict=True):
             assert torch.equal(mine, theirs)
     for layer in (roomy, plain):
-        layer.batch_select_indices(torch.tensor([3, 0, 0]))
+        layer.reorder_cache(torch.tensor([3, 0, 0]))
     keys, values = torch.randn(2, 3, 2, 1, 8)
     for mine, theirs in zip(roomy.update(keys, values), plain.update(keys, values), strict=True):
         assert torch.equal(mine, theirs)

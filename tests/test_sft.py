@@ -78,7 +78,7 @@ def test_recipes_parse(recipe, tmp_path):
         assert model_args.use_peft and script_args.freeze_vision
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_loss_is_on_the_answer_and_its_end_alone(tiny_models, examples_json, model_type):
     processor = load_processor(tiny_models[model_type], chat_template="base")
     rows = load_dataset(examples_json, processor, style="direct")

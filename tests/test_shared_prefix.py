@@ -32,6 +32,7 @@ from support import (
 )
 
 END = "<|im_end|>"
+ADAPTED = ["q_proj", "v_proj", "in_proj_qkv", "in_proj_a"]  # the last two of a gated delta net
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def make_trainers(model_path, data, output, *, freeze_vision=False, lora=False, 
             args=make_config(output, **{"optim": "sgd", **changes}),
             train_dataset=dataset,
             processing_class=processor,
-            peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False) if lora else None,
+            peft_config=LoraConfig(target_modules=ADAPTED, init_lora_weights=False) if lora else None,
         )
         end = processor.tokenizer.convert_tokens_to_ids(END)
         script(trainer, partial(fake_completions, end=end, longest=trainer.max_completion_length))
@@ -174,6 +175,16 @@ CASES = {
 def test_scores_and_gradients_of_every_option(case, tiny_model, datasets_by_images, tmp_path, monkeypatch):
     without_shuffling(monkeypatch)
     assert_same_scores_and_gradients(*make_trainers(tiny_model, datasets_by_images[1], tmp_path, **CASES[case]))
+
+
+@pytest.mark.parametrize("case", ["several prompts a micro-batch", "groups cut by micro-batches", "LoRA"])
+def test_scores_and_gradients_through_a_recurrent_state(case, tiny_models, datasets_by_images, tmp_path, monkeypatch):
+    """Where groups begin and end, and what trains, matter there in other ways than to attention."""
+    without_shuffling(monkeypatch)
+    settings = {**CASES[case], "mask_truncated_completions": True}  # some completions are empty
+    assert_same_scores_and_gradients(
+        *make_trainers(tiny_models["qwen3_5"], datasets_by_images[1], tmp_path, **settings)
+    )
 
 
 @pytest.mark.parametrize(
@@ -309,10 +320,13 @@ def test_image_tokens_are_collapsed_for_vllm():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("rows", ["with an image", "mixed"])
+@pytest.mark.parametrize(
+    "model_type, rows", [("qwen2_vl", "with an image"), ("qwen2_vl", "mixed"), ("qwen3_5", "with an image")]
+)
 @pytest.mark.parametrize("zero", ["cpu", "zero3"])
-def test_two_zero_processes_match_one(zero, rows, tiny_model, datasets_by_images, quick_python, tmp_path):
+def test_two_zero_processes_match_one(zero, model_type, rows, tiny_models, datasets_by_images, quick_python, tmp_path):
     """Three groups of four over two ranks: their micro-batches of three hold one prompt here and two there."""
+    tiny_model = tiny_models[model_type]
     data = datasets_by_images[1] if rows == "with an image" else write_mixed(tmp_path, 12)
     worker = [str(Path(__file__).with_name("worker_shared_prefix.py")), str(tiny_model), str(data)]
     env = launch_env(tiny_model, data, tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")

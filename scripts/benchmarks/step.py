@@ -31,6 +31,7 @@ import torch
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
 from PIL import Image
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
 from open_r1.backends import Completions
@@ -38,10 +39,11 @@ from open_r1.front_door import positive
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import load_chat_template
 from open_r1.published import TEXT, VISION, make_2b_config
-from open_r1.tiny import make_model, make_processor, make_tokenizer
+from open_r1.tiny import make_model, make_processor, make_tokenizer, text_token_arguments, vision_token_arguments
 from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 
 WAYS = {"stock": GRPOTrainer, "ours": Qwen2VLGRPOTrainer}
+FAMILIES = ("qwen2_vl", "qwen3_5")
 WORDS = ("where", "is", "the", "red", "ball", "large", "green", "box", "seen", "from", "left", "side", "of", "room")
 
 
@@ -59,6 +61,7 @@ class Preset:
     min_length: int
     max_length: int
     mean_extra: float  # of a completion beyond min_length; the end token's probability is its inverse
+    family: str = "qwen2_vl"  # made of these sizes
 
 
 PRESETS = {
@@ -106,9 +109,33 @@ def write_checkpoint(preset: Preset, folder: Path) -> None:
     """A random checkpoint of the preset's size with a tokenizer of one token a byte."""
     # about a token a word, as the published vocabulary has it
     tokenizer = make_tokenizer([" ".join(WORDS), load_chat_template("base")] * 9, vocab_size=1024)
-    make_processor(tokenizer).save_pretrained(folder)
-    config = make_2b_config(tokenizer, preset.text, preset.vision)
-    make_model(config).to(getattr(torch, preset.dtype)).save_pretrained(folder)
+    make_processor(tokenizer, preset.family).save_pretrained(folder)
+    make_model(make_config(preset, tokenizer)).to(getattr(torch, preset.dtype)).save_pretrained(folder)
+
+
+def make_config(preset: Preset, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Of the preset's sizes: Qwen2-VL; or Qwen3.5, three of four layers gated delta nets as wide as the layer."""
+    text, vision = preset.text, preset.vision
+    if preset.family == "qwen2_vl":
+        return make_2b_config(tokenizer, text, vision)
+    head = text["hidden_size"] // text["num_attention_heads"]
+    half = head // 8  # of the quarter of a head that is rotated
+    gated = {f"linear_num_{kind}_heads": text["num_attention_heads"] for kind in ("key", "value")}
+    gated |= {f"linear_{kind}_head_dim": head for kind in ("key", "value")}
+    rope = {**text["rope_parameters"], "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
+    tower = {"hidden_size": vision["embed_dim"], "intermediate_size": 4 * vision["embed_dim"]}
+    return AutoConfig.for_model(
+        preset.family,
+        text_config={**text, "head_dim": head, "rope_parameters": rope, **gated, **text_token_arguments(tokenizer)},
+        vision_config={
+            **tower,
+            "depth": vision["depth"],
+            "num_heads": vision["num_heads"],
+            "out_hidden_size": text["hidden_size"],
+        },
+        tie_word_embeddings=True,
+        **vision_token_arguments(tokenizer, preset.family),
+    )
 
 
 def make_dataset(preset: Preset, folder: Path) -> Dataset:
@@ -263,19 +290,23 @@ def count_work(trainer: GRPOTrainer, preset: Preset, completions: list[list[int]
     """Multiply-adds of a step's parts: what stock runs, and those of unique tokens and patches.
 
     A linear layer costs its weights once a token; attention 2 x heads x head size for every pair of tokens that see
-    each other. Embeddings, norms and softmax are left out on both sides.
+    each other; a gated delta net three times its state for a token: read, corrected, read. Embeddings, norms and
+    softmax are left out on both sides, and that a chunk of 64 tokens costs as much when it is not full.
     """
     model = trainer.model
     text, vision = model.config.text_config, model.config.vision_config
     rows = next(iter(trainer.get_train_dataloader()))
     prompt, patches = prompt_size(trainer, rows[0])
+    recurrent = (getattr(text, "layer_types", None) or []).count("linear_attention")
     body = linear_weights(model.model.language_model)
+    if recurrent:
+        body += 3 * recurrent * text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
     head = text.vocab_size * text.hidden_size
-    pair = 2 * text.num_hidden_layers * text.hidden_size
+    pair = 2 * (text.num_hidden_layers - recurrent) * text.hidden_size
     merge = vision.spatial_merge_size**2
     tower = linear_weights(model.model.visual) - linear_weights(model.model.visual.merger)
     image = patches * tower + patches / merge * linear_weights(model.model.visual.merger)
-    image += 2 * vision.depth * vision.embed_dim * patches**2
+    image += 2 * vision.depth * preset.vision["embed_dim"] * patches**2
 
     group, prompts = preset.group_size, preset.prompts_per_step
     lengths = [len(completion) for completion in completions]
@@ -311,7 +342,7 @@ def count_work(trainer: GRPOTrainer, preset: Preset, completions: list[list[int]
 
 def linear_weights(module: torch.nn.Module) -> int:
     """Weights of the linear layers and convolutions in a module: multiply-adds a token."""
-    kinds = (torch.nn.Linear, torch.nn.Conv3d)
+    kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv3d)
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, kinds))
 
 
@@ -417,11 +448,17 @@ def plot_group_sizes(results: dict[int, dict[str, Any]], path: Path) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return what `--json` keeps."""
-    preset = PRESETS[args.preset]
+    preset = replace(PRESETS[args.preset], family=args.family)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    result = {"benchmark": "step", "preset": args.preset, "device": device, "rounds": args.rounds}
+    result = {
+        "benchmark": "step",
+        "preset": args.preset,
+        "family": args.family,
+        "device": device,
+        "rounds": args.rounds,
+    }
     if args.plot:
         sizes = {size: replace(preset, group_size=size, prompts_per_step=1) for size in args.group_sizes}
         results = {n: measure(each, args.rounds, args.gradient_checkpointing, parts=False) for n, each in sizes.items()}
@@ -432,7 +469,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result |= measure(preset, args.rounds, args.gradient_checkpointing)
     sizes = result["work"]["sizes"]
     print(
-        f"{args.preset} on {device}: {preset.prompts_per_step} prompts of {sizes['prompt']} tokens with "
+        f"{args.preset}, {args.family} on {device}: {preset.prompts_per_step} prompts of {sizes['prompt']} tokens with "
         f"{sizes['patches']} patches, {preset.group_size} completions each, {sizes['completions']} completion tokens; "
         f"medians of {args.rounds} rounds [lowest, highest]\n{table(result)}\n"
         f"completion tokens per second of a whole step, ours: {result['completion tokens per second']['ours']:.0f}"
@@ -449,6 +486,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", choices=PRESETS, default="sat-cpu", help="(default: %(default)s)")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl", help="architecture (default: %(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, help="(default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="of torch on the CPU (default: one a core)")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="in both")

@@ -138,7 +138,7 @@ class Family(ABC):
 
 
 class QwenVL(Family):
-    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: patches in rows of one tensor, a grid an image, M-RoPE."""
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: patches in rows of one tensor, a grid an image, M-RoPE."""
 
     def join_features(self, features: Sequence[Any]) -> BaseModelOutputWithPooling:
         """Embeddings an image, and Qwen3-VL's deepstack features a layer."""
@@ -238,11 +238,13 @@ _QWEN: dict[str, Any] = {
     "merger": r"\bvisual\.\w*merger",  # Qwen3-VL has a list of them too
 }
 _WINDOWS = {"window_size": 56, "fullatt_block_indexes": [1]}
-_DEEPSTACK = {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+_POSITIONS = {"num_position_embeddings": 64}
+_DEEPSTACK = {"deepstack_visual_indexes": [0, 1], **_POSITIONS}
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": QwenVL("qwen2_vl", "Qwen2VLProcessor", tiny_vision={}, **_QWEN),
     "qwen2_5_vl": QwenVL("qwen2_5_vl", "Qwen2_5_VLProcessor", tiny_vision=_WINDOWS, **_QWEN),
     "qwen3_vl": QwenVL("qwen3_vl", "Qwen3VLProcessor", tiny_vision=_DEEPSTACK, **_QWEN),
+    "qwen3_5": QwenVL("qwen3_5", "Qwen3VLProcessor", tiny_vision=_POSITIONS, **_QWEN),  # recurrent: see recurrent.py
 }
 
 
@@ -259,7 +261,7 @@ def family_of(model: nn.Module) -> Family:
 
 
 def family_of_processor(processor: ProcessorMixin) -> Family:
-    """The family whose processor this is."""
+    """A family whose processor this is; those that share one, Qwen3-VL and Qwen3.5, count images alike."""
     return next(family for family in FAMILIES.values() if family.processor == type(processor).__name__)
 
 

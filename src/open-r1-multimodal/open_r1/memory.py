@@ -171,7 +171,10 @@ def weight_bytes(model: nn.Module, model_args: ModelConfig) -> float:
 
 @contextmanager
 def _count_saved(model: nn.Module) -> Iterator[Counter[str]]:
-    """While it is open, add up what autograd keeps (bytes, each storage once), by decoder layer or vision block."""
+    """While it is open, add up what autograd keeps (bytes, each storage once), by the kind of layer it is kept for.
+
+    A kind is `block` of the vision tower, or of the decoder what its configuration calls the layer.
+    """
     saved: Counter[str] = Counter()
     storages = {p.untyped_storage()._cdata: p for p in model.parameters()}  # kept alive, so that no address recurs
     current = [""]
@@ -184,10 +187,9 @@ def _count_saved(model: nn.Module) -> Iterator[Counter[str]]:
         return tensor
 
     handles = []
-    for kind, layers in (("block", family_of(model).vision_blocks(model)), ("layer", text_model(model).layers)):
-        for layer in layers:
-            handles.append(layer.register_forward_pre_hook(lambda *_, kind=kind: current.__setitem__(0, kind)))
-            handles.append(layer.register_forward_hook(lambda *_: current.__setitem__(0, "")))
+    for layer, kind in kinds_of_layers(model):
+        handles.append(layer.register_forward_pre_hook(lambda *_, kind=kind: current.__setitem__(0, kind)))
+        handles.append(layer.register_forward_hook(lambda *_: current.__setitem__(0, "")))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield saved
     for handle in handles:
@@ -199,11 +201,20 @@ def text_model(model: nn.Module) -> nn.Module:
     return next(module for name, module in model.named_modules() if name.endswith("language_model"))
 
 
+def kinds_of_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The vision tower's layers and the decoder's, each with its kind; see `_count_saved`."""
+    text = text_model(model)
+    blocks = [(block, "block") for block in family_of(model).vision_blocks(model)]
+    kinds = getattr(text.config, "layer_types", None) or ["layer"] * len(text.layers)
+    return blocks + list(zip(text.layers, kinds, strict=True))
+
+
 def activation_bytes(model: nn.Module, load: Load, gradient_checkpointing: bool) -> float:
     """What autograd keeps of one micro-batch's forward pass, found by running it without numbers.
 
-    With checkpointing: every layer's input, and all of the one layer that is being computed again. On top come the
-    gradients that are alive in the backward pass of an MLP: three of its width.
+    With checkpointing: every layer's input, and all of the one layer that is being computed again, of the kind that
+    keeps most. On top come the gradients that are alive in the backward pass of an MLP: three of its width. Of a gated
+    delta net it is what transformers' torch kernels keep, over the row as one sequence; fla's keep less.
     """
     family, text = family_of(model), text_model(model)
     dtype = next(model.parameters()).dtype
@@ -217,7 +228,8 @@ def activation_bytes(model: nn.Module, load: Load, gradient_checkpointing: bool)
     if not gradient_checkpointing:
         return saved.total() + flowing
     inputs = len(text.layers) * embedded.nbytes + family.trains_vision(model) * blocks * states.nbytes
-    return saved[""] + inputs + flowing + max(saved["layer"] / len(text.layers), saved["block"] / blocks)
+    number = Counter(kind for _, kind in kinds_of_layers(model))
+    return saved[""] + inputs + flowing + max(saved[kind] / number[kind] for kind in number)
 
 
 def head_bytes(model: PreTrainedModel, load: Load, is_cpu: bool) -> float:
@@ -232,13 +244,30 @@ def head_bytes(model: PreTrainedModel, load: Load, is_cpu: bool) -> float:
 
 
 def rollout_bytes(model: PreTrainedModel, load: Load) -> float:
-    """The key-value cache of all completions at full length, and the scores of the next tokens in float32."""
+    """The cache of all completions at full length, and the scores of the next tokens in float32."""
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
     size = model.get_output_embeddings().weight.element_size()
+    a_token, a_completion = cache_bytes(config, size)
     tokens = load.prompt_tokens + load.completion_tokens
-    return load.rollout * (cached * size * tokens + config.vocab_size * (size + 2 * FP32))
+    return load.rollout * (a_token * tokens + a_completion + config.vocab_size * (size + 2 * FP32))
+
+
+def cache_bytes(config: PreTrainedConfig, size: int) -> tuple[int, int]:
+    """What a decoder's cache holds for a token, and for a completion whatever its length, in weights of `size` bytes.
+
+    A layer that attends keeps keys and values of each token. A gated delta net keeps the last inputs of its
+    convolution, and its state in float32.
+    """
+    kinds = getattr(config, "layer_types", None) or []
+    recurrent = kinds.count("linear_attention")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    a_token = 2 * (config.num_hidden_layers - recurrent) * config.num_key_value_heads * head_dim * size
+    if not recurrent:
+        return a_token, 0
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    channels = 2 * config.linear_num_key_heads * config.linear_key_head_dim + values
+    state = values * config.linear_key_head_dim
+    return a_token, recurrent * (channels * config.linear_conv_kernel_dim * size + state * FP32)
 
 
 def count_memory(

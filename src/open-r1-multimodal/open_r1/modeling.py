@@ -317,7 +317,7 @@ def load_processor(
     check_processor_files(folder)
     with reading(folder, "processor or tokenizer"):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, padding_side="left")
-    known = [family.processor for family in FAMILIES.values()]
+    known = dict.fromkeys(family.processor for family in FAMILIES.values())
     if type(processor).__name__ not in known:
         raise OSError(
             f"{folder} holds no processor for images and text ({', '.join(known)}) but a {type(processor).__name__}; "

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, DynamicLayer, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, DynamicLayer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from open_r1.families import family_of
 from open_r1.front_door import Mistake
@@ -48,10 +48,20 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = self.buffer[:, :, :, :end]
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keep or repeat rows; the room is made anew for them."""
-        super().batch_select_indices(indices)
+        super().reorder_cache(beam_idx)
         self.buffer = None
+
+
+def make_cache(config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache for a model of this configuration: with room where it attends to all, else as transformers has it.
+
+    Rows are picked with `reorder_cache`, which the layers of recurrent parts have too.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 @torch.no_grad()
@@ -84,7 +94,7 @@ def generate(
     positions = left_pad([prompt.position_ids.T for prompt in prompts]).permute(2, 0, 1)  # (3, U, P)
     next_position = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts])[owner].to(device)  # (B,)
 
-    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    cache = make_cache(model.config)
     outputs = model(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
@@ -94,7 +104,7 @@ def generate(
         logits_to_keep=1,
         **join_images(family_of(model), prompts, device),
     )
-    cache.batch_select_indices(owner.to(device))
+    cache.reorder_cache(owner.to(device))
     if not outputs.logits.isfinite().all():
         raise Mistake("the model's scores of the next token are no numbers: its weights are NaN, infinite or too large")
     logits = outputs.logits[owner.to(device), -1]  # (B, V)
@@ -126,7 +136,7 @@ def generate(
         mask = torch.cat([mask, torch.ones_like(token)], dim=1)
         if remaining <= KEEP_BELOW * len(rows):
             kept = is_open.nonzero()[:, 0]
-            cache.batch_select_indices(kept)
+            cache.reorder_cache(kept)
             rows, token, history, mask, next_position, is_open = (
                 state[kept] for state in (rows, token, history, mask, next_position, is_open)
             )

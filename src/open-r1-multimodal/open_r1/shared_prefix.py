@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from open_r1.families import Family, ImageInputs, family_of
+from open_r1.recurrent import share_states
 
 ATTENTION = "grouped_sdpa"  # the name under which transformers knows `grouped_attention`
 
@@ -399,6 +400,7 @@ def enable_grouping(model: PreTrainedModel) -> None:
     model.set_attn_implementation({"text_config": ATTENTION})
     backbone = model.base_model
     backbone.language_model.register_forward_hook(keep_scored, with_kwargs=True)
+    share_states(backbone.language_model)
     encode = backbone.get_image_features
 
     def get_image_features(*args: Any, image_features: Any = None, **kwargs: Any) -> Any:

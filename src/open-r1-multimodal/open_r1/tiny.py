@@ -66,7 +66,7 @@ def make_processor(
     """The processor of the family, with images up to 112x112 pixels (16 image tokens of 28x28)."""
     size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
     template = load_chat_template(chat_template)
-    if model_type == "qwen3_vl":
+    if model_type in ("qwen3_vl", "qwen3_5"):
         images, videos = Qwen2VLImageProcessor(patch_size=16, size=size), Qwen3VLVideoProcessor()
         return Qwen3VLProcessor(images, tokenizer, videos, chat_template=template)
     processor_class = Qwen2VLProcessor if model_type == "qwen2_vl" else Qwen2_5_VLProcessor
@@ -116,6 +116,12 @@ def make_config(
         vision |= {"hidden_size": vision_size, "intermediate_size": 2 * vision_size, "out_hidden_size": hidden_size}
     if model_type == "qwen3_vl":
         text |= {"head_dim": head_dim, "rope_parameters": {**rope, "mrope_interleaved": True}}
+    if model_type == "qwen3_5":  # half of its layers recurrent, and half of a head rotated
+        section = [head_dim // 8, head_dim // 16, head_dim // 16]
+        text |= {"head_dim": head_dim, "full_attention_interval": 2}
+        text |= {"rope_parameters": {**rope, "mrope_section": section, "partial_rotary_factor": 0.5}}
+        text |= {"linear_num_key_heads": hidden_size // 32, "linear_num_value_heads": hidden_size // 16}
+        text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
     return AutoConfig.for_model(
         model_type,
         text_config=text,
