@@ -37,6 +37,10 @@ class Family(ABC):
         tower, merger: patterns in the names of the vision tower's modules, and of the layers between it and the
             language model.
         tiny_vision: settings of a tiny vision tower of two layers that other families have not.
+        published_pixels: as large an area as the published checkpoints let an image have, or more: no recipe's prompt
+            has room for it, and nothing was trained at it here.
+        templates: the folder below `configs/chat_templates` with its `base` and `instruct`.
+        has_vllm: whether vLLM was tried with it.
     """
 
     model_type: str
@@ -48,6 +52,9 @@ class Family(ABC):
     tower: str
     merger: str
     tiny_vision: Mapping[str, Any]
+    published_pixels: int
+    templates: str = ""
+    has_vllm: bool = True
 
     # ---- parts of a model
 
@@ -112,11 +119,29 @@ class Family(ABC):
 
     @abstractmethod
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Positions (3, P) of a prompt: what a processor made of it, one row."""
+        """Positions (P,), or of M-RoPE (3, P), of a prompt: what a processor made of it, one row."""
 
     @abstractmethod
     def count_image_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
         """Tokens of images of these sizes, all together; no pixel is touched."""
+
+    def count_frame_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
+        """Tokens that the processor writes around those of images of these sizes, all together."""
+        return 0
+
+    @abstractmethod
+    def bound_images(
+        self, processor: ProcessorMixin, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> None:
+        """Let a processor enlarge smaller images and shrink larger ones to these areas; None keeps its own.
+
+        Raises:
+            ValueError: no image has a size within the bounds.
+        """
+
+    @abstractmethod
+    def most_pixels(self, processor: ProcessorMixin) -> int:
+        """The largest area that its processor gives an image."""
 
     # ---- for the memory count: a model's parts on torch's `meta` device
 
@@ -185,6 +210,22 @@ class QwenVL(Family):
         # a thin image, which it rounds down to nothing, keeps one row of tokens, as the processor has it
         return sum(max(height, factor) * max(width, factor) for height, width in resized) // factor**2
 
+    def bound_images(
+        self, processor: ProcessorMixin, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> None:
+        # The image processor reads its bounds from `size` alone; its min_pixels and max_pixels are constructor
+        # arguments that a later assignment does not reach.
+        size = processor.image_processor.size
+        smallest, largest = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+        if smallest > largest:
+            raise ValueError(
+                f"--max_pixels {largest}: below the smallest area that an image is enlarged to, {smallest}"
+            )
+        processor.image_processor.size = {"shortest_edge": smallest, "longest_edge": largest}
+
+    def most_pixels(self, processor: ProcessorMixin) -> int:
+        return processor.image_processor.size["longest_edge"]
+
     def vision_tower(self, model: nn.Module) -> nn.Module:
         return next(module for name, module in model.named_modules() if name.endswith("visual"))
 
@@ -236,6 +277,7 @@ _QWEN: dict[str, Any] = {
     "image_inputs": ("pixel_values", "image_grid_thw"),
     "tower": r"\bvisual\.",
     "merger": r"\bvisual\.\w*merger",  # Qwen3-VL has a list of them too
+    "published_pixels": 12845056,  # 16384 image tokens of Qwen2-VL
 }
 _WINDOWS = {"window_size": 56, "fullatt_block_indexes": [1]}
 _DEEPSTACK = {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}

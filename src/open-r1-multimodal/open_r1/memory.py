@@ -184,7 +184,7 @@ def _count_saved(model: nn.Module) -> Iterator[Counter[str]]:
         return tensor
 
     handles = []
-    for kind, layers in (("block", family_of(model).vision_blocks(model)), ("layer", text_model(model).layers)):
+    for kind, layers in (("block", family_of(model).vision_blocks(model)), ("layer", model.get_decoder().layers)):
         for layer in layers:
             handles.append(layer.register_forward_pre_hook(lambda *_, kind=kind: current.__setitem__(0, kind)))
             handles.append(layer.register_forward_hook(lambda *_: current.__setitem__(0, "")))
@@ -194,25 +194,21 @@ def _count_saved(model: nn.Module) -> Iterator[Counter[str]]:
         handle.remove()
 
 
-def text_model(model: nn.Module) -> nn.Module:
-    """The decoder of a policy, with or without an adapter."""
-    return next(module for name, module in model.named_modules() if name.endswith("language_model"))
-
-
 def activation_bytes(model: nn.Module, load: Load, gradient_checkpointing: bool) -> float:
     """What autograd keeps of one micro-batch's forward pass, found by running it without numbers.
 
     With checkpointing: every layer's input, and all of the one layer that is being computed again. On top come the
     gradients that are alive in the backward pass of an MLP: three of its width.
     """
-    family, text = family_of(model), text_model(model)
+    family, text = family_of(model), model.get_decoder()
     dtype = next(model.parameters()).dtype
     tokens, blocks = load.packed_tokens, len(family.vision_blocks(model))
     with torch.device("meta"), _count_saved(model) as saved:
         states = family.run_tower(model, load.prompts * load.patches, dtype)  # (patches, width)
         # Whatever is trained in the vision tower or the adapter, the gradient goes through the whole decoder.
         embedded = torch.empty(1, tokens, text.config.hidden_size, dtype=dtype, requires_grad=True)
-        text(inputs_embeds=embedded, position_ids=torch.zeros(3, 1, tokens, dtype=torch.long), use_cache=False)
+        # a mask that is whole is taken as it is: to make one, transformers would look at positions without numbers
+        text(inputs_embeds=embedded, attention_mask=torch.empty(1, 1, 1, 1), use_cache=False)
     flowing = 3 * tokens * text.config.intermediate_size * embedded.element_size()
     if not gradient_checkpointing:
         return saved.total() + flowing
