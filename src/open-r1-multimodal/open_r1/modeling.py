@@ -348,10 +348,11 @@ def check_tokens(folder: Path, processor: ProcessorMixin, family: Family) -> Non
                 f"{folder}: {token} is token {vocabulary.get(token)} of the tokenizer, and {name} of config.json is "
                 f"{getattr(config, name, None)}; they are of different models"
             )
-    if max(vocabulary.values()) >= rows:
+    last = max(number for token, number in vocabulary.items() if token not in family.unread_tokens)
+    if last >= rows:
         raise ValueError(
-            f"{folder}: the tokenizer has tokens up to {max(vocabulary.values())}, and vocab_size of config.json is "
-            f"{rows}; they are of different models"
+            f"{folder}: the tokenizer has tokens up to {last}, and vocab_size of config.json is {rows}; they are of "
+            "different models"
         )
 
 

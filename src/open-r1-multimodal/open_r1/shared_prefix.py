@@ -225,6 +225,10 @@ def pack(
         "scored": torch.cat(scored),
         **join_images(family, shared, device),
     }
+    if model_inputs["position_ids"].dim() == 2:
+        # Positions that begin anew look like sequences of their own to transformers, which would make a mask (L, L) of
+        # them; it takes a whole mask as it is, and `grouped_attention` reads none.
+        model_inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     return PackedBatch(model_inputs, torch.cat(labels)[None], completion_mask)
 
 
