@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from open_r1.data import load_dataset
-from open_r1.families import FAMILIES
+from open_r1.families import FAMILIES, family_of
 from open_r1.modeling import accept_missing_images, load_model, load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.rollout import generate
@@ -24,7 +24,9 @@ def messages(image: bool) -> list[dict]:
 
 
 def tower(model: torch.nn.Module) -> dict[str, torch.Tensor | None]:
-    return {name: p.grad for name, p in model.named_parameters() if ".visual." in name}
+    family = family_of(model)
+    named = model.named_parameters()
+    return {name: p.grad for name, p in named if family.part_of(name) in ("vision tower", "merger")}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -60,7 +62,7 @@ def test_the_tower_runs_once_a_prompt_and_not_for_every_token(model_type, tiny_m
     model = load_model(tiny_models[model_type], dtype="float32")
     accept_missing_images(model, always_encode=True)
     calls = []
-    model.base_model.visual.register_forward_hook(lambda *args: calls.append(1))
+    FAMILIES[model_type].vision_tower(model).register_forward_hook(lambda *args: calls.append(1))
     config = model.generation_config
     config.max_new_tokens, config.do_sample = 6, False
     prompt = encode_prompt(model, processor, messages(False))

@@ -52,7 +52,7 @@ def make_papo_trainer(model, data, output, reward=no_difference, freeze_vision=F
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("support.load_model", partial(load_seeing, freeze_vision=freeze_vision))
         trainer = make_trainer(model, data, output, reward, **changes)
-    end = trainer.processing_class.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = trainer.processing_class.tokenizer.eos_token_id
     script(trainer, lambda ids: fake_completions(ids, end, trainer.max_completion_length))
     trainer.create_optimizer_and_scheduler(num_training_steps=1)
     trainer.model.train()

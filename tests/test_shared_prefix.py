@@ -31,7 +31,6 @@ from support import (
     write_mixed,
 )
 
-END = "<|im_end|>"
 ADAPTED = ["q_proj", "v_proj", "in_proj_qkv", "in_proj_a"]  # the last two of a gated delta net
 
 
@@ -60,7 +59,7 @@ def make_trainers(model_path, data, output, *, freeze_vision=False, lora=False, 
             processing_class=processor,
             peft_config=LoraConfig(target_modules=ADAPTED, init_lora_weights=False) if lora else None,
         )
-        end = processor.tokenizer.convert_tokens_to_ids(END)
+        end = processor.tokenizer.eos_token_id
         script(trainer, partial(fake_completions, end=end, longest=trainer.max_completion_length))
         trainers.append(trainer)
     return trainers
@@ -220,9 +219,9 @@ def test_a_frozen_tower_encodes_each_image_once_a_step(model_type, tiny_models, 
         )
         trainer.backend = trainer.make_backend(keep_features=shared)  # really generate
         calls = []
-        visual = trainer.model.base_model.visual
-        visual.register_forward_hook(lambda *args, calls=calls: calls.append(1))
-        trainer.ref_model.base_model.visual.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        find_tower = FAMILIES[model_type].vision_tower
+        for model in (trainer.model, trainer.ref_model):
+            find_tower(model).register_forward_hook(lambda *args, calls=calls: calls.append(1))
         torch.manual_seed(0)
         trainer.train()
         norms.append([log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log])

@@ -130,7 +130,8 @@ def count_prompt_tokens(example: Row, processor: ProcessorMixin, **template_kwar
     messages = prepare_multimodal_messages(example["prompt"], images=example["images"])
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
     sizes = [image_size(image) for image in example["images"]]
-    images = family_of_processor(processor).count_image_tokens(processor, sizes)
+    family = family_of_processor(processor)
+    images = family.count_image_tokens(processor, sizes) + family.count_frame_tokens(processor, sizes)
     if (marks := text.count(processor.image_token)) != len(sizes):
         raise ValueError(f"chat_template: writes {marks} {processor.image_token} for {len(sizes)} images")
     # each image has one token in the text

@@ -1,9 +1,11 @@
 """All that differs by model family, one entry each. Outside of this file and the chat templates nothing knows one.
 
-A new family is an entry in `FAMILIES`, a tiny configuration in `tiny.py` and, if its base prompt differs, a template;
-the tests then run over it. What families share is written in `Family`, what the Qwen ones do alone in `QwenVL`.
+A new family is an entry in `FAMILIES`, a tiny configuration in `tiny.py` and, if it writes images or turns in its own
+way, templates; the tests then run over it. What families share is written in `Family`, what the Qwen ones do alone in
+`QwenVL`, and what those do that cut an image into tiles in `Tiled`.
 """
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,8 +16,10 @@ import numpy as np
 import torch
 from qwen_vl_utils.vision_process import smart_resize
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.idefics3.image_processing_idefics3 import get_resize_output_image_size
 
 ImageInputs = dict[str, torch.Tensor]  # what a processor makes of images, by the names of the model's arguments
 Size = tuple[int, int]  # height and width in pixels
@@ -33,10 +37,17 @@ class Family(ABC):
         end_tokens: each ends a completion, whatever the checkpoint says: a base model writes one, a chat model another.
         vision_tokens: sampling one would announce an image that is not there and break the next forward pass.
         config_tokens: the names of tokens' ids in its configuration, and the tokens.
+        special_tokens: of a tiny tokenizer, behind its bytes.
+        unread_tokens: of the published tokenizer that neither this project nor the processor writes; the model need
+            have no place for them.
         image_inputs: the model's arguments that hold images, in the order that its `get_image_features` takes them.
         tower, merger: patterns in the names of the vision tower's modules, and of the layers between it and the
             language model.
         tiny_vision: settings of a tiny vision tower of two layers that other families have not.
+        published_pixels: as large an area as the published checkpoints let an image have, or more: no recipe's prompt
+            has room for it, and nothing was trained at it here.
+        templates: the folder below `configs/chat_templates` with its `base` and `instruct`.
+        has_vllm: whether vLLM was tried with it.
     """
 
     model_type: str
@@ -44,10 +55,15 @@ class Family(ABC):
     end_tokens: tuple[str, ...]
     vision_tokens: tuple[str, ...]
     config_tokens: Mapping[str, str]
+    special_tokens: tuple[str, ...]
     image_inputs: tuple[str, ...]
     tower: str
     merger: str
     tiny_vision: Mapping[str, Any]
+    published_pixels: int
+    templates: str = ""
+    has_vllm: bool = True
+    unread_tokens: tuple[str, ...] = ()
 
     # ---- parts of a model
 
@@ -112,11 +128,29 @@ class Family(ABC):
 
     @abstractmethod
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Positions (3, P) of a prompt: what a processor made of it, one row."""
+        """Positions (P,), or of M-RoPE (3, P), of a prompt: what a processor made of it, one row."""
 
     @abstractmethod
     def count_image_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
         """Tokens of images of these sizes, all together; no pixel is touched."""
+
+    def count_frame_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
+        """Tokens that the processor writes around those of images of these sizes, all together."""
+        return 0
+
+    @abstractmethod
+    def bound_images(
+        self, processor: ProcessorMixin, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> None:
+        """Let a processor enlarge smaller images and shrink larger ones to these areas; None keeps its own.
+
+        Raises:
+            ValueError: no image has a size within the bounds.
+        """
+
+    @abstractmethod
+    def most_pixels(self, processor: ProcessorMixin) -> int:
+        """The largest area that its processor gives an image."""
 
     # ---- for the memory count: a model's parts on torch's `meta` device
 
@@ -185,6 +219,22 @@ class QwenVL(Family):
         # a thin image, which it rounds down to nothing, keeps one row of tokens, as the processor has it
         return sum(max(height, factor) * max(width, factor) for height, width in resized) // factor**2
 
+    def bound_images(
+        self, processor: ProcessorMixin, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> None:
+        # The image processor reads its bounds from `size` alone; its min_pixels and max_pixels are constructor
+        # arguments that a later assignment does not reach.
+        size = processor.image_processor.size
+        smallest, largest = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+        if smallest > largest:
+            raise ValueError(
+                f"--max_pixels {largest}: below the smallest area that an image is enlarged to, {smallest}"
+            )
+        processor.image_processor.size = {"shortest_edge": smallest, "longest_edge": largest}
+
+    def most_pixels(self, processor: ProcessorMixin) -> int:
+        return processor.image_processor.size["longest_edge"]
+
     def vision_tower(self, model: nn.Module) -> nn.Module:
         return next(module for name, module in model.named_modules() if name.endswith("visual"))
 
@@ -207,6 +257,246 @@ class QwenVL(Family):
         return states
 
 
+class Tiled(Family):
+    """Families that resize an image, cut it into square tiles of one size and make each as many tokens.
+
+    An image that fits one tile is one; another is its tiles and, behind them, all of it in one tile. Images are always
+    enlarged to a tile, so `min_pixels` has nothing to say. Positions are those of text.
+    """
+
+    @abstractmethod
+    def tile_side(self, processor: ProcessorMixin) -> int:
+        """Pixels."""
+
+    @abstractmethod
+    def tile_tokens(self, processor: ProcessorMixin) -> int:
+        """Tokens of a tile, a square number."""
+
+    @abstractmethod
+    def count_tiles(self, processor: ProcessorMixin, size: Size) -> int:
+        """Tiles of an image of this size, the one that shows all of it included."""
+
+    @abstractmethod
+    def set_room(self, processor: ProcessorMixin, tiles: int) -> None:
+        """Let an image become so many tiles at most."""
+
+    @abstractmethod
+    def most_tiles(self, processor: ProcessorMixin) -> int:
+        """How many tiles the processor makes of an image at most."""
+
+    @abstractmethod
+    def tiles_within(self, room: int) -> int:
+        """The most tiles of an image where there is room for so many."""
+
+    @abstractmethod
+    def tile_patches(self, config: PreTrainedConfig) -> int:
+        """Patches of a tile."""
+
+    def join_features(self, features: Sequence[Any]) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=torch.cat([each.pooler_output for each in features]))
+
+    def feature_tensors(self, features: Any) -> list[torch.Tensor]:
+        return [features.pooler_output.flatten(0, 1)]  # (tiles * tokens, width)
+
+    def blacken(
+        self, images: ImageInputs, processor: ProcessorMixin, share: float, rng: np.random.Generator
+    ) -> ImageInputs:
+        """Black are squares of patches that become one token."""
+        pixels = images["pixel_values"]  # (..., channels, side, side)
+        tiles, squares = math.prod(pixels.shape[:-3]), math.isqrt(self.tile_tokens(processor))
+        is_black = torch.from_numpy(rng.random((tiles, 1, squares, squares)) < share)
+        is_black = (
+            F.interpolate(is_black.float(), pixels.shape[-2:]).bool().view(*pixels.shape[:-3], 1, *pixels.shape[-2:])
+        )
+        mean, std = (
+            torch.tensor(values, dtype=pixels.dtype)
+            for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
+        )
+        return {**images, "pixel_values": torch.where(is_black, (-mean / std)[:, None, None], pixels)}
+
+    def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return torch.arange(inputs["input_ids"].shape[1])
+
+    def count_image_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
+        return sum(self.count_tiles(processor, size) for size in sizes) * self.tile_tokens(processor)
+
+    def bound_images(
+        self, processor: ProcessorMixin, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> None:
+        tile = self.tile_side(processor) ** 2
+        if (min_pixels or 0) > tile:
+            raise ValueError(
+                f"--min_pixels {min_pixels}: images are enlarged to a tile of {tile} pixels, and no further"
+            )
+        if max_pixels is None:
+            return
+        if max_pixels < tile:
+            raise ValueError(f"--max_pixels {max_pixels}: below the smallest area that an image is enlarged to, {tile}")
+        self.set_room(processor, max_pixels // tile)
+
+    def most_pixels(self, processor: ProcessorMixin) -> int:
+        return self.most_tiles(processor) * self.tile_side(processor) ** 2
+
+    def count_patches(self, config: PreTrainedConfig, pixels: int) -> int:
+        return self.tiles_within(pixels // _side(config.vision_config.image_size) ** 2) * self.tile_patches(config)
+
+
+class SmolVLM(Tiled):
+    """SmolVLM2 and, as Idefics3, SmolVLM: N tiles of a prompt in (1, N, channels, side, side); text by Llama.
+
+    With `do_image_splitting` the longer side of every image becomes `size`, a multiple of the tile's.
+    """
+
+    def join_images(self, images: Sequence[ImageInputs], device: torch.device) -> ImageInputs:
+        images = [each for each in images if each]
+        if not images:
+            return {}
+        return {name: torch.cat([each[name] for each in images], dim=1).to(device) for name in self.image_inputs}
+
+    def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
+        vision = config.vision_config
+        tile = (1, 1, vision.image_size, vision.image_size)
+        pixels = torch.zeros(1, 1, vision.num_channels, *tile[2:])
+        return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(tile, dtype=torch.long)}
+
+    def tile_side(self, processor: ProcessorMixin) -> int:
+        return processor.image_processor.max_image_size["longest_edge"]
+
+    def tile_tokens(self, processor: ProcessorMixin) -> int:
+        return processor.image_seq_len
+
+    def split(self, processor: ProcessorMixin, size: Size) -> tuple[int, int]:
+        """Rows and columns of tiles; 0, 0 for an image that is one tile. As the image processor resizes, twice."""
+        images, side = processor.image_processor, self.tile_side(processor)
+        if not images.do_image_splitting:
+            return 0, 0
+        height, width = get_resize_output_image_size(torch.empty(size, device="meta"), images.size["longest_edge"])
+        ratio = width / height
+        if width >= height:
+            width = math.ceil(width / side) * side
+            height = int(width / ratio)
+        else:
+            height = math.ceil(height / side) * side
+            width = int(height * ratio)
+        rows, columns = math.ceil(height / side), math.ceil(width / side)
+        return (rows, columns) if max(rows, columns) > 1 else (0, 0)
+
+    def count_tiles(self, processor: ProcessorMixin, size: Size) -> int:
+        rows, columns = self.split(processor, size)
+        return rows * columns + 1
+
+    def count_frame_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
+        """Two around each tile of a row, an end of each row, and three around the tile that shows all."""
+        one, two = (len(processor.tokenizer(ends, add_special_tokens=False)["input_ids"]) for ends in ("\n", "\n\n"))
+        count = 0
+        for rows, columns in (self.split(processor, size) for size in sizes):
+            count += 3 + (2 * rows * columns + (rows - 1) * one + two if rows else 0)
+        return count
+
+    def set_room(self, processor: ProcessorMixin, tiles: int) -> None:
+        images, across = processor.image_processor, _tiles_across(tiles)
+        images.do_image_splitting = across > 1
+        images.size = {"longest_edge": across * self.tile_side(processor)}
+
+    def most_tiles(self, processor: ProcessorMixin) -> int:
+        images = processor.image_processor
+        across = math.ceil(images.size["longest_edge"] / self.tile_side(processor))
+        return across**2 + 1 if images.do_image_splitting and across > 1 else 1
+
+    def tiles_within(self, room: int) -> int:
+        across = _tiles_across(room)
+        return across**2 + 1 if across > 1 else 1
+
+    def tile_patches(self, config: PreTrainedConfig) -> int:
+        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+    def vision_tower(self, model: nn.Module) -> nn.Module:
+        return next(module for name, module in model.named_modules() if name.endswith("vision_model"))
+
+    def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
+        return self.vision_tower(model).encoder.layers
+
+    def run_tower(self, model: nn.Module, patches: int, dtype: torch.dtype) -> torch.Tensor:
+        tower, config = self.vision_tower(model), model.config.vision_config
+        tiles = patches // self.tile_patches(model.config)
+        pixels = torch.empty(tiles, config.num_channels, config.image_size, config.image_size, dtype=dtype)
+        # not the embeddings' own forward pass: it looks at a mask, which has no numbers here
+        states = tower.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (tiles, patches, width)
+        states = states + tower.embeddings.position_embedding.weight
+        for layer in tower.encoder.layers:
+            states = layer(states, None)
+        next(module for name, module in model.named_modules() if name.endswith("connector"))(
+            tower.post_layernorm(states)
+        )
+        return states.flatten(0, 1)
+
+
+class InternVL(Tiled):
+    """InternVL3 as transformers has it: the tiles of all images in (tiles, channels, side, side); text by Qwen2."""
+
+    def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
+        vision = config.vision_config
+        return {"pixel_values": torch.zeros(1, vision.num_channels, *vision.image_size)}
+
+    def tile_side(self, processor: ProcessorMixin) -> int:
+        return processor.image_processor.size["height"]
+
+    def tile_tokens(self, processor: ProcessorMixin) -> int:
+        return processor.image_seq_length
+
+    def count_tiles(self, processor: ProcessorMixin, size: Size) -> int:
+        # the processor crops whatever its image processor says
+        return processor.image_processor.get_number_of_image_patches(*size, {"crop_to_patches": True})
+
+    def count_frame_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
+        return 2 * len(sizes)
+
+    def set_room(self, processor: ProcessorMixin, tiles: int) -> None:
+        processor.image_processor.max_patches = max(tiles - 1, 1)
+
+    def most_tiles(self, processor: ProcessorMixin) -> int:
+        cropped = processor.image_processor.max_patches
+        return cropped + 1 if cropped > 1 else 1
+
+    def tiles_within(self, room: int) -> int:
+        return room if room > 2 else 1
+
+    def tile_patches(self, config: PreTrainedConfig) -> int:
+        height, width = config.vision_config.image_size
+        rows, columns = config.vision_config.patch_size
+        return (height // rows) * (width // columns)
+
+    def vision_tower(self, model: nn.Module) -> nn.Module:
+        return next(module for name, module in model.named_modules() if name.endswith("vision_tower"))
+
+    def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
+        return self.vision_tower(model).encoder.layer
+
+    def run_tower(self, model: nn.Module, patches: int, dtype: torch.dtype) -> torch.Tensor:
+        tower, config = self.vision_tower(model), model.config.vision_config
+        tiles, patch_count = patches // self.tile_patches(model.config), self.tile_patches(model.config)
+        states = tower.embeddings(torch.empty(tiles, config.num_channels, *config.image_size, dtype=dtype))
+        for layer in tower.encoder.layer:
+            states = layer(states)  # (tiles, 1 + patches, width)
+        merged = round(1 / model.config.downsample_ratio) ** 2
+        projector = next(m for name, m in model.named_modules() if name.endswith("multi_modal_projector"))
+        projector(states[:, 1:].reshape(tiles, patch_count // merged, -1))
+        return states.flatten(0, 1)
+
+
+def _side(size: int | Sequence[int]) -> int:
+    """The side of a square that a configuration writes as a number or as two."""
+    return size if isinstance(size, int) else size[0]
+
+
+def _tiles_across(room: int) -> int:
+    """How many tiles SmolVLM may have side by side where there is room for so many, one for the whole image included.
+
+    Its vocabulary names those of 6 rows and columns.
+    """
+    return max(1, min(math.isqrt(max(room - 1, 0)), 6))
+
+
 # Qwen2-VL's special tokens in the order of their ids (151643 ... 151656 in the published vocabulary)
 QWEN_TOKENS = (
     "<|endoftext|>",
@@ -227,6 +517,7 @@ QWEN_TOKENS = (
 _QWEN: dict[str, Any] = {
     "end_tokens": ("<|endoftext|>", "<|im_end|>"),
     "vision_tokens": ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+    "special_tokens": QWEN_TOKENS,
     "config_tokens": {
         "image_token_id": "<|image_pad|>",
         "video_token_id": "<|video_pad|>",
@@ -236,15 +527,67 @@ _QWEN: dict[str, Any] = {
     "image_inputs": ("pixel_values", "image_grid_thw"),
     "tower": r"\bvisual\.",
     "merger": r"\bvisual\.\w*merger",  # Qwen3-VL has a list of them too
+    "published_pixels": 12845056,  # 16384 image tokens of Qwen2-VL
 }
 _WINDOWS = {"window_size": 56, "fullatt_block_indexes": [1]}
 _POSITIONS = {"num_position_embeddings": 64}
 _DEEPSTACK = {"deepstack_visual_indexes": [0, 1], **_POSITIONS}
+
+# SmolVLM's, but for those that SmolLM2 writes code with
+_SMOL_IMAGE = (
+    "<global-img>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+    "<fake_token_around_image>",
+    "<image>",
+)
+_SMOLVLM: dict[str, Any] = {
+    "end_tokens": ("<|endoftext|>", "<|im_end|>", "<end_of_utterance>"),
+    "vision_tokens": _SMOL_IMAGE,
+    "config_tokens": {"image_token_id": "<image>"},
+    "special_tokens": ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *_SMOL_IMAGE, "<end_of_utterance>"),
+    "image_inputs": ("pixel_values", "pixel_attention_mask"),
+    "tower": r"\bvision_model\.",
+    "merger": r"\bconnector\.",
+    "tiny_vision": {},
+    "published_pixels": 17 * 384**2,  # 4 x 4 tiles and one, of the 2.2B models; the smaller ones have larger tiles
+    "templates": "smolvlm",
+    "has_vllm": False,
+}
+# InternVL3's, in the order of their ids behind Qwen2.5's
+_INTERN_TOKENS = (
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+    "<video>",
+)
+_INTERNVL: dict[str, Any] = {
+    "end_tokens": ("<|endoftext|>", "<|im_end|>"),
+    "vision_tokens": ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+    "config_tokens": {"image_token_id": "<IMG_CONTEXT>"},
+    "special_tokens": ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *_INTERN_TOKENS),
+    "image_inputs": ("pixel_values",),
+    "tower": r"\bvision_tower\.",
+    "merger": r"\bmulti_modal_projector\.",
+    "tiny_vision": {},
+    "published_pixels": 13 * 448**2,  # 12 tiles and one
+    "templates": "internvl",
+    "has_vllm": False,
+    "unread_tokens": ("<video>",),
+}
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": QwenVL("qwen2_vl", "Qwen2VLProcessor", tiny_vision={}, **_QWEN),
     "qwen2_5_vl": QwenVL("qwen2_5_vl", "Qwen2_5_VLProcessor", tiny_vision=_WINDOWS, **_QWEN),
     "qwen3_vl": QwenVL("qwen3_vl", "Qwen3VLProcessor", tiny_vision=_DEEPSTACK, **_QWEN),
     "qwen3_5": QwenVL("qwen3_5", "Qwen3VLProcessor", tiny_vision=_POSITIONS, **_QWEN),  # recurrent: see recurrent.py
+    "idefics3": SmolVLM("idefics3", "Idefics3Processor", **_SMOLVLM),
+    "smolvlm": SmolVLM("smolvlm", "SmolVLMProcessor", **_SMOLVLM),
+    "internvl": InternVL("internvl", "InternVLProcessor", **_INTERNVL),
 }
 
 

@@ -196,14 +196,9 @@ def _count_saved(model: nn.Module) -> Iterator[Counter[str]]:
         handle.remove()
 
 
-def text_model(model: nn.Module) -> nn.Module:
-    """The decoder of a policy, with or without an adapter."""
-    return next(module for name, module in model.named_modules() if name.endswith("language_model"))
-
-
 def kinds_of_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """The vision tower's layers and the decoder's, each with its kind; see `_count_saved`."""
-    text = text_model(model)
+    text = model.get_decoder()
     blocks = [(block, "block") for block in family_of(model).vision_blocks(model)]
     kinds = getattr(text.config, "layer_types", None) or ["layer"] * len(text.layers)
     return blocks + list(zip(text.layers, kinds, strict=True))
@@ -216,14 +211,15 @@ def activation_bytes(model: nn.Module, load: Load, gradient_checkpointing: bool)
     keeps most. On top come the gradients that are alive in the backward pass of an MLP: three of its width. Of a gated
     delta net it is what transformers' torch kernels keep, over the row as one sequence; fla's keep less.
     """
-    family, text = family_of(model), text_model(model)
+    family, text = family_of(model), model.get_decoder()
     dtype = next(model.parameters()).dtype
     tokens, blocks = load.packed_tokens, len(family.vision_blocks(model))
     with torch.device("meta"), _count_saved(model) as saved:
         states = family.run_tower(model, load.prompts * load.patches, dtype)  # (patches, width)
         # Whatever is trained in the vision tower or the adapter, the gradient goes through the whole decoder.
         embedded = torch.empty(1, tokens, text.config.hidden_size, dtype=dtype, requires_grad=True)
-        text(inputs_embeds=embedded, position_ids=torch.zeros(3, 1, tokens, dtype=torch.long), use_cache=False)
+        # a mask that is whole is taken as it is: to make one, transformers would look at positions without numbers
+        text(inputs_embeds=embedded, attention_mask=torch.empty(1, 1, 1, 1), use_cache=False)
     flowing = 3 * tokens * text.config.intermediate_size * embedded.element_size()
     if not gradient_checkpointing:
         return saved.total() + flowing

@@ -26,7 +26,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from open_r1.configs import FreezeArguments
-from open_r1.families import FAMILIES, PARTS, Family, end_token_ids, family_of, find_family
+from open_r1.families import FAMILIES, PARTS, Family, end_token_ids, family_of, family_of_processor, find_family
 from open_r1.front_door import first_line
 from open_r1.hub import model_folder
 from open_r1.model_files import (
@@ -325,15 +325,10 @@ def load_processor(
         )
     if family is not None:
         check_tokens(folder, processor, family)
+    family = family_of_processor(processor)
     if chat_template is not None:
-        processor.chat_template = load_chat_template(chat_template)
-    size = processor.image_processor.size
-    # The image processor reads its bounds from `size` alone; its min_pixels and max_pixels are constructor
-    # arguments that a later assignment does not reach.
-    smallest, largest = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
-    if smallest > largest:
-        raise ValueError(f"--max_pixels {largest}: below the smallest area that an image is enlarged to, {smallest}")
-    processor.image_processor.size = {"shortest_edge": smallest, "longest_edge": largest}
+        processor.chat_template = load_chat_template(chat_template, family.templates)
+    family.bound_images(processor, min_pixels, max_pixels)
     return processor
 
 
@@ -353,10 +348,11 @@ def check_tokens(folder: Path, processor: ProcessorMixin, family: Family) -> Non
                 f"{folder}: {token} is token {vocabulary.get(token)} of the tokenizer, and {name} of config.json is "
                 f"{getattr(config, name, None)}; they are of different models"
             )
-    if max(vocabulary.values()) >= rows:
+    last = max(number for token, number in vocabulary.items() if token not in family.unread_tokens)
+    if last >= rows:
         raise ValueError(
-            f"{folder}: the tokenizer has tokens up to {max(vocabulary.values())}, and vocab_size of config.json is "
-            f"{rows}; they are of different models"
+            f"{folder}: the tokenizer has tokens up to {last}, and vocab_size of config.json is {rows}; they are of "
+            "different models"
         )
 
 
@@ -421,7 +417,7 @@ def accept_missing_images(model: PreTrainedModel, always_encode: bool) -> None:
     backbone.register_forward_pre_hook(before_backbone, with_kwargs=True)
     if always_encode:
         # in front of DeepSpeed's own hook, which a reference model has by now
-        backbone.language_model.register_forward_pre_hook(before_language_model, prepend=True, with_kwargs=True)
+        backbone.get_decoder().register_forward_pre_hook(before_language_model, prepend=True, with_kwargs=True)
 
 
 def frozen_parts(freeze_vision: bool = False, freeze_llm: bool = False, freeze_merger: bool | None = None) -> list[str]:

@@ -42,18 +42,23 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def load_chat_template(name_or_path: str) -> str:
+def load_chat_template(name_or_path: str, folder: str = "") -> str:
     """Read a chat template: a file's path, or the name of one in `configs/chat_templates` (`base`, `instruct`).
+
+    Args:
+        name_or_path: of the template.
+        folder: below `configs/chat_templates`, of a family that writes images and turns in its own way.
 
     Raises:
         FileNotFoundError: when there is neither such a file nor such a name.
         ValueError: the file is not UTF-8.
     """
-    for path in (Path(name_or_path), CHAT_TEMPLATE_DIR / f"{name_or_path}.jinja"):
+    templates = CHAT_TEMPLATE_DIR / folder
+    for path in (Path(name_or_path), templates / f"{name_or_path}.jinja"):
         if path.is_file():
             try:
                 return path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"chat_template: {path}: not UTF-8 ({error})") from error
-    known = ", ".join(sorted(path.stem for path in CHAT_TEMPLATE_DIR.glob("*.jinja")))
+    known = ", ".join(sorted(path.stem for path in templates.glob("*.jinja")))
     raise FileNotFoundError(f"chat_template: no file {name_or_path!r} and no template of that name (known: {known})")

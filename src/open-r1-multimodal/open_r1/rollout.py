@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, DynamicLayer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -91,7 +92,8 @@ def generate(
 
     ids = left_pad([prompt.input_ids for prompt in prompts], generation_config.pad_token_id or 0)  # (U, P)
     mask = left_pad([torch.ones_like(prompt.input_ids) for prompt in prompts])
-    positions = left_pad([prompt.position_ids.T for prompt in prompts]).permute(2, 0, 1)  # (3, U, P)
+    padded = [F.pad(prompt.position_ids, (ids.shape[1] - len(prompt), 0)) for prompt in prompts]
+    positions = torch.stack(padded, dim=-2)  # (U, P) or (3, U, P)
     next_position = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts])[owner].to(device)  # (B,)
 
     cache = make_cache(model.config)
@@ -143,7 +145,7 @@ def generate(
         logits = model(
             input_ids=token,
             attention_mask=mask if is_padded else None,
-            position_ids=(next_position + step).expand(3, -1)[:, :, None],
+            position_ids=(next_position + step)[:, None].expand(*positions.shape[:-2], -1, 1),
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]

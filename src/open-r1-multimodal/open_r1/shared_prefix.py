@@ -5,8 +5,8 @@ A micro-batch of groups becomes one packed row without padding:
     [prompt minus its last token] [last prompt token, c1 minus its last] [last prompt token, c2 minus its last] ...
      prefix, attends to itself     branch, attends to the prefix and itself
 
-and so on for the next prompt. Every branch position predicts one completion token, M-RoPE positions go on from the
-prompt in each branch, and the image is encoded once. The numbers are those of scoring G separate sequences
+and so on for the next prompt. Every branch position predicts one completion token, positions go on from the prompt in
+each branch, and the image is encoded once. The numbers are those of scoring G separate sequences
 (tests/test_shared_prefix.py); the work is that of the unique tokens.
 """
 
@@ -36,7 +36,7 @@ class Prompt:
     """A prompt that was rendered, tokenized and preprocessed once. P tokens."""
 
     input_ids: torch.Tensor  # (P,), image tokens expanded
-    position_ids: torch.Tensor  # (3, P), M-RoPE: time, height, width
+    position_ids: torch.Tensor  # (P,), or of M-RoPE (3, P): time, height, width
     image_inputs: ImageInputs = field(default_factory=dict)  # empty without images
     image_features: Any = None  # the vision tower's output, where it is frozen; see `encode_images`
     images: tuple[Image.Image, ...] = ()  # as they were given, for an engine that encodes them itself
@@ -45,9 +45,10 @@ class Prompt:
         return len(self.input_ids)
 
     def continue_positions(self, count: int) -> torch.Tensor:
-        """Positions (3, count) of the text tokens that follow the prompt."""
+        """Positions (count,) or (3, count) of the text tokens that follow the prompt."""
         start = self.position_ids.max() + 1
-        return (start + torch.arange(count, device=self.position_ids.device)).expand(3, count)
+        axes = self.position_ids.shape[:-1]
+        return (start + torch.arange(count, device=self.position_ids.device)).expand(*axes, count)
 
 
 def encode_prompt(
@@ -167,7 +168,8 @@ class Layout:
 class PackedBatch:
     """A micro-batch of groups as one row of L tokens; B completions of at most C tokens."""
 
-    model_inputs: dict[str, Any]  # input_ids (1, L), position_ids (3, 1, L), images, layout, scored positions (S,)
+    # input_ids (1, L), position_ids (1, L) or (3, 1, L), images, layout, scored positions (S,)
+    model_inputs: dict[str, Any]
     labels: torch.Tensor  # (1, S): the token that each scored position predicts
     completion_mask: torch.Tensor  # (B, C)
 
@@ -202,14 +204,14 @@ def pack(
         prompt_ids, prompt_positions = prompt.input_ids.to(device), prompt.position_ids.to(device)
         shared.append(prompt)
         ids.append(prompt_ids[:-1])
-        positions.append(prompt_positions[:, :-1])
+        positions.append(prompt_positions[..., :-1])
         branch_lengths = [lengths[row] for row in rows if lengths[row]]
         continued = prompt.continue_positions(max(branch_lengths, default=0)).to(device)
         for row in rows:
             length = lengths[row]
             if length:
                 ids += [prompt_ids[-1:], completion_ids[row, : length - 1]]
-                positions += [prompt_positions[:, -1:], continued[:, : length - 1]]
+                positions += [prompt_positions[..., -1:], continued[..., : length - 1]]
                 labels.append(completion_ids[row, :length])
         group = locate_group(start, len(prompt) - 1, branch_lengths, device)
         scored.append(torch.arange(start + group.prefix, start + group.length, device=device))
@@ -219,11 +221,15 @@ def pack(
         scored, labels = [torch.zeros(1, dtype=torch.long, device=device)], [torch.full((1,), -100, device=device)]
     model_inputs = {
         "input_ids": torch.cat(ids)[None],
-        "position_ids": torch.cat(positions, dim=1)[:, None],
+        "position_ids": torch.cat(positions, dim=-1).unsqueeze(-2),
         "layout": Layout(groups),
         "scored": torch.cat(scored),
         **join_images(family, shared, device),
     }
+    if model_inputs["position_ids"].dim() == 2:
+        # Positions that begin anew look like sequences of their own to transformers, which would make a mask (L, L) of
+        # them; it takes a whole mask as it is, and `grouped_attention` reads none.
+        model_inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     return PackedBatch(model_inputs, torch.cat(labels)[None], completion_mask)
 
 
@@ -399,11 +405,18 @@ def enable_grouping(model: PreTrainedModel) -> None:
         return
     model.set_attn_implementation({"text_config": ATTENTION})
     backbone = model.base_model
-    backbone.language_model.register_forward_hook(keep_scored, with_kwargs=True)
-    share_states(backbone.language_model)
-    encode = backbone.get_image_features
+    backbone.get_decoder().register_forward_hook(keep_scored, with_kwargs=True)
+    share_states(backbone.get_decoder())
+    encode, given = backbone.get_image_features, {}
 
-    def get_image_features(*args: Any, image_features: Any = None, **kwargs: Any) -> Any:
-        return encode(*args, **kwargs) if image_features is None else image_features
+    def take_features(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if "image_features" in kwargs:
+            given["features"] = kwargs.pop("image_features")
+        return args, kwargs
 
+    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        return given.pop("features") if given else encode(*args, **kwargs)
+
+    # Not every family hands `get_image_features` the arguments that the backbone does not know itself.
+    backbone.register_forward_pre_hook(take_features, with_kwargs=True)
     backbone.get_image_features = get_image_features

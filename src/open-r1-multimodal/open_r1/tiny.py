@@ -1,7 +1,7 @@
 """Tiny random models of the real architectures, for tests, smoke tests and the quick start.
 
 Only the size shrinks: the configuration, model, processor and tokenizer classes are the ones that the published
-checkpoints load with, and the special tokens are Qwen's. The BPE vocabulary is trained on the spot.
+checkpoints load with, and the special tokens are the family's. The BPE vocabulary is trained on the spot.
 
     python -m open_r1.tiny --output outputs/tiny-qwen2-vl
 """
@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -17,8 +18,15 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     GenerationConfig,
+    GotOcr2ImageProcessor,
+    GPT2Tokenizer,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
     Qwen2_5_VLProcessor,
     Qwen2Tokenizer,
@@ -27,21 +35,30 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
     set_seed,
 )
 
-from open_r1.families import FAMILIES, QWEN_TOKENS
+from open_r1.families import FAMILIES
 from open_r1.front_door import run
 from open_r1.prompts import load_chat_template
 from open_r1.tasks.examples import read_examples
 
+# The tiles of those families that have some: 4 x 4 patches, 4 tokens.
+TILE, PATCH, TILE_TOKENS = 32, 8, 4
 
-def make_tokenizer(texts: Iterable[str] = (), vocab_size: int = 256) -> Qwen2Tokenizer:
-    """Train a byte-level BPE tokenizer of Qwen's kind.
+
+def make_tokenizer(
+    texts: Iterable[str] = (), vocab_size: int = 256, model_type: str = "qwen2_vl"
+) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE tokenizer of the family's kind.
 
     Args:
         texts: what to learn merges from; with none every token is one byte.
         vocab_size: most tokens to learn before the special tokens are added, at least 256 (the bytes).
+        model_type: family.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -49,23 +66,46 @@ def make_tokenizer(texts: Iterable[str] = (), vocab_size: int = 256) -> Qwen2Tok
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     learned = json.loads(bpe.to_str())["model"]
-    return build_tokenizer(learned["vocab"], [tuple(merge) for merge in learned["merges"]])
+    return build_tokenizer(learned["vocab"], [tuple(merge) for merge in learned["merges"]], model_type)
 
 
-def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Qwen2Tokenizer:
-    """Qwen's tokenizer from a byte-level vocabulary and its merges; the special tokens get the ids behind it."""
-    vocab = vocab | {token: len(vocab) + i for i, token in enumerate(QWEN_TOKENS)}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_TOKENS])
+def build_tokenizer(
+    vocab: dict[str, int], merges: list[tuple[str, str]], model_type: str = "qwen2_vl"
+) -> PreTrainedTokenizerBase:
+    """The family's tokenizer from a byte-level vocabulary and its merges; the special tokens get the ids behind it."""
+    special = FAMILIES[model_type].special_tokens
+    vocab = vocab | {token: len(vocab) + i for i, token in enumerate(special)}
+    tokenizer_class, roles = Qwen2Tokenizer, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    if model_type in ("idefics3", "smolvlm"):
+        tokenizer_class = GPT2Tokenizer
+        roles = {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"}
+    if model_type == "internvl":  # what its processor asks the tokenizer for
+        roles["extra_special_tokens"] = {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        }
+    tokenizer = tokenizer_class(vocab=vocab, merges=merges, **roles)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer
 
 
 def make_processor(
-    tokenizer: Qwen2Tokenizer, model_type: str = "qwen2_vl", chat_template: str = "base"
+    tokenizer: PreTrainedTokenizerBase, model_type: str = "qwen2_vl", chat_template: str = "base"
 ) -> ProcessorMixin:
-    """The processor of the family, with images up to 112x112 pixels (16 image tokens of 28x28)."""
+    """The processor of the family, with images up to 112x112 pixels: 16 tokens of 28x28, or up to 12 tiles of 32x32."""
     size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
-    template = load_chat_template(chat_template)
+    template = load_chat_template(chat_template, FAMILIES[model_type].templates)
+    tiles = {"size": {"longest_edge": 3 * TILE}, "max_image_size": {"longest_edge": TILE}}
+    if model_type == "idefics3":
+        return Idefics3Processor(Idefics3ImageProcessor(**tiles), tokenizer, TILE_TOKENS, chat_template=template)
+    if model_type == "smolvlm":
+        images, videos = SmolVLMImageProcessor(**tiles), SmolVLMVideoProcessor(**tiles, num_frames=1, fps=1)
+        return SmolVLMProcessor(images, tokenizer, videos, TILE_TOKENS, chat_template=template)
+    if model_type == "internvl":
+        images = GotOcr2ImageProcessor(size={"height": TILE, "width": TILE}, crop_to_patches=True, max_patches=11)
+        return InternVLProcessor(images, tokenizer, InternVLVideoProcessor(), TILE_TOKENS, chat_template=template)
     if model_type in ("qwen3_vl", "qwen3_5"):
         images, videos = Qwen2VLImageProcessor(patch_size=16, size=size), Qwen3VLVideoProcessor()
         return Qwen3VLProcessor(images, tokenizer, videos, chat_template=template)
@@ -74,20 +114,20 @@ def make_processor(
     return processor_class(images, tokenizer, videos, chat_template=template)
 
 
-def vision_token_arguments(tokenizer: Qwen2Tokenizer, model_type: str = "qwen2_vl") -> dict[str, int]:
+def vision_token_arguments(tokenizer: PreTrainedTokenizerBase, model_type: str = "qwen2_vl") -> dict[str, int]:
     """The ids of vision tokens, by their names in a configuration."""
     tokens = FAMILIES[model_type].config_tokens
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
 
 
-def text_token_arguments(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+def text_token_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The ids that a text configuration names: a sequence ends with its turn, and is filled up with the end of text."""
     end_of_text = tokenizer.pad_token_id
     return {"bos_token_id": end_of_text, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": end_of_text}
 
 
 def make_config(
-    tokenizer: Qwen2Tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     model_type: str = "qwen2_vl",
     hidden_size: int = 64,
     num_layers: int = 2,
@@ -96,8 +136,7 @@ def make_config(
     head_dim: int = 16,
 ) -> PreTrainedConfig:
     """The family's configuration at a size that trains on a CPU: heads of `head_dim` dimensions, in the tower of 16."""
-    section = [head_dim // 8, 3 * head_dim // 16, 3 * head_dim // 16]  # time, height, width: half of a head
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}
+    rope = {"rope_type": "default", "rope_theta": 1e6}
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
@@ -109,26 +148,63 @@ def make_config(
         "rope_parameters": rope,
         **text_token_arguments(tokenizer),
     }
-    vision = {"depth": vision_layers, "num_heads": vision_size // 16}
-    if model_type == "qwen2_vl":
-        vision |= {"embed_dim": vision_size, "hidden_size": hidden_size}
+    if model_type.startswith("qwen"):
+        text, vision = fit_qwen(model_type, text, vision_size, vision_layers, head_dim)
+        others = {"tie_word_embeddings": True}
     else:
-        vision |= {"hidden_size": vision_size, "intermediate_size": 2 * vision_size, "out_hidden_size": hidden_size}
-    if model_type == "qwen3_vl":
-        text |= {"head_dim": head_dim, "rope_parameters": {**rope, "mrope_interleaved": True}}
-    if model_type == "qwen3_5":  # half of its layers recurrent, and half of a head rotated
-        section = [head_dim // 8, head_dim // 16, head_dim // 16]
-        text |= {"head_dim": head_dim, "full_attention_interval": 2}
-        text |= {"rope_parameters": {**rope, "mrope_section": section, "partial_rotary_factor": 0.5}}
-        text |= {"linear_num_key_heads": hidden_size // 32, "linear_num_value_heads": hidden_size // 16}
-        text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+        text, vision, others = fit_tiles(model_type, text, vision_size, vision_layers)
     return AutoConfig.for_model(
         model_type,
         text_config=text,
         vision_config=vision | FAMILIES[model_type].tiny_vision,
-        tie_word_embeddings=True,
+        **others,
         **vision_token_arguments(tokenizer, model_type),
     )
+
+
+def fit_qwen(
+    model_type: str, text: dict[str, Any], vision_size: int, vision_layers: int, head_dim: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The text configuration as a Qwen family has it, and that of its vision tower."""
+    section = [head_dim // 8, 3 * head_dim // 16, 3 * head_dim // 16]  # time, height, width: half of a head
+    rope = {**text["rope_parameters"], "mrope_section": section}
+    vision = {"depth": vision_layers, "num_heads": vision_size // 16}
+    if model_type == "qwen2_vl":
+        return {**text, "rope_parameters": rope}, {
+            **vision,
+            "embed_dim": vision_size,
+            "hidden_size": text["hidden_size"],
+        }
+    sizes = {"hidden_size": vision_size, "intermediate_size": 2 * vision_size, "out_hidden_size": text["hidden_size"]}
+    if model_type == "qwen3_vl":
+        text = {**text, "head_dim": head_dim}
+        rope["mrope_interleaved"] = True
+    if model_type == "qwen3_5":  # half of its layers recurrent, and half of a head rotated
+        heads, section = text["hidden_size"] // 16, [head_dim // 8, head_dim // 16, head_dim // 16]
+        text = {**text, "head_dim": head_dim, "full_attention_interval": 2}
+        text |= {"linear_num_key_heads": heads // 2, "linear_num_value_heads": heads}
+        text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+        rope |= {"mrope_section": section, "partial_rotary_factor": 0.5}
+    return {**text, "rope_parameters": rope}, vision | sizes
+
+
+def fit_tiles(
+    model_type: str, text: dict[str, Any], vision_size: int, vision_layers: int
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The text configuration as a family with tiles has it, that of its vision tower, and what both share."""
+    vision = {
+        "hidden_size": vision_size,
+        "intermediate_size": 2 * vision_size,
+        "num_hidden_layers": vision_layers,
+        "num_attention_heads": vision_size // 16,
+        "image_size": TILE,
+        "patch_size": PATCH,
+    }
+    if model_type == "internvl":
+        others = {"downsample_ratio": 0.5, "image_seq_length": TILE_TOKENS, "tie_word_embeddings": False}
+        return {**text, "model_type": "qwen2"}, {**vision, "attention_bias": True}, others
+    others = {"scale_factor": 2, "pad_token_id": text["pad_token_id"], "tie_word_embeddings": False}
+    return {**text, "model_type": "llama"}, vision, others
 
 
 def make_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
@@ -163,7 +239,7 @@ def save_tiny_model(
     chat_template: str = "base",
 ) -> Path:
     """Build a tiny model with its processor and save both as a checkpoint that transformers loads."""
-    tokenizer = make_tokenizer(texts, vocab_size)
+    tokenizer = make_tokenizer(texts, vocab_size, model_type)
     make_processor(tokenizer, model_type, chat_template).save_pretrained(output)
     make_model(make_config(tokenizer, model_type), seed).save_pretrained(output)
     return Path(output)

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from open_r1.backends import Completions
 from open_r1.configs import need_vllm
+from open_r1.families import family_of_processor
 from open_r1.modeling import adapter_base, check_model_files, load_checkpoint
 from open_r1.shared_prefix import Prompt, encode_prompt, images_of
 
@@ -44,9 +45,16 @@ def engine_dtype(args: TrainingArguments, own: torch.dtype | str) -> str:
 
 
 def engine_settings(processor: ProcessorMixin | PreTrainedTokenizerBase, dtype: str) -> dict[str, Any]:
-    """What `vllm.LLM` must be told to see images as `processor` does, and to compute as the policy does."""
+    """What `vllm.LLM` must be told to see images as `processor` does, and to compute as the policy does.
+
+    Raises:
+        ValueError: vLLM was not tried with models of this family.
+    """
     if not isinstance(processor, ProcessorMixin):
         return {"dtype": dtype}
+    family = family_of_processor(processor)
+    if not family.has_vllm:
+        raise ValueError(f"vLLM: not tried with {family.model_type!r} models; let transformers generate")
     return {
         "dtype": dtype,
         "mm_processor_kwargs": {"size": dict(processor.image_processor.size)},

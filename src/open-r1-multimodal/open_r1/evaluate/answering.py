@@ -25,8 +25,6 @@ from open_r1.tasks.benchmarks import Item
 from open_r1.vllm_backends import load_vllm
 
 PAPER_MAX_PIXELS = 401408  # what the paper trains and evaluates at
-# The bound that Qwen publishes (16384 image tokens) fits no recipe's prompt: nothing was trained at it here.
-PUBLISHED_MAX_PIXELS = 12845056
 BACKENDS = {"hf": load_transformers, "vllm": load_vllm}
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a weight file, for its fingerprint
 
@@ -47,7 +45,7 @@ class Response:
 # --- prompts and images -------------------------------------------------------------------------------------
 
 
-def choose_chat_template(name: str, own: str | None) -> tuple[str, str]:
+def choose_chat_template(name: str, own: str | None, folder: str = "") -> tuple[str, str]:
     """The name and the text of the chat template to evaluate with.
 
     Args:
@@ -55,16 +53,17 @@ def choose_chat_template(name: str, own: str | None) -> tuple[str, str]:
             with its checkpoints do, is used as it is; otherwise a checkpoint that ships ChatML is an instruct model,
             and one that does not is a base model. The path never matters.
         own: the checkpoint's chat template, if it has one.
+        folder: where its family's templates are; see `Family.templates`.
 
     Raises:
         FileNotFoundError: no such file or name.
     """
     if name != "auto":
-        return name, load_chat_template(name)
+        return name, load_chat_template(name, folder)
     if own is None or not re.search(r"\bstyle\b", own):
         name = "instruct" if "<|im_start|>" in (own or "") else "base"
-        return name, load_chat_template(name)
-    known = {load_chat_template(known): known for known in ("base", "instruct")}
+        return name, load_chat_template(name, folder)
+    known = {load_chat_template(known, folder): known for known in ("base", "instruct")}
     return known.get(own, "checkpoint"), own
 
 
@@ -164,10 +163,10 @@ def load_prompting(
         OSError, ValueError: what `load_processor`, `choose_chat_template` and `check_template` raise.
     """
     processor = load_processor(str(folder), max_pixels=max_pixels)
-    name, processor.chat_template = choose_chat_template(prompt, processor.chat_template)
-    size = processor.image_processor.size
-    if max_pixels is None and size["longest_edge"] >= PUBLISHED_MAX_PIXELS:
-        processor.image_processor.size = {**size, "longest_edge": PAPER_MAX_PIXELS}
+    family = family_of_processor(processor)
+    name, processor.chat_template = choose_chat_template(prompt, processor.chat_template, family.templates)
+    if max_pixels is None and family.most_pixels(processor) >= family.published_pixels:
+        family.bound_images(processor, max_pixels=PAPER_MAX_PIXELS)
     check_template(processor, **template_kwargs)
     return processor, name
 
