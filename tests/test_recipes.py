@@ -72,7 +72,10 @@ LORA = {
     "lora_r": 64,
     "lora_alpha": 128,
     "lora_dropout": 0.0,
-    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "lora_target_modules": [
+        *["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        *["in_proj_qkv", "in_proj_z", "out_proj"],
+    ],
     "freeze_vision": True,
     "learning_rate": 1e-5,
 }

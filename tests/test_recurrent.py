@@ -178,10 +178,10 @@ def test_padding_does_not_leak_into_a_state(loaded):
     model, processor = loaded
     texts = ["Where?", "What colour is the picture, and why?" * 3, "Left or right of the box?"]
     prompts = [encode_prompt(model, processor, [{"role": "user", "content": text}]) for text in texts]
-    config = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=[96], pad_token_id=0)
+    config = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=[58, 262], pad_token_id=0)
     together = generate(model, prompts, [2, 1, 2], config)
     alone = [generate(model, [prompt], [1], config)[0] for prompt in prompts]
-    assert together == [alone[row] for row in (0, 0, 1, 2, 2)] and len(set(map(len, alone))) == 3
+    assert together == [alone[row] for row in (0, 0, 1, 2, 2)] and len(set(map(len, alone))) > 1  # uneven
 
 
 def test_rows_of_a_cache_are_picked_in_both_kinds_of_layers(loaded):

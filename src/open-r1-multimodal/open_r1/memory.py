@@ -209,7 +209,8 @@ def activation_bytes(model: nn.Module, load: Load, gradient_checkpointing: bool)
 
     With checkpointing: every layer's input, and all of the one layer that is being computed again, of the kind that
     keeps most. On top come the gradients that are alive in the backward pass of an MLP: three of its width. Of a gated
-    delta net it is what transformers' torch kernels keep, over the row as one sequence; fla's keep less.
+    delta net it is what transformers' torch kernels keep, over the row as one sequence; fla's keep less. These work in
+    chunks of 64 tokens, so that completions of far fewer keep up to half as much again.
     """
     family, text = family_of(model), model.get_decoder()
     dtype = next(model.parameters()).dtype

@@ -1,22 +1,25 @@
 """Recurrent layers in a packed row: every branch starts from the state in which its prompt left them.
 
 Attention sees a prefix through keys and values. A gated delta net sees it through a matrix that it carries from token
-to token, and through the last inputs of its convolution. So in a group of a packed row (see `shared_prefix`) a
-recurrent layer runs over the prefix once, and then over the branches as one batch that goes on from there.
+to token, and through the last inputs of its convolution. So of a packed row (see `shared_prefix`) a recurrent layer
+runs over the prefixes as one batch, and then over all branches as another that goes on from there. That is two runs
+whatever the row holds: under ZeRO-3 the processes exchange its weights at each of them.
 
-Both runs are transformers' own forward pass, which knows how to go on from a cache; so its kernels are the ones that it
+Both are transformers' own forward pass, which knows how to go on from a cache; so its kernels are the ones that it
 picks (fla's and causal-conv1d's where they are installed, on a GPU, else torch). Ours is the cache: it lets gradients
 through.
 
 A kind of layer is an entry in `CACHE_ARGUMENTS`. The tests then run over it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
@@ -25,6 +28,46 @@ if TYPE_CHECKING:
 
 # The class of a recurrent layer -> the argument of its `forward` that takes the cache.
 CACHE_ARGUMENTS = {"Qwen3_5GatedDeltaNet": "cache_params", "Lfm2ShortConv": "past_key_values"}
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """A packed row of L tokens as N prefixes of at most P tokens, and B branches of at most C that go on from them.
+
+    Both gather from the row's positions. Prefixes are padded on the left, where the layer's mask keeps padding out of
+    the state, and branches on the right, where nothing follows it.
+    """
+
+    prefixes: torch.Tensor  # (N, P): positions in the row
+    is_prefix: torch.Tensor  # (N, P): False on padding
+    branches: torch.Tensor  # (B, C): positions in the row
+    is_branch: torch.Tensor  # (B, C): False on padding
+    owner: torch.Tensor  # (B,): which prefix a branch goes on from
+    order: torch.Tensor  # (L,): positions in the row of all that is no padding, prefixes first
+
+
+def locate_runs(groups: "Sequence[Group]") -> Runs:
+    """The runs over the groups of a row; where it has no prefix or no branch, one of padding stands for them."""
+    device = groups[0].branches.device
+    starts = torch.tensor([group.start for group in groups], device=device)
+    lengths = torch.tensor([group.prefix for group in groups], device=device)
+    longest = max([1, *(group.prefix for group in groups)])
+    column = torch.arange(longest, device=device) + lengths[:, None] - longest  # (N, P), negative on padding
+    is_prefix = column >= 0
+    prefixes = starts[:, None] + column.clamp(min=0)  # (N, P)
+
+    # A single token would take fla's kernel for decoding, which has no backward pass.
+    longest = max([2, *(length for group in groups for length in group.lengths)])
+    branches, is_branch = (
+        torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in parts])
+        for parts in ([group.branches for group in groups], [group.is_token for group in groups])
+    )  # (B, C)
+    owner = torch.tensor([row for row, group in enumerate(groups) for _ in group.lengths], device=device)
+    if not len(branches):
+        branches, is_branch = (F.pad(part, (0, 0, 0, 1)) for part in (branches, is_branch))
+        owner = torch.zeros(1, dtype=torch.long, device=device)
+    order = torch.cat([prefixes[is_prefix], branches[is_branch]])
+    return Runs(prefixes, is_prefix, branches, is_branch, owner, order)
 
 
 class Carried(LinearAttentionLayer):
@@ -43,15 +86,12 @@ class Carried(LinearAttentionLayer):
         self.recurrent_states[state_idx] = recurrent_states
         return recurrent_states
 
-    def expand(self, count: int) -> None:
-        """Carry the state of one sequence for `count` that go on from it; their gradients add up. Nothing before it."""
+    def select(self, rows: torch.Tensor) -> None:
+        """Carry these rows of the batch, some more than once; the gradients of a row that is repeated add up."""
         for index, conv in self.conv_states.items():
-            if conv is not None:
-                last = conv[..., -self.conv_kernel_size[index] :]  # (1, channels, kernel or fewer)
-                self.conv_states[index] = last.expand(count, -1, -1)
+            self.conv_states[index] = conv[rows, :, -self.conv_kernel_size[index] :]  # (B, channels, kernel or fewer)
         for index, state in self.recurrent_states.items():
-            if state is not None:
-                self.recurrent_states[index] = state.expand(count, -1, -1, -1)
+            self.recurrent_states[index] = None if state is None else state[rows]  # a convolution alone has none
 
 
 def share_states(model: nn.Module) -> None:
@@ -85,35 +125,11 @@ def run_packed(
     layout: Layout | None = mixer.layout
     if layout is None:
         return forward(hidden_states=hidden_states, **kwargs)
-
-    def go_on(states: torch.Tensor, carried: Carried) -> torch.Tensor:
-        # every layer looks into the cache at its own number
-        cache = Cache(layers=[carried] * (mixer.layer_idx + 1))
-        return forward(hidden_states=states, **{CACHE_ARGUMENTS[type(mixer).__name__]: cache})
-
-    return torch.cat([run_group(go_on, hidden_states[0], group) for group in layout.groups])[None]
-
-
-def run_group(
-    go_on: Callable[[torch.Tensor, Carried], torch.Tensor], hidden_states: torch.Tensor, group: "Group"
-) -> torch.Tensor:
-    """The prefix of a group, and its branches from there.
-
-    Args:
-        go_on: runs the layer over sequences (B, T, hidden) from what is carried, which it changes.
-        hidden_states: (L, hidden), of the whole row.
-
-    Returns:
-        (group.length, hidden)
-    """
-    carried, outputs = Carried(), []
-    if group.prefix:
-        outputs.append(go_on(hidden_states[None, group.start : group.start + group.prefix], carried)[0])
-    if group.lengths:
-        carried.expand(len(group.lengths))
-        branches = hidden_states[group.branches]  # (G, C, hidden)
-        # A single token would take fla's kernel for decoding, which has no backward pass; the second is cut off again.
-        longest = max(group.lengths)
-        branches = branches.expand(-1, 2, -1) if longest == 1 else branches
-        outputs.append(go_on(branches, carried)[:, :longest][group.is_token])  # (tokens, hidden)
-    return torch.cat(outputs)
+    runs, states, carried = layout.runs, hidden_states[0], Carried()
+    # the layer looks into the cache at its own number
+    cache = {CACHE_ARGUMENTS[type(mixer).__name__]: Cache(layers=[carried] * (mixer.layer_idx + 1))}
+    prefixes = forward(hidden_states=states[runs.prefixes], attention_mask=runs.is_prefix, **cache)  # (N, P, hidden)
+    carried.select(runs.owner)
+    branches = forward(hidden_states=states[runs.branches], **cache)  # (B, C, hidden)
+    outputs = torch.cat([prefixes[runs.is_prefix], branches[runs.is_branch]])  # (L, hidden)
+    return torch.empty_like(states).index_copy(0, runs.order, outputs)[None]

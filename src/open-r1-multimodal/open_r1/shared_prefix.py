@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from open_r1.families import Family, ImageInputs, family_of
-from open_r1.recurrent import share_states
+from open_r1.recurrent import Runs, locate_runs, share_states
 
 ATTENTION = "grouped_sdpa"  # the name under which transformers knows `grouped_attention`
 
@@ -162,6 +162,11 @@ class Layout:
             F.pad(torch.tensor(counts).cumsum(0), (1, 0)).to(device, torch.int32) for counts in (lengths, sizes)
         )
         return Paths(torch.cat(paths).to(device), query_ends, key_ends, max(lengths), max(sizes))
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Made once a row, and only where a layer is recurrent."""
+        return locate_runs(self.groups)
 
 
 @dataclass(frozen=True, eq=False)
