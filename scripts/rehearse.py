@@ -1,4 +1,4 @@
-"""Run the shipped recipes at Qwen2-VL-2B's size, a step each, as `scripts/rehearse.sh` starts it.
+"""Run the shipped recipes at Qwen2-VL-2B's size, a step each, as `scripts/rehearse.sh` starts it; or a smaller one's.
 
 Each phase is a command as a user types it. Seconds are of the whole command; peak memory is that of its largest process
 (on a GPU: of the fullest card), and the forecast is the doctor's for the same recipe and lengths, with what the
@@ -34,6 +34,7 @@ from open_r1.files import replace_file
 from open_r1.memory import free_memory
 from open_r1.modeling import load_processor
 from open_r1.prompts import REPO_ROOT
+from open_r1.published import MODELS
 from open_r1.tasks.examples import read_examples
 
 TRAINING = REPO_ROOT / "src/open-r1-multimodal"
@@ -41,6 +42,7 @@ TRAINING = REPO_ROOT / "src/open-r1-multimodal"
 CPU_LENGTHS = {
     "grpo": ["--max_completion_length", "24", "--completions_per_step", "8"],
     "sft": [],
+    "smolvlm": ["--max_completion_length", "64"],  # a whole step, 8 prompts x 8 completions
 }
 
 
@@ -188,19 +190,20 @@ def prepare(folder: Path) -> list[Phase]:
     ]
 
 
-def training(folder: Path, model: str, sizes: Sequence[str]) -> list[Phase]:
+def training(folder: Path, model: str, sizes: Sequence[str], size: str = "qwen2_vl_2b") -> list[Phase]:
     """The shipped recipes, a step each and one to resume.
 
     Args:
         folder: of the rehearsal, with its prepared data.
         model: name or folder.
         sizes: the doctor's arguments for the longest prompt and largest image of these data.
+        size: of `published.MODELS`.
     """
     on_gpu = torch.cuda.is_available()
 
     def phase(name: str, recipe: str, steps: int, *overrides: str, launch: str = "", dtype: str = cpu_dtype()) -> Phase:
         kind = recipe.split("_")[0]
-        script = {"grpo": "run_grpo_SAT.sh", "sft": "run_sft.sh"}[kind]
+        script = "run_sft.sh" if kind == "sft" else "run_grpo_SAT.sh"
         output = folder / "-".join([recipe, *(part.strip("-") for part in overrides)][:2])
         overrides = (*overrides, *(() if on_gpu else (*("--dtype", dtype), *CPU_LENGTHS[kind])))
         config = REPO_ROOT / f"configs/{recipe}.yaml"
@@ -217,6 +220,8 @@ def training(folder: Path, model: str, sizes: Sequence[str]) -> list[Phase]:
             [str(part) for part in counted],
         )
 
+    if size == "smolvlm_256m":
+        return [phase("GRPO, everything trained, a step", "smolvlm_256m", 1, launch="ddp", dtype="float32")]
     phases = [
         phase("GRPO with LoRA, a step", "grpo_sat_lora", 1),
         phase("the same, resumed for another", "grpo_sat_lora", 2),
@@ -230,21 +235,22 @@ def training(folder: Path, model: str, sizes: Sequence[str]) -> list[Phase]:
     return [*phases, phase(name, "sft_sat", 1, *frozen, launch="ddp", dtype="bfloat16")]
 
 
-def using(folder: Path, model: str) -> list[Phase]:
-    """What is done with a trained adapter."""
-    merged = folder / "merged"
+def using(folder: Path, size: str = "qwen2_vl_2b") -> list[Phase]:
+    """What is done with a trained adapter, or with a model that was trained whole."""
+    merged = folder / ("smolvlm_256m" if size == "smolvlm_256m" else "merged")
     results = folder / "results"
     evaluate = [sys.executable, REPO_ROOT / "src/eval/test_qwen2vl_CVBench.py", "--model_path", merged]
     evaluate += ["--dataset_path", folder / "cvbench", "--output_dir", results, "--limit", "4"]
     evaluate += [] if torch.cuda.is_available() else ["--max_new_tokens", "24", "--dtype", cpu_dtype()]
     adapter = folder / "grpo_sat_lora"
     export = [sys.executable, REPO_ROOT / "scripts/export.py", "--adapter", adapter, "--output", merged]
-    return [Phase("export: merge the adapter", export, {}), Phase("evaluate 4 questions", evaluate, {})]
+    exported = [] if size == "smolvlm_256m" else [Phase("export: merge the adapter", export, {})]
+    return [*exported, Phase("evaluate 4 questions", evaluate, {})]
 
 
-def measure_data(model: str, json_path: Path) -> list[str]:
+def measure_data(model: str, json_path: Path, chat_template: str = "base") -> list[str]:
     """The longest prompt and the largest image of prepared examples, as the doctor's arguments."""
-    processor = load_processor(model, chat_template="base", max_pixels=401408)
+    processor = load_processor(model, chat_template=chat_template, max_pixels=401408)
     examples = read_examples(json_path)
     longest = max(count_prompt_tokens(example, processor) for example in examples)
     pixels = 0
@@ -255,7 +261,7 @@ def measure_data(model: str, json_path: Path) -> list[str]:
     return ["--max_prompt_length", str(longest), "--max_pixels", str(min(pixels, 401408))]
 
 
-def rehearse(folder: Path, model: str | None) -> list[Row]:
+def rehearse(folder: Path, model: str | None, size: str = "qwen2_vl_2b") -> list[Row]:
     """All phases, one after the other; a training that does not fit is left out and says so."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
@@ -266,12 +272,15 @@ def rehearse(folder: Path, model: str | None) -> list[Row]:
     if model is None:
         model = str(folder / "model")
         if not (folder / "model/processor_config.json").is_file():  # written last
-            do(Phase("build the model", [sys.executable, "-m", "open_r1.published", "--output", model], {}))
+            build = [sys.executable, "-m", "open_r1.published", "--model", size, "--output", model]
+            do(Phase("build the model", build, {}))
     for phase in prepare(folder):
         do(phase)
-    for path in (*folder.glob("grpo_*"), *folder.glob("sft_*"), folder / "merged", folder / "results"):
+    earlier = (path for name in ("grpo_*", "sft_*", "smolvlm_*", "merged", "results") for path in folder.glob(name))
+    for path in earlier:
         shutil.rmtree(path, ignore_errors=True)  # of an earlier rehearsal
-    for phase in training(folder, model, measure_data(model, folder / "data/SAT_train_32.json")):
+    template = "base" if size == "qwen2_vl_2b" else "instruct"
+    for phase in training(folder, model, measure_data(model, folder / "data/SAT_train_32.json", template), size):
         needed = forecast(phase.forecast)
         if needed > (free := free_memory(on_cpu=not torch.cuda.is_available())):
             note = f"left out: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
@@ -279,7 +288,7 @@ def rehearse(folder: Path, model: str | None) -> list[Row]:
             print(f"== {phase.name}: {note}")
             continue
         do(phase)
-    for phase in using(folder, model):
+    for phase in using(folder, size):
         do(phase)
     (folder / "last_phase.log").unlink()
     return rows
@@ -311,15 +320,16 @@ def main() -> None:
         prog="rehearse.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=REPO_ROOT / "outputs/rehearsal", help="(default: %(default)s)")
+    parser.add_argument("--size", choices=MODELS, default="qwen2_vl_2b", help="whose (default: %(default)s)")
     args = parser.parse_args()
     model = os.environ.get("MODEL")
-    rows = rehearse(args.output, model)
+    rows = rehearse(args.output, model, args.size)
     result = {
         "date": date.today().isoformat(),
         "machine": machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "model": model or "random weights of Qwen2-VL-2B's size",
+        "model": model or f"random weights of {MODELS[args.size].name}'s size",
         "phases": [asdict(row) for row in rows],
     }
     path = args.output / "rehearsal.json"

@@ -4,6 +4,7 @@
 #
 #   bash scripts/rehearse.sh                          every phase, into outputs/rehearsal
 #   MODEL=Qwen/Qwen2-VL-2B bash scripts/rehearse.sh   the same with real weights
+#   bash scripts/rehearse.sh --size smolvlm_256m --output outputs/smolvlm   a whole GRPO step, everything trained
 #
 # On a machine with GPUs it uses them and the recipes' own lengths; without one, short completions and one process.
 # It sets the packages up by itself; `--help` lists what can be chosen.

@@ -1,5 +1,7 @@
 """A model family is one entry, and who generates is one class: made-up ones, which only this file knows, train."""
 
+import json
+import shutil
 from unittest.mock import Mock
 
 import pytest
@@ -23,13 +25,13 @@ from transformers import (
 from trl import ModelConfig
 
 from open_r1.configs import FreezeArguments
-from open_r1.data import load_dataset
-from open_r1.families import FAMILIES, QwenVL, end_token_ids, family_of, find_family, vision_token_ids
+from open_r1.data import count_prompt_tokens, load_dataset
+from open_r1.families import FAMILIES, QwenVL, Tiled, end_token_ids, family_of, find_family, vision_token_ids
 from open_r1.memory import Launch, Load, count_memory
 from open_r1.modeling import freeze, get_adapter_config, load_model, load_processor, parameter_table
 from open_r1.prompts import load_chat_template
+from open_r1.tiny import TILE, TILE_TOKENS, make_tokenizer
 from open_r1.tiny import make_config as make_model_config
-from open_r1.tiny import make_tokenizer
 from open_r1.trainer import Qwen2VLGRPOTrainer
 from open_r1.vllm_backends import TrainerVLLMBackend
 from support import Scripted, make_config, read_jsonl, vowel_share
@@ -219,6 +221,66 @@ def test_vllm_gets_each_image_and_as_many_tokens_as_it_reads(tiny_model, mode, p
     image_tokens = 1 if mode == "colocate" else int((prompts[0].input_ids == processor.image_token_id).sum())
     found = [ids.count(processor.image_token_id) for ids in engine.asked]
     assert found == [[image_tokens, 0][row] for row in rows] and (mode == "colocate" or image_tokens == 4)
+
+
+SIZES = [
+    [(96, 64)],
+    [(330, 30)],
+    [(56, 56), (200, 30)],
+    [(31, 300)],
+    [(97, 64), (64, 97)],
+    [(33, 32)],
+    [(640, 480)],
+    [],
+]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("max_pixels", [4096, 12544])
+def test_prompts_within_the_bound_are_counted_without_a_pixel(model_type, max_pixels, tiny_models):
+    """Those of images of any shape, several too, and what the processor writes around them."""
+    processor = load_processor(tiny_models[model_type], chat_template="base", max_pixels=max_pixels)
+    family, most = FAMILIES[model_type], 0
+    assert family.most_pixels(processor) <= max_pixels
+    for sizes in SIZES:
+        images = [Image.new("RGB", size, "red") for size in sizes]
+        parts = [{"type": "image", "image": image} for image in images]
+        inputs = processor.apply_chat_template(
+            [[{"role": "user", "content": [*parts, {"type": "text", "text": "Which?"}]}]],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        example = {"prompt": [{"role": "user", "content": "Which?"}], "images": images}
+        assert count_prompt_tokens(example, processor) == inputs["input_ids"].shape[1]
+        tokens = (inputs["input_ids"] == processor.image_token_id).sum().item()
+        assert family.count_image_tokens(processor, [image.size[::-1] for image in images]) == tokens
+        most = max(most, tokens // max(len(images), 1))
+    assert isinstance(family, QwenVL) or most == family.tiles_within(max_pixels // TILE**2) * TILE_TOKENS
+
+
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if isinstance(family, Tiled)])
+def test_an_image_is_a_tile_at_least(model_type, tiny_models):
+    with pytest.raises(ValueError, match=r"--max_pixels 1000: below the smallest area .* 1024"):
+        load_processor(tiny_models[model_type], max_pixels=1000)
+    with pytest.raises(ValueError, match="--min_pixels 2000: images are enlarged to a tile of 1024 pixels"):
+        load_processor(tiny_models[model_type], min_pixels=2000)
+    one = load_processor(tiny_models[model_type], min_pixels=1024, max_pixels=1024)
+    assert FAMILIES[model_type].count_image_tokens(one, [(480, 640)]) == TILE_TOKENS
+
+
+def test_a_token_that_is_never_read_needs_no_place(tiny_models, tmp_path):
+    """InternVL3's tokenizer knows videos, and the model has no row for them."""
+    folder = shutil.copytree(tiny_models["internvl"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_processor(folder).tokenizer.get_vocab()["<video>"] == config["text_config"]["vocab_size"]
+    config["text_config"]["vocab_size"] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="they are of different models"):
+        load_processor(folder)
 
 
 def test_a_family_that_nobody_knows_is_one_line():

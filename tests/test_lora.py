@@ -115,7 +115,7 @@ def test_export_is_the_adapted_model(run, tiny_model, examples_json, tmp_path, m
         run_export(output, tmp_path / "other", "--dtype", "float23")
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_frozen_part_gets_no_adapter(tiny_models, tmp_path, model_type):
     """In Qwen2.5-VL and Qwen3-VL the vision tower has layers of the language model's names."""
     arguments = ["--output_dir", str(tmp_path), "--dataset_name", "x", "--lora_target_modules", "all-linear"]

@@ -46,6 +46,42 @@ def test_default_style_is_the_training_prompt(tokenizer):
         assert rendered == GOLDEN[f"{template}/{style}"]["text"]
 
 
+# What each family writes for an image, and at the end of a turn, where Qwen's write theirs.
+IMAGES = {"idefics3": "<image>", "smolvlm": "<image>", "internvl": "<IMG_CONTEXT>"}
+OTHERS = [pytest.param(name, IMAGES[name], id=name) for name in IMAGES]
+
+
+def render(family, template, messages, **settings):
+    processor = make_processor(make_tokenizer(model_type=family), family, template)
+    return processor.apply_chat_template(messages, tokenize=False, **settings)
+
+
+@pytest.mark.parametrize("family, image", OTHERS)
+@pytest.mark.parametrize("style", ["reasoning", "direct"])
+def test_other_families_have_the_same_base_prompt(family, image, style):
+    """But for the mark of an image, and the end of an answer."""
+    parts = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    asked, answered = {"role": "user", "content": parts}, {"role": "assistant", "content": "left"}
+    golden = GOLDEN[f"base/{style}"]["text"].replace("<|vision_start|><|image_pad|><|vision_end|>", image)
+    assert render(family, "base", [asked], add_generation_prompt=True, style=style) == golden
+    end = "<|im_end|>" if family == "internvl" else "<end_of_utterance>"
+    assert render(family, "base", [asked, answered], style=style) == f"{golden}left{end}"
+
+
+@pytest.mark.parametrize("style", ["train", "reasoning", "direct"])
+def test_other_families_have_their_own_instruct_prompt(style):
+    """InternVL3's is ChatML with a line an image; SmolVLM's names the speakers."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    golden = GOLDEN[f"instruct/{style}"]["text"]
+    expected = golden.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n")
+    assert render("internvl", "instruct", messages, add_generation_prompt=True, style=style) == expected
+    asked = golden.rpartition("<|vision_end|>")[2].partition("<|im_end|>")[0]
+    expected = f"<|im_start|>User:<image>{asked}<end_of_utterance>\nAssistant:"
+    assert render("smolvlm", "instruct", messages, add_generation_prompt=True, style=style) == expected
+    answered = [*messages, {"role": "assistant", "content": "left"}]
+    assert render("smolvlm", "instruct", answered, style=style) == f"{expected} left<end_of_utterance>\n"
+
+
 def test_only_the_base_prompt_opens_the_think_block(tokenizer):
     base, instruct = (make_processor(tokenizer, chat_template=name) for name in ("base", "instruct"))
     assert opens_think(base) and not opens_think(base, style="direct") and not opens_think(instruct)

