@@ -71,7 +71,7 @@ def held_out(step: int, right: Sequence[bool], first_image: int = 0) -> list[dic
             step=step,
             group=number,
             prompt=f"question {number}",
-            images=[f"{first_image + number}.png"],
+            images=[f"{first_image + number:02}.png"],
             rewards={"accuracy_reward": float(is_right), "format_reward": 1.0},
         )
         for number, is_right in enumerate(right)
@@ -156,6 +156,20 @@ def test_what_a_resumed_run_asked_again_counts_once(tmp_path):
     trial = read_trial(path)
     assert trial.held_out.shape == (3, QUESTIONS) and trial.held_out[-1].mean() == 0.55
     assert trial.held_out[-1, 9:13].tolist() == [1, 0.5, 0.5, 0]
+
+
+def test_seeds_that_ask_in_another_order_ask_the_same(tmp_path):
+    path = write_trial(tmp_path / "none/seed0", 10)
+    held = path / "trajectories/eval.jsonl"
+    rows = [json.loads(line) for line in held.read_text().splitlines()]
+    other = write_trial(tmp_path / "none/seed1", 10) / "trajectories/eval.jsonl"
+    mirrored = [
+        {**rows[i // QUESTIONS * QUESTIONS + QUESTIONS - 1 - i % QUESTIONS], "group": i % QUESTIONS}
+        for i in range(len(rows))
+    ]
+    other.write_text("".join(json.dumps(record) + "\n" for record in mirrored))
+    one, two = read_trial(path), read_trial(other.parent.parent)
+    assert one.questions == two.questions and np.array_equal(one.held_out, two.held_out)
 
 
 def script(*arguments: object) -> subprocess.CompletedProcess:

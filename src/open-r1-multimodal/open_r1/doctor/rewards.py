@@ -20,7 +20,7 @@ from open_r1.rewards import Reward, accuracy_reward
 ROWS = 200  # among which are looked for
 ASKED = 4  # examples with different answers
 SLOW = 0.05  # seconds a completion
-LONGEST = 32_768  # tokens of a sample: none of these models writes more, whatever the recipe allows
+LONGEST = 32_768  # words of a sample, whatever the recipe allows: a limit without end would fill the memory
 THOUGHT = "The picture shows it. Wait, let me look again.</think>\n"
 # Ways to write the right answer into `<answer>`, none of which changes it.
 DRESSES = (
@@ -80,8 +80,8 @@ def make_samples(rows: Iterable[Row], opens_think: bool, longest: int) -> list[S
         if row.get(ROTATION_OF) is not None:
             other_order = {**row, "options": [*row["options"][1:], *row["options"][:1]]}
             result.append(Sample(other_order, "in another order", f"{thought}<answer>{gold}</answer>", True))
-        result += [Sample(row, "answer alone", gold, False)]
-        result.append(Sample(row, "endless", f"{gold} " * min(longest, LONGEST), False))
+        endless = f"{gold} " * min(longest, LONGEST)
+        result += [Sample(row, "answer alone", gold, False), Sample(row, "endless", endless, False)]
     return result
 
 

@@ -74,7 +74,7 @@ def read_trial(path: Path) -> Trial:
 
 
 def read_held_out(held_out: Trajectories, origin: object) -> tuple[np.ndarray, np.ndarray, list[Hashable]]:
-    """Steps (T,), right answers (T, Q) and Q names of questions of a run's held-out evaluations.
+    """Steps (T,), right answers (T, Q) and Q names of questions, sorted, of a run's held-out evaluations.
 
     Raises:
         ValueError: there are none, or not all asked the same number of questions.
@@ -89,9 +89,14 @@ def read_held_out(held_out: Trajectories, origin: object) -> tuple[np.ndarray, n
     if len(set(counts.tolist())) > 1:
         raise ValueError(f"{origin}: its evaluations asked {min(counts)} to {max(counts)} held-out questions")
     order = np.argsort(held_out.rows["step"][first], kind="stable")
-    asked = (held_out.read(index) for index in first[order][: counts[0]])
+    asked = [held_out.read(index) for index in first[order]]
     names = [(tuple(row["images"]), row.get("solution")) for row in asked]
-    return steps, correct[order].reshape(len(steps), counts[0]), names
+    # Every seed asks them in an order of its own.
+    count = counts[0]
+    starts = range(0, len(names), count)
+    ranked = [sorted(range(start, start + count), key=lambda index: repr(names[index])) for start in starts]
+    correct = correct[order][np.concatenate(ranked)].reshape(len(steps), count)
+    return steps, correct, [names[index] for index in ranked[0]]
 
 
 def read_benchmark(path: Path) -> dict[Hashable, bool] | None:
