@@ -28,6 +28,7 @@ from open_r1.doctor.finding import Finding, Verdict
 from open_r1.doctor.patient import Patient
 from open_r1.doctor.survey import survey
 from open_r1.entry import Command
+from open_r1.families import FAMILIES as MODEL_FAMILIES
 from open_r1.front_door import Mistake
 from open_r1.memory import Launch, Load, activation_bytes, build_model, cache_bytes, count_memory
 from open_r1.modeling import FreezeArguments, load_processor
@@ -148,7 +149,7 @@ def test_weights_and_states_are_counted_to_the_byte():
     assert frozen.backward["activations"] < two.backward["activations"]
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+@pytest.mark.parametrize("model_type", MODEL_FAMILIES)
 def test_every_family_and_recipe_is_counted(tiny_models, model_type, capsys, monkeypatch):
     configs = REPO_ROOT / "configs"
     recipes = [[path] for path in sorted([*configs.glob("*.yaml"), *configs.glob("tiny/*.yaml")])]

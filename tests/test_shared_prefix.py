@@ -151,6 +151,16 @@ def test_scores_and_gradients_over_paths(
     assert_same_scores_and_gradients(*trainers)
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_scores_and_gradients_of_an_adapter(model_type, tiny_models, datasets_by_images, tmp_path, monkeypatch):
+    """With checkpointing, and several prompts a micro-batch."""
+    without_shuffling(monkeypatch)
+    changes = {"lora": True, "gradient_checkpointing": True, "per_device_train_batch_size": 16}
+    assert_same_scores_and_gradients(
+        *make_trainers(tiny_models[model_type], datasets_by_images[1], tmp_path, **changes)
+    )
+
+
 CASES = {
     "one prompt a micro-batch": {},
     "several prompts a micro-batch": {"per_device_train_batch_size": 16},

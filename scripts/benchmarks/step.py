@@ -14,6 +14,7 @@ the measured ratio's share of it; it can exceed 1 where stock loses time on othe
 
 import argparse
 import ctypes
+import math
 import random
 import statistics
 import subprocess
@@ -31,19 +32,20 @@ import torch
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
 from PIL import Image
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from open_r1.backends import Completions
+from open_r1.families import FAMILIES, family_of
 from open_r1.front_door import positive
+from open_r1.memory import load_config
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import load_chat_template
 from open_r1.published import TEXT, VISION, make_2b_config
-from open_r1.tiny import make_model, make_processor, make_tokenizer, text_token_arguments, vision_token_arguments
+from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
 from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 
 WAYS = {"stock": GRPOTrainer, "ours": Qwen2VLGRPOTrainer}
-FAMILIES = ("qwen2_vl", "qwen3_5")
 WORDS = ("where", "is", "the", "red", "ball", "large", "green", "box", "seen", "from", "left", "side", "of", "room")
 
 
@@ -61,7 +63,7 @@ class Preset:
     min_length: int
     max_length: int
     mean_extra: float  # of a completion beyond min_length; the end token's probability is its inverse
-    family: str = "qwen2_vl"  # made of these sizes
+    family: str = "qwen2_vl"  # another has its tiny configuration, of these widths and depths
 
 
 PRESETS = {
@@ -108,34 +110,17 @@ PRESETS = {
 def write_checkpoint(preset: Preset, folder: Path) -> None:
     """A random checkpoint of the preset's size with a tokenizer of one token a byte."""
     # about a token a word, as the published vocabulary has it
-    tokenizer = make_tokenizer([" ".join(WORDS), load_chat_template("base")] * 9, vocab_size=1024)
+    texts = [" ".join(WORDS), load_chat_template("base")] * 9
+    tokenizer = make_tokenizer(texts, vocab_size=1024, model_type=preset.family)
     make_processor(tokenizer, preset.family).save_pretrained(folder)
-    make_model(make_config(preset, tokenizer)).to(getattr(torch, preset.dtype)).save_pretrained(folder)
-
-
-def make_config(preset: Preset, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """Of the preset's sizes: Qwen2-VL; or Qwen3.5, three of four layers gated delta nets as wide as the layer."""
-    text, vision = preset.text, preset.vision
     if preset.family == "qwen2_vl":
-        return make_2b_config(tokenizer, text, vision)
-    head = text["hidden_size"] // text["num_attention_heads"]
-    half = head // 8  # of the quarter of a head that is rotated
-    gated = {f"linear_num_{kind}_heads": text["num_attention_heads"] for kind in ("key", "value")}
-    gated |= {f"linear_{kind}_head_dim": head for kind in ("key", "value")}
-    rope = {**text["rope_parameters"], "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
-    tower = {"hidden_size": vision["embed_dim"], "intermediate_size": 4 * vision["embed_dim"]}
-    return AutoConfig.for_model(
-        preset.family,
-        text_config={**text, "head_dim": head, "rope_parameters": rope, **gated, **text_token_arguments(tokenizer)},
-        vision_config={
-            **tower,
-            "depth": vision["depth"],
-            "num_heads": vision["num_heads"],
-            "out_hidden_size": text["hidden_size"],
-        },
-        tie_word_embeddings=True,
-        **vision_token_arguments(tokenizer, preset.family),
-    )
+        config = make_2b_config(tokenizer, preset.text, preset.vision)
+    else:
+        widths = {name: preset.text[name] for name in ("hidden_size", "intermediate_size")}
+        widths |= {"vision_size": preset.vision["embed_dim"], "head_dim": 64}
+        depths = {"num_layers": preset.text["num_hidden_layers"], "vision_layers": preset.vision["depth"]}
+        config = make_config(tokenizer, preset.family, **widths, **depths)
+    make_model(config).to(getattr(torch, preset.dtype)).save_pretrained(folder)
 
 
 def make_dataset(preset: Preset, folder: Path) -> Dataset:
@@ -153,7 +138,7 @@ def make_dataset(preset: Preset, folder: Path) -> Dataset:
 def make_trainer(way: str, preset: Preset, checkpoint: Path, data: Dataset, checkpointing: bool) -> GRPOTrainer:
     """A trainer that is ready to step, with its optimiser."""
     processor = load_processor(checkpoint, chat_template="base", max_pixels=401408)
-    end = processor.tokenizer.eos_token_id
+    end, tokens = processor.tokenizer.eos_token_id, load_config(checkpoint).get_text_config().vocab_size
     args = Qwen2VLGRPOConfig(
         output_dir=tempfile.mkdtemp(dir=checkpoint.parent),
         use_cpu=not torch.cuda.is_available(),
@@ -169,7 +154,7 @@ def make_trainer(way: str, preset: Preset, checkpoint: Path, data: Dataset, chec
         generation_kwargs={
             "min_new_tokens": preset.min_length,
             # logits of random weights are about equal, so this gives the end token a probability of 1 / mean_extra
-            "sequence_bias": [[[end], float(torch.tensor(preset.text["vocab_size"] / preset.mean_extra).log())]],
+            "sequence_bias": [[[end], math.log(tokens / preset.mean_extra)]],
         },
     )
     if way == "stock":
@@ -294,19 +279,19 @@ def count_work(trainer: GRPOTrainer, preset: Preset, completions: list[list[int]
     softmax are left out on both sides, and that a chunk of 64 tokens costs as much when it is not full.
     """
     model = trainer.model
-    text, vision = model.config.text_config, model.config.vision_config
+    text = model.config.text_config
     rows = next(iter(trainer.get_train_dataloader()))
-    prompt, patches = prompt_size(trainer, rows[0])
+    prompt, image_tokens, states = prompt_size(trainer, rows[0])
+    patches, seen, width = states[:-1].numel(), states[-2], states[-1]  # each patch attends to those it is seen with
+    head = text.vocab_size * text.hidden_size
+    body = linear_weights(model, "language model") - head
     recurrent = (getattr(text, "layer_types", None) or []).count("linear_attention")
-    body = linear_weights(model.model.language_model)
     if recurrent:
         body += 3 * recurrent * text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
-    head = text.vocab_size * text.hidden_size
     pair = 2 * (text.num_hidden_layers - recurrent) * text.hidden_size
-    merge = vision.spatial_merge_size**2
-    tower = linear_weights(model.model.visual) - linear_weights(model.model.visual.merger)
-    image = patches * tower + patches / merge * linear_weights(model.model.visual.merger)
-    image += 2 * vision.depth * preset.vision["embed_dim"] * patches**2
+    depth = len(family_of(model).vision_blocks(model))
+    image = patches * linear_weights(model, "vision tower") + image_tokens * linear_weights(model, "merger")
+    image += 2 * depth * width * patches * seen
 
     group, prompts = preset.group_size, preset.prompts_per_step
     lengths = [len(completion) for completion in completions]
@@ -340,14 +325,18 @@ def count_work(trainer: GRPOTrainer, preset: Preset, completions: list[list[int]
     }
 
 
-def linear_weights(module: torch.nn.Module) -> int:
-    """Weights of the linear layers and convolutions in a module: multiply-adds a token."""
-    kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv3d)
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, kinds))
+def linear_weights(model: PreTrainedModel, part: str) -> int:
+    """Weights of the linear layers and convolutions in one of `families.PARTS`: multiply-adds a token or patch."""
+    kinds, family = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d), family_of(model)
+    return sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and family.part_of(f"{name}.weight") == part
+    )
 
 
-def prompt_size(trainer: GRPOTrainer, row: dict[str, Any]) -> tuple[int, int]:
-    """Tokens and patches of a prompt."""
+def prompt_size(trainer: GRPOTrainer, row: dict[str, Any]) -> tuple[int, int, torch.Size]:
+    """Tokens of a prompt, those of its image among them, and the shape (..., patches, width) of the tower's states."""
     content = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": row["prompt"][0]["content"]}]
     inputs = trainer.processing_class.apply_chat_template(
         [[{"role": "user", "content": content}]],
@@ -356,7 +345,13 @@ def prompt_size(trainer: GRPOTrainer, row: dict[str, Any]) -> tuple[int, int]:
         return_dict=True,
         return_tensors="pt",
     )
-    return inputs["input_ids"].shape[1], inputs["pixel_values"].shape[0]
+    model, family, shapes = trainer.model, family_of(trainer.model), []
+    hook = family.vision_blocks(model)[0].register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    with torch.no_grad():
+        family.encode_images(model, family.images_of(inputs))
+    hook.remove()
+    image_tokens = int((inputs["input_ids"] == trainer.processing_class.image_token_id).sum())
+    return inputs["input_ids"].shape[1], image_tokens, shapes[0]
 
 
 # --- the command -----------------------------------------------------------------------------------
@@ -469,9 +464,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result |= measure(preset, args.rounds, args.gradient_checkpointing)
     sizes = result["work"]["sizes"]
     print(
-        f"{args.preset}, {args.family} on {device}: {preset.prompts_per_step} prompts of {sizes['prompt']} tokens with "
-        f"{sizes['patches']} patches, {preset.group_size} completions each, {sizes['completions']} completion tokens; "
-        f"medians of {args.rounds} rounds [lowest, highest]\n{table(result)}\n"
+        f"{args.preset}, {args.family}, on {device}: {preset.prompts_per_step} prompts of {sizes['prompt']} tokens "
+        f"with {sizes['patches']} patches, {preset.group_size} completions each, "
+        f"{sizes['completions']} completion tokens; medians of {args.rounds} rounds [lowest, highest]\n"
+        f"{table(result)}\n"
         f"completion tokens per second of a whole step, ours: {result['completion tokens per second']['ours']:.0f}"
     )
     return result
@@ -486,7 +482,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", choices=PRESETS, default="sat-cpu", help="(default: %(default)s)")
-    parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl", help="architecture (default: %(default)s)")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl", help="of models (default: %(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, help="(default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="of torch on the CPU (default: one a core)")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="in both")

@@ -135,13 +135,17 @@ def make_config(
     vision_size: int = 32,
     vision_layers: int = 2,
     head_dim: int = 16,
+    intermediate_size: int | None = None,
 ) -> PreTrainedConfig:
-    """The family's configuration at a size that trains on a CPU: heads of `head_dim` dimensions, in the tower of 16."""
+    """The family's configuration at a size that trains on a CPU: heads of `head_dim` dimensions, in the tower of 16.
+
+    The language model's layers are twice as wide inside as outside, or of `intermediate_size`.
+    """
     rope = {"rope_type": "default", "rope_theta": 1e6}
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
-        "intermediate_size": 2 * hidden_size,
+        "intermediate_size": intermediate_size or 2 * hidden_size,
         "num_hidden_layers": num_layers,
         "num_attention_heads": hidden_size // head_dim,
         "num_key_value_heads": hidden_size // (2 * head_dim),
@@ -180,11 +184,11 @@ def fit_qwen(
     if model_type == "qwen3_vl":
         text = {**text, "head_dim": head_dim}
         rope["mrope_interleaved"] = True
-    if model_type == "qwen3_5":  # half of its layers recurrent, and half of a head rotated
-        heads, section = text["hidden_size"] // 16, [head_dim // 8, head_dim // 16, head_dim // 16]
-        text = {**text, "head_dim": head_dim, "full_attention_interval": 2}
+    if model_type == "qwen3_5":  # every fourth layer attends, or the last of fewer; half of a head is rotated
+        heads, section = text["hidden_size"] // head_dim, [head_dim // 8, head_dim // 16, head_dim // 16]
+        text = {**text, "head_dim": head_dim, "full_attention_interval": min(text["num_hidden_layers"], 4)}
         text |= {"linear_num_key_heads": heads // 2, "linear_num_value_heads": heads}
-        text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+        text |= {"linear_key_head_dim": head_dim, "linear_value_head_dim": head_dim}
         rope |= {"mrope_section": section, "partial_rotary_factor": 0.5}
         text |= {"initializer_range": 0.08}  # with its own 0.02 the gates of so few dimensions let no image through
     return {**text, "rope_parameters": rope}, vision | sizes
