@@ -42,7 +42,11 @@ OVERLAID = [
 RUNS = [(recipe, launch) for recipe in RECIPES for launch in LAUNCHES] + [(config, "zero2") for config in OVERLAID]
 BASE = REPO_ROOT / "configs/tiny/base"
 # Recipes of models that the tiny base is no small one of: they run on a random one of the family.
-FAMILY_OF = {"configs/smolvlm_256m.yaml": "smolvlm", "configs/internvl3_1b.yaml": "internvl"}
+FAMILY_OF = {
+    "configs/qwen3_5_2b.yaml": "qwen3_5",
+    "configs/smolvlm_256m.yaml": "smolvlm",
+    "configs/internvl3_1b.yaml": "internvl",
+}
 STEPS = 3
 
 

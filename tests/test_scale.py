@@ -9,7 +9,7 @@ from trl import ModelConfig
 
 from open_r1.configs import FreezeArguments
 from open_r1.families import family_of
-from open_r1.memory import Launch, build_model, text_model
+from open_r1.memory import Launch, build_model
 from open_r1.prompts import REPO_ROOT
 from open_r1.published import make_2b_config
 from open_r1.tiny import make_tokenizer
@@ -53,7 +53,7 @@ def test_multiplications_are_the_models(scale, published):
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         positions = torch.zeros(3, 1, tokens, dtype=torch.long)
         embedded = torch.empty(1, tokens, model.hidden, dtype=torch.bfloat16)
-        text_model(published)(inputs_embeds=embedded, position_ids=positions, use_cache=False)
+        published.get_decoder()(inputs_embeds=embedded, position_ids=positions, use_cache=False)
         decoder = counter.get_total_flops()
         family_of(published).run_tower(published, patches, torch.bfloat16)
         tower = counter.get_total_flops() - decoder

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import nn
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -190,7 +189,6 @@ def fit_qwen(
         text |= {"linear_num_key_heads": heads // 2, "linear_num_value_heads": heads}
         text |= {"linear_key_head_dim": head_dim, "linear_value_head_dim": head_dim}
         rope |= {"mrope_section": section, "partial_rotary_factor": 0.5}
-        text |= {"initializer_range": 0.08}  # with its own 0.02 the gates of so few dimensions let no image through
     return {**text, "rope_parameters": rope}, vision | sizes
 
 
@@ -217,9 +215,6 @@ def make_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A randomly initialised float32 model of the configuration's family, the same for the same seed."""
     set_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
-    for name, decay in model.named_parameters():
-        if name.endswith("A_log"):  # at random most heads of a gated delta net forget within a token, which none learns
-            nn.init.constant_(decay, -5)
     model.generation_config = own_sampling_settings(config.get_text_config())
     return model
 
