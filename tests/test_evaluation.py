@@ -18,16 +18,18 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
+from trl import ModelConfig
 
 from open_r1 import front_door
 from open_r1.backends import TransformersBackend
 from open_r1.evaluate import answering
 from open_r1.evaluate import run as evaluation
-from open_r1.families import family_of_processor
-from open_r1.modeling import load_model, load_processor, reset_generation_config
+from open_r1.families import FAMILIES, family_of_processor
+from open_r1.modeling import FreezeArguments, get_adapter_config, load_model, load_processor, reset_generation_config
 from open_r1.prompts import REPO_ROOT, load_chat_template, sat_question
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, read
 from open_r1.tiny import make_processor, make_tokenizer, save_tiny_model
@@ -430,6 +432,42 @@ def test_an_adapter_is_evaluated_as_its_merged_model_with_its_own_prompt(
     assert lora["prompt"]["name"] == "instruct" and lora["pixels"]["max"] == 6272
     changed = [a["response"] != b["response"] for a, b in zip(lora["results"], base["results"], strict=True)]
     assert sum(changed) > len(changed) / 2
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_adapter_of_every_family_is_exported_evaluated_and_asked(
+    model_type, script, rendered, tiny_models, tmp_path, monkeypatch, capsys
+):
+    """One as the recipes make it, over what they adapt in this family."""
+    settings = yaml.safe_load((REPO_ROOT / "configs/overlays/lora.yaml").read_text())
+    chosen = ModelConfig(use_peft=True, lora_r=4, lora_target_modules=settings["lora_target_modules"])
+    torch.manual_seed(0)
+    lora = get_adapter_config(chosen, FreezeArguments(freeze_vision=True), FAMILIES[model_type])
+    lora.init_lora_weights = False
+    model = get_peft_model(load_model(str(tiny_models[model_type]), "float32"), lora)
+    model.save_pretrained(tmp_path / "lora")
+    processor = load_processor(tiny_models[model_type], chat_template="instruct", max_pixels=6272)
+    processor.save_pretrained(tmp_path / "lora")
+
+    def call(name: str, *options: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+        capsys.readouterr()
+        runpy.run_path(str(REPO_ROOT / "scripts" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    call("export.py", "--adapter", tmp_path / "lora", "--output", tmp_path / "merged")
+    arguments = ["--dataset_path", str(rendered), "--limit", "6", "--max_new_tokens", "12"]
+    arguments += ["--output_dir", str(tmp_path / "results"), "--bs", "3"]
+    of_lora, merged, base = (
+        run(script, [*arguments, "--model_path", str(path)])
+        for path in (tmp_path / "lora", tmp_path / "merged", tiny_models[model_type])
+    )
+    assert of_lora["results"] == merged["results"] != base["results"] and len(merged["results"]) == 6
+    assert of_lora["prompt"]["name"] == merged["prompt"]["name"] == "instruct" and merged["pixels"]["max"] <= 6272
+    Image.new("RGB", (80, 60), "red").save(tmp_path / "red.png")
+    options = ["--image", tmp_path / "red.png", "--question", "Which colour?", "--max_new_tokens", 4]
+    asked = [call("ask.py", "--model", tmp_path / name, *options) for name in ("lora", "merged")]
+    assert asked[0] == asked[1] and "completion: " in asked[0]
 
 
 def test_the_fingerprint_of_an_adapter_holds_its_base(adapter, model_path, tmp_path):

@@ -47,7 +47,7 @@ class Family(ABC):
         published_pixels: as large an area as the published checkpoints let an image have, or more: no recipe's prompt
             has room for it, and nothing was trained at it here.
         templates: the folder below `configs/chat_templates` with its `base` and `instruct`.
-        has_vllm: whether vLLM was tried with it.
+        has_vllm: whether vLLM can be told to bound its images as the processor does.
     """
 
     model_type: str
@@ -153,8 +153,8 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def most_pixels(self, processor: ProcessorMixin) -> int:
-        """The largest area that its processor gives an image."""
+    def pixel_bounds(self, processor: ProcessorMixin) -> tuple[int, int]:
+        """The smallest and the largest area that its processor gives an image."""
 
     # ---- for the memory count: a model's parts on torch's `meta` device
 
@@ -231,16 +231,17 @@ class QwenVL(Family):
     ) -> None:
         # The image processor reads its bounds from `size` alone; its min_pixels and max_pixels are constructor
         # arguments that a later assignment does not reach.
-        size = processor.image_processor.size
-        smallest, largest = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+        smallest, largest = self.pixel_bounds(processor)
+        smallest, largest = min_pixels or smallest, max_pixels or largest
         if smallest > largest:
             raise ValueError(
                 f"--max_pixels {largest}: below the smallest area that an image is enlarged to, {smallest}"
             )
         processor.image_processor.size = {"shortest_edge": smallest, "longest_edge": largest}
 
-    def most_pixels(self, processor: ProcessorMixin) -> int:
-        return processor.image_processor.size["longest_edge"]
+    def pixel_bounds(self, processor: ProcessorMixin) -> tuple[int, int]:
+        size = processor.image_processor.size
+        return size["shortest_edge"], size["longest_edge"]
 
     def vision_tower(self, model: nn.Module) -> nn.Module:
         return next(module for name, module in model.named_modules() if name.endswith("visual"))
@@ -341,8 +342,9 @@ class Tiled(Family):
             raise ValueError(f"--max_pixels {max_pixels}: below the smallest area that an image is enlarged to, {tile}")
         self.set_room(processor, max_pixels // tile)
 
-    def most_pixels(self, processor: ProcessorMixin) -> int:
-        return self.most_tiles(processor) * self.tile_side(processor) ** 2
+    def pixel_bounds(self, processor: ProcessorMixin) -> tuple[int, int]:
+        tile = self.tile_side(processor) ** 2
+        return tile, self.most_tiles(processor) * tile
 
     def count_patches(self, config: PreTrainedConfig, pixels: int) -> int:
         return self.tiles_within(pixels // _side(config.vision_config.image_size) ** 2) * self.tile_patches(config)

@@ -48,7 +48,7 @@ def engine_settings(processor: ProcessorMixin | PreTrainedTokenizerBase, dtype: 
     """What `vllm.LLM` must be told to see images as `processor` does, and to compute as the policy does.
 
     Raises:
-        ValueError: vLLM was not tried with models of this family.
+        ValueError: it cannot be told how this family bounds images.
     """
     if not isinstance(processor, ProcessorMixin):
         return {"dtype": dtype}

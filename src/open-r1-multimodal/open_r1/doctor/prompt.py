@@ -10,6 +10,7 @@ from trl.data_utils import prepare_multimodal_messages
 from open_r1.data import Row, opens_think
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
 from open_r1.doctor.patient import Patient
+from open_r1.families import family_of_processor
 from open_r1.modeling import load_processor
 from open_r1.rewards import accuracy_reward, format_reward
 
@@ -59,7 +60,8 @@ def saved(patient: Patient) -> Iterator[Finding]:
     processor.save_pretrained(folder)
     again = load_processor(str(folder))
     same_text = render(again, row, **patient.template_kwargs) == render(processor, row, **patient.template_kwargs)
-    if not same_text or again.image_processor.size != processor.image_processor.size:
+    bounds = family_of_processor(processor).pixel_bounds
+    if not same_text or bounds(again) != bounds(processor):
         lost = "its image bounds" if same_text else "its prompt"
         yield failed(f"a saved processor has lost {lost}", "save_pretrained of this processor's class is at fault")
     else:

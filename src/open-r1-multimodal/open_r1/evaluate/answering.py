@@ -165,7 +165,7 @@ def load_prompting(
     processor = load_processor(str(folder), max_pixels=max_pixels)
     family = family_of_processor(processor)
     name, processor.chat_template = choose_chat_template(prompt, processor.chat_template, family.templates)
-    if max_pixels is None and family.most_pixels(processor) >= family.published_pixels:
+    if max_pixels is None and family.pixel_bounds(processor)[1] >= family.published_pixels:
         family.bound_images(processor, max_pixels=PAPER_MAX_PIXELS)
     check_template(processor, **template_kwargs)
     return processor, name

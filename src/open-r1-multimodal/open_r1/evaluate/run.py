@@ -211,6 +211,7 @@ def evaluate(args: argparse.Namespace) -> None:
         messages,
         model_fingerprint,
     )
+    from open_r1.families import family_of_processor
 
     # accelerate takes processes on the CPU for one another's strangers, each the main one, unless it is told of it.
     on_cpu = not torch.accelerator.is_available() or accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -220,14 +221,14 @@ def evaluate(args: argparse.Namespace) -> None:
     style = "reasoning" if args.use_reasoning_prompt else "direct"
     processor, prompt_name = load_prompting(folder, args.prompt, args.max_pixels, style=style)
     check_prompts(items, processor)
-    size = processor.image_processor.size
+    least_pixels, most_pixels = family_of_processor(processor).pixel_bounds(processor)
     settings = {
         "benchmark": args.benchmark,
         "questions": digest(items),
         "model": model_fingerprint(folder),
         "prompt": {"name": prompt_name, "style": style, "template": processor.chat_template},
         "generation": generation_settings(processor, args.max_new_tokens),
-        "pixels": {"min": size["shortest_edge"], "max": size["longest_edge"]},
+        "pixels": {"min": least_pixels, "max": most_pixels},
         "backend": args.backend,
         "dtype": dtype,
     }
