@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,11 +19,17 @@ from transformers import TrainerCallback
 
 from open_r1.backends import Backend, Completions
 from open_r1.data import load_dataset
+from open_r1.families import FAMILIES
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT, sat_question
 from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 
 COLOURS = ["red", "lime", "blue", "white", "black", "yellow"]
+
+
+def families(*quick: str) -> list[Any]:
+    """Every family as a test's parameter, those but `quick` for `--all`: they share the code that is slow to test."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in FAMILIES]
 
 
 def write_examples(folder: Path, count: int = 8, images_per_example: int = 1) -> Path:

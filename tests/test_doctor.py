@@ -28,7 +28,6 @@ from open_r1.doctor.finding import Finding, Verdict
 from open_r1.doctor.patient import Patient
 from open_r1.doctor.survey import survey
 from open_r1.entry import Command
-from open_r1.families import FAMILIES as MODEL_FAMILIES
 from open_r1.front_door import Mistake
 from open_r1.memory import Launch, Load, activation_bytes, build_model, cache_bytes, count_memory
 from open_r1.modeling import FreezeArguments, load_processor
@@ -39,7 +38,7 @@ from open_r1.shared_prefix import Prompt
 from open_r1.tasks.examples import iter_examples, read_examples
 from open_r1.tiny import make_config as make_model_config
 from open_r1.tiny import make_model, make_processor, make_tokenizer
-from support import load_weights, make_trainer, run_grpo, write_examples
+from support import families, load_weights, make_trainer, run_grpo, write_examples
 
 # Trains two steps of the recipe at hand with a model of no size, which imports and allocates all that a run does,
 # and then with the model itself: what comes on top is the model's.
@@ -149,7 +148,7 @@ def test_weights_and_states_are_counted_to_the_byte():
     assert frozen.backward["activations"] < two.backward["activations"]
 
 
-@pytest.mark.parametrize("model_type", MODEL_FAMILIES)
+@pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5", "smolvlm"))
 def test_every_family_and_recipe_is_counted(tiny_models, model_type, capsys, monkeypatch):
     configs = REPO_ROOT / "configs"
     recipes = [[configs / f"{name}.yaml"] for name in ("grpo_sat", "grpo_sat_lora", "sft_sat")]
@@ -485,6 +484,7 @@ def run_doctor(python: Path, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([*map(str, command)], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_machine_alone(quick_python):
     result = run_doctor(quick_python, "--json")
     findings = json.loads(result.stdout)

@@ -72,7 +72,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("model_type", ["qwen2_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_what_trl_asks_of_vision_language_models(case, model_type, tiny_models, tmp_path):
     make, changes = CASES[case]
@@ -194,7 +194,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("shared_prefix", [True, False])
+@pytest.mark.parametrize("shared_prefix", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", FORMS)
 def test_dataset_forms(form, shared_prefix, tiny_model, tmp_path):
     """Without a solution, which no reward asks for; the rows come to the reward as the dataset has them."""

@@ -49,6 +49,7 @@ def test_without_a_gpu_it_says_so(quick_python, tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "soon"])
 def test_a_time_that_is_none_is_refused(minutes, quick_python, tmp_path):
     done = start(tmp_path, "--minutes", minutes, python=quick_python)

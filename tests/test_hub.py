@@ -100,6 +100,7 @@ def test_fetch_goes_on_where_it_broke_off(hub, tmp_path):
     assert (Path(fetch(hub, tmp_path / "home").stdout.strip()) / "sub/file.bin").read_bytes() == BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "trouble", "message"),
     [

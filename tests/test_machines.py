@@ -298,6 +298,7 @@ def test_a_job_whose_time_is_over_goes_back_into_the_queue(tmp_path, job, code, 
 # --- The rollout server -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_server_sees_images_and_computes_as_the_recipes_policy(tmp_path, tiny_model, quick_python):
     env = {**os.environ, "DRY_RUN": "1", "MODEL": str(tiny_model), "PYTHON": str(quick_python)}
 
@@ -327,6 +328,7 @@ def test_the_server_sees_images_and_computes_as_the_recipes_policy(tmp_path, tin
     assert value(command(CONFIG=recipes), "--dtype") == "bfloat16"
 
 
+@pytest.mark.slow
 def test_the_server_says_what_it_takes_and_that_vllm_is_missing(tmp_path, tiny_model, quick_python):
     script = ["bash", str(REPO_ROOT / "scripts/serve_rollouts.sh")]
     help_text = subprocess.check_output([*script, "--help"], text=True)

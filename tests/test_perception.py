@@ -24,7 +24,16 @@ from open_r1.perception import (
     split_halves,
 )
 from open_r1.prompts import REPO_ROOT
-from support import fake_completions, launch_env, load_weights, make_config, make_trainer, write_examples, write_mixed
+from support import (
+    fake_completions,
+    families,
+    launch_env,
+    load_weights,
+    make_config,
+    make_trainer,
+    write_examples,
+    write_mixed,
+)
 from test_shared_prefix import script
 
 SHARE = 0.6
@@ -171,10 +180,16 @@ def slow_term(trainer, inputs):
     return total / len(inputs["prompts"])
 
 
-CASES = [(model_type, rows, False) for model_type in FAMILIES for rows in ("one image", "two images", "mixed")]
-
-
-@pytest.mark.parametrize("model_type, rows, frozen", [*CASES, ("qwen2_vl", "mixed", True)])
+@pytest.mark.parametrize(
+    "rows, frozen",
+    [
+        pytest.param("one image", False, marks=pytest.mark.slow),
+        pytest.param("two images", False, marks=pytest.mark.slow),
+        ("mixed", False),
+        pytest.param("mixed", True, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5", "smolvlm", "internvl"))
 def test_term_and_gradient_are_those_of_the_slow_one(model_type, rows, frozen, tiny_models, datasets, tmp_path):
     """Several prompts a micro-batch, with completions of any length."""
     trainer = make_papo_trainer(
@@ -348,6 +363,7 @@ def test_half_of_a_group_is_sampled_from_noise_and_all_of_it_scored_clean(tiny_m
     assert noisy_groups
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_the_same_masks_and_noise(tiny_model, datasets, tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "papo_coef": 0.5, "rollout_noise": 500}
     make_trainer(tiny_model, datasets["one image"], tmp_path / "whole", **settings).train()

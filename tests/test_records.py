@@ -153,6 +153,7 @@ def test_every_form_gives_the_same_rows(name, folder, tiny_model):
     check_rows(load_dataset(source, load_processor(tiny_model), columns=columns))
 
 
+@pytest.mark.slow
 def test_a_set_on_the_hub_by_its_columns(folder, tiny_model):
     """As typed: `--dataset_name ID --dataset_train_split ... --question_column ...`, in a process of its own."""
     import os

@@ -452,6 +452,7 @@ def test_choice_of_steps():
     assert choose_steps({}, 2) == []
 
 
+@pytest.mark.slow
 def test_1500_steps_of_64_completions(tmp_path):
     questions = [
         {"question": f"Where is shape {n}?", "options": ["left", "right"], "answer": "left", "images": []}
@@ -592,6 +593,7 @@ def test_report_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_training_starts_without_matplotlib():
     code = "import sys, open_r1.grpo, open_r1.sft; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -257,6 +257,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["later", "none"])
 def test_a_resumed_run_asks_the_same(left, tiny_model, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"

@@ -386,6 +386,7 @@ def undisturbed(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     return parquet, files(folder / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
 def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, undisturbed, stop):
     parquet, whole = undisturbed
@@ -572,6 +573,7 @@ def scratch():
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded_on_one_giant_row_group(scratch):
     """640 MB in one row group, which parquet's defaults would hold whole."""
     size, count = 160_000, 4_000

@@ -75,6 +75,7 @@ def test_setup_takes_a_supported_python(tmp_path, minor):
     assert not (tmp_path / ".setup-stamp").exists()
 
 
+@pytest.mark.slow
 def test_setup_without_a_network_says_so(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_RETRIES": "0"}

@@ -22,6 +22,7 @@ from open_r1.vllm_backends import collapse_image_tokens
 from support import (
     Scripted,
     fake_completions,
+    families,
     launch_env,
     load_weights,
     make_config,
@@ -120,8 +121,8 @@ def assert_same_scores_and_gradients(stock, ours):
     return scores
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5", "smolvlm", "internvl"))
+@pytest.mark.parametrize("images", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_scores_and_gradients_of_every_family(
     model_type, images, tiny_models, datasets_by_images, tmp_path, monkeypatch
 ):
@@ -131,7 +132,7 @@ def test_scores_and_gradients_of_every_family(
     )
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5"))
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_scores_and_gradients_over_paths(
     model_type, checkpointing, tiny_models, datasets_by_images, tmp_path, monkeypatch
@@ -151,7 +152,7 @@ def test_scores_and_gradients_over_paths(
     assert_same_scores_and_gradients(*trainers)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5"))
 def test_scores_and_gradients_of_an_adapter(model_type, tiny_models, datasets_by_images, tmp_path, monkeypatch):
     """With checkpointing, and several prompts a micro-batch."""
     without_shuffling(monkeypatch)
@@ -180,7 +181,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# The quick suite takes the cases that differ most; TRL itself computes what is made of log-probabilities.
+QUICK = ("one prompt a micro-batch", "groups of six in micro-batches of four", "two iterations", "LoRA")
+MARKED = [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize("case", MARKED)
 def test_scores_and_gradients_of_every_option(case, tiny_model, datasets_by_images, tmp_path, monkeypatch):
     without_shuffling(monkeypatch)
     assert_same_scores_and_gradients(*make_trainers(tiny_model, datasets_by_images[1], tmp_path, **CASES[case]))
@@ -198,8 +204,11 @@ def test_scores_and_gradients_through_a_recurrent_state(case, tiny_models, datas
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_iterations": 2, "steps_per_generation": 4}, {"lora": True, "gradient_checkpointing": True}],
-    ids=["plain", "rollouts serve several steps", "LoRA, checkpointing"],
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param({"num_iterations": 2, "steps_per_generation": 4}, id="rollouts serve several steps"),
+        pytest.param({"lora": True, "gradient_checkpointing": True}, id="LoRA, checkpointing", marks=pytest.mark.slow),
+    ],
 )
 def test_five_steps_end_in_the_same_weights(changes, tiny_model, datasets_by_images, tmp_path, monkeypatch):
     without_shuffling(monkeypatch)
@@ -214,7 +223,7 @@ def test_five_steps_end_in_the_same_weights(changes, tiny_model, datasets_by_ima
     assert all(torch.allclose(stock[name], ours[name], atol=1e-5) for name in before)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", families("qwen2_vl"))
 def test_a_frozen_tower_encodes_each_image_once_a_step(model_type, tiny_models, datasets_by_images, tmp_path):
     """Rollout, reference and policy share its features; the step is the one that encodes again."""
     norms = []
