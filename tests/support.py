@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -29,6 +28,8 @@ COLOURS = ["red", "lime", "blue", "white", "black", "yellow"]
 
 def families(*quick: str) -> list[Any]:
     """Every family as a test's parameter, those but `quick` for `--all`: they share the code that is slow to test."""
+    import pytest  # vLLM's environment, which imports this file, has none
+
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in FAMILIES]
 
 
