@@ -33,7 +33,7 @@ from open_r1.prompts import load_chat_template
 from open_r1.tiny import TILE, TILE_TOKENS, make_tokenizer
 from open_r1.tiny import make_config as make_model_config
 from open_r1.trainer import Qwen2VLGRPOTrainer
-from open_r1.vllm_backends import TrainerVLLMBackend
+from open_r1.vllm_backends import TrainerVLLMBackend, engine_settings
 from support import Scripted, make_config, read_jsonl, vowel_share
 
 NAME = "made_up_vl"
@@ -268,6 +268,16 @@ def test_an_image_is_a_tile_at_least(model_type, tiny_models):
         load_processor(tiny_models[model_type], min_pixels=2000)
     one = load_processor(tiny_models[model_type], min_pixels=1024, max_pixels=1024)
     assert FAMILIES[model_type].count_image_tokens(one, [(480, 640)]) == TILE_TOKENS
+
+
+def test_vllm_is_refused_where_it_cannot_be_told_the_bounds(tiny_models):
+    for model_type in FAMILIES.keys() & tiny_models.keys():
+        processor = load_processor(tiny_models[model_type], max_pixels=12544)
+        if FAMILIES[model_type].has_vllm:
+            assert engine_settings(processor, "float32")["mm_processor_kwargs"]["size"]["longest_edge"] == 12544
+        else:
+            with pytest.raises(ValueError, match=f"vLLM: not tried with {model_type!r} models"):
+                engine_settings(processor, "float32")
 
 
 def test_a_token_that_is_never_read_needs_no_place(tiny_models, tmp_path):
