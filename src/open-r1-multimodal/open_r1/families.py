@@ -65,6 +65,8 @@ class Family(ABC):
     has_vllm: bool = True
     unread_tokens: tuple[str, ...] = ()
 
+    image_axis = 0  # of the image inputs, along which those of several prompts are joined
+
     # ---- parts of a model
 
     def part_of(self, name: str) -> str:
@@ -106,7 +108,8 @@ class Family(ABC):
         images = [each for each in images if each]
         if not images:
             return {}
-        return {name: torch.cat([each[name] for each in images]).to(device) for name in self.image_inputs}
+        joined = {name: torch.cat([each[name] for each in images], dim=self.image_axis) for name in self.image_inputs}
+        return {name: values.to(device) for name, values in joined.items()}
 
     def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
         """What TRL's own scoring takes beside the images of B prompts; `is_image` (B, T) is 1 at their tokens."""
@@ -202,11 +205,8 @@ class QwenVL(Family):
         self, images: ImageInputs, processor: ProcessorMixin, share: float, rng: np.random.Generator
     ) -> ImageInputs:
         pixels = images["pixel_values"]  # (patches, channels * frames * patch * patch)
-        mean, std = (
-            torch.tensor(values, dtype=pixels.dtype)
-            for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
-        )
-        black = (-mean / std).repeat_interleave(pixels.shape[1] // len(mean))
+        black = _black(processor, pixels.dtype)
+        black = black.repeat_interleave(pixels.shape[1] // len(black))
         is_black = torch.from_numpy(rng.random(len(pixels)) < share)
         return {**images, "pixel_values": torch.where(is_black[:, None], black, pixels)}
 
@@ -244,7 +244,7 @@ class QwenVL(Family):
         return size["shortest_edge"], size["longest_edge"]
 
     def vision_tower(self, model: nn.Module) -> nn.Module:
-        return next(module for name, module in model.named_modules() if name.endswith("visual"))
+        return _find_module(model, "visual")
 
     def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
         return self.vision_tower(model).blocks
@@ -316,11 +316,7 @@ class Tiled(Family):
         is_black = (
             F.interpolate(is_black.float(), pixels.shape[-2:]).bool().view(*pixels.shape[:-3], 1, *pixels.shape[-2:])
         )
-        mean, std = (
-            torch.tensor(values, dtype=pixels.dtype)
-            for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
-        )
-        return {**images, "pixel_values": torch.where(is_black, (-mean / std)[:, None, None], pixels)}
+        return {**images, "pixel_values": torch.where(is_black, _black(processor, pixels.dtype)[:, None, None], pixels)}
 
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
         return torch.arange(inputs["input_ids"].shape[1])
@@ -356,11 +352,7 @@ class SmolVLM(Tiled):
     With `do_image_splitting` the longer side of every image becomes `size`, a multiple of the tile's.
     """
 
-    def join_images(self, images: Sequence[ImageInputs], device: torch.device) -> ImageInputs:
-        images = [each for each in images if each]
-        if not images:
-            return {}
-        return {name: torch.cat([each[name] for each in images], dim=1).to(device) for name in self.image_inputs}
+    image_axis = 1
 
     def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
         vision = config.vision_config
@@ -420,7 +412,7 @@ class SmolVLM(Tiled):
         return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
     def vision_tower(self, model: nn.Module) -> nn.Module:
-        return next(module for name, module in model.named_modules() if name.endswith("vision_model"))
+        return _find_module(model, "vision_model")
 
     def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
         return self.vision_tower(model).encoder.layers
@@ -434,9 +426,7 @@ class SmolVLM(Tiled):
         states = states + tower.embeddings.position_embedding.weight
         for layer in tower.encoder.layers:
             states = layer(states, None)
-        next(module for name, module in model.named_modules() if name.endswith("connector"))(
-            tower.post_layernorm(states)
-        )
+        _find_module(model, "connector")(tower.post_layernorm(states))
         return states.flatten(0, 1)
 
 
@@ -480,21 +470,33 @@ class InternVL(Tiled):
         return (height // rows) * (width // columns)
 
     def vision_tower(self, model: nn.Module) -> nn.Module:
-        return next(module for name, module in model.named_modules() if name.endswith("vision_tower"))
+        return _find_module(model, "vision_tower")
 
     def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
         return self.vision_tower(model).encoder.layer
 
     def run_tower(self, model: nn.Module, patches: int, dtype: torch.dtype) -> torch.Tensor:
         tower, config = self.vision_tower(model), model.config.vision_config
-        tiles, patch_count = patches // self.tile_patches(model.config), self.tile_patches(model.config)
+        patch_count = self.tile_patches(model.config)
+        tiles = patches // patch_count
         states = tower.embeddings(torch.empty(tiles, config.num_channels, *config.image_size, dtype=dtype))
         for layer in tower.encoder.layer:
             states = layer(states)  # (tiles, 1 + patches, width)
         merged = round(1 / model.config.downsample_ratio) ** 2
-        projector = next(m for name, m in model.named_modules() if name.endswith("multi_modal_projector"))
-        projector(states[:, 1:].reshape(tiles, patch_count // merged, -1))
+        _find_module(model, "multi_modal_projector")(states[:, 1:].reshape(tiles, patch_count // merged, -1))
         return states.flatten(0, 1)
+
+
+def _find_module(model: nn.Module, ending: str) -> nn.Module:
+    """The outermost module whose name ends so, with or without an adapter around the model."""
+    return next(module for name, module in model.named_modules() if name.endswith(ending))
+
+
+def _black(processor: ProcessorMixin, dtype: torch.dtype) -> torch.Tensor:
+    """Black as the processor hands it to the model, (channels,)."""
+    images = processor.image_processor
+    mean, std = (torch.tensor(values, dtype=dtype) for values in (images.image_mean, images.image_std))
+    return -mean / std
 
 
 def _side(size: int | Sequence[int]) -> int:
