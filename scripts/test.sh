@@ -1,13 +1,14 @@
 #!/bin/sh
-# Set up and run the tests: the quick suite, or with --all also those marked distributed, browser, slow or vllm.
-# Other arguments go to pytest: `bash scripts/test.sh -k answers`, `bash scripts/test.sh -m browser -n 0`.
+# Set up and run the tests: the quick suite, or with --all also those marked distributed, browser, slow or vllm; what
+# only the authors need: -m nightly. Other arguments go to pytest: `bash scripts/test.sh -k answers`,
+# `bash scripts/test.sh -m browser -n 0`.
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 sh "$ROOT/setup.sh"
 . "$ROOT/scripts/env.sh"
 if [ "${1:-}" = "--all" ]; then
     shift
-    set -- -m "" "$@"
+    set -- -m "not nightly" "$@"
     # The report's tests open it in a browser; without one they say what to install.
     if { ! command -v chromium && ! command -v google-chrome || ! command -v chromedriver; } >/dev/null 2>&1 &&
         [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
