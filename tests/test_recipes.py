@@ -1,7 +1,8 @@
-"""Recipes and overlays mean what they say; and every recipe runs through its own script under every launch.
+"""Recipes and overlays mean what they say; and each of them runs through its own script.
 
 The runs are two steps, and a resume to the third, on the shipped tiny base and rendered questions; nothing else is
-overridden but lengths and step counts.
+overridden but lengths and step counts. The launches go round over the recipes, an overlay runs in one process, and
+nightly each recipe runs under every launch, and each overlay in two processes.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,7 @@ from support import read_jsonl
 CONFIGS = REPO_ROOT / "configs"
 RECIPES = sorted(str(path.relative_to(REPO_ROOT)) for glob in ("*.yaml", "tiny/*.yaml") for path in CONFIGS.glob(glob))
 LAUNCHES = ("zero2", "zero3", "ddp")
+MAIN = ("configs/grpo_sat.yaml", "configs/sft_sat.yaml")  # the paper's two, which the others build on
 OVERLAYS = sorted(path.stem for path in (CONFIGS / "overlays").glob("*.yaml"))
 # Every overlay over the paper's recipe, so the README's combinations too. QLoRA is a recipe of its own; vLLM needs it:
 # test_vllm.py.
@@ -39,7 +42,14 @@ OVERLAID = [
     for name in OVERLAYS
     if name not in ("qlora", "vllm")
 ]
-RUNS = [(recipe, launch) for recipe in RECIPES for launch in LAUNCHES] + [(config, "zero2") for config in OVERLAID]
+# (recipes, launch); one process is a launch without ZeRO
+RUNS = [*product(MAIN, LAUNCHES), *zip([name for name in RECIPES if name not in MAIN], cycle(LAUNCHES), strict=False)]
+RUNS += [(config, "one process") for config in OVERLAID]
+NIGHTLY = [
+    pytest.param(*run, marks=pytest.mark.nightly)
+    for run in [*product(RECIPES, LAUNCHES), *((config, "zero2") for config in OVERLAID)]
+    if run not in RUNS
+]
 BASE = REPO_ROOT / "configs/tiny/base"
 # Recipes of models that the tiny base is no small one of: they run on a random one of the family.
 FAMILY_OF = {
@@ -150,7 +160,7 @@ def test_the_later_counts(tmp_path, monkeypatch):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("recipe, launch", RUNS)
+@pytest.mark.parametrize("recipe, launch", RUNS + NIGHTLY)
 def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, random_models, tmp_path):
     settings = merge_recipes(recipe.split())
     family = FAMILIES[FAMILY_OF.get(recipe, "qwen2_vl")]
@@ -176,7 +186,8 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, random_
                 "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
                 "DATA": str(examples),
                 "OUTPUT": str(output),
-                "ACCELERATE_CONFIG": launch,
+                "ACCELERATE_CONFIG": "ddp" if launch == "one process" else launch,
+                "NUM_PROCESSES": "1" if launch == "one process" else "2",
                 "HF_HUB_OFFLINE": "1",
             },
             cwd=tmp_path,
@@ -195,7 +206,7 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, random_
     # ZeRO really ran, on both processes; and the optimizer that took the third step had taken the two before it
     checkpoint = output / f"checkpoint-{STEPS}"
     files = sorted(checkpoint.glob("global_step*/*optim_states.pt")) or [checkpoint / "optimizer.pt"]
-    assert len(files) == (1 if launch == "ddp" else 2)
+    assert len(files) == (2 if launch.startswith("zero") else 1)
     assert any(checkpoint.glob("global_step*/zero_pp_rank_1_*model_states.pt")) == (launch == "zero3")
     for file in files:
         assert optimizer_steps(torch.load(file, weights_only=False)) == {STEPS}
