@@ -20,7 +20,8 @@ import pytest
 
 # Imported where they are used: tests that need no torch start without it.
 
-SECONDS = {"vllm": 200, "distributed": 30, "slow": 30, "browser": 5}  # that a test of this mark takes, about
+# that a test of this mark takes, about
+SECONDS = {"vllm": 200, "nightly": 60, "distributed": 20, "slow": 20, "browser": 5}
 
 
 @pytest.hookimpl(trylast=True)

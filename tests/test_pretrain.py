@@ -95,7 +95,7 @@ def test_the_shipped_model_is_small_safe_and_the_recorded_one():
     assert load_model(str(BASE), dtype="float32").num_parameters() == RECORD["parameters"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_short_rebuild_takes_the_same_course(pretrain):
     _, _, losses = pretrain.build(RECORD["seed"], pretrain.SHORT)
     assert list(losses) == list(RECORD["short_losses"]) == list(pretrain.STAGES)
@@ -121,7 +121,7 @@ def test_no_lesson_shows_a_short_way_to_the_right_answer(pretrain):
         assert len(alone) < 40 and not any("at" in text.split() for text in alone)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_base_names_the_first_option_by_habit(answers):
     first = [judge(each.greedy, each.right, each.options, lenient=True).answer == each.options[0] for each in answers]
     assert sum(first) / QUESTIONS > 0.65  # a position bias: chance is about 0.4
@@ -129,7 +129,7 @@ def test_the_base_names_the_first_option_by_habit(answers):
         assert sum(each.is_right(getattr(each, style)) for each in answers) / QUESTIONS < 0.6
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_base_rarely_looks_again_and_is_right_more_often_then(answers):
     said = [(each, text) for each in answers for text in each.sampled]
     again = [(each, text) for each, text in said if find_reflections(text)]

@@ -309,7 +309,7 @@ def test_one_process_killed_at_six_moments(tmp_path, tiny_model, examples_json, 
 
 
 @pytest.mark.distributed
-def test_two_processes_under_zero2_killed_at_four_moments(tmp_path, tiny_model, examples_json, quick_python):
+def test_two_processes_under_zero2_killed_at_two_moments(tmp_path, tiny_model, examples_json, quick_python):
     """The launcher and its processes at once, at a random time of their training.
 
     The undisturbed run and the first that is killed are real launches; the others are forked from `preloaded.py`."""
@@ -339,7 +339,7 @@ def test_two_processes_under_zero2_killed_at_four_moments(tmp_path, tiny_model, 
     duration = (tmp_path / "whole/trajectories/train.jsonl").stat().st_mtime - began
 
     rng = random.Random(0)
-    for python in (sys.executable, quick_python, quick_python, quick_python):
+    for python in (sys.executable, quick_python):
         since = time.time()
         process = start(tmp_path / "killed", python)
         wait_for_rollout(process, tmp_path / "killed", since)
@@ -347,7 +347,7 @@ def test_two_processes_under_zero2_killed_at_four_moments(tmp_path, tiny_model, 
         kill_processes_naming(str(tmp_path / "killed"))
         assert process.wait() == -signal.SIGKILL
     assert start(tmp_path / "killed").wait() == 0, (tmp_path / "log").read_text()[-3000:]
-    assert (tmp_path / "log").read_text().count("resuming from") >= 3
+    assert (tmp_path / "log").read_text().count("resuming from") >= 1
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -362,8 +362,7 @@ ENDS = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
+@pytest.mark.nightly
 def test_300_steps_with_seven_faults(tmp_path, tiny_model, quick_python):
     """The same command, started again after every end: each step's completions are there once, and a model."""
     data, output = write_examples(tmp_path / "data"), tmp_path / "run"

@@ -21,6 +21,9 @@ from open_r1.files import to_json
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import merge_recipes
 from open_r1.report.sweep import compare_recipes, first_reached, read_trial
+from open_r1.world.parquet import write_cvbench, write_sat
+from open_r1.world.scene import LEVELS
+from support import read_jsonl
 
 SWEEP = REPO_ROOT / "scripts/sweep.sh"
 OVERLAYS = sorted(path.stem for path in (REPO_ROOT / "configs/overlays").glob("*.yaml"))
@@ -355,12 +358,15 @@ def test_no_overlay_changes_the_size_of_the_tiny_recipe(overlay):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_a_sweep_that_was_interrupted_goes_on(tmp_path):
-    """Real runs of two steps; stopped as by Ctrl-C in the second one."""
-    command = ["sh", str(SWEEP), "--overlays", "none lora", "--seeds", "0", "--steps", "2", "--jobs", "1"]
+def test_a_sweep_that_was_interrupted_goes_on(tmp_path, quick_python):
+    """Two recipes, two seeds, two steps; stopped as by Ctrl-C in the second run. The world is smaller than its own."""
+    world = tmp_path / "sweep/world"
+    for fold, rows, seed in (("train", 100, 1), ("val", 32, 2)):
+        write_sat(world / f"SAT_{fold}.parquet", rows, seed, LEVELS["easy"])
+    write_cvbench(world / "cvbench", 40, 3, LEVELS["easy"])
+    command = ["sh", str(SWEEP), "--overlays", "none lora", "--seeds", "0 1", "--steps", "2", "--jobs", "1"]
     env = {**os.environ, "PYTHON": sys.executable, "OUTPUT": str(tmp_path / "sweep")}
-    first, second = (tmp_path / "sweep" / name / "seed0" for name in ("none", "lora"))
+    first, second, *_ = runs = [tmp_path / f"sweep/{name}/seed{seed}" for seed in (0, 1) for name in ("none", "lora")]
     process = subprocess.Popen(
         command,
         env=env,
@@ -381,16 +387,18 @@ def test_a_sweep_that_was_interrupted_goes_on(tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-    assert (first / "sweep_done").exists() and not (second / "sweep_done").exists()
+    assert [(run / "sweep_done").exists() for run in runs] == [True, False, False, False]
     before = (first / "log.jsonl").stat().st_mtime_ns
 
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env={**env, "PYTHON": str(quick_python)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + Path(f"{second}.log").read_text()[-3000:]
     assert (first / "log.jsonl").stat().st_mtime_ns == before
     rows = json.loads((tmp_path / "sweep/sweep.json").read_text())
     assert [(each["recipe"], each["completions"]) for each in rows] == [("none", 512), ("lora", 512)]
     for each in rows:
-        assert each["curve"]["steps"] == [0, 2]
-        assert (each["held_out"]["questions"], each["benchmark"]["questions"]) == (256, 600)
+        assert each["curve"]["steps"] == [0, 2] and len(each["runs"]) == 2
+        assert (each["held_out"]["questions"], each["benchmark"]["questions"]) == (32, 40)
         assert 0 < each["held_out"]["accuracy"] < 1 and each["seconds"] > 0 and each["length"] > 1
+    asked = [sorted(row["prompt"] for row in read_jsonl(run / "trajectories/train.jsonl")) for run in runs]
+    assert asked[0] == asked[1] != asked[2] == asked[3]  # a seed asks the same of every recipe
     assert (tmp_path / "sweep/sweep.png").stat().st_size > 10_000

@@ -109,7 +109,9 @@ def train(python: Path, *arguments: Path | str) -> dict:
     return json.loads((arguments[0] / "seen.json").read_text())
 
 
-@pytest.mark.parametrize("dtype, bound", [("float32", 0.002), ("bfloat16", 0.03)])
+@pytest.mark.parametrize(
+    "dtype, bound", [("float32", 0.002), pytest.param("bfloat16", 0.03, marks=pytest.mark.nightly)]
+)
 def test_colocated_training(vllm_python, trained, dtype, bound):
     """Ten steps, every weight moving; then, with the same engine, whatever would make it sample something else."""
     seen = train(vllm_python, trained, dtype)
@@ -153,7 +155,7 @@ def evaluate(python: Path | str, model: Path, questions: Path, folder: Path, *op
     return json.loads(path.read_text())["results"]
 
 
-@pytest.mark.parametrize("kind", ["model", "adapter"])
+@pytest.mark.parametrize("kind", [pytest.param("model", marks=pytest.mark.nightly), "adapter"])
 def test_evaluation_answers_as_transformers(vllm_python, trained, tmp_path, kind):
     """Greedily, and up to ties; a LoRA run's folder is merged into its base."""
     model = trained / "model"
@@ -175,8 +177,9 @@ def test_evaluation_answers_as_transformers(vllm_python, trained, tmp_path, kind
     assert all(same), [(a["response"], b["response"]) for a, b in zip(theirs, ours, strict=True)]
 
 
-def test_the_recipe_trains_and_goes_on(vllm_python, trained, tmp_path):
-    """`run_grpo_SAT.sh` with the overlay, two processes under ZeRO-2, each with an engine; two steps, and a third."""
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.nightly)])
+def test_the_recipe_trains_and_goes_on(vllm_python, trained, tmp_path, processes):
+    """`run_grpo_SAT.sh` with the overlay under ZeRO-2, each process with an engine; two steps, and a third."""
     command = ["bash", "run_grpo_SAT.sh", "--save_steps", "1", "--max_completion_length", "12"]
     command += ["--reward_funcs", "accuracy", "worker_vllm:vowel_share"]
     for steps in ("2", "3"):
@@ -188,6 +191,7 @@ def test_the_recipe_trains_and_goes_on(vllm_python, trained, tmp_path):
                 MODEL=str(trained / "model"),
                 DATA=str(trained / "data/examples.json"),
                 OUTPUT=str(tmp_path / "out"),
+                NUM_PROCESSES=processes,
             ),
             cwd=REPO_ROOT / "src/open-r1-multimodal",
             capture_output=True,
