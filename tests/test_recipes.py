@@ -1,8 +1,8 @@
 """Recipes and overlays mean what they say; and each of them runs through its own script.
 
 The runs are two steps, and a resume to the third, on the shipped tiny base and rendered questions; nothing else is
-overridden but lengths and step counts. The launches go round over the recipes, an overlay runs in one process, and
-nightly each recipe runs under every launch, and each overlay in two processes.
+overridden but lengths, batches and step counts. The launches go round over the recipes, an overlay runs in one process,
+and nightly each recipe runs under every launch, and each overlay in two processes.
 """
 
 import json
@@ -58,6 +58,7 @@ FAMILY_OF = {
     "configs/internvl3_1b.yaml": "internvl",
 }
 STEPS = 3
+COMPLETIONS = 32  # a step: two micro-batches on each of two processes, and four on one
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,9 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, random_
     model = random_models[FAMILY_OF[recipe]] if recipe in FAMILY_OF else BASE
     is_sft = Path(recipe.split()[0]).name.startswith("sft")
     arguments = ["--logging_steps", "1", "--save_steps", "1"]
-    arguments += [] if is_sft else ["--max_completion_length", "96"]
+    if not is_sft:
+        arguments += ["--max_completion_length", "96"]
+        arguments += ["--per_device_train_batch_size", "8", "--completions_per_step", str(COMPLETIONS)]
     arguments += ["--reward_funcs", "support:vowel_share"] if recipe in FAMILY_OF else []  # one that noise can earn
     if "eval_strategy" in settings:
         arguments += ["--eval_dataset_name", str(data.with_name("held_out.json"))]
@@ -222,7 +225,7 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, random_
         steps = range(1, STEPS + 1, settings.get("num_iterations", 1))  # that begin with a rollout
         rows = read_jsonl(output / "trajectories/train.jsonl")
         written = [row["step"] for row in rows if not row.get("refill")]
-        assert written == [step for step in steps for _ in range(settings["completions_per_step"])]
+        assert written == [step for step in steps for _ in range(COMPLETIONS)]
 
     if settings.get("use_peft"):
         assert not (output / "model.safetensors").exists()  # the base stays as it is
