@@ -135,6 +135,14 @@ def test_the_readme_combines_recipes_that_run():
     assert combined and {config for config in combined if "vllm" not in config} <= set(OVERLAID)
 
 
+def test_every_file_is_run_before_the_night_and_under_every_launch():
+    run = {file for files, _ in RUNS for file in files.split()}
+    shipped = {str(path.relative_to(REPO_ROOT)) for path in CONFIGS.rglob("*.yaml")}
+    assert shipped - run == {"configs/overlays/qlora.yaml", "configs/overlays/vllm.yaml"}
+    assert yaml.safe_load((CONFIGS / "grpo_sat_qlora.yaml").read_text())["base"][-1] == "overlays/qlora.yaml"
+    assert {launch for _, launch in RUNS} == {*LAUNCHES, "one process"}
+
+
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_says_what_it_is(name):
     """In its header, and in the table."""
