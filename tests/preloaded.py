@@ -5,6 +5,7 @@ environment, folder, signals and processes are the launch's own; a client that i
 `python preloaded.py SOCKET CLIENT` serves, and writes CLIENT, the interpreter to use.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -15,9 +16,15 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-MODULES = ("open_r1.grpo", "open_r1.sft", "deepspeed", "bitsandbytes", "tensorboard", "accelerate.commands.launch")
+MODULES = (
+    *("open_r1.grpo", "open_r1.sft", "open_r1.report.page", "accelerate.commands.launch", "torch.distributed.run"),
+    *("deepspeed", "torch.utils.cpp_extension", "bitsandbytes", "tensorboard", "math_verify"),
+    *("matplotlib.backends.backend_svg", "transformers.models.qwen2_vl.modeling_qwen2_vl"),
+)
 
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
@@ -67,7 +74,7 @@ def attend(connection: socket.socket) -> None:
         for target, descriptor in enumerate(descriptors):
             os.dup2(descriptor, target)
         connection.close()
-        start(argv, environment, folder)
+        leave(lambda: start(argv, environment, folder))
     for descriptor in descriptors:
         os.close(descriptor)
     connection.sendall(f"{process}\n".encode())
@@ -94,8 +101,7 @@ def start(argv: list[str], environment: dict[str, str], folder: str) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):  # opened anew: what the server had there may be of another kind
         setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))
     if argv[1] == "-c":
-        exec(argv[2], {"__name__": "__main__"})
-        sys.exit()
+        return exec(argv[2], {"__name__": "__main__"})
     sys.argv = argv[2:] if argv[1] in ("-u", "-m") else argv[1:]
     script = os.path.abspath(sys.argv[0])
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -105,7 +111,30 @@ def start(argv: list[str], environment: dict[str, str], folder: str) -> None:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(script, run_name="__main__")
-    sys.exit()
+
+
+def leave(run: Callable[[], None]) -> NoReturn:
+    """Run this, and end as Python does afterwards, but free nothing: all that was imported is a second's work."""
+    code = 0
+    try:
+        run()
+    except SystemExit as end:
+        code = end.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    threading._shutdown()  # waits for threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    if code < 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -312,7 +312,7 @@ def test_one_process_killed_at_six_moments(tmp_path, tiny_model, examples_json, 
 def test_two_processes_under_zero2_killed_at_two_moments(tmp_path, tiny_model, examples_json, quick_python):
     """The launcher and its processes at once, at a random time of their training.
 
-    The undisturbed run and the first that is killed are real launches; the others are forked from `preloaded.py`."""
+    The first that is killed is a real launch; the others are forked from `preloaded.py`."""
 
     def start(output: Path, python: object = quick_python) -> subprocess.Popen:
         env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHON": str(python)}
@@ -332,7 +332,7 @@ def test_two_processes_under_zero2_killed_at_two_moments(tmp_path, tiny_model, e
 
     arguments = ["--max_steps", str(STEPS), "--save_steps", "2", "--save_total_limit", "2"]
     arguments += ["--reward_funcs", "support:vowel_share", "--learning_rate", "1e-3"]
-    process = start(tmp_path / "whole", sys.executable)
+    process = start(tmp_path / "whole")
     wait_for_rollout(process, tmp_path / "whole", since=0)
     began = time.time()
     assert process.wait() == 0, (tmp_path / "log").read_text()[-3000:]
