@@ -27,10 +27,10 @@ COLOURS = ["red", "lime", "blue", "white", "black", "yellow"]
 
 
 def families(*quick: str) -> list[Any]:
-    """Every family as a test's parameter, those but `quick` for `--all`: they share the code that is slow to test."""
+    """Every family as a test's parameter, those but `quick` nightly: they share the code that is slow to test."""
     import pytest  # vLLM's environment, which imports this file, has none
 
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in FAMILIES]
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.nightly) for name in FAMILIES]
 
 
 def write_examples(folder: Path, count: int = 8, images_per_example: int = 1) -> Path:

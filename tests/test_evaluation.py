@@ -434,7 +434,7 @@ def test_an_adapter_is_evaluated_as_its_merged_model_with_its_own_prompt(
     assert sum(changed) > len(changed) / 2
 
 
-@pytest.mark.parametrize("model_type", families("qwen3_5", "smolvlm"))
+@pytest.mark.parametrize("model_type", families("qwen3_5", "smolvlm", "internvl"))
 def test_an_adapter_of_every_family_is_exported_evaluated_and_asked(
     model_type, script, rendered, tiny_models, tmp_path, monkeypatch, capsys
 ):
