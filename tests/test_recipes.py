@@ -181,7 +181,7 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, random_
         arguments += ["--per_device_train_batch_size", "8", "--completions_per_step", str(COMPLETIONS)]
     arguments += ["--reward_funcs", "support:vowel_share"] if recipe in FAMILY_OF else []  # one that noise can earn
     if "eval_strategy" in settings:
-        arguments += ["--eval_dataset_name", str(data.with_name("held_out.json"))]
+        arguments += ["--eval_dataset_name", str(data.with_name("held_out.json")), "--per_device_eval_batch_size", "8"]
     script = "run_sft.sh" if is_sft else "run_grpo_SAT.sh"
     examples = data.with_name("reasoned.json") if "cold_start" in recipe else data
     output = tmp_path / "out"
