@@ -35,10 +35,11 @@ socket.send_fds(server, [len(start).to_bytes(8, "big")], [0, 1, 2])
 server.sendall(start)
 answers = server.makefile()
 process = int(answers.readline())
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+for number in stops:
     signal.signal(number, lambda number, _: os.kill(process, number))
 code = int(answers.readline())
-for number in (signal.SIGTERM, signal.SIGHUP):
+for number in stops:
     signal.signal(number, signal.SIG_DFL)
 sys.exit(code) if code >= 0 else os.kill(os.getpid(), -code)
 """
