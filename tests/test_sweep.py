@@ -359,12 +359,12 @@ def test_no_overlay_changes_the_size_of_the_tiny_recipe(overlay):
 
 @pytest.mark.slow
 def test_a_sweep_that_was_interrupted_goes_on(tmp_path, quick_python):
-    """Two recipes, two seeds, two steps; stopped as by Ctrl-C in the second run. The world is smaller than its own."""
+    """Two recipes, two seeds, a step; stopped as by Ctrl-C in the second run. The world is smaller than its own."""
     world = tmp_path / "sweep/world"
     for fold, rows, seed in (("train", 100, 1), ("val", 32, 2)):
         write_sat(world / f"SAT_{fold}.parquet", rows, seed, LEVELS["easy"])
     write_cvbench(world / "cvbench", 40, 3, LEVELS["easy"])
-    command = ["sh", str(SWEEP), "--overlays", "none lora", "--seeds", "0 1", "--steps", "2", "--jobs", "1"]
+    command = ["sh", str(SWEEP), "--overlays", "none lora", "--seeds", "0 1", "--steps", "1", "--jobs", "1"]
     env = {**os.environ, "PYTHON": sys.executable, "OUTPUT": str(tmp_path / "sweep")}
     first, second, *_ = runs = [tmp_path / f"sweep/{name}/seed{seed}" for seed in (0, 1) for name in ("none", "lora")]
     process = subprocess.Popen(
@@ -394,9 +394,9 @@ def test_a_sweep_that_was_interrupted_goes_on(tmp_path, quick_python):
     assert done.returncode == 0, done.stderr + Path(f"{second}.log").read_text()[-3000:]
     assert (first / "log.jsonl").stat().st_mtime_ns == before
     rows = json.loads((tmp_path / "sweep/sweep.json").read_text())
-    assert [(each["recipe"], each["completions"]) for each in rows] == [("none", 512), ("lora", 512)]
+    assert [(each["recipe"], each["completions"]) for each in rows] == [("none", 256), ("lora", 256)]
     for each in rows:
-        assert each["curve"]["steps"] == [0, 2] and len(each["runs"]) == 2
+        assert each["curve"]["steps"] == [0, 1] and len(each["runs"]) == 2
         assert (each["held_out"]["questions"], each["benchmark"]["questions"]) == (32, 40)
         assert 0 < each["held_out"]["accuracy"] < 1 and each["seconds"] > 0 and each["length"] > 1
     asked = [sorted(row["prompt"] for row in read_jsonl(run / "trajectories/train.jsonl")) for run in runs]
