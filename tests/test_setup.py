@@ -29,6 +29,7 @@ LIGHT = {
     "process_dataset.py",
     "test_qwen2vl_CVBench.py",
 }  # no torch for --help
+OURS = {"benchmark.py", "pretrain_tiny.py", "rehearse.py", "scale.py"}  # what only the authors start
 H100 = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1c2d)"
 
 
@@ -142,7 +143,7 @@ def test_the_package_declares_what_setup_installs(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shell", ["sh", "bash"])
+@pytest.mark.parametrize("shell", ["sh", pytest.param("bash", marks=pytest.mark.nightly)])
 def test_an_nvidia_smi_that_hangs_does_not_hang_the_script(tmp_path, shell):
     write_script(tmp_path / "nvidia-smi", f'trap "" TERM\necho "{H100}"\nwhile :; do sleep 1; done')
     command = f"set -eu; ROOT={REPO_ROOT}; . {REPO_ROOT}/scripts/env.sh; gpu_names || echo hangs"
@@ -225,10 +226,12 @@ def doors(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(
-    "door",
-    [pytest.param(door, id=door.name, marks=[] if door.name in LIGHT else [pytest.mark.slow]) for door in FRONT_DOORS],
-)
+def when(door: Path) -> list[pytest.MarkDecorator]:
+    """The marks of a script's start."""
+    return [] if door.name in LIGHT else [pytest.mark.nightly if door.name in OURS else pytest.mark.slow]
+
+
+@pytest.mark.parametrize("door", [pytest.param(door, id=door.name, marks=when(door)) for door in FRONT_DOORS])
 def test_every_script_finds_what_setup_made(door, doors, bare_python):
     result = start(bare_python, doors / door.relative_to(REPO_ROOT), "--help")
     assert result.returncode == 0 and result.stdout.startswith("usage: "), result.stderr
