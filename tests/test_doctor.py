@@ -93,7 +93,14 @@ def measure(script: str, model: Path, none: Path, arguments: list[str]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case, hidden_size", [("grpo", 512), ("grpo", 1024), ("sft", 1024), ("frozen", 1024)])
+@pytest.mark.parametrize(
+    "case, hidden_size",
+    [
+        ("grpo", 512),
+        ("sft", 1024),
+        *(pytest.param(case, 1024, marks=pytest.mark.nightly) for case in ("grpo", "frozen")),
+    ],
+)
 def test_count_is_the_peak_within_15_percent(tmp_path, examples_json, case, hidden_size):
     script = "sft" if case == "frozen" else case
     arguments = ["--config", str(REPO_ROOT / f"tests/data/{script}.yaml"), "--dataset_name", str(examples_json)]
