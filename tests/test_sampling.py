@@ -166,7 +166,7 @@ def test_pass_rates_count_the_first_reward_and_survive_in_a_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def refilled(tiny_model, tmp_path_factory):
-    """A run in which a quarter of the prompts have signal, and half of the groups must. Completions are of any length."""
+    """A run in which a quarter of the prompts have signal, and half of the groups must; completions of any length."""
     output = tmp_path_factory.mktemp("refilled")
     trainer = make_trainer(tiny_model, output, max_steps=3, rescale_by_signal=True)
     end = trainer.processing_class.tokenizer.eos_token_id
