@@ -62,13 +62,13 @@ def write_examples(folder: Path, count: int = 8, images_per_example: int = 1) ->
     return path
 
 
-def write_mixed(folder: Path, count: int = 8) -> Path:
+def write_mixed(folder: Path, count: int = 8, images_per_example: int = 1) -> Path:
     """A prepared dataset in which every other row has no image."""
-    path = write_examples(folder, count)
+    path = write_examples(folder, count, images_per_example)
     records = json.loads(path.read_text())
     for record in records[1::2]:
         record["images"] = []
-        record["messages"][0]["content"] = record["messages"][0]["content"].removeprefix("<image>")
+        record["messages"][0]["content"] = record["messages"][0]["content"].removeprefix("<image>" * images_per_example)
     path.write_text(json.dumps(records))
     return path
 

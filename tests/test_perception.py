@@ -49,6 +49,7 @@ def datasets(tmp_path_factory):
         "one image": write_examples(folder / "one", 12),
         "two images": write_examples(folder / "two", 12, 2),
         "mixed": write_mixed(folder / "mixed", 12),
+        "mixed, two images": write_mixed(folder / "mixed_two", 12, 2),
     }
 
 
@@ -284,6 +285,14 @@ def test_a_prompt_without_an_image_has_no_term(tiny_model, datasets, tmp_path):
     assert seen
 
 
+def test_an_evaluation_has_no_term(tiny_model, datasets, tmp_path):
+    """Its loss is that of the rewards, which here make no difference."""
+    data = datasets["one image"]
+    trainer = make_papo_trainer(tiny_model, data, tmp_path, eval_data=data, per_device_eval_batch_size=16)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(0, abs=1e-9)
+    assert "papo/kl" not in trainer._metrics["train"]
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_rollout_costs_one_more_pass_a_micro_batch(frozen, tiny_model, datasets, tmp_path):
     """Whatever its prompts hold: under ZeRO-3 all processes must run as many."""
@@ -363,7 +372,8 @@ def noised_slowly(pictures, step, group):
 def test_half_of_a_group_is_sampled_from_noise_and_all_of_it_scored_clean(tiny_model, datasets, tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 16, "max_steps": 3}
     settings |= {"per_device_train_batch_size": 8, "rollout_noise": 500, "max_completion_length": 4}
-    trainer = make_trainer(tiny_model, datasets["mixed"], tmp_path, eval_data=datasets["mixed"], **settings)
+    data = datasets["mixed, two images"]
+    trainer = make_trainer(tiny_model, data, tmp_path, eval_data=data, **settings)
     backend = trainer.backend = Watching(trainer.backend)
     scored = []
     original = trainer._generate_and_score_completions
