@@ -21,6 +21,7 @@ from open_r1.data import load_dataset
 from open_r1.families import FAMILIES
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT, sat_question
+from open_r1.shared_prefix import encode_images
 from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 
 COLOURS = ["red", "lime", "blue", "white", "black", "yellow"]
@@ -61,13 +62,13 @@ def write_examples(folder: Path, count: int = 8, images_per_example: int = 1) ->
     return path
 
 
-def write_mixed(folder: Path, count: int = 8) -> Path:
+def write_mixed(folder: Path, count: int = 8, images_per_example: int = 1) -> Path:
     """A prepared dataset in which every other row has no image."""
-    path = write_examples(folder, count)
+    path = write_examples(folder, count, images_per_example)
     records = json.loads(path.read_text())
     for record in records[1::2]:
         record["images"] = []
-        record["messages"][0]["content"] = record["messages"][0]["content"].removeprefix("<image>")
+        record["messages"][0]["content"] = record["messages"][0]["content"].removeprefix("<image>" * images_per_example)
     path.write_text(json.dumps(records))
     return path
 
@@ -90,16 +91,19 @@ def fake_completions(prompt_ids: list[list[int]], end: int, longest: int, first_
 
 
 class Scripted:
-    """A backend whose completions are a function of the rows' prompts (token ids); it encodes as the one it replaces.
+    """A backend whose completions are a function of the rows' prompts (token ids); images it treats as `backend` does.
 
     With it a trainer scores and learns from completions that a test knows.
     """
 
     def __init__(self, backend: Backend, complete: Callable[[list[list[int]]], list[list[int]]]):
-        self.encode, self.complete = backend.encode, complete
+        self.backend, self.encode, self.complete = backend, backend.encode, complete
 
     def generate(self, prompts, repeats, settings):
         rows = [prompt.input_ids.tolist() for prompt, count in zip(prompts, repeats, strict=True) for _ in range(count)]
+        if getattr(self.backend, "keep_features", False):
+            with self.backend.borrow():
+                prompts = [encode_images(self.backend.model, prompt) for prompt in prompts]
         return Completions(self.complete(rows), None, prompts)
 
 

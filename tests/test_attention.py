@@ -1,6 +1,7 @@
 """Who attends in a packed row and in decoding, against plain softmax over every sequence by itself."""
 
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from open_r1.shared_prefix import (
     attend_groups,
     attend_paths,
     choose_attention,
-    decode_attention,
     grouped_attention,
     locate_group,
 )
@@ -101,7 +101,7 @@ def test_a_decoding_step_is_the_last_row_of_attention(is_padded):
     query, key, value = (torch.randn(3, heads, 9, DIM, dtype=torch.float64) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
     padding = [2, 0, 5] if is_padded else [0, 0, 0]
     mask = torch.stack([torch.arange(9) >= count for count in padding])[:, None, None] if is_padded else None
-    output = decode_attention(query[:, :, -1:], key, value, mask, SCALE)
+    output, _ = grouped_attention(None, query[:, :, -1:], key, value, mask, SCALE)
     for row, count in enumerate(padding):
         expected = attend_plainly(query[row, :, -1:], key[row, :, count:], value[row, :, count:], SCALE)
         assert torch.allclose(output[row, 0], expected[:, 0], rtol=0, atol=1e-12)
@@ -127,6 +127,21 @@ def test_no_call_has_a_mask_and_fewer_heads_of_keys(monkeypatch):
 
 def test_without_a_gpu_sdpa_attends():
     assert choose_attention(torch.empty(1, dtype=torch.bfloat16)) is attend_groups
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, attend",
+    [
+        ((7, 5), torch.float16, attend_groups),
+        ((8, 0), torch.bfloat16, attend_paths),
+        ((9, 0), torch.float16, attend_paths),
+        ((9, 0), torch.float32, attend_groups),
+    ],
+)
+def test_a_card_with_flash_attention_takes_it_for_16_bits(capability, dtype, attend, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_attention(Mock(is_cuda=True, dtype=dtype)) is attend
 
 
 # --- on a GPU

@@ -134,6 +134,43 @@ def test_a_name_loads_as_in_trl(tiny_model, tmp_path):
     assert set(trainer.model.generation_config.eos_token_id) == set(trainer.eos_token_ids)
 
 
+def test_everything_of_a_name_is_of_its_revision(tmp_path, monkeypatch):
+    asked = []
+
+    def note(name, revision):
+        asked.append((name, revision))
+        if len(asked) == 3:
+            raise FileNotFoundError
+
+    for name in ("check_model_files", "check_weights", "load_processor"):
+        monkeypatch.setattr(f"open_r1.trainer.{name}", note)
+    for kwargs, revision in [({"revision": "v2"}, "v2"), (None, "main")]:
+        asked.clear()
+        with pytest.raises(FileNotFoundError):
+            Qwen2VLGRPOTrainer("org/model", by_length, stock_config(tmp_path, model_init_kwargs=kwargs), one_image())
+        assert asked == [("org/model", revision)] * 3
+
+
+def test_an_engine_computes_in_the_dtype_of_the_policy(tiny_model, tmp_path, monkeypatch):
+    """A policy given by its name is loaded in float32 if nothing else is asked for; mixed precision computes in 16."""
+
+    def stop(processor, dtype):
+        raise FileNotFoundError(dtype)
+
+    monkeypatch.setattr("open_r1.configs.need_vllm", lambda option: None)
+    monkeypatch.setattr("open_r1.trainer.engine_settings", stop)
+    name = str(tiny_model)
+    for model, changes, dtype in [
+        (name, {}, "float32"),
+        (name, {"model_init_kwargs": {"dtype": "bfloat16"}}, "bfloat16"),
+        (AutoModelForImageTextToText.from_pretrained(name, dtype=torch.bfloat16), {}, "bfloat16"),
+        (name, {"bf16": True}, "bfloat16"),
+    ]:
+        args = stock_config(tmp_path, use_vllm=True, vllm_mode="colocate", **changes)
+        with pytest.raises(FileNotFoundError, match=f"^{dtype}$"):
+            Qwen2VLGRPOTrainer(model, by_length, args, one_image())
+
+
 def test_what_the_shared_prefix_does_not_go_with(tiny_model, tmp_path):
     for changes, message in [
         ({"torch_compile": True}, "torch_compile: .*--shared_prefix false"),
@@ -220,6 +257,24 @@ def test_dataset_forms(form, shared_prefix, tiny_model, tmp_path):
     assert all({"image", "images"} & set(seen) == {"image", "images"} & set(dataset.column_names) for seen in columns)
 
 
+def test_one_question_about_two_pictures(tiny_model, tmp_path):
+    """Neighbours of the same text have one prompt only if they show the same."""
+    data = {"prompt": [question(0)] * 2, "image": [noise(0), noise(2)]}
+    dataset = Dataset.from_dict(data, features=Features({"prompt": MESSAGE, "image": ImageFeature()}))
+    args = stock_config(tmp_path, per_device_train_batch_size=6, max_steps=1)
+    trainer = Qwen2VLGRPOTrainer(str(tiny_model), by_length, args, dataset)
+    sampled = []
+    sample = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda rows: sampled.append((rows, sample(rows))) or sampled[-1][1]
+    trainer.train()
+    [(rows, output)] = sampled
+    assert len(set(output["prompts"])) == 2
+    for row, prompt in zip(rows, output["prompts"], strict=True):
+        shown = trainer.processing_class.image_processor(images=[row["image"]], return_tensors="pt")["pixel_values"]
+        assert torch.equal(prompt.image_inputs["pixel_values"], shown)
+    assert all(row["images"] == ["(not a file)"] for row in read_jsonl(tmp_path / "trajectories/train.jsonl"))
+
+
 def test_a_text_has_no_place_for_images(tiny_model, tmp_path):
     dataset = Dataset.from_dict({"prompt": ["What?"] * 4, "image": paths(tmp_path)})
     trainer = Qwen2VLGRPOTrainer(str(tiny_model), by_length, stock_config(tmp_path), dataset)
@@ -234,6 +289,11 @@ def test_an_image_that_breaks_in_mid_run_ends_no_run(shared_prefix, tiny_model, 
     Path(files[2]).write_bytes(b"")
     args = stock_config(tmp_path / "out", max_steps=4)
     args.shared_prefix = shared_prefix
+
+    def by_length(completions, image, **kwargs):
+        assert set(image) <= set(files)  # the row as the dataset has it, nothing that was opened or put in its place
+        return [float(len(completion[0]["content"])) for completion in completions]
+
     trainer = Qwen2VLGRPOTrainer(str(tiny_model), by_length, args, dataset)
     trainer.train()
     rows = read_jsonl(tmp_path / "out/trajectories/train.jsonl")

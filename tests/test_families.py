@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import trl.trainer.utils
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
     AddedToken,
@@ -26,7 +27,7 @@ from trl import ModelConfig
 
 from open_r1.configs import FreezeArguments
 from open_r1.data import count_prompt_tokens, load_dataset
-from open_r1.families import FAMILIES, QwenVL, Tiled, end_token_ids, family_of, find_family, vision_token_ids
+from open_r1.families import FAMILIES, PARTS, QwenVL, Tiled, end_token_ids, family_of, find_family, vision_token_ids
 from open_r1.memory import Launch, Load, count_memory
 from open_r1.modeling import freeze, get_adapter_config, load_model, load_processor, parameter_table
 from open_r1.prompts import load_chat_template
@@ -233,6 +234,21 @@ SIZES = [
     [(640, 480)],
     [],
 ]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_the_vision_tower_gives_is_kept_only_while_it_stays_the_same(model_type, tiny_models):
+    """Neither the tower trains nor the layers behind it, an adapter there included."""
+    family, model = FAMILIES[model_type], load_model(tiny_models[model_type])
+    for part in PARTS[:3]:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(family.part_of(name) == part)
+        assert family.trains_vision(model) == (part != "language model")
+        linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        inside = [name for name in linear if family.part_of(f"{name}.weight") == part]
+        adapted = get_peft_model(model, LoraConfig(target_modules=inside))
+        assert family.trains_vision(adapted) == (part != "language model")
+        model = adapted.unload()
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -25,7 +25,7 @@ from open_r1.sampling import (
     replace_prompts,
 )
 from open_r1.trainer import ROW, Qwen2VLGRPOTrainer
-from support import launch_env, load_weights, make_config, read_jsonl
+from support import Scripted, fake_completions, launch_env, load_weights, make_config, read_jsonl
 
 NAN = float("nan")
 
@@ -166,16 +166,16 @@ def test_pass_rates_count_the_first_reward_and_survive_in_a_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def refilled(tiny_model, tmp_path_factory):
-    """A run in which a quarter of the prompts have signal, and half of the groups must."""
+    """A run in which a quarter of the prompts have signal, and half of the groups must; completions of any length."""
     output = tmp_path_factory.mktemp("refilled")
     trainer = make_trainer(tiny_model, output, max_steps=3, rescale_by_signal=True)
-    scales = []
-    trainer.log = lambda logs, start=None, log=trainer.log: (
-        scales.append([batch["advantages"] for batch in trainer._buffered_inputs]),
-        log(logs, start),
-    )[1]
+    end = trainer.processing_class.tokenizer.eos_token_id
+    trainer.backend = Scripted(trainer.backend, lambda ids: fake_completions(ids, end, trainer.max_completion_length))
+    rollouts = []
+    sample = trainer._sample_groups
+    trainer._sample_groups = lambda rows: rollouts.append(sample(rows)) or rollouts[-1]
     trainer.train()
-    return trainer, read_jsonl(output / "trajectories/train.jsonl"), scales
+    return trainer, read_jsonl(output / "trajectories/train.jsonl"), rollouts
 
 
 def test_the_asked_share_is_reached(refilled):
@@ -192,28 +192,57 @@ def test_the_asked_share_is_reached(refilled):
     assert trainer.pass_rates.counts.keys() == {row["row"] for row in rows}
 
 
+def test_a_refill_follows_from_seed_step_and_pass(refilled):
+    """So a resumed run asks the same, and no two rollouts are replaced alike."""
+    _, rows, _ = refilled
+    fresh = {}  # by step and pass
+    for step, groups in asked(rows).items():
+        for refill in range(1, len(groups) // 4):
+            draw = random.Random(f"7/{step - 1}/{refill}")  # the seed, the steps that are done, the pass
+            expected = draw_prompts(4, lambda row: 0.0, set(groups[: 4 * refill]), 16, draw)
+            fresh[step, refill] = groups[4 * refill :][:4]
+            assert fresh[step, refill] == expected
+    assert len({step for step, _ in fresh}) > 1 and max(refill for _, refill in fresh) > 1
+
+
+def learned_from(rows: list[dict]) -> list[list[dict]]:
+    """The groups of a step after its refills: those without signal gave way in order to those of later passes with."""
+    passes = [[row for row in rows if row["refill"] == refill] for refill in range(rows[-1]["refill"] + 1)]
+    first, *refills = [[each[k : k + 2] for k in range(0, len(each), 2)] for each in passes]
+    for refill in refills:
+        fresh = [group for group in refill if group[0]["advantage"] != group[1]["advantage"]]
+        for place, group in enumerate(first):
+            if fresh and group[0]["advantage"] == group[1]["advantage"]:
+                first[place] = fresh.pop(0)
+    return first
+
+
 def test_the_step_learns_from_as_many_completions_and_from_the_right_ones(refilled):
-    trainer, rows, scales = refilled
-    batches = trainer._buffered_inputs
-    assert [len(batch["completion_ids"]) for batch in batches] == [4, 4]
-    share = logged(trainer, "share")[-1]
+    """Each with its own ids, reference and advantage, in place of one without signal; and weighed by all its tokens."""
+    trainer, rows, rollouts = refilled
     decode = trainer.processing_class.batch_decode
-    known = {(row["prompt"], row["completion"], row["length"]): row for row in rows if row["step"] == 3}
-    tokens, spread = 0, 0
-    for batch in batches:
-        prompts = decode([prompt.input_ids for prompt in batch["prompts"]])
+    changed = 0
+    for step, (batch, share) in enumerate(zip(rollouts, logged(trainer, "share"), strict=True), start=1):
+        of_step = [row for row in rows if row["step"] == step]
+        expected = [row for group in learned_from(of_step) for row in group]
+        assert len(batch["completion_ids"]) == len(expected) == 8
         ids = [each[mask.bool()] for each, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)]
-        padded = [each[mask.bool()] for each, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
-        assert all(torch.equal(a, b.input_ids) for a, b in zip(padded, batch["prompts"], strict=True))
-        texts = decode(ids, skip_special_tokens=True)
-        for prompt, text, own, advantage in zip(prompts, texts, ids, batch["advantages"].tolist(), strict=True):
-            row = known[prompt, text, len(own)]
-            assert advantage == pytest.approx(row["advantage"] / share)  # GPG's alpha
-            spread += advantage != 0
-        tokens += sum(map(len, ids))
-    assert spread == 8 * share
-    assert batches[0]["num_items_in_batch"].item() == tokens
-    assert all(len(torch.cat(each)) == 8 for each in scales)
+        prompts = [each[mask.bool()] for each, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
+        assert all(torch.equal(a, b.input_ids) for a, b in zip(prompts, batch["prompts"], strict=True))
+        assert decode(prompts) == [row["prompt"] for row in expected]
+        assert decode(ids, skip_special_tokens=True) == [row["completion"] for row in expected]
+        assert [len(each) for each in ids] == [row["length"] for row in expected]
+        # GPG's alpha
+        advantages = [row["advantage"] / share for row in expected]
+        assert batch["advantages"].tolist() == pytest.approx(advantages) and len(set(advantages)) > 1
+        for prompt, own, scored in zip(prompts, ids, batch["ref_per_token_logps"], strict=True):
+            with torch.no_grad():
+                logits = trainer.ref_model(torch.cat([prompt, own])[None]).logits[0, len(prompt) - 1 : -1]
+            picked = logits.log_softmax(dim=-1).gather(1, own[:, None])[:, 0]
+            assert torch.allclose(scored[: len(own)], picked, atol=1e-5) and not scored[len(own) :].any()
+        assert batch["num_items_in_batch"].item() == sum(row["length"] for row in expected)
+        changed += sum(row["length"] for row in expected) != sum(row["length"] for row in of_step[:8])
+    assert changed  # a refill brought more or fewer tokens
 
 
 def test_the_seconds_of_a_step_are_those_of_all_its_passes(refilled):

@@ -295,9 +295,17 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_the_main_process_owns_for_its_launch(tmp_path, monkeypatch):
+    """Its workers come in beside it, lock nothing, and leave its lock where it is; another main process is kept out."""
+    monkeypatch.setenv("RANK", "1")
+    with owned(tmp_path):
+        assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("RANK", "0")
     with owned(tmp_path):
         monkeypatch.setenv("RANK", "1")
         with owned(tmp_path):
+            pass
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(Mistake, match="in use by process"), owned(tmp_path):
             pass
 
 

@@ -249,6 +249,19 @@ def test_a_frozen_tower_encodes_each_image_once_a_step(model_type, tiny_models, 
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and all(norms[0])
 
 
+def test_the_tokens_saved_are_those_of_repeated_prompts_and_padding(tiny_model, datasets_by_images, tmp_path):
+    """Two prompts of 5 and 3 tokens, with completions of 1 and 4, and of 2, where TRL has three rows of 5 + 4."""
+    _, trainer = make_trainers(tiny_model, datasets_by_images[1], tmp_path)
+    long, short = make_prompt(5), make_prompt(3)
+    trainer._scored = [long, long, short]
+    completion_mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
+    mask = torch.cat([torch.tensor([[1] * 5, [1] * 5, [0, 0, 1, 1, 1]]), completion_mask], dim=1)
+    trainer._get_per_token_logps_and_entropies(trainer.model, torch.full_like(mask, 65), mask, 4)
+    # all but a prompt's last token once, and a place to predict each completion token from
+    packed = (4 + 1 + 4) + (2 + 2)
+    assert trainer._metrics[trainer._mode()]["packing/tokens_saved"] == [pytest.approx(1 - packed / (3 * 9))]
+
+
 def test_the_switch_off_is_trls_path(tiny_model, datasets_by_images, tmp_path, monkeypatch):
     """`shared_prefix: false` in our trainer equals stock TRL bit for bit."""
     without_shuffling(monkeypatch)

@@ -3,7 +3,9 @@
 import inspect
 import json
 import os
+import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from open_r1.images import open_image
 from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.rewards import accuracy_reward
 from open_r1.tasks.examples import read_examples
-from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer, without_images
+from open_r1.trainer import AskBlind, Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer, without_images
 from support import load_weights, make_config, make_trainer, read_jsonl, vowel_share, write_examples
 
 
@@ -372,4 +374,40 @@ def test_the_log_splits_the_seconds_of_a_step(run):
     for log in logs:
         parts = [log["time/rollout"], log["time/scoring"], log["time/update"]]
         assert min(parts) > 0 and sum(parts) == pytest.approx(log["step_time"], rel=1e-6)
-        assert log["rollout/tokens_per_second"] > 0 and 0 < log["packing/tokens_saved"] < 1
+        assert 0 < log["packing/tokens_saved"] < 1
+
+
+def test_the_log_describes_the_completions_of_its_step(run):
+    trainer, *_, output = run
+    rows = read_jsonl(output / "trajectories/train.jsonl")
+    for log in (log for log in trainer.state.log_history if "step_time" in log):
+        of_step = [row for row in rows if row["step"] == log["step"]]
+        tokens = sum(row["length"] for row in of_step)
+        assert log["rollout/tokens_per_second"] == pytest.approx(tokens / log["time/rollout"])
+        groups = [[row["completion"] for row in of_step[start : start + 4]] for start in range(0, len(of_step), 4)]
+        identical = sum(len(set(group)) == 1 for group in groups) / len(groups)
+        assert log["completions/identical_groups"] == identical < 1
+
+
+def test_settings_of_the_template_reach_what_is_asked_and_what_is_written_down(tiny_model, examples_json, tmp_path):
+    asked = []
+
+    def spy(prompts, completions, trainer_state, **kwargs):
+        asked.extend(trainer.processing_class.batch_decode([prompt.input_ids for prompt in trainer._rollout.prompts]))
+        return vowel_share(completions)
+
+    trainer = make_trainer(
+        tiny_model, examples_json, tmp_path, spy, chat_template_kwargs={"style": "direct"}, max_steps=1
+    )
+    trainer.train()
+    written = [row["prompt"] for row in read_jsonl(tmp_path / "trajectories/train.jsonl")]
+    assert len(asked) == len(written) == 8 and not any("<think>" in prompt for prompt in asked + written)
+    for one, other in zip(asked, written, strict=True):  # an image is as many tokens as it has patches, or one
+        assert re.sub("(<.image_pad.>)+", "", one) == other.replace("<|image_pad|>", "")
+
+
+@pytest.mark.parametrize("data, strategy, count", [("rows", "steps", 1), ("rows", "no", 0), (None, "steps", 0)])
+def test_held_out_questions_are_asked_blind_only_where_they_are_asked(data, strategy, count):
+    trainer = Mock(eval_dataset=data)
+    AskBlind(trainer).on_train_end(Mock(eval_strategy=strategy), None, None)
+    assert trainer.evaluate_blind.call_count == count

@@ -59,7 +59,7 @@ def perception_kl(logps: torch.Tensor, masked_logps: torch.Tensor) -> torch.Tens
         (B, C), nats.
     """
     difference = (masked_logps - logps).clamp(-20, 20)  # an infinite ratio would have a gradient of NaN
-    return (difference.exp() - difference - 1).clamp(max=MOST_KL)
+    return (difference.expm1() - difference).clamp(max=MOST_KL)  # exp() - 1 would round a small divergence away
 
 
 def batch_mean(
