@@ -143,6 +143,174 @@ def test_symbolic_equality_is_the_last_resort(gold, answer, equal):
     assert is_correct(answer, gold) is equal
 
 
+# Each beside what it looks like: who reads both sees no difference.
+UNSEEN = [
+    ("\u200eleft\u200f", "left"),  # direction marks
+    ("\u202bleft\u202c", "left"),  # embedding
+    ("\u2066le\u2069ft", "left"),  # isolates
+    ("\ufeffleft", "left"),  # byte order mark
+    ("le\u200bft", "left"),  # space of no width
+    ("l\u034feft", "left"),  # grapheme joiner
+    ("\u3164left\u115f", "left"),  # Hangul fillers
+    ("left\U000e0072\U000e0074", "left"),  # tags
+    ("left\x00\x08", "left"),  # control characters
+    ("&zwnj;left&lrm;", "left"),
+    ("mo\u00adtor\u2060cycle", "motorcycle"),
+    ("cafe\u200d\u0301", "café"),
+    ("\u0645\u06cc\u200c\u0631\u0648\u062f", "\u0645\u06cc\u0631\u0648\u062f"),  # Persian, with a non-joiner
+    ("\u06a9\u062a\u0627\u0628\u200f", "\u06a9\u062a\u0627\u0628"),
+    ("✈\ufe0f", "✈"),
+    ("👩\u200d🚀", "👩🚀"),
+    ("葛\U000e0100城", "葛城"),  # a variant of the same letter
+]
+
+
+@pytest.mark.parametrize(("written", "looks"), UNSEEN, ids=ascii)
+def test_what_nobody_sees_makes_no_difference(written, looks):
+    others = ["right", "kafe", "❤"]
+    for answer, gold in ((written, looks), (looks, written), (written, written)):
+        assert is_correct(answer, gold)
+        assert is_correct(answer, gold, [gold, *others])
+        assert is_correct(answer, looks, [looks, *others]) and is_correct(answer, written, [*others, written])
+        assert is_correct(f"\u200f(A)\u200e {answer}", "(A)", [gold, *others])
+        assert judge(f"So the answer is: {answer}.", gold, [gold, *others], lenient=True).correct
+    assert not is_correct(written, "right", [looks, "right"])
+    assert normalize(written) == normalize(looks)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("cafe\u0301", "cafe"),
+        ("\u0939\u093f\u0928\u094d\u0926\u0940", "\u0939\u0928\u0926"),  # Devanagari's vowel signs are Mn and Mc
+        ("\u05e9\u05c1", "\u05e9\u05c2"),  # Hebrew points
+        ("👍🏽", "👍🏿"),
+        ("🇩🇪", "🇫🇷"),
+        ("🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+         "🏴\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f"),  # England's flag, Scotland's
+        ("left\u2003front", "leftfront"),  # a space of another width is one
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_what_one_sees_does(one, other):
+    assert is_correct(one, one, [one, other]) and is_correct(other, other, [one, other])
+    assert not is_correct(one, other) and not is_correct(other, one, [one, other])
+
+
+@pytest.mark.parametrize("unseen", ["\u200b", "\u200f \u202c", "\ufe0f", "\u3164", "\u2800", "\x00"], ids=ascii)
+def test_nothing_to_see_is_no_answer(unseen):
+    for gold, options in (("left", ["left", "right"]), ("\u200d", ["\u200d", "right"]), ("left", None)):
+        assert not is_correct(unseen, gold, options)
+        assert not judge(f"<answer>{unseen}</answer>", gold, options, lenient=True).correct
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("12", "\u0661\u0662"),  # Arabic-Indic
+        ("12", "\u06f1\u06f2"),  # of Persian and Urdu
+        ("12", "\u0967\u0968"),  # Devanagari
+        ("12", "\u09e7\u09e8"),  # Bengali
+        ("12", "１２"),  # noqa: RUF001
+        ("12", "\U0001d7cf\U0001d7d0"),  # of mathematics
+        ("3", "3\ufe0f\u20e3"),  # a key
+        ("12", "\u0661\u0662\u066b\u0660"),  # with the Arabic decimal separator
+        ("0.5", "\u0660\u066b\u0665"),
+        ("1,200", "\u0661\u066c\u0662\u0660\u0660"),  # and that of thousands
+        ("1/2", "\u0967/\u0968"),
+        ("-3", "−\u0663"),  # noqa: RUF001
+        ("50%", "\u0665\u0660\u066a"),
+        ("5 cm", "\u096b cm"),
+        ("\u0663", "3.0"),
+        ("\u0967\u0968", "twelve"),
+    ],
+    ids=ascii,
+)
+def test_digits_of_every_script_are_digits(gold, answer):
+    assert is_correct(answer, gold) and is_correct(answer, gold, [gold, "7", "21"])
+    assert judge(f"The answer is {answer}", gold, [gold, "7", "21"], lenient=True).correct
+    assert not is_correct(answer, "7", [gold, "7", "21"]) and not is_correct(answer, "21")
+
+
+def test_letters_of_full_width_are_options():
+    for answer in ("Ｂ", "（Ｂ）", "ｂ．", "\u200eＢ\u200e", "Ｂ）２"):  # noqa: RUF001
+        assert is_correct(answer, **COUNT) and not is_correct(answer, "(A)", COUNT["options"])
+
+
+COMMANDS = ["fbox", "mbox", "hbox", "framebox", "text", "textit", "textrm", "textsf", "texttt", "textsc", "textnormal",
+            "mathrm", "mathsf", "mathit", "mathtt", "mathbf", "boldsymbol", "bm", "emph", "underline", "operatorname",
+            "rm", "bf", "large", "Huge", "displaystyle"]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_that_only_dresses_an_answer(command):
+    sides = ["left", "right"]
+    for dress in (
+        r"\%s{%s}",
+        r"$\%s {%s}$",
+        r"\(\%s{%s}\)",
+        r"\boxed{\%s{%s}}",
+        r"\boxed{\mathbf{\underline{\%s{%s}}}}",
+    ):
+        assert is_correct(dress % (command, "left"), "left", sides)
+        assert is_correct(dress % (command, "A"), "(A)", sides)
+        assert is_correct(dress % (command, "(A) left"), "(A)", sides)
+        assert is_correct(dress % (command, "3"), "3.0")
+        assert is_correct(dress % (command, r"\frac{1}{2}"), "0.5")
+        assert judge(f"I look. {dress % (command, 'A')}", "(A)", sides, lenient=True).correct
+        assert not is_correct(dress % (command, "right"), "left", sides)
+        assert not is_correct(dress % (command, "left or right"), "left", sides)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        ("left", r"\answer{left}", True),  # one of the model's own
+        ("left", r"\textcolor{red}{left}", True),
+        ("left", r"\colorbox{yellow}{\textbf{left}}", True),
+        ("left", r"\fcolorbox{red}{white}{left}", True),
+        ("left", r"{\color{red} left}", True),
+        ("left", r"{\bf left}", True),
+        ("left", r"\framebox[2cm][c]{left}", True),
+        ("left", r"\quad left \\", True),
+        ("left front", r"\text{left}\ \text{front}", True),
+        ("9π", r"9\pi\text{cm}", True),
+        ("9π", r"9\pi{}", True),
+        ("5 cm", r"5\,\mathrm{cm}", True),
+        ("1000", r"1{,}000", True),
+        ("1000", r"1\,000", True),
+        ("50%", r"50\%", True),
+        ("3", r"\left(3\right)", True),
+        ("(a+b)/2", r"\left(a+b\right)/2", True),
+        ("6", r"2\times{3}", True),
+        # What computes, marks, denies, strikes out or hides is no dress.
+        ("12", r"\frac{1}{2}", False),
+        ("4", r"\sqrt{4}", False),
+        ("0.3", r"0.\overline{3}", False),
+        ("x", r"\hat{x}", False),
+        ("AB", r"\vec{AB}", False),
+        ("3", r"\pm{3}", False),
+        ("3", r"\geq{3}", False),
+        ("30", r"\sin{30}", False),
+        ("23", r"2\times{3}", False),
+        ("9", r"9\pi{}", False),
+        ("103", r"10\textsuperscript{3}", False),
+        ("left", r"\cancel{left}", False),
+        ("left", r"\sout{left}", False),
+        ("left", r"\phantom{left}", False),
+        ("left", r"\not{left}", False),
+        ("left", r"\frac{left}{right}", False),
+        ("left", r"\textbf{left}\textbf{right}", False),
+        ("left", r"\text{not }\text{left}", False),
+        ("left", r"\textbf{left", False),
+    ],
+)
+def test_which_latex_only_dresses(gold, answer, equal):
+    assert is_correct(answer, gold) is equal
+    if gold == "left":
+        assert is_correct(answer, gold, ["left", "right"]) is equal
+
+
 @pytest.mark.parametrize(
     "answer",
     [
