@@ -83,6 +83,57 @@ def test_letters_count_only_where_they_were_shown():
     assert is_correct("A", "left", ["left", "right"], lettered=True)
 
 
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"\boxed{A}? No, \boxed{C}. Wait: \boxed{B}", "(B)"),
+        (r"\boxed{C}, then \boxed{B}, which is \boxed{7.5}", "(B)"),  # the last that is an option
+        (r"\boxed{A} " + r"\boxed{7} " * 9, None),  # too far back
+        (r"\fbox{A} and \boxed{\boxed{B}}", "(B)"),
+        ("(B)\nQuestion: And how many pianos?\nAnswer: A\nQuestion: And flutes?\nAnswer: C", "(B)"),
+        ("So it is 2.\n\nUser: How many pianos?\nAnswer: 3\nUser: And flutes?\nAnswer: 1", "(B)"),
+        ("\nQuestion 1: How many organs?\nAnswer: B\nQuestion 2: And pianos?\nAnswer: A", "(B)"),
+        ("Hmm.\nQuestion: How many organs?\nAnswer: B", "(B)"),  # nothing was answered before
+    ],
+)
+def test_which_of_several_commitments_counts(response, answer):
+    assert judge(response, **COUNT, lenient=True).answer == answer
+
+
+def test_a_text_that_is_another_options_is_no_short_form_of_one():
+    """Beside its letter an option may be shortened, but "left" is B, not the beginning of "left, front"."""
+    options = ["left, front", "left", "right (rear)", "right, very far"]
+    wrong = [("(A) left", "(A)"), ("A. left", "(A)"), ("(B) left, front", "(B)"), ("(D) right (rear)", "(D)")]
+    for answer, gold in wrong:
+        assert not is_correct(answer, gold, options)
+        verdict = judge(f"The answer is {answer}", gold, options, lenient=True)
+        assert (verdict.correct, verdict.reading) == (False, "letter and text disagree")
+    for answer, gold in (("(B) left", "(B)"), ("(A) left, front", "(A)"), ("(C) right", "(C)"), ("D. right", "(D)")):
+        assert is_correct(answer, gold, options), answer
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        ("π", "22/7", False),
+        ("π", "3.14", False),
+        ("1/3", "0.333", False),
+        ("1/3", "0.3333", False),
+        ("2/3", "0.67", False),
+        ("√2", "1.414", False),
+        ("100", "99.99", False),
+        ("1000000", "1000001", False),
+        ("1/3", "0.3333333333", True),
+        (r"\sqrt{2}", "1.41421356237", True),
+        (r"\frac{22}{7}", "3.142857142857", True),
+    ],
+)
+def test_near_is_not_equal(gold, answer, equal):
+    assert is_correct(answer, gold) is equal
+    assert is_correct(gold, answer) is equal
+    assert is_correct(answer, gold, [gold, "7"]) is equal
+
+
 def test_the_same_option_twice_is_the_same_answer():
     assert is_correct("(A)", "(C)", ["left", "right", "Left"])
     assert is_correct("left", "Left", ["left", "right", "Left"])

@@ -137,6 +137,8 @@ def test_shares():
         "reflection/self_correction": 0.5,
         "reflection/correction_success": 0.5,
     }
+    others = [row([[0, 4]], True, accuracy_reward=None), row([], False, accuracy_reward=0.0)]  # one was not judged
+    assert reflection_shares([rows[0], *others])["reflection/correction_success"] == 1.0
     assert "reflection/correction_success" not in reflection_shares(rows[2:])  # nothing was corrected
     assert "reflection/correction_success" not in reflection_shares(
         [row([[0, 4]], True, my_reward=1.0)]

@@ -126,6 +126,42 @@ def test_reflections_are_counted(tiny):
     assert counts.corrections == 2 and counts.corrected_right == (1, 2)
 
 
+def test_a_third_and_two_thirds_are_the_middle(tmp_path):
+    """Groups of six, of which 0 to 6 succeed, in every step but the last, where two thirds do."""
+    rows = [
+        row(step=step, group=group, rewards={"my_reward": reward, "format_reward": 1.0})
+        for step in range(1, 31)
+        for group in range(7)
+        for member in range(6)
+        for reward in [1.0 if member < (4 if step == 30 else group) else 0.5]
+    ]
+    rows += [row(step=step, group=7, rewards={"my_reward": None, "format_reward": 1.0}) for step in (1, 30)]
+    run = write_run(tmp_path / "run", rows)
+    with scan_trajectories(run / "trajectories/train.jsonl") as trajectories:
+        early, late = pass_rates(trajectories).items()
+    assert early[0] == "to step 3" and early[1].tolist() == pytest.approx([1 / 7, 1 / 7, 3 / 7, 1 / 7, 1 / 7])
+    assert late[0] == "from step 28" and late[1].tolist() == pytest.approx([2 / 21, 2 / 21, 13 / 21, 2 / 21, 2 / 21])
+
+
+def test_completions_in_which_nobody_looked_for_reflections_count_nowhere(tmp_path):
+    """As of a run that was begun by an older version."""
+    reflection = ("reflections", "considered", "self_corrected")
+    old = [row(step=1, rewards=rewards) for rewards in (RIGHT, RIGHT, WRONG)]
+    old = [{name: value for name, value in record.items() if name not in reflection} for record in old]
+    new = [
+        row(step=2, rewards=RIGHT, reflections=[[0, 2]], considered="right", self_corrected=True),
+        row(step=2, rewards=WRONG, reflections=[[0, 2]], considered="left", self_corrected=False),
+        row(step=3, rewards=WRONG, reflections=[[4, 6]], considered="right", self_corrected=True),
+        row(step=3, rewards=WRONG),
+    ]
+    run = write_run(tmp_path / "run", old + new)
+    with scan_trajectories(run / "trajectories/train.jsonl") as trajectories:
+        counts = reflection_statistics(trajectories)
+    assert (counts.measured, counts.reflective, counts.first_step) == (4, 3, 2)
+    assert counts.accuracy_with == (1, 3) and counts.accuracy_without == (0, 1)
+    assert counts.corrections == 2 and counts.corrected_right == (1, 2)
+
+
 def test_held_out_interval_counts_questions(tiny):
     """Two completions of a question are half an observation each."""
     series = group_accuracy(tiny)

@@ -167,8 +167,8 @@ class Choice:
             return None
         if index >= len(self.texts):
             return Unread.CONFLICT if rest else None
-        begun = [other for other, text in enumerate(self.texts) if text and _begins(rest, text)]
-        return Unread.CONFLICT if begun and index not in begun else index
+        begun = [text for text in self.texts if text and _begins(rest, text)]  # "left, front" begins with "left", too
+        return Unread.CONFLICT if begun and self.texts[index] != max(begun, key=len) else index
 
     def declared(self, clause: str) -> Outcome:
         return self.named([clause])
