@@ -103,7 +103,7 @@ def test_which_of_several_commitments_counts(response, answer):
 def test_a_text_that_is_another_options_is_no_short_form_of_one():
     """Beside its letter an option may be shortened, but "left" is B, not the beginning of "left, front"."""
     options = ["left, front", "left", "right (rear)", "right, very far"]
-    wrong = [("(A) left", "(A)"), ("A. left", "(A)"), ("(B) left, front", "(B)"), ("(D) right (rear)", "(D)")]
+    wrong = [("(A) left", "(A)"), ("A) left", "(A)"), ("(B) left, front", "(B)"), ("(D) right (rear)", "(D)")]
     for answer, gold in wrong:
         assert not is_correct(answer, gold, options)
         verdict = judge(f"The answer is {answer}", gold, options, lenient=True)
