@@ -100,6 +100,56 @@ def test_which_of_several_commitments_counts(response, answer):
     assert judge(response, **COUNT, lenient=True).answer == answer
 
 
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("My guess:\n(A) 3\n\nOn second thought:\n(B) 2\n\nThat hall is old.", "(B)"),
+        ("I would choose (B). (A) is the closest one in size.", "(B)"),  # a choice, whatever is praised
+        ("This shows a hall. There are 2 organs. Therefore, the hall is large. It is old.", None),
+        ("The answer is A. I see that one is a piano. The answer is B.", "(B)"),  # with a thought in between
+        ("This shows a hall. Therefore, there are 3. I count again. Therefore, there are 2. It is old.", "(B)"),
+        ("To count 3 things one looks twice. It is dark. There are 2 organs.", "(B)"),
+        ("The picture shows 3 halls. It is dark. There are 2 organs.", "(B)"),
+        ("It isn't easy to see 3 organs. It is dark. There are 2 organs.", "(B)"),
+        ("The picture shows 2 organs. There is 1 at the wall. I cannot see 3 of them.", None),
+        ("(B) 2\n(B) 2", "(B)"),  # twice the same is no list of options
+        ("<answer>(A) 3\n<answer>(B) 2", "(B)"),
+        ("It is (A).</think> It is (C).</think> (B)", "(B)"),
+        ("The answer is:\n2\nI also see 3 pianos.", "(B)"),
+        ("It is dark. I look again. I'm sorry, I cannot tell from 2 dark halls.", None),
+        ("It is dark. I look again. At first I could not tell. There are 2 organs.", "(B)"),
+    ],
+)
+def test_where_a_response_commits_itself(response, answer):
+    assert judge(response, **COUNT, lenient=True).answer == answer
+
+
+def test_an_option_may_say_that_there_is_nothing_to_see():
+    options = ["not visible", "visible", "unknown"]
+    for text, answer in (("not visible", "(A)"), ("unknown", "(C)"), ("not listed", None)):
+        assert judge(f"The answer is {text}.", "(A)", options, lenient=True).answer == answer
+
+
+def test_a_computation_ends_with_its_answer():
+    text = "I think 5 is the start.\nSeven more come to it.\n12"
+    assert judge(text, "12", lenient=True).correct and not judge(text, "5", lenient=True).correct
+
+
+@pytest.mark.parametrize(
+    ("chinese", "english"),
+    [
+        *((text, "left") for text in ("左", "左边", "左侧。")),
+        *((text, "right") for text in ("右", "右边", "右侧")),
+        *((text, "yes") for text in ("是", "是的。")),
+        *((text, "no") for text in ("否", "不是")),
+    ],
+)
+def test_what_models_answer_in_chinese(chinese, english):
+    options = ["left", "right"] if english in ("left", "right") else ["yes", "no"]
+    for order in (options, options[::-1]):
+        assert judge(chinese, english, order, lenient=True).correct
+
+
 def test_a_text_that_is_another_options_is_no_short_form_of_one():
     """Beside its letter an option may be shortened, but "left" is B, not the beginning of "left, front"."""
     options = ["left, front", "left", "right (rear)", "right, very far"]
@@ -119,6 +169,7 @@ def test_a_text_that_is_another_options_is_no_short_form_of_one():
         ("π", "3.14", False),
         ("1/3", "0.333", False),
         ("1/3", "0.3333", False),
+        ("1/3", "0.333333", False),
         ("2/3", "0.67", False),
         ("√2", "1.414", False),
         ("100", "99.99", False),
@@ -313,6 +364,15 @@ def test_a_command_that_only_dresses_an_answer(command):
         assert not is_correct(dress % (command, "left or right"), "left", sides)
 
 
+def test_dress_is_taken_off_however_deep():
+    for depth in (1, 2, 5, 40):
+        assert is_correct(r"\text{" * depth + "left" + "}" * depth, "left")
+        assert is_correct(r"\bm{" * depth + r"\sqrt{\frac{8}{2}}" + "}" * depth, "2")
+    start = time.process_time()
+    normalize(r"\a{" * 2_000 + "left" + "}" * 2_000)
+    assert time.process_time() - start < 5  # it takes a hundredth of a second
+
+
 @pytest.mark.parametrize(
     ("gold", "answer", "equal"),
     [
@@ -322,6 +382,7 @@ def test_a_command_that_only_dresses_an_answer(command):
         ("left", r"\fcolorbox{red}{white}{left}", True),
         ("left", r"{\color{red} left}", True),
         ("left", r"{\bf left}", True),
+        ("left", r"\left(\text{left}\right)", True),
         ("left", r"\framebox[2cm][c]{left}", True),
         ("left", r"\quad left \\", True),
         ("left front", r"\text{left}\ \text{front}", True),
@@ -331,6 +392,7 @@ def test_a_command_that_only_dresses_an_answer(command):
         ("1000", r"1{,}000", True),
         ("1000", r"1\,000", True),
         ("50%", r"50\%", True),
+        ("black & white", r"\text{black \& white}", True),
         ("3", r"\left(3\right)", True),
         ("(a+b)/2", r"\left(a+b\right)/2", True),
         ("6", r"2\times{3}", True),
@@ -395,19 +457,28 @@ MARKUP = ["<answer>", "</answer>", "<answer>A</answer>", "<a", "*_", r"\boxed{",
 
 @pytest.mark.parametrize("piece", ENGLISH + MARKUP)
 def test_a_megabyte_of_anything_is_no_problem(piece):
-    """No clock: anything quadratic would take this test from a fraction of a second to many minutes."""
+    """It is no right answer, and hides none that follows it.
+
+    No clock: anything quadratic would take this test from a fraction of a second to many minutes.
+    """
     text = piece * (MEGABYTE // len(piece))
-    for response in (text, f"<answer>{text}</answer>", f"<answer>{text}x", f"<answer>x{text}"):
-        for lenient in (False, True):
-            judge(response, **COUNT, lenient=lenient)
-            judge(response, "1/2", lenient=lenient)
+    readings = {*EVIDENCE, *(reason.value for reason in Unread)}
+    for response in (text, f"<answer>{text}</answer>", f"<answer>{text}x", f"<answer>3{text}</answer>"):
+        assert not judge(response, **COUNT).correct and not judge(response, "1/2").correct
+        assert judge(response, **COUNT, lenient=True).reading in readings
+        assert judge(response, "1/2", lenient=True).reading in readings
+    for lenient in (False, True):
+        assert judge(f"{text}<answer>B</answer>", **COUNT, lenient=lenient).correct
+        assert judge(f"{text}<answer>0.5</answer>", "1/2", lenient=lenient).correct
+        assert not judge(f"{text}<answer>A</answer>", **COUNT, lenient=lenient).correct
 
 
 HOSTILE = [
     *ENGLISH, *MARKUP, "The answer is 1/2. ", r"\boxed{1/2} ", r"\boxed{{{", "I would choose ", "is the most ", "A: ",
     "\nQuestion: ", "\n", " ", "\t\n ", "point A ", "(A) x\n(B) y\n", "right best option ", "because, ", "not ",
     "no ", "= ", '"A', "cannot ", "a b c ", "{", "[", "a.b. ", "12 1/2=", "> ", "√{",
-    "while a", "İ", "。", "A、", "<think>", "either A ",
+    "while a", "İ", "。", "A、", "<think>", "either A ", r"\a{", r"\text{x}", r"\a[", r"\a[]", "\\", r"{\bf ",
+    r"\textcolor{red}", r"\textcolor{", "{,}", r"\left(", r"\a ", "\u200b", "🏴\U000e0067\U000e0067", "&lrm;", "\u0661",
 ]  # fmt: skip
 
 

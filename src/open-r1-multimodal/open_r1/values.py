@@ -15,6 +15,7 @@ from open_r1.latex import undressed
 
 MAX_TEXT_CHARS = 8_192  # of a longer text, the end counts
 MAX_EXPRESSION_CHARS = 64
+MAX_DRESSED_CHARS = 1_000  # of an expression with the LaTeX around it
 SYMBOLIC_TIMEOUT_S = 1
 RELATIVE_TOLERANCE = 1e-7  # of 1.3333333 to 4/3
 
@@ -31,8 +32,6 @@ def same_value(gold: str, answer: str) -> bool:
 
     A unit that only one of them names is left out of it; two different units differ.
     """
-    if len(answer) > MAX_EXPRESSION_CHARS or len(gold) > MAX_EXPRESSION_CHARS:
-        return False
     (gold, gold_unit), (answer, answer_unit) = _quantity(gold), _quantity(answer)
     if gold_unit and answer_unit and gold_unit != answer_unit:
         return False
@@ -67,7 +66,7 @@ def _evaluate(parsed: list[Any]) -> list[float]:
 
 def is_quantity(text: str) -> bool:
     """Whether a text is a number or short arithmetic, with or without a unit, and nothing else."""
-    return len(text) <= MAX_EXPRESSION_CHARS and _is_expression(_quantity(text)[0])
+    return _is_expression(_quantity(text)[0])
 
 
 # --- spelling -----------------------------------------------------------------------------------------------
@@ -117,7 +116,8 @@ _BARE_DECIMALS = re.compile(r"(?<![A-Za-z0-9.])\.(?=\d)")
 
 def plain(text: str) -> str:
     """One spelling for what looks alike (NFKC, digits, quotes, minus), without unseen characters and LaTeX's dress."""
-    text = unicodedata.normalize("NFKC", seen(text))[-MAX_TEXT_CHARS:]  # NFKC can make a text 18 times longer
+    text = seen(text)[-MAX_TEXT_CHARS:]
+    text = unicodedata.normalize("NFKC", text)[-MAX_TEXT_CHARS:]  # which can make a text 18 times longer
     text = text.translate(_LOOK_ALIKES)
     return undressed(text)
 
@@ -214,8 +214,13 @@ _PI = re.compile(r"π|(?<![\\A-Za-z])pi(?![A-Za-z])")
 
 
 def _quantity(text: str) -> tuple[str, str]:
-    r"""A short expression's value in LaTeX and its unit, if it has one: `2√{3}cm²` -> `2\sqrt{3}`, `cm2`."""
-    text = plain(text).strip(" \n\t$").rstrip(".")
+    r"""A short expression's value in LaTeX and its unit, if it has one: `2√{3}cm²` -> `2\sqrt{3}`, `cm2`.
+
+    Both are empty for a text that is no short one.
+    """
+    text = plain(text).strip(" \n\t$").rstrip(".") if len(text) <= MAX_DRESSED_CHARS else ""
+    if len(text) > MAX_EXPRESSION_CHARS:
+        return "", ""
     text = _PI.sub(r"\\pi", _ROOT.sub(lambda found: rf"\sqrt{{{found[found.lastgroup]}}}", text))
     found = _UNIT.search(text)
     if not found:
