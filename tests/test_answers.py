@@ -118,10 +118,43 @@ def test_which_of_several_commitments_counts(response, answer):
         ("The answer is:\n2\nI also see 3 pianos.", "(B)"),
         ("It is dark. I look again. I'm sorry, I cannot tell from 2 dark halls.", None),
         ("It is dark. I look again. At first I could not tell. There are 2 organs.", "(B)"),
+        ("(A) is wrong: it is too many.\nThere are 2 organs.", "(B)"),
+        ("The answer is (F) 2.", None),  # there is no F
+        ("There are 5 or 2 organs.", None),  # as open as the other way round
+        ("There are 7,2 of them.", None),
+        ("It is 7/2 of them.", None),
+        ("The ratio is 2/7 in it.", None),
+        ("It is 2:30 there.", None),
+        ("While there may be 3 of them, I see 2 organs.", "(B)"),
     ],
 )
 def test_where_a_response_commits_itself(response, answer):
     assert judge(response, **COUNT, lenient=True).answer == answer
+
+
+@pytest.mark.parametrize(
+    ("options", "response", "answer"),
+    [
+        (["A", "B", "C"], "This is a B.", "(B)"),  # "a" is no option, though "A" is
+        (["Point B", "Point C"], "I think that (B) fits.", "(B)"),
+        (["Point B", "Point C"], "I think that B fits.", "(B)"),  # labels that do not go from A on are none
+        (["B is closer", "A is closer"], "I think that A looks nearer here.", "(B)"),
+        (["B is closer", "A is closer"], "I think that (A) fits.", "(A)"),
+        (["size: B", "size: A"], "I think it is size: B here.", "(A)"),  # a letter within an option's text
+        (["left"], "(A) left", "(A)"),
+        (["left"], "I think left.", "(A)"),
+        (["left"], "(B) left", None),
+    ],
+)
+def test_letters_and_labels(options, response, answer):
+    assert judge(response, "(A)", options, lettered=True, lenient=True).answer == answer
+
+
+def test_a_letter_beside_another_options_text_is_a_conflict_and_two_texts_are_several():
+    readings = {
+        text: judge(text, **COUNT, lenient=True).reading for text in ("It is 3 here, so (B).", "It is 3 and 1.")
+    }
+    assert list(readings.values()) == ["letter and text disagree", "several named"]
 
 
 def test_an_option_may_say_that_there_is_nothing_to_see():

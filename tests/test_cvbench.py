@@ -243,7 +243,7 @@ def test_of_a_rotated_question_every_order_counts():
     assert everywhere["chance"] == pytest.approx((1 / 2**2 + 1 / 3**3) / 2)  # a guess for every order
     assert total["bounds"] == pytest.approx([right / 4, (right + 1 / 2 + 1 / 3) / 4])
     assert everywhere["bounds"] == [1 / 4, 2 / 4]
-    # The right one of all rows stands last 5 times... first 4 times, at the second place 4 times, at the third twice.
+    # "x" stands at the first place in four rows, one a question; nowhere more often.
     assert total["majority"] == pytest.approx((1 / 2 + 1 / 3) / 2) and everywhere["majority"] == 0
     assert statistics.outcomes(rows) == {(name, name): name == "one" for name in ROTATED}
 
@@ -261,6 +261,12 @@ def test_an_interval_is_around_what_is_counted():
         low, high = scores[name]["interval"]
         assert scores[name]["bounds"] == pytest.approx([1 / 3, 2 / 3]), name
         assert low < 1 / 3 < high < 0.45 and low + high == pytest.approx(2 / 3, abs=0.01), name
+
+
+def test_what_was_not_asked_for_want_of_its_image_is_wrong_in_both_bounds():
+    row = {"task": "Count", "question": "?", "options": ["1", "2"], "ground_truth": "(A)", "response": ""}
+    rows = judged([{**row, "error": "corrupt image"}, {**row, "response": "(A)"}, row, {**row, "error": None}])
+    assert statistics.score(rows)["Total"]["bounds"] == [1 / 4, 3 / 4]
 
 
 def test_of_positions_that_are_as_frequent_the_first_is_the_constant_choice():
