@@ -193,6 +193,8 @@ def test_a_text_that_is_another_options_is_no_short_form_of_one():
         assert (verdict.correct, verdict.reading) == (False, "letter and text disagree")
     for answer, gold in (("(B) left", "(B)"), ("(A) left, front", "(A)"), ("(C) right", "(C)"), ("D. right", "(D)")):
         assert is_correct(answer, gold, options), answer
+    assert is_correct("(A) 2 or 3", "(A)", ["2 or 3", "4, 5"])
+    assert not is_correct("(A) 2", "(A)", ["2 or 3", "4, 5"])  # a number is no short form of two
 
 
 @pytest.mark.parametrize(
