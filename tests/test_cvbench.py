@@ -163,10 +163,11 @@ def test_shares():
         {"model_answer": None, "truncated": True, "error": None},
         {"model_answer": None, "truncated": False, "error": "corrupt image"},
         {"model_answer": "(B)"},
+        {"model_answer": "(B)", "truncated": True},  # cut off behind its answer
     ]
     counts = statistics.response_shares(rows)
-    assert (counts["unparsable"], counts["truncated"], counts["image_errors"]) == (1, 1, 1)
-    assert counts["unparsable_share"] == counts["truncated_share"] == 1 / 4
+    assert (counts["unparsable"], counts["truncated"], counts["image_errors"]) == (1, 2, 1)
+    assert (counts["unparsable_share"], counts["truncated_share"]) == (1 / 5, 2 / 5)
 
 
 UNREAD = {
@@ -211,6 +212,7 @@ def test_bounds_of_rotations_and_of_the_combination():
         for rotation, response in enumerate(answers)
     ]
     scores = statistics.score(judged(rows), CV_BENCH.combination)
+    assert scores["Total"]["n"] == scores["CV-Bench"]["n"] == 3  # questions, not responses
     assert scores["Total"]["bounds"] == pytest.approx([2 / 6, 5 / 6])
     assert scores[statistics.ALL_ROTATIONS]["bounds"] == pytest.approx([0, 2 / 3])
     assert scores["CV-Bench"]["bounds"] == pytest.approx([((1 / 2 + 1 / 2) / 2 + 0) / 2, ((1 + 1 / 2) / 2 + 1) / 2])
