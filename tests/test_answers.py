@@ -274,6 +274,17 @@ def test_gold_outside_the_options_is_an_error_in_the_data(gold):
         ("24", r"32\sqrt{2}", False),
         ("5", "5 chairs", False),
         ("5 chairs", "5", False),
+        ("1.5", "1½", True),
+        ("5.5", "1½", False),
+        ("-1.5", "-1½", True),
+        ("2.25 m", "2¼ m", True),
+        ("1000", "10³", True),
+        ("103", "10³", False),
+        ("0.001", "10⁻³", True),
+        ("7", "10⁻³", False),
+        ("x^{2}", "x²", True),
+        ("2x", "x²", False),
+        ("4 m^{2}", "4m²", True),
     ],
 )
 def test_symbolic_equality_is_the_last_resort(gold, answer, equal):

@@ -114,9 +114,14 @@ _NUMERAL = re.compile(
 _BARE_DECIMALS = re.compile(r"(?<![A-Za-z0-9.])\.(?=\d)")
 
 
+# NFKC alone would make 11/2 of "1½", and 103 of ten to the third; what it makes of a unit's power, "cm2", is read.
+_MIXED = re.compile(r"(\d+)([\u00bc-\u00be\u2150-\u215e])")
+_POWER = re.compile(r"(?:(?<=\d)|(?<=\b[A-Za-z]))[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]{1,9}")
+
+
 def plain(text: str) -> str:
     """One spelling for what looks alike (NFKC, digits, quotes, minus), without unseen characters and LaTeX's dress."""
-    text = seen(text)[-MAX_TEXT_CHARS:]
+    text = _POWER.sub(r"^{\g<0>}", _MIXED.sub(r"(\1+\2)", seen(text)[-MAX_TEXT_CHARS:]))
     text = unicodedata.normalize("NFKC", text)[-MAX_TEXT_CHARS:]  # which can make a text 18 times longer
     text = text.translate(_LOOK_ALIKES)
     return undressed(text)
