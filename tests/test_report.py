@@ -127,20 +127,21 @@ def test_reflections_are_counted(tiny):
 
 
 def test_a_third_and_two_thirds_are_the_middle(tmp_path):
-    """Groups of six, of which 0 to 6 succeed, in every step but the last, where two thirds do."""
+    """Groups of twelve, of which so many succeed, in every step but the last, where two thirds do."""
+    successes = (0, 1, 3, 4, 6, 8, 9, 11, 12)
     rows = [
         row(step=step, group=group, rewards={"my_reward": reward, "format_reward": 1.0})
         for step in range(1, 31)
-        for group in range(7)
-        for member in range(6)
-        for reward in [1.0 if member < (4 if step == 30 else group) else 0.5]
+        for group, right in enumerate(successes)
+        for member in range(12)
+        for reward in [1.0 if member < (8 if step == 30 else right) else 0.5]
     ]
-    rows += [row(step=step, group=7, rewards={"my_reward": None, "format_reward": 1.0}) for step in (1, 30)]
+    rows += [row(step=step, group=9, rewards={"my_reward": None, "format_reward": 1.0}) for step in (1, 30)]
     run = write_run(tmp_path / "run", rows)
     with scan_trajectories(run / "trajectories/train.jsonl") as trajectories:
         early, late = pass_rates(trajectories).items()
-    assert early[0] == "to step 3" and early[1].tolist() == pytest.approx([1 / 7, 1 / 7, 3 / 7, 1 / 7, 1 / 7])
-    assert late[0] == "from step 28" and late[1].tolist() == pytest.approx([2 / 21, 2 / 21, 13 / 21, 2 / 21, 2 / 21])
+    assert early[0] == "to step 3" and early[1].tolist() == pytest.approx([1 / 9, 2 / 9, 3 / 9, 2 / 9, 1 / 9])
+    assert late[0] == "from step 28" and late[1].tolist() == pytest.approx([2 / 27, 4 / 27, 15 / 27, 4 / 27, 2 / 27])
 
 
 def test_completions_in_which_nobody_looked_for_reflections_count_nowhere(tmp_path):
