@@ -108,11 +108,10 @@ def test_which_of_several_commitments_counts(response, answer):
         ("This shows a hall. There are 2 organs. Therefore, the hall is large. It is old.", None),
         ("The answer is A. I see that one is a piano. The answer is B.", "(B)"),  # with a thought in between
         ("This shows a hall. Therefore, there are 3. I count again. Therefore, there are 2. It is old.", "(B)"),
-        ("To count 3 things one looks twice. It is dark. There are 2 organs.", "(B)"),
+        ("To count 3 things we look twice. It is dark. There are 2 organs.", "(B)"),
         ("The picture shows 3 halls. It is dark. There are 2 organs.", "(B)"),
         ("It isn't easy to see 3 organs. It is dark. There are 2 organs.", "(B)"),
-        ("The picture shows 2 organs. There is 1 at the wall. I cannot see 3 of them.", None),
-        ("(B) 2\n(B) 2", "(B)"),  # twice the same is no list of options
+        ("The picture shows 2 organs. There is 1 at the wall. It did not look like 3 to me.", None),
         ("<answer>(A) 3\n<answer>(B) 2", "(B)"),
         ("It is (A).</think> It is (C).</think> (B)", "(B)"),
         ("The answer is:\n2\nI also see 3 pianos.", "(B)"),
@@ -564,6 +563,7 @@ def test_every_rule_and_every_reason_has_its_responses():
         ("The answer is (A), that is \\boxed{B}.", "box"),
         ("(A) 3\nOn second thought, the answer is (B).", "declaration"),
         ("(B) 2\nThere are 2 of 3 organs.", "first line"),
+        ("(B) 2\n(B) 2", "first line"),  # twice the same is no list of options
         ("There are 2 or 3 organs.\n(B) 2", "last line"),
         ("There may be 3 or 1. Therefore, there are 2.", "conclusion"),
         ("There are 2 organs. I saw 3 at first, and 1 later.", "opening"),

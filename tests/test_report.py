@@ -150,6 +150,7 @@ def test_completions_in_which_nobody_looked_for_reflections_count_nowhere(tmp_pa
     old = [row(step=1, rewards=rewards) for rewards in (RIGHT, RIGHT, WRONG)]
     old = [{name: value for name, value in record.items() if name not in reflection} for record in old]
     new = [
+        row(step=1, rewards=RIGHT),
         row(step=2, rewards=RIGHT, reflections=[[0, 2]], considered="right", self_corrected=True),
         row(step=2, rewards=WRONG, reflections=[[0, 2]], considered="left", self_corrected=False),
         row(step=3, rewards=WRONG, reflections=[[4, 6]], considered="right", self_corrected=True),
@@ -158,8 +159,8 @@ def test_completions_in_which_nobody_looked_for_reflections_count_nowhere(tmp_pa
     run = write_run(tmp_path / "run", old + new)
     with scan_trajectories(run / "trajectories/train.jsonl") as trajectories:
         counts = reflection_statistics(trajectories)
-    assert (counts.measured, counts.reflective, counts.first_step) == (4, 3, 2)
-    assert counts.accuracy_with == (1, 3) and counts.accuracy_without == (0, 1)
+    assert (counts.measured, counts.reflective, counts.first_step) == (5, 3, 2)
+    assert counts.accuracy_with == (1, 3) and counts.accuracy_without == (1, 2)
     assert counts.corrections == 2 and counts.corrected_right == (1, 2)
 
 
@@ -194,6 +195,7 @@ def test_rows_of_two_processes(tmp_path):
 
 def test_small_functions():
     assert first_and_last_tenth(np.arange(20.0)) == (0.5, 18.5) and first_and_last_tenth(np.array([3.0])) == (3, 3)
+    assert first_and_last_tenth(np.arange(25.0)) == (1.0, 23.0)  # three values are a tenth of 25, at least
     assert first_and_last_tenth(np.array([])) is None
     np.testing.assert_allclose(moving_average(np.array([1.0, 2, 3, 10]), 3), [1.5, 2, 5, 6.5])
     np.testing.assert_allclose(moving_average(np.array([1.0, 3]), 9), [2, 2])
