@@ -163,10 +163,11 @@ def test_shares():
         {"model_answer": None, "truncated": True, "error": None},
         {"model_answer": None, "truncated": False, "error": "corrupt image"},
         {"model_answer": "(B)"},
+        {"model_answer": "(B)", "truncated": True},  # cut off behind its answer
     ]
     counts = statistics.response_shares(rows)
-    assert (counts["unparsable"], counts["truncated"], counts["image_errors"]) == (1, 1, 1)
-    assert counts["unparsable_share"] == counts["truncated_share"] == 1 / 4
+    assert (counts["unparsable"], counts["truncated"], counts["image_errors"]) == (1, 2, 1)
+    assert (counts["unparsable_share"], counts["truncated_share"]) == (1 / 5, 2 / 5)
 
 
 UNREAD = {
@@ -211,9 +212,70 @@ def test_bounds_of_rotations_and_of_the_combination():
         for rotation, response in enumerate(answers)
     ]
     scores = statistics.score(judged(rows), CV_BENCH.combination)
+    assert scores["Total"]["n"] == scores["CV-Bench"]["n"] == 3  # questions, not responses
     assert scores["Total"]["bounds"] == pytest.approx([2 / 6, 5 / 6])
     assert scores[statistics.ALL_ROTATIONS]["bounds"] == pytest.approx([0, 2 / 3])
     assert scores["CV-Bench"]["bounds"] == pytest.approx([((1 / 2 + 1 / 2) / 2 + 0) / 2, ((1 + 1 / 2) / 2 + 1) / 2])
+
+
+ROTATED = {  # question -> its options, and the responses to their rotations
+    "one": (["x", "y"], ["x", "x"]),
+    "two": (["x", "y", "z"], ["x", "y", "x"]),
+    "three": (["x", "y"], ["y", "what?"]),
+    "four": (["x", "y", "z"], ["what?", "x", "x"]),
+}
+
+
+def test_of_a_rotated_question_every_order_counts():
+    rows = [
+        {"id": name, "rotation": turn, "question": name, "task": "Where", "ground_truth": "x", "response": response}
+        | {"options": options[turn:] + options[:turn]}
+        for name, (options, responses) in ROTATED.items()
+        for turn, response in enumerate(responses)
+    ]
+    rows = judged(rows)
+    scores = statistics.score(rows)
+    total, everywhere = scores["Total"], scores[statistics.ALL_ROTATIONS]
+    right = 1 + 2 / 3 + 0 + 2 / 3
+    assert total["n"] == everywhere["n"] == 4
+    assert total["accuracy"] == pytest.approx(right / 4) and everywhere["accuracy"] == 1 / 4
+    assert total["interval"] == pytest.approx(statistics.wilson(right, 4))
+    assert everywhere["interval"] == pytest.approx(statistics.wilson(1, 4))
+    assert total["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert everywhere["chance"] == pytest.approx((1 / 2**2 + 1 / 3**3) / 2)  # a guess for every order
+    assert total["bounds"] == pytest.approx([right / 4, (right + 1 / 2 + 1 / 3) / 4])
+    assert everywhere["bounds"] == [1 / 4, 2 / 4]
+    # "x" stands at the first place in four rows, one a question; nowhere more often.
+    assert total["majority"] == pytest.approx((1 / 2 + 1 / 3) / 2) and everywhere["majority"] == 0
+    assert statistics.outcomes(rows) == {(name, name): name == "one" for name in ROTATED}
+
+
+def test_an_interval_is_around_what_is_counted():
+    """A third of the responses cannot be read: what would be, were they right, is a bound and no part of it."""
+    row = {"task": "Count", "question": "?", "options": ["1", "2"], "ground_truth": "(A)"}
+    rows = [
+        {**row, "id": f"{source}{number}", "source": source, "response": ("(A)", "(B)", "?")[number % 3]}
+        for source in ("ADE20K", "COCO", "Omni3D")
+        for number in range(150)
+    ]
+    scores = statistics.score(judged(rows), CV_BENCH.combination)
+    for name in ("Total", "Count", "COCO", "CV-Bench"):
+        low, high = scores[name]["interval"]
+        assert scores[name]["bounds"] == pytest.approx([1 / 3, 2 / 3]), name
+        assert low < 1 / 3 < high < 0.45 and low + high == pytest.approx(2 / 3, abs=0.01), name
+
+
+def test_what_was_not_asked_for_want_of_its_image_is_wrong_in_both_bounds():
+    row = {"task": "Count", "question": "?", "options": ["1", "2"], "ground_truth": "(A)", "response": ""}
+    rows = judged([{**row, "error": "corrupt image"}, {**row, "response": "(A)"}, row, {**row, "error": None}])
+    assert statistics.score(rows)["Total"]["bounds"] == [1 / 4, 3 / 4]
+
+
+def test_of_positions_that_are_as_frequent_the_first_is_the_constant_choice():
+    row = {"task": "Count", "question": "?", "options": ["1", "2", "3"], "response": ""}
+    rows = [{**row, "ground_truth": gold} for gold in ("(C)", "(B)", "(B)", "(C)", "(A)")]
+    assert statistics.majority_positions(rows) == {"Count": 1}
+    assert statistics.score(judged(rows))["Total"]["majority"] == 2 / 5
 
 
 # --- question sets ----------------------------------------------------------------------------------------------

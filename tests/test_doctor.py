@@ -20,6 +20,7 @@ from transformers import DynamicCache, LlamaConfig
 from trl import ModelConfig
 
 from open_r1 import grpo, sft
+from open_r1.configs import GRPOScriptArguments
 from open_r1.data import count_prompt_tokens
 from open_r1.doctor import cost, environment, rewards
 from open_r1.doctor.cost import checkpoint_bytes
@@ -28,8 +29,18 @@ from open_r1.doctor.finding import Finding, Verdict
 from open_r1.doctor.patient import Patient
 from open_r1.doctor.survey import survey
 from open_r1.entry import Command
+from open_r1.families import find_family
 from open_r1.front_door import Mistake
-from open_r1.memory import Launch, Load, activation_bytes, build_model, cache_bytes, count_memory
+from open_r1.memory import (
+    Launch,
+    Load,
+    activation_bytes,
+    build_model,
+    cache_bytes,
+    count_memory,
+    count_run,
+    load_config,
+)
 from open_r1.modeling import FreezeArguments, load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import merge_recipes
@@ -38,7 +49,7 @@ from open_r1.shared_prefix import Prompt
 from open_r1.tasks.examples import iter_examples, read_examples
 from open_r1.tiny import make_config as make_model_config
 from open_r1.tiny import make_model, make_processor, make_tokenizer
-from support import families, load_weights, make_trainer, run_grpo, write_examples
+from support import families, load_weights, make_config, make_trainer, run_grpo, write_examples
 
 # Trains two steps of the recipe at hand with a model of no size, which imports and allocates all that a run does,
 # and then with the model itself: what comes on top is the model's.
@@ -153,6 +164,43 @@ def test_weights_and_states_are_counted_to_the_byte():
     frozen = count(Launch(4, 2), freeze_vision=True)
     assert frozen.base["optimiser"] == 12 * (total - vision) / 4
     assert frozen.backward["activations"] < two.backward["activations"]
+
+
+@pytest.mark.parametrize(
+    ("use_peft", "has_reference", "counted"), [(False, True, True), (True, True, False), (False, False, False)]
+)
+def test_who_refers_to_a_model_of_its_own(use_peft, has_reference, counted):
+    """With an adapter, the reference is the model without it."""
+    config, load = make_model_config(make_tokenizer()), Load(1, 100, 10, 16, 4, 4)
+    for launch in (Launch(), Launch(2, 2), Launch(2, 3)):
+        model_args = ModelConfig(
+            dtype="bfloat16", use_peft=use_peft, lora_r=4, lora_target_modules=["q_proj", "v_proj"]
+        )
+        base = count_memory(config, model_args, FreezeArguments(), load, launch, has_reference).base
+        assert ("reference model" in base) is counted
+        assert base.get("reference model", 0) == base["weights"] * counted
+
+
+@pytest.mark.parametrize(
+    ("batch", "generations", "generation_steps", "prompts", "rollout"),
+    [(8, 4, 2, 2, 16), (4, 4, 3, 1, 12), (6, 4, 2, 2, 12), (2, 4, 4, 1, 8), (3, 2, 2, 2, 6)],
+)
+def test_the_load_of_a_run_is_that_of_its_settings(
+    tiny_model, tmp_path, batch, generations, generation_steps, prompts, rollout
+):
+    """A micro-batch may hold a part of a group, and a part of a group needs its prompt as a whole one does."""
+    script_args = GRPOScriptArguments("none", max_prompt_length=200, max_pixels=12544)
+    settings = {"per_device_train_batch_size": batch, "num_generations": generations, "max_completion_length": 24}
+    settings["steps_per_generation"] = generation_steps
+    args = make_config(tmp_path, beta=0.0, **settings)
+    model_args = ModelConfig(str(tiny_model), dtype="float32")
+    config = load_config(str(tiny_model))
+    patches = find_family(config.model_type).count_patches(config, 12544)
+    load = Load(prompts, 200, 24, patches, batch, rollout)
+    expected = count_memory(config, model_args, FreezeArguments(), load, Launch(), gradient_checkpointing=False)
+    assert count_run(script_args, args, model_args, Launch()) == expected
+    with_reference = count_run(script_args, make_config(tmp_path, beta=0.1, **settings), model_args, Launch())
+    assert with_reference.base["reference model"] == expected.base["weights"]
 
 
 @pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5", "smolvlm"))

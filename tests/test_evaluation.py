@@ -386,6 +386,33 @@ def test_model_name(path, name, tmp_path, monkeypatch):
     assert evaluation.model_name(path) == name
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("..", "grpo_sat"),
+        ("../..", "outputs"),
+        (".", "grpo_sat_checkpoint-100"),
+        ("../checkpoint-200/..", "grpo_sat"),
+        ("../checkpoint-200/.", "grpo_sat_checkpoint-200"),
+        ("/", ""),
+    ],
+)
+def test_a_model_is_named_by_the_folder_that_its_path_leads_to(path, name, tmp_path, monkeypatch):
+    for checkpoint in ("checkpoint-100", "checkpoint-200"):
+        (tmp_path / "outputs/grpo_sat" / checkpoint).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "outputs/grpo_sat/checkpoint-100")
+    assert evaluation.model_name(path) == evaluation.model_name(f"{path}/") == name
+
+
+@pytest.mark.parametrize("option", ["--model_path", "--dataset_path", "--prompt", "--output_dir", "--precomputed_json"])
+def test_an_option_without_a_value_is_no_default(script, arguments, option, capsys):
+    for blank in ("", " "):
+        with pytest.raises(SystemExit) as end:
+            script.parse_args([*arguments, option, blank])
+        assert end.value.code == 2
+        assert f"error: argument {option}: expected a value, got none" in capsys.readouterr().err
+
+
 def test_default_model_is_the_newest_grpo_output(tmp_path):
     assert evaluation.newest_grpo_output(tmp_path) is None
     marks = ["old/trainer_state.json", "new/checkpoint-20/complete.json", "sft/trainer_state.json"]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 from PIL import Image
 
-from open_r1.answers import extract_answer, is_correct, judge
+from open_r1.answers import extract_answer, is_blank, is_correct, judge
 from open_r1.families import FAMILIES
 from open_r1.rewards import accuracy_reward, format_reward
 from open_r1.sampling import shuffle_groups
@@ -121,7 +121,7 @@ def test_rewards_are_0_or_1_for_any_text(rows, think_prefilled):
 def test_the_right_format_is_rewarded_whatever_it_holds(thought, answer, space):
     is_clean = not any(tag in thought + answer for tag in ("<think>", "</think>", "<answer>", "</answer>"))
     text = f"{space}<think>{thought}</think>{space}<answer>{answer}</answer>{space}"
-    expected = float(is_clean and bool(thought.strip()) and bool(answer.strip()))
+    expected = float(is_clean and not is_blank(thought) and not is_blank(answer))
     assert format_reward([text]) == format_reward([text.replace("<think>", "", 1)], think_prefilled=True) == [expected]
 
 

@@ -71,6 +71,32 @@ def test_a_guard_warns_once_when_its_sign_begins(name):
     assert [warning for warning in told(events + again) if warning[1] == name] == [(at, name), (at + 109, name)]
 
 
+@pytest.mark.parametrize(
+    ("name", "signs", "expected"),
+    [
+        # The mean of ten is now below the limit, now above it.
+        ("length runaway", [{"completions/clipped_ratio": 0.9 if step % 4 < 2 else 0.1} for step in range(60)], 1),
+        # A gradient that jumps every few steps, twenty at most.
+        (
+            "gradient explosion",
+            [{"grad_norm": 50.0 if step in (30, 33, 40, 59, 60, 78) else 0.5} for step in range(99)],
+            1,
+        ),
+        ("gradient explosion", [{"grad_norm": 50.0 if step in (30, 50, 71, 75) else 0.5} for step in range(99)], 2),
+        # Four steps in five without spread are none of five in a row.
+        ("no spread", [{"reward_std": 0.4 if step % 5 == 0 else 0.0} for step in range(60)], 0),
+        ("KL explosion", [{"kl": 0.01 if step in (30, 32, 35) else 2.0} for step in range(20, 60)], 2),
+    ],
+)
+def test_a_sign_that_comes_and_goes_is_told_once(name, signs, expected):
+    """Until it has been away for as long as the guard looks back."""
+    events = [{**HEALTHY, "step": step, **sign} for step, sign in enumerate(signs, start=1)]
+    guard = next(guard for guard in GUARDS if guard.name == name)
+    begun = [guard.value(events[:step]) is not None for step in range(len(events) + 1)]
+    assert expected < 2 or begun.count(True) > expected
+    assert [warning for _, warning in told(events)].count(name) == expected
+
+
 def test_what_is_not_logged_warns_of_nothing():
     assert told([{"loss": 1.0, "mean_token_accuracy": 0.5} for _ in range(50)]) == []  # of SFT, whose norm was lost
     assert told([dict.fromkeys(HEALTHY, float("nan")) for _ in range(50)]) == []

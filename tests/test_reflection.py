@@ -66,6 +66,8 @@ def test_spans_are_offsets_of_the_original_text():
 def test_overlapping_phrases_are_one_span():
     text = "Let me go back and look at the chair again."
     assert len(find_reflections(text)) == 1
+    text = "Let me look, wait, at it once more."
+    assert [text[start:end] for start, end in find_reflections(text)] == ["Let me look, wait, at it once more"]
     text = "But wait! I can think of something else."
     assert [text[start:end] for start, end in find_reflections(text)] == ["wait", "I can think of something"]
 
@@ -104,12 +106,20 @@ def test_the_option_before_the_first_reflection(text, considered, final):
     assert read.self_corrected == (None not in (considered, final) and considered != final)
 
 
+def test_a_long_text_is_searched_backwards_from_its_reflection():
+    long = "The sky is blue. " * 200
+    end = " Wait, no. <answer>left</answer>"
+    assert analyse(f"It is left. {long}It is right.{end}", ["left", "right"]).considered == "right"
+    assert analyse(f"It is right. {long}{end}", ["left", "right"]).considered is None  # too long ago
+
+
 @pytest.mark.parametrize(
     "text, thought, answer",
     [
         ("First left. So it is right.</think><answer>left</answer>", "right", "left"),
         ("First left. So it is right.</think><answer> Right. </answer>", "right", "right"),
         ("It is right. It is not left. <answer>left</answer>", "right", "left"),  # "not" sets it aside; no </think>
+        ("It is right.</think> It is left.</think><answer>left</answer>", "right", "left"),  # the thought ends once
         ("No idea.</think> It is right. <answer>left</answer>", None, "left"),  # what follows is no thought
         ("It is right.</think><answer>left or right</answer>", None, None),  # a hedge is no answer
         ("It is right.", None, None),  # cut off
@@ -137,6 +147,8 @@ def test_shares():
         "reflection/self_correction": 0.5,
         "reflection/correction_success": 0.5,
     }
+    others = [row([[0, 4]], True, accuracy_reward=None), row([], False, accuracy_reward=0.0)]  # one was not judged
+    assert reflection_shares([rows[0], *others])["reflection/correction_success"] == 1.0
     assert "reflection/correction_success" not in reflection_shares(rows[2:])  # nothing was corrected
     assert "reflection/correction_success" not in reflection_shares(
         [row([[0, 4]], True, my_reward=1.0)]

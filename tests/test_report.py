@@ -126,6 +126,44 @@ def test_reflections_are_counted(tiny):
     assert counts.corrections == 2 and counts.corrected_right == (1, 2)
 
 
+def test_a_third_and_two_thirds_are_the_middle(tmp_path):
+    """Groups of twelve, of which so many succeed, in every step but the last, where two thirds do."""
+    successes = (0, 1, 3, 4, 6, 8, 9, 11, 12)
+    rows = [
+        row(step=step, group=group, rewards={"my_reward": reward, "format_reward": 1.0})
+        for step in range(1, 31)
+        for group, right in enumerate(successes)
+        for member in range(12)
+        for reward in [1.0 if member < (8 if step == 30 else right) else 0.5]
+    ]
+    rows += [row(step=step, group=9, rewards={"my_reward": None, "format_reward": 1.0}) for step in (1, 30)]
+    run = write_run(tmp_path / "run", rows)
+    with scan_trajectories(run / "trajectories/train.jsonl") as trajectories:
+        early, late = pass_rates(trajectories).items()
+    assert early[0] == "to step 3" and early[1].tolist() == pytest.approx([1 / 9, 2 / 9, 3 / 9, 2 / 9, 1 / 9])
+    assert late[0] == "from step 28" and late[1].tolist() == pytest.approx([2 / 27, 4 / 27, 15 / 27, 4 / 27, 2 / 27])
+
+
+def test_completions_in_which_nobody_looked_for_reflections_count_nowhere(tmp_path):
+    """As of a run that was begun by an older version."""
+    reflection = ("reflections", "considered", "self_corrected")
+    old = [row(step=1, rewards=rewards) for rewards in (RIGHT, RIGHT, WRONG)]
+    old = [{name: value for name, value in record.items() if name not in reflection} for record in old]
+    new = [
+        row(step=1, rewards=RIGHT),
+        row(step=2, rewards=RIGHT, reflections=[[0, 2]], considered="right", self_corrected=True),
+        row(step=2, rewards=WRONG, reflections=[[0, 2]], considered="left", self_corrected=False),
+        row(step=3, rewards=WRONG, reflections=[[4, 6]], considered="right", self_corrected=True),
+        row(step=3, rewards=WRONG),
+    ]
+    run = write_run(tmp_path / "run", old + new)
+    with scan_trajectories(run / "trajectories/train.jsonl") as trajectories:
+        counts = reflection_statistics(trajectories)
+    assert (counts.measured, counts.reflective, counts.first_step) == (5, 3, 2)
+    assert counts.accuracy_with == (1, 3) and counts.accuracy_without == (1, 2)
+    assert counts.corrections == 2 and counts.corrected_right == (1, 2)
+
+
 def test_held_out_interval_counts_questions(tiny):
     """Two completions of a question are half an observation each."""
     series = group_accuracy(tiny)
@@ -157,6 +195,7 @@ def test_rows_of_two_processes(tmp_path):
 
 def test_small_functions():
     assert first_and_last_tenth(np.arange(20.0)) == (0.5, 18.5) and first_and_last_tenth(np.array([3.0])) == (3, 3)
+    assert first_and_last_tenth(np.arange(25.0)) == (1.0, 23.0)  # three values are a tenth of 25, at least
     assert first_and_last_tenth(np.array([])) is None
     np.testing.assert_allclose(moving_average(np.array([1.0, 2, 3, 10]), 3), [1.5, 2, 5, 6.5])
     np.testing.assert_allclose(moving_average(np.array([1.0, 3]), 9), [2, 2])

@@ -88,6 +88,12 @@ def test_accuracy_mixes_questions_with_and_without_options():
     assert rewards == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("gold", [None, "", " ", "\u200b", "\u200f\ufe0f"])
+def test_a_gold_answer_that_nobody_sees_is_none(gold):
+    with pytest.raises(ValueError, match="no answer, which the accuracy reward compares with"):
+        check_gold({"solution": gold, "options": []})
+
+
 def test_accuracy_unwraps_a_tagged_solution():
     assert accuracy("<answer>left</answer>", "<answer> left </answer>") == 1.0
 
@@ -143,6 +149,9 @@ GOOD = "<think>I look.</think>\n<answer>left</answer>"
         ("<think></think><answer>left</answer>", 0.0),
         ("<think> \n</think><answer>left</answer>", 0.0),
         ("<think>I look.</think><answer> </answer>", 0.0),
+        ("<think>\u200b</think><answer>left</answer>", 0.0),  # nobody sees it
+        ("<think>I look.</think><answer>\u2060 \ufe0f</answer>", 0.0),
+        ("<think>\u200bI look.</think><answer>left\u200b</answer>", 1.0),
         ("<think>I look.</think>", 0.0),
         ("<answer>left</answer>", 0.0),
         ("<answer>left</answer><think>I look.</think>", 0.0),
@@ -179,17 +188,36 @@ def test_format_after_a_prompt_that_opened_the_think_tag(completion, reward):
     assert format_reward([as_conversation(completion)], think_prefilled=True) == [reward]
 
 
-@pytest.mark.parametrize("piece", ["<think>", "</think>", "<answer>", " ", "\n", "x", "<", "</think><answer>"])
-def test_format_of_a_megabyte(piece):
-    """No clock: a backtracking pattern would need hours."""
+@pytest.mark.parametrize(
+    ("piece", "within", "around"),
+    [
+        ("x", 1.0, 0.0),
+        ("<", 1.0, 0.0),
+        ("<think", 1.0, 0.0),
+        ("x\n", 1.0, 0.0),
+        (" ", 0.0, 1.0),
+        ("\n", 0.0, 1.0),
+        ("\u200b", 0.0, 0.0),
+        *((tag, 0.0, 0.0) for tag in ("<think>", "</think>", "<answer>", "</answer>", "</think><answer>")),
+    ],
+)
+def test_format_of_a_megabyte(piece, within, around):
+    """In a block it is something unless nobody sees it; around the blocks only white space may stand.
+
+    No clock: a backtracking pattern would need hours.
+    """
     text = piece * (1_000_000 // len(piece))
-    for completion in (
-        text,
-        f"<think>{text}</think>{text}<answer>{text}</answer>{text}",
-        f"<think>x</think>{text}",
+    for completion, reward in (
+        (text, 0.0),
+        (f"<think>{text}</think><answer>{text}</answer>", within),
+        (f"<think>{text}</think><answer>left</answer>", within),
+        (f"<think>I look.</think><answer>{text}</answer>", within),
+        (f"<think>I look.</think>{text}<answer>left</answer>", around),
+        (f"<think>I look.</think><answer>left</answer>{text}", around),
+        (f"<think>x</think>{text}", 0.0),
     ):
-        format_reward([completion])
-        format_reward([completion], think_prefilled=True)
+        assert format_reward([completion]) == [reward]
+        assert format_reward([completion.removeprefix("<think>")], think_prefilled=True) == [reward]
 
 
 def test_length_is_linear_and_bounded():

@@ -3,9 +3,11 @@
 import io
 import math
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,9 +16,9 @@ from PIL import Image
 
 from open_r1.tasks import cvbench, sat
 from open_r1.world.parquet import cvbench_row, row_rng, sat_row, write_cvbench, write_sat
-from open_r1.world.questions import CV_QUESTIONS, QUESTIONS, ask, closer, side_of
+from open_r1.world.questions import CV_QUESTIONS, QUESTIONS, Asked, ask, closer, is_left, side_of
 from open_r1.world.render import BOX_COLOURS, INK, background, render
-from open_r1.world.scene import COLOURS, LEVELS, Solid, is_clear, overlap, place, see
+from open_r1.world.scene import COLOURS, LEVELS, Level, Solid, is_clear, mark_box, overlap, place, see
 
 EASY, FULL = LEVELS["easy"], LEVELS["full"]
 
@@ -67,18 +69,27 @@ def test_easy_left_is_what_the_image_shows():
 
 
 def test_easy_closer_is_lower_in_the_image():
+    places = Counter()
     for row, seen in easy_rows("closer"):
-        nearest = max(named(row["question"]), key=lambda colour: seen[colour][2])
+        asked = named(row["question"])
+        nearest = max(asked, key=lambda colour: seen[colour][2])
         assert row["correct_answer"] == f"{nearest} {seen[nearest][0]}"
+        assert row["answers"] == [f"{colour} {seen[colour][0]}" for colour in asked]
+        places[asked.index(nearest)] += 1
+    assert min(places[0], places[1]) > 15
 
 
 def test_easy_where_agrees_with_the_image():
+    answers = Counter()
     for row, seen in easy_rows("where"):
         (_, ua, va), (_, ub, vb) = (seen[colour] for colour in named(row["question"]))
         assert {"left": ua < ub, "right": ua > ub, "in front": va > vb, "behind": va < vb}[row["correct_answer"]]
+        answers[row["correct_answer"]] += 1
+    assert set(answers) == set(row["answers"]) and min(answers.values()) > 5, answers
 
 
 def test_easy_perspective_is_what_the_marked_person_sees():
+    answers = Counter()
     for i in range(60):
         row = sat_row(i, 7, EASY, ("perspective",))
         picture = pixels(row["image_bytes"][0])
@@ -88,6 +99,8 @@ def test_easy_perspective_is_what_the_marked_person_sees():
         # What is nearer to the camera is on the left of who faces left, and on the right of who faces right.
         facing = "left" if "degrees to the left" in row["question"] else "right"
         assert row["correct_answer"] == (facing if nearer else {"left": "right", "right": "left"}[facing])
+        answers[facing, row["correct_answer"]] += 1
+    assert len(answers) == 4 and min(answers.values()) > 5, answers  # either way, whichever way one faces
 
 
 def test_side_of_agrees_with_the_cross_product():
@@ -143,6 +156,116 @@ def test_scenes_have_margins_and_unique_names(level):
                 names = [seen.solid.colour for seen in scene]
                 assert len(set(names)) == len(names)
                 assert is_clear(level, scene)
+
+
+def camera_distance(level: Level, solid: Solid) -> float:
+    """Metres from the camera to a solid's centre."""
+    return float(np.linalg.norm(np.subtract((solid.x, solid.radius, solid.z), (0, level.elevation, 0))))
+
+
+def asked_about(asked: Asked) -> list[Solid]:
+    """The objects that a question names, in its order."""
+    solids = [seen.solid for seen in asked.scenes[0] if seen.solid.name in asked.question]
+    return sorted(solids, key=lambda solid: asked.question.index(solid.name))
+
+
+def clear_ratio(asked: Asked, measure: Callable[[Solid], float], one: Solid, other: Solid) -> None:
+    """Hold that the answer is the object of the smaller measure of two, and smaller beyond doubt."""
+    near, far = sorted((one, other), key=measure)
+    assert asked.answer == near.name and set(asked.options) == {near.name, far.name}
+    assert measure(far) > 1.25 * measure(near)
+
+
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
+def test_the_nearer_object_is_the_nearer_one_in_the_scene(level):
+    for question in (QUESTIONS["closer"], CV_QUESTIONS["Depth"]):
+        for i in range(40):
+            asked = ask(question, row_rng(3, i), level)
+            clear_ratio(asked, lambda solid: camera_distance(level, solid), *asked_about(asked))
+
+
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
+def test_a_distance_is_measured_from_the_object_that_is_named_first(level):
+    otherwise = Counter()  # how often another object would be the answer if measured from the camera, or in the image
+    for i in range(60):
+        asked = ask(CV_QUESTIONS["Distance"], row_rng(4, i), level)
+        anchor, one, other = asked_about(asked)
+        clear_ratio(asked, lambda solid, to=anchor: math.dist((solid.x, solid.z), (to.x, to.z)), one, other)
+        otherwise["camera"] += asked.answer != min((one, other), key=lambda s: camera_distance(level, s)).name
+        centres = {seen.solid: seen.centre for seen in asked.scenes[0]}
+        in_image = min((one, other), key=lambda solid, to=anchor: math.dist(centres[solid], centres[to]))
+        otherwise["image"] += asked.answer != in_image.name
+    assert otherwise["camera"] > 10 and otherwise["image"] > 0
+
+
+@pytest.mark.parametrize("task", CV_QUESTIONS)
+def test_the_boxes_of_a_question_are_around_what_it_names(task):
+    for i in range(10):
+        asked = ask(CV_QUESTIONS[task], row_rng(5, i), EASY)
+        told = re.findall(r"the (\w+ \w+) \((?:highlighted|annotated) by (?:a|the) (\w+) box\)", asked.question)
+        assert list(dict.fromkeys(told)) == [(seen.solid.name, colour) for colour, seen in asked.boxes]
+
+
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
+@pytest.mark.parametrize("question", ["left", "where"])
+def test_a_side_is_asked_where_image_and_floor_leave_no_doubt(level, question):
+    for i in range(80):
+        asked = ask(QUESTIONS[question], row_rng(6, i), level)
+        a, b = asked_about(asked)
+        (ua, _), (ub, _) = ({seen.solid: seen.centre for seen in asked.scenes[0]}[solid] for solid in (a, b))
+        dx, dz = a.x - b.x, a.z - b.z
+        if question == "where" and asked.answer in ("in front", "behind"):
+            assert (asked.answer == "in front") == (dz < 0) and abs(dz) > 2 * abs(dx)
+            continue
+        assert (asked.answer in ("yes", "left")) == (ua < ub) == (dx < 0)
+        assert abs(ua - ub) >= 0.12 * level.width and abs(dx) >= a.radius
+        assert question == "left" or abs(dx) > 2 * abs(dz)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ((-1.0, 4.0), (1.0, 4.0), True),
+        ((1.0, 4.0), (-1.0, 4.0), False),
+        ((0.0, 4.0), (0.8, 7.0), None),  # close in the image
+        ((1.3, 3.0), (1.9, 7.0), None),  # close on the floor
+        ((1.0, 2.7), (2.0, 7.4), None),  # farther to the right on the floor, to the left in the image
+    ],
+)
+def test_a_side_in_doubt_is_none(a, b, expected):
+    one, other = (see(EASY, Solid("circle", c, *at, 0.7, 0.0)) for c, at in (("red", a), ("blue", b)))
+    assert is_left(EASY, one, other) is expected
+    assert is_left(EASY, other, one) is (None if expected is None else not expected)
+
+
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
+def test_who_stands_on_the_mark_has_the_object_clearly_beside_them(level):
+    for i in range(40):
+        asked = ask(QUESTIONS["perspective"], row_rng(8, i), level)
+        [target], (x, z) = asked_about(asked), asked.mark
+        facing = re.search("degrees to the (left|right)", asked.question)[1]
+        ahead = -1 if facing == "left" else 1
+        left_hand = ahead * (target.z - z)  # the cross product of where they face and where it is, seen from above
+        assert asked.answer == ("left" if left_hand > 0 else "right")
+        assert abs(left_hand) >= 2 * target.radius and abs(left_hand) >= abs(target.x - x) / 2
+        mark = mark_box(level, x, z)
+        assert not any(overlap(mark, seen.box) for seen in asked.scenes[0])
+
+
+@pytest.mark.parametrize("name", ["count", "Count"])
+def test_every_number_is_asked_for_and_stands_at_every_place(name):
+    question = {**QUESTIONS, **CV_QUESTIONS}[name]
+    numbers, places = Counter(), Counter()
+    for i in range(150):
+        asked = ask(question, row_rng(2, i), EASY)
+        kind = asked.question.split()[2].removesuffix("s")
+        assert asked.answer == str(sum(seen.solid.kind == kind for seen in asked.scenes[0]))
+        options = sorted(map(int, asked.options))
+        assert options == list(range(options[0], options[0] + len(options))) and options[0] >= 0
+        numbers[asked.answer] += 1
+        places[options.index(int(asked.answer))] += 1
+    assert sorted(numbers) == [str(n) for n in range(1, EASY.most + 1)] and min(numbers.values()) > 20
+    assert sorted(places) == list(range(len(asked.options)))
 
 
 def test_about_equal_distances_are_rejected():

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "open-r1-multimodal"))
-from open_r1.front_door import positive, run, use_environment
+from open_r1.front_door import given, positive, run, use_environment
 
 use_environment()
 
@@ -31,14 +31,24 @@ DEFAULT_MODEL = "Qwen/Qwen2-VL-2B"
 BATCH_SIZES = {"hf": 32, "vllm": 256}
 
 
+def folder_or_file(text: str) -> Path:
+    """A path that is given. Raises what `given` raises."""
+    return Path(given(text))
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model_path", help=f"folder or Hub name (default: the newest GRPO output in outputs/, else {DEFAULT_MODEL})")
+    add(
+        "--model_path",
+        type=given,
+        help=f"folder or Hub name (default: the newest GRPO output in outputs/, else {DEFAULT_MODEL})",
+    )
     add(
         "--prompt",
+        type=given,
         default="auto",
         metavar="{auto,base,instruct}",
         help="chat template, or a Jinja file with the styles reasoning and direct; auto: the one that the checkpoint "
@@ -51,7 +61,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="ask for reasoning in <think> and an answer in <answer>",
     )
     add("--benchmark", choices=BENCHMARKS, default="CV-Bench", help="(default: %(default)s)")
-    add("--dataset_path", help="Hub id, parquet (or .jsonl) file, or folder (default: the benchmark's on the Hub)")
+    add(
+        "--dataset_path",
+        type=given,
+        help="Hub id, parquet (or .jsonl) file, or folder (default: the benchmark's on the Hub)",
+    )
     add("--limit", type=positive, metavar="N", help="ask N questions only, the same share of each task, seeded")
     add("--bs", type=positive, help="questions a batch, after which they are saved (default: 32; 256 with vllm)")
     add("--max_new_tokens", type=positive, default=700, help="longest response (default: %(default)s, as in training)")
@@ -72,10 +86,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="lenient: a response without <answer> counts when it clearly names one option; strict: as in training "
         "(default: %(default)s)",
     )
-    add("--output_dir", type=Path, default=HERE / "results", help="(default: results/ beside this script)")
+    add("--output_dir", type=folder_or_file, default=HERE / "results", help="(default: results/ beside this script)")
     add(
         "--precomputed_json",
-        type=Path,
+        type=folder_or_file,
         metavar="FILE",
         help="score the responses of a result file; loads no model. One of the reference gets 2D, 3D and the official "
         "score with the --dataset_path that it asked",

@@ -2,9 +2,10 @@ r"""The one answer checker. Rewards and evaluation both call it, so both mean th
 
 An answer is read in one of two ways:
 
-- strictly, for rewards: the answer *is* an option, up to case, white space, quotes, brackets, markup, a final
-  full stop and the spelling of numbers (3 = 3.0 = three). What only contains an option is wrong, so neither a
-  hedge ("left or right") nor a list of letters can win;
+- strictly, for rewards: the answer *is* an option, up to case, white space, quotes, brackets, markup, LaTeX that
+  only dresses it, characters that nobody sees, a final full stop and the spelling of numbers (3 = 3.0 = three, in
+  any script). What only contains an option is wrong, so neither a hedge ("left or right") nor a list of letters can
+  win;
 - leniently, for evaluating models that were never taught the tag: the rules of `EVIDENCE` look for the place
   where the response commits itself, and there it must name exactly one option, by its letter ("(B)", "B.",
   "The answer is B") or by its text. Naming two, or hedging about one, is no answer; `Unread` says what it is.
@@ -18,6 +19,7 @@ from itertools import chain, pairwise
 
 from open_r1.naming import Answer, Outcome, Question, Unread, is_answer, make_question
 from open_r1.passages import Response, announced, chosen, denies, is_list, praised, said
+from open_r1.values import is_blank as is_blank
 from open_r1.values import normalize as normalize  # for those who compare texts as the checker does
 from open_r1.values import tidy
 
@@ -202,7 +204,7 @@ def _read(text: str, question: Question) -> tuple[Answer | Unread, str]:
 
 def _read_strictly(answer: str | None, question: Question) -> Answer | Unread:
     """The answer if the text is one, and nothing else."""
-    if answer is None or not answer.strip() or len(answer) > MAX_ANSWER_CHARS:
+    if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return Unread.UNREADABLE
     found = question.exact(answer)
     if found is not None:

@@ -50,6 +50,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def given(text: str) -> str:
+    """A command line's text that says something, for argparse: an unset variable in quotes is no default.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty or blank.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a value, got none; leave the option out for its default")
+    return text
+
+
 # What a user's files, folders and settings raise; everything else is a bug of ours and keeps its traceback.
 USER_ERRORS = (Mistake, OSError, ValueError)
 

@@ -11,7 +11,7 @@ from enum import Enum
 from functools import lru_cache
 from typing import Protocol
 
-from open_r1.values import is_quantity, normalize, same_value, tidy
+from open_r1.values import is_blank, is_quantity, normalize, same_value, tidy
 
 Answer = int | str  # the index of an option; without options, the answer as it stands
 
@@ -129,6 +129,8 @@ class Choice:
         return self.texts[answer] == self.texts[self.gold]
 
     def exact(self, text: str) -> Outcome:
+        if is_blank(text):  # an option may be blank; no answer is
+            return None
         index = self.equal(text)
         return self.gold if index is None and same_value(self.options[self.gold], text) else index
 
@@ -165,8 +167,8 @@ class Choice:
             return None
         if index >= len(self.texts):
             return Unread.CONFLICT if rest else None
-        begun = [other for other, text in enumerate(self.texts) if text and _begins(rest, text)]
-        return Unread.CONFLICT if begun and index not in begun else index
+        begun = [text for text in self.texts if text and _begins(rest, text)]  # "left, front" begins with "left", too
+        return Unread.CONFLICT if begun and self.texts[index] != max(begun, key=len) else index
 
     def declared(self, clause: str) -> Outcome:
         return self.named([clause])
@@ -312,7 +314,7 @@ class Open:
         return normalize(answer) == normalize(self.gold) or same_value(self.gold, answer)
 
     def exact(self, text: str) -> Outcome:
-        return text.strip() or None
+        return None if is_blank(text) else text.strip()
 
     def stated(self, line: str) -> Outcome:
         value = line.rpartition("=")[2].strip(_SURROUNDINGS)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+from open_r1.latex import braces
 from open_r1.values import MAX_TEXT_CHARS, tidy
 
 MAX_BOXES = 4  # of more, the last count
 MAX_SENTENCE_CHARS = 1_000  # of a longer one, the end counts
-_BOX = re.compile(r"\\f?box(?:ed)?\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]{0,99}\}){0,99}\}){0,200})\}")
+_BOX = re.compile("f?box(?:ed)?")
 # "one" as a pronoun is no number
 _PRONOUN_ONE = re.compile(
     r"(?i)\b(the|this|that|each|every|which|another|other|no|some|first|second|left|right) one\b|\bone of\b"
@@ -62,7 +63,8 @@ class Response:
     @property
     def boxes(self) -> list[str]:
         r"""The contents of the last `\boxed{}`, the last first."""
-        return _BOX.findall(self.body)[: -MAX_BOXES - 1 : -1]
+        found = [pair for pair in braces(self.body) if (command := pair[0]["command"]) and _BOX.fullmatch(command)]
+        return [self.body[opening.end() : closing.start()] for opening, closing in found[: -MAX_BOXES - 1 : -1]]
 
     @property
     def refuses(self) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
-from open_r1.answers import extract_answer, is_correct
+from open_r1.answers import extract_answer, is_blank, is_correct
 from open_r1.front_door import Mistake, first_line
 
 Completion = str | list[dict[str, Any]]
@@ -71,7 +71,7 @@ COMPARING = (accuracy_reward, bare_accuracy_reward)  # with a gold answer, which
 def check_gold(row: Mapping[str, Any]) -> None:
     """Raise ValueError for a row of a dataset that the rewards of `COMPARING` could not judge."""
     gold = row["solution"]
-    if gold is None or not gold.strip():
+    if gold is None or is_blank(gold):
         raise ValueError("no answer, which the accuracy reward compares with (--answer_column names its field)")
     is_correct(None, bare_gold(gold, row["options"]), row["options"])
 
@@ -218,7 +218,7 @@ def _well_formed(text: str) -> bool:
     if any(text.count(tag) != 1 for tag in _TAGS):
         return False
     match = _THINK_THEN_ANSWER.fullmatch(text)
-    return match is not None and all(part.strip() for part in match.groups())
+    return match is not None and not any(map(is_blank, match.groups()))
 
 
 def import_here(name: str) -> ModuleType:

@@ -11,8 +11,11 @@ import threading
 import unicodedata
 from typing import Any
 
+from open_r1.latex import undressed
+
 MAX_TEXT_CHARS = 8_192  # of a longer text, the end counts
 MAX_EXPRESSION_CHARS = 64
+MAX_DRESSED_CHARS = 1_000  # of an expression with the LaTeX around it
 SYMBOLIC_TIMEOUT_S = 1
 RELATIVE_TOLERANCE = 1e-7  # of 1.3333333 to 4/3
 
@@ -29,8 +32,6 @@ def same_value(gold: str, answer: str) -> bool:
 
     A unit that only one of them names is left out of it; two different units differ.
     """
-    if len(answer) > MAX_EXPRESSION_CHARS or len(gold) > MAX_EXPRESSION_CHARS:
-        return False
     (gold, gold_unit), (answer, answer_unit) = _quantity(gold), _quantity(answer)
     if gold_unit and answer_unit and gold_unit != answer_unit:
         return False
@@ -65,7 +66,7 @@ def _evaluate(parsed: list[Any]) -> list[float]:
 
 def is_quantity(text: str) -> bool:
     """Whether a text is a number or short arithmetic, with or without a unit, and nothing else."""
-    return len(text) <= MAX_EXPRESSION_CHARS and _is_expression(_quantity(text)[0])
+    return _is_expression(_quantity(text)[0])
 
 
 # --- spelling -----------------------------------------------------------------------------------------------
@@ -78,15 +79,18 @@ _LOOK_ALIKES = str.maketrans(
         "\N{RIGHT DOUBLE QUOTATION MARK}": '"',
         "\N{LEFT SINGLE QUOTATION MARK}": "'",
         "\N{RIGHT SINGLE QUOTATION MARK}": "'",
+        "\N{HYPHEN}": "-",
         "\N{EN DASH}": "-",
         "\N{MINUS SIGN}": "-",
         "\N{FRACTION SLASH}": "/",
         "\N{DIVISION SIGN}": "/",
         "\N{MULTIPLICATION SIGN}": "*",
+        "\N{ARABIC DECIMAL SEPARATOR}": ".",
+        "\N{ARABIC THOUSANDS SEPARATOR}": ",",
+        "\N{ARABIC PERCENT SIGN}": "%",
+        "\N{COMBINING ENCLOSING KEYCAP}": "",
     }
 )
-_WRAPPED = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-_DELIMITER = re.compile(r"\\[()\[\]]|\\ ")  # around formulas
 _TAG = re.compile(r"<[/!|]?[a-zA-Z][^<>]*>")  # HTML, stray <answer>, special tokens such as <|im_end|>
 _EMPHASIS = re.compile(r"(?<!\w)[*_`]+|[*_`]+(?!\w)|(?m:^[ \t]*(?:[-*•]|#+|>)[ \t]+)")
 # Not "a 3" and not "a b", where "a" is a letter, nor "A is closer", where it is a name.
@@ -110,19 +114,25 @@ _NUMERAL = re.compile(
 _BARE_DECIMALS = re.compile(r"(?<![A-Za-z0-9.])\.(?=\d)")
 
 
+# NFKC alone would make 11/2 of "1½", and 103 of ten to the third; what it makes of a unit's power, "cm2", is read.
+_MIXED = re.compile(r"(\d+)([\u00bc-\u00be\u2150-\u215e])")
+_POWER = re.compile(r"(?:(?<=\d)|(?<=\b[A-Za-z]))[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]{1,9}")
+
+
 def plain(text: str) -> str:
-    r"""One spelling for characters that look alike (NFKC, quotes, minus), and no `\boxed{}` around them."""
-    text = unicodedata.normalize("NFKC", text)[-MAX_TEXT_CHARS:]  # NFKC can make a text 18 times longer
+    """One spelling for what looks alike (NFKC, digits, quotes, minus), without unseen characters and LaTeX's dress."""
+    text = _POWER.sub(r"^{\g<0>}", _MIXED.sub(r"(\1+\2)", seen(text)[-MAX_TEXT_CHARS:]))
+    text = unicodedata.normalize("NFKC", text)[-MAX_TEXT_CHARS:]  # which can make a text 18 times longer
     text = text.translate(_LOOK_ALIKES)
-    if "\\" not in text:
-        return text
-    return _WRAPPED.sub(r"\1", _WRAPPED.sub(r"\1", _DELIMITER.sub(" ", text)))  # twice: \boxed{\text{left}}
+    return undressed(text)
 
 
 def tidy(text: str) -> str:
     """Plain text without markup, numbers in one spelling; keeps case and line breaks."""
-    text = html.unescape(_TAG.sub(" ", plain(text)))
-    text = _EMPHASIS.sub("", text.replace("\xa0", " "))
+    text = _TAG.sub(" ", plain(text))
+    if "&" in text:
+        text = plain(html.unescape(text))  # "&lrm;", "&nbsp;", "&frac12;"
+    text = _EMPHASIS.sub("", text)
     text = _NUMBER_WORD.sub(_word_to_digits, text)
     return _NUMERAL.sub(_shortest_numeral, _BARE_DECIMALS.sub("0.", text))
 
@@ -138,6 +148,44 @@ def _shortest_numeral(match: re.Match[str]) -> str:
     """`1,000.50` -> `1000.5`, on the characters: a number from a model may have any length."""
     whole = match["whole"].replace(",", "").lstrip("0") or "0"
     return whole + (match["decimals"] or "").rstrip("0").rstrip(".")
+
+
+# --- characters that nobody sees ----------------------------------------------------------------------------
+
+_UNSEEN = re.compile("VARIATION SELECTOR|FILLER|GRAPHEME JOINER|VOWEL INHERENT|PATTERN BLANK")  # in Unicode's names
+_REGION = re.compile("(?<=\N{WAVING BLACK FLAG})[\N{TAG DIGIT ZERO}-\N{TAG LATIN SMALL LETTER Z}]{1,6}")
+
+
+class _Seen(dict[int, str]):
+    """For `str.translate`, by Unicode's categories: 0 to 9 for a digit of any script, nothing for what nobody sees."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        category = unicodedata.category(character)
+        is_control = category == "Cc" and not character.isspace()
+        if category == "Nd":
+            seen = str(unicodedata.digit(character))
+        elif category == "Cf" or is_control or _UNSEEN.search(unicodedata.name(character, "")):
+            seen = ""
+        else:
+            seen = character
+        self[code] = seen
+        return seen
+
+
+_SEEN = _Seen()
+
+
+def seen(text: str) -> str:
+    """The text as a reader sees it: no direction marks, joiners, soft hyphens or variation selectors; plain digits."""
+    # The unseen letters behind a black flag say whose it is: England's is not Scotland's.
+    text = _REGION.sub(lambda found: found[0].translate({ord(tag): ord(tag) - 0xE0000 for tag in found[0]}), text)
+    return text.translate(_SEEN)
+
+
+def is_blank(text: str) -> bool:
+    """Whether there is nothing to see in a text."""
+    return not seen(text).strip()
 
 
 # --- quantities ---------------------------------------------------------------------------------------------
@@ -171,8 +219,13 @@ _PI = re.compile(r"π|(?<![\\A-Za-z])pi(?![A-Za-z])")
 
 
 def _quantity(text: str) -> tuple[str, str]:
-    r"""A short expression's value in LaTeX and its unit, if it has one: `2√{3}cm²` -> `2\sqrt{3}`, `cm2`."""
-    text = plain(text).strip(" \n\t$").rstrip(".")
+    r"""A short expression's value in LaTeX and its unit, if it has one: `2√{3}cm²` -> `2\sqrt{3}`, `cm2`.
+
+    Both are empty for a text that is no short one.
+    """
+    text = plain(text).strip(" \n\t$").rstrip(".") if len(text) <= MAX_DRESSED_CHARS else ""
+    if len(text) > MAX_EXPRESSION_CHARS:
+        return "", ""
     text = _PI.sub(r"\\pi", _ROOT.sub(lambda found: rf"\sqrt{{{found[found.lastgroup]}}}", text))
     found = _UNIT.search(text)
     if not found:

@@ -4,6 +4,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
+from open_r1.answers import is_blank
 from open_r1.evaluate.statistics import TOTAL, Row, gold_index
 from open_r1.fields import (
     COUNT,
@@ -26,6 +27,10 @@ from open_r1.files import read_json
 ROUNDING = 1e-9  # by which a computed bound may leave [0, 1]
 
 
+def _is_option(value: Any) -> bool:
+    return is_text(value) and not is_blank(value)
+
+
 def _is_interval(value: Any) -> bool:
     return are(is_usable)(value) and len(value) == 2 and -ROUNDING <= value[0] <= value[1] <= 1 + ROUNDING
 
@@ -38,7 +43,7 @@ def _is_prompt(value: Any) -> bool:
     return isinstance(value, dict) and NAME.holds(value.get("name")) and NAME.holds(value.get("style"))
 
 
-OPTIONS = Check(lambda value: are(is_text)(value) and len(value) > 0, "a list of texts")
+OPTIONS = Check(lambda value: are(_is_option)(value) and len(value) > 0, "a list of texts, none of them blank")
 ID = Check(lambda value: is_text(value) or is_integer(value), "a text or a whole number")
 INTERVAL = Check(_is_interval, "two numbers from 0 to 1, the lower one first")
 # A response: what every file has, and what the evaluation writes beside it, also before it is judged.
@@ -94,7 +99,7 @@ def check_rows(rows: Any, origin: object) -> list[Row]:
         ValueError: something else; the message names the origin and the row.
     """
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{origin}: no list of responses")
+        raise ValueError(f"{origin}: no list of responses; expected a result of test_qwen2vl_CVBench.py, or its rows")
     first: dict[Hashable, int] = {}  # of a question: its first row
     seen: set[tuple[Hashable, int]] = set()
     for number, row in enumerate(rows):

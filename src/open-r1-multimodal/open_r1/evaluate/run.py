@@ -42,9 +42,9 @@ def newest_grpo_output(outputs: Path) -> Path | None:
 
 def model_name(model_path: str) -> str:
     """The model's name for a file: its last path component, with the run's name before a `checkpoint-N`."""
-    parts = Path(model_path).absolute().parts if os.path.isdir(model_path) else model_path.split("/")
-    names = [part for part in parts if part.strip("/")]
-    return "_".join(names[-2:] if names[-1].startswith("checkpoint-") else names[-1:])
+    path = os.path.abspath(model_path) if os.path.isdir(model_path) else model_path  # whatever "." and ".." lead to
+    names = [part for part in path.split("/") if part]
+    return "_".join(names[-2:] if path.rstrip("/").rpartition("/")[2].startswith("checkpoint-") else names[-1:])
 
 
 def result_path(args: argparse.Namespace) -> Path:
