@@ -294,6 +294,7 @@ SEAMS = {
     "save_model": ["output_dir", "_internal_call"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+    "_load_best_model": [],
 }
 
 
