@@ -21,9 +21,9 @@ from open_r1.callbacks import (
     RunLog,
     add_run_callbacks,
     describe,
-    without_secrets,
 )
 from open_r1.data import DataArguments
+from open_r1.provenance import without_secrets
 from open_r1.reflection import find_reflections
 from open_r1.report import page
 from open_r1.rewards import accuracy_reward, format_reward
