@@ -146,9 +146,9 @@ class SignalArguments:
 
 
 RESUME = {
-    "help": "Where the run goes on: auto, at the newest whole checkpoint in output_dir, if there is one; none: "
-    "nowhere, it starts anew, in an output_dir that holds no run; or a checkpoint's folder, and then settings and data may be "
-    "others than it was trained with (what differs is told, and noted in run.json)."
+    "help": "Where the run goes on: auto, at the newest whole checkpoint in output_dir, if there is one; none, and it "
+    "starts anew, in an output_dir that holds no run; or a checkpoint's folder, and then data and settings may have "
+    "changed since (what did is told, and noted in run.json)."
 }
 
 
