@@ -309,6 +309,11 @@ def adapter_folder(folder: Path, name: str) -> Path:
     return folder if name == "default" else folder / name
 
 
+def is_equal(tensor: torch.Tensor, saved: torch.Tensor) -> bool:
+    """Whether a tensor is the saved one, NaN included, which is not for this function to find."""
+    return tensor.shape == saved.shape and torch.allclose(tensor, saved.to(tensor), rtol=0, atol=0, equal_nan=True)
+
+
 def check_adapter(model: PeftModel, folder: str | Path, name: str = "default") -> None:
     """See that an adapter in a model is the one that a folder holds, tensor by tensor.
 
@@ -331,7 +336,7 @@ def check_adapter(model: PeftModel, folder: str | Path, name: str = "default") -
             raise OSError(f"{path}: weights are missing: {_some(missing)}")
         if foreign := sorted(saved.keys() - own.keys() - model.state_dict().keys()):
             raise OSError(f"{path}: weights for which this adapter has no place: {_some(foreign)}")
-        other = [key for key, tensor in own.items() if not torch.equal(tensor, saved[key].to(tensor))]
+        other = [key for key, tensor in own.items() if not is_equal(tensor, saved[key])]
         if other:
             raise OSError(f"{path}: weights that did not reach the model: {_some(other)}")
 

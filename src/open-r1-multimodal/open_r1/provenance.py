@@ -27,32 +27,33 @@ _SECRET = re.compile(r"(?:^|_)(?:token|password|secret|api_key)$", re.IGNORECASE
 
 # A run that goes on may change these settings; every other one, those of later versions of TRL included, decides what
 # is learned, from what, or by which rule.
-FREE = re.compile(
-    "|".join(
-        (
-            # how long it goes on, and from where
-            *("max_steps", "num_train_epochs", "output_dir", "resume_from_checkpoint", "ignore_data_skip"),
-            *("restore_callback_states_from_checkpoint", "enable_jit_checkpoint"),
-            # what it logs, shows, saves and uploads
-            *("log_.*", "logging_.*", "report_to", "run_name", "project", "trackio_.*", "num_completions_to_print"),
-            *("disable_tqdm", "debug", "skip_memory_metrics", "include_.*", "save_.*", "hub_.*", "push_.*"),
-            # what it evaluates, and what it does with that
-            *("eval_.*", "do_.*", ".*_full_eval", "batch_eval_metrics", "per_device_eval_batch_size"),
-            *("num_generations_eval", "dataset_test_split", "prediction_loss_only", "label_names"),
-            *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-            # how much fits on a device and how it is computed there; `derived` has what follows from the numbers
-            *("per_device_train_batch_size", "gradient_accumulation_steps", "completions_per_step"),
-            *("steps_per_generation", "generation_batch_size", "auto_find_batch_size", "shared_prefix"),
-            *("gradient_checkpointing.*", "activation_offloading", "attn_implementation", "use_cache", "tf32"),
-            *("torch_.*", "full_determinism", "use_cpu", "local_rank", "accelerator_config", "parallelism_config"),
-            *("ddp_.*", "fsdp.*", "deepspeed", "ds3_.*", "dataloader_(?!drop_last).*", "dataset_num_proc"),
-            *("use_liger_kernel", "liger_.*", "pad_to_multiple_of", "trust_remote_code"),
-            # who generates
-            *("use_vllm", "vllm_(?!importance|structured).*", "use_transformers_.*", "transformers_.*"),
-            "cache_implementation",
-        )
-    )
+FREE = (
+    # how long it goes on, and from where
+    *("max_steps", "num_train_epochs", "output_dir", "resume_from_checkpoint", "ignore_data_skip"),
+    *("restore_callback_states_from_checkpoint", "enable_jit_checkpoint"),
+    # what it logs, shows, saves and uploads
+    *("log_.*", "logging_.*", "report_to", "run_name", "project", "trackio_.*", "num_completions_to_print"),
+    *("disable_tqdm", "debug", "skip_memory_metrics", "include_.*", "save_.*", "hub_.*", "push_.*"),
+    # what it evaluates, and what it does with that
+    *("eval_.*", "do_.*", ".*_full_eval", "batch_eval_metrics", "per_device_eval_batch_size"),
+    *("num_generations_eval", "dataset_test_split", "prediction_loss_only", "label_names"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    # how much fits on a device and how it is computed there; `derived` has what follows from these numbers
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "completions_per_step"),
+    *("steps_per_generation", "generation_batch_size", "auto_find_batch_size", "shared_prefix"),
+    *("gradient_checkpointing.*", "activation_offloading", "attn_implementation", "use_cache", "tf32"),
+    *("torch_.*", "full_determinism", "use_cpu", "local_rank", "accelerator_config", "parallelism_config"),
+    *("ddp_.*", "fsdp.*", "deepspeed", "ds3_.*", "dataloader_(?!drop_last).*", "dataset_num_proc"),
+    *("use_liger_kernel", "liger_.*", "pad_to_multiple_of", "trust_remote_code"),
+    # who generates
+    *("use_vllm", "vllm_(?!importance|structured).*", "use_transformers_.*", "transformers_.*"),
+    "cache_implementation",
 )
+
+
+def is_free(name: str) -> bool:
+    """Whether a run that goes on may have another value of a setting; the names of `FREE` are patterns."""
+    return any(re.fullmatch(pattern, name) for pattern in FREE)
 
 
 def without_secrets(value: Any) -> Any:
@@ -181,7 +182,7 @@ def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[st
     return {
         name: (before[name], after[name])
         for name in before
-        if name in after and not FREE.fullmatch(name) and not is_same(before[name], after[name])
+        if name in after and not is_free(name) and not is_same(before[name], after[name])
     }
 
 
