@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import ModelConfig
 
@@ -541,6 +542,28 @@ def test_a_finished_run_takes_no_further_step(tmp_path, tiny_model, examples_jso
     assert {row["step"] for row in read_jsonl(tmp_path / "out/trajectories/train.jsonl")} == {1}
     saved = load_weights(tmp_path / "out/checkpoint-1")
     assert all(torch.equal(weights[name], saved[name]) for name in saved)
+
+
+@pytest.mark.nightly
+@pytest.mark.distributed
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("how", ["ddp", "zero2", "zero3"])
+def test_the_best_model_is_the_one_at_the_end_of_a_launch(how, lora, tmp_path, tiny_model, examples_json, quick_python):
+    """Also when the launch was stopped in between, so that DeepSpeed's files came back before."""
+    arguments = ["--reward_funcs", "support:falling", "--learning_rate", "1e-2", "--eval_dataset_name"]
+    arguments += [str(examples_json), "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
+    arguments += ["--load_best_model_at_end", "true", "--metric_for_best_model", "eval_reward"]
+    arguments += ["--max_completion_length", "4", "--num_generations_eval", "1", "--max_prompt_length", "512"]
+    arguments += ["--use_peft", "true", "--lora_target_modules", "all-linear"] if lora else []
+    env = {"ACCELERATE_CONFIG": how, "PYTHON": str(quick_python), "OMP_NUM_THREADS": "1"}
+    for steps in (2, 3):
+        result = run_grpo(tiny_model, examples_json, tmp_path / "out", *arguments, "--max_steps", str(steps), **env)
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert "resuming from" in result.stdout
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    final, best, last = (load_file(tmp_path / "out" / folder / name) for folder in ("", "checkpoint-1", "checkpoint-3"))
+    assert all(torch.equal(final[key], best[key]) for key in best)
+    assert not all(torch.equal(final[key], last[key]) for key in last)
 
 
 def kill_processes_naming(path: str) -> None:

@@ -23,7 +23,7 @@ from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.rewards import accuracy_reward
 from open_r1.tasks.examples import read_examples
 from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer, without_images
-from support import families, load_weights, make_config, make_trainer, read_jsonl, vowel_share, write_examples
+from support import falling, families, load_weights, make_config, make_trainer, read_jsonl, vowel_share, write_examples
 
 
 @pytest.fixture(scope="module")
@@ -220,15 +220,6 @@ def test_a_resume_inside_a_rollout_says_that_it_cannot_repeat_the_run(
     assert sampled == again  # the questions of the rollout that was lost
 
 
-class Falling:
-    """A reward that falls with every step, so that the first checkpoint is the best."""
-
-    __name__ = "falling"
-
-    def __call__(self, completions, trainer_state, **kwargs):
-        return [10.0 - trainer_state.global_step + 0.01 * (index % 3) for index in range(len(completions))]
-
-
 @pytest.mark.parametrize("model_type", families("qwen2_vl"))
 @pytest.mark.parametrize("stops_early", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_best_model_is_the_one_at_the_end(model_type, stops_early, tiny_models, examples_json, tmp_path):
@@ -236,7 +227,7 @@ def test_the_best_model_is_the_one_at_the_end(model_type, stops_early, tiny_mode
         tiny_models[model_type],
         examples_json,
         tmp_path,
-        Falling(),
+        falling,
         examples_json,
         callbacks=[EarlyStoppingCallback(1)] if stops_early else None,
         **{"max_steps": 3, "max_completion_length": 4, "learning_rate": 0.05, "lr_scheduler_type": "constant"},
