@@ -34,6 +34,7 @@ from open_r1.provenance import (
     describe_data,
     describe_inputs,
     is_free,
+    run_of,
     settings_in_force,
 )
 from support import make_config, write_examples
@@ -237,6 +238,17 @@ def test_an_optimizer_that_came_back_goes_by_its_own(tmp_path):
     own = {"weight_decay": 0.0, "learning_rate": 1e-5, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
     del own["adam_beta1"]  # as the arguments say
     assert settings_in_force(args, optimizer) == own
+
+
+def test_a_link_leads_to_the_record_of_its_run(tmp_path):
+    for folder in ("run/checkpoint-1", "disk/checkpoint-2"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "run/run.json").write_text("{}")
+    (tmp_path / "run/checkpoint-2").symlink_to(tmp_path / "disk/checkpoint-2")
+    (tmp_path / "newest").symlink_to(tmp_path / "run/checkpoint-1")
+    names = ("run/checkpoint-1", "run/checkpoint-2", "newest")
+    assert {run_of(tmp_path / name) for name in names} == {tmp_path / "run"}
+    assert run_of(tmp_path / "disk/checkpoint-2") == tmp_path / "disk"
 
 
 # --- the whole of it, through the command ---------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def add_run_callbacks(
     model_args: Any,
     recipes: Sequence[str] = (),
     record: Mapping[str, Any] | None = None,
-    continued: str | Path | None = None,
+    continued: Path | None = None,
 ) -> None:
     """Give a trainer its run files, and lines of progress in place of transformers' bar and dictionaries.
 
@@ -102,7 +102,7 @@ class RunLog(TrainerCallback):
         continued: folder of the run that this one goes on with; None: its own.
     """
 
-    def __init__(self, run: Mapping[str, Any], continued: str | Path | None = None):
+    def __init__(self, run: Mapping[str, Any], continued: Path | None = None):
         self.run, self.continued = run, continued
 
     def on_train_begin(

@@ -32,7 +32,7 @@ from open_r1.locks import check_free, owned
 from open_r1.machines import check_shared, decide_once
 from open_r1.modeling import check_weights, parameter_table
 from open_r1.orphans import follow_launcher
-from open_r1.provenance import all_arguments, check_same_run, describe_inputs
+from open_r1.provenance import all_arguments, check_same_run, describe_inputs, run_of
 from open_r1.recipes import PLANNED_PROCESSES, read_recipe, split_arguments
 
 # What libraries warn about at every start although it is as it should be: logger -> part of the message.
@@ -243,7 +243,7 @@ def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], a
     steps_before = read_state(checkpoint).global_step if checkpoint else 0
     trainer.add_callback(CompleteCheckpoints(args))
     recipes, _ = split_arguments(arguments)
-    continued = os.path.dirname(os.path.abspath(checkpoint)) if checkpoint else None
+    continued = run_of(checkpoint) if checkpoint else None
     add_run_callbacks(trainer, command.name, script_args, model_args, recipes, record, continued)
     with full_disk(args.output_dir):
         trainer.train(resume_from_checkpoint=checkpoint)

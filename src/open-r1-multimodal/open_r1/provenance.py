@@ -163,6 +163,13 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def run_of(checkpoint: str | Path) -> Path:
+    """The folder of the run that a checkpoint belongs to: where it is named or, of a link, where it leads."""
+    path = Path(checkpoint).absolute()
+    places = (path.parent, path.resolve().parent)
+    return next((place for place in places if (place / RUN).is_file()), places[0])
+
+
 def derived(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a record, with those that follow from several: examples of one optimiser step and rollout."""
     arguments, processes = record["arguments"], record["world_size"]

@@ -354,6 +354,11 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         self._held_out_left = len(dataset) * self.num_generations_eval if isinstance(dataset, Dataset) else math.inf
         return dataloader
 
+    # TRL sends an engine beside the policy the weights of a new step, and these belong to an old one.
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._last_loaded_step = -1
+
     def evaluate_blind(self) -> None:
         """Ask the held-out questions without their images; logged as `blind_...`, written to `blind.jsonl`."""
         self._is_blind = True
