@@ -247,17 +247,6 @@ def test_a_run_that_goes_on_saves_as_often_as_it_is_told_now(tmp_path):
     assert (state.save_steps, state.logging_steps, state.eval_steps) == (5, 4, 4)
 
 
-def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(tmp_path):
-    """Of whose old place transformers knows, and lets it go."""
-    for step in (1, 2, 3):
-        make_checkpoint(tmp_path, step, is_complete=step != 3)
-    args = make_config(tmp_path)
-    for step, found in ((1, str(tmp_path / "checkpoint-1")), (3, None), (0, None), (None, None)):
-        state = TrainerState(global_step=2, max_steps=4, best_global_step=step)
-        CompleteCheckpoints(args).on_train_begin(args, state, TrainerControl())
-        assert state.best_model_checkpoint == found
-
-
 # --- checkpoints that are links -----------------------------------------------------------------------------------
 
 

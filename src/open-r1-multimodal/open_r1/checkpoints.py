@@ -282,13 +282,9 @@ class CompleteCheckpoints(TrainerCallback):
     ) -> None:
         """Log, save and evaluate as often as these arguments say: a resumed state brings the numbers of its own.
 
-        And find the best checkpoint in a folder that was moved; and take back the seals of checkpoints that this run
-        is going to write over, but never through a link.
+        And take back the seals of checkpoints that this run is going to write over, but never through a link.
         """
         state.compute_steps(args, state.max_steps)
-        if state.best_model_checkpoint is None and state.best_global_step:  # transformers found none where it was
-            best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
-            state.best_model_checkpoint = str(best) if find_defect(best) is None else None
         if state.is_world_process_zero:
             for step, checkpoint in list_checkpoints(args.output_dir):
                 if step > state.global_step:
