@@ -284,8 +284,8 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         if self.signal.signal_settings and isinstance(train_dataset, Dataset):
             train_dataset = train_dataset.add_column(ROW, list(range(len(train_dataset))))
         revision = (args.model_init_kwargs or {}).get("revision") or "main"
-        adapts = is_peft_model(model) or kwargs.get("peft_config") is not None
-        if isinstance(model, str) or (args.beta and not adapts):  # TRL loads the reference by the policy's name
+        # TRL loads the reference by the policy's name, too, where there is no adapter to leave out
+        if isinstance(model, str) or (args.beta and not (kwargs.get("peft_config") or is_peft_model(model))):
             check_model_files(name, revision)
             check_weights(name, revision)
         if processing_class is None:
