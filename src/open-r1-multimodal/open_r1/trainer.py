@@ -143,7 +143,7 @@ def micro_batches(steps: int, args: GRPOConfig, dataloader: DataLoader | None) -
     """
     if not has_length(dataloader):  # of a stream
         return steps * args.gradient_accumulation_steps
-    epochs, rest = divmod(steps, math.ceil(len(dataloader) / args.gradient_accumulation_steps))
+    epochs, rest = divmod(steps, max(math.ceil(len(dataloader) / args.gradient_accumulation_steps), 1))
     return epochs * len(dataloader) + rest * args.gradient_accumulation_steps
 
 
