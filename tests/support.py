@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from open_r1.backends import Backend, Completions
 from open_r1.data import load_dataset
@@ -77,6 +77,11 @@ def vowel_share(completions: list, **kwargs: object) -> list[float]:
     """A reward that varies over the noise of a random model: the share of vowels in the text."""
     texts = [completion[0]["content"] for completion in completions]
     return [sum(letter in "aeiou" for letter in text) / (len(text) + 1) for text in texts]
+
+
+def falling(completions: list, trainer_state: TrainerState, **kwargs: object) -> list[float]:
+    """A reward that falls with every step, so that the first checkpoint is the best."""
+    return [10.0 - trainer_state.global_step + 0.01 * (index % 3) for index in range(len(completions))]
 
 
 def fake_completions(prompt_ids: list[list[int]], end: int, longest: int, first_row: int = 0) -> list[list[int]]:

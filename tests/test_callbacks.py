@@ -21,9 +21,9 @@ from open_r1.callbacks import (
     RunLog,
     add_run_callbacks,
     describe,
-    without_secrets,
 )
 from open_r1.data import DataArguments
+from open_r1.provenance import without_secrets
 from open_r1.reflection import find_reflections
 from open_r1.report import page
 from open_r1.rewards import accuracy_reward, format_reward
@@ -175,7 +175,11 @@ def test_a_resumed_run_goes_on_and_a_new_one_begins_anew(tmp_path):
         log.on_log(args, state, TrainerControl(), logs={"loss": float("nan") if step == 2 else 1.0})
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 6, "los')
-    assert start(3) == {"command": "sft", "started": "earlier", "world_size": 1, "max_steps": 9}
+    resumed = start(3)
+    [resume] = resumed.pop("resumes")
+    assert resumed == {"command": "sft", "started": "earlier", "world_size": 1, "max_steps": 9}
+    assert (resume["step"], resume["changed"], resume["kept"]) == (3, [], {})
+    assert [each["step"] for each in start(4)["resumes"]] == [3, 4]
     rows = read_jsonl(tmp_path / "log.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[1]["loss"] is None
     assert start(0)["started"] != "earlier"

@@ -9,6 +9,7 @@ this class refuses, of Liger kernels and vLLM, which need a GPU, and of tools, w
 import importlib.util
 import inspect
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 from trl import GRPOConfig, GRPOTrainer
 
@@ -169,6 +171,18 @@ def test_an_engine_computes_in_the_dtype_of_the_policy(tiny_model, tmp_path, mon
         args = stock_config(tmp_path, use_vllm=True, vllm_mode="colocate", **changes)
         with pytest.raises(FileNotFoundError, match=f"^{dtype}$"):
             Qwen2VLGRPOTrainer(model, by_length, args, one_image())
+
+
+def test_a_reference_that_is_not_whole_is_one_line(tiny_model, tmp_path):
+    """TRL loads it by the policy's name, and would make up what is missing."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    policy = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    weights = load_file(folder / "model.safetensors")
+    missing = next(name for name in weights if "mlp" in name)
+    save_file({name: each for name, each in weights.items() if name != missing}, folder / "model.safetensors")
+    with pytest.raises(OSError, match=f"{folder}: weights are missing: .*mlp"):
+        Qwen2VLGRPOTrainer(policy, by_length, stock_config(tmp_path, beta=0.1), one_image())
+    Qwen2VLGRPOTrainer(policy, by_length, stock_config(tmp_path), one_image())  # which has none
 
 
 def test_what_the_shared_prefix_does_not_go_with(tiny_model, tmp_path):

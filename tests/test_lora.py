@@ -86,6 +86,18 @@ def test_resume_is_exact(run, tiny_model, examples_json, tmp_path):
         assert torch.equal(parameter, trained[name]), name
 
 
+def test_the_best_adapter_is_the_one_at_the_end(run, tiny_model, examples_json, tmp_path):
+    *_, output = run
+    trainer = make_trainer(tiny_model, examples_json, tmp_path)
+    trainer.state.best_model_checkpoint = str(output / "checkpoint-2")
+    trainer._load_best_model()
+    trained = dict(run[0].model.named_parameters())
+    assert all(torch.equal(parameter, trained[name]) for name, parameter in trainer.model.named_parameters())
+    trainer.state.best_model_checkpoint = str(tmp_path)
+    with pytest.raises(Mistake, match=r"holds no adapter_model\.safetensors$"):
+        trainer._load_best_model()
+
+
 def test_export_is_the_adapted_model(run, tiny_model, examples_json, tmp_path, monkeypatch):
     *_, output = run
     sys.path.insert(0, str(REPO_ROOT / "scripts"))

@@ -283,8 +283,7 @@ def test_every_loss_type_of_trl_is_known():
 def test_a_run_that_took_no_step_is_no_result(tiny_model, examples_json, tmp_path, monkeypatch):
     """However that came about; TRL skips what does not fill a rollout, and calls it a day."""
 
-    def build_trainer(script_args, args, model_args):
-        prepared = grpo.prepare(script_args, args, model_args)
+    def build_trainer(script_args, args, model_args, prepared):
         prepared |= {"train_dataset": prepared["train_dataset"].select([0]), "reward_funcs": [vowel_share]}
         return Qwen2VLGRPOTrainer(model=str(tiny_model), args=args, **prepared)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from open_r1.backends import load_transformers
@@ -16,6 +16,7 @@ from open_r1.evaluate.answering import load_prompting
 from open_r1.model_files import tensor_names
 from open_r1.modeling import (
     adapter_base,
+    check_adapter,
     check_finite,
     check_model_files,
     check_template,
@@ -23,6 +24,7 @@ from open_r1.modeling import (
     load_checkpoint,
     load_model,
     load_processor,
+    restore_weights,
 )
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -250,6 +252,60 @@ def test_what_is_no_folder_of_a_model(path, message, tmp_path):
         assert message in str(caught.value) or (path == "empty" and str(tmp_path / path) in str(caught.value))
 
 
+# --- weights that come back -----------------------------------------------------------------------------------
+
+
+def trained(folder: Path, dtype: str = "float32") -> torch.nn.Module:
+    """A model whose every weight is another than its folder's."""
+    model = load_model(folder, dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    return model
+
+
+@pytest.mark.parametrize("shard", ["1GB", "200KB"])
+def test_every_weight_of_every_family_comes_back(shard, tiny_models, tmp_path):
+    for name, folder in tiny_models.items():
+        model = trained(folder)
+        model.save_pretrained(tmp_path / name, max_shard_size=shard)
+        assert (tmp_path / name / INDEX).is_file() == (shard == "200KB")
+        other = load_model(folder, "float32")
+        restore_weights(other, tmp_path / name)
+        assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters(), strict=True)), name
+
+
+def test_a_head_in_float32_comes_back_unrounded(tiny_models, tmp_path):
+    """As `cast_lm_head_to_fp32` leaves one beside weights in 16 bits."""
+    models = [load_model(tiny_models["qwen2_vl"], "bfloat16") for _ in range(2)]
+    for model in models:
+        model.get_output_embeddings().to(torch.float32)
+    with torch.no_grad():
+        models[0].get_output_embeddings().weight += 1e-4
+    models[0].save_pretrained(tmp_path)
+    restore_weights(models[1], tmp_path)
+    heads = [model.get_output_embeddings().weight for model in models]
+    assert torch.equal(*heads) and heads[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["layer missing", "tower missing", "weights cut in half", "no weights", "other shape"])
+def test_weights_that_do_not_come_back_whole_are_one_line(name, folder, tiny_model):
+    change, message = BROKEN[name]
+    change(folder)
+    model = load_model(tiny_model, "float32")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(OSError, match=message) as caught:
+        restore_weights(model, folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_weights_of_another_model_do_not_come_back(tiny_models):
+    with pytest.raises(OSError, match="its model cannot be loaded") as caught:
+        restore_weights(load_model(tiny_models["qwen2_vl"], "float32"), tiny_models["qwen3_vl"])
+    assert "\n" not in str(caught.value)
+
+
 # --- adapters -----------------------------------------------------------------------------------------------
 
 
@@ -298,6 +354,52 @@ def test_a_broken_adapter_is_one_line(name, adapter):
     with pytest.raises((OSError, ValueError), match=message) as caught:
         load_checkpoint(adapter)
     assert str(adapter) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def adapted(folder: Path, **settings: object) -> PeftModel:
+    """A model with an adapter that does something."""
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], **settings})
+    model = get_peft_model(load_model(folder, "float32"), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    return model
+
+
+def test_every_adapter_of_a_model_comes_back(tiny_model, tmp_path):
+    """TRL puts one of its own, `ref`, beside one that was trained before; PEFT saves it in a folder of that name."""
+    models = [adapted(tiny_model) for _ in range(2)]
+    for model in models:
+        model.add_adapter("ref", model.peft_config["default"])
+        torch.nn.init.normal_(next(p for name, p in model.named_parameters() if "lora_B.ref" in name))
+    models[0].save_pretrained(tmp_path)
+    assert (tmp_path / "ref/adapter_model.safetensors").is_file()
+    restore_weights(models[1], tmp_path)
+    first, second = (dict(model.named_parameters()) for model in models)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, r"weights are missing: \S+k_proj\S+ and \d+ more"),
+        ({"target_modules": ["q_proj"]}, r"weights for which this adapter has no place: \S+v_proj\S+ and \d+ more"),
+        ({"r": 4}, "its adapter cannot be loaded"),
+    ],
+)
+def test_an_adapter_of_another_form_does_not_come_back(settings, message, adapter, tiny_model):
+    with pytest.raises(OSError, match=message) as caught:
+        restore_weights(adapted(tiny_model, **settings), adapter)
+    assert str(adapter) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_adapter_whose_weights_did_not_arrive_is_noticed(adapter, tiny_model):
+    model = adapted(tiny_model)
+    with pytest.raises(OSError, match=r"weights that did not reach the model: \S+lora_\S+ and \d+ more"):
+        check_adapter(model, adapter)
+    restore_weights(model, adapter)
+    check_adapter(model, adapter)
 
 
 def test_a_pickled_adapter_is_not_opened(adapter):

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from transformers import get_scheduler
 from trl import ModelConfig
 
-from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig
+from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, Qwen2VLSFTConfig
 from open_r1.families import FAMILIES
 from open_r1.prompts import REPO_ROOT, load_chat_template
-from open_r1.recipes import merge_recipes, read_recipe
+from open_r1.recipes import RecipeParser, merge_recipes, read_recipe
 from open_r1.tiny import save_tiny_model
 from open_r1.world.parquet import write_sat
 from open_r1.world.scene import LEVELS
@@ -151,6 +151,13 @@ def test_an_overlay_says_what_it_is(name):
     assert parts == ["What", "Why", "Source", "Expect", "Cost"]
     (row,) = re.findall(rf"^\| `overlays/{name}\.yaml`.*\|$", (CONFIGS / "README.md").read_text(), re.MULTILINE)
     assert all(cell.strip() for cell in row.strip("|").split("|"))
+
+
+@pytest.mark.parametrize("config", [Qwen2VLGRPOConfig, Qwen2VLSFTConfig])
+def test_the_help_says_from_where_a_run_can_go_on(config):
+    text = RecipeParser((config,)).format_help().partition("--resume_from_checkpoint RESUME_FROM_CHECKPOINT, ")[2]
+    entry = " ".join(text.partition("\n  --")[0].split())
+    assert all(words in entry for words in ("auto, at the newest", "none, and it starts anew", "a checkpoint's folder"))
 
 
 def test_the_later_counts(tmp_path, monkeypatch):

@@ -270,6 +270,20 @@ def test_checkpoint_carries_the_prompt_and_resume_is_exact(tiny_model, examples_
     assert "top_k" not in generation and len(set(generation["eos_token_id"])) == 2
 
 
+def test_the_best_model_is_the_one_at_the_end(tiny_model, examples_json, tmp_path):
+    """As if a greater loss were better: that of the first checkpoint."""
+    settings = ["--max_steps", "2", "--save_steps", "1", "--learning_rate", "1e-3", "--eval_strategy", "steps"]
+    settings += ["--eval_steps", "1", "--eval_dataset_name", str(examples_json), "--load_best_model_at_end", "true"]
+    settings += ["--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]
+    trainer = make_trainer(tiny_model, examples_json, tmp_path, *settings)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    trainer.save_model(str(tmp_path / "final"))
+    final, best, last = (load_weights(tmp_path / name) for name in ("final", "checkpoint-1", "checkpoint-2"))
+    assert all(torch.equal(final[name], best[name]) for name in best)
+    assert not all(torch.equal(final[name], last[name]) for name in last)
+
+
 # --- several processes ------------------------------------------------------------------------------
 
 

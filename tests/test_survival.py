@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import ModelConfig
 
 from open_r1 import checkpoints
 from open_r1 import trainer as trainer_module
-from open_r1.callbacks import add_run_callbacks, all_arguments, check_same_run
+from open_r1.callbacks import add_run_callbacks
 from open_r1.checkpoints import (
     MANIFEST,
     CompleteCheckpoints,
@@ -35,6 +36,7 @@ from open_r1.checkpoints import (
 )
 from open_r1.data import DataArguments
 from open_r1.prompts import REPO_ROOT
+from open_r1.provenance import all_arguments, check_same_run
 from support import (
     launch_env,
     load_weights,
@@ -169,30 +171,35 @@ def test_deepspeeds_own_file_names_the_stage(tmp_path):
 def test_another_run_in_the_folder_is_not_continued(tmp_path, tiny_model):
     """What is learned and how must be the same; how long, and what is saved and logged, may change."""
 
-    def arguments(model: str = str(tiny_model), **changes: object) -> tuple:
-        return DataArguments("data.json"), make_config(tmp_path, **changes), ModelConfig(model)
+    def record(model: str = str(tiny_model), processes: int = 1, command: str = "grpo", **changes: object) -> dict:
+        arguments = all_arguments(DataArguments("data.json"), make_config(tmp_path, **changes), ModelConfig(model))
+        return {"command": command, "world_size": processes, "arguments": arguments}
 
-    check_same_run(str(tmp_path), 1, "grpo", *arguments())  # no run yet
-    record = {"command": "grpo", "world_size": 1, "arguments": all_arguments(*arguments())}
-    (tmp_path / "run.json").write_text(json.dumps(record))
+    check_same_run(tmp_path, record())  # no run yet
+    (tmp_path / "run.json").write_text(json.dumps(record()))
     for changes in ({"max_steps": 9, "save_steps": 3, "logging_steps": 5}, {"gradient_checkpointing": True}):
-        check_same_run(str(tmp_path), 1, "grpo", *arguments(**changes))
+        check_same_run(tmp_path, record(**changes))
     halved = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    check_same_run(str(tmp_path), 2, "grpo", *arguments(**halved))  # as many completions on two processes
-    check_same_run(str(tmp_path), 1, "grpo", *arguments(os.path.relpath(tiny_model)))
-    for processes, command, other, name in (
-        (1, "grpo", arguments("other/model"), "model_name_or_path"),
-        (1, "grpo", arguments(learning_rate=1.0), "learning_rate"),
-        (1, "grpo", arguments(num_generations=2), "num_generations"),
-        (1, "grpo", arguments(papo_coef=0.01), "papo_coef"),
-        (1, "grpo", arguments(rollout_noise=500.0), "rollout_noise"),
-        (2, "grpo", arguments(), "examples_per_step"),
-        (1, "sft", arguments(), "command"),
+    check_same_run(tmp_path, record(processes=2, **halved))  # as many completions on two processes
+    check_same_run(tmp_path, record(os.path.relpath(tiny_model)))
+    for other, name in (
+        (record("other/model"), "model_name_or_path"),
+        (record(learning_rate=1.0), "learning_rate"),
+        (record(num_generations=2), "num_generations"),
+        (record(papo_coef=0.01), "papo_coef"),
+        (record(rollout_noise=500.0), "rollout_noise"),
+        (record(weight_decay=0.1), "weight_decay"),
+        (record(max_grad_norm=0.1), "max_grad_norm"),
+        (record(mask_truncated_completions=True), "mask_truncated_completions"),
+        (record(generation_kwargs={"min_p": 0.1}), "generation_kwargs"),
+        (record(steps_per_generation=4), "examples_per_rollout"),
+        (record(processes=2), "examples_per_step"),
+        (record(command="sft"), "command"),
     ):
         with pytest.raises(ValueError, match=rf"{tmp_path}: holds a run with {name} .*, not .*; choose another OUTPUT"):
-            check_same_run(str(tmp_path), processes, command, *other)
+            check_same_run(tmp_path, other)
     (tmp_path / "run.json").write_text("{")
-    check_same_run(str(tmp_path), 1, "grpo", *arguments("other/model"))  # nothing to compare with
+    check_same_run(tmp_path, record("other/model"))  # nothing to compare with
 
 
 def test_a_run_of_epochs_is_finished_too(tmp_path):
@@ -220,6 +227,81 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path):
     callback.on_save(args, state, TrainerControl())
     left = {path.name: find_defect(path) is None for path in tmp_path.glob("checkpoint-*")}
     assert left == {"checkpoint-1": True, "checkpoint-2": True, "checkpoint-4": True, "checkpoint-5": False}
+
+
+def test_the_best_checkpoint_is_kept_in_whatever_words_its_folder_was_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = make_config(tmp_path / "out", save_total_limit=1)
+    callback = CompleteCheckpoints(args)
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path / "out", step, is_complete=step != 3)
+    state = TrainerState(global_step=3, is_world_process_zero=True, best_model_checkpoint="out/checkpoint-1")
+    callback.on_save(args, state, TrainerControl())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-1", "checkpoint-3"}
+
+
+def test_a_run_that_goes_on_saves_as_often_as_it_is_told_now(tmp_path):
+    args = make_config(tmp_path, save_strategy="steps", save_steps=5, logging_steps=0.1, eval_steps=4, max_steps=40)
+    state = TrainerState(global_step=2, max_steps=40, save_steps=2, logging_steps=3, eval_steps=2)
+    CompleteCheckpoints(args).on_train_begin(args, state, TrainerControl())
+    assert (state.save_steps, state.logging_steps, state.eval_steps) == (5, 4, 4)
+
+
+# --- checkpoints that are links -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A run whose checkpoint 4 was moved to another disk, and its place there."""
+    make_checkpoint(tmp_path / "run", 2)
+    moved = make_checkpoint(tmp_path / "disk", 4)
+    (tmp_path / "run/checkpoint-4").symlink_to(moved)
+    return tmp_path / "run", moved
+
+
+def test_a_run_goes_on_from_a_link(linked):
+    run, moved = linked
+    assert resolve_checkpoint("auto", str(run)) == str(run / "checkpoint-4")
+    (run / "newest").symlink_to("checkpoint-2")
+    assert resolve_checkpoint(str(run / "newest"), str(run)) == str(run / "newest")
+    assert find_defect(run / "checkpoint-4") is None and find_defect(moved) is None
+
+
+def test_a_link_that_leads_nowhere_ends_the_run_before_it_starts_anew(linked):
+    run, moved = linked
+    moved.rename(moved.with_name("elsewhere"))
+    with pytest.raises(
+        ValueError, match=rf"run/checkpoint-4: a link to {moved}, which is not there; bring it back, or"
+    ):
+        resolve_checkpoint("auto", str(run))
+    with pytest.raises(FileNotFoundError, match=rf"resume_from_checkpoint: .*-4 is a link to {moved}, which is not"):
+        resolve_checkpoint(str(run / "checkpoint-4"), str(run))
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        resolve_checkpoint("none", str(run))
+    (run / "checkpoint-4").unlink()
+    assert resolve_checkpoint("auto", str(run)) == str(run / "checkpoint-2")
+
+
+def test_room_is_made_without_deleting_what_a_link_leads_to(linked, capsys):
+    run, moved = linked
+    args = make_config(run, save_total_limit=1)
+    callback = CompleteCheckpoints(args)
+    (run / "checkpoint-3").symlink_to("gone")
+    make_checkpoint(run, 6, is_complete=False)
+    callback.on_save(args, TrainerState(global_step=6, is_world_process_zero=True), TrainerControl())
+    assert [path.name for path in run.iterdir()] == ["checkpoint-6"]
+    assert find_defect(moved) is None
+    assert f"checkpoint-4: removed, a link; {moved}, where it led, is left as it is" in capsys.readouterr().out
+
+
+def test_a_run_that_comes_to_a_link_does_not_write_through_it(linked):
+    run, moved = linked
+    args = make_config(run)
+    (run / "checkpoint-6").symlink_to("gone")
+    callback = CompleteCheckpoints(args)
+    callback.on_train_begin(args, TrainerState(global_step=2, is_world_process_zero=True), TrainerControl())
+    assert [path.name for path in run.iterdir()] == ["checkpoint-2"]
+    assert find_defect(moved) is None
 
 
 def test_the_model_of_a_finished_run_is_copied_without_the_state(tmp_path):
@@ -459,6 +541,28 @@ def test_a_finished_run_takes_no_further_step(tmp_path, tiny_model, examples_jso
     assert {row["step"] for row in read_jsonl(tmp_path / "out/trajectories/train.jsonl")} == {1}
     saved = load_weights(tmp_path / "out/checkpoint-1")
     assert all(torch.equal(weights[name], saved[name]) for name in saved)
+
+
+@pytest.mark.nightly
+@pytest.mark.distributed
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("how", ["ddp", "zero2", "zero3"])
+def test_the_best_model_is_the_one_at_the_end_of_a_launch(how, lora, tmp_path, tiny_model, examples_json, quick_python):
+    """Also when the launch was stopped in between, so that DeepSpeed's files came back before."""
+    arguments = ["--reward_funcs", "support:falling", "--learning_rate", "1e-2", "--eval_dataset_name"]
+    arguments += [str(examples_json), "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
+    arguments += ["--load_best_model_at_end", "true", "--metric_for_best_model", "eval_reward"]
+    arguments += ["--max_completion_length", "4", "--num_generations_eval", "1", "--max_prompt_length", "512"]
+    arguments += ["--use_peft", "true", "--lora_target_modules", "all-linear"] if lora else []
+    env = {"ACCELERATE_CONFIG": how, "PYTHON": str(quick_python), "OMP_NUM_THREADS": "1"}
+    for steps in (2, 3):
+        result = run_grpo(tiny_model, examples_json, tmp_path / "out", *arguments, "--max_steps", str(steps), **env)
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert "resuming from" in result.stdout
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    final, best, last = (load_file(tmp_path / "out" / folder / name) for folder in ("", "checkpoint-1", "checkpoint-3"))
+    assert all(torch.equal(final[key], best[key]) for key in best)
+    assert not all(torch.equal(final[key], last[key]) for key in last)
 
 
 def kill_processes_naming(path: str) -> None:

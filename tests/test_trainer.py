@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -11,18 +12,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import EarlyStoppingCallback
 from trl import GRPOTrainer
 
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.data import count_prompt_tokens, load_dataset
 from open_r1.families import end_token_ids, vision_token_ids
 from open_r1.finite import FiniteMixin
+from open_r1.front_door import Mistake
 from open_r1.images import open_image
 from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.rewards import accuracy_reward
 from open_r1.tasks.examples import read_examples
 from open_r1.trainer import AskBlind, Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer, without_images
-from support import load_weights, make_config, make_trainer, read_jsonl, vowel_share, write_examples
+from support import falling, families, load_weights, make_config, make_trainer, read_jsonl, vowel_share, write_examples
 
 
 @pytest.fixture(scope="module")
@@ -171,22 +174,93 @@ def test_vision_tokens_are_never_sampled_and_every_end_counts(tiny_model, exampl
     assert all(not set(completion[:-1]) & ends for completion in sampled)
 
 
-def test_resume_continues_step_weights_order_and_trajectories(tiny_model, examples_json, tmp_path):
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    make_trainer(tiny_model, examples_json, tmp_path / "whole", **settings).train()
-    broken = make_trainer(tiny_model, examples_json, tmp_path / "broken", **settings)
-    broken.train()
-    # as if killed after step 3: a later checkpoint is gone, rows of the lost steps and half a line remain
+# Where a checkpoint lies: after each step of one rollout of two micro-batches; in the second epoch, whose steps are of
+# two micro-batches and, the last one, of the third that is left; behind a rollout that serves two steps.
+RESUMES = {
+    "after one step": ({}, 8, 1),
+    "after three steps": ({}, 8, 3),
+    "behind a short step": ({"steps_per_generation": 3}, 3, 2),
+    "behind a rollout of two steps": ({"num_iterations": 2}, 8, 2),
+}
+
+
+@pytest.mark.parametrize("case", RESUMES)
+def test_resume_continues_step_weights_order_and_trajectories(case, tiny_model, tmp_path, capsys):
+    changes, examples, at = RESUMES[case]
+    data = write_examples(tmp_path, count=examples)
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "max_completion_length": 6, **changes}
+    make_trainer(tiny_model, data, tmp_path / "whole", **settings).train()
+    # as if killed: later checkpoints may be there, rows of the lost steps and half a line remain
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     with (tmp_path / "broken/trajectories/train.jsonl").open("a") as file:
         file.write('{"step": 5, "half')
-    resumed = make_trainer(tiny_model, examples_json, tmp_path / "broken", **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "broken/checkpoint-2"))
-    assert resumed.state.global_step == 4
+    resumed = make_trainer(tiny_model, data, tmp_path / "broken", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"broken/checkpoint-{at}"))
+    assert resumed.state.global_step == 4 and "inside a rollout" not in capsys.readouterr().err
     whole, again = (load_weights(tmp_path / name / "checkpoint-4") for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert read_jsonl(tmp_path / "whole/trajectories/train.jsonl") == read_jsonl(
         tmp_path / "broken/trajectories/train.jsonl"
     )
+
+
+@pytest.mark.parametrize("changes", [{"num_iterations": 2}, {"steps_per_generation": 4}, {"steps_per_generation": 3}])
+def test_a_resume_inside_a_rollout_says_that_it_cannot_repeat_the_run(
+    changes, tiny_model, examples_json, tmp_path, capsys
+):
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_completion_length": 4, **changes}
+    make_trainer(tiny_model, examples_json, tmp_path, **settings).train()
+    assert "a rollout serves" not in capsys.readouterr().err
+    resumed = make_trainer(tiny_model, examples_json, tmp_path, **{**settings, "max_steps": 2})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    window = resumed.args.steps_per_generation * resumed.args.num_iterations
+    line = f"warning: a rollout serves {window} micro-batches, and this run goes on after 2 of them"
+    assert line in capsys.readouterr().err
+    rows = read_jsonl(tmp_path / "trajectories/train.jsonl")
+    sampled = {row["prompt"] for row in rows if row["step"] == 1}
+    again = {row["prompt"] for row in rows if row["step"] == 2}
+    assert sampled <= again  # the questions of the rollout that was lost
+
+
+@pytest.mark.parametrize("model_type", families("qwen2_vl"))
+@pytest.mark.parametrize("stops_early", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_best_model_is_the_one_at_the_end(model_type, stops_early, tiny_models, examples_json, tmp_path):
+    trainer = make_trainer(
+        tiny_models[model_type],
+        examples_json,
+        tmp_path,
+        falling,
+        examples_json,
+        callbacks=[EarlyStoppingCallback(1)] if stops_early else None,
+        **{"max_steps": 3, "max_completion_length": 4, "learning_rate": 0.05, "lr_scheduler_type": "constant"},
+        **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
+        **{"load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "greater_is_better": True},
+        **{"num_generations_eval": 1, "per_device_eval_batch_size": 8},
+    )
+    trainer.train()
+    assert trainer.state.global_step == (2 if stops_early else 3)
+    trainer.save_model(str(tmp_path / "final"))
+    final, best, last = (load_weights(tmp_path / name) for name in ("final", "checkpoint-1", "checkpoint-2"))
+    assert all(torch.equal(final[name], best[name]) for name in best)
+    assert not all(torch.equal(final[name], last[name]) for name in last)
+
+
+def test_an_engine_gets_the_best_model_too(tiny_model, examples_json, tmp_path):
+    """TRL sends it weights where the step is another than the one that it has."""
+    for method in (GRPOTrainer._generate, GRPOTrainer._generate_single_turn):
+        assert "self.state.global_step != self._last_loaded_step" in inspect.getsource(method)
+    trainer = make_trainer(tiny_model, examples_json, tmp_path)
+    trainer.state.best_model_checkpoint = str(tiny_model)
+    trainer._last_loaded_step = trainer.state.global_step
+    trainer._load_best_model()
+    assert trainer._last_loaded_step != trainer.state.global_step
+
+
+def test_a_best_model_that_is_gone_is_one_line(tiny_model, examples_json, tmp_path):
+    trainer = make_trainer(tiny_model, examples_json, tmp_path)
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    with pytest.raises(Mistake, match=r"checkpoint-1 holds no model\.safetensors$"):
+        trainer._load_best_model()
 
 
 def test_long_prompts_are_left_out_not_cut(tiny_model, tmp_path, capsys):
@@ -296,6 +370,7 @@ SEAMS = {
     "save_model": ["output_dir", "_internal_call"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+    "_load_best_model": [],
 }
 
 

@@ -5,14 +5,12 @@ event, `Warnings` one when a guard of `guards.py` begins to warn.
 """
 
 import json
-import math
 import os
 import re
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,31 +26,31 @@ from transformers import (
     TrainingArguments,
 )
 
-from open_r1.files import append_rows, keep_rows, read_json, replace_file
+from open_r1.files import append_rows, keep_rows, replace_file
 from open_r1.guards import new_warnings
+from open_r1.provenance import (
+    RUN,
+    all_arguments,
+    changes,
+    describe_code,
+    read_record,
+    settings_in_force,
+    without_secrets,
+)
 
-RUN, LOG = "run.json", "log.jsonl"
-_SECRET = re.compile(r"(?:^|_)(?:token|password|secret|api_key)$", re.IGNORECASE)
+LOG = "log.jsonl"
 SHORT = {"accuracy_reward": "accuracy", "format_reward": "format"}  # in a line; other rewards keep their name
 RECENT_STEPS = 20  # whose seconds the ETA expects of the steps to come
-# What stays the same when a run continues: what is learned, from what, and by which rule. How long it goes on, what it
-# saves, logs, evaluates and how much fits on a device at once may change.
-CONTINUED = (
-    *("command", "model_name_or_path", "model_revision", "dtype", "use_peft", "lora_r", "lora_alpha"),
-    *("lora_target_modules", "load_in_4bit", "load_in_8bit", "freeze_vision", "freeze_llm", "freeze_merger"),
-    *("dataset_name", "dataset_config", "dataset_train_split", "question_column", "answer_column", "image_column"),
-    *("options_column", "chat_template", "chat_template_kwargs", "max_prompt_length", "max_pixels", "min_pixels"),
-    *("reward_funcs", "reward_weights", "num_generations", "examples_per_step", "max_completion_length"),
-    *("temperature", "top_p", "top_k", "beta", "epsilon", "epsilon_high", "loss_type", "scale_rewards"),
-    *("num_iterations", "importance_sampling_level", "rotate_options"),
-    *("min_signal_groups", "max_refills", "skip_solved", "skip_hopeless", "rescale_by_signal"),
-    *("papo_coef", "papo_mask_ratio", "rollout_noise"),
-    *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "seed"),
-)
 
 
 def add_run_callbacks(
-    trainer: Trainer, command: str, script_args: Any, model_args: Any, recipes: Sequence[str] = ()
+    trainer: Trainer,
+    command: str,
+    script_args: Any,
+    model_args: Any,
+    recipes: Sequence[str] = (),
+    record: Mapping[str, Any] | None = None,
+    continued: Path | None = None,
 ) -> None:
     """Give a trainer its run files, and lines of progress in place of transformers' bar and dictionaries.
 
@@ -62,6 +60,8 @@ def add_run_callbacks(
         script_args: dataclass with `dataset_name` and `eval_dataset_name`.
         model_args: dataclass with `model_name_or_path`.
         recipes: names of the files that the settings come from.
+        record: more for `run.json`: `arguments` as they were given, before the trainer filled them in, and `data`.
+        continued: folder of the run that this one goes on with; None: its own.
     """
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -76,7 +76,11 @@ def add_run_callbacks(
                 "eval_dataset": whole_path(script_args.eval_dataset_name),
                 "reward_funcs": getattr(trainer, "reward_func_names", []),
                 "arguments": all_arguments(script_args, trainer.args, model_args),
-            }
+                "world_size": trainer.args.world_size,
+                "code": describe_code(),
+                **(record or {}),
+            },
+            continued,
         )
     )
     trainer.add_callback(Warnings())  # behind the line and the event that it is about
@@ -90,92 +94,70 @@ def whole_path(name: str | None) -> str | None:
 # --- run.json and log.jsonl -----------------------------------------------------------------------------------
 
 
-def without_secrets(value: Any) -> Any:
-    """A copy for JSON: tokens and passwords are left out at any depth, what JSON has no word for becomes text."""
-    if isinstance(value, Mapping):
-        return {str(key): without_secrets(item) for key, item in value.items() if not _SECRET.search(str(key))}
-    if isinstance(value, list | tuple | set):
-        return [without_secrets(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def all_arguments(script_args: Any, args: TrainingArguments, model_args: Any) -> dict[str, Any]:
-    """Every setting of a run, as `run.json` holds it."""
-    return without_secrets({**asdict(model_args), **asdict(script_args), **args.to_dict()})
-
-
-def check_same_run(
-    output_dir: str, processes: int, command: str, script_args: Any, args: TrainingArguments, model_args: Any
-) -> None:
-    """See that the run in a folder is the one that these arguments continue, by what it left in `run.json`.
-
-    Args:
-        output_dir: the folder.
-        processes: of this launch.
-        command: "grpo" or "sft".
-        script_args, args, model_args: of this launch.
-
-    Raises:
-        ValueError: when that run trained something else, or in another way.
-    """
-    try:
-        run = read_json(Path(output_dir) / RUN)
-        then = {**run["arguments"], "command": run["command"]}
-        then["examples_per_step"] = examples_per_step(then, run["world_size"])
-    except (OSError, ValueError, TypeError, KeyError):  # of an older run, or damaged: nothing to compare
-        return
-    now = {**all_arguments(script_args, args, model_args), "command": command}
-    now["examples_per_step"] = examples_per_step(now, processes)
-    for name in CONTINUED:
-        if name in then and then[name] != now.get(name) and not same_file(then[name], now.get(name)):
-            raise ValueError(
-                f"{output_dir}: holds a run with {name} {then[name]}, not {now.get(name)}; choose another OUTPUT, "
-                "or move this one away"
-            )
-
-
-def examples_per_step(arguments: Mapping[str, Any], processes: int) -> int:
-    """Examples (of GRPO: completions) in one optimiser step over all processes."""
-    return arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * processes
-
-
-def same_file(one: Any, other: Any) -> bool:
-    """Whether two names lead to one file or folder."""
-    return (
-        isinstance(one, str)
-        and isinstance(other, str)
-        and os.path.exists(one)
-        and os.path.realpath(one) == os.path.realpath(other)
-    )
-
-
 class RunLog(TrainerCallback):
     """Write `run.json` when training starts and a line of `log.jsonl` at every log event.
 
     Args:
-        run: what `run.json` holds beside `started`, `world_size` and `max_steps`, which only a started run knows.
+        run: what `run.json` holds beside what only a started run knows.
+        continued: folder of the run that this one goes on with; None: its own.
     """
 
-    def __init__(self, run: Mapping[str, Any]):
-        self.run = run
+    def __init__(self, run: Mapping[str, Any], continued: Path | None = None):
+        self.run, self.continued = run, continued
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Describe the run, and drop the log of steps that are about to be repeated."""
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        if state.global_step:
-            started = first_start(folder / RUN) or started
         record = {**self.run, "started": started, "world_size": args.world_size, "max_steps": state.max_steps}
+        if state.global_step:
+            then = read_record(self.continued or folder)
+            record |= self.resumed(then, args, state.global_step, started, optimizer)
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / RUN, json.dumps(record, indent=2).encode() + b"\n")
         # A run that starts anew keeps nothing, not even an evaluation before its first step.
         keep_rows(folder / LOG, lambda row: 0 < state.global_step >= row["step"])
+
+    def resumed(
+        self, then: Mapping[str, Any], args: TrainingArguments, step: int, now: str, optimizer: Any
+    ) -> dict[str, Any]:
+        """Say what a run goes on with that it did not begin with, and what it keeps against its arguments.
+
+        Args:
+            then: its `run.json` so far.
+            args, optimizer: of this launch.
+            step, now: where and when it goes on.
+
+        Returns:
+            What `run.json` holds of it.
+        """
+        kept = settings_in_force(args, optimizer)
+        changed = [text for text in changes(then, self.run) if text.partition(" (")[0] not in kept]
+        for text in changed:
+            print(f"warning: changed since this run began: {text}", file=sys.stderr)
+        for name, value in kept.items():
+            print(
+                f"warning: {name} stays {value}, not {getattr(args, name)}: a resume restores the optimizer as it was; "
+                "to change it, train from the checkpoint's weights (MODEL) in another OUTPUT",
+                file=sys.stderr,
+            )
+        earlier = then.get("resumes")
+        resume = {"step": step, "time": now, "changed": changed, "kept": kept}
+        found = {"resumes": [*(earlier if isinstance(earlier, list) else []), resume]}
+        if isinstance(then.get("started"), str):
+            found["started"] = then["started"]
+        if "arguments" in self.run:
+            found["arguments"] = {**self.run["arguments"], **kept}
+        return found
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
@@ -189,14 +171,6 @@ class RunLog(TrainerCallback):
 def has_begun(args: TrainingArguments) -> bool:
     """Whether these arguments go on with a run that has taken a step."""
     return args.resume_from_checkpoint == "auto" and (Path(args.output_dir) / LOG).is_file()
-
-
-def first_start(path: Path) -> str | None:
-    """When the run that left this `run.json` started; None when there is none to read."""
-    try:
-        return read_json(path)["started"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
 
 
 # --- one line a log event -------------------------------------------------------------------------------------

@@ -15,9 +15,11 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.utils import is_peft_model
 from torch import nn
 from torch.serialization import register_package
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from open_r1.files import MANIFEST, replacing
+from open_r1.failures import mistakes
+from open_r1.files import MANIFEST, delete, replacing
+from open_r1.modeling import adapter_folder, check_adapter, restore_weights
 from open_r1.signatures import SIGNATURE, check_origin, sign
 
 NO_MANIFEST = f"{MANIFEST} lists no files"
@@ -26,9 +28,26 @@ RESUME_FILES = ("optimizer*", "scheduler*", "rng_state*", "global_step*", "lates
 
 
 def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every `checkpoint-*` in a run's folder, complete or not, oldest step first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
-    return sorted((int(match[1]), path) for path in folders if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)))
+    """(step, folder) of every `checkpoint-*` in a run's folder, complete or not, oldest step first.
+
+    A link counts, whether or not there is a folder where it leads.
+    """
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() or path.is_symlink()]
+    return sorted((int(match[1]), path) for path in found if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)))
+
+
+def lost_link(path: Path) -> str | None:
+    """What a link is that leads nowhere, in words; None for anything else."""
+    return f"a link to {path.readlink()}, which is not there" if path.is_symlink() and not path.exists() else None
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; of one that is a link the link alone, since what it leads to is not this run's to delete."""
+    if checkpoint.is_symlink():
+        print(f"{checkpoint}: removed, a link; {checkpoint.readlink()}, where it led, is left as it is")
+    else:
+        unseal(checkpoint)  # first, so that a kill in between leaves no checkpoint that looks whole
+    delete(checkpoint)
 
 
 def seal(checkpoint: Path) -> None:
@@ -47,6 +66,8 @@ def unseal(checkpoint: Path) -> None:
 def find_defect(checkpoint: str | Path) -> str | None:
     """Why a checkpoint is not complete, in words, or None when it is."""
     manifest = Path(checkpoint) / MANIFEST
+    if lost := lost_link(Path(checkpoint)):
+        return lost
     if not manifest.is_file():
         return f"half-written (no {MANIFEST})"
     text = manifest.read_bytes()
@@ -69,12 +90,14 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest complete checkpoint of a run; every newer one that is not is reported in a line and passed over.
 
     Raises:
-        ValueError: a newer one has a manifest that no interrupted run leaves.
+        ValueError: a newer one has a manifest that no interrupted run leaves, or is a link that leads nowhere.
     """
     for _, checkpoint in reversed(list_checkpoints(output_dir)):
         defect = find_defect(checkpoint)
         if defect is None:
             return str(checkpoint)
+        if lost_link(checkpoint):
+            raise ValueError(f"{checkpoint}: {defect}; bring it back, or delete the link to go on from the one before")
         if defect == NO_MANIFEST:
             raise ValueError(f"{checkpoint}: {defect}; delete the folder to go on from the one before it")
         PartialState().print(f"{checkpoint}: passed over, {defect}")
@@ -114,6 +137,8 @@ def named_checkpoint(name: str) -> str:
         FileNotFoundError: it is not.
     """
     path = Path(name)
+    if lost := lost_link(path):
+        raise FileNotFoundError(f"resume_from_checkpoint: {path} is {lost}")
     if not path.is_dir():
         raise FileNotFoundError(f"resume_from_checkpoint: no folder {path}")
     if not (path / "trainer_state.json").is_file():
@@ -136,7 +161,8 @@ def check_unused(output_dir: str | Path, resume_from_checkpoint: str | None = No
     logs = [*rows, *folder.glob("log.jsonl")]
     found = sorted(folder.glob("*.safetensors")) if logs else []
     if resume_from_checkpoint != "auto":
-        found += [path / MANIFEST for _, path in list_checkpoints(folder) if (path / MANIFEST).exists()] + rows
+        past = [path for _, path in list_checkpoints(folder)]
+        found += [path for path in past if (path / MANIFEST).exists() or lost_link(path)] + rows
     if found:
         name = found[0].relative_to(folder)
         raise ValueError(
@@ -254,11 +280,15 @@ class CompleteCheckpoints(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take back the seals of checkpoints that this run is going to write over."""
+        """Log, save and evaluate as often as these arguments say: a resumed state brings the numbers of its own.
+
+        And take back the seals of checkpoints that this run is going to write over, but never through a link.
+        """
+        state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero:
             for step, checkpoint in list_checkpoints(args.output_dir):
                 if step > state.global_step:
-                    unseal(checkpoint)
+                    remove(checkpoint) if checkpoint.is_symlink() else unseal(checkpoint)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seal the new checkpoint; keep the newest `save_total_limit` complete ones and the best."""
@@ -270,10 +300,10 @@ class CompleteCheckpoints(TrainerCallback):
             return
         past = [path for step, path in list_checkpoints(args.output_dir) if step <= state.global_step]
         complete = [path for path in past if find_defect(path) is None]
-        kept = {*complete[-self.limit :], Path(state.best_model_checkpoint or ".")}
-        for checkpoint in set(past) - kept:
-            unseal(checkpoint)  # first, so that a kill in between leaves no checkpoint that looks whole
-            shutil.rmtree(checkpoint)
+        best = os.path.realpath(state.best_model_checkpoint or ".")  # OUTPUT may have been told in other words
+        for checkpoint in past:
+            if checkpoint not in complete[-self.limit :] and os.path.realpath(checkpoint) != best:
+                remove(checkpoint)
 
 
 @functools.cache  # once is enough, and all that torch takes
@@ -283,13 +313,12 @@ def know_the_first_cpu() -> None:
 
 
 class LoadWeightsMixin:
-    """In front of a `Trainer`: resuming outside DeepSpeed loads the weights, and on the CPU the optimizer's state.
+    """In front of a `Trainer`: the weights that come back are all there, when a run goes on and when it ends.
 
-    And an adapter is saved alone: under ZeRO-1 and 2 accelerate would copy all weights for it, 4.4 GB of a 2B model.
-
-    transformers 5.17 saves Qwen2-VL under its Hub names (visual.*) but resumes by its names in memory
-    (model.visual.*), without an error when none matches: the run would go on from the weights it started with.
-    Several CPU processes it tells to load the state to "cpu:0", a place that `torch.load` does not know.
+    Outside DeepSpeed `restore_weights` loads them, for a resume and for `load_best_model_at_end`. DeepSpeed loads its
+    own files, which are parts of this process's memory; an adapter, of which it accepts any share, is compared.
+    An adapter is saved alone: under ZeRO-1 and 2 accelerate would copy all weights for it, 4.4 GB of a 2B model.
+    And several CPU processes are told to load the optimizer to "cpu:0", a place that `torch.load` does not know.
     """
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -302,13 +331,31 @@ class LoadWeightsMixin:
             self._save(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.model if model is None else model
-        if not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled:  # an adapter loads as it should
+        if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            with mistakes(OSError, ValueError):
+                restore_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+            with mistakes(OSError, ValueError):
+                restore_weights(self.model, best)
             return
-        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype, use_safetensors=True)
-        target.load_state_dict(saved.state_dict())
+        super()._load_best_model()
+        if self.is_deepspeed_enabled:
+            self._check_adapters(best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         know_the_first_cpu()
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:  # which has loaded the weights by now
+            self._check_adapters(checkpoint)
+
+    def _check_adapters(self, checkpoint: str) -> None:
+        """Raise Mistake unless the adapters, if any, are those of a checkpoint."""
+        if is_peft_model(self.model):
+            with mistakes(OSError, ValueError):
+                for name in self.model.peft_config:
+                    check_adapter(self.model, adapter_folder(Path(checkpoint), name), name)

@@ -145,9 +145,18 @@ class SignalArguments:
         return [name for name in names if getattr(self, name)]
 
 
+RESUME = {
+    "help": "Where the run goes on: auto, at the newest whole checkpoint in output_dir, if there is one; none, and it "
+    "starts anew, in an output_dir that holds no run; or a checkpoint's folder, and then data and settings may have "
+    "changed since (what did is told, and noted in run.json)."
+}
+
+
 @dataclass
 class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
     """TRL's `GRPOConfig` and what this trainer adds to it."""
+
+    resume_from_checkpoint: str | None = field(default=None, metadata=RESUME)
 
     completions_per_step: int | None = field(
         default=None,
@@ -347,6 +356,8 @@ class Qwen2VLSFTConfig(SFTConfig):
     """TRL's `SFTConfig`, with the prompt of an answer without reasoning and nothing truncated."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
+
+    resume_from_checkpoint: str | None = field(default=None, metadata=RESUME)
 
     chat_template_kwargs: dict | str | None = field(
         default_factory=lambda: {"style": "direct"},

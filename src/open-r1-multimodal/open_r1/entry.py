@@ -16,7 +16,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from transformers import Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
-from open_r1.callbacks import add_run_callbacks, check_same_run
+from open_r1.callbacks import add_run_callbacks
 from open_r1.checkpoints import (
     CompleteCheckpoints,
     Layout,
@@ -32,6 +32,7 @@ from open_r1.locks import check_free, owned
 from open_r1.machines import check_shared, decide_once
 from open_r1.modeling import check_weights, parameter_table
 from open_r1.orphans import follow_launcher
+from open_r1.provenance import all_arguments, check_same_run, describe_inputs, run_of
 from open_r1.recipes import PLANNED_PROCESSES, read_recipe, split_arguments
 
 # What libraries warn about at every start although it is as it should be: logger -> part of the message.
@@ -90,7 +91,7 @@ class Command:
         name: "grpo" or "sft".
         arguments: the dataclasses that a recipe and the command line fill.
         prepare: everything that a trainer takes and that needs no weights, by its name there.
-        build_trainer: the trainer itself.
+        build_trainer: the trainer itself; it takes what `prepare` returned behind them.
     """
 
     name: str
@@ -126,7 +127,9 @@ def check(
         # The key of signatures is the main process's: another machine may have another home.
         checkpoint = find_checkpoint(command, settings, layout, has_key=machine_rank == 0)
         if not (checkpoint and is_finished(checkpoint, settings[1])):
-            command.prepare(*settings)
+            prepared = command.prepare(*settings)
+            if checkpoint:
+                describe_data(settings[1], prepared, checkpoint)
             model_args = settings[2]
             check_weights(model_args.model_name_or_path, model_args.model_revision)
     return settings[1]
@@ -167,10 +170,27 @@ def find_checkpoint(
     args = settings[1]
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir, has_key)
     if checkpoint and args.resume_from_checkpoint == "auto":
-        check_same_run(args.output_dir, layout.processes, command.name, *settings)
+        check_same_run(args.output_dir, describe_settings(command, settings, layout.processes))
     if checkpoint and not is_finished(checkpoint, args) and not args.deepspeed:
         check_layout(checkpoint, layout)
     return checkpoint
+
+
+def describe_settings(command: Command, settings: tuple[Any, TrainingArguments, Any], processes: int) -> dict[str, Any]:
+    """What `run.json` holds of a launch's settings, as they were given."""
+    return {"command": command.name, "world_size": processes, "arguments": all_arguments(*settings)}
+
+
+def describe_data(args: TrainingArguments, prepared: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
+    """What `run.json` holds of what `Command.prepare` returned.
+
+    Raises:
+        ValueError: the run goes on by itself, and began with other data.
+    """
+    data = describe_inputs(prepared["train_dataset"], prepared["eval_dataset"], prepared["processing_class"])
+    if checkpoint and args.resume_from_checkpoint == "auto":
+        check_same_run(args.output_dir, {"data": data})
+    return data
 
 
 def run(command: Command) -> None:
@@ -199,10 +219,15 @@ def train(command: Command, arguments: Sequence[str]) -> None:
 
 def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], arguments: Sequence[str]) -> None:
     """`train`, with the settings read and the output folder its own."""
-    checkpoint = decide_once(lambda: find_checkpoint(command, settings, Layout.of_this_process()))
-    with mistakes(*USER_ERRORS):
-        trainer = command.build_trainer(*settings)
+    layout = Layout.of_this_process()
+    checkpoint = decide_once(lambda: find_checkpoint(command, settings, layout))
+    record = describe_settings(command, settings, layout.processes)  # before the trainer fills them in
     script_args, args, model_args = settings
+    with mistakes(*USER_ERRORS):
+        prepared = command.prepare(*settings)
+        if not (checkpoint and is_finished(checkpoint, args)):
+            record["data"] = decide_once(lambda: describe_data(args, prepared, checkpoint))
+        trainer = command.build_trainer(*settings, prepared)
     say = print if trainer.is_world_process_zero() else (lambda *_: None)
     say(parameter_table(trainer.model))
     # A trainer that resumes at its last step would take one step more.
@@ -218,7 +243,8 @@ def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], a
     steps_before = read_state(checkpoint).global_step if checkpoint else 0
     trainer.add_callback(CompleteCheckpoints(args))
     recipes, _ = split_arguments(arguments)
-    add_run_callbacks(trainer, command.name, script_args, model_args, recipes)
+    continued = run_of(checkpoint) if checkpoint else None
+    add_run_callbacks(trainer, command.name, script_args, model_args, recipes, record, continued)
     with full_disk(args.output_dir):
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step == steps_before:

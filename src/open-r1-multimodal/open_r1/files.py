@@ -31,8 +31,8 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
 
 
 def delete(path: Path) -> None:
-    """Delete a file or a folder with all that is in it, if it is there."""
-    if path.is_dir():
+    """Delete a file or a folder with all that is in it, if it is there; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

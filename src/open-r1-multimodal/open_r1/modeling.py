@@ -4,13 +4,14 @@ import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -35,7 +36,6 @@ from open_r1.model_files import (
     check_processor_files,
     check_weight_files,
     read_config,
-    tensor_names,
 )
 from open_r1.prompts import load_chat_template
 
@@ -270,10 +270,75 @@ def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | 
     model = load_model(base, dtype=dtype)
     with torch.no_grad(), reading(folder, "adapter"):
         adapted = PeftModel.from_pretrained(model, folder)
-        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        if missing := sorted(wanted - tensor_names(Path(folder) / f"{ADAPTER}.safetensors")):
-            raise OSError(f"weights are missing: {_some(missing)}")
+        check_adapter(adapted, folder)
         return adapted.merge_and_unload(safe_merge=True)
+
+
+def restore_weights(model: nn.Module, folder: str | Path) -> None:
+    """Put the weights that a run saved back into its model, in place: all of them, or those of its adapters.
+
+    transformers 5.17 saves some families under their Hub names (visual.*) and its `Trainer` loads by the names in
+    memory (model.visual.*), without an error when none matches. `from_pretrained` knows both.
+
+    Args:
+        model: the policy, not wrapped, and not split as by ZeRO-3.
+        folder: a checkpoint of the run.
+
+    Raises:
+        OSError, ValueError: the folder does not hold exactly the weights of this model; it is one line.
+    """
+    folder = Path(folder)
+    if isinstance(model, PeftModel):
+        for name in model.peft_config:
+            place = adapter_folder(folder, name)
+            check_weight_files(place, ADAPTER)
+            with torch.no_grad(), reading(place, "adapter"):
+                set_peft_model_state_dict(model, load_file(place / f"{ADAPTER}.safetensors"), adapter_name=name)
+            check_adapter(model, place, name)
+        return
+    check_weight_files(folder)
+    # The widest of the model's, so that nothing is rounded on the way.
+    dtype = max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda kind: kind.itemsize)
+    saved = read_weights(folder, dtype=dtype)
+    with reading(folder, "model"):
+        model.load_state_dict(saved.state_dict())
+
+
+def adapter_folder(folder: Path, name: str) -> Path:
+    """Where PEFT puts an adapter of a model that is saved in a folder."""
+    return folder if name == "default" else folder / name
+
+
+def is_equal(tensor: torch.Tensor, saved: torch.Tensor) -> bool:
+    """Whether a tensor is the saved one, NaN included, which is not for this function to find."""
+    return tensor.shape == saved.shape and torch.allclose(tensor, saved.to(tensor), rtol=0, atol=0, equal_nan=True)
+
+
+def check_adapter(model: PeftModel, folder: str | Path, name: str = "default") -> None:
+    """See that an adapter in a model is the one that a folder holds, tensor by tensor.
+
+    Args:
+        model: not wrapped; it may be split as by ZeRO-3, and then all processes call this.
+        folder: with `adapter_model.safetensors`.
+        name: of the adapter in the model.
+
+    Raises:
+        OSError: it is another one.
+    """
+    path = Path(folder) / f"{ADAPTER}.safetensors"
+    saved = load_file(path)
+    with ExitStack() as stack:
+        for parameter_name, parameter in model.named_parameters():
+            if f".{name}." in parameter_name:
+                stack.enter_context(whole(parameter))
+        own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        if missing := sorted(own.keys() - saved.keys()):
+            raise OSError(f"{path}: weights are missing: {_some(missing)}")
+        if foreign := sorted(saved.keys() - own.keys() - model.state_dict().keys()):
+            raise OSError(f"{path}: weights for which this adapter has no place: {_some(foreign)}")
+        other = [key for key, tensor in own.items() if not is_equal(tensor, saved[key])]
+        if other:
+            raise OSError(f"{path}: weights that did not reach the model: {_some(other)}")
 
 
 def load_model_from_args(model_args: ModelConfig) -> PreTrainedModel:

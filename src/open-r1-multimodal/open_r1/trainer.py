@@ -30,6 +30,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
 )
+from transformers.trainer_utils import has_length
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 from trl.extras.profiling import profiling_context
@@ -135,6 +136,17 @@ def text_or_none(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
+def micro_batches(steps: int, args: GRPOConfig, dataloader: DataLoader | None) -> int:
+    """How many micro-batches a process has trained on after so many optimiser steps.
+
+    The last step of an epoch has what is left of it, which may be fewer than `gradient_accumulation_steps`.
+    """
+    if not has_length(dataloader):  # of a stream
+        return steps * args.gradient_accumulation_steps
+    epochs, rest = divmod(steps, max(math.ceil(len(dataloader) / args.gradient_accumulation_steps), 1))
+    return epochs * len(dataloader) + rest * args.gradient_accumulation_steps
+
+
 class ContinueRollouts(TrainerCallback):
     """At the start of a run, resumed or not, put the rollouts where the checkpoint's step says they are."""
 
@@ -145,9 +157,17 @@ class ContinueRollouts(TrainerCallback):
         """Count from the checkpoint's step, and drop the trajectories of steps that are about to be repeated."""
         # TRL counts micro-batches from 0 after a resume, and would then take the wrong slice of a rollout
         # whenever one rollout serves several steps.
-        self.trainer._step = state.global_step * args.gradient_accumulation_steps
+        self.trainer._step = micro_batches(state.global_step, args, kwargs.get("train_dataloader"))
         if not state.is_world_process_zero:
             return
+        window = args.steps_per_generation * args.num_iterations
+        if used := self.trainer._step % window:
+            print(
+                f"warning: a rollout serves {window} micro-batches, and this run goes on after {used} of them. A "
+                "checkpoint does not hold the rest: its prompts are asked anew, and what follows differs from what an "
+                "undisturbed run would have done (save_steps that end with a rollout avoid it)",
+                file=sys.stderr,
+            )
         for path in sorted(self.trainer.trajectory_dir.glob("*.jsonl")):
             if dropped := keep_rows(path, lambda row: row["step"] <= state.global_step):
                 print(f"{path}: dropped {dropped} lines after step {state.global_step}, which this run repeats")
@@ -264,9 +284,10 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         if self.signal.signal_settings and isinstance(train_dataset, Dataset):
             train_dataset = train_dataset.add_column(ROW, list(range(len(train_dataset))))
         revision = (args.model_init_kwargs or {}).get("revision") or "main"
-        if isinstance(model, str):
-            check_model_files(model, revision)
-            check_weights(model, revision)
+        # TRL loads the reference by the policy's name, too, where there is no adapter to leave out
+        if isinstance(model, str) or (args.beta and not (kwargs.get("peft_config") or is_peft_model(model))):
+            check_model_files(name, revision)
+            check_weights(name, revision)
         if processing_class is None:
             processing_class = load_processor(name, revision=revision)
         ends, never = end_token_ids(processing_class), vision_token_ids(processing_class)
@@ -332,6 +353,11 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         self._held_out = []
         self._held_out_left = len(dataset) * self.num_generations_eval if isinstance(dataset, Dataset) else math.inf
         return dataloader
+
+    # TRL sends an engine beside the policy the weights of a new step, and these belong to an old one.
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._last_loaded_step = -1
 
     def evaluate_blind(self) -> None:
         """Ask the held-out questions without their images; logged as `blind_...`, written to `blind.jsonl`."""
