@@ -77,7 +77,7 @@ def test_without_fractions_all_rows_are_taken(tmp_path):
     write_examples(tmp_path / "pictures", 3)
     write_questions(tmp_path / "text.jsonl", 5)
     parts = parts_of(write_mixture(tmp_path / "m.yml", "path: pictures/examples.json", f"path: text.jsonl, {COLUMNS}"))
-    found = [(Path(origin).name, row) for origin, row, _ in iter_mixture(parts)]
+    found = [(Path(origin).name, row) for origin, row, *_ in iter_mixture(parts)]
     assert found == [("examples.json", row) for row in range(3)] + [("text.jsonl", row) for row in range(5)]
 
 

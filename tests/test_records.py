@@ -225,7 +225,7 @@ def test_a_system_message_and_images_with_bytes(folder, tiny_model):
     content = [{"type": "image", "image": url, "text": None}, {"type": "text", "text": "What?", "image": None}]
     record = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]}
     (folder / "a.json").write_text(json.dumps([record]))
-    (row,) = load_dataset(folder / "a.json", load_processor(tiny_model))
+    (row,) = load_dataset(folder / "a.json", load_processor(tiny_model, chat_template="instruct"))
     assert row["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]
     assert Path(row["images"][0]).read_bytes() == picture("red")  # unchanged: neither decoded nor resized
 

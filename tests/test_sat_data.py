@@ -665,5 +665,7 @@ def test_read_examples_names_file_and_row(tmp_path, content, message):
 
 
 def test_read_examples_without_a_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"prepare_dataset\.sh"):
+    with pytest.raises(FileNotFoundError, match=r"no such file; make it with src/data/SAT/prepare_dataset\.sh"):
+        read_examples(tmp_path / "SAT_train_15000.json")
+    with pytest.raises(FileNotFoundError, match=r"none\.json: no such file$"):
         read_examples(tmp_path / "none.json")
