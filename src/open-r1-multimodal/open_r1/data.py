@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tqdm import tqdm
 from transformers import ProcessorMixin
 from trl import ModelConfig
@@ -27,7 +28,7 @@ from open_r1.modeling import load_processor
 from open_r1.prompts import join_options
 from open_r1.tasks.examples import Columns
 from open_r1.tasks.mixture import iter_mixture, parts_of
-from open_r1.tasks.unshown import unshown_texts
+from open_r1.tasks.unshown import NOTHING, PROMPT_FIELDS, unshown_texts
 
 Row = dict[str, Any]
 ROTATION_OF = "rotation_of"  # which question a row asks in one of two orders of its options
@@ -157,6 +158,19 @@ def count_prompt_tokens(
     return len(processor.tokenizer(text)["input_ids"]) - len(sizes) + images
 
 
+def warn_of_unshown(*sets: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None) -> None:
+    """Name the columns that belong into a prompt, and that a trainer shows no model; empty ones do not count."""
+    alone = [each for given in sets for each in (given.values() if isinstance(given, dict) else [given])]
+    found = {}  # names in their order
+    for data in alone:
+        for name in (name for name in getattr(data, "column_names", None) or () if name in PROMPT_FIELDS):
+            is_stream = isinstance(data, IterableDataset)
+            if is_stream or any(cell.as_py() not in NOTHING for cell in data.data.column(name)):
+                found[name] = None
+    if found:
+        print(f"warning: no prompt shows the columns {', '.join(found)}; only rewards get them", file=sys.stderr)
+
+
 def in_two_orders(example: Row, question: int) -> list[Row]:
     """A question as it is, and with its first option last; both under its number, `ROTATION_OF`.
 
@@ -257,10 +271,11 @@ def load_dataset(
             if unshown:
                 hidden.append(f"{origin}: row {row}: its prompt does not show {', '.join(unshown)}")
     if hidden and not drop_unshown:
-        more = f", and {len(hidden) - 1} more rows do not show all that they hold" if len(hidden) > 1 else ""
-        raise ValueError(f"{hidden[0]}{more}; mend the rows, or train without it with --drop_unshown true")
+        raise ValueError(
+            f"{hidden[0]}; rows like this: {len(hidden)}; mend them, or train without it by --drop_unshown true"
+        )
     if hidden:
-        state.print(f"warning: {printable(hidden[0])}; dropped (drop_unshown), as in {len(hidden)} rows")
+        state.print(f"warning: {printable(hidden[0])}; rows like this: {len(hidden)}, all trained on (drop_unshown)")
     if len(lost) > most_broken(len(kept)):
         raise ValueError(f"{lost[0]}; so are {len(lost) - 1} others since the run began; restore the data")
     for line in lost:

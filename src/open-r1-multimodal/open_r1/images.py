@@ -40,7 +40,7 @@ FORMATS = [name for name in EXTENSIONS if name != "MPO"]  # Pillow opens an MPO 
 # The largest photos of today's phones and cameras; a progressive JPEG takes about 10 bytes a pixel to decode, 640 MiB
 # at this size. Larger is a decompression bomb or a poster; the model looks at 0.4 megapixels.
 MAX_PIXELS = 2**26
-BRIGHT = 128  # greys of 0..255 in a wider type reach it; distances in metres do not
+BRIGHT = 128  # greys of 0..255 in a wider type reach it, distances in metres do not
 MAX_ASPECT_RATIO = 200  # Qwen2-VL's image processor raises above it
 
 # What Pillow raises on damaged files of the formats above.
@@ -126,7 +126,7 @@ def check_image(path: str) -> None:
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
-    """An opened image, decoded, upright, in RGB; what is transparent becomes white, wider greys are scaled to 8 bits."""
+    """An opened image, decoded, upright, in RGB; what is transparent becomes white, wider greys are put into 8 bits."""
     name = name or image_name(image)
     image.load()
     if _orientation(image) != 1:
@@ -139,25 +139,30 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_8_bits(values: np.ndarray, name: str | None = None) -> np.ndarray:
-    """Greys of any range as bytes; what are no greys of 0..1 or 0..255, as distances, goes from black to white.
+def to_8_bits(greys: np.ndarray, name: str | None = None) -> np.ndarray:
+    """Greys of any range as bytes; of what is not 0..1 or 0..255 (distances) the least is black and the most is white.
 
     Args:
-        values: (H, W) of any number type; what is not measured (NaN) becomes black, infinite is the nearest or farthest.
+        greys: (H, W), of any type of number. NaN (nothing measured) becomes black, infinity as the most or the least.
         name: of the file.
     """
-    values = values.astype(np.float64)
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+    values = np.array(greys, dtype=np.float64)
+    is_finite = np.isfinite(values)
+    if not is_finite.any():
+        return np.zeros(values.shape, dtype=np.uint8)
+    low, high = values.min(where=is_finite, initial=np.inf), values.max(where=is_finite, initial=-np.inf)
+    np.nan_to_num(values, copy=False, nan=low, posinf=high, neginf=low)
     if low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
+        low, high = 0, 1
     elif low >= 0 and BRIGHT <= high <= 255:
-        low, high = 0.0, 255.0
+        low, high = 0, 255
+    elif low == high:  # the same distance everywhere
+        return np.full(values.shape, BRIGHT, dtype=np.uint8)
     else:
         say_that_ranges_are_stretched(name, low, high)
-    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-    spread = high - low
-    return np.rint((values - low) / spread * 255 if spread else np.full(values.shape, 127.5)).astype(np.uint8)
+    values -= low
+    values *= 255 / (high - low)
+    return values.round().astype(np.uint8)
 
 
 _stretched: list[str] = []  # the first image that this process scaled by its own range

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import glob
 import json
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,28 +132,29 @@ def meant(path: Path) -> str:
 
 
 def read_file(path: Path) -> Iterable[Any]:
-    """The records of a file, by its suffix; without one it is JSON."""
+    """The records of a file: a table by its suffix, JSON by that or its first character, all else by `datasets`."""
     if path.suffix == ".parquet":
         return read_parquet(path)
     if path.suffix in DELIMITERS:
         return read_table(path)
-    if path.suffix in (".json", *LINES, ""):
-        return read_list(path)
+    with path.open("rb") as file:
+        if path.suffix in (".json", *LINES) or file.read(64).lstrip()[:1] in (b"", b"[", b"{"):
+            return read_list(path)
     return read_dataset(str(path.parent), None, "train", data_files=glob.escape(path.name))
 
 
 def read_table(path: Path) -> Iterator[dict[str, str | None]]:
-    """The lines of a CSV or TSV file as texts, under the names of its first one; an empty cell is null."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=DELIMITERS[path.suffix], strict=True)
+    """The lines of a CSV or TSV file as texts, under the names in its first one; an empty cell is null."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=DELIMITERS[path.suffix], strict=True)
+        try:
             for record in reader:
                 if None in record or None in record.values():
-                    raise ValueError(f"has not as many cells as the first line has names ({len(reader.fieldnames)})")
+                    names = f"names in the first line ({len(reader.fieldnames)})"
+                    raise ValueError(f"{path}: line {reader.line_num}: not as many cells as {names}")
                 yield {name: cell or None for name, cell in record.items()}
-    except (csv.Error, ValueError) as error:  # ValueError: not UTF-8
-        number = "" if isinstance(error, UnicodeError) else f"line {reader.line_num}: "
-        raise ValueError(f"{path}: {number}{error}") from error
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a table behind line {reader.line_num}: {error}") from error
 
 
 def read_list(path: Path) -> list[Any]:
@@ -227,7 +229,8 @@ def read_dataset(name: str, config: str | None, split: str, data_files: str | No
     ) as error:  # a folder of any content, a network, a hub
         kind = OSError if isinstance(error, OSError) else ValueError
         file = Path(name, data_files) if data_files else name
-        raise kind(f"{file}: cannot be read as a data set: {one_line(error)}") from error
+        reason = textwrap.shorten(one_line(error), 240, placeholder=" ...")  # it may list every suffix there is
+        raise kind(f"{file}: cannot be read as a data set: {reason}") from error
 
 
 def undecoded(feature: Any) -> Any:
@@ -325,7 +328,7 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
     unshown += [f"the field {key}" for key in others if fields[key] not in (text, references, *references)]
     shown += [*others, answer_field, columns.options or "options"]
     unshown += unshown_marks(row["prompt"], len(references)) + unshown_fields(fields, shown, len(references))
-    read = {*DIALOGUES, *IMAGES, columns.image}
+    read = {*DIALOGUES, *IMAGES, columns.image, *(name for name in shown if name == "system")}
     return {**{key: value for key, value in record.items() if key not in read}, **row}, unshown
 
 

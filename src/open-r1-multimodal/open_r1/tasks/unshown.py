@@ -9,8 +9,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-# Beside dialogues and images, the fields that TRL and LLaMA-Factory make prompts of.
-PROMPT_FIELDS = (*("videos", "video", "audios", "audio", "tools", "system"), "documents", "chat_template_kwargs")
+# Beside questions, dialogues and images, the fields that TRL, transformers and LLaMA-Factory make prompts of.
+PROMPT_FIELDS = ("videos", "video", "audios", "audio", "tools", "documents", "chat_template_kwargs")
+PROMPT_FIELDS += ("system", "history", "input")
 MARK = re.compile(r"<(image|video|audio)[ _-]?(\d*)>")  # stands for a medium in a text
 NUMBERED_IMAGE = re.compile(r"image_?\d+")  # the name of a field with one of several images
 SPOKEN = ("role", "content", "from", "value")  # what of a message a prompt shows
@@ -43,8 +44,12 @@ def unshown_fields(record: Mapping[str, Any], shown: Collection[str | None], ima
             continue
         medium = medium_of(value)
         is_hidden_image = medium == "image" and (not images or NUMBERED_IMAGE.fullmatch(name) is not None)
-        if name in PROMPT_FIELDS or medium in ("video", "audio") or is_hidden_image:
-            found.append(f"the field {name}" + (f", {medium}" if medium else ""))
+        if is_hidden_image:
+            found.append(f"the image in the field {name} (--image_column names it)")
+        elif medium in ("video", "audio"):
+            found.append(f"the {medium} in the field {name} (only images are shown; of a video give frames as images)")
+        elif name in PROMPT_FIELDS:
+            found.append(f"the field {name}")
     return found
 
 
@@ -56,7 +61,7 @@ def unshown_in_messages(messages: Sequence[Any], form: str) -> list[str]:
         content = message.get("content", message.get("value"))
         for part in (part for part in (content if isinstance(content, list) else []) if isinstance(part, Mapping)):
             keys += [key for key in part if key not in ("type", part.get("type")) and part[key] is not None]
-    return [f"{key} of a message in {form}" for key in sorted(map(str, set(keys)))]
+    return [f"the {key} of a message in {form}" for key in sorted(map(str, set(keys)))]
 
 
 def holds_text(value: Any) -> bool:
@@ -76,7 +81,7 @@ def unshown_marks(prompt: Sequence[Mapping[str, str]], images: int) -> list[str]
 
 
 def unshown_texts(prompt: Sequence[Mapping[str, str]], rendered: str) -> list[str]:
-    """The messages whose text does not stand in the rendered prompt, one behind the other; spaces do not count."""
+    """The messages whose texts do not stand in the rendered prompt, one behind the other; kinds of space are one."""
     rest, missing = " ".join(rendered.split()), []
     for message in prompt:
         text = " ".join(message["content"].split())
