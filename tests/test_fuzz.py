@@ -289,7 +289,8 @@ def test_any_bytes_are_no_json_in_one_line(folder, content, ending):
     path.write_bytes(content)
     assert any(read(path))
     text = content.decode("latin-1")
-    path.write_text(json.dumps({**GOOD, "mine": text}))  # the same in a string
+    record = {**GOOD, "mine": text}  # the same in a string
+    path.write_text(json.dumps(record if ending else [record]))
     assert read(path) == ([{**good_row(folder), "mine": text}], "")
 
 

@@ -167,7 +167,7 @@ def test_a_damaged_image_is_taken_if_and_only_if_it_can_be_decoded(format):
     extension = sat.sniff_image(whole)
     for _ in range(200):
         data = bytearray(whole)
-        for _ in range(rng.randrange(1, 20)):
+        for _ in range(rng.randrange(20)):
             data[rng.randrange(len(data))] = rng.randrange(256)
         data = bytes(data[: rng.choice([len(data), rng.randrange(1, len(data) + 1)])])
         verdict = sat.sniff_image(data)

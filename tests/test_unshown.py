@@ -1,19 +1,23 @@
 """What a row holds that its prompt does not show is named and counted, and nothing is trained on it by accident."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 from PIL import Image
 
 from open_r1.data import DataArguments, load_dataset, load_datasets_from_args
+from open_r1.front_door import Mistake
 from open_r1.modeling import load_processor
+from open_r1.prompts import REPO_ROOT
 from open_r1.sft import check_answer
 from open_r1.tasks.examples import Columns, iter_rows
 from open_r1.tasks.unshown import unshown_texts
 from open_r1.trainer import Qwen2VLGRPOTrainer
-from support import make_config, vowel_share, write_examples
+from support import load_script, make_config, vowel_share, write_examples
 
 
 def talk(question: str = "What is it?", **of_the_question: object) -> list[dict]:
@@ -257,3 +261,38 @@ def test_parts_that_a_trainer_does_not_show_are_refused(tiny_model, folder):
     video = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What?"}]}]
     with pytest.raises(ValueError, match="prompt: a part of type video is not shown to the model"):
         script(tiny_model, folder, prompt=video).train()
+
+
+# --- one question ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ask(tiny_model, folder, monkeypatch):
+    """`scripts/ask.py` about a record, with a backend that answers nothing -> the conversation that it was asked."""
+    script = load_script(REPO_ROOT / "scripts/ask.py")
+    asked = []
+    monkeypatch.setattr(
+        script,
+        "load_transformers",
+        lambda *_: SimpleNamespace(encode=asked.append, generate=lambda *_: SimpleNamespace(ids=[[1]])),
+    )
+
+    def run(record: dict, template: str) -> list[dict]:
+        path = write(folder, record)
+        monkeypatch.setattr(
+            sys, "argv", ["ask.py", "--model", str(tiny_model), "--data", str(path), "--chat_template", template]
+        )
+        script.main()
+        return asked.pop()
+
+    return run
+
+
+def test_a_single_question_is_asked_with_all_that_its_row_holds(ask):
+    system, user = ask(SYSTEM["in the dialogue"], "instruct")
+    assert system["content"] == [{"type": "text", "text": "Speak  Latin.\n"}]
+    assert user["content"] == [{"type": "text", "text": "What is it?"}]
+    with pytest.raises(Mistake, match=r"rows\.json: row 0: its prompt does not show the system message"):
+        ask(SYSTEM["in the dialogue"], "base")
+    with pytest.raises(Mistake, match=r"rows\.json: row 0: its prompt does not show the video in the field clip"):
+        ask(columns(clip="a.mp4"), "instruct")
