@@ -154,8 +154,8 @@ def test_images_get_their_true_extension_or_a_reason(data, expected):
     assert sat.sniff_image(data) == expected
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF"])
-def test_a_damaged_image_is_taken_if_and_only_if_it_can_be_decoded(format):
+@pytest.mark.parametrize(("format", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif")])
+def test_a_damaged_image_is_taken_if_and_only_if_it_can_be_decoded(format, extension):
     def decodes(data: bytes) -> bool:
         try:
             Image.open(io.BytesIO(data), formats=[format]).load()
@@ -164,7 +164,6 @@ def test_a_damaged_image_is_taken_if_and_only_if_it_can_be_decoded(format):
         return True
 
     rng, whole, verdicts = random.Random(0), encode(photo(), format), set()
-    extension = sat.sniff_image(whole)
     for _ in range(200):
         data = bytearray(whole)
         for _ in range(rng.randrange(20)):

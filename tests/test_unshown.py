@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset
+from datasets import Audio, Dataset, Video
 from PIL import Image
 
 from open_r1.data import DataArguments, load_dataset, load_datasets_from_args
@@ -119,6 +119,15 @@ def test_what_a_prompt_does_not_show_is_refused_with_file_row_and_count(name, te
     told = str(caught.value)
     assert told.startswith(f"{path}: row 1: its prompt does not show ") and "\n" not in told
     assert told.endswith("; rows like this: 2; mend them, or train without it by --drop_unshown true")
+
+
+@pytest.mark.parametrize("feature", [Audio(), Video()])
+def test_media_that_datasets_would_decode_are_refused_and_not_decoded(feature, folder, processors):
+    """Decoding needs packages that nothing else here does."""
+    rows = Dataset.from_list([columns(seen={"bytes": b"no medium", "path": "a.mp4"})]).cast_column("seen", feature)
+    rows.save_to_disk(folder / "saved")
+    with pytest.raises(ValueError, match=r"row 0: its prompt does not show the video in the field seen \(only images"):
+        load_dataset(folder / "saved", processors["base"])
 
 
 @pytest.mark.parametrize("name", SHOWN)
