@@ -120,6 +120,10 @@ def test_a_held_out_mixture_reads_the_held_out_split(tmp_path, tiny_model):
             "datasets: [{path: a.jsonl}, {path: no.json}]",
             "{file}: datasets 2: path: no file or folder {folder}/no.json",
         ),
+        (
+            "datasets: [{path: a.josnl}]",
+            "{file}: datasets 1: path: no file or folder {folder}/a.josnl; did you mean {folder}/a.jsonl?",
+        ),
         ("datasets: [{path: /no/folder}]", "{file}: datasets 1: path: no file or folder /no/folder"),
         ("datasets: [{path: 5}]", "{file}: datasets 1: path: expected a text, not 5"),
         ("datasets: [{fraction: 1}]", "{file}: datasets 1: expected path and fraction of a data set"),

@@ -57,7 +57,7 @@ def read_examples(
 def iter_examples(
     source: str | Path, columns: Columns | None = None, config: str | None = None, split: str = "train"
 ) -> Iterator[dict[str, Any]]:
-    """The rows of `iter_rows`, without what their prompts do not show."""
+    """The rows of `iter_rows` alone."""
     return (row for row, _ in iter_rows(source, columns, config, split))
 
 
@@ -140,7 +140,7 @@ def read_file(path: Path) -> Iterable[Any]:
     with path.open("rb") as file:
         if path.suffix in (".json", *LINES) or file.read(64).lstrip()[:1] in (b"", b"[", b"{"):
             return read_list(path)
-    return read_dataset(str(path.parent), None, "train", data_files=glob.escape(path.name))
+    return read_dataset(str(path.parent), None, "train", path.name)
 
 
 def read_table(path: Path) -> Iterator[dict[str, str | None]]:
@@ -199,17 +199,17 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_dataset(name: str, config: str | None, split: str, data_files: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a folder or a Hub data set, or of these files of it, through `datasets`; media stay encoded."""
+    """The rows of a folder or a Hub data set, or of one file of it, through `datasets`; media stay encoded."""
     import datasets
     import httpx
     import pyarrow as pa
 
     saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
     try:
-        if saved and not data_files:
+        if saved and not file:
             data = datasets.load_from_disk(name)
         else:
-            data = datasets.load_dataset(name, config, split=split, data_files=data_files)
+            data = datasets.load_dataset(name, config, split=split, data_files=file and glob.escape(file))
         if isinstance(data, datasets.DatasetDict):
             if split not in data:
                 raise ValueError(f"no split {split!r}; it has {', '.join(data)}")
@@ -228,9 +228,9 @@ def read_dataset(name: str, config: str | None, split: str, data_files: str | No
         datasets.exceptions.DatasetsError,
     ) as error:  # a folder of any content, a network, a hub
         kind = OSError if isinstance(error, OSError) else ValueError
-        file = Path(name, data_files) if data_files else name
+        where = Path(name, file) if file else name
         reason = textwrap.shorten(one_line(error), 240, placeholder=" ...")  # it may list every suffix there is
-        raise kind(f"{file}: cannot be read as a data set: {reason}") from error
+        raise kind(f"{where}: cannot be read as a data set: {reason}") from error
 
 
 def undecoded(feature: Any) -> Any:
@@ -328,7 +328,7 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
     unshown += [f"the field {key}" for key in others if fields[key] not in (text, references, *references)]
     shown += [*others, answer_field, columns.options or "options"]
     unshown += unshown_marks(row["prompt"], len(references)) + unshown_fields(fields, shown, len(references))
-    read = {*DIALOGUES, *IMAGES, columns.image, *(name for name in shown if name == "system")}
+    read = {*DIALOGUES, *IMAGES, columns.image} | ({"system"} & set(shown))
     return {**{key: value for key, value in record.items() if key not in read}, **row}, unshown
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from open_r1.tasks.examples import FILES, Columns, iter_rows, meant, one_line, read_records
+from open_r1.tasks.examples import Columns, is_local, iter_rows, meant, one_line, read_records
 
 SUFFIXES = (".yaml", ".yml")
 TEXTS = ("path", "name", "split", *(f"{column}_column" for column in asdict(Columns())))
@@ -88,7 +88,7 @@ def read_part(entry: Any, default: Part, folder: Path, where: str) -> Part:
     if fraction is not None and not (is_number and math.isfinite(fraction) and fraction > 0):
         raise ValueError(f"{where}: fraction {fraction!r}: expected a number above 0")
     path = folder / entry["path"]
-    if not path.exists() and (path.suffix in FILES or Path(entry["path"]).is_absolute()):
+    if not path.exists() and is_local(entry["path"]):
         raise FileNotFoundError(f"{where}: path: no file or folder {path}{meant(path)}")
     own = {column: entry[f"{column}_column"] for column in asdict(Columns()) if f"{column}_column" in entry}
     return Part(
