@@ -198,13 +198,13 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
 
 
-def read_dataset(name: str, config: str | None, split: str, data_files: str | None = None) -> Iterator[dict[str, Any]]:
+def read_dataset(name: str, config: str | None, split: str, file: str | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a folder or a Hub data set, or of one file of it, through `datasets`; media stay encoded."""
     import datasets
     import httpx
     import pyarrow as pa
 
-    saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    saved = any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
     try:
         if saved and not file:
             data = datasets.load_from_disk(name)
