@@ -414,6 +414,8 @@ def test_cells_of_a_table_are_texts_and_empty_ones_are_null(tmp_path):
         ("trian.csv", r"^trian\.csv: no such file; did you mean train\.csv\?$"),
         ("./trian.csv", r"^trian\.csv: no such file; did you mean train\.csv\?$"),
         ("data/trian.jsonl", r"^data/trian\.jsonl: no such file; did you mean data/train\.jsonl\?$"),
+        ("train.json", r"^train\.json: no such file; did you mean train\.csv\?$"),
+        ("a.csv", r"^a\.csv: no such file$"),
         ("data/rows.arrow", r"^data/rows\.arrow: no such file$"),
         ("elsewhere/rows.json", r"^elsewhere/rows\.json: no such file$"),
         ("other.xml", r"^other\.xml: no such file$"),
