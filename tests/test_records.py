@@ -416,6 +416,7 @@ def test_cells_of_a_table_are_texts_and_empty_ones_are_null(tmp_path):
         ("data/trian.jsonl", r"^data/trian\.jsonl: no such file; did you mean data/train\.jsonl\?$"),
         ("train.json", r"^train\.json: no such file; did you mean train\.csv\?$"),
         ("a.csv", r"^a\.csv: no such file$"),
+        ("loop.csv", r"^loop\.csv: no such file$"),
         ("data/rows.arrow", r"^data/rows\.arrow: no such file$"),
         ("elsewhere/rows.json", r"^elsewhere/rows\.json: no such file$"),
         ("other.xml", r"^other\.xml: no such file$"),
@@ -427,6 +428,7 @@ def test_a_file_that_is_not_there_is_looked_for_in_its_folder(name, message, tmp
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("asked the Hub"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
     for there in ("train.csv", "data/train.jsonl"):
         (tmp_path / there).write_text("")
     with pytest.raises(FileNotFoundError, match=message):

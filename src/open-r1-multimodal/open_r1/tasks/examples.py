@@ -125,7 +125,8 @@ def is_local(name: str) -> bool:
 
 def meant(path: Path) -> str:
     """What may be meant by the path of no file: one of nearly that name, or SAT's, which has to be made first."""
-    there = {file.stem: file for file in path.parent.iterdir()} if path.parent.is_dir() else {}
+    files = path.parent.iterdir() if path.parent.is_dir() else ()
+    there = {file.stem: file for file in files if file.exists()}  # a link may lead nowhere
     if close := difflib.get_close_matches(path.stem, there, n=1):
         return f"; did you mean {there[close[0]]}?"
     return "; make it with src/data/SAT/prepare_dataset.sh" if path.name.startswith("SAT_") else ""
