@@ -22,7 +22,8 @@ from open_r1.families import control_tokens
 from open_r1.hub import model_folder
 from open_r1.images import open_image
 from open_r1.prompts import check_text
-from open_r1.tasks.examples import read_examples
+from open_r1.tasks.examples import iter_rows
+from open_r1.tasks.unshown import unshown_texts
 
 
 def main() -> None:
@@ -42,17 +43,23 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.data) == bool(args.image and args.question):
         parser.error("give --data, or --image and --question")
-    example = {"prompt": [{"content": args.question}], "images": [args.image]}
+    example, unshown = {"prompt": [{"content": args.question}], "images": [args.image]}, []
     if args.data:
-        examples = read_examples(args.data)
+        examples = list(iter_rows(args.data))
         if not 0 <= args.row < len(examples):
             raise Mistake(f"--row {args.row}: {args.data} has {len(examples)} rows")
-        example = examples[args.row]
-    question = example["prompt"][0]["content"]
+        example, unshown = examples[args.row]
+    *system, question = (message["content"] for message in example["prompt"])
     conversation = messages([open_image(path) for path in example["images"]], question)
+    conversation[:0] = [{"role": "system", "content": [{"type": "text", "text": text}]} for text in system]
     folder = model_folder(args.model)
     processor, _ = load_prompting(folder, args.chat_template)
-    check_text(question, control_tokens(processor))
+    for text in (*system, question):
+        check_text(text, control_tokens(processor))
+    if args.data:
+        rendered = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        if unshown := [*unshown, *unshown_texts(example["prompt"], rendered)]:
+            raise Mistake(f"{args.data}: row {args.row}: its prompt does not show {', '.join(unshown)}")
     backend = load_transformers(folder, processor, "cuda" if torch.cuda.is_available() else "cpu")
     settings = GenerationConfig(**generation_settings(processor, args.max_new_tokens))
     (ids,) = backend.generate([backend.encode(conversation)], [1], settings).ids

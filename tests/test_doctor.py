@@ -401,6 +401,14 @@ def test_nothing_fails_where_all_is_well(run, examined, monkeypatch):
         assert "s a step" in named["cost", "hours"].what
 
 
+def test_a_data_set_without_any_image_is_warned_of(examined, tmp_path):
+    (tmp_path / "blind.json").write_text(json.dumps([{"question": "What?", "answer": "left"}] * 40))
+    findings = examined("--dataset_name", str(tmp_path / "blind.json"))
+    found = next(finding for finding in findings if (finding.family, finding.name) == ("data", "rows"))
+    assert found.verdict is Verdict.WARN and "blind.json: 40 rows, none has an image" in found.what
+    assert "--image_column" in found.remedy
+
+
 def test_what_cannot_be_counted_is_skipped(examined, tmp_path):
     (tmp_path / "unbounded.yaml").write_text("max_prompt_length: null\n")
     findings = list(examined("--config", str(tmp_path / "unbounded.yaml")))

@@ -20,6 +20,7 @@ from PIL import Image
 
 from open_r1.answers import extract_answer, is_blank, is_correct, judge
 from open_r1.families import FAMILIES
+from open_r1.prompts import without_surrogates
 from open_r1.rewards import accuracy_reward, format_reward
 from open_r1.sampling import shuffle_groups
 from open_r1.shared_prefix import Prompt, pack
@@ -220,38 +221,77 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def read(path: Path) -> list[dict]:
-    """The rows of a file, if it has any; each of them is one, and an error is one line that names the file."""
+GOOD = {"question": "Where?", "answer": "left", "image": "a.png", "mine": 1}
+
+
+def good_row(folder: Path) -> dict:
+    """What a file's `GOOD` is read as, whatever stands before and behind it."""
+    prompt = [{"role": "user", "content": "Where?"}]
+    row = {"prompt": prompt, "images": [str(folder / "a.png")], "solution": "left", "options": [], "question_type": ""}
+    return {"question": "Where?", "answer": "left", "mine": 1, **row}
+
+
+def read(path: Path) -> tuple[list[dict], str]:
+    """The rows of a file up to its first mistake, and that mistake, one line that begins with the file, or nothing."""
+    rows, error = [], ""
     try:
-        rows = list(iter_examples(path))
-    except (OSError, ValueError) as error:
-        assert str(error).startswith(f"{path}: ") and "\n" not in str(error), error
-        return []
+        for row in iter_examples(path):
+            rows.append(row)
+    except (OSError, ValueError) as mistake:
+        error = str(mistake)
+        assert error.startswith(f"{path}: ") and "\n" not in error, error
     for row in rows:
         assert row["prompt"] and all(isinstance(message["content"], str) for message in row["prompt"])
         assert isinstance(row["images"], list) and isinstance(row["question_type"], str)
         assert row["solution"] is None or isinstance(row["solution"], str)
         assert all(isinstance(option, str) for option in row["options"])
-    return rows
+    return rows, error
 
 
 @fuzz(400)
 @given(RECORDS, st.sampled_from([".json", ".jsonl"]))
 def test_any_json_record_is_a_row_or_one_line(folder, record, ending):
-    path = folder / f"rows{ending}"
-    path.write_text(json.dumps([record] if ending == ".json" else record) + "\n")
-    read(path)
+    path, records = folder / f"rows{ending}", [GOOD, record, GOOD]
+    path.write_text(json.dumps(records) if ending == ".json" else "\n".join(map(json.dumps, records)))
+    rows, error = read(path)
+    assert rows[0] == good_row(folder)
+    if error:
+        assert error.startswith(f"{path}: row 1: ") and len(rows) == 1
+    else:
+        assert rows[2] == good_row(folder) and len(rows) == 3
+
+
+@fuzz(100)
+@given(TEXTS.filter(lambda text: text.strip()), TEXTS.filter(lambda text: text.strip()), st.sampled_from(range(5)))
+def test_any_text_is_a_question_and_an_answer_in_every_form(folder, question, answer, form):
+    record = [
+        {"question": question, "answer": answer},
+        {"prompt": question, "solution": answer},
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]},
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": question}]}], "answer": answer},
+    ][form]
+    path = folder / "texts.json"
+    path.write_text(json.dumps([record, GOOD]))
+    rows, error = read(path)
+    question, answer = (without_surrogates(text) for text in (question, answer))
+    assert not error and rows[1] == good_row(folder)
+    assert (rows[0]["prompt"][0]["content"], rows[0]["solution"]) == (question, answer)
 
 
 JSON_LIKE = st.text('[]{}",:\n 0e-untf\\', max_size=40).map(str.encode)
 
 
 @fuzz(150)
-@given(st.binary(max_size=40) | st.text('[]{}",:\n 0e-untf\\', max_size=40).map(str.encode), st.sampled_from(["", "l"]))
+@given(st.binary(max_size=40) | JSON_LIKE, st.sampled_from(["", "l"]))
 def test_any_bytes_are_no_json_in_one_line(folder, content, ending):
     path = folder / f"bytes.json{ending}"
     path.write_bytes(content)
-    read(path)
+    assert any(read(path))
+    text = content.decode("latin-1")
+    record = {**GOOD, "mine": text}  # the same in a string
+    path.write_text(json.dumps(record if ending else [record]))
+    assert read(path) == ([{**good_row(folder), "mine": text}], "")
 
 
 def column(rows: int) -> st.SearchStrategy:
@@ -266,26 +306,36 @@ def column(rows: int) -> st.SearchStrategy:
 
 @fuzz(150)
 @given(st.integers(1, 3).flatmap(lambda rows: st.dictionaries(st.sampled_from(FIELDS), column(rows), max_size=5)))
-def test_any_parquet_table_is_rows_or_one_line(folder, columns):
-    path = folder / "rows.parquet"
+def test_any_parquet_table_is_rows_or_one_line_as_its_records_are_in_json(folder, columns):
+    path, lines = folder / "rows.parquet", folder / "rows.jsonl"
     try:
         pq.write_table(pa.table(columns), path)
+        lines.write_text("\n".join(map(json.dumps, pq.read_table(path).to_pylist())))
     except (pa.ArrowException, UnicodeEncodeError):  # no table
         return
-    read(path)
+    except TypeError:  # bytes are no JSON
+        assert any(read(path))
+        return
+    (rows, error), (same_rows, same_error) = read(path), read(lines)
+    assert repr(rows) == repr(same_rows)  # NaN is not itself
+    assert error.removeprefix(str(path)) == same_error.removeprefix(str(lines))
 
 
 @fuzz(150)
-@given(st.randoms(use_true_random=False), st.integers(1, 8))
+@given(st.randoms(use_true_random=False), st.integers(0, 8))
 def test_any_damaged_parquet_file_is_rows_or_one_line(folder, draw, count):
     file = io.BytesIO()
-    pq.write_table(pa.table({"question": ["What?"] * 9, "answer": ["left"] * 9, "image": ["a.png"] * 9}), file)
+    pq.write_table(pa.Table.from_pylist([GOOD] * 9), file)
     content = bytearray(file.getvalue())
     for _ in range(count):
         content[draw.randrange(len(content))] = draw.randrange(256)
+    whole = draw.random() < 0.8
     path = folder / "damaged.parquet"
-    path.write_bytes(content if draw.random() < 0.8 else content[: draw.randrange(len(content))])
-    read(path)
+    path.write_bytes(content if whole else content[: draw.randrange(len(content))])
+    rows, error = read(path)
+    if whole and bytes(content) == file.getvalue():
+        assert rows == [good_row(folder)] * 9 and not error
+    assert error or rows
 
 
 PICTURE = io.BytesIO()
@@ -314,5 +364,5 @@ def test_any_row_of_sat_is_an_example_or_has_a_reason(folder, row, keep_multi_im
     assert len(result.images) == len(row["image_bytes"])
     path = folder / "sat.json"
     path.write_text(json.dumps([to_record(result, ["a.png"] * len(result.images))]))
-    (example,) = read(path)
-    assert example["solution"] == result.answer and example["options"] == list(result.options)
+    (example,), error = read(path)
+    assert not error and example["solution"] == result.answer and example["options"] == list(result.options)

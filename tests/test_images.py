@@ -102,6 +102,64 @@ def test_16_bits_are_scaled_and_not_clipped():
     assert [pixel[0] for pixel in open_image(small).getdata()] == [0, 200]
 
 
+DEPTHS = {  # what a sensor or a simulator writes: metres, millimetres, disparities, heights above the sea
+    "metres": np.linspace(0.4, 9.7, 600, dtype=np.float32),
+    "metres in whole numbers": np.arange(60, dtype=np.int32).repeat(10),
+    "millimetres": np.linspace(412, 4088, 600).astype(np.uint16),
+    "millimetres in 32 bits": np.linspace(412, 70_000, 600).astype(np.int32),
+    "heights": np.linspace(-400, 80, 600, dtype=np.float32),
+    "kilometres of a sky": np.linspace(1e30, 3e38, 600, dtype=np.float32),
+}
+
+
+def depth_file(name: str) -> bytes:
+    return encode(Image.fromarray(DEPTHS[name].reshape(20, 30)), "TIFF")
+
+
+@pytest.fixture
+def unwarned(monkeypatch):
+    """As in a process that has stretched no image yet."""
+    monkeypatch.setattr(images, "_stretched", [])
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_a_depth_map_keeps_its_greys_from_every_source(name, tmp_path, unwarned, capsys):
+    values = DEPTHS[name].astype(np.float64)
+    expected = np.rint((values - values.min()) / (values.max() - values.min()) * 255).reshape(20, 30)
+    for source, value in sources(depth_file(name), tmp_path).items():
+        pixels = np.asarray(open_image(value))
+        assert (np.ptp(pixels, axis=2) == 0).all() and np.abs(pixels[..., 0] - expected).max() <= 1, source
+    assert capsys.readouterr().err.count("scaled by their own range") == 1
+
+
+def test_the_first_stretched_image_is_named_and_no_other(tmp_path, unwarned, capsys):
+    for name in ("a.tif", "b.tif"):
+        (tmp_path / name).write_bytes(depth_file("metres"))
+        open_image(tmp_path / name)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: image {tmp_path}/a.tif: its values go from 0.4 to 9.7; such images are scaled")
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([0.0, 0.25, 1.0], [0, 64, 255]),  # the greys of 0..1
+        ([0.0, 0.25, 0.5], [0, 64, 128]),
+        ([3.0, 99.6, 200.0], [3, 100, 200]),  # the greys of 0..255
+        ([np.nan, 2.0, 12.0], [0, 0, 255]),
+        ([-np.inf, 2.0, 12.0], [0, 0, 255]),
+        ([2.0, 12.0, np.inf], [0, 255, 255]),
+        ([np.nan, np.nan, np.inf], [0, 0, 0]),
+        ([0.0, 0.0, 0.0], [0, 0, 0]),
+        ([1.0, 1.0, 1.0], [255, 255, 255]),
+        ([7.5, 7.5, 7.5], [128, 128, 128]),
+    ],
+)
+def test_greys_of_floats(values, expected):
+    image = Image.fromarray(np.array([values], dtype=np.float32))
+    assert image.mode == "F" and [pixel[0] for pixel in open_image(image).getdata()] == expected
+
+
 def test_photos_are_turned_upright():
     stored = Image.open(io.BytesIO(PICTURES["turned by EXIF"]))
     assert stored.size == (50, 30) and open_image(PICTURES["turned by EXIF"]).size == (30, 50)
@@ -170,7 +228,24 @@ def test_what_passes_the_check_can_be_opened(name, tmp_path):
     for tail in (b"", b"\0" * 100):  # some programs write on
         (tmp_path / "x").write_bytes(PICTURES[name] + tail)
         check_image(tmp_path / "x")
+        assert open_image(tmp_path / "x").tobytes() == open_image(PICTURES[name]).tobytes()
+        assert image_size(tmp_path / "x") == Image.open(io.BytesIO(PICTURES[name])).size[::-1]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_check_takes_and_refuses_what_decoding_does(name, tmp_path):
+    """Of files cut anywhere: none passes and cannot be opened, and the whole one passes."""
+    data, verdicts = PICTURES[name], []
+    for length in [*range(0, len(data), max(1, len(data) // 23)), len(data)]:
+        (tmp_path / "x").write_bytes(data[:length])
+        try:
+            check_image(tmp_path / "x")
+        except BrokenImage:
+            verdicts.append(False)
+            continue
         open_image(tmp_path / "x")
+        verdicts.append(True)
+    assert verdicts[-1] and not any(verdicts[: len(verdicts) // 2])
 
 
 def test_the_check_decodes_no_whole_jpeg_and_png(tmp_path, monkeypatch):

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from open_r1.data import load_dataset
+from open_r1.data import DataArguments, load_dataset, load_datasets_from_args
 from open_r1.modeling import load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.report.runs import KnownImages, read_run
@@ -33,6 +34,7 @@ def write_questions(path: Path, count: int, **fields: object) -> Path:
     return path
 
 
+SPLITS = ("train", "test", "val")
 COLUMNS = "question_column: ask, answer_column: say"
 
 
@@ -77,7 +79,7 @@ def test_without_fractions_all_rows_are_taken(tmp_path):
     write_examples(tmp_path / "pictures", 3)
     write_questions(tmp_path / "text.jsonl", 5)
     parts = parts_of(write_mixture(tmp_path / "m.yml", "path: pictures/examples.json", f"path: text.jsonl, {COLUMNS}"))
-    found = [(Path(origin).name, row) for origin, row, _ in iter_mixture(parts)]
+    found = [(Path(origin).name, row) for origin, row, *_ in iter_mixture(parts)]
     assert found == [("examples.json", row) for row in range(3)] + [("text.jsonl", row) for row in range(5)]
 
 
@@ -86,6 +88,21 @@ def test_a_set_takes_from_the_recipe_what_it_does_not_say_itself(tmp_path):
     first, second = parts_of(file, Columns(question="ask"), "default", "train")
     assert (first.path, first.name, first.split, first.columns) == ("array/SAT", "default", "train", Columns("ask"))
     assert (second.path, second.name, second.split, second.columns) == ("a/b", "x", "val", Columns("ask", "say"))
+
+
+def test_a_held_out_mixture_reads_the_held_out_split(tmp_path, tiny_model):
+    """The recipe's splits are those of each set that names none."""
+    for name in ("a", "b"):
+        splits = {split: Dataset.from_list([{"ask": "Which?", "say": f"{name} {split}"}]) for split in SPLITS}
+        DatasetDict(splits).save_to_disk(tmp_path / name)
+    mixture = write_mixture(tmp_path / "m.yaml", f"path: a, {COLUMNS}", f"path: b, {COLUMNS}, split: val")
+    arguments = DataArguments(str(mixture), eval_dataset_name=str(mixture))
+    processor = load_processor(tiny_model, chat_template="base")
+    train, held_out = load_datasets_from_args(arguments, processor, {})
+    assert (train["solution"], held_out["solution"]) == (["a train", "b val"], ["a test", "b val"])
+    arguments.dataset_train_split, arguments.dataset_test_split = "val", "train"
+    train, held_out = load_datasets_from_args(arguments, processor, {})
+    assert (train["solution"], held_out["solution"]) == (["a val", "b val"], ["a train", "b val"])
 
 
 @pytest.mark.parametrize(
@@ -102,6 +119,10 @@ def test_a_set_takes_from_the_recipe_what_it_does_not_say_itself(tmp_path):
         (
             "datasets: [{path: a.jsonl}, {path: no.json}]",
             "{file}: datasets 2: path: no file or folder {folder}/no.json",
+        ),
+        (
+            "datasets: [{path: a.josnl}]",
+            "{file}: datasets 1: path: no file or folder {folder}/a.josnl; did you mean {folder}/a.jsonl?",
         ),
         ("datasets: [{path: /no/folder}]", "{file}: datasets 1: path: no file or folder /no/folder"),
         ("datasets: [{path: 5}]", "{file}: datasets 1: path: expected a text, not 5"),

@@ -1,6 +1,8 @@
 """A data set in any form that people have becomes the same rows; a mistake in it is one line with file and row."""
 
 import base64
+import csv
+import gzip
 import io
 import json
 import sys
@@ -122,12 +124,40 @@ def make_parquet_with_images(folder: Path) -> Path:
     return folder / "images.parquet"
 
 
+def make_table(folder: Path, delimiter: str, name: str) -> Path:
+    with (folder / name).open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(["question", "answer", "image", "box"])
+        writer.writerows([question(colour), colour, f"pictures/{colour}.png", "[1, 2]"] for colour in COLOURS)
+    return folder / name
+
+
+def make_arrow(folder: Path) -> Path:
+    """A file of another suffix that `datasets` reads."""
+    with pa.OSFile(str(folder / "rows [1].arrow"), "wb") as file:
+        rows = pa.Table.from_pylist(dialogues("messages"))
+        with pa.ipc.new_stream(file, rows.schema) as writer:
+            writer.write_table(rows)
+    return folder / "rows [1].arrow"
+
+
+def make_compressed(folder: Path) -> Path:
+    with gzip.open(folder / "a.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in dialogues("messages"))
+    return folder / "a.jsonl.gz"
+
+
 MAKERS = {
     "JSON": make_json,
     "JSON Lines": make_lines,
     "JSON Lines named JSON": lambda folder: make_lines(folder, "lines.json"),
     "LLaMA-Factory": make_llama_factory,
     "parquet": make_parquet,
+    "Arrow": make_arrow,
+    "JSON under another name": lambda folder: make_json(folder).rename(folder / "a.json.bak"),
+    "compressed JSON Lines": make_compressed,
+    "CSV": lambda folder: make_table(folder, ",", "a.csv"),
+    "TSV": lambda folder: make_table(folder, "\t", "a.tsv"),
     "parquet with images": make_parquet_with_images,
     "saved by datasets": make_saved,
     "saved by datasets, with splits": make_saved_splits,
@@ -135,10 +165,10 @@ MAKERS = {
 }
 
 
-def check_rows(rows: datasets.Dataset) -> None:
+def check_rows(rows: datasets.Dataset, box: object = (1, 2)) -> None:
     assert [row["prompt"] for row in rows] == [[{"role": "user", "content": question(c)}] for c in COLOURS]
     assert [row["solution"] for row in rows] == COLOURS
-    assert [row["box"] for row in rows] == [[1, 2]] * 3
+    assert [row["box"] for row in rows] == [list(box) if isinstance(box, tuple) else box] * 3
     for row, colour in zip(rows, COLOURS, strict=True):
         (image,) = row["images"]
         assert open_image(image).tobytes() == Image.new("RGB", (56, 84), colour).tobytes()
@@ -147,10 +177,9 @@ def check_rows(rows: datasets.Dataset) -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_every_form_gives_the_same_rows(name, folder, tiny_model):
     source = MAKERS[name](folder)
-    columns = (
-        None if name in ("JSON", "JSON Lines", "JSON Lines named JSON", "LLaMA-Factory", "parquet") else TABLE_COLUMNS
-    )
-    check_rows(load_dataset(source, load_processor(tiny_model), columns=columns))
+    columns = TABLE_COLUMNS if "images" in name or "saved" in name or "folder" in name else None
+    box = "[1, 2]" if name in ("CSV", "TSV") else [1, 2]
+    check_rows(load_dataset(source, load_processor(tiny_model), columns=columns), box)
 
 
 @pytest.mark.slow
@@ -225,7 +254,7 @@ def test_a_system_message_and_images_with_bytes(folder, tiny_model):
     content = [{"type": "image", "image": url, "text": None}, {"type": "text", "text": "What?", "image": None}]
     record = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]}
     (folder / "a.json").write_text(json.dumps([record]))
-    (row,) = load_dataset(folder / "a.json", load_processor(tiny_model))
+    (row,) = load_dataset(folder / "a.json", load_processor(tiny_model, chat_template="instruct"))
     assert row["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]
     assert Path(row["images"][0]).read_bytes() == picture("red")  # unchanged: neither decoded nor resized
 
@@ -352,13 +381,71 @@ def test_sft_needs_an_answer(folder, tiny_model):
         ("a.jsonl", b"", "at least one record"),
         ("a.json", b"\xff\xfe", "not a JSON file"),
         ("a.parquet", b"PAR1", "not a parquet file"),
+        ("a.csv", b"question,answer\na?,b,c\n", r"a\.csv: line 2: not as many cells as names in the first line \(2\)"),
+        ("a.csv", b"question,answer\na?,b\nc?\n", r"a\.csv: line 3: not as many cells as names"),
+        ("a.csv", b'question,answer\na?,"b\n', r"a\.csv: not a table behind line 1: unexpected end of data"),
+        ("a.csv", b"question,answer\n\xff\xfe,b\n", r"a\.csv: not a table behind line 0: 'utf-8' codec can't decode"),
+        ("a.csv", b"question,answer\n", "a.csv: expected at least one record"),
+        ("a.csv", b"", "a.csv: expected at least one record"),
+        ("a.csv", b"question;answer\na?;b\n", "no messages, .*; it has question;answer: name one with"),
+        ("a.tsv", b"question\tanswer\na?\n", r"a\.tsv: line 2: not as many cells"),
+        ("a.xyz", b"question\tanswer\na?\n", r"a\.xyz: cannot be read as a data set: Unable to find .* \.\.\.$"),
+        ("a.jsonl.gz", b"nothing", r"a\.jsonl\.gz: cannot be read as a data set"),
     ],
 )
 def test_files_that_are_none(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises((OSError, ValueError), match=message) as caught:
         read_examples(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_cells_of_a_table_are_texts_and_empty_ones_are_null(tmp_path):
+    """Also those that pandas takes for numbers, dates or nothing."""
+    answers = ["None", "NA", "007", "1e3", "", " left, right ", "two\nlines", "null"]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["question", "answer"], *(["What?", answer] for answer in answers)])
+    assert [row["solution"] for row in read_examples(tmp_path / "a.csv")] == [answer or None for answer in answers]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("trian.csv", r"^trian\.csv: no such file; did you mean train\.csv\?$"),
+        ("./trian.csv", r"^trian\.csv: no such file; did you mean train\.csv\?$"),
+        ("data/trian.jsonl", r"^data/trian\.jsonl: no such file; did you mean data/train\.jsonl\?$"),
+        ("train.json", r"^train\.json: no such file; did you mean train\.csv\?$"),
+        ("a.csv", r"^a\.csv: no such file$"),
+        ("loop.csv", r"^loop\.csv: no such file$"),
+        ("data/rows.arrow", r"^data/rows\.arrow: no such file$"),
+        ("elsewhere/rows.json", r"^elsewhere/rows\.json: no such file$"),
+        ("other.xml", r"^other\.xml: no such file$"),
+        ("SAT_static.json", r"^SAT_static\.json: no such file; make it with src/data/SAT/prepare_dataset\.sh$"),
+        ("/no/such/folder", r"^/no/such/folder: no such file$"),
+    ],
+)
+def test_a_file_that_is_not_there_is_looked_for_in_its_folder(name, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    for there in ("train.csv", "data/train.jsonl"):
+        (tmp_path / there).write_text("")
+    with pytest.raises(FileNotFoundError, match=message):
+        read_examples(name)
+
+
+@pytest.mark.parametrize("name", ["array/SAT", "someone/my.set", "squad"])
+def test_a_name_on_the_hub_is_asked_for_there(name, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda name, *args, **kwargs: asked.append(name) or pytest.skip("asked")
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "array").mkdir()
+    with pytest.raises(pytest.skip.Exception):
+        read_examples(name)
+    assert asked == [name]
 
 
 def test_columns_that_are_not_there(folder):

@@ -1,14 +1,16 @@
 """Questions in two orders of their options: what is asked, side by side in a rollout, and what consistency earns."""
 
+import json
 import re
 
 import pytest
 
-from open_r1.data import ROTATION_OF, in_two_orders, load_dataset
+from open_r1.data import ROTATION_OF, DataArguments, in_two_orders, load_dataset, load_datasets_from_args
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import sat_question
 from open_r1.rewards import accuracy_reward, order_consistency_reward
 from open_r1.sampling import EpochSampler
+from open_r1.tasks.examples import read_examples
 from open_r1.trainer import Qwen2VLGRPOTrainer
 from support import Scripted, make_config, read_jsonl, write_examples
 
@@ -66,6 +68,32 @@ def test_pairs_are_asked_side_by_side(tmp_path):
         orders.append(rows)
     assert orders[0] == orders[2] != orders[1]
     assert len(list(EpochSampler(range(10), repeat_count=3, together=2, **settings))) == 3 * 32
+
+
+def test_questions_of_a_mixture_have_numbers_of_their_own(tiny_model, tmp_path):
+    """Also behind rows that are left out, in any set: a pair is two neighbours, and their number is theirs alone."""
+    for name, count in (("one", 4), ("two", 3)):
+        data = write_examples(tmp_path / name, count)
+        records = json.loads(data.read_text())
+        records[1]["messages"][0]["content"] = "<image>" + sat_question("So? " * 400, records[1]["options"])
+        data.write_text(json.dumps(records))
+    (tmp_path / "m.yaml").write_text("datasets: [{path: one/examples.json}, {path: two/examples.json}]")
+    processor = load_processor(tiny_model, chat_template="base")
+    rows = load_dataset(tmp_path / "m.yaml", processor, 1024, rotate_options=True)
+    assert rows[ROTATION_OF] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    for one, other in zip(rows.select(range(0, 10, 2)), rows.select(range(1, 10, 2)), strict=True):
+        assert one["images"] == other["images"] and one["options"] == other["options"][::-1]
+
+
+def test_what_is_held_out_is_asked_in_one_order(tiny_model, tmp_path):
+    arguments = DataArguments(
+        str(write_examples(tmp_path / "one", 4)), eval_dataset_name=str(write_examples(tmp_path / "two", 3))
+    )
+    processor = load_processor(tiny_model, chat_template="base")
+    train, held_out = load_datasets_from_args(arguments, processor, {}, rotate_options=True)
+    assert (len(train), len(held_out)) == (8, 3) and ROTATION_OF not in held_out.column_names
+    asked = [row["prompt"] for row in read_examples(tmp_path / "two/examples.json")]
+    assert held_out["prompt"] == asked
 
 
 @pytest.mark.parametrize("choose, consistency", [(lambda options: options[0], 0.0), (min, 1.0)])

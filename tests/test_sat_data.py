@@ -154,15 +154,26 @@ def test_images_get_their_true_extension_or_a_reason(data, expected):
     assert sat.sniff_image(data) == expected
 
 
-def test_damaged_images_never_raise():
-    rng = random.Random(0)
-    for format in ("JPEG", "PNG", "WEBP", "GIF"):
-        whole = encode(photo(), format)
-        for _ in range(200):
-            data = bytearray(whole)
-            for _ in range(rng.randrange(1, 20)):
-                data[rng.randrange(len(data))] = rng.randrange(256)
-            sat.sniff_image(bytes(data[: rng.randrange(1, len(data) + 1)]))
+@pytest.mark.parametrize(("format", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif")])
+def test_a_damaged_image_is_taken_if_and_only_if_it_can_be_decoded(format, extension):
+    def decodes(data: bytes) -> bool:
+        try:
+            Image.open(io.BytesIO(data), formats=[format]).load()
+        except Exception:  # Pillow raises of all kinds
+            return False
+        return True
+
+    rng, whole, verdicts = random.Random(0), encode(photo(), format), set()
+    for _ in range(200):
+        data = bytearray(whole)
+        for _ in range(rng.randrange(20)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        data = bytes(data[: rng.choice([len(data), rng.randrange(1, len(data) + 1)])])
+        verdict = sat.sniff_image(data)
+        if verdict not in (sat.Skip.TOO_LARGE, sat.Skip.TOO_LONG):  # what its header claims now
+            assert verdict == (extension if decodes(data) else sat.Skip.CORRUPT)
+        verdicts.add(verdict)
+    assert {extension, sat.Skip.CORRUPT} <= verdicts
 
 
 @pytest.mark.parametrize(
@@ -665,5 +676,7 @@ def test_read_examples_names_file_and_row(tmp_path, content, message):
 
 
 def test_read_examples_without_a_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"prepare_dataset\.sh"):
+    with pytest.raises(FileNotFoundError, match=r"no such file; make it with src/data/SAT/prepare_dataset\.sh"):
+        read_examples(tmp_path / "SAT_train_15000.json")
+    with pytest.raises(FileNotFoundError, match=r"none\.json: no such file$"):
         read_examples(tmp_path / "none.json")

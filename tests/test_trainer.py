@@ -284,6 +284,9 @@ def test_long_prompts_are_left_out_not_cut(tiny_model, tmp_path, capsys):
     kept = load_dataset(data, processor, max_prompt_length=limit)
     assert len(kept) == sum(length <= limit for length in lengths) < 6
     assert f"kept {len(kept)} of 6 examples" in capsys.readouterr().out
+    for limit in set(lengths):  # as long as is allowed
+        kept = load_dataset(data, processor, max_prompt_length=limit)
+        assert len(kept) == sum(length <= limit for length in lengths)
     with pytest.raises(ValueError, match="no example left"):
         load_dataset(data, processor, max_prompt_length=5)
 

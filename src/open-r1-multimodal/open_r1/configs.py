@@ -19,8 +19,8 @@ class DataArguments:
 
     dataset_name: str = field(
         metadata={
-            "help": "What to train on: a JSON, JSON Lines or parquet file, a folder that datasets reads or has saved, "
-            "a name on the Hub, or a YAML file that mixes several of these (open_r1/tasks/mixture.py)."
+            "help": "What to train on: a JSON, JSON Lines, CSV or parquet file, a folder that datasets reads or has "
+            "saved, a name on the Hub, or a YAML file that mixes several of these (open_r1/tasks/mixture.py)."
         }
     )
     dataset_config: str | None = field(
@@ -48,6 +48,13 @@ class DataArguments:
     options_column: str | None = field(
         default=None,
         metadata={"help": "Field with the options, which are then written behind the question as in SAT."},
+    )
+    drop_unshown: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on rows that hold what their prompt does not show: videos, tools, a system message that "
+            "the chat template leaves out. What is dropped is named and counted; by default such rows are refused."
+        },
     )
     chat_template: str | None = field(
         default=None,

@@ -2,16 +2,18 @@
 
 import hashlib
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tqdm import tqdm
 from transformers import ProcessorMixin
 from trl import ModelConfig
@@ -26,6 +28,7 @@ from open_r1.modeling import load_processor
 from open_r1.prompts import join_options
 from open_r1.tasks.examples import Columns
 from open_r1.tasks.mixture import iter_mixture, parts_of
+from open_r1.tasks.unshown import NOTHING, PROMPT_FIELDS, unshown_texts
 
 Row = dict[str, Any]
 ROTATION_OF = "rotation_of"  # which question a row asks in one of two orders of its options
@@ -73,6 +76,7 @@ def load_datasets_from_args(
             max_answer_length=max_answer_length,
             rotate_options=rotate_options,
             has_begun=has_begun,
+            drop_unshown=data_args.drop_unshown,
             **template_kwargs,
         )
 
@@ -121,21 +125,50 @@ def store_image(source: ImageSource) -> str:
     return str(path)
 
 
-def count_prompt_tokens(example: Row, processor: ProcessorMixin, **template_kwargs: str) -> int:
-    """Length of an example's prompt in tokens, those of its images included, from the images' headers alone.
+def render_prompt(example: Row, processor: ProcessorMixin, **template_kwargs: str) -> str:
+    """The text of an example's prompt, with one image token for each of its images.
 
     Raises:
         ValueError: the chat template shows other images than those of the example, or cannot be rendered.
     """
-    messages = prepare_multimodal_messages(example["prompt"], images=example["images"])
+    images = example["images"]
+    messages = prepare_multimodal_messages(example["prompt"], images=images)
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
+    if (marks := text.count(processor.image_token)) != len(images):
+        raise ValueError(f"chat_template: writes {marks} {processor.image_token} for {len(images)} images")
+    return text
+
+
+def count_prompt_tokens(
+    example: Row, processor: ProcessorMixin, text: str | None = None, **template_kwargs: str
+) -> int:
+    """Length of an example's prompt in tokens, those of its images included, from the images' headers alone.
+
+    Args:
+        text: what `render_prompt` made of it; None renders it.
+
+    Raises:
+        ValueError: as `render_prompt` does.
+    """
+    text = render_prompt(example, processor, **template_kwargs) if text is None else text
     sizes = [image_size(image) for image in example["images"]]
     family = family_of_processor(processor)
     images = family.count_image_tokens(processor, sizes) + family.count_frame_tokens(processor, sizes)
-    if (marks := text.count(processor.image_token)) != len(sizes):
-        raise ValueError(f"chat_template: writes {marks} {processor.image_token} for {len(sizes)} images")
     # each image has one token in the text
     return len(processor.tokenizer(text)["input_ids"]) - len(sizes) + images
+
+
+def warn_of_unshown(*sets: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None) -> None:
+    """Name the columns that belong into a prompt, and that a trainer shows no model; empty ones do not count."""
+    alone = [each for given in sets for each in (given.values() if isinstance(given, dict) else [given])]
+    found = {}  # names in their order
+    for data in alone:
+        for name in (name for name in getattr(data, "column_names", None) or () if name in PROMPT_FIELDS):
+            is_stream = isinstance(data, IterableDataset)
+            if is_stream or any(cell.as_py() not in NOTHING for cell in data.data.column(name)):
+                found[name] = None
+    if found:
+        print(f"warning: no prompt shows the columns {', '.join(found)}; only rewards get them", file=sys.stderr)
 
 
 def in_two_orders(example: Row, question: int) -> list[Row]:
@@ -184,6 +217,7 @@ def load_dataset(
     max_answer_length: int | None = None,
     rotate_options: bool = False,
     has_begun: bool = False,
+    drop_unshown: bool = False,
     **template_kwargs: str,
 ) -> Dataset:
     """Read a data set; leave out, never truncate, what is too long, and texts that spell a control token.
@@ -197,16 +231,18 @@ def load_dataset(
         rotate_options: every row is followed by itself with its options in another order; see `in_two_orders`.
         has_begun: a run that found every image whole goes on: those that broke since (`most_broken` at most) are named,
             and their rows stay, so that the others keep their places.
+        drop_unshown: rows whose prompts do not show all that they hold are named, and stay.
         template_kwargs: for the chat template.
 
     Raises:
         OSError, ValueError: one line that names the file and the row with what is wrong, an image that cannot be
-            opened included; or no example is left.
+            opened and what a prompt does not show included; or no example is left.
     """
     state = PartialState()
     controls, left_out, kept, lost = control_tokens(processor), Counter(), [], []
+    hidden = []  # rows, and what their prompts do not show of them
     examples = iter_mixture(parts_of(source, columns, config, split), must_exist=not has_begun)
-    for origin, row, example in tqdm(examples, desc="examples", unit="", disable=not state.is_main_process):
+    for origin, row, example, unshown in tqdm(examples, desc="examples", unit="", disable=not state.is_main_process):
         with naming(origin, row):
             example["images"] = [store_image(image) for image in example["images"]]
             for check in checks:
@@ -224,13 +260,22 @@ def load_dataset(
             elif broken:
                 lost.append(f"{origin}: row {row}: {broken}")
                 kept += rows
-            elif any(
-                count_prompt_tokens(each, processor, **template_kwargs) > (max_prompt_length or math.inf)
-                for each in rows
-            ):
-                left_out[f"a prompt over {max_prompt_length} tokens (max_prompt_length, or fewer max_pixels)"] += 1
             else:
-                kept += rows
+                prompts = [render_prompt(each, processor, **template_kwargs) for each in rows]
+                unshown += unshown_texts(example["prompt"], prompts[0])
+                lengths = map(count_prompt_tokens, rows, repeat(processor), prompts)
+                if max(lengths) > (max_prompt_length or math.inf):
+                    left_out[f"a prompt over {max_prompt_length} tokens (max_prompt_length, or fewer max_pixels)"] += 1
+                else:
+                    kept += rows
+            if unshown:
+                hidden.append(f"{origin}: row {row}: its prompt does not show {', '.join(unshown)}")
+    if hidden and not drop_unshown:
+        raise ValueError(
+            f"{hidden[0]}; rows like this: {len(hidden)}; mend them, or train without it by --drop_unshown true"
+        )
+    if hidden:
+        state.print(f"warning: {printable(hidden[0])}; rows like this: {len(hidden)}, all trained on (drop_unshown)")
     if len(lost) > most_broken(len(kept)):
         raise ValueError(f"{lost[0]}; so are {len(lost) - 1} others since the run began; restore the data")
     for line in lost:

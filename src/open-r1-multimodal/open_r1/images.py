@@ -9,6 +9,7 @@ import binascii
 import io
 import os
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from urllib.request import url2pathname
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+
+from open_r1.front_door import printable
 
 ImageSource = str | os.PathLike[str] | bytes | Mapping[str, Any] | Image.Image
 
@@ -37,6 +40,7 @@ FORMATS = [name for name in EXTENSIONS if name != "MPO"]  # Pillow opens an MPO 
 # The largest photos of today's phones and cameras; a progressive JPEG takes about 10 bytes a pixel to decode, 640 MiB
 # at this size. Larger is a decompression bomb or a poster; the model looks at 0.4 megapixels.
 MAX_PIXELS = 2**26
+BRIGHT = 128  # greys of 0..255 in a wider type reach it, distances in metres do not
 MAX_ASPECT_RATIO = 200  # Qwen2-VL's image processor raises above it
 
 # What Pillow raises on damaged files of the formats above.
@@ -93,7 +97,7 @@ def open_image(source: ImageSource | None) -> Image.Image:
         BrokenImage: it is missing, damaged, too large, or of a shape that the image processor refuses.
     """
     with opened(source) as image:
-        return to_rgb(image)
+        return to_rgb(image, image_name(source))
 
 
 def image_size(source: ImageSource | None) -> tuple[int, int]:
@@ -121,20 +125,56 @@ def check_image(path: str) -> None:
             image.load()
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened image, decoded, upright, in RGB; what is transparent becomes white, 16-bit grey is scaled to 8."""
+def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
+    """An opened image, decoded, upright, in RGB; what is transparent becomes white, wider greys are put into 8 bits."""
+    name = name or image_name(image)
     image.load()
     if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # Pillow would clip it to white
-        values = np.asarray(image).astype(np.int64)
-        if image.mode != "I" or values.max(initial=0) > 255:
-            values >>= 8
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):  # Pillow would clip it
+        image = Image.fromarray(to_8_bits(np.asarray(image), name))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def to_8_bits(greys: np.ndarray, name: str | None = None) -> np.ndarray:
+    """Greys of any range as bytes; of what is not 0..1 or 0..255 (distances) the least is black and the most is white.
+
+    Args:
+        greys: (H, W), of any type of number. NaN (nothing measured) becomes black, infinity as the most or the least.
+        name: of the file.
+    """
+    values = np.array(greys, dtype=np.float64)
+    is_finite = np.isfinite(values)
+    if not is_finite.any():
+        return np.zeros(values.shape, dtype=np.uint8)
+    low, high = values.min(where=is_finite, initial=np.inf), values.max(where=is_finite, initial=-np.inf)
+    np.nan_to_num(values, copy=False, nan=low, posinf=high, neginf=low)
+    if low >= 0 and high <= 1:
+        low, high = 0, 1
+    elif low >= 0 and BRIGHT <= high <= 255:
+        low, high = 0, 255
+    elif low == high:  # the same distance everywhere
+        return np.full(values.shape, BRIGHT, dtype=np.uint8)
+    else:
+        say_that_ranges_are_stretched(name, low, high)
+    values -= low
+    values *= 255 / (high - low)
+    return values.round().astype(np.uint8)
+
+
+_stretched: list[str] = []  # the first image that this process scaled by its own range
+
+
+def say_that_ranges_are_stretched(name: str | None, low: float, high: float) -> None:
+    """Once a process, with the name of the first image that it is done to."""
+    if not _stretched:
+        _stretched.append(printable(name or "without a name"))
+        values = f"its values go from {low:g} to {high:g}"
+        line = f"warning: image {_stretched[0]}: {values}; such images are scaled by their own range, to 0..255"
+        print(line, file=sys.stderr, flush=True)
 
 
 def local_path(reference: str) -> str:

@@ -43,7 +43,7 @@ from open_r1 import agreement
 from open_r1.backends import Backend, TransformersBackend
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_settings, check_shared_prefix
-from open_r1.data import ROTATION_OF, most_broken
+from open_r1.data import ROTATION_OF, most_broken, warn_of_unshown
 from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
 from open_r1.finite import FiniteMixin
@@ -106,7 +106,7 @@ def with_images_inside(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose images are parts of its prompt.
 
     Raises:
-        ValueError: for images beside a prompt that is rendered text.
+        ValueError: for images beside a prompt that is rendered text, and for parts that are neither image nor text.
     """
     images = row_images(row)
     if not is_conversational(row):
@@ -114,6 +114,11 @@ def with_images_inside(row: dict[str, Any]) -> dict[str, Any]:
             raise ValueError("prompt: a text has no place for images; give a conversation ([{role, content}])")
         return row
     prompt = prepare_multimodal_messages(row["prompt"], images=images)
+    kinds = {part["type"] for message in prompt for part in message.get("content") or []}
+    if others := sorted(kinds - {"image", "text"}):
+        raise ValueError(
+            f"prompt: a part of type {others[0]} is not shown to the model; of a video give frames as images"
+        )
     return {**{name: value for name, value in row.items() if name not in ("image", "images")}, "prompt": prompt}
 
 
@@ -301,6 +306,8 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         args.generation_kwargs = {**settings, **(args.generation_kwargs or {})}
         with engines:
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *more, **kwargs)
+        if self.accelerator.is_main_process:
+            warn_of_unshown(train_dataset, eval_dataset)
         plain, reference = self._plain_model(), self.ref_model and self.accelerator.unwrap_model(self.ref_model)
         self.family = family_of(plain)
         reset_generation_config(plain, processing_class)

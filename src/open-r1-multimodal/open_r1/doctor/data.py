@@ -34,7 +34,10 @@ def first(wrong: list[str]) -> str:
 def rows(patient: Patient) -> Iterator[Finding]:
     """They can be read as questions."""
     for name, found in sets(patient):
-        yield passed(f"{name}: {found.rows:,} rows, {found.images:,} images")
+        if found.images:
+            yield passed(f"{name}: {found.rows:,} rows, {found.images:,} images")
+        else:
+            yield warned(f"{name}: {found.rows:,} rows, none has an image", "name their field with --image_column")
 
 
 def images(patient: Patient) -> Iterator[Finding]:

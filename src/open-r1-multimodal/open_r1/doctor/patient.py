@@ -150,7 +150,7 @@ class Patient:
             compares = any(reward_funcs_registry.get(name) in COMPARING for name in script_args.reward_funcs)
             check = check_gold if compares else lambda row: None
         parts = parts_of(name, columns_of(script_args), script_args.dataset_config, split)
-        return survey((example for _, _, example in iter_mixture(parts)), check)
+        return survey((example for _, _, example, _ in iter_mixture(parts)), check)
 
     @part
     def prepared_data(self) -> dict[str, Any]:

@@ -7,14 +7,20 @@ A record names its images, and nothing here opens one. The forms of a record:
 - columns: a question, an answer, an image or several, options, under names of the data set's own (`Columns`).
 """
 
+import csv
+import dataclasses
+import difflib
+import glob
 import json
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from open_r1.images import image_bytes, local_path
 from open_r1.prompts import IMAGE_PLACEHOLDER, sat_question, without_surrogates
+from open_r1.tasks.unshown import unshown_fields, unshown_in_messages, unshown_marks
 
 DIALOGUES = ("messages", "conversations", "prompt")
 ROLES = {"human": "user", "gpt": "assistant"}  # LLaMA-Factory's names
@@ -23,7 +29,8 @@ QUESTIONS, ANSWERS, IMAGES = ("question", "problem"), ("solution", "answer"), ("
 # What a trainer hands to reward functions itself, beside the fields of a row.
 TAKEN = ("prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 LINES = (".jsonl", ".ndjson")
-FILES = (".json", *LINES, ".parquet")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+FILES = (".json", *LINES, ".parquet", *DELIMITERS)
 
 
 @dataclass(frozen=True)
@@ -48,17 +55,25 @@ def read_examples(
 
 
 def iter_examples(
+    source: str | Path, columns: Columns | None = None, config: str | None = None, split: str = "train"
+) -> Iterator[dict[str, Any]]:
+    """The rows of `iter_rows` alone."""
+    return (row for row, _ in iter_rows(source, columns, config, split))
+
+
+def iter_rows(
     source: str | Path,
     columns: Columns | None = None,
     config: str | None = None,
     split: str = "train",
     must_exist: bool = True,
-) -> Iterator[dict[str, Any]]:
-    """The rows of a data set, in its order; images are named, not opened.
+) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """The rows of a data set, in its order, each with what of its record no prompt shows; images are named, not opened.
 
     Args:
-        source: a JSON, JSON Lines or parquet file, a folder that `datasets` reads or has saved, or a name on the Hub.
-        columns: of a data set without dialogues.
+        source: a file (JSON, JSON Lines, CSV, TSV, parquet, or of another suffix that `datasets` reads), a folder that
+            `datasets` reads or has saved, or a name on the Hub.
+        columns: of a data set without dialogues; those that are named must be there.
         config: of a folder or a Hub data set that has several.
         split: of a folder or a Hub data set.
         must_exist: whether an image file that is not there is an error.
@@ -66,7 +81,7 @@ def iter_examples(
     Yields:
         One dict a record: `prompt` (conversational, without `<image>` marks), `images` (absolute paths, or what
         carries its bytes), `solution` (None without an answer), `options` (maybe none), `question_type` (maybe
-        empty), and every other field of the record as it is.
+        empty), and every other field of the record as it is. With it what `tasks/unshown.py` finds, in words.
 
     Raises:
         OSError: no such file, data set, or image.
@@ -95,10 +110,52 @@ def read_records(source: str | Path, config: str | None = None, split: str = "tr
     """The records of a file, a folder or a Hub data set, unchecked. Arguments and errors: see `iter_examples`."""
     path = Path(source)
     if path.is_file():
-        return read_parquet(path) if path.suffix == ".parquet" else read_list(path)
-    if not path.exists() and (path.suffix in FILES or path.is_absolute() or str(source).count("/") > 1):
-        raise FileNotFoundError(f"{path}: no such file; make it with src/data/SAT/prepare_dataset.sh")
+        return read_file(path)
+    if not path.exists() and is_local(str(source)):
+        raise FileNotFoundError(f"{path}: no such file{meant(path)}")
     return read_dataset(str(source), config, split)
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is evidently that of a file or a folder, and of nothing on the Hub (`owner/name`)."""
+    path = Path(name)
+    is_below = "/" not in name or path.parent.is_dir()
+    return path.is_absolute() or name.count("/") > 1 or path.suffix in FILES or bool(path.suffix and is_below)
+
+
+def meant(path: Path) -> str:
+    """What may be meant by the path of no file: one of nearly that name, or SAT's, which has to be made first."""
+    files = path.parent.iterdir() if path.parent.is_dir() else ()
+    there = {file.stem: file for file in files if file.exists()}  # a link may lead nowhere
+    if close := difflib.get_close_matches(path.stem, there, n=1):
+        return f"; did you mean {there[close[0]]}?"
+    return "; make it with src/data/SAT/prepare_dataset.sh" if path.name.startswith("SAT_") else ""
+
+
+def read_file(path: Path) -> Iterable[Any]:
+    """The records of a file: a table by its suffix, JSON by that or its first character, all else by `datasets`."""
+    if path.suffix == ".parquet":
+        return read_parquet(path)
+    if path.suffix in DELIMITERS:
+        return read_table(path)
+    with path.open("rb") as file:
+        if path.suffix in (".json", *LINES) or file.read(64).lstrip()[:1] in (b"", b"[", b"{"):
+            return read_list(path)
+    return read_dataset(str(path.parent), None, "train", path.name)
+
+
+def read_table(path: Path) -> Iterator[dict[str, str | None]]:
+    """The lines of a CSV or TSV file as texts, under the names in its first one; an empty cell is null."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=DELIMITERS[path.suffix], strict=True)
+        try:
+            for record in reader:
+                if None in record or None in record.values():
+                    names = f"names in the first line ({len(reader.fieldnames)})"
+                    raise ValueError(f"{path}: line {reader.line_num}: not as many cells as {names}")
+                yield {name: cell or None for name, cell in record.items()}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a table behind line {reader.line_num}: {error}") from error
 
 
 def read_list(path: Path) -> list[Any]:
@@ -142,15 +199,18 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
 
 
-def read_dataset(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
-    """The rows of a folder or a Hub data set through `datasets`; images stay encoded."""
+def read_dataset(name: str, config: str | None, split: str, file: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a folder or a Hub data set, or of one file of it, through `datasets`; media stay encoded."""
     import datasets
     import httpx
     import pyarrow as pa
 
-    saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    saved = any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
     try:
-        data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config, split=split)
+        if saved and not file:
+            data = datasets.load_from_disk(name)
+        else:
+            data = datasets.load_dataset(name, config, split=split, data_files=file and glob.escape(file))
         if isinstance(data, datasets.DatasetDict):
             if split not in data:
                 raise ValueError(f"no split {split!r}; it has {', '.join(data)}")
@@ -169,15 +229,17 @@ def read_dataset(name: str, config: str | None, split: str) -> Iterator[dict[str
         datasets.exceptions.DatasetsError,
     ) as error:  # a folder of any content, a network, a hub
         kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{name}: cannot be read as a data set: {one_line(error)}") from error
+        where = Path(name, file) if file else name
+        reason = textwrap.shorten(one_line(error), 240, placeholder=" ...")  # it may list every suffix there is
+        raise kind(f"{where}: cannot be read as a data set: {reason}") from error
 
 
 def undecoded(feature: Any) -> Any:
-    """A feature of images, or of lists of them, that leaves them encoded; any other feature as it is."""
+    """A feature of media, or of lists of them, that leaves them encoded; any other feature as it is."""
     import datasets
 
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(mode=feature.mode, decode=False)
+    if getattr(feature, "decode", False):  # images, sounds, videos
+        return dataclasses.replace(feature, decode=False)
     if isinstance(feature, datasets.List | datasets.LargeList):
         inner = undecoded(feature.feature)
         return feature if inner is feature.feature else datasets.List(inner)
@@ -205,12 +267,12 @@ def mended(value: Any) -> Any:
     return value
 
 
-def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True) -> dict[str, Any]:
-    """One record -> one row of `iter_examples`, whose errors it raises without file and row.
+def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True) -> tuple[dict[str, Any], list[str]]:
+    """One record -> what `iter_rows` yields for it, whose errors it raises without file and row.
 
     Args:
         folder: where relative image paths start.
-        must_exist: see `iter_examples`.
+        must_exist: see `iter_rows`.
     """
     if not isinstance(record, Mapping):
         raise ValueError("expected an object")
@@ -218,18 +280,22 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
     for key in TAKEN:
         if key in fields:
             raise ValueError(f"the field {key} has a name that reward functions get from the trainer; rename it")
+    for key in asdict(columns).values():
+        if key is not None and key not in record:
+            raise ValueError(f"no field {key}; it has {names(record)} (null where a row has none)")
     references = find_images(fields, columns.image)
     form = None if columns.question else next((key for key in DIALOGUES if key in fields), None)
     if form and not isinstance(fields[form], str):
         system, user, answer = dialogue(form, fields[form])
+        unshown = unshown_in_messages(fields[form], form)
         if isinstance(user, list):
             text, inside = from_parts(user, form)
             references = references + inside
         else:
             text = without_marks(user, len(references), must_have=form != "prompt")
     else:
-        system, answer = [], None
-        question = text_of(fields, columns.question, ("prompt", *QUESTIONS))
+        system, answer, unshown = [], None, []
+        form, question = text_of(fields, columns.question, ("prompt", *QUESTIONS))
         if question is None:
             raise ValueError(
                 f"no messages, conversations, prompt or question; it has {names(record)}: name one with "
@@ -238,7 +304,13 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
         text = without_marks(question, len(references), must_have=False)
     if not text.strip():
         raise ValueError("the question is empty")
-    solution = text_of(fields, columns.answer, ANSWERS) if answer is None else answer
+    shown = [form, columns.image or first_image_field(fields)]
+    if not system and isinstance(fields.get("system"), str) and fields["system"].strip():  # LLaMA-Factory's
+        system = [{"role": "system", "content": fields["system"]}]
+        shown.append("system")
+    answer_field, solution = None, answer
+    if answer is None or columns.answer:
+        answer_field, solution = text_of(fields, columns.answer, ANSWERS)
     if solution is not None and not solution.strip():
         raise ValueError("the answer is empty; leave its field out where there is none")
     options = strings(fields, columns.options or "options")
@@ -251,8 +323,14 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
         "options": options,
         "question_type": str(fields.get("question_type", "")),
     }
-    read = {*DIALOGUES, *IMAGES, columns.image}
-    return {**{key: value for key, value in record.items() if key not in read}, **row}
+    # A second question or image, unless the user named the first
+    others = [*(() if columns.question else DIALOGUES), *(() if columns.image else IMAGES)]
+    others = [key for key in others if key in fields and key not in shown]
+    unshown += [f"the field {key}" for key in others if fields[key] not in (text, references, *references)]
+    shown += [*others, answer_field, columns.options or "options"]
+    unshown += unshown_marks(row["prompt"], len(references)) + unshown_fields(fields, shown, len(references))
+    read = {*DIALOGUES, *IMAGES, columns.image} | ({"system"} & set(shown))
+    return {**{key: value for key, value in record.items() if key not in read}, **row}, unshown
 
 
 def dialogue(form: str, messages: Any) -> tuple[list[dict[str, str]], str | list[Any], str | None]:
@@ -282,9 +360,14 @@ def names(fields: Mapping[Any, Any]) -> str:
     return ", ".join(name if name.isprintable() else ascii(name) for name in map(str, fields))
 
 
+def first_image_field(fields: Mapping[str, Any]) -> str:
+    """The field in which images are looked for unless the user names one."""
+    return next((key for key in IMAGES if key in fields), IMAGES[0])
+
+
 def find_images(fields: Mapping[str, Any], column: str | None) -> list[Any]:
     """The image references of a record: one, or a list of them."""
-    key = column or next((key for key in IMAGES if key in fields), "images")
+    key = column or first_image_field(fields)
     value = fields.get(key, [])
     if key != "images" and not isinstance(value, list):
         value = [value]
@@ -293,16 +376,14 @@ def find_images(fields: Mapping[str, Any], column: str | None) -> list[Any]:
     return value
 
 
-def text_of(fields: Mapping[str, Any], given: str | None, known: Sequence[str]) -> str | None:
-    """The text or number in the field that the user named, which must be there, or in the first known one."""
+def text_of(fields: Mapping[str, Any], given: str | None, known: Sequence[str]) -> tuple[str | None, str | None]:
+    """The field that the user named, or the first known one that is there, and the text or number in it, if any."""
     key = given or next((name for name in known if name in fields), None)
-    if key is None:
-        return None
     if key not in fields:
-        raise ValueError(f"no field {key}; it has {names(fields)}")
+        return key, None
     if not isinstance(fields[key], str | int | float):
         raise ValueError(f"{key}: expected a text or a number")
-    return str(fields[key])
+    return key, str(fields[key])
 
 
 def strings(fields: Mapping[str, Any], key: str) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from open_r1.tasks.examples import FILES, Columns, iter_examples, one_line, read_records
+from open_r1.tasks.examples import Columns, is_local, iter_rows, meant, one_line, read_records
 
 SUFFIXES = (".yaml", ".yml")
 TEXTS = ("path", "name", "split", *(f"{column}_column" for column in asdict(Columns())))
@@ -30,7 +30,7 @@ KEYS = (*TEXTS, "fraction")
 
 @dataclass(frozen=True)
 class Part:
-    """One data set of several, or the only one; `path`, `columns`, `name` (a configuration), `split`: `iter_examples`.
+    """One data set of several, or the only one; `path`, `columns`, `name` (a configuration), `split`: `iter_rows`.
 
     Attributes:
         fraction: of the mixture, against the others' fractions; None takes every row.
@@ -49,7 +49,7 @@ def parts_of(
     """The data sets of a mixture, or the one that `source` is.
 
     Args:
-        source: a YAML file, or all that `iter_examples` takes.
+        source: a YAML file, or all that `iter_rows` takes.
         columns, config, split: of a set that says nothing else.
 
     Raises:
@@ -60,7 +60,7 @@ def parts_of(
         return [alone]
     file = Path(source)
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
+        raise FileNotFoundError(f"{file}: no such file{meant(file)}")
     try:
         content = yaml.safe_load(file.read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -88,8 +88,8 @@ def read_part(entry: Any, default: Part, folder: Path, where: str) -> Part:
     if fraction is not None and not (is_number and math.isfinite(fraction) and fraction > 0):
         raise ValueError(f"{where}: fraction {fraction!r}: expected a number above 0")
     path = folder / entry["path"]
-    if not path.exists() and (path.suffix in FILES or Path(entry["path"]).is_absolute()):
-        raise FileNotFoundError(f"{where}: path: no file or folder {path}")
+    if not path.exists() and is_local(entry["path"]):
+        raise FileNotFoundError(f"{where}: path: no file or folder {path}{meant(path)}")
     own = {column: entry[f"{column}_column"] for column in asdict(Columns()) if f"{column}_column" in entry}
     return Part(
         path=str(path) if path.exists() else entry["path"],
@@ -111,18 +111,20 @@ def rows_of_each(sizes: Sequence[int], fractions: Sequence[float]) -> list[int]:
     return [round(total * share) for share in shares]
 
 
-def iter_mixture(parts: Sequence[Part], must_exist: bool = True) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def iter_mixture(
+    parts: Sequence[Part], must_exist: bool = True
+) -> Iterator[tuple[str, int, dict[str, Any], list[str]]]:
     """The examples of all sets, one set after the other.
 
     Args:
         parts: see `parts_of`.
-        must_exist: see `iter_examples`.
+        must_exist: see `iter_rows`.
 
     Yields:
-        The set, the number of the row in it, and the row.
+        The set, the number of the row in it, the row, and what of it no prompt shows.
 
     Raises:
-        OSError, ValueError: what `iter_examples` raises; or a set would give no row at all.
+        OSError, ValueError: what `iter_rows` raises; or a set would give no row at all.
     """
     counts: list[int | None] = [None] * len(parts)
     if all(part.fraction is not None for part in parts):
@@ -132,6 +134,6 @@ def iter_mixture(parts: Sequence[Part], must_exist: bool = True) -> Iterator[tup
             if not count:
                 raise ValueError(f"{part.path}: fraction {part.fraction} takes none of its {size} rows")
     for part, count in zip(parts, counts, strict=True):
-        examples = iter_examples(part.path, part.columns, part.name, part.split, must_exist)
-        for row, example in enumerate(islice(examples, count)):
-            yield part.path, row, example
+        examples = iter_rows(part.path, part.columns, part.name, part.split, must_exist)
+        for row, (example, unshown) in enumerate(islice(examples, count)):
+            yield part.path, row, example, unshown

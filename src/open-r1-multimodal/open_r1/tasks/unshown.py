@@ -1,0 +1,92 @@
+"""What a record holds that a prompt would show in other tools, and that the prompt made of it does not. No torch.
+
+Any field of a record may be meant for a reward. But some are part of the prompt wherever their data set is used: a
+video, the mark in a text that stands for it, the tools that may be called. A prompt without them asks something else.
+"""
+
+import mimetypes
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+# Beside questions, dialogues and images, the fields that TRL, transformers and LLaMA-Factory make prompts of.
+PROMPT_FIELDS = ("videos", "video", "audios", "audio", "tools", "documents", "chat_template_kwargs")
+PROMPT_FIELDS += ("system", "history", "input")
+MARK = re.compile(r"<(image|video|audio)[ _-]?(\d*)>")  # stands for a medium in a text
+NUMBERED_IMAGE = re.compile(r"image_?\d+")  # the name of a field with one of several images
+SPOKEN = ("role", "content", "from", "value")  # what of a message a prompt shows
+NOTHING = (None, "", [], {}, "[]", "{}")  # LLaMA-Factory writes its tools as JSON
+
+
+def medium_of(value: Any) -> str | None:
+    """What a field holds, by the name of its file: an image, a video, an audio file; of a list its first item's."""
+    if isinstance(value, list):
+        return medium_of(value[0]) if value else None
+    if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:  # as datasets stores a file
+        return medium_of(value["path"]) or "image"
+    if not isinstance(value, str) or "\n" in value:
+        return None
+    kind = (mimetypes.guess_type(value)[0] or "").partition("/")[0]
+    return kind if kind in ("image", "video", "audio") else None
+
+
+def unshown_fields(record: Mapping[str, Any], shown: Collection[str | None], images: int) -> list[str]:
+    """The fields that belong into a prompt and are not in it.
+
+    Args:
+        record: its fields that are not null.
+        shown: those that its prompt, its options and its answer are made of.
+        images: how many the prompt shows.
+    """
+    found = []
+    for name, value in record.items():
+        if name in shown or value in NOTHING:
+            continue
+        medium = medium_of(value)
+        is_hidden_image = medium == "image" and (not images or NUMBERED_IMAGE.fullmatch(name) is not None)
+        if is_hidden_image:
+            found.append(f"the image in the field {name} (--image_column names it)")
+        elif medium in ("video", "audio"):
+            found.append(f"the {medium} in the field {name} (only images are shown; of a video give frames as images)")
+        elif name in PROMPT_FIELDS:
+            found.append(f"the field {name}")
+    return found
+
+
+def unshown_in_messages(messages: Sequence[Any], form: str) -> list[str]:
+    """What messages and their parts hold beside role and content: media, calls of tools, a thought kept apart."""
+    keys = []
+    for message in (message for message in messages if isinstance(message, Mapping)):
+        keys += [key for key in message if key not in SPOKEN and holds_text(message[key])]
+        content = message.get("content", message.get("value"))
+        for part in (part for part in (content if isinstance(content, list) else []) if isinstance(part, Mapping)):
+            keys += [key for key in part if key not in ("type", part.get("type")) and part[key] is not None]
+    return [f"the {key} of a message in {form}" for key in sorted(map(str, set(keys)))]
+
+
+def holds_text(value: Any) -> bool:
+    """Whether there may be words in a value; a number or a flag is a note about a message."""
+    return isinstance(value, str | list | Mapping) and value not in NOTHING
+
+
+def unshown_marks(prompt: Sequence[Mapping[str, str]], images: int) -> list[str]:
+    """The marks in a prompt's texts that stand for a medium which is not there."""
+    marks = {
+        mark[0]
+        for message in prompt
+        for mark in MARK.finditer(message["content"])
+        if mark[1] != "image" or int(mark[2] or 0) > images
+    }
+    return [f"what {mark} stands for" for mark in sorted(marks)]
+
+
+def unshown_texts(prompt: Sequence[Mapping[str, str]], rendered: str) -> list[str]:
+    """The messages whose texts do not stand in the rendered prompt, one behind the other; kinds of space are one."""
+    rest, missing = " ".join(rendered.split()), []
+    for message in prompt:
+        text = " ".join(message["content"].split())
+        _, found, behind = rest.partition(text) if text else ("", "", rest)
+        if text and not found:
+            missing.append(f"the {message['role']} message, which the chat template leaves out")
+        rest = behind if found else rest
+    return missing
