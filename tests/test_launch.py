@@ -22,7 +22,7 @@ from open_r1.grpo import GRPOScriptArguments
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import read_recipe
 from open_r1.trainer import Qwen2VLGRPOConfig
-from support import launch_env, load_weights, read_jsonl, run_grpo
+from support import hear_signals, launch_env, load_weights, read_jsonl, run_grpo
 
 SCRIPTS = sorted(
     path for path in REPO_ROOT.rglob("*.sh") if not {".venv", "outputs"} & set(path.relative_to(REPO_ROOT).parts)
@@ -213,6 +213,7 @@ def test_a_signal_ends_every_process_in_one_line(tmp_path, tiny_model, examples_
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_signals,
     )
     deadline = time.monotonic() + 180
     while not list(tmp_path.glob("out/checkpoint-*/complete.json")):
@@ -258,6 +259,7 @@ def launching(tmp_path, monkeypatch):
     monkeypatch.setattr(launch.sys, "argv", ["launch.py", "--config_file=x", "--num_processes=1", "grpo.py"])
 
     def main(hangup) -> None:
+        hear_signals()
         signal.signal(signal.SIGHUP, hangup)
         with contextlib.redirect_stderr((tmp_path / "stderr").open("w", buffering=1)):
             launch.main()
