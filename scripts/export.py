@@ -14,7 +14,7 @@ from open_r1.front_door import Mistake, printable, run, use_environment
 
 use_environment()
 
-from open_r1.files import replacing
+from open_r1.files import check_new_folder, replacing
 from open_r1.hub import model_folder
 from open_r1.modeling import adapter_base, load_checkpoint, load_processor, reset_generation_config
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--adapter", type=Path, required=True, help="folder with adapter_config.json: a run's or a checkpoint"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; a new or an empty one")
     parser.add_argument("--base", help="base model (default: the one that the adapter names)")
     parser.add_argument(
         "--dtype",
@@ -34,8 +34,7 @@ def main() -> None:
         help="of the merged weights (default: auto, the base model's)",
     )
     args = parser.parse_args()
-    if args.output.exists():
-        raise Mistake(f"--output: {args.output} exists; name another folder or delete it")
+    check_new_folder(args.output)
     if not (args.adapter / "adapter_config.json").is_file():
         raise Mistake(f"--adapter: no adapter_config.json in {args.adapter}; a full checkpoint needs no export")
     base = model_folder(args.base) if args.base else adapter_base(args.adapter)

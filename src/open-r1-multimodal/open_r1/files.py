@@ -9,6 +9,14 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "complete.json"  # written last into a checkpoint: it is whole
+MADE_BY = "made by open_r1"  # stands in every file that a command writes where its user says, near its start or end
+# The mark of a figure, as matplotlib's `savefig` takes it by the file's ending; and the same figure is the same SVG.
+FIGURE_MARK = {
+    ".png": {"Software": MADE_BY},
+    ".svg": {"Creator": MADE_BY, "Date": None},
+    ".pdf": {"Creator": MADE_BY},
+}
+MARKED_BYTES = 65536  # of a file's start and of its end, where the mark is looked for
 
 
 @contextmanager
@@ -36,6 +44,39 @@ def delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_replaceable(*paths: Path) -> None:
+    """See that a command may write files: nothing is there yet, or what a command of ours made.
+
+    Raises:
+        OSError: a folder or somebody else's file is there, or cannot be read; one line that names it.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; name a file")
+        if path.exists() and not _is_marked(path):
+            raise FileExistsError(f"{path} is there, and was not made by this project; name another file or delete it")
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether a file holds `MADE_BY` where our commands write it."""
+    if not path.is_file():  # a pipe, a device
+        return False
+    with path.open("rb") as file:
+        start = file.read(MARKED_BYTES)
+        file.seek(max(0, path.stat().st_size - MARKED_BYTES))
+        return MADE_BY.encode() in start + file.read(MARKED_BYTES)
+
+
+def check_new_folder(path: Path) -> None:
+    """See that a command may fill a folder: there is none, or an empty one.
+
+    Raises:
+        OSError: something is there; one line that names it.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists; name another folder or delete it")
 
 
 def replace_file(path: Path, content: bytes) -> None:
