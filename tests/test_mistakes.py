@@ -103,8 +103,11 @@ CHANGES = [
     ({"reward_funcs": ["acuracy"]}, r"reward_funcs: unknown reward 'acuracy'"),
     ({"reward_funcs": ["no_such_module:f"]}, r"reward_funcs: no module 'no_such_module'"),
     ({"dataset_name": "/no.json"}, r"/no\.json: no such file"),
-    ({"model_name_or_path": "/no/model"}, r"/no/model: no such file or folder"),
-    ({"model_name_or_path": "no/model"}, r"no/model: neither here nor to be had from the Hub"),
+    ({"model_name_or_path": "/no/model"}, r"MODEL, model_name_or_path: /no/model: no such file or folder"),
+    (
+        {"model_name_or_path": "no/model"},
+        r"MODEL, model_name_or_path: no/model: neither here nor to be had from the Hub",
+    ),
     ({"resume_from_checkpoint": "/no"}, r"resume_from_checkpoint: no folder /no"),
 ]
 
@@ -220,7 +223,7 @@ def test_other_recipes_that_are_none(find_mistake):
         ("base: [recipe.yaml, none.yaml]", r"{path}: base: no file .*/none\.yaml"),
         ("base: 4", r"{path}: base: no file .*/4"),
         ("temperature: 0", r"temperature 0.*: expected a number above 0; completions are sampled"),
-        (None, r"--config: no recipe {path}"),
+        (None, r"CONFIG, --config: no recipe {path}; "),
     ],
 )
 def test_a_mistake_in_an_overlay_names_it(find_mistake, tmp_path, text, message):
@@ -229,6 +232,22 @@ def test_a_mistake_in_an_overlay_names_it(find_mistake, tmp_path, text, message)
         path.write_text(text)
     told = find_mistake("--config", str(path))
     assert re.match(message.format(path=path), told) and "\n" not in told, told
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("dr-grpo.yaml", "did you mean configs/overlays/dr_grpo.yaml?"),
+        ("configs/dapo.yaml", "did you mean configs/overlays/dapo.yaml?"),
+        ("configs/grpo_sta.yaml", "did you mean configs/grpo_sat.yaml?"),
+        ("papo", "did you mean configs/overlays/papo.yaml?"),
+        ("{folder}/recip.yaml", "did you mean {folder}/recipe.yaml?"),  # of the user's own
+        ("zzz.yaml", "configs/README.md lists them"),
+    ],
+)
+def test_a_mistyped_recipe_is_told_with_the_one_that_is_meant(find_mistake, tmp_path, name, meant):
+    name, meant = (text.format(folder=tmp_path) for text in (name, meant))
+    assert find_mistake("--config", name) == f"CONFIG, --config: no recipe {name}; {meant}"
 
 
 def test_config_without_a_name(find_mistake):
@@ -313,8 +332,6 @@ def test_a_step_in_which_nothing_is_rewarded_ends_the_run(tiny_model, examples_j
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"CONFIG": "nowhere.yaml"}, "error: CONFIG: no recipe nowhere.yaml"),
-        ({"CONFIG": "configs/grpo_sat.yaml nowhere.yaml"}, "error: CONFIG: no recipe nowhere.yaml"),
         ({"CONFIG": " "}, "error: CONFIG: names no recipe"),
         ({"NUM_PROCESSES": "two"}, "error: NUM_PROCESSES: 'two' is not a number of processes"),
         ({"NUM_PROCESSES": "0"}, "error: NUM_PROCESSES: '0' is not a number of processes"),
@@ -392,7 +409,7 @@ def test_threads_that_are_no_number_are_left_out(tmp_path, tiny_model, examples_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model, data, arguments, message", [
-    ("/no/model", None, [], "error: /no/model: no such file or folder"),
+    ("/no/model", None, [], "error: MODEL, model_name_or_path: /no/model: no such file or folder"),
     (None, "/no.json", [], "error: /no.json: no such file; "),
     (None, None, ["--num_generations", "3"], "error: num_generations 3: a rollout of 16 completions "),
     (None, None, ["--lerning_rate", "1"], "error: unknown argument '--lerning_rate'; did you mean learning_rate?"),

@@ -78,7 +78,10 @@ def check_model(model_args: ModelConfig) -> Family:
             with, or the recipe cannot train it.
         ImportError: the recipe quantises, and bitsandbytes is not there.
     """
-    family = check_model_files(model_args.model_name_or_path, model_args.model_revision)
+    try:
+        family = check_model_files(model_args.model_name_or_path, model_args.model_revision)
+    except (OSError, ValueError) as error:
+        raise OSError(f"MODEL, model_name_or_path: {error}") from error
     quantises = model_args.load_in_4bit or model_args.load_in_8bit
     if quantises and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("load_in_4bit, load_in_8bit: bitsandbytes is not installed; run setup.sh again")
