@@ -111,7 +111,10 @@ def test_what_the_environment_names_goes_before_the_recipe_and_after_arguments(l
     lines = launched("--dataset_name", "another.json", **places).stdout.splitlines()
     for name, value in zip(("model_name_or_path", "dataset_name", "output_dir"), places.values(), strict=True):
         assert lines[lines.index(f"--{name}") + 1] == value
-    assert lines[-2:] == ["--dataset_name", "another.json"]
+    assert [lines[at + 1] for at, line in enumerate(lines) if line == "--dataset_name"] == [
+        "my data.json",
+        "another.json",
+    ]
 
 
 @pytest.mark.parametrize("argument", [["--config", "mine.yaml"], ["--config=mine.yaml"]])

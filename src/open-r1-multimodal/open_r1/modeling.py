@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
@@ -38,6 +37,7 @@ from open_r1.model_files import (
     tensor_names,
 )
 from open_r1.prompts import load_chat_template
+from open_r1.templates import try_template
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -359,17 +359,13 @@ def check_tokens(folder: Path, processor: ProcessorMixin, family: Family) -> Non
         )
 
 
-def check_template(processor: ProcessorMixin, **template_kwargs: Any) -> None:
+def check_template(processor: ProcessorMixin, source: str, **template_kwargs: Any) -> None:
     """See that a processor's chat template shows an image where a message has one.
 
     Raises:
-        ValueError: it does not, or cannot be rendered.
+        ValueError: it does not, or cannot be rendered; see `try_template`.
     """
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
-    try:
-        text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False, **template_kwargs)
-    except (jinja2.TemplateError, TypeError) as error:  # TypeError: of the template's own arithmetic
-        raise ValueError(f"chat_template: {first_line(error)}") from error
+    text = try_template(processor, source, **template_kwargs)
     if (marks := text.count(processor.image_token)) != 1:
         raise ValueError(
             f"chat_template: writes {marks} {processor.image_token} for a message with one image; "
