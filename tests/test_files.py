@@ -134,7 +134,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path, torn):
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl: line 2: damaged \(.*\); delete it, or all to start over"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl: line 2: damaged \(.*\); delete the line, or the file"):
         read_rows(path)
 
 
@@ -163,6 +163,30 @@ def test_a_full_disk_takes_all_rows_or_none(tmp_path):
     assert path.read_bytes() == before
     append_rows(path, ROWS)
     assert read_rows(path) == ROWS * 2
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b"garbage", "Expecting value"),
+        (b"[1, 2]", "list indices"),
+        (b"null", "'NoneType'"),
+        (b'{"text": "no step"}', "KeyError: 'step'"),
+        (b'{"step": "one"}', "'<=' not supported"),
+        (b'{"step": 1, "text": "\xff"}', "can't decode byte 0xff"),
+        (b"[" * 99_999, "recursion"),
+        (b"\0" * 64, "decode byte"),
+    ],
+)
+def test_a_run_that_resumes_over_a_damaged_line_ends_in_one_line(tmp_path, line, reason):
+    """The trainer's callbacks drop the rows of steps that are repeated; what they raise is no traceback of a user's."""
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    before = path.read_bytes()
+    with pytest.raises(Mistake, match=rf"^{re.escape(str(path))}: line 2: damaged \(.*{re.escape(reason)}") as told:
+        keep_rows(path, lambda row: row["step"] <= 1)
+    assert str(told.value).endswith("; delete the line, or the file") and "\n" not in str(told.value)
+    assert isinstance(told.value, ValueError) and path.read_bytes() == before
 
 
 # --- what was not made by a command is not written over -----------------------------------------------------------

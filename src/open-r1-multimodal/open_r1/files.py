@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from open_r1.front_door import Mistake
+
 MANIFEST = "complete.json"  # written last into a checkpoint: it is whole
 MADE_BY = "made by open_r1"  # stands in every file that a command writes where its user says, near its start or end
 # The mark of a figure, as matplotlib's `savefig` takes it by the file's ending; and the same figure is the same SVG.
@@ -17,6 +19,10 @@ FIGURE_MARK = {
     ".pdf": {"Creator": MADE_BY},
 }
 MARKED_BYTES = 65536  # of a file's start and of its end, where the mark is looked for
+
+
+class DamagedError(Mistake, ValueError):
+    """A line of a file that is none of those which were written there; a run that meets it ends in this one line."""
 
 
 @contextmanager
@@ -143,7 +149,7 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
         How many lines were dropped. A file that is not there has none.
 
     Raises:
-        ValueError: a line in the middle is damaged; one line that names it.
+        DamagedError: a line in the middle is damaged; it names the line.
     """
     if not path.exists():
         return 0
@@ -155,7 +161,8 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
             if keep(json.loads(line)):
                 kept.append(line)
         except (ValueError, RecursionError, LookupError, TypeError) as error:  # also of a row that is something else
-            raise ValueError(f"{path}: line {number}: damaged ({error}); delete it, or all to start over") from error
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
+            raise DamagedError(f"{path}: line {number}: damaged ({reason}); delete the line, or the file") from error
     if len(kept) < len(lines):
         replace_file(path, b"".join(kept))
     return len(lines) - len(kept)
@@ -165,7 +172,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON Lines file that is about to be continued; a torn last line is cut off the file.
 
     Raises:
-        ValueError: a line in the middle is damaged.
+        DamagedError: a line in the middle is damaged.
     """
     rows: list[dict[str, Any]] = []
     keep_rows(path, lambda row: rows.append(row) or True)
