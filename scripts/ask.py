@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import Mistake, printable, run, use_environment
+from open_r1.front_door import Mistake, naming_option, printable, run, use_environment
 
 use_environment()
 
@@ -50,7 +50,8 @@ def main() -> None:
         example = examples[args.row]
     question = example["prompt"][0]["content"]
     conversation = messages([open_image(path) for path in example["images"]], question)
-    folder = model_folder(args.model)
+    with naming_option("--model"):
+        folder = model_folder(args.model)
     processor, _ = load_prompting(folder, args.chat_template)
     check_text(question, control_tokens(processor))
     backend = load_transformers(folder, processor, "cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import Mistake, printable, run, use_environment
+from open_r1.front_door import Mistake, naming_option, printable, run, use_environment
 
 use_environment()
 
@@ -35,9 +35,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     check_new_folder(args.output)
+    if not args.adapter.is_dir():
+        raise Mistake(f"--adapter: no folder {args.adapter}")
     if not (args.adapter / "adapter_config.json").is_file():
         raise Mistake(f"--adapter: no adapter_config.json in {args.adapter}; a full checkpoint needs no export")
-    base = model_folder(args.base) if args.base else adapter_base(args.adapter)
+    with naming_option("--base" if args.base else "--adapter"):
+        base = model_folder(args.base) if args.base else adapter_base(args.adapter)
     model = load_checkpoint(args.adapter, args.dtype, base)
     processor = load_processor(str(args.adapter))
     reset_generation_config(model, processor)

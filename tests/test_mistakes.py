@@ -26,7 +26,9 @@ from open_r1.limits import CHOICES, LIMITS, NEEDED
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import PLANNED_PROCESSES, read_recipe
 from open_r1.trainer import Qwen2VLGRPOTrainer
-from support import launch_env, make_trainer, run_grpo, vowel_share, write_examples
+from open_r1.world.parquet import write_cvbench
+from open_r1.world.scene import LEVELS
+from support import launch_env, load_script, make_trainer, run_grpo, vowel_share, write_examples
 
 LAUNCHES = REPO_ROOT / "src/open-r1-multimodal/configs"
 RECIPE = {
@@ -232,6 +234,52 @@ def test_a_mistake_in_an_overlay_names_it(find_mistake, tmp_path, text, message)
         path.write_text(text)
     told = find_mistake("--config", str(path))
     assert re.match(message.format(path=path), told) and "\n" not in told, told
+
+
+def test_data_and_model_that_are_swapped_are_told(find_mistake, tiny_model, examples_json):
+    told = find_mistake(dataset_name=str(tiny_model))
+    assert told == f"{tiny_model} is the folder of a model; name the data (DATA and MODEL may be swapped)"
+    told = find_mistake(model_name_or_path=str(examples_json))
+    assert told == f"MODEL, model_name_or_path: {examples_json} is a file; name the folder of a model"
+
+
+@pytest.mark.parametrize(
+    "script, arguments, told",
+    [
+        ("scripts/ask.py", "--model {file} --image {image} --question ?", "--model: {file} is a file; name the folder"),
+        (
+            "scripts/ask.py",
+            "--model /no/model --image {image} --question ?",
+            "--model: /no/model: no such file or folder",
+        ),
+        ("scripts/export.py", "--adapter /no/run --output {folder}/new", "--adapter: no folder /no/run"),
+        (
+            "scripts/export.py",
+            "--adapter {adapter} --output {folder}/new",
+            "--adapter: {adapter} is an adapter without ",
+        ),
+        (
+            "scripts/export.py",
+            "--adapter {adapter} --base {file} --output {folder}/new",
+            "--base: {file} is a file; name",
+        ),
+        (
+            "src/eval/test_qwen2vl_CVBench.py",
+            "--model_path /no/model --dataset_path {folder}",
+            "--model_path: /no/model: ",
+        ),
+    ],
+)
+def test_the_option_that_named_a_model_is_told(tmp_path, monkeypatch, examples_json, script, arguments, told):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "/gone"}')
+    write_cvbench(tmp_path, 2, 0, LEVELS["easy"])
+    image = next((examples_json.parent / "images").iterdir())
+    places = {"file": examples_json, "image": image, "folder": tmp_path, "adapter": tmp_path / "adapter"}
+    monkeypatch.setattr(sys, "argv", ["x", *arguments.format(**places).split()])
+    with pytest.raises(Mistake, match=f"^{re.escape(told.format(**places))}"):
+        load_script(REPO_ROOT / script).main()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,8 @@ def read_dataset(name: str, config: str | None, split: str) -> Iterator[dict[str
     import httpx
     import pyarrow as pa
 
+    if any(Path(name).glob("*config.json")) and any(Path(name).glob("*.safetensors")):
+        raise ValueError(f"{name} is the folder of a model; name the data (DATA and MODEL may be swapped)")
     saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
     try:
         data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config, split=split)
