@@ -35,6 +35,8 @@ def main() -> None:
         from benchmarks import step
 
         step.add_parser(commands)
+    else:
+        commands.add_parser("step")  # to be listed
     args = parser.parse_args()
     if args.json is not None and not args.json.parent.is_dir():  # not when all is measured
         parser.error(f"--json: {args.json}: no folder {args.json.parent}")

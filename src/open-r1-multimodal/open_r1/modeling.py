@@ -67,6 +67,15 @@ def resolve_attn_implementation(name: str | None, dtype: torch.dtype | str) -> s
     return "flash_attention_2" if usable else "sdpa"
 
 
+@contextmanager
+def naming_model() -> Iterator[None]:
+    """In the block, what is wrong with the model of a recipe is told with the settings that name it; an OSError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise OSError(f"MODEL, model_name_or_path: {error}") from error
+
+
 def check_model(model_args: ModelConfig) -> Family:
     """Fetch the policy of a recipe from the Hub, and see that it can be loaded, without doing so.
 
@@ -78,10 +87,8 @@ def check_model(model_args: ModelConfig) -> Family:
             with, or the recipe cannot train it.
         ImportError: the recipe quantises, and bitsandbytes is not there.
     """
-    try:
+    with naming_model():
         family = check_model_files(model_args.model_name_or_path, model_args.model_revision)
-    except (OSError, ValueError) as error:
-        raise OSError(f"MODEL, model_name_or_path: {error}") from error
     quantises = model_args.load_in_4bit or model_args.load_in_8bit
     if quantises and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("load_in_4bit, load_in_8bit: bitsandbytes is not installed; run setup.sh again")
