@@ -44,6 +44,7 @@ def main() -> None:
     model = load_checkpoint(args.adapter, args.dtype, base)
     processor = load_processor(str(args.adapter))
     reset_generation_config(model, processor)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.output) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)

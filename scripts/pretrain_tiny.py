@@ -423,6 +423,7 @@ def save(output: Path, model: PreTrainedModel, processor: ProcessorMixin, record
         "torch": torch.__version__,
         **record,
     }
+    output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as temporary:
         model.half().save_pretrained(temporary)
         processor.save_pretrained(temporary)

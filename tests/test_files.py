@@ -63,6 +63,14 @@ def test_a_folder_is_replaced_at_once(tmp_path):
     assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["config.json"]
 
 
+def test_a_folder_that_is_not_there_is_told_by_its_name(tmp_path):
+    path = tmp_path / "no/page.html"
+    with pytest.raises(
+        FileNotFoundError, match=rf"^{re.escape(str(path))}: there is no folder {re.escape(str(path.parent))}$"
+    ):
+        replace_file(path, b"")
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_an_exception_leaves_the_old_file_and_no_temporary_one(tmp_path, error, monkeypatch):
     replace_file(tmp_path / "a", b"old")

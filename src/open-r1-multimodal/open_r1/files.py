@@ -34,7 +34,12 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     Args:
         path: where there may be a file, but no folder when the block ends.
         shared: whether several processes may write it at the same time.
+
+    Raises:
+        FileNotFoundError: there is no folder for it; the line names that, and not the temporary name.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
     delete(temporary)
     try:
