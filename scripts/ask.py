@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import Mistake, printable, run, use_environment
+from open_r1.front_door import Mistake, naming_option, printable, run, use_environment
 
 use_environment()
 
@@ -52,7 +52,8 @@ def main() -> None:
     *system, question = (message["content"] for message in example["prompt"])
     conversation = messages([open_image(path) for path in example["images"]], question)
     conversation[:0] = [{"role": "system", "content": [{"type": "text", "text": text}]} for text in system]
-    folder = model_folder(args.model)
+    with naming_option("--model"):
+        folder = model_folder(args.model)
     processor, _ = load_prompting(folder, args.chat_template)
     for text in (*system, question):
         check_text(text, control_tokens(processor))

@@ -20,7 +20,7 @@ from open_r1.front_door import run, use_environment
 use_environment()
 
 from benchmarks import data, evaluation
-from open_r1.files import replace_file
+from open_r1.files import MADE_BY, check_replaceable, replace_file
 
 
 def main() -> None:
@@ -35,11 +35,15 @@ def main() -> None:
         from benchmarks import step
 
         step.add_parser(commands)
+    else:
+        commands.add_parser("step")  # to be listed
     args = parser.parse_args()
     if args.json is not None and not args.json.parent.is_dir():  # not when all is measured
         parser.error(f"--json: {args.json}: no folder {args.json.parent}")
+    if args.json is not None:
+        check_replaceable(args.json)
     machine = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
-    result = {"machine": machine, **args.run(args)}
+    result = {"made_by": MADE_BY, "machine": machine, **args.run(args)}
     if args.json is not None:
         replace_file(args.json, json.dumps(result, indent=2).encode() + b"\n")
 

@@ -24,7 +24,7 @@ use_environment()
 from open_r1.answers import Unread
 from open_r1.evaluate.results import read_scored
 from open_r1.evaluate.statistics import TOTAL, mcnemar, outcomes, paired_difference, unread_warning
-from open_r1.files import replacing
+from open_r1.files import FIGURE_MARK, check_replaceable, replacing
 from open_r1.tasks.benchmarks import BENCHMARKS
 
 CHART_FORMATS = (".png", ".svg", ".pdf")
@@ -225,7 +225,7 @@ def draw(path: Path, models: Models, columns: Sequence[tuple[str, str, str]]) ->
     axes.set_ylim(0, 100)
     axes.legend()
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=FIGURE_MARK[path.suffix])
 
 
 def chart_path(text: str) -> Path:
@@ -251,6 +251,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     chart = args.chart or args.results[0].parent / "comparison.png"
+    check_replaceable(chart)
     results = [read_scored(path) for path in args.results]
     names = name_results(args.results, results)
     if args.names:

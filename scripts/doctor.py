@@ -34,7 +34,6 @@ from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import merge_recipes, read_recipe
 
 LAUNCH_CONFIGS = REPO_ROOT / "src/open-r1-multimodal/configs"
-DATA = REPO_ROOT / "src/data/SAT/SAT_train_15000.json"  # launch.sh's
 
 
 def read_launch(name: str, num_processes: int, num_machines: int) -> Launch:
@@ -71,14 +70,9 @@ def format_count(count: Count) -> str:
     return "\n".join([*lines, f"{'peak':<38}{count.peak / 1e9:>8.2f}"])
 
 
-def defaults(recipes: list[str]) -> list[str]:
+def defaults() -> list[str]:
     """What launch.sh sets where nobody else does."""
-    names = "_".join(Path(recipe).stem for recipe in recipes)
-    places = {"dataset_name": DATA, "output_dir": REPO_ROOT / "outputs" / names}
-    settings = {name: str(place) for name, place in places.items() if name not in merge_recipes(recipes)}
-    if not torch.cuda.is_available():
-        settings |= {"use_cpu": "true", "bf16": "false", "dtype": "float32"}
-    return [part for setting in settings.items() for part in (f"--{setting[0]}", setting[1])]
+    return [] if torch.cuda.is_available() else ["--use_cpu", "true", "--bf16", "false", "--dtype", "float32"]
 
 
 def show(patient: Patient, as_json: bool) -> None:
@@ -121,7 +115,7 @@ def main() -> None:
     named = [part for recipe in args.config for part in ("--config", recipe)]
     if not args.memory:
         prepare_process()
-        show(Patient(command, [*named, *defaults(args.config), *overrides] if named else [], launch), args.json)
+        show(Patient(command, [*named, *defaults(), *overrides] if named else [], launch), args.json)
         return
     model, count = count_recipe(command, [*named, *overrides], launch, args.cpu)
     if args.json:

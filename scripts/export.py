@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import Mistake, printable, run, use_environment
+from open_r1.front_door import Mistake, naming_option, printable, run, use_environment
 
 use_environment()
 
-from open_r1.files import replacing
+from open_r1.files import check_new_folder, replacing
 from open_r1.hub import model_folder
 from open_r1.modeling import adapter_base, load_checkpoint, load_processor, reset_generation_config
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--adapter", type=Path, required=True, help="folder with adapter_config.json: a run's or a checkpoint"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; a new or an empty one")
     parser.add_argument("--base", help="base model (default: the one that the adapter names)")
     parser.add_argument(
         "--dtype",
@@ -34,14 +34,17 @@ def main() -> None:
         help="of the merged weights (default: auto, the base model's)",
     )
     args = parser.parse_args()
-    if args.output.exists():
-        raise Mistake(f"--output: {args.output} exists; name another folder or delete it")
+    check_new_folder(args.output)
+    if not args.adapter.is_dir():
+        raise Mistake(f"--adapter: no folder {args.adapter}")
     if not (args.adapter / "adapter_config.json").is_file():
         raise Mistake(f"--adapter: no adapter_config.json in {args.adapter}; a full checkpoint needs no export")
-    base = model_folder(args.base) if args.base else adapter_base(args.adapter)
+    with naming_option("--base" if args.base else "--adapter"):
+        base = model_folder(args.base) if args.base else adapter_base(args.adapter)
     model = load_checkpoint(args.adapter, args.dtype, base)
     processor = load_processor(str(args.adapter))
     reset_generation_config(model, processor)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.output) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)

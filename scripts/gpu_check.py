@@ -31,7 +31,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU
 
 import torch
 
-from open_r1.files import replace_file
+from open_r1.files import MADE_BY, check_replaceable, replace_file
 from open_r1.prompts import REPO_ROOT
 
 STEPS = ("step, stock TRL", "step, this trainer")
@@ -160,6 +160,7 @@ def main() -> None:
         raise Mistake("no GPU: nothing to check; `--rehearsal` runs the check itself on a toy model and the CPU")
     from benchmarks import gpu  # it imports all that trains
 
+    check_replaceable(args.output / "gpu_check.json", args.output / "gpu_check.md")
     args.output.mkdir(parents=True, exist_ok=True)
     deadline = start + 60 * args.minutes
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
@@ -168,10 +169,15 @@ def main() -> None:
         outcomes: list[Outcome] = []
         for name, measure in gpu.MEASUREMENTS.items():
             outcomes.append(attempt(name, lambda measure=measure: measure(bench), deadline))
-            result = {**about, "ratios": ratios(outcomes), "outcomes": [asdict(outcome) for outcome in outcomes]}
+            result = {
+                "made_by": MADE_BY,
+                **about,
+                "ratios": ratios(outcomes),
+                "outcomes": [asdict(outcome) for outcome in outcomes],
+            }
             replace_file(args.output / "gpu_check.json", json.dumps(result, indent=1).encode() + b"\n")
     text = f"{about['about']}\n\n{table(outcomes)}\n"
-    replace_file(args.output / "gpu_check.md", text.encode())
+    replace_file(args.output / "gpu_check.md", f"{text}\n<!-- {MADE_BY} -->\n".encode())
     print(f"{text}\n{args.output / 'gpu_check.md'}, gpu_check.json: {(time.monotonic() - start) / 60:.1f} minutes")
     if bad := [outcome for outcome in outcomes if outcome.failed]:
         raise Mistake(f"{len(bad)} of {len(outcomes)} failed; first {bad[0].name}: {bad[0].reason}")

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import use_environment
+from open_r1.front_door import run, use_environment
 
 use_environment()
 
@@ -42,7 +42,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, get_cosine_with_min_lr_schedule_with_warmup
 
 from open_r1.evaluate.answering import messages
-from open_r1.files import replacing
+from open_r1.files import check_new_folder, replacing
 from open_r1.prompts import join_options, load_chat_template, sat_question
 from open_r1.tasks import cvbench
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
@@ -423,6 +423,7 @@ def save(output: Path, model: PreTrainedModel, processor: ProcessorMixin, record
         "torch": torch.__version__,
         **record,
     }
+    output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as temporary:
         model.half().save_pretrained(temporary)
         processor.save_pretrained(temporary)
@@ -430,13 +431,17 @@ def save(output: Path, model: PreTrainedModel, processor: ProcessorMixin, record
         shutil.rmtree(output, ignore_errors=True)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to; it is replaced")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write the checkpoint to; an earlier build is replaced"
+    )
     parser.add_argument("--seed", type=int, default=SEED, help="(default: %(default)s)")
     args = parser.parse_args()
+    if not (args.output / "build.json").is_file():  # nor an earlier build
+        check_new_folder(args.output)
     start = time.perf_counter()
     _, _, short = build(args.seed, SHORT)
     model, processor, losses = build(args.seed)
@@ -449,8 +454,7 @@ def main() -> int:
         {"seed": args.seed, "minutes": minutes, "short_losses": short, "losses": losses},
     )
     print(f"{args.output}: {model.num_parameters()} parameters, {minutes} minutes")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from open_r1.data import count_prompt_tokens
-from open_r1.files import replace_file
+from open_r1.files import MADE_BY, check_replaceable, replace_file
 from open_r1.memory import free_memory
 from open_r1.modeling import load_processor
 from open_r1.prompts import REPO_ROOT
@@ -323,8 +323,11 @@ def main() -> None:
     parser.add_argument("--size", choices=MODELS, default="qwen2_vl_2b", help="whose (default: %(default)s)")
     args = parser.parse_args()
     model = os.environ.get("MODEL")
+    path = args.output / "rehearsal.json"
+    check_replaceable(path)
     rows = rehearse(args.output, model, args.size)
     result = {
+        "made_by": MADE_BY,
         "date": date.today().isoformat(),
         "machine": machine(),
         "python": platform.python_version(),
@@ -332,7 +335,6 @@ def main() -> None:
         "model": model or f"random weights of {MODELS[args.size].name}'s size",
         "phases": [asdict(row) for row in rows],
     }
-    path = args.output / "rehearsal.json"
     replace_file(path, json.dumps(result, indent=1).encode() + b"\n")
     print(f"{result['machine']}, {result['date']}, {result['model']}\n\n{table(rows)}\n\n{path}")
 

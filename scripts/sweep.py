@@ -18,7 +18,7 @@ from open_r1.front_door import printable, run, use_environment
 
 use_environment()
 
-from open_r1.files import replace_file, to_json
+from open_r1.files import MADE_BY, check_replaceable, replace_file, to_json
 from open_r1.report.figures import save_recipes
 from open_r1.report.sweep import Trial, compare_recipes, read_trial
 
@@ -97,11 +97,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     output = args.output or args.runs[0].resolve().parents[1]
+    check_replaceable(*(output / f"sweep{ending}" for ending in (".json", ".md", ".png", ".svg")))
     rows = compare_recipes(by_recipe(args.runs))
     text = tables(rows)
     output.mkdir(parents=True, exist_ok=True)
-    replace_file(output / "sweep.json", to_json(rows, indent=1))
-    replace_file(output / "sweep.md", text.encode())
+    replace_file(output / "sweep.json", to_json({"made_by": MADE_BY, "recipes": rows}, indent=1))
+    replace_file(output / "sweep.md", f"{text}\n<!-- {MADE_BY} -->\n".encode())
     for ending in (".png", ".svg"):
         save_recipes(rows, output / f"sweep{ending}")
     print(text)

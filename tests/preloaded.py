@@ -95,6 +95,7 @@ def follow(connection: socket.socket, process: int) -> None:
 def start(argv: list[str], environment: dict[str, str], folder: str) -> None:
     """Be `python SCRIPT ARGUMENTS` or `python -m MODULE ARGUMENTS`, as far as these can tell."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which who is started in the background ignores
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and under nohup
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +33,12 @@ def families(*quick: str) -> list[Any]:
     import pytest  # vLLM's environment, which imports this file, has none
 
     return [pytest.param(name, marks=() if name in quick else pytest.mark.nightly) for name in FAMILIES]
+
+
+def hear_signals() -> None:
+    """Give a process, before it starts, the signals of a terminal's: `nohup` and `&` let their commands ignore some."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def write_examples(folder: Path, count: int = 8, images_per_example: int = 1) -> Path:

@@ -589,7 +589,7 @@ def test_a_recipe_that_cannot_be_read_is_one_line(name, mode, tmp_path, monkeypa
         (["--accelerate_config", "zero9"], "--accelerate_config: no file .*zero9"),
         (["--accelerate_config", "list.yaml"], "list.yaml does not describe a launch"),
         (["--max_completion_lengths", "3"], "unknown argument '--max_completion_lengths'; did you mean max_completion"),
-        (["--model_name_or_path", "/nowhere"], "/nowhere: no such file or folder"),
+        (["--model_name_or_path", "/nowhere"], "MODEL, model_name_or_path: /nowhere: no such file or folder"),
         (["--model_name_or_path", "llama"], "llama is a 'llama' model; supported: qwen2_vl"),
         (["--max_prompt_length", "none"], "max_prompt_length"),
     ],

@@ -1,5 +1,6 @@
 """What a crash may do to a file: nothing to the old one, and no more than a torn last line to JSON Lines."""
 
+import importlib
 import os
 import re
 import resource
@@ -9,7 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from open_r1.files import append_rows, keep_rows, read_rows, replace_file, replacing
+from fake_run import fake_events, row, write_run
+from open_r1.evaluate.run import write_result
+from open_r1.files import (
+    MADE_BY,
+    append_rows,
+    check_replaceable,
+    keep_rows,
+    read_rows,
+    replace_file,
+    replacing,
+)
+from open_r1.front_door import Mistake
+from open_r1.prompts import REPO_ROOT
+from support import load_script
+from test_results import make_scored
 
 ROWS = [{"step": 1, "text": "两 \n"}, {"step": 2, "text": "b"}, {"step": 3, "text": "c"}]
 
@@ -46,6 +61,14 @@ def test_a_folder_is_replaced_at_once(tmp_path):
         (temporary / "config.json").touch()
         assert not (tmp_path / "model").exists()
     assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["config.json"]
+
+
+def test_a_folder_that_is_not_there_is_told_by_its_name(tmp_path):
+    path = tmp_path / "no/page.html"
+    with pytest.raises(
+        FileNotFoundError, match=rf"^{re.escape(str(path))}: there is no folder {re.escape(str(path.parent))}$"
+    ):
+        replace_file(path, b"")
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
@@ -119,7 +142,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path, torn):
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl: line 2: damaged \(.*\); delete it, or all to start over"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl: line 2: damaged \(.*\); delete the line, or the file"):
         read_rows(path)
 
 
@@ -148,3 +171,116 @@ def test_a_full_disk_takes_all_rows_or_none(tmp_path):
     assert path.read_bytes() == before
     append_rows(path, ROWS)
     assert read_rows(path) == ROWS * 2
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b"garbage", "Expecting value"),
+        (b"[1, 2]", "list indices"),
+        (b"null", "'NoneType'"),
+        (b'{"text": "no step"}', "KeyError: 'step'"),
+        (b'{"step": "one"}', "'<=' not supported"),
+        (b'{"step": 1, "text": "\xff"}', "can't decode byte 0xff"),
+        (b"[" * 99_999, "recursion"),
+        (b"\0" * 64, "decode byte"),
+    ],
+)
+def test_a_run_that_resumes_over_a_damaged_line_ends_in_one_line(tmp_path, line, reason):
+    """The trainer's callbacks drop the rows of steps that are repeated; what they raise is no traceback of a user's."""
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    before = path.read_bytes()
+    with pytest.raises(Mistake, match=rf"^{re.escape(str(path))}: line 2: damaged \(.*{re.escape(reason)}") as told:
+        keep_rows(path, lambda row: row["step"] <= 1)
+    assert str(told.value).endswith("; delete the line, or the file") and "\n" not in str(told.value)
+    assert isinstance(told.value, ValueError) and path.read_bytes() == before
+
+
+# --- what was not made by a command is not written over -----------------------------------------------------------
+
+LIVE = "trajectories/train.jsonl"  # of a run
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs a script or module in a folder with a run, RUN, and a result, r.json; returns how it ends, None if well."""
+    rows = [row(step=step) for step in (1, 1, 2, 2)]
+    write_run(tmp_path / "run/seed0", rows, events=fake_events(2), max_steps=2)
+    write_result(tmp_path / "r.json", make_scored())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(REPO_ROOT / "scripts")  # of benchmarks/
+
+    def run(name: str, *arguments: str) -> str | None:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        main = importlib.import_module(name).main if "." in name else load_script(REPO_ROOT / f"scripts/{name}.py").main
+        try:
+            main()
+        except (OSError, Mistake) as error:
+            return str(error)
+
+    return run
+
+
+WRITERS = [
+    ("report", "run/seed0 --output {}", f"run/seed0/{LIVE}"),
+    ("report", "run/seed0 --output {}", "run/seed0/log.jsonl"),
+    ("report", "run/seed0 --output {}", "page.html"),
+    ("report", "run/seed0 --output page.html", "accuracy_length.png"),  # beside the page
+    ("report", "run/seed0", "run/seed0/report.html"),
+    ("compare", "r.json --chart {}", "photo.png"),
+    ("compare", "r.json --chart {}", "drawing.svg"),
+    ("compare", "r.json", "comparison.png"),
+    ("open_r1.world.__main__", "--rows 2 --level easy --output {}", "r.json"),
+    ("open_r1.world.__main__", "--rows 2 --level easy --output {}", "train.parquet"),
+    ("open_r1.world.__main__", "--rows 2 --level easy --schema cvbench --output cv", "cv/test_3d.parquet"),
+    ("sweep", "run/seed0", "sweep.md"),
+    ("sweep", "run/seed0 --output there", "there/sweep.svg"),
+    ("benchmark", "--json {} data", "r.json"),
+    ("gpu_check", "--rehearsal --output there", "there/gpu_check.md"),
+    ("rehearse", "--output there", "there/rehearsal.json"),
+    ("open_r1.tiny", "--output there", "there/model.safetensors"),
+    ("open_r1.published", "--output there", "there/config.json"),
+    ("pretrain_tiny", "--output there", "there/thesis.tex"),
+    ("export", "--adapter run --output there", "there/config.json"),
+]
+
+
+@pytest.mark.parametrize("name, arguments, path", WRITERS)
+def test_a_command_leaves_files_that_none_of_ours_made(command, tmp_path, name, arguments, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if not Path(path).exists():
+        Path(path).write_bytes(b"years of work")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    told = command(name, *arguments.format(path).split())
+    assert told and re.search(rf"(?:{re.escape(path)}|there) (?:is there, and was not made by|exists; name)", told)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "name, arguments, path",
+    [
+        ("report", "run/seed0 --output {}", "page.html"),
+        ("compare", "r.json --chart {}", "chart.png"),
+        ("compare", "r.json --chart {}", "chart.svg"),
+        ("compare", "r.json --chart {}", "chart.pdf"),
+        ("open_r1.world.__main__", "--rows 2 --level easy --output {}", "sat.parquet"),
+        ("open_r1.world.__main__", "--rows 2 --level easy --schema cvbench --output cv", "cv/test_2d.parquet"),
+    ],
+)
+def test_a_command_replaces_what_it_made(command, name, arguments, path):
+    arguments = arguments.format(path).split()
+    assert command(name, *arguments) is None
+    made = Path(path).stat().st_ino
+    assert command(name, *arguments) is None and Path(path).stat().st_ino != made
+
+
+def test_a_folder_a_pipe_and_a_file_without_our_mark_are_not_replaceable(tmp_path):
+    check_replaceable(tmp_path / "new", tmp_path / "no/folder")
+    (tmp_path / "ours").write_bytes(b"x" * 10**6 + MADE_BY.encode())
+    check_replaceable(tmp_path / "ours")
+    (tmp_path / "theirs").write_bytes(b"x" * 10**6 + MADE_BY.encode() + b"x" * 10**6)  # a text about us
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in (("theirs", "was not made"), ("pipe", "was not made"), ("", "is a folder; name a file")):
+        with pytest.raises(OSError, match=said):
+            check_replaceable(tmp_path / "new", tmp_path / name)

@@ -20,9 +20,9 @@ from trl import ModelConfig
 from open_r1.entry import resolve_report_to
 from open_r1.grpo import GRPOScriptArguments
 from open_r1.prompts import REPO_ROOT
-from open_r1.recipes import read_recipe
+from open_r1.recipes import default_output, read_recipe
 from open_r1.trainer import Qwen2VLGRPOConfig
-from support import launch_env, load_weights, read_jsonl, run_grpo
+from support import hear_signals, launch_env, load_weights, read_jsonl, run_grpo
 
 SCRIPTS = sorted(
     path for path in REPO_ROOT.rglob("*.sh") if not {".venv", "outputs"} & set(path.relative_to(REPO_ROOT).parts)
@@ -100,8 +100,21 @@ def test_config_names_recipes(launched, tmp_path, config, recipes, output):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert [lines[at + 1] for at, line in enumerate(lines) if line == "--config"] == (recipes or config.split())
-    assert lines[lines.index("--output_dir") + 1] == str(REPO_ROOT / "outputs" / output)
-    assert lines[lines.index("--max_steps") + 1] == "1"
+    assert (
+        lines[lines.index("--max_steps") + 1] == "1" and "--output_dir" not in lines and "--dataset_name" not in lines
+    )
+    assert default_output(recipes or config.split()) == str(REPO_ROOT / "outputs" / output)
+
+
+def test_what_the_environment_names_goes_before_the_recipe_and_after_arguments(launched):
+    places = {"MODEL": "a model", "DATA": "my data.json", "OUTPUT": "out here"}
+    lines = launched("--dataset_name", "another.json", **places).stdout.splitlines()
+    for name, value in zip(("model_name_or_path", "dataset_name", "output_dir"), places.values(), strict=True):
+        assert lines[lines.index(f"--{name}") + 1] == value
+    assert [lines[at + 1] for at, line in enumerate(lines) if line == "--dataset_name"] == [
+        "my data.json",
+        "another.json",
+    ]
 
 
 @pytest.mark.parametrize("argument", [["--config", "mine.yaml"], ["--config=mine.yaml"]])
@@ -213,6 +226,7 @@ def test_a_signal_ends_every_process_in_one_line(tmp_path, tiny_model, examples_
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_signals,
     )
     deadline = time.monotonic() + 180
     while not list(tmp_path.glob("out/checkpoint-*/complete.json")):
@@ -258,6 +272,7 @@ def launching(tmp_path, monkeypatch):
     monkeypatch.setattr(launch.sys, "argv", ["launch.py", "--config_file=x", "--num_processes=1", "grpo.py"])
 
     def main(hangup) -> None:
+        hear_signals()
         signal.signal(signal.SIGHUP, hangup)
         with contextlib.redirect_stderr((tmp_path / "stderr").open("w", buffering=1)):
             launch.main()

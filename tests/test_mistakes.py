@@ -26,7 +26,9 @@ from open_r1.limits import CHOICES, LIMITS, NEEDED
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import PLANNED_PROCESSES, read_recipe
 from open_r1.trainer import Qwen2VLGRPOTrainer
-from support import launch_env, make_trainer, run_grpo, vowel_share, write_examples
+from open_r1.world.parquet import write_cvbench
+from open_r1.world.scene import LEVELS
+from support import launch_env, load_script, make_trainer, run_grpo, vowel_share, write_examples
 
 LAUNCHES = REPO_ROOT / "src/open-r1-multimodal/configs"
 RECIPE = {
@@ -103,8 +105,11 @@ CHANGES = [
     ({"reward_funcs": ["acuracy"]}, r"reward_funcs: unknown reward 'acuracy'"),
     ({"reward_funcs": ["no_such_module:f"]}, r"reward_funcs: no module 'no_such_module'"),
     ({"dataset_name": "/no.json"}, r"/no\.json: no such file"),
-    ({"model_name_or_path": "/no/model"}, r"/no/model: no such file or folder"),
-    ({"model_name_or_path": "no/model"}, r"no/model: neither here nor to be had from the Hub"),
+    ({"model_name_or_path": "/no/model"}, r"MODEL, model_name_or_path: /no/model: no such file or folder"),
+    (
+        {"model_name_or_path": "no/model"},
+        r"MODEL, model_name_or_path: no/model: neither here nor to be had from the Hub",
+    ),
     ({"resume_from_checkpoint": "/no"}, r"resume_from_checkpoint: no folder /no"),
 ]
 
@@ -220,7 +225,7 @@ def test_other_recipes_that_are_none(find_mistake):
         ("base: [recipe.yaml, none.yaml]", r"{path}: base: no file .*/none\.yaml"),
         ("base: 4", r"{path}: base: no file .*/4"),
         ("temperature: 0", r"temperature 0.*: expected a number above 0; completions are sampled"),
-        (None, r"--config: no recipe {path}"),
+        (None, r"CONFIG, --config: no recipe {path}; "),
     ],
 )
 def test_a_mistake_in_an_overlay_names_it(find_mistake, tmp_path, text, message):
@@ -229,6 +234,68 @@ def test_a_mistake_in_an_overlay_names_it(find_mistake, tmp_path, text, message)
         path.write_text(text)
     told = find_mistake("--config", str(path))
     assert re.match(message.format(path=path), told) and "\n" not in told, told
+
+
+def test_data_and_model_that_are_swapped_are_told(find_mistake, tiny_model, examples_json):
+    told = find_mistake(dataset_name=str(tiny_model))
+    assert told == f"{tiny_model} is the folder of a model; name the data (DATA and MODEL may be swapped)"
+    told = find_mistake(model_name_or_path=str(examples_json))
+    assert told == f"MODEL, model_name_or_path: {examples_json} is a file; name the folder of a model"
+
+
+@pytest.mark.parametrize(
+    "script, arguments, told",
+    [
+        ("scripts/ask.py", "--model {file} --image {image} --question ?", "--model: {file} is a file; name the folder"),
+        (
+            "scripts/ask.py",
+            "--model /no/model --image {image} --question ?",
+            "--model: /no/model: no such file or folder",
+        ),
+        ("scripts/export.py", "--adapter /no/run --output {folder}/new", "--adapter: no folder /no/run"),
+        (
+            "scripts/export.py",
+            "--adapter {adapter} --output {folder}/new",
+            "--adapter: {adapter} is an adapter without ",
+        ),
+        (
+            "scripts/export.py",
+            "--adapter {adapter} --base {file} --output {folder}/new",
+            "--base: {file} is a file; name",
+        ),
+        (
+            "src/eval/test_qwen2vl_CVBench.py",
+            "--model_path /no/model --dataset_path {folder}",
+            "--model_path: /no/model: ",
+        ),
+    ],
+)
+def test_the_option_that_named_a_model_is_told(tmp_path, monkeypatch, examples_json, script, arguments, told):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "/gone"}')
+    write_cvbench(tmp_path, 2, 0, LEVELS["easy"])
+    image = next((examples_json.parent / "images").iterdir())
+    places = {"file": examples_json, "image": image, "folder": tmp_path, "adapter": tmp_path / "adapter"}
+    monkeypatch.setattr(sys, "argv", ["x", *arguments.format(**places).split()])
+    with pytest.raises(Mistake, match=f"^{re.escape(told.format(**places))}"):
+        load_script(REPO_ROOT / script).main()
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("dr-grpo.yaml", "did you mean configs/overlays/dr_grpo.yaml?"),
+        ("configs/dapo.yaml", "did you mean configs/overlays/dapo.yaml?"),
+        ("configs/grpo_sta.yaml", "did you mean configs/grpo_sat.yaml?"),
+        ("papo", "did you mean configs/overlays/papo.yaml?"),
+        ("{folder}/recip.yaml", "did you mean {folder}/recipe.yaml?"),  # of the user's own
+        ("zzz.yaml", "configs/README.md lists them"),
+    ],
+)
+def test_a_mistyped_recipe_is_told_with_the_one_that_is_meant(find_mistake, tmp_path, name, meant):
+    name, meant = (text.format(folder=tmp_path) for text in (name, meant))
+    assert find_mistake("--config", name) == f"CONFIG, --config: no recipe {name}; {meant}"
 
 
 def test_config_without_a_name(find_mistake):
@@ -312,8 +379,6 @@ def test_a_step_in_which_nothing_is_rewarded_ends_the_run(tiny_model, examples_j
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"CONFIG": "nowhere.yaml"}, "error: CONFIG: no recipe nowhere.yaml"),
-        ({"CONFIG": "configs/grpo_sat.yaml nowhere.yaml"}, "error: CONFIG: no recipe nowhere.yaml"),
         ({"CONFIG": " "}, "error: CONFIG: names no recipe"),
         ({"NUM_PROCESSES": "two"}, "error: NUM_PROCESSES: 'two' is not a number of processes"),
         ({"NUM_PROCESSES": "0"}, "error: NUM_PROCESSES: '0' is not a number of processes"),
@@ -391,7 +456,7 @@ def test_threads_that_are_no_number_are_left_out(tmp_path, tiny_model, examples_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model, data, arguments, message", [
-    ("/no/model", None, [], "error: /no/model: no such file or folder"),
+    ("/no/model", None, [], "error: MODEL, model_name_or_path: /no/model: no such file or folder"),
     (None, "/no.json", [], "error: /no.json: no such file; "),
     (None, None, ["--num_generations", "3"], "error: num_generations 3: a rollout of 16 completions "),
     (None, None, ["--lerning_rate", "1"], "error: unknown argument '--lerning_rate'; did you mean learning_rate?"),

@@ -315,6 +315,7 @@ def test_a_line_of_vsr_that_is_something_else(tmp_path, line, message):
         (world.main, "--output {folder}/w --rows 1 --schema cvbench", "--rows 1: cvbench has 2 files, and each needs"),
         (world.main, "--output {folder}", "--output: {folder} is a folder; name a file"),
         (world.main, "--output x --rows 0", "--rows: expected a number above 0, not '0'"),
+        ("scripts/benchmark.py", "stpe", "{{data,eval,step}}"),
         ("scripts/benchmark.py", "data --rounds 0", "--rounds: expected a number above 0, not '0'"),
         ("scripts/benchmark.py", "eval --bs -1", "--bs: expected a number above 0, not '-1'"),
         ("scripts/benchmark.py", "--json {folder}/no/x.json data", "--json: {folder}/no/x.json: no folder {folder}/no"),

@@ -350,8 +350,10 @@ def test_one_clear_line_for_what_is_no_sat_file(tmp_path):
     pq.write_table(text_answers, tmp_path / "text.parquet")
     (tmp_path / "half.parquet").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
     (tmp_path / "empty.parquet").touch()
+    (tmp_path / "folder.parquet").mkdir()
     expected = {
         "missing.parquet": "no such file",
+        "folder.parquet": "a folder; name the parquet file",
         "half.parquet": "not a complete parquet file",
         "empty.parquet": "not a complete parquet file",
         "renamed.parquet": "no column answers; the file has image_bytes, question, options, question_type",

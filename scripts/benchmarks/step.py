@@ -37,6 +37,7 @@ from trl import GRPOTrainer
 
 from open_r1.backends import Completions
 from open_r1.families import FAMILIES, family_of
+from open_r1.files import FIGURE_MARK, check_replaceable
 from open_r1.front_door import positive
 from open_r1.memory import load_config
 from open_r1.modeling import load_model, load_processor
@@ -438,7 +439,7 @@ def plot_group_sizes(results: dict[int, dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="completions of one prompt, G", ylabel="seconds a step", ylim=(0, None), xticks=list(results))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata=FIGURE_MARK.get(path.suffix))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -455,6 +456,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "rounds": args.rounds,
     }
     if args.plot:
+        check_replaceable(args.plot)
         sizes = {size: replace(preset, group_size=size, prompts_per_step=1) for size in args.group_sizes}
         results = {n: measure(each, args.rounds, args.gradient_checkpointing, parts=False) for n, each in sizes.items()}
         plot_group_sizes(results, args.plot)

@@ -7,11 +7,12 @@
 # From the environment:
 #   MODEL              model name or folder                (default: the recipe's)
 #   DATA               prepared JSON file, or all else that dataset_name takes: a YAML file mixes several data sets
-#                                                          (default: src/data/SAT/SAT_train_15000.json)
+#                                                          (default: the recipe's)
 #   CONFIG             recipe, a file, or several files between blanks, of which a later one changes those before it:
 #                      CONFIG="configs/grpo_sat.yaml configs/overlays/lora.yaml"; names are looked up in the current
 #                      folder and then in the repository   (default: configs/RECIPE.yaml)
-#   OUTPUT             output folder                       (default: outputs/ and the recipes' names: grpo_sat_lora)
+#   OUTPUT             output folder                       (default: the recipe's, else outputs/ and the recipes'
+#                                                          names: outputs/grpo_sat_lora)
 #   NUM_PROCESSES      processes of this machine, as many on each
 #                                                          (default: the GPUs; 2 without one)
 #   NUM_MACHINES       machines; they share the file system of OUTPUT and DATA   (default: 1)
@@ -52,7 +53,6 @@ for argument; do
     if [ "$argument" = --doctor ]; then doctor=yes; else set -- "$@" "$argument"; fi
 done
 
-DATA="${DATA:-$ROOT/src/data/SAT/SAT_train_15000.json}"
 for argument in "$@"; do
     case $argument in --config | --config=*) fail "--config: name the recipes in CONFIG" ;; esac
 done
@@ -61,17 +61,15 @@ is_recipe() {
 }
 ! is_recipe "$CONFIG" || IFS= # one file, which may have blanks in its name: nothing to split
 set -f
-names=""
+named=""
 for recipe in $CONFIG; do
-    is_recipe "$recipe" || fail "CONFIG: no recipe $recipe"
     set -- "$@" --config "$recipe"
-    names="${names}_$(basename "$recipe" .yaml)"
+    named=yes
 done
 set +f
 unset IFS
-[ -n "$names" ] || fail "CONFIG: names no recipe"
-OUTPUT="${OUTPUT:-$ROOT/outputs/${names#_}}"
-set -- --dataset_name "$DATA" --output_dir "$OUTPUT" ${MODEL:+--model_name_or_path "$MODEL"} "$@"
+[ -n "$named" ] || fail "CONFIG: names no recipe"
+set -- ${DATA:+--dataset_name "$DATA"} ${OUTPUT:+--output_dir "$OUTPUT"} ${MODEL:+--model_name_or_path "$MODEL"} "$@"
 
 listed=$(gpu_names) || fail "$gpu_hangs"
 gpus=$(printf '%s' "$listed" | grep -c . || true)

@@ -29,6 +29,7 @@ from open_r1.prompts import join_options
 from open_r1.tasks.examples import Columns
 from open_r1.tasks.mixture import iter_mixture, parts_of
 from open_r1.tasks.unshown import NOTHING, PROMPT_FIELDS, unshown_texts
+from open_r1.templates import try_template
 
 Row = dict[str, Any]
 ROTATION_OF = "rotation_of"  # which question a row asks in one of two orders of its options
@@ -41,15 +42,19 @@ def most_broken(prompts: int) -> int:
     return max(min(LEAST_BROKEN, prompts // 2), int(BROKEN_SHARE * prompts))
 
 
-def load_processor_from_args(model_args: ModelConfig, data_args: DataArguments) -> ProcessorMixin:
-    """`load_processor` with the values of a recipe."""
-    return load_processor(
+def load_processor_from_args(
+    model_args: ModelConfig, data_args: DataArguments, template_kwargs: dict[str, Any]
+) -> ProcessorMixin:
+    """`load_processor` with the values of a recipe, and its chat template tried; raises what `try_template` raises."""
+    processor = load_processor(
         model_args.model_name_or_path,
         chat_template=data_args.chat_template,
         min_pixels=data_args.min_pixels,
         max_pixels=data_args.max_pixels,
         revision=model_args.model_revision,
     )
+    try_template(processor, data_args.chat_template or str(model_args.model_name_or_path), **template_kwargs)
+    return processor
 
 
 def load_datasets_from_args(

@@ -8,7 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from open_r1.front_door import Mistake
+
 MANIFEST = "complete.json"  # written last into a checkpoint: it is whole
+MADE_BY = "made by open_r1"  # stands in every file that a command writes where its user says, near its start or end
+# The mark of a figure, as matplotlib's `savefig` takes it by the file's ending; and the same figure is the same SVG.
+FIGURE_MARK = {
+    ".png": {"Software": MADE_BY},
+    ".svg": {"Creator": MADE_BY, "Date": None},
+    ".pdf": {"Creator": MADE_BY},
+}
+MARKED_BYTES = 65536  # of a file's start and of its end, where the mark is looked for
+
+
+class DamagedError(Mistake, ValueError):
+    """A line of a file that is none of those which were written there; a run that meets it ends in this one line."""
 
 
 @contextmanager
@@ -20,7 +34,12 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     Args:
         path: where there may be a file, but no folder when the block ends.
         shared: whether several processes may write it at the same time.
+
+    Raises:
+        FileNotFoundError: there is no folder for it; the line names that, and not the temporary name.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
     delete(temporary)
     try:
@@ -36,6 +55,39 @@ def delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_replaceable(*paths: Path) -> None:
+    """See that a command may write files: nothing is there yet, or what a command of ours made.
+
+    Raises:
+        OSError: a folder or somebody else's file is there, or cannot be read; one line that names it.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; name a file")
+        if path.exists() and not _is_marked(path):
+            raise FileExistsError(f"{path} is there, and was not made by this project; name another file or delete it")
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether a file holds `MADE_BY` where our commands write it."""
+    if not path.is_file():  # a pipe, a device
+        return False
+    with path.open("rb") as file:
+        start = file.read(MARKED_BYTES)
+        file.seek(max(0, path.stat().st_size - MARKED_BYTES))
+        return MADE_BY.encode() in start + file.read(MARKED_BYTES)
+
+
+def check_new_folder(path: Path) -> None:
+    """See that a command may fill a folder: there is none, or an empty one.
+
+    Raises:
+        OSError: something is there; one line that names it.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists; name another folder or delete it")
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -102,7 +154,7 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
         How many lines were dropped. A file that is not there has none.
 
     Raises:
-        ValueError: a line in the middle is damaged; one line that names it.
+        DamagedError: a line in the middle is damaged; it names the line.
     """
     if not path.exists():
         return 0
@@ -114,7 +166,8 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
             if keep(json.loads(line)):
                 kept.append(line)
         except (ValueError, RecursionError, LookupError, TypeError) as error:  # also of a row that is something else
-            raise ValueError(f"{path}: line {number}: damaged ({error}); delete it, or all to start over") from error
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
+            raise DamagedError(f"{path}: line {number}: damaged ({reason}); delete the line, or the file") from error
     if len(kept) < len(lines):
         replace_file(path, b"".join(kept))
     return len(lines) - len(kept)
@@ -124,7 +177,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON Lines file that is about to be continued; a torn last line is cut off the file.
 
     Raises:
-        ValueError: a line in the middle is damaged.
+        DamagedError: a line in the middle is damaged.
     """
     rows: list[dict[str, Any]] = []
     keep_rows(path, lambda row: rows.append(row) or True)

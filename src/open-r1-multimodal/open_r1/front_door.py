@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ def given(text: str) -> str:
 
 # What a user's files, folders and settings raise; everything else is a bug of ours and keeps its traceback.
 USER_ERRORS = (Mistake, OSError, ValueError)
+
+
+@contextmanager
+def naming_option(option: str) -> Iterator[None]:
+    """In the block, what is wrong with a file or folder is told with the option that named it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise Mistake(f"{option}: {error}") from error
 
 
 def printable(text: Any) -> str:

@@ -31,7 +31,7 @@ def prepare(
         training_args.vllm_max_model_length = longest_row(script_args, training_args)
     peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}
-    processor = load_processor_from_args(model_args, script_args)
+    processor = load_processor_from_args(model_args, script_args, template_kwargs)
     reward_funcs = get_reward_funcs(
         script_args.reward_funcs,
         think_prefilled=opens_think(processor, **template_kwargs),

@@ -31,7 +31,7 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCAB_CHUNK_SIZE
 from open_r1.configs import FreezeArguments
 from open_r1.families import family_of, find_family
 from open_r1.hub import model_folder
-from open_r1.modeling import family_of_folder, freeze, get_adapter_config, reading, resolve_dtype
+from open_r1.modeling import family_of_folder, freeze, get_adapter_config, naming_model, reading, resolve_dtype
 
 FP32 = 4  # bytes
 ANSWER_TOKENS = 32  # of an SFT example; no recipe bounds them
@@ -145,11 +145,11 @@ def load_config(model_name_or_path: str, revision: str = "main") -> PreTrainedCo
     """The configuration of a model on the Hub or in a folder.
 
     Raises:
-        OSError: there is no such model, or its configuration describes none.
-        ValueError: it is of a type that this project was not tested with.
+        OSError: there is no such model, its configuration describes none, or one that this project was not tested with.
     """
-    folder = model_folder(model_name_or_path, revision, ["config.json"])
-    family_of_folder(folder)
+    with naming_model():
+        folder = model_folder(model_name_or_path, revision, ["config.json"])
+        family_of_folder(folder)
     with reading(folder / "config.json", "configuration"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -38,6 +37,7 @@ from open_r1.model_files import (
     read_config,
 )
 from open_r1.prompts import load_chat_template
+from open_r1.templates import try_template
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -67,6 +67,15 @@ def resolve_attn_implementation(name: str | None, dtype: torch.dtype | str) -> s
     return "flash_attention_2" if usable else "sdpa"
 
 
+@contextmanager
+def naming_model() -> Iterator[None]:
+    """In the block, what is wrong with the model of a recipe is told with the settings that name it; an OSError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise OSError(f"MODEL, model_name_or_path: {error}") from error
+
+
 def check_model(model_args: ModelConfig) -> Family:
     """Fetch the policy of a recipe from the Hub, and see that it can be loaded, without doing so.
 
@@ -78,7 +87,8 @@ def check_model(model_args: ModelConfig) -> Family:
             with, or the recipe cannot train it.
         ImportError: the recipe quantises, and bitsandbytes is not there.
     """
-    family = check_model_files(model_args.model_name_or_path, model_args.model_revision)
+    with naming_model():
+        family = check_model_files(model_args.model_name_or_path, model_args.model_revision)
     quantises = model_args.load_in_4bit or model_args.load_in_8bit
     if quantises and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("load_in_4bit, load_in_8bit: bitsandbytes is not installed; run setup.sh again")
@@ -421,17 +431,13 @@ def check_tokens(folder: Path, processor: ProcessorMixin, family: Family) -> Non
         )
 
 
-def check_template(processor: ProcessorMixin, **template_kwargs: Any) -> None:
+def check_template(processor: ProcessorMixin, source: str, **template_kwargs: Any) -> None:
     """See that a processor's chat template shows an image where a message has one.
 
     Raises:
-        ValueError: it does not, or cannot be rendered.
+        ValueError: it does not, or cannot be rendered; see `try_template`.
     """
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
-    try:
-        text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False, **template_kwargs)
-    except (jinja2.TemplateError, TypeError) as error:  # TypeError: of the template's own arithmetic
-        raise ValueError(f"chat_template: {first_line(error)}") from error
+    text = try_template(processor, source, **template_kwargs)
     if (marks := text.count(processor.image_token)) != 1:
         raise ValueError(
             f"chat_template: writes {marks} {processor.image_token} for a message with one image; "

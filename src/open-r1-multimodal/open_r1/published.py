@@ -35,6 +35,8 @@ from transformers import (
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from open_r1.families import FAMILIES
+from open_r1.files import check_new_folder
+from open_r1.front_door import run
 from open_r1.prompts import load_chat_template
 from open_r1.tiny import build_tokenizer, own_sampling_settings, text_token_arguments, vision_token_arguments
 
@@ -181,13 +183,14 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", required=True, help="folder to write the checkpoint to")
+    parser.add_argument("--output", required=True, help="folder to write the checkpoint to; a new or an empty one")
     parser.add_argument("--model", choices=MODELS, default="qwen2_vl_2b", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
     args = parser.parse_args()
+    check_new_folder(Path(args.output))
     published = MODELS[args.model]
     print(f"{save_random(published, args.output, args.seed)}: {published.name} with random weights")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -15,6 +15,12 @@ from open_r1.limits import check_values
 from open_r1.prompts import REPO_ROOT
 
 BASE = "base"  # in a recipe: the files that it changes, one or a list, as seen from its own folder
+# Settings that may name a file or a folder -> what tells that they do, and not the Hub's or one of this project's.
+PATHS: dict[str, Callable[[str], bool]] = {
+    **dict.fromkeys(("model_name_or_path", "resume_from_checkpoint"), os.path.isdir),
+    **dict.fromkeys(("dataset_name", "eval_dataset_name", "chat_template_path"), os.path.exists),
+    **dict.fromkeys(("chat_template", "deepspeed", "accelerator_config", "fsdp_config"), os.path.isfile),
+}
 CONFIG = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
 CONFIG.add_argument(
     "--config",
@@ -47,18 +53,50 @@ def read_files(names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
     Args:
         names: of recipes and overlays, as seen from the current folder or from the repository's root.
 
+    Returns:
+        Each file's path and settings; files and folders that they name are told by their absolute paths.
+
     Raises:
         ValueError: a file does not hold settings.
         OSError: a file is not there, or cannot be read.
     """
     files = []
     for name in names:
-        places = (Path(name), REPO_ROOT / name)
-        path = next((place for place in places if place.is_file()), None)
+        path = find(name, os.path.isfile)
         if path is None:
-            raise FileNotFoundError(f"--config: no recipe {name}")
+            raise FileNotFoundError(f"CONFIG, --config: no recipe {name}{_near_recipe(name)}")
         files += _with_bases(path)
     return files
+
+
+def find(name: str, is_there: Callable[[str], bool], *folders: Path) -> Path | None:
+    """Where a name leads, as seen from these folders, then from the current one, then from the repository's root."""
+    places = (Path(folder, os.path.expanduser(name)) for folder in (*folders, Path(), REPO_ROOT)) if name else ()
+    return next(filter(is_there, places), None)
+
+
+def find_setting(setting: str, value: Any, *folders: Path) -> Any:
+    """The value of a setting; of one in `PATHS` that leads to something, its absolute path."""
+    if setting not in PATHS or not isinstance(value, str):
+        return value
+    path = find(value, PATHS[setting], *folders)
+    return value if path is None else os.path.abspath(path)
+
+
+def default_output(names: Sequence[str]) -> str | None:
+    """The folder of a run whose recipes name none: `outputs/` and their names, in the repository."""
+    return str(REPO_ROOT / "outputs" / "_".join(Path(name).stem for name in names)) if names else None
+
+
+def _near_recipe(name: str) -> str:
+    """The recipe that a mistyped name may mean, as the end of an error's line."""
+    known = {path.stem: path for path in sorted((REPO_ROOT / "configs").rglob("*.yaml"), reverse=True)}
+    known |= {path.stem: path for path in Path(name).parent.glob("*.yaml")}
+    close = difflib.get_close_matches(Path(name).stem.replace("-", "_"), known, n=1)
+    if not close:
+        return "; configs/README.md lists them"
+    path = known[close[0]]
+    return f"; did you mean {path.relative_to(REPO_ROOT) if path.is_relative_to(REPO_ROOT) else path}?"
 
 
 def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
@@ -74,11 +112,11 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, di
     bases = settings.pop(BASE, [])
     files = []
     for name in bases if isinstance(bases, list) else [bases]:
-        base = path.parent / str(name)
-        if not base.is_file():
-            raise FileNotFoundError(f"{path}: {BASE}: no file {base}")
+        base = find(str(name), os.path.isfile, path.parent)
+        if base is None:
+            raise FileNotFoundError(f"{path}: {BASE}: no file {path.parent / str(name)}")
         files += _with_bases(base, (*above, path.resolve()))
-    return [*files, (path, settings)]
+    return [*files, (path, {name: find_setting(str(name), value, path.parent) for name, value in settings.items()})]
 
 
 def merge_recipes(names: Sequence[str]) -> dict[str, Any]:
@@ -111,6 +149,9 @@ class RecipeParser(HfArgumentParser):
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             raise ValueError(self._unknown("argument", unknown[0]))
+        for name in PATHS:
+            if hasattr(namespace, name):
+                setattr(namespace, name, find_setting(name, getattr(namespace, name)))
         check_values(vars(namespace))
         return namespace, unknown
 
@@ -181,6 +222,7 @@ def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tu
     """
     parser = RecipeParser(dataclass_types)
     names, others = split_arguments(arguments)
+    parser.set_defaults(output_dir=default_output(names))
     for path, settings in read_files(names):
         parser.read(path, settings)
     try:

@@ -264,7 +264,9 @@ def _import_reward(name: str) -> Reward:
         module = import_here(module_name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-            raise Mistake(f"reward_funcs: no module {module_name!r} for reward {name!r}") from error
+            raise Mistake(
+                f"reward_funcs: no module {module_name!r} for reward {name!r} on PYTHONPATH or in this folder"
+            ) from error
         raise Mistake(f"reward_funcs: module {module_name!r} cannot be imported: {_describe(error)}") from error
     reward = getattr(module, function_name, None)
     if not callable(reward):

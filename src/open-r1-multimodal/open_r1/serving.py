@@ -48,7 +48,8 @@ def serve_arguments(
     dtype = model_args.dtype
     if dtype in (None, "auto"):
         dtype = load_config(name, revision).dtype or "float32"
-    settings = engine_settings(load_processor_from_args(model_args, script_args), engine_dtype(args, dtype))
+    processor = load_processor_from_args(model_args, script_args, args.chat_template_kwargs or {})
+    settings = engine_settings(processor, engine_dtype(args, dtype))
     arguments = [name, "--revision", revision, "--port", str(args.vllm_server_port)]
     length = longest_row(script_args, args)
     arguments += ["--max-model-len", str(length)] if length else []

@@ -134,7 +134,7 @@ def prepare(
     """
     peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}
-    processor = load_processor_from_args(model_args, script_args)
+    processor = load_processor_from_args(model_args, script_args, template_kwargs)
     train_dataset, eval_dataset = load_datasets_from_args(
         *(script_args, processor, template_kwargs, answer_checks(processor, **template_kwargs)),
         max_answer_length=script_args.max_answer_length,

@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from open_r1.families import FAMILIES
+from open_r1.files import check_new_folder
 from open_r1.front_door import run
 from open_r1.prompts import load_chat_template
 from open_r1.tasks.examples import read_examples
@@ -256,11 +257,12 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", required=True, help="folder to write the checkpoint to")
+    parser.add_argument("--output", required=True, help="folder to write the checkpoint to; a new or an empty one")
     parser.add_argument("--data", help="prepared SAT JSON whose questions and answers the tokenizer learns")
     parser.add_argument("--model_type", choices=FAMILIES, default="qwen2_vl", help="architecture")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     args = parser.parse_args()
+    check_new_folder(Path(args.output))
     examples = read_examples(args.data) if args.data else []
     texts = [load_chat_template("base"), load_chat_template("instruct")]
     texts += [f"{example['prompt'][-1]['content']} {example['solution']}" for example in examples]

@@ -109,12 +109,14 @@ class Patient:
         """With the recipe's prompt and image bounds."""
         self.need("model_outline")
         script_args, _, model_args = self.settings
-        return load_processor_from_args(model_args, script_args)
+        return load_processor_from_args(model_args, script_args, self.template_kwargs)
 
     @part
     def prompt_opening(self) -> bool:
         """Whether completions start inside `<think>`."""
-        check_template(self.processor, **self.template_kwargs)
+        script_args, _, model_args = self.settings
+        source = script_args.chat_template or str(model_args.model_name_or_path)
+        check_template(self.processor, source, **self.template_kwargs)
         return opens_think(self.processor, **self.template_kwargs)
 
     @part

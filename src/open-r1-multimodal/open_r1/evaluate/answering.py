@@ -167,7 +167,7 @@ def load_prompting(
     name, processor.chat_template = choose_chat_template(prompt, processor.chat_template, family.templates)
     if max_pixels is None and family.pixel_bounds(processor)[1] >= family.published_pixels:
         family.bound_images(processor, max_pixels=PAPER_MAX_PIXELS)
-    check_template(processor, **template_kwargs)
+    check_template(processor, str(folder) if prompt == "auto" else prompt, **template_kwargs)
     return processor, name
 
 

@@ -14,7 +14,7 @@ from open_r1.evaluate.results import ROW, ROW_OPTIONAL, read_result
 from open_r1.evaluate.statistics import judge_row, response_shares, score, table, unread_warning
 from open_r1.fields import check
 from open_r1.files import append_rows, read_json, read_rows, replace_file, to_json
-from open_r1.front_door import printable
+from open_r1.front_door import naming_option, printable
 from open_r1.hub import model_folder
 from open_r1.locks import owned
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read
@@ -195,7 +195,8 @@ def run(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Answer what is not answered yet, then score everything."""
-    folder = model_folder(args.model_path)
+    with naming_option("--model_path"):
+        folder = model_folder(args.model_path)
     items = read(BENCHMARKS[args.benchmark], args.dataset_path, args.limit)
 
     import accelerate

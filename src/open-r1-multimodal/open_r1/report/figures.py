@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LinearLocator, MaxNLocator
 
-from open_r1.files import replacing
+from open_r1.files import FIGURE_MARK, replacing
 from open_r1.report.curves import Chart, Curves, Histogram, Line, Panel
 from open_r1.report.statistics import moving_average
 
@@ -184,8 +184,7 @@ def thin(values: np.ndarray, limit: int = MAX_POINTS) -> np.ndarray:
 
 
 def _save(figure: Figure, path: Path, suffix: str) -> None:
-    metadata = {"Date": None} if suffix == ".svg" else {}  # the same run leaves the same file
-    figure.savefig(path, format=suffix[1:], dpi=150, metadata=metadata)
+    figure.savefig(path, format=suffix[1:], dpi=150, metadata=FIGURE_MARK[suffix])
 
 
 def _rc(salt: str) -> dict[str, object]:

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from open_r1.answers import extract_answer
-from open_r1.files import replace_file
+from open_r1.files import MADE_BY, check_replaceable, replace_file
 from open_r1.report import figures
 from open_r1.report.browser import QUOTE, Steps, browser_data, shown, steps_of, visible
 from open_r1.report.curves import Curves, collect, is_sft
@@ -62,9 +62,12 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         The path of the page.
 
     Raises:
-        OSError, ValueError: not a run, a damaged file, or no room to write; one line.
+        OSError, ValueError: not a run, a damaged file, somebody else's file in the place of ours, or no room to write;
+            one line.
     """
     output = output or run / "report.html"
+    pictures = [output.with_name(f"accuracy_length{ending}") for ending in (".png", ".svg")]
+    check_replaceable(output, *pictures)
     with ExitStack() as stack:
         log = read_run(run)
         train, held_out = (
@@ -75,8 +78,8 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     # Lone surrogates, of a file name that is not UTF-8, cannot be written.
     replace_file(output, page.encode("utf-8", errors="replace"))
     if curves.accuracy or curves.length:
-        for ending in (".png", ".svg"):
-            figures.save_accuracy_length(curves, output.with_name(f"accuracy_length{ending}"))
+        for picture in pictures:
+            figures.save_accuracy_length(curves, picture)
     return output
 
 
@@ -97,6 +100,7 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
     data = browser_data({"train": train, "eval": held_out}, {"train": picked, "eval": ()}, KnownImages(run))
     first = find_group(data, quoted[0]["step"], quoted[0]["group"]) if quoted else None
     return environment.get_template("page.html.jinja").render(
+        made_by=MADE_BY,
         style=Markup((here / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

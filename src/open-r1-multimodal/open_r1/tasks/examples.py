@@ -205,6 +205,8 @@ def read_dataset(name: str, config: str | None, split: str, file: str | None = N
     import httpx
     import pyarrow as pa
 
+    if any(Path(name).glob("*config.json")) and any(Path(name).glob("*.safetensors")):
+        raise ValueError(f"{name} is the folder of a model; name the data (DATA and MODEL may be swapped)")
     saved = any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
     try:
         if saved and not file:

@@ -12,6 +12,7 @@ alone. No torch.
 import argparse
 from pathlib import Path
 
+from open_r1.files import check_replaceable
 from open_r1.front_door import positive, run
 from open_r1.tasks.cvbench import FILES
 from open_r1.world import scene
@@ -50,6 +51,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     level = scene.LEVELS[args.level]
+    check_replaceable(*([args.output] if args.schema == "sat" else [args.output / name for name in FILES.values()]))
     if args.schema == "sat":
         write_sat(args.output, args.rows, args.seed, level, args.questions)
     else:

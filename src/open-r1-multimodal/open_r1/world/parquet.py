@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from open_r1.files import replacing
+from open_r1.files import MADE_BY, replacing
 from open_r1.tasks import cvbench
 from open_r1.world.questions import CV_QUESTIONS, QUESTIONS, STATIC, ask
 from open_r1.world.render import picture
@@ -97,7 +97,7 @@ def write_rows(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]], to
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         replacing(path) as temporary,
-        pq.ParquetWriter(temporary, schema) as writer,
+        pq.ParquetWriter(temporary, schema.with_metadata({"open_r1": MADE_BY})) as writer,
         tqdm(total=total, unit=" rows", desc=path.name) as bar,
     ):
         while batch := list(islice(rows, BATCH_ROWS)):
