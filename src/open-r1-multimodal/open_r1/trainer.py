@@ -43,6 +43,7 @@ from open_r1.backends import Backend, TransformersBackend
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_settings, check_shared_prefix
 from open_r1.data import ROTATION_OF, most_broken
+from open_r1.decoding import check_generation, with_tokens
 from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
 from open_r1.finite import FiniteMixin
@@ -223,7 +224,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
     behaviour:
 
     - every end-of-text id ends a completion, vision tokens are never sampled, and sampling settings come from
-      `args` alone, never from the checkpoint's generation_config;
+      `args` alone, never from the checkpoint's generation_config; one that would not act is refused (`open_r1.decoding`);
     - the prompt of a group is encoded, prefilled and scored once (`open_r1.shared_prefix`, `open_r1.rollout`);
     - rows with and without images may be mixed, in any number of processes;
     - images may be masked in a term of the loss, or noised in half of a rollout (`open_r1.perception`);
@@ -269,23 +270,26 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
             check_weights(model, revision)
         if processing_class is None:
             processing_class = load_processor(name, revision=revision)
-        ends, never = end_token_ids(processing_class), vision_token_ids(processing_class)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        check_generation(args.generation_kwargs, len(tokenizer), args.use_vllm)
+        never = vision_token_ids(processing_class)
         if args.use_vllm:
             # TRL loads a model given by its name in float32, if it is told nothing else
             own = (args.model_init_kwargs or {}).get("dtype", "float32") if isinstance(model, str) else model.dtype
-            settings = {"stop_token_ids": ends, "logit_bias": banned(never)}
+            end, ban = "stop_token_ids", {"logit_bias": banned(never)}
             engines = engines_with(**engine_settings(processing_class, engine_dtype(args, own)))
         else:
-            settings, engines = {"eos_token_id": ends, "suppress_tokens": never}, nullcontext()
-        args.generation_kwargs = {**settings, **(args.generation_kwargs or {})}
+            end, ban, engines = "eos_token_id", {"suppress_tokens": never}, nullcontext()
+        args.generation_kwargs = with_tokens(args.generation_kwargs, end, end_token_ids(processing_class), ban)
         with engines:
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *more, **kwargs)
         plain, reference = self._plain_model(), self.ref_model and self.accelerator.unwrap_model(self.ref_model)
         self.family = family_of(plain)
         reset_generation_config(plain, processing_class)
-        self.eos_token_ids = ends
+        self.eos_token_ids = args.generation_kwargs[end]
         if self.use_vllm:  # TRL tells its engine alone
-            self.generation_config = GenerationConfig(max_new_tokens=self.max_completion_length, eos_token_id=ends)
+            settings = {"max_new_tokens": self.max_completion_length, "eos_token_id": self.eos_token_ids}
+            self.generation_config = GenerationConfig(**settings)
         self.reward_func_names = told_apart(self.reward_func_names)
         # Tool calls put images and foreign tokens into completions; they stay on TRL's path.
         self.shared_prefix = shared_prefix and self._is_vlm and not (self.tools or self.rollout_func)
