@@ -84,7 +84,7 @@ def asked(tiny_model):
 
     def answers(**settings):
         torch.manual_seed(1)
-        plain = {"do_sample": True, "top_k": 0, "temperature": 3.0, "eos_token_id": [0], "pad_token_id": 0}
+        plain = {"do_sample": True, "top_k": 0, "temperature": 3.0, "eos_token_id": list(range(60)), "pad_token_id": 0}
         return generate(model, [prompt], [4], GenerationConfig(max_new_tokens=12, **{**plain, **settings}))
 
     return answers
@@ -110,7 +110,8 @@ def test_a_setting_that_is_taken_acts(name, asked):
         ({"num_return_sequences": 2}, "num_return_sequences: num_generations says"),
         ({"no_such_setting": 1}, "no_such_setting is no setting of a rollout; those that are: .*top_p"),
         ({"repetition_penaltee": 1.1}, r"repetition_penaltee is no setting of a rollout; did you mean repetition_pen"),
-        ({"top_p": 3.0}, "top_p 3.0: .*float"),
+        ({"top_p": 3.0}, "top_p 3.0: expected a number above 0 and at most 1"),
+        ({"typical_p": 7}, "typical_p 7: "),
         ({"top_p": "0.5"}, "top_p '0.5': "),
         ({"bad_words_ids": [[4000]]}, r"bad_words_ids \[\[4000\]\]: "),
         ({"sequence_bias": {"no": 1.0}}, "sequence_bias "),

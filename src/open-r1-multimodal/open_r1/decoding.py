@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedConfig
 
 from open_r1.front_door import first_line
+from open_r1.limits import SHARE, check_values
 
 TAKEN = frozenset(
     {
@@ -23,6 +24,8 @@ TAKEN = frozenset(
         *("remove_invalid_values", "renormalize_logits", "eos_token_id", "pad_token_id"),
     }
 )
+
+_SHARES = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 _TEMPERATURE = "completions are scored at the trainer's own temperature; set that one"
 _LENGTH = "max_completion_length says how long a completion may be"
@@ -143,9 +146,15 @@ def _names_of_vllm() -> frozenset[str]:
 
 def _try(name: str, value: Any, vocabulary: int) -> None:
     """Let transformers say what is wrong with a value: each setting by itself, on the scores of one token."""
+    try:
+        check_values({name: value})
+    except ValueError as error:
+        raise ValueError(f"generation_kwargs: {error}") from error
     speaker = GenerationMixin()
     speaker.config = PreTrainedConfig(vocab_size=vocabulary)
     try:
+        if name in _SHARES and not SHARE.admits(value):  # transformers would pass it over
+            raise ValueError(f"expected {SHARE}")
         settings = GenerationConfig(**{"do_sample": True, "eos_token_id": [0], "pad_token_id": 0, name: value})
         process = next_token_processors(speaker, settings, prompt_length=1, device="cpu")
         process(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, vocabulary))

@@ -32,6 +32,7 @@ from open_r1.data import (
 from open_r1.entry import Command, run
 from open_r1.finite import FiniteMixin
 from open_r1.front_door import Mistake, printable
+from open_r1.heldout import NamedEvaluationMixin
 from open_r1.images import BrokenImage, open_image
 from open_r1.modeling import (
     accept_missing_images,
@@ -93,8 +94,8 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
         return self.last
 
 
-class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, SFTTrainer):
-    """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed."""
+class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, SFTTrainer):
+    """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed; evaluation sets log by their names."""
 
 
 def check_answer(row: Row) -> None:

@@ -5,7 +5,7 @@ import math
 import random
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from PIL import Image
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import (
@@ -48,7 +49,7 @@ from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
 from open_r1.finite import FiniteMixin
 from open_r1.front_door import Mistake, printable
-from open_r1.heldout import held_out_figures
+from open_r1.heldout import NamedEvaluationMixin, held_out_figures
 from open_r1.images import BrokenImage, ImageSource, image_name, open_image
 from open_r1.machines import decide_once
 from open_r1.modeling import (
@@ -60,7 +61,7 @@ from open_r1.modeling import (
 )
 from open_r1.perception import add_noise, batch_mean, mask_prompt, noise_step, perception_kl, seeded, split_halves
 from open_r1.reflection import analyse, reflection_shares
-from open_r1.rewards import completion_text
+from open_r1.rewards import completion_text, guarded
 from open_r1.sampling import (
     EpochSampler,
     PassRates,
@@ -129,6 +130,18 @@ def without_images(row: dict[str, Any]) -> dict[str, Any]:
         ]
     nothing = {name: value for name, value in (("images", []), ("image", None)) if name in row}
     return {**row, **nothing, "prompt": prompt}
+
+
+def as_text(prompt: list[dict[str, Any]] | str) -> list[dict[str, Any]] | str:
+    """A prompt whose messages are texts: W&B's tables, into which TRL puts prompts, take no messages in parts."""
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": "".join(part.get("text") or f"<{part['type']}>" for part in message["content"])}
+        for message in prompt
+    ]
 
 
 def text_or_none(value: Any) -> str | None:
@@ -216,7 +229,7 @@ class Rollout:
     rewards: list[list[float]] = field(default_factory=list)
 
 
-class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
+class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GRPOTrainer):
     """TRL's `GRPOTrainer` for the models of `open_r1.families`, with the same signature, defaults and datasets.
 
     A dataset row holds `prompt`, conversational or (without images) a text; `images` or `image`, if any, as whatever
@@ -231,7 +244,8 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
     - an image that cannot be opened any more ends no run: completions about it earn nothing and are counted, up to
       `data.most_broken`;
     - a loss or gradient that is no number ends it before the weights are spoiled (`open_r1.finite`);
-    - the figures of an evaluation are over its questions, each once (`open_r1.heldout`);
+    - the figures of an evaluation are over its questions, each once, and of several sets each has its own
+      (`open_r1.heldout`);
     - groups without signal can be replaced by others, and prompts that never or always succeed be asked less
       (`SignalArguments` of `open_r1.configs`);
     - every completion goes to `{output_dir}/trajectories/{train,eval,blind}.jsonl`, and a few are shown where the
@@ -341,7 +355,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         """Ask the held-out questions without their images; logged as `blind_...`, written to `blind.jsonl`."""
         self._is_blind = True
         try:
-            self.evaluate()
+            self.evaluate(metric_key_prefix="blind")
         finally:
             self._is_blind = False
 
@@ -380,7 +394,15 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
             {**row, **{name: now[name] for name in now if name not in given or now[name] is not given[name]}}
             for row, given, now in zip(rollout.rows, rollout.given, inputs, strict=True)
         ]
-        rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)  # (all B, funcs)
+        own = self.reward_funcs  # which stay what the user gave
+        self.reward_funcs = [
+            reward if isinstance(reward, nn.Module) else guarded(reward, name)
+            for reward, name in zip(own, self.reward_func_names, strict=True)
+        ]
+        try:
+            rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)  # (all B, funcs)
+        finally:
+            self.reward_funcs = own
         if rewards.isnan().all() and self._mode() == "train":
             names = ", ".join(self.reward_func_names)
             raise Mistake(f"reward_funcs: no completion of a step got a reward, only None ({names})")
@@ -730,8 +752,11 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
             metrics.update({name: [value] for name, value in {**figures, **reflection_shares(self._held_out)}.items()})
             self._held_out = []
             if self._is_blind:
-                logs = {f"blind_{name}": value for name, value in figures.items()}
+                logs = {f"{self.evaluation_prefix}_{name}": value for name, value in figures.items()}
                 metrics.clear()
+        if self.log_completions:
+            prompts = self._logs["prompt"]
+            self._logs["prompt"] = deque(map(as_text, prompts), maxlen=prompts.maxlen)
         super().log(logs, start_time)
 
     def _render(self, prompt: list[dict[str, Any]] | str, images: list[ImageSource]) -> tuple[str, list[str]]:
@@ -781,6 +806,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
                 self_corrected=reflection.self_corrected,
                 row=row.get(ROW),
                 refill=rollout.refill,
+                dataset=None if mode == "train" else self.evaluated_set,
             )
             rows.append(record.to_row())
         first = self.accelerator.process_index * len(rows)
