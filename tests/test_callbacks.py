@@ -334,9 +334,7 @@ def test_wandb_offline_has_the_same_scalars_and_a_table(tiny_model, examples_jso
 
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
-def test_wandb_offline_takes_trls_table_of_completions(
-    shared_prefix, tiny_model, examples_json, tmp_path, monkeypatch
-):
+def test_wandb_offline_takes_trls_table_of_completions(shared_prefix, tiny_model, examples_json, tmp_path, monkeypatch):
     """Prompts with images, a text alone, and an evaluation: W&B's own types refuse messages in parts."""
     import wandb
 
@@ -353,7 +351,7 @@ def test_wandb_offline_takes_trls_table_of_completions(
         wandb.finish()
         wandb.teardown()
     tables = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("wandb/offline-run-*/**/*.table.json"))]
-    (table, *more) = [table for table in tables if "completion" in table["columns"] and "step" in table["columns"]]
+    table = next(table for table in tables if "completion" in table["columns"] and "step" in table["columns"])
     prompts = [json.dumps(line[table["columns"].index("prompt")]) for line in table["data"]]
     assert len(table["data"]) >= 4 and all("What colour is picture" in prompt for prompt in prompts)
     assert len(list((tmp_path / "out/completions").glob("*.parquet"))) == 1

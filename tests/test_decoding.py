@@ -2,6 +2,7 @@
 
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_every_setting_of_transformers_is_taken_or_refused():
 class Reader(GenerationConfig):
     """A configuration that notes which settings are read."""
 
-    read: set[str] = set()
+    read: ClassVar[set[str]] = set()
 
     def __getattribute__(self, name):
         Reader.read.add(name)
@@ -131,7 +132,7 @@ def test_a_setting_that_would_not_act_is_refused_in_one_line(settings, message):
 def test_the_trainer_refuses_it_before_it_loads_weights(shared_prefix, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", lambda *args, **kwargs: pytest.fail("loads"))
     args = make_config(tmp_path, shared_prefix=shared_prefix, generation_kwargs={"stop_strings": ["."]})
-    with pytest.raises(ValueError, match="^generation_kwargs: stop_strings: "):
+    with pytest.raises(ValueError, match=r"^generation_kwargs: stop_strings: "):
         Qwen2VLGRPOTrainer(str(tiny_model), long, args, train_dataset=questions(4))
 
 

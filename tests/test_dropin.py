@@ -158,7 +158,7 @@ def test_rewards_of_one_name_are_told_apart():
 
 
 def dictionary(completions, **kwargs):
-    return {index: 1.0 for index in range(len(completions))}
+    return dict.fromkeys(range(len(completions)), 1.0)
 
 
 def short(completions, **kwargs):

@@ -11,8 +11,8 @@ from trl import SFTConfig
 
 from open_r1.heldout import held_out_figures
 from open_r1.prompts import REPO_ROOT
-from open_r1.trainer import Qwen2VLGRPOTrainer
 from open_r1.sft import Qwen2VLSFTTrainer
+from open_r1.trainer import Qwen2VLGRPOTrainer
 from support import Scripted, launch_env, make_config, read_jsonl
 
 FIGURES = (

@@ -223,7 +223,9 @@ def describe(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def evaluations(logs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The evaluations in a log event: the prefix of their figures, the kind (eval, blind) and the name of their set."""
-    found = (re.fullmatch(r"((eval|blind)_(?:(.+)_)?)(?:completions/mean_length|mean_token_accuracy)", key) for key in logs)
+    found = (
+        re.fullmatch(r"((eval|blind)_(?:(.+)_)?)(?:completions/mean_length|mean_token_accuracy)", key) for key in logs
+    )
     return [(match[1], match[2], match[3] or "") for match in found if match] or [("eval_", "eval", "")]
 
 

@@ -30,7 +30,7 @@ _SHARES = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _TEMPERATURE = "completions are scored at the trainer's own temperature; set that one"
 _LENGTH = "max_completion_length says how long a completion may be"
 _END = (
-    "whether a completion is whole or was cut is told by its last token, so that an end-of-text token alone may end one "
+    "whether a completion is whole or was cut is told by its last token, so an end-of-text token alone may end one "
     "before max_completion_length"
 )
 _PLAIN = "completions are sampled token by token, without beams, drafts or a second pass"

@@ -42,6 +42,7 @@ from open_r1.modeling import (
     load_model_from_args,
     reset_generation_config,
 )
+from open_r1.options import check_options
 from open_r1.rewards import format_reward
 
 
@@ -95,7 +96,7 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
 
 
 class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, SFTTrainer):
-    """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed; evaluation sets log by their names."""
+    """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed; evaluation sets log by name."""
 
 
 def check_answer(row: Row) -> None:
@@ -133,6 +134,7 @@ def prepare(
     Raises:
         ValueError, OSError, ImportError: for a model or data that no run can start with.
     """
+    check_options(training_args)
     peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args)

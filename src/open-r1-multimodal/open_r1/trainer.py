@@ -237,7 +237,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
     behaviour:
 
     - every end-of-text id ends a completion, vision tokens are never sampled, and sampling settings come from
-      `args` alone, never from the checkpoint's generation_config; one that would not act is refused (`open_r1.decoding`);
+      `args` alone, never from the checkpoint's generation_config; one that cannot act is refused (`open_r1.decoding`);
     - the prompt of a group is encoded, prefilled and scored once (`open_r1.shared_prefix`, `open_r1.rollout`);
     - rows with and without images may be mixed, in any number of processes;
     - images may be masked in a term of the loss, or noised in half of a rollout (`open_r1.perception`);

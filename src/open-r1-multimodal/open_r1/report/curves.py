@@ -192,7 +192,7 @@ def reward_names(run: Run, train: Trajectories) -> list[str]:
 
 
 def held_out_accuracies(run: Run, held_out: Trajectories) -> list[Line]:
-    """Accuracy on the held-out questions of each evaluation set, with its interval where their completions are there."""
+    """Accuracy on the held-out questions of each evaluation set, with an interval where their completions are there."""
     lines = []
     for name in held_out.datasets:
         of_set = held_out.of_dataset(name)
