@@ -21,6 +21,7 @@ from open_r1.callbacks import (
     RunLog,
     add_run_callbacks,
     describe,
+    evaluations,
     without_secrets,
 )
 from open_r1.data import DataArguments
@@ -273,6 +274,23 @@ def test_tensorboard_has_the_scalars_of_the_log_and_rollouts(run):
     assert events.Images("rollout/image_1")[0].width == 56 + 28 * (
         int(re.search(r"(\d+)_0", rows[0]["images"][0])[1]) % 3
     )
+
+
+@pytest.mark.parametrize(
+    "logs, lines",
+    [
+        ({"eval_completions/mean_length": 3.0, "eval_reward": 1.0}, [("eval_", "eval", "")]),
+        (
+            {"eval_far_away_completions/mean_length": 3.0, "eval_far_away_my_reward": 1.0},
+            [("eval_far_away_", "eval", "far_away")],
+        ),
+        ({"blind_easy_completions/mean_length": 3.0}, [("blind_easy_", "blind", "easy")]),
+        ({"eval_easy_mean_token_accuracy": 0.5, "eval_easy_loss": 1.0}, [("eval_easy_", "eval", "easy")]),
+        ({"eval_loss": 1.0}, [("eval_", "eval", "")]),
+    ],
+)
+def test_the_set_of_an_evaluation_is_told(logs, lines):
+    assert evaluations(logs) == lines
 
 
 def wandb_records(path: Path):

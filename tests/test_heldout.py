@@ -195,6 +195,16 @@ def test_the_best_model_is_chosen_by_one_of_several_sets(better, tiny_model, tmp
     assert len(values) == 2 and trainer.state.best_metric == max(values)
 
 
+def test_a_best_model_by_a_figure_of_no_set_is_refused(tiny_model, tmp_path):
+    changes = {"save_strategy": "steps", "load_best_model_at_end": True, "eval_dataset": named_sets()}
+    with pytest.raises(
+        ValueError, match=r"^metric_for_best_model: eval_reward is of no .* eval_easy_reward or eval_far"
+    ):
+        make_trainer(tiny_model, tmp_path, metric_for_best_model="eval_reward", **changes)
+    with pytest.raises(ValueError, match=r"^metric_for_best_model: loss is of no evaluation set; eval_easy_loss or "):
+        make_trainer(tiny_model, tmp_path, **changes)  # transformers' default
+
+
 def test_supervised_training_tells_several_sets_apart(tiny_model, tmp_path):
     """The same of TRL's metrics of SFT, on texts."""
     settings = {"use_cpu": True, "bf16": False, "report_to": [], "max_steps": 1, "gradient_checkpointing": False}

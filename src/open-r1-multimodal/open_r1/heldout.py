@@ -40,6 +40,15 @@ class NamedEvaluationMixin:
         super().log(logs, start_time)
 
 
+def check_best(metric: str | None, eval_dataset: Any) -> None:
+    """Raise ValueError where `metric_for_best_model` names none of several evaluation sets."""
+    if metric and isinstance(eval_dataset, dict):
+        figure = metric.removeprefix("eval_")
+        if not any(figure.startswith(f"{name}_") for name in eval_dataset):
+            known = " or ".join(f"eval_{name}_{figure}" for name in eval_dataset)
+            raise ValueError(f"metric_for_best_model: {metric} is of no evaluation set; {known} would be")
+
+
 def mean(values: Sequence[float]) -> float | None:
     """The mean of the values that are numbers, as TRL logs it; None where none is."""
     numbers = [value for value in values if not math.isnan(value)]

@@ -49,7 +49,7 @@ from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
 from open_r1.finite import FiniteMixin
 from open_r1.front_door import Mistake, printable
-from open_r1.heldout import NamedEvaluationMixin, held_out_figures
+from open_r1.heldout import NamedEvaluationMixin, check_best, held_out_figures
 from open_r1.images import BrokenImage, ImageSource, image_name, open_image
 from open_r1.machines import decide_once
 from open_r1.modeling import (
@@ -275,6 +275,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
             args = Qwen2VLGRPOConfig(f"{name.split('/')[-1]}-GRPO")
         shared_prefix = getattr(args, "shared_prefix", True)
         check_settings(args, shared_prefix, streams=isinstance(train_dataset, IterableDataset))
+        check_best(args.metric_for_best_model, eval_dataset)
         self.signal = args if isinstance(args, SignalArguments) else SignalArguments()
         if self.signal.signal_settings and isinstance(train_dataset, Dataset):
             train_dataset = train_dataset.add_column(ROW, list(range(len(train_dataset))))
