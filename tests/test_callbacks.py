@@ -21,6 +21,7 @@ from open_r1.callbacks import (
     RunLog,
     add_run_callbacks,
     describe,
+    evaluations,
 )
 from open_r1.data import DataArguments
 from open_r1.provenance import without_secrets
@@ -28,7 +29,7 @@ from open_r1.reflection import find_reflections
 from open_r1.report import page
 from open_r1.rewards import accuracy_reward, format_reward
 from open_r1.trackers import LogRollouts, code_block, rollout_markdown
-from support import make_config, make_trainer, read_jsonl
+from support import make_config, make_trainer, read_jsonl, write_mixed
 
 LINE = re.compile(r"step +(\d+)/(\d+)  (held-out +)?(.+?)(?:  +([\d.]+) s  ETA ([\d:]+))?")
 CELL = re.compile(r"([a-z_]+) +(-?\d+(?:\.\d+)?)(?:  |$)")
@@ -279,6 +280,23 @@ def test_tensorboard_has_the_scalars_of_the_log_and_rollouts(run):
     )
 
 
+@pytest.mark.parametrize(
+    "logs, lines",
+    [
+        ({"eval_completions/mean_length": 3.0, "eval_reward": 1.0}, [("eval_", "eval", "")]),
+        (
+            {"eval_far_away_completions/mean_length": 3.0, "eval_far_away_my_reward": 1.0},
+            [("eval_far_away_", "eval", "far_away")],
+        ),
+        ({"blind_easy_completions/mean_length": 3.0}, [("blind_easy_", "blind", "easy")]),
+        ({"eval_easy_mean_token_accuracy": 0.5, "eval_easy_loss": 1.0}, [("eval_easy_", "eval", "easy")]),
+        ({"eval_loss": 1.0}, [("eval_", "eval", "")]),
+    ],
+)
+def test_the_set_of_an_evaluation_is_told(logs, lines):
+    assert evaluations(logs) == lines
+
+
 def wandb_records(path: Path):
     """The records of W&B's offline file, which is LevelDB's log format."""
     from wandb.proto import wandb_internal_pb2
@@ -335,6 +353,30 @@ def test_wandb_offline_has_the_same_scalars_and_a_table(tiny_model, examples_jso
         group = [row["completion"] for row in rows if row["step"] == step and row["group"] == 0]
         assert [line[column] for line in table["data"]] == group
         assert {"image_1", "prompt", "accuracy_reward", "advantage"} <= set(table["columns"])
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_wandb_offline_takes_trls_table_of_completions(shared_prefix, tiny_model, examples_json, tmp_path, monkeypatch):
+    """Prompts with images, a text alone, and an evaluation: W&B's own types refuse messages in parts."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    wandb.teardown()
+    changes = {"log_completions": True, "shared_prefix": shared_prefix, "report_to": ["wandb"], "max_steps": 1}
+    data = write_mixed(tmp_path / "mixed", count=2)
+    try:
+        make_trainer(tiny_model, data, tmp_path / "out", eval_data=data, eval_strategy="steps", **changes).train()
+    finally:
+        wandb.finish()
+        wandb.teardown()
+    tables = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("wandb/offline-run-*/**/*.table.json"))]
+    table = next(table for table in tables if "completion" in table["columns"] and "step" in table["columns"])
+    prompts = [json.dumps(line[table["columns"].index("prompt")]) for line in table["data"]]
+    assert len(table["data"]) >= 4 and all("What colour is picture" in prompt for prompt in prompts)
+    assert len(list((tmp_path / "out/completions").glob("*.parquet"))) == 1
 
 
 HOSTILE = [

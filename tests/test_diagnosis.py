@@ -81,6 +81,18 @@ def test_thought_against_answer(tmp_path):
     assert found(write_run(tmp_path / "not", [same] * 9 + [other]))[THOUGHT].seen is False
 
 
+def test_blind_accuracy_of_several_sets_is_that_of_the_worst(tmp_path):
+    accuracy = "rewards/accuracy_reward/mean"
+    events = [
+        {"step": STEPS, f"{kind}_{name}_{accuracy}": value}
+        for name, seeing, blind in (("easy", 0.8, 0.2), ("far_away", 0.5, 0.5))
+        for kind, value in (("eval", seeing), ("blind", blind))
+    ]
+    finding = found(write_run(tmp_path / "run", events=events))[BLIND]
+    assert finding.seen is True
+    assert "20% of the held-out questions of easy without their images, 80% with them; 50% of " in finding.numbers
+
+
 @pytest.mark.parametrize("without, seen", [(0.4, False), (0.75, True), (0.9, True)])
 def test_blind_accuracy(tmp_path, without, seen):
     name = "rewards/accuracy_reward/mean"

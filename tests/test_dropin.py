@@ -208,6 +208,42 @@ def test_rewards_of_one_name_are_told_apart():
     assert told_apart(["a", "b", "a", "a"]) == ["a", "b", "a_2", "a_3"]
 
 
+def dictionary(completions, **kwargs):
+    return dict.fromkeys(range(len(completions)), 1.0)
+
+
+def short(completions, **kwargs):
+    return [1.0]
+
+
+async def word(completions, **kwargs):
+    return [1.0] * (len(completions) - 1) + ["good"]
+
+
+async def divides(completions, **kwargs):
+    return [1 / 0 for _ in completions]
+
+
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        (dictionary, r"dictionary returned \{0: 1.0, .*; expected a list of 3"),
+        (short, "short returned 1 rewards; expected a list of 3"),
+        (word, r"word returned 'good' for completion 2 \(asked 'What is in picture 0\?'\); expected a list of 3"),
+        (divides, rf"divides raised ZeroDivisionError: division by zero \({__file__}, line \d+\)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_reward_that_is_none_is_named_in_one_line(reward, message, tiny_model, tmp_path):
+    trainer = Qwen2VLGRPOTrainer(str(tiny_model), [by_length, reward], stock_config(tmp_path), one_image(1))
+    with pytest.raises(Mistake, match=f"^reward_funcs: {message}") as raised:
+        trainer.train()
+    assert "\n" not in str(raised.value)
+    assert trainer.reward_funcs == [by_length, reward]
+    if reward is divides:  # a bug keeps its traceback, and the line comes last
+        assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
 # --- dataset forms --------------------------------------------------------------------------------------------
 
 

@@ -5,14 +5,22 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
+from trl import SFTConfig
 
 from open_r1.heldout import held_out_figures
 from open_r1.prompts import REPO_ROOT
+from open_r1.sft import Qwen2VLSFTTrainer
 from open_r1.trainer import Qwen2VLGRPOTrainer
-from support import launch_env, make_config, read_jsonl
+from support import Scripted, launch_env, make_config, read_jsonl
 
-FIGURES = ("reward", "reward_std", "rewards/long/mean", "rewards/yes/mean", "completions/mean_length", "kl", "entropy")
+FIGURES = (
+    *("reward", "reward_std", "frac_reward_zero_std", "rewards/long/mean", "rewards/yes/mean", "kl", "entropy"),
+    *("completions/mean_length", "completions/clipped_ratio", "completions/max_terminated_length"),
+)
+WEIGHTS = [0.5, 3.0]
+LONGEST = 6
 
 
 def long(completions, completion_ids, **kwargs):
@@ -30,9 +38,33 @@ def questions(count: int) -> Dataset:
 
 
 def make_trainer(model, output, **changes) -> Qwen2VLGRPOTrainer:
-    args = make_config(output, **{"eval_strategy": "steps", "max_completion_length": 6, **changes})
-    data = questions(5)
-    return Qwen2VLGRPOTrainer(str(model), [long, yes], args, train_dataset=data, eval_dataset=data)
+    """A trainer whose policy is not its reference any more, and whose completions, of unequal lengths, a test knows."""
+    settings = {"eval_strategy": "steps", "max_completion_length": LONGEST, "reward_weights": WEIGHTS, **changes}
+    data = settings.pop("eval_dataset", questions(5))
+    args = make_config(output, **settings)
+    trainer = Qwen2VLGRPOTrainer(str(model), [long, yes], args, train_dataset=questions(5), eval_dataset=data)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    end = trainer.eos_token_ids[0]
+    trainer.backend = Scripted(trainer.backend, lambda prompts: completions(prompts, end))
+    return trainer
+
+
+def completions(prompts: list[list[int]], end: int) -> list[list[int]]:
+    """Of each row's prompt and its number among those of the same prompt: lengths from 1 to the limit.
+
+    Half of those that reach the limit end there, and half are cut.
+    """
+    rows, last, number = [], None, 0
+    for prompt in prompts:
+        last, number = prompt, number + 1 if prompt == last else 0
+        question = sum(prompt)
+        length = 1 + (question + 4 * number) % LONGEST
+        tokens = [40 + (7 * question + 13 * number + 5 * place) % 80 for place in range(length)]
+        rows.append(tokens if length == LONGEST and number % 2 else [*tokens[:-1], end])
+    return rows
 
 
 def row(reward, other, length, ended):
@@ -42,6 +74,8 @@ def row(reward, other, length, ended):
 def test_the_figures_of_a_few_rows():
     rows = [row(1.0, None, 4, True), row(3.0, 1.0, 8, False), row(0.0, None, 6, True), row(None, None, 2, True)]
     figures = held_out_figures(rows, [1.0, 2.0], group_size=2)
+    assert figures["frac_reward_zero_std"] == 0
+    assert figures["completions/max_terminated_length"] == 6  # the longest of all, 8, was cut
     assert figures["reward"] == pytest.approx((1 + 5 + 0) / 3)  # a row without any reward has no part in it
     assert figures["rewards/a/mean"] == pytest.approx(4 / 3) and figures["rewards/b/mean"] == 1
     assert figures["reward_std"] == pytest.approx(np.std([1, 5, 0], ddof=1))
@@ -50,9 +84,15 @@ def test_the_figures_of_a_few_rows():
     assert figures["completions/mean_terminated_length"] == 4 and figures["completions/min_terminated_length"] == 2
 
 
+def test_a_group_without_spread_is_one_whose_completions_all_earn_the_same():
+    earned = [(1.0, 1.0), (0.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
+    rows = [row(reward, None, 4, True) for group in earned for reward in group]
+    assert held_out_figures(rows, [1.0, 1.0], group_size=2)["frac_reward_zero_std"] == 0.75
+
+
 @pytest.mark.parametrize("generations", [1, 2])
 def test_every_batch_size_gives_the_figures_of_one_batch(generations, tiny_model, tmp_path):
-    """Greedy, so that the completions are the same. TRL's would be the means of uneven batches' means."""
+    """TRL's would be the means of uneven batches' means: of completions of unequal length, in kl and entropy too."""
     logs = []
     for batch in (4, 10):
         trainer = make_trainer(
@@ -60,27 +100,129 @@ def test_every_batch_size_gives_the_figures_of_one_batch(generations, tiny_model
             tmp_path / str(batch),
             per_device_eval_batch_size=batch,
             num_generations_eval=generations,
-            generation_kwargs={"do_sample": False},
         )
         logs.append(trainer.evaluate())
         rows = read_jsonl(tmp_path / str(batch) / "trajectories/eval.jsonl")
         assert len(rows) == 5 * generations
         assert [each["group"] for each in rows] == [index // generations for index in range(len(rows))]
-        assert logs[-1]["eval_rewards/yes/mean"] == pytest.approx(1 / 4)
-        assert logs[-1]["eval_rewards/long/mean"] == pytest.approx(np.mean([each["length"] for each in rows]))
         trainer.evaluate()  # and a second one starts from nothing
         assert len(read_jsonl(tmp_path / str(batch) / "trajectories/eval.jsonl")) == 2 * 5 * generations
     for name in FIGURES:
         assert logs[0][f"eval_{name}"] == pytest.approx(logs[1][f"eval_{name}"], rel=1e-4), name
     assert "eval_tokens" not in logs[0]
 
+    lengths = [each["length"] for each in rows]
+    earned = [WEIGHTS[0] * each["length"] + WEIGHTS[1] * (each["rewards"]["yes"] or 0) for each in rows]
+    assert len(set(lengths)) > 2 and logs[0]["eval_kl"] > 1e-3  # else nothing above could be wrong
+    assert logs[0]["eval_reward"] == pytest.approx(np.mean(earned))
+    assert logs[0]["eval_rewards/yes/mean"] == pytest.approx(1 / 4)
+    assert logs[0]["eval_rewards/long/mean"] == pytest.approx(np.mean(lengths))
+    groups = np.reshape(earned, (5, generations))
+    assert logs[0]["eval_frac_reward_zero_std"] == pytest.approx(np.mean(groups.std(axis=1) < 1e-6))
+
+
+def test_a_completion_ends_by_its_last_token_not_by_its_length(tiny_model, tmp_path):
+    trainer = make_trainer(tiny_model, tmp_path, num_generations_eval=4, per_device_eval_batch_size=20)
+    logs = trainer.evaluate()
+    rows = read_jsonl(tmp_path / "trajectories/eval.jsonl")
+    at_the_limit = [each["length"] == LONGEST for each in rows]
+    cut = [long and index % 2 == 1 for index, long in enumerate(at_the_limit)]
+    assert [not each["ended"] for each in rows] == cut
+    assert 0 < sum(cut) < sum(at_the_limit)
+    assert logs["eval_completions/clipped_ratio"] == pytest.approx(np.mean(cut))
+
+
+def test_what_a_process_got_to_be_even_counts_nowhere(tiny_model, tmp_path):
+    """Of a batch of four two are questions of their own; the tokens of the others have no part in kl and entropy."""
+    trainer = make_trainer(tiny_model, tmp_path, num_generations_eval=1, per_device_eval_batch_size=4)
+    trainer.model.eval()
+    trainer.get_eval_dataloader()
+    trainer._held_out_left = 2
+    batch = trainer._generate_and_score_completions([questions(5)[index] for index in range(4)])
+    assert batch["completion_mask"].any(dim=1).tolist() == [True, True, False, False]
+    assert len(read_jsonl(tmp_path / "trajectories/eval.jsonl")) == 2
+
+
+# --- several evaluation sets ----------------------------------------------------------------------------------
+
+
+def named_sets() -> dict[str, Dataset]:
+    return {"easy": questions(2), "far_away": questions(5)}
+
+
+def test_each_of_several_sets_has_its_own_figures_and_completions(tiny_model, tmp_path):
+    trainer = make_trainer(tiny_model, tmp_path / "named", eval_dataset=named_sets())
+    logs = trainer.evaluate()
+    rows = read_jsonl(tmp_path / "named/trajectories/eval.jsonl")
+    for name, data in named_sets().items():
+        alone = make_trainer(tiny_model, tmp_path / name, eval_dataset=data)
+        expected = alone.evaluate()
+        for figure in FIGURES:
+            assert logs[f"eval_{name}_{figure}"] == pytest.approx(expected[f"eval_{figure}"], nan_ok=True), figure
+        alone_rows = read_jsonl(tmp_path / name / "trajectories/eval.jsonl")
+        assert [each for each in rows if each["dataset"] == name] == [{**each, "dataset": name} for each in alone_rows]
+    assert logs["eval_easy_reward"] != logs["eval_far_away_reward"] and "eval_reward" not in logs
+    logged = [{name for name in event if name.endswith("_reward")} for event in trainer.state.log_history]
+    assert logged == [{"eval_easy_reward"}, {"eval_far_away_reward"}]
+
+
+def test_the_questions_of_several_sets_without_their_images(tiny_model, tmp_path):
+    trainer = make_trainer(tiny_model, tmp_path, eval_dataset=named_sets())
+    trainer.evaluate_blind()
+    logged = [{name for name in event if name.endswith("_reward")} for event in trainer.state.log_history]
+    assert logged == [{"blind_easy_reward"}, {"blind_far_away_reward"}]
+    rows = read_jsonl(tmp_path / "trajectories/blind.jsonl")
+    assert [each["dataset"] for each in rows] == ["easy"] * 2 * 4 + ["far_away"] * 5 * 4
+    assert "eval_easy_reward" in trainer.evaluate()  # which is not blind
+
+
+def test_sets_that_are_given_to_one_evaluation_are_told_apart(tiny_model, tmp_path):
+    """transformers' own ways: a dictionary, a data set with a prefix."""
+    trainer = make_trainer(tiny_model, tmp_path)
+    assert "eval_easy_reward" in trainer.evaluate(named_sets())
+    assert "test_reward" in trainer.evaluate(questions(3), metric_key_prefix="test")
+    assert "eval_reward" in trainer.evaluate()
+
+
+@pytest.mark.parametrize("better", ["eval_far_away_rewards/long/mean", "eval_easy_kl"])
+def test_the_best_model_is_chosen_by_one_of_several_sets(better, tiny_model, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1, "load_best_model_at_end": True}
+    trainer = make_trainer(
+        tiny_model, tmp_path, eval_dataset=named_sets(), metric_for_best_model=better, greater_is_better=True, **saving
+    )
+    trainer.train()
+    values = [event[better] for event in trainer.state.log_history if better in event]
+    assert len(values) == 2 and trainer.state.best_metric == max(values)
+
+
+def test_a_best_model_by_a_figure_of_no_set_is_refused(tiny_model, tmp_path):
+    changes = {"save_strategy": "steps", "load_best_model_at_end": True, "eval_dataset": named_sets()}
+    with pytest.raises(
+        ValueError, match=r"^metric_for_best_model: eval_reward is of no .* eval_easy_reward or eval_far"
+    ):
+        make_trainer(tiny_model, tmp_path, metric_for_best_model="eval_reward", **changes)
+    with pytest.raises(ValueError, match=r"^metric_for_best_model: loss is of no evaluation set; eval_easy_loss or "):
+        make_trainer(tiny_model, tmp_path, **changes)  # transformers' default
+
+
+def test_supervised_training_tells_several_sets_apart(tiny_model, tmp_path):
+    """The same of TRL's metrics of SFT, on texts."""
+    settings = {"use_cpu": True, "bf16": False, "report_to": [], "max_steps": 1, "gradient_checkpointing": False}
+    answer = [{"role": "assistant", "content": "yes"}]
+    data = Dataset.from_list([{"prompt": each["prompt"], "completion": answer} for each in questions(4)])
+    sets = {"a": data.select([0]), "b": data.select([1, 2, 3])}
+    args = SFTConfig(str(tmp_path), max_length=None, **settings)
+    trainer = Qwen2VLSFTTrainer(str(tiny_model), args, train_dataset=data, eval_dataset=sets)
+    logs = trainer.evaluate()
+    assert {"eval_a_entropy", "eval_b_entropy", "eval_a_mean_token_accuracy"} <= logs.keys()
+    assert "eval_entropy" not in logs and logs["eval_a_entropy"] != logs["eval_b_entropy"]
+
 
 WORKER = """
 import json, sys
 sys.path.insert(0, {tests!r})
 from test_heldout import make_trainer
-trainer = make_trainer({model!r}, {output!r}, per_device_eval_batch_size=4, num_generations_eval=int({generations!r}),
-                       generation_kwargs={{"do_sample": False}})
+trainer = make_trainer({model!r}, {output!r}, per_device_eval_batch_size=4, num_generations_eval=int({generations!r}))
 logs = trainer.evaluate()
 if trainer.is_world_process_zero():
     json.dump(logs, open({output!r} + "/logs.json", "w"))

@@ -182,6 +182,40 @@ def test_evaluation_in_several_batches(tmp_path):
     assert [group["number"] for group in step["groups"]] == [1, 2, 3, 4] and step["asked"] == 4
 
 
+def held_out_lines(run: Path) -> dict[str, list]:
+    """Label -> accuracies, of the held-out chart and the paper's figure, which agree."""
+    with (
+        scan_trajectories(run / "trajectories/train.jsonl") as train,
+        scan_trajectories(run / "trajectories/eval.jsonl") as held_out,
+    ):
+        curves = collect(read_run(run), train, held_out)
+    (chart,) = (chart for chart in curves.charts if chart.name == "held-out")
+    lines = {line.label: line.points.values.tolist() for line in chart.panels[0].lines}
+    paper = {line.label: line.points.values.tolist() for line in curves.accuracy if "held-out" in line.label}
+    assert lines == paper
+    return lines
+
+
+def test_each_evaluation_set_has_its_own_curve(tmp_path):
+    """Both sets ask one question alike, in one step and under one number."""
+    rows = [
+        *(row(step=5, group=0, dataset="easy", rewards=RIGHT) for _ in range(2)),
+        *(row(step=5, group=0, dataset="far_away", rewards=WRONG) for _ in range(2)),
+        row(step=5, group=1, dataset="far_away", prompt=PROMPT.format("other?"), rewards=RIGHT),
+    ]
+    run = write_run(tmp_path / "run", eval_rows=rows)
+    assert held_out_lines(run) == {"held-out accuracy, easy": [1.0], "held-out accuracy, far_away": [0.5]}
+
+
+def test_each_evaluation_set_of_a_log_alone_has_its_own_curve(tmp_path):
+    accuracy = "rewards/accuracy_reward/mean"
+    events = [{"step": 4, f"eval_easy_{accuracy}": 0.75}, {"step": 4, f"eval_far_away_{accuracy}": 0.25}]
+    lines = held_out_lines(write_run(tmp_path / "run", events=events))
+    assert lines == {"held-out accuracy, easy": [0.75], "held-out accuracy, far_away": [0.25]}
+    lines = held_out_lines(write_run(tmp_path / "one", events=[{"step": 4, f"eval_{accuracy}": 0.5}]))
+    assert lines == {"held-out accuracy": [0.5]}
+
+
 def test_rows_of_two_processes(tmp_path):
     """Both ranks' completions stand one behind the other; the groups of a step are told by their number."""
     rows = [row(step=s, group=g, prompt=PROMPT.format(f"{g}?")) for s in (1, 2) for g in range(4) for _ in range(2)]

@@ -342,6 +342,13 @@ def leaves(completions, **kwargs): sys.exit(0)
 def breaks(completions, **kwargs): return numpy.zeros(2).reshape(3)
 def misses(texts, **kwargs): return [0.0] * len(texts)
 def good(completions, **kwargs): return numpy.float32(0.5), True, None
+def by_index(completions, **kwargs): return dict.fromkeys(range(len(completions)), 1.0)
+def by_text(completions, **kwargs): return {"x": 1.0, "y": 0.0, "z": 0.5}
+def unordered(completions, **kwargs): return {0.0, 0.5, 1.0}
+def word(completions, **kwargs): return "abc"
+async def raises(completions, **kwargs): raise KeyError("score")
+async def dictionary(completions, **kwargs): return {"accuracy": [1.0] * len(completions)}
+async def late(completions, **kwargs): return [1.0, None, "good"]
 """
 
 
@@ -387,15 +394,22 @@ def test_a_function_that_trl_could_not_call_is_no_reward(own, name):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("text", "returned '1.0' for completion 0; expected a list of 3, a finite number "),
-        ("infinite", "returned inf for completion 1; "),
-        ("huge", "returned 10000.* for completion 0; "),
-        ("nan", "returned nan for completion 0; "),
-        ("nested", r"returned array\(\[0\., 0\.\]\) for completion 0; "),
+        ("text", r"returned '1.0' for completion 0 \(asked 'Who\?'\); expected a list of 3, a finite number "),
+        ("infinite", "returned inf for completion 1 "),
+        ("huge", "returned 10000.* for completion 0 "),
+        ("nan", "returned nan for completion 0 "),
+        ("nested", r"returned array\(\[0\., 0\.\]\) for completion 0 "),
         ("one", "returned 1 rewards; expected a list of 3"),
         ("number", "returned 1.0; expected a list of 3"),
         ("leaves", r"raised SystemExit: 0 \({path}, line 11\)$"),
         ("breaks", r"raised ValueError: cannot reshape .* \({path}, line 12\)$"),
+        ("by_index", r"returned {{0: 1.0, 1: 1.0, 2: 1.0}}; expected a list of 3"),
+        ("by_text", r"returned {{'x': 1.0, 'y': 0.0, 'z': 0.5}}; expected a list of 3"),
+        ("unordered", r"returned {{0.0, .*}}; expected a list of 3"),
+        ("word", r"returned 'abc'; expected a list of 3"),
+        ("raises", r"raised KeyError: 'score' \({path}, line 19\)$"),
+        ("dictionary", r"returned {{'accuracy': \[1.0, 1.0, 1.0\]}}; expected a list of 3"),
+        ("late", r"returned 'good' for completion 2 \(asked 'Which\?'\); expected a list of 3"),
         ("misses", r"raised TypeError: misses\(\) missing 1 required positional argument: 'texts'$"),
     ],
 )
@@ -403,7 +417,7 @@ def test_what_is_no_reward_names_its_function(own, name, message):
     path = own(OWN)
     (reward,) = get_reward_funcs([f"own_rewards:{name}"])
     with pytest.raises(Mistake) as raised:
-        rewards = reward(prompts=["p"] * 3, completions=["x", "y", "z"])
+        rewards = reward(prompts=["Who?", "Where?", "Which?"], completions=["x", "y", "z"])
         asyncio.run(rewards)  # of the one that TRL has to await
     expected = f"reward_funcs: own_rewards:{name} " + message.format(path=path)
     assert re.match(expected, str(raised.value)) and len(str(raised.value)) < 250

@@ -20,6 +20,7 @@ from open_r1.data import count_prompt_tokens, load_dataset
 from open_r1.families import end_token_ids, vision_token_ids
 from open_r1.finite import FiniteMixin
 from open_r1.front_door import Mistake
+from open_r1.heldout import NamedEvaluationMixin
 from open_r1.images import open_image
 from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.rewards import accuracy_reward
@@ -368,6 +369,7 @@ SEAMS = {
     "_prepare_inputs": ["generation_batch"],
     "_get_train_sampler": ["dataset"],
     "get_eval_dataloader": ["eval_dataset"],
+    "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
     "log": ["logs", "start_time"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "save_model": ["output_dir", "_internal_call"],
@@ -386,7 +388,7 @@ def test_the_seams_in_trl_are_where_we_override_them(name):
 def test_every_override_is_on_the_list():
     own = {
         name
-        for kind in (Qwen2VLGRPOTrainer, FiniteMixin, LoadWeightsMixin)
+        for kind in (Qwen2VLGRPOTrainer, FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin)
         for name in vars(kind)
         if not name.startswith("__")
     }

@@ -195,6 +195,14 @@ def describe(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
     return [f"{label} {'-' if value is None else format(value, form)}" for label, value, form in values]
 
 
+def evaluations(logs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The evaluations in a log event: the prefix of their figures, the kind (eval, blind) and the name of their set."""
+    found = (
+        re.fullmatch(r"((eval|blind)_(?:(.+)_)?)(?:completions/mean_length|mean_token_accuracy)", key) for key in logs
+    )
+    return [(match[1], match[2], match[3] or "") for match in found if match] or [("eval_", "eval", "")]
+
+
 class ProgressLines(TrainerCallback):
     """Print a line for every logged step and evaluation, from the main process."""
 
@@ -231,10 +239,9 @@ class ProgressLines(TrainerCallback):
             return
         cells = [f"step {state.global_step:{len(str(state.max_steps))}}/{state.max_steps}"]
         if is_evaluation:
-            if "blind_reward" in logs:
-                cells += ["without image", *describe(logs, "blind_")]
-            else:
-                cells += ["held-out     " if "eval_reward" in logs else "held-out", *describe(logs, "eval_")]
+            for prefix, kind, name in evaluations(logs):
+                title = {"blind": "without image", "eval": "held-out"}[kind] + (f" {name}" if name else "")
+                cells += [f"{title:13}" if f"{prefix}reward" in logs else title, *describe(logs, prefix)]
         else:
             seconds = sum(self.since_log) / max(len(self.since_log), 1)
             self.since_log.clear()

@@ -7,6 +7,7 @@ from typing import ClassVar
 from trl import GRPOConfig, SFTConfig
 
 from open_r1.front_door import Mistake
+from open_r1.options import check_options
 from open_r1.recipes import count_processes
 
 # TRL's own, which it checks in the first step
@@ -318,9 +319,11 @@ def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False)
         streams: whether its training set has no length and no rows to pick.
 
     Raises:
-        ValueError: for settings that the shared prefix does not go with, or that need it.
+        ValueError: for options that cannot work here, and settings that the shared prefix does not go with or that
+            need it.
         Mistake: vLLM is asked for and not there.
     """
+    check_options(args)
     if args.use_vllm and args.vllm_mode == "colocate" and not shared_prefix:
         raise ValueError(
             "shared_prefix: with use_vllm it must be true: TRL hands a colocated engine prompts whose image tokens are "

@@ -154,7 +154,6 @@ def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, Trai
             f"eval_strategy {args.eval_strategy.value}: there are no held-out examples; name them in "
             "eval_dataset_name, or eval_strategy: no"
         )
-    Trainer.get_optimizer_cls_and_kwargs(args)  # raises for an optimizer whose package is not there
     args.report_to = resolve_report_to(args.report_to)
     return script_args, args, model_args
 

@@ -11,6 +11,7 @@ from trl import ModelConfig
 from open_r1.callbacks import has_begun
 from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, check_rotation, check_settings, longest_row
 from open_r1.data import load_datasets_from_args, load_processor_from_args, opens_think
+from open_r1.decoding import check_generation
 from open_r1.entry import Command, run
 from open_r1.modeling import check_model, freeze, get_adapter_config, load_model_from_args
 from open_r1.rewards import COMPARING, check_gold, get_reward_funcs
@@ -32,6 +33,7 @@ def prepare(
     peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args, template_kwargs)
+    check_generation(training_args.generation_kwargs, len(processor.tokenizer), training_args.use_vllm)
     reward_funcs = get_reward_funcs(
         script_args.reward_funcs,
         think_prefilled=opens_think(processor, **template_kwargs),

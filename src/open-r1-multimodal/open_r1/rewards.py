@@ -1,7 +1,7 @@
 """Reward functions in TRL's form: keyword lists with an entry per completion in, a float per completion out.
 
 A recipe names them in `reward_funcs`, by their name in `reward_funcs_registry` or as `module:function`. What a function
-of the user's own raises, or returns that is no reward, ends a run in one line that names it.
+of the user's own raises, or returns that is no reward, ends a run in one line that names it (`guarded`).
 """
 
 import functools
@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -252,7 +252,7 @@ def _get_reward(name: str, of_the_run: Mapping[str, Any]) -> Reward:
             f"reward_funcs: {name} must take **kwargs: TRL gives it prompts, completions, completion_ids, every column "
             "of the data, and more"
         )
-    return _guard(_bind(reward, of_the_run), name)
+    return guarded(_bind(reward, of_the_run), name)
 
 
 def _import_reward(name: str) -> Reward:
@@ -283,23 +283,30 @@ def _bind(reward: Reward, of_the_run: Mapping[str, Any]) -> Reward:
     return functools.update_wrapper(bound, reward)  # keeps __name__, under which TRL logs it
 
 
-def _guard(reward: Reward, name: str) -> Reward:
-    """A reward of the user's own, checked at every call."""
+def guarded(reward: Reward, name: str) -> Reward:
+    """A reward of the user's own, checked at every call: what it raises or returns amiss names it, in one line.
+
+    Args:
+        reward: asynchronous or not; one of this module is returned as it is: what it raises is a bug, or wrong data.
+        name: of the function, maybe behind its module's: `module:function`.
+    """
+    if getattr(reward, "__module__", None) == __name__:
+        return reward
     if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
 
-        async def guarded(*, completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
+        async def checked(*, completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
             with _blamed_on(name):
                 rewards = await reward(completions=completions, **kwargs)
-            return _check_rewards(rewards, name, len(completions))
+            return _check_rewards(rewards, name, len(completions), kwargs.get("prompts"))
     else:
 
-        def guarded(*, completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
+        def checked(*, completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
             with _blamed_on(name):
                 rewards = reward(completions=completions, **kwargs)
-            return _check_rewards(rewards, name, len(completions))
+            return _check_rewards(rewards, name, len(completions), kwargs.get("prompts"))
 
-    guarded.__name__ = name.partition(":")[2]  # TRL logs it under this name
-    return guarded
+    checked.__name__ = name.rpartition(":")[2]  # TRL logs it under this name
+    return checked
 
 
 @contextmanager
@@ -310,13 +317,15 @@ def _blamed_on(name: str) -> Iterator[None]:
         raise Mistake(f"reward_funcs: {name} raised {_describe(error)}") from error
 
 
-def _check_rewards(rewards: Any, name: str, count: int) -> list[float | None]:
+def _check_rewards(rewards: Any, name: str, count: int, prompts: Sequence[Any] | None) -> list[float | None]:
     """The rewards as floats; None, of a function that has no opinion, stays."""
     expected = f"expected a list of {count}, a finite number (or None) for each completion"
     try:
+        if isinstance(rewards, Mapping | Set | str | bytes):  # what their order means is not for us to say
+            raise TypeError
         values = list(rewards)
     except TypeError as error:
-        raise Mistake(f"reward_funcs: {name} returned {rewards!r:.60}; {expected}") from error
+        raise Mistake(f"reward_funcs: {name} returned {_shortened(rewards)}; {expected}") from error
     if len(values) != count:
         raise Mistake(f"reward_funcs: {name} returned {len(values)} rewards; {expected}")
     for index, value in enumerate(values):
@@ -325,8 +334,16 @@ def _check_rewards(rewards: Any, name: str, count: int) -> list[float | None]:
                 continue
         except (TypeError, ValueError, RuntimeError, OverflowError):  # a list, a tensor of several numbers, 10**400
             pass
-        raise Mistake(f"reward_funcs: {name} returned {value!r:.60} for completion {index}; {expected}")
+        asked = f" (asked {_shortened(completion_text(prompts[index]))})" if prompts else ""
+        raise Mistake(f"reward_funcs: {name} returned {_shortened(value)} for completion {index}{asked}; {expected}")
     return [None if value is None else float(value) for value in values]
+
+
+def _shortened(value: Any) -> str:
+    """As Python would write it, in one short line; of a message in parts its texts."""
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        value = " ".join(str(part["text"]) for part in value if "text" in part)
+    return f"{' '.join(repr(value).split()):.60}"
 
 
 def _describe(error: BaseException) -> str:

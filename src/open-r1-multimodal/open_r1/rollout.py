@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, DynamicLayer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from open_r1.decoding import next_token_processors
 from open_r1.families import family_of
 from open_r1.front_door import Mistake
 from open_r1.shared_prefix import Prompt, enable_grouping, join_images
@@ -115,8 +116,7 @@ def generate(
 
     # The processors of `generate` itself, so that every sampling setting means here what it means there.
     generation_config, _ = model._prepare_generation_config(generation_config)
-    model._prepare_special_tokens(generation_config, device=device)
-    process = model._get_logits_processor(generation_config, input_ids_seq_length=ids.shape[1], device=str(device))
+    process = next_token_processors(model, generation_config, ids.shape[1], device)
     history = ids[owner].to(device)  # (B, P + generated), what repetition penalties look at
     ends = torch.tensor(generation_config.eos_token_id, device=device).view(-1)
 

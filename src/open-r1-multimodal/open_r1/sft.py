@@ -32,6 +32,7 @@ from open_r1.data import (
 from open_r1.entry import Command, run
 from open_r1.finite import FiniteMixin
 from open_r1.front_door import Mistake, printable
+from open_r1.heldout import NamedEvaluationMixin
 from open_r1.images import BrokenImage, open_image
 from open_r1.modeling import (
     accept_missing_images,
@@ -41,6 +42,7 @@ from open_r1.modeling import (
     load_model_from_args,
     reset_generation_config,
 )
+from open_r1.options import check_options
 from open_r1.rewards import format_reward
 
 
@@ -93,8 +95,8 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
         return self.last
 
 
-class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, SFTTrainer):
-    """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed."""
+class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, SFTTrainer):
+    """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed; evaluation sets log by name."""
 
 
 def check_answer(row: Row) -> None:
@@ -132,6 +134,7 @@ def prepare(
     Raises:
         ValueError, OSError, ImportError: for a model or data that no run can start with.
     """
+    check_options(training_args)
     peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args, template_kwargs)

@@ -5,7 +5,7 @@ import math
 import random
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from PIL import Image
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import (
@@ -44,11 +45,12 @@ from open_r1.backends import Backend, TransformersBackend
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_settings, check_shared_prefix
 from open_r1.data import ROTATION_OF, most_broken, warn_of_unshown
+from open_r1.decoding import check_generation, with_tokens
 from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.files import append_rows, keep_rows
 from open_r1.finite import FiniteMixin
 from open_r1.front_door import Mistake, printable
-from open_r1.heldout import held_out_figures
+from open_r1.heldout import NamedEvaluationMixin, check_best, held_out_figures
 from open_r1.images import BrokenImage, ImageSource, image_name, open_image
 from open_r1.machines import decide_once
 from open_r1.modeling import (
@@ -60,7 +62,7 @@ from open_r1.modeling import (
 )
 from open_r1.perception import add_noise, batch_mean, mask_prompt, noise_step, perception_kl, seeded, split_halves
 from open_r1.reflection import analyse, reflection_shares
-from open_r1.rewards import completion_text
+from open_r1.rewards import completion_text, guarded
 from open_r1.sampling import (
     EpochSampler,
     PassRates,
@@ -134,6 +136,18 @@ def without_images(row: dict[str, Any]) -> dict[str, Any]:
         ]
     nothing = {name: value for name, value in (("images", []), ("image", None)) if name in row}
     return {**row, **nothing, "prompt": prompt}
+
+
+def as_text(prompt: list[dict[str, Any]] | str) -> list[dict[str, Any]] | str:
+    """A prompt whose messages are texts: W&B's tables, into which TRL puts prompts, take no messages in parts."""
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": "".join(part.get("text") or f"<{part['type']}>" for part in message["content"])}
+        for message in prompt
+    ]
 
 
 def text_or_none(value: Any) -> str | None:
@@ -240,7 +254,7 @@ class Rollout:
     rewards: list[list[float]] = field(default_factory=list)
 
 
-class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
+class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GRPOTrainer):
     """TRL's `GRPOTrainer` for the models of `open_r1.families`, with the same signature, defaults and datasets.
 
     A dataset row holds `prompt`, conversational or (without images) a text; `images` or `image`, if any, as whatever
@@ -248,14 +262,15 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
     behaviour:
 
     - every end-of-text id ends a completion, vision tokens are never sampled, and sampling settings come from
-      `args` alone, never from the checkpoint's generation_config;
+      `args` alone, never from the checkpoint's generation_config; one that cannot act is refused (`open_r1.decoding`);
     - the prompt of a group is encoded, prefilled and scored once (`open_r1.shared_prefix`, `open_r1.rollout`);
     - rows with and without images may be mixed, in any number of processes;
     - images may be masked in a term of the loss, or noised in half of a rollout (`open_r1.perception`);
     - an image that cannot be opened any more ends no run: completions about it earn nothing and are counted, up to
       `data.most_broken`;
     - a loss or gradient that is no number ends it before the weights are spoiled (`open_r1.finite`);
-    - the figures of an evaluation are over its questions, each once (`open_r1.heldout`);
+    - the figures of an evaluation are over its questions, each once, and of several sets each has its own
+      (`open_r1.heldout`);
     - groups without signal can be replaced by others, and prompts that never or always succeed be asked less
       (`SignalArguments` of `open_r1.configs`);
     - every completion goes to `{output_dir}/trajectories/{train,eval,blind}.jsonl`, and a few are shown where the
@@ -285,6 +300,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
             args = Qwen2VLGRPOConfig(f"{name.split('/')[-1]}-GRPO")
         shared_prefix = getattr(args, "shared_prefix", True)
         check_settings(args, shared_prefix, streams=isinstance(train_dataset, IterableDataset))
+        check_best(args.metric_for_best_model, eval_dataset)
         self.signal = args if isinstance(args, SignalArguments) else SignalArguments()
         if self.signal.signal_settings and isinstance(train_dataset, Dataset):
             train_dataset = train_dataset.add_column(ROW, list(range(len(train_dataset))))
@@ -295,15 +311,17 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
             check_weights(name, revision)
         if processing_class is None:
             processing_class = load_processor(name, revision=revision)
-        ends, never = end_token_ids(processing_class), vision_token_ids(processing_class)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        check_generation(args.generation_kwargs, len(tokenizer), args.use_vllm)
+        never = vision_token_ids(processing_class)
         if args.use_vllm:
             # TRL loads a model given by its name in float32, if it is told nothing else
             own = (args.model_init_kwargs or {}).get("dtype", "float32") if isinstance(model, str) else model.dtype
-            settings = {"stop_token_ids": ends, "logit_bias": banned(never)}
+            end, ban = "stop_token_ids", {"logit_bias": banned(never)}
             engines = engines_with(**engine_settings(processing_class, engine_dtype(args, own)))
         else:
-            settings, engines = {"eos_token_id": ends, "suppress_tokens": never}, nullcontext()
-        args.generation_kwargs = {**settings, **(args.generation_kwargs or {})}
+            end, ban, engines = "eos_token_id", {"suppress_tokens": never}, nullcontext()
+        args.generation_kwargs = with_tokens(args.generation_kwargs, end, end_token_ids(processing_class), ban)
         with engines:
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *more, **kwargs)
         if self.accelerator.is_main_process:
@@ -311,9 +329,10 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         plain, reference = self._plain_model(), self.ref_model and self.accelerator.unwrap_model(self.ref_model)
         self.family = family_of(plain)
         reset_generation_config(plain, processing_class)
-        self.eos_token_ids = ends
+        self.eos_token_ids = args.generation_kwargs[end]
         if self.use_vllm:  # TRL tells its engine alone
-            self.generation_config = GenerationConfig(max_new_tokens=self.max_completion_length, eos_token_id=ends)
+            settings = {"max_new_tokens": self.max_completion_length, "eos_token_id": self.eos_token_ids}
+            self.generation_config = GenerationConfig(**settings)
         self.reward_func_names = told_apart(self.reward_func_names)
         # Tool calls put images and foreign tokens into completions; they stay on TRL's path.
         self.shared_prefix = shared_prefix and self._is_vlm and not (self.tools or self.rollout_func)
@@ -370,7 +389,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
         """Ask the held-out questions without their images; logged as `blind_...`, written to `blind.jsonl`."""
         self._is_blind = True
         try:
-            self.evaluate()
+            self.evaluate(metric_key_prefix="blind")
         finally:
             self._is_blind = False
 
@@ -409,7 +428,15 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
             {**row, **{name: now[name] for name in now if name not in given or now[name] is not given[name]}}
             for row, given, now in zip(rollout.rows, rollout.given, inputs, strict=True)
         ]
-        rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)  # (all B, funcs)
+        own = self.reward_funcs  # which stay what the user gave
+        self.reward_funcs = [
+            reward if isinstance(reward, nn.Module) else guarded(reward, name)
+            for reward, name in zip(own, self.reward_func_names, strict=True)
+        ]
+        try:
+            rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)  # (all B, funcs)
+        finally:
+            self.reward_funcs = own
         if rewards.isnan().all() and self._mode() == "train":
             names = ", ".join(self.reward_func_names)
             raise Mistake(f"reward_funcs: no completion of a step got a reward, only None ({names})")
@@ -759,8 +786,11 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
             metrics.update({name: [value] for name, value in {**figures, **reflection_shares(self._held_out)}.items()})
             self._held_out = []
             if self._is_blind:
-                logs = {f"blind_{name}": value for name, value in figures.items()}
+                logs = {f"{self.evaluation_prefix}_{name}": value for name, value in figures.items()}
                 metrics.clear()
+        if self.log_completions:
+            prompts = self._logs["prompt"]
+            self._logs["prompt"] = deque(map(as_text, prompts), maxlen=prompts.maxlen)
         super().log(logs, start_time)
 
     def _render(self, prompt: list[dict[str, Any]] | str, images: list[ImageSource]) -> tuple[str, list[str]]:
@@ -810,6 +840,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, GRPOTrainer):
                 self_corrected=reflection.self_corrected,
                 row=row.get(ROW),
                 refill=rollout.refill,
+                dataset=None if mode == "train" else self.evaluated_set,
             )
             rows.append(record.to_row())
         first = self.accelerator.process_index * len(rows)

@@ -40,10 +40,12 @@ class Completion:
     group: Annotated[int, Check(is_count, "a number")] = 0  # of one prompt's completions; counts anew in every rollout
     row: Annotated[int | None, maybe(Check(is_count, "a number"))] = None  # of the prompt in the training set
     refill: Annotated[int, Check(is_count, "a number")] = 0  # which pass of a rollout sampled it, see open_r1.sampling
+    dataset: Annotated[str | None, maybe(TEXT)] = None  # the name of its evaluation set, where there are several
 
     def to_row(self) -> dict[str, Any]:
-        """As a line of a file holds it; the last two fields are those of a run that chooses its prompts."""
-        return {name: value for name, value in vars(self).items() if self.row is not None or name not in CHOOSING}
+        """As a line of a file holds it; the last fields are those of runs that choose prompts, or name their sets."""
+        absent = (CHOOSING if self.row is None else ()) + (("dataset",) if self.dataset is None else ())
+        return {name: value for name, value in vars(self).items() if name not in absent}
 
 
 _HINTS = get_type_hints(Completion, include_extras=True)

@@ -105,7 +105,7 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
 
     accuracy, form = Line("accuracy", rewards(ACCURACY)), Line("format", rewards(FORMAT))
     others = [Line(name, rewards(name)) for name in reward_names(run, train) if name not in (ACCURACY, FORMAT)]
-    held_out_line = held_out_accuracy(run, held_out)
+    held_out_lines = held_out_accuracies(run, held_out)
     lengths = per_step(train.rows["length"], "completions/mean_length")
     spread = by_step(steps, train.rows["length"].astype(float), quartiles) if len(train) else None
     length = Line("length in tokens", lengths, *(spread.values.T if spread else (None, None)))
@@ -120,8 +120,8 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
         Chart(
             "held-out",
             "Held-out accuracy",
-            [Panel("accuracy", [held_out_line], percent=True)],
-            "Band: Wilson's 95 % interval over questions." if held_out_line.low is not None else "",
+            [Panel("accuracy", held_out_lines, percent=True)],
+            "Band: Wilson's 95 % interval over questions." if held_out_lines[0].low is not None else "",
         ),
         Chart(
             "length",
@@ -161,7 +161,7 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
         Chart("time", "Seconds a step", [Panel("seconds", step_time(run), stacked=True)]),
         Chart("gradient", "Gradient norm", [Panel("norm", [Line("gradient norm", run.series("grad_norm"))])]),
     ]
-    accuracies = [accuracy, Line("held-out accuracy", held_out_line.points, marked=True)]
+    accuracies = [accuracy, *(Line(line.label, line.points, marked=True) for line in held_out_lines)]
     curves = _with_data([accuracies, [Line("completion length", lengths)], reflections, corrections], charts)
     return replace(curves, histograms=[pass_rate_histogram(train)] if train.rewards else [])
 
@@ -191,13 +191,23 @@ def reward_names(run: Run, train: Trajectories) -> list[str]:
     return list(dict.fromkeys([*train.rewards, *logged]))
 
 
-def held_out_accuracy(run: Run, held_out: Trajectories) -> Line:
-    """Accuracy on the held-out questions, with its interval where their completions are there."""
-    if not np.isnan(held_out.correct()).all():
-        series = group_accuracy(held_out)
-        mean, low, high = series.values.T
-        return Line("held-out accuracy", Series(series.steps, mean), low, high, marked=True)
-    return Line("held-out accuracy", run.series(f"eval_rewards/{ACCURACY}/mean"), marked=True)
+def held_out_accuracies(run: Run, held_out: Trajectories) -> list[Line]:
+    """Accuracy on the held-out questions of each evaluation set, with an interval where their completions are there."""
+    lines = []
+    for name in held_out.datasets:
+        of_set = held_out.of_dataset(name)
+        if not np.isnan(of_set.correct()).all():
+            series = group_accuracy(of_set)
+            mean, low, high = series.values.T
+            lines.append(Line(_held_out_label(name), Series(series.steps, mean), low, high, marked=True))
+    return lines or [
+        Line(_held_out_label(name), run.series(f"{prefix}rewards/{ACCURACY}/mean"), marked=True)
+        for prefix, name in run.evaluations("eval") or [("eval_", "")]
+    ]
+
+
+def _held_out_label(name: str) -> str:
+    return f"held-out accuracy, {name}" if name else "held-out accuracy"
 
 
 def reflection_share(run: Run, train: Trajectories, column: str, logged: str) -> Series:

@@ -102,11 +102,20 @@ def contradictions(run: Run, train: Trajectories) -> tuple[float, str]:
 
 def blind(run: Run, train: Trajectories) -> tuple[float, str]:
     """The accuracy on held-out questions without their images, as a share of that with them."""
-    with_image, without = (run.series(f"{kind}_rewards/{ACCURACY}/mean").values for kind in ("eval", "blind"))
-    if not (len(with_image) and len(without)):
+    with_image, without = (
+        {name: run.series(f"{prefix}rewards/{ACCURACY}/mean").values for prefix, name in run.evaluations(kind)}
+        for kind in ("eval", "blind")
+    )
+    names = [name for name in without if name in with_image and len(without[name]) and len(with_image[name])]
+    if not names:
         raise NotMeasured("needs held-out questions (eval_strategy), which the end of a run asks without their images")
-    numbers = f"{without[-1]:.0%} of the held-out questions without their images, {with_image[-1]:.0%} with them"
-    return without[-1] / max(with_image[-1], without[-1], 1e-6), numbers
+    found = []
+    for name in names:
+        blind, seeing = without[name][-1], with_image[name][-1]
+        of_set = f" of {name}" if name else ""
+        numbers = f"{blind:.0%} of the held-out questions{of_set} without their images, {seeing:.0%} with them"
+        found.append((blind / max(seeing, blind, 1e-6), numbers))
+    return max(share for share, _ in found), "; ".join(numbers for _, numbers in found)
 
 
 SIGNS = (

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -99,6 +99,16 @@ class Run:
         points = {event["step"]: float(event[name]) for event in self.events if is_usable(event.get(name))}
         steps = sorted(points)
         return Series(np.array(steps, dtype=np.int64), np.array([points[step] for step in steps]))
+
+    def evaluations(self, kind: str) -> list[tuple[str, str]]:
+        """The evaluations in the log, as the prefix of their metrics and the name of their set ("" for one without).
+
+        Args:
+            kind: "eval", or "blind" for those without images.
+        """
+        pattern = re.compile(rf"({kind}_(?:(.+)_)?)rewards/{ACCURACY}/mean")
+        found = (pattern.fullmatch(name) for event in self.events for name in event)
+        return list(dict.fromkeys((match[1], match[2] or "") for match in found if match))
 
     @property
     def steps_done(self) -> int:
@@ -220,6 +230,7 @@ COLUMNS = np.dtype(
     [
         ("offset", np.int64),  # of the line in the file, in bytes
         ("size", np.int64),  # of the line's text, in characters
+        ("dataset", np.int64),  # which of `datasets` it is a completion for
         ("group", np.int64),  # the same number for the completions of one prompt in one step, unique in the file
         ("prompt", np.int64),  # the same number for the same text and images, wherever they recur
         ("has_reflections", np.bool_),  # whether the run looked for them
@@ -237,12 +248,14 @@ class Trajectories:
         file: stays open, so that a run that rewrites its file on resuming does not move the texts.
         rows: (n,) of `COLUMNS`.
         rewards: name -> (n,); NaN where a reward function gave none.
+        datasets: names of the evaluation sets in the file; "" for one without a name.
         head, tail: what all prompts share before and behind the question, their image tags left out.
     """
 
     file: BinaryIO
     rows: np.ndarray
     rewards: dict[str, np.ndarray]
+    datasets: tuple[str, ...]
     head: str
     tail: str
 
@@ -259,6 +272,11 @@ class Trajectories:
         """The whole record of one completion."""
         self.file.seek(self.rows["offset"][index])
         return json.loads(self.file.readline())
+
+    def of_dataset(self, name: str) -> "Trajectories":
+        """The completions of one evaluation set."""
+        among = self.rows["dataset"] == self.datasets.index(name)
+        return replace(self, rows=self.rows[among], rewards={name: r[among] for name, r in self.rewards.items()})
 
     def correct(self) -> np.ndarray:
         """(n,) 1.0 where the accuracy reward says right, 0.0 where it says wrong, NaN where there is none."""
@@ -294,7 +312,8 @@ def _scan(file: BinaryIO) -> Trajectories:
     rows: list[tuple] = []
     rewards: dict[str, dict[int, float]] = {}
     prompts: dict[bytes, int] = {}
-    groups: dict[tuple[int, int, int], int] = {}
+    datasets: dict[str, int] = {}
+    groups: dict[tuple[int, int, int, int], int] = {}
     head = tail = None
     for offset, record in read_lines(file, REQUIRED, OPTIONAL):
         prompt = record["prompt"]
@@ -305,7 +324,8 @@ def _scan(file: BinaryIO) -> Trajectories:
             tail = text[::-1] if tail is None else _shared(tail, text[::-1])
         prompt_id = prompts.setdefault(digest, len(prompts))
         # An evaluation in several batches counts its groups anew in each.
-        key = (record["step"], record.get("group", 0), prompt_id)
+        dataset = datasets.setdefault(record.get("dataset") or "", len(datasets))
+        key = (record["step"], dataset, record.get("group", 0), prompt_id)
         for name, reward in record["rewards"].items():
             if is_usable(reward):
                 rewards.setdefault(name, {})[len(rows)] = float(reward)
@@ -316,6 +336,7 @@ def _scan(file: BinaryIO) -> Trajectories:
             (
                 offset,
                 len(record["completion"]),
+                dataset,
                 groups.setdefault(key, len(groups)),
                 prompt_id,
                 reflections is not None,
@@ -328,7 +349,7 @@ def _scan(file: BinaryIO) -> Trajectories:
         columns[name] = np.full(len(rows), np.nan)
         columns[name][list(values)] = list(values.values())
     head, tail = _template(head, tail[::-1]) if len(prompts) > 1 else ("", "")
-    return Trajectories(file, np.array(rows, dtype=COLUMNS), columns, head, tail)
+    return Trajectories(file, np.array(rows, dtype=COLUMNS), columns, tuple(datasets), head, tail)
 
 
 def _shared(first: str, second: str) -> str:
