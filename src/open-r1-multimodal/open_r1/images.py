@@ -156,6 +156,8 @@ def to_8_bits(greys: np.ndarray, name: str | None = None) -> np.ndarray:
         low, high = 0, 1
     elif low >= 0 and BRIGHT <= high <= 255:
         low, high = 0, 255
+    elif low == high and greys.dtype == np.uint16:  # one grey says nothing of a range: the type's
+        low, high = 0, 65535
     elif low == high:  # the same distance everywhere
         return np.full(values.shape, BRIGHT, dtype=np.uint8)
     else:
