@@ -116,7 +116,8 @@ def test_which_of_several_commitments_counts(response, answer):
         ("It is (A).</think> It is (C).</think> (B)", "(B)"),
         ("The answer is:\n2\nI also see 3 pianos.", "(B)"),
         ("It is dark. I look again. I'm sorry, I cannot tell from 2 dark halls.", None),
-        ("It is dark. I look again. At first I could not tell. There are 2 organs.", "(B)"),
+        ("I cannot see the image. It is dark. They may be 2 in a hall. It is old.", None),
+        ("It is dark. I look again. I cannot see the image well. There are 2 organs.", "(B)"),  # said on the way
         ("(A) is wrong: it is too many.\nThere are 2 organs.", "(B)"),
         ("The answer is (F) 2.", None),  # there is no F
         ("There are 5 or 2 organs.", None),  # as open as the other way round

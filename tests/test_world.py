@@ -229,7 +229,7 @@ def test_a_side_is_asked_where_image_and_floor_leave_no_doubt(level, question):
         ((1.0, 4.0), (-1.0, 4.0), False),
         ((0.0, 4.0), (0.8, 7.0), None),  # close in the image
         ((1.3, 3.0), (1.9, 7.0), None),  # close on the floor
-        ((1.0, 2.7), (2.0, 7.4), None),  # farther to the right on the floor, to the left in the image
+        ((2.0, 2.7), (2.8, 7.4), None),  # farther to the right on the floor, to the left in the image
     ],
 )
 def test_a_side_in_doubt_is_none(a, b, expected):

@@ -115,7 +115,7 @@ _BARE_DECIMALS = re.compile(r"(?<![A-Za-z0-9.])\.(?=\d)")
 
 
 # NFKC alone would make 11/2 of "1½", and 103 of ten to the third; what it makes of a unit's power, "cm2", is read.
-_MIXED = re.compile(r"(\d+)([\u00bc-\u00be\u2150-\u215e])")
+_MIXED = re.compile(r"(?<!\d)(\d{1,18})([\u00bc-\u00be\u2150-\u215e])")
 _POWER = re.compile(r"(?:(?<=\d)|(?<=\b[A-Za-z]))[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]{1,9}")
 
 
