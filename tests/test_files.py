@@ -110,11 +110,6 @@ def test_processes_that_share_a_file_have_their_own_temporary_names(tmp_path):
     assert half.read_text() == "half" and (tmp_path / "a").read_bytes() == b"new"
 
 
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no/\.a\.tmp"):
-        replace_file(tmp_path / "no/a", b"")
-
-
 def test_rows_are_appended_and_read(tmp_path):
     path = tmp_path / "new/folder/rows.jsonl"
     append_rows(path, ROWS[:1])
