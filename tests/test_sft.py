@@ -118,6 +118,7 @@ def test_a_cold_start_learns_a_thought_behind_the_prompt_that_grpo_asks_with(tin
     args = ["--config", "configs/sft_sat.yaml", "--config", "configs/overlays/cold_start.yaml"]
     args += ["--model_name_or_path", str(tiny_model), "--dataset_name", str(tmp_path / "reasoned.json")]
     args += ["--chat_template", template, "--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--bf16", "false"]
+    args += ["--report_to", "none"]
     prepared = prepare(*parse(args))
     rows, processor = list(prepared["train_dataset"]), prepared["processing_class"]
     batch = prepared["data_collator"](rows)
