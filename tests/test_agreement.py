@@ -70,3 +70,12 @@ def test_a_policy_is_compared_and_nothing_stays(tiny_model, examples_json, tmp_p
         trainer.check_engine()
     trainer.vllm_generation.sync_weights.assert_called_once()
     assert not any(trainer._metrics.values())
+
+
+def test_an_engine_that_is_asked_something_else_is_found_out(tiny_model, examples_json, tmp_path):
+    """What the engine made of a prompt may be the mistake: the policy scores its own."""
+    trainer = make_trainer(tiny_model, examples_json, tmp_path)
+    trainer.vllm_generation, trainer.backend = Mock(), Engine(trainer, 0.0)
+    trainer.backend.encode = lambda prompt: trainer.backend.own.encode([{"role": "user", "content": "Another one?"}])
+    with pytest.raises(Mistake, match=r"^use_vllm: "):
+        trainer.check_engine()

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tensorboard import plugin_util
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerControl, TrainerState
@@ -377,6 +378,24 @@ def test_wandb_offline_takes_trls_table_of_completions(shared_prefix, tiny_model
     prompts = [json.dumps(line[table["columns"].index("prompt")]) for line in table["data"]]
     assert len(table["data"]) >= 4 and all("What colour is picture" in prompt for prompt in prompts)
     assert len(list((tmp_path / "out/completions").glob("*.parquet"))) == 1
+
+
+def test_a_rollout_in_wandb_has_every_image_and_its_step(tmp_path, monkeypatch):
+    import wandb
+
+    logged = []
+    monkeypatch.setattr(wandb, "log", logged.append)
+    images = [str(tmp_path / name) for name in ("wide.png", "gone.png", "tall.png")]
+    Image.new("RGB", (2048, 56)).save(images[0])
+    Image.new("RGB", (56, 84)).save(images[2])
+    row = {"images": images, "prompt": "?", "solution": "left", "completion": "left", "rewards": {"accuracy": 1.0}}
+    trackers.show_in_wandb([{**row, "advantage": 0.5, "length": 3}] * 2, 7)
+    (entry,) = logged
+    table = entry["rollout"]
+    names = ["step", "image_1", "image_2", "prompt", "solution", "completion", "accuracy", "advantage", "length"]
+    assert entry["train/global_step"] == 7 and table.columns == names
+    assert [line[:1] + line[3:] for line in table.data] == [[7, "?", "left", "left", 1.0, 0.5, 3]] * 2
+    assert [image.size for image in trackers.shown_images(images)] == [(512, 14), (56, 84)]
 
 
 HOSTILE = [

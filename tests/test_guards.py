@@ -1,11 +1,13 @@
 """Guards: each warns once, when its sign begins, and of nothing else; what is no number stops a run, and is kept."""
 
 import json
+import math
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from trl import ModelConfig
 
 import test_sft
@@ -208,6 +210,21 @@ def test_spoilt_weights_stop_a_run_at_its_newest_checkpoint(tiny_model, examples
     content = json.loads((tmp_path / "stopped_at_step_3.json").read_text())
     assert {row["step"] for row in content["batch"]} == {2}  # whose update it was
     assert last_complete_checkpoint(tmp_path)
+
+
+def test_spoilt_weights_are_not_saved(tiny_model, examples_json, tmp_path):
+    with pytest.raises(Mistake, match=r"^step 3: the model's scores .*; there is no checkpoint yet; "):
+        make_run(tiny_model, examples_json, tmp_path, "weights").train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("norm, stops", [(0.0, False), (3.0, False), (math.inf, True), (math.nan, True), (-1.0, True)])
+def test_a_gradient_without_a_norm_stops_a_run(tiny_model, examples_json, tmp_path, monkeypatch, norm, stops):
+    """DeepSpeed says -1 where the norm is not a number."""
+    trainer = make_run(tiny_model, examples_json, tmp_path)
+    monkeypatch.setattr(Trainer, "_get_grad_norm", lambda *_, **__: norm)
+    with pytest.raises(Mistake, match="the gradient is not a number") if stops else nullcontext():
+        assert trainer._get_grad_norm(trainer.model) == norm
 
 
 def test_a_first_step_without_numbers_has_no_checkpoint_to_name(tiny_model, examples_json, tmp_path):

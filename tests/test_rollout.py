@@ -1,13 +1,17 @@
 """Grouped rollout against transformers' own `generate` on repeated prompts."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import DynamicLayer, GenerationConfig
 
+from open_r1.backends import load_transformers
 from open_r1.evaluate.answering import generation_settings, messages
-from open_r1.families import family_of, vision_token_ids
+from open_r1.families import end_token_ids, family_of, vision_token_ids
 from open_r1.images import open_image
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT
@@ -150,3 +154,21 @@ def test_a_trained_model_gives_vision_tokens_nothing(tmp_path):
             logits = model(**packed.model_inputs).logits[0]  # (C, V)
         shares.append(logits.softmax(dim=-1)[:, never].sum(dim=-1))
     assert torch.cat(shares).mean() < 1e-4
+
+
+def test_a_folders_own_sampling_settings_change_no_greedy_answer(tiny_model, tmp_path):
+    """Qwen2-VL's carry a repetition penalty; and the weights are in the dtype that was asked for."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(
+        json.dumps({**settings, "repetition_penalty": 9.0, "do_sample": True})
+    )
+    answers = []
+    for source in (tiny_model, folder):
+        processor = load_processor(str(source))
+        backend = load_transformers(source, processor, "cpu", dtype="bfloat16")
+        assert backend.model.dtype == torch.bfloat16 and not backend.model.training
+        prompt = backend.encode([{"role": "user", "content": "What colour is picture 3? red or blue"}])
+        greedy = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=end_token_ids(processor))
+        answers.append(backend.generate([prompt], [1], greedy).ids)
+    assert answers[0] == answers[1] and len(answers[0][0]) > 2
