@@ -87,6 +87,9 @@ def test_a_guard_warns_once_when_its_sign_begins(name):
         ("gradient explosion", [{"grad_norm": 50.0 if step in (30, 50, 71, 75) else 0.5} for step in range(99)], 2),
         # Four steps in five without spread are none of five in a row.
         ("no spread", [{"reward_std": 0.4 if step % 5 == 0 else 0.0} for step in range(60)], 0),
+        # Format is learned, and accuracy stays; or accuracy falls, and format with it.
+        ("format without accuracy", [{"rewards/format_reward/mean": min(step / 50, 1)} for step in range(60)], 0),
+        ("format without accuracy", [{"rewards/accuracy_reward/mean": 1 - step / 60} for step in range(60)], 0),
         ("KL explosion", [{"kl": 0.01 if step in (30, 32, 35) else 2.0} for step in range(20, 60)], 2),
     ],
 )
@@ -236,14 +239,15 @@ def test_a_first_step_without_numbers_has_no_checkpoint_to_name(tiny_model, exam
 
 
 def test_sft_stops_too(tiny_model, examples_json, tmp_path):
-    trainer = test_sft.make_trainer(tiny_model, examples_json, tmp_path, "--max_steps", "3", "--save_strategy", "no")
+    arguments = ["--max_steps", "3", "--save_strategy", "no", "--per_device_train_batch_size", "2"]
+    trainer = test_sft.make_trainer(tiny_model, examples_json, tmp_path, *arguments)
     trainer.add_callback(CompleteCheckpoints(trainer.args))
     step = next(trainer.model.parameters())
     step.register_hook(lambda gradient: gradient * float("nan") if trainer.state.global_step == 1 else None)
     with pytest.raises(Mistake, match=r"^step 2: the gradient is not a number; .* goes on from .*checkpoint-1; "):
         trainer.train()
     content = json.loads((tmp_path / "stopped_at_step_2.json").read_text())
-    assert "What colour is picture" in content["batch"][0]["text"]
+    assert ["What colour is picture" in row["text"] for row in content["batch"]] == [True, True]
 
 
 @pytest.mark.distributed

@@ -119,6 +119,34 @@ def test_rotation_moves_the_image_the_other_way():
         assert row["question_type"] == "action_sequence"
 
 
+@pytest.mark.parametrize("name", [*QUESTIONS, *CV_QUESTIONS])
+def test_answers_to_a_question_differ_and_no_place_among_its_options_is_theirs(name):
+    """Whoever always says the same, or names the same option, is often wrong."""
+    asked = [ask({**QUESTIONS, **CV_QUESTIONS}[name], row_rng(9, i), EASY) for i in range(80)]
+    answers = Counter(each.answer for each in asked)
+    places = Counter(each.options.index(each.answer) for each in asked)
+    if name == "Relation":  # two questions: left or right, above or below
+        assert set(answers) == {"left", "right", "above", "below"}
+    assert len(answers) > 1 and max(answers.values()) < 60 and max(places.values()) < 60
+
+
+def test_boxes_of_a_relation_lie_apart_in_what_is_asked():
+    """Left or right of a box that reaches over the other's side would be a matter of opinion."""
+    for i in range(80):
+        asked = ask(CV_QUESTIONS["Relation"], row_rng(10, i), FULL)
+        (_, a), (_, b) = asked.boxes
+        axis = 0 if asked.answer in ("left", "right") else 1
+        lower, upper = (a.box, b.box) if asked.answer in ("left", "above") else (b.box, a.box)
+        assert lower[axis + 2] <= upper[axis]
+
+
+def test_what_is_nearer_hides_and_is_not_hidden():
+    near = see(FULL, Solid("cube", "red", 0.0, 3.5, 0.5, 0.0))
+    far = see(FULL, Solid("cube", "blue", 0.0, 6.0, 0.3, 0.0))
+    assert overlap(near.box, far.box) > FULL.hidden * (far.box[2] - far.box[0]) * (far.box[3] - far.box[1])
+    assert not is_clear(FULL, [near, far]) and not is_clear(FULL, [far, near])
+
+
 @pytest.mark.parametrize("kind", FULL.kinds)
 def test_a_ray_cast_solid_fills_its_box_and_nothing_else(kind):
     rng = random.Random(kind)
