@@ -16,6 +16,7 @@ def test_the_difference_is_that_of_known_tokens():
     scored = torch.tensor([[-1.0, -2.0, 0.0], [-3.0, 0.0, 0.0]])
     total, count = difference([[-1.5, None], [-2.0]], scored).tolist()
     assert (total, count) == (1.5, 2)
+    assert difference([[0.0, None]], scored[:1]).tolist() == [1, 1]  # of a token that was certain
     assert difference([], torch.zeros(0, 3)).tolist() == [0, 0]
 
 

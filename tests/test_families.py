@@ -237,6 +237,16 @@ SIZES = [
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
+def test_each_end_token_of_a_family_ends_a_completion_whichever_the_tokenizer_names(model_type, tiny_models):
+    tokenizer = load_processor(tiny_models[model_type]).tokenizer
+    ends = set(FAMILIES[model_type].end_tokens) & tokenizer.get_vocab().keys()
+    assert len(ends) > 1
+    for end in ends:  # a base model names one, its chat model another
+        tokenizer.eos_token = end
+        assert set(tokenizer.convert_tokens_to_ids(sorted(ends))) <= set(end_token_ids(tokenizer))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_what_the_vision_tower_gives_is_kept_only_while_it_stays_the_same(model_type, tiny_models):
     """Neither the tower trains nor the layers behind it, an adapter there included."""
     family, model = FAMILIES[model_type], load_model(tiny_models[model_type])
