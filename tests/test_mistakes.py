@@ -461,7 +461,7 @@ def test_threads_that_are_no_number_are_left_out(tmp_path, tiny_model, examples_
 @pytest.mark.slow
 @pytest.mark.parametrize("model, data, arguments, message", [
     ("/no/model", None, [], "error: MODEL, model_name_or_path: /no/model: no such file or folder"),
-    (None, "/no.json", [], "error: /no.json: no such file; "),
+    (None, "/no.json", [], "error: /no.json: no such file"),
     (None, None, ["--num_generations", "3"], "error: num_generations 3: a rollout of 16 completions "),
     (None, None, ["--lerning_rate", "1"], "error: unknown argument '--lerning_rate'; did you mean learning_rate?"),
     (None, None, ["--reward_funcs", "mine:missing"], "error: reward_funcs: module 'mine' ("),

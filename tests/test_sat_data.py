@@ -353,7 +353,7 @@ def test_one_clear_line_for_what_is_no_sat_file(tmp_path):
     (tmp_path / "folder.parquet").mkdir()
     expected = {
         "missing.parquet": "no such file",
-        "folder.parquet": "a folder; name the parquet file",
+        "folder.parquet": "no such file, but a folder; name the parquet file in it",
         "half.parquet": "not a complete parquet file",
         "empty.parquet": "not a complete parquet file",
         "renamed.parquet": "no column answers; the file has image_bytes, question, options, question_type",

@@ -119,7 +119,8 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         Mistake: missing, not parquet, cut short, or without SAT's columns.
     """
     if not path.is_file():
-        raise Mistake(f"{path}: {'a folder; name the parquet file' if path.is_dir() else 'no such file'}")
+        a_folder = ", but a folder; name the parquet file in it" if path.is_dir() else ""
+        raise Mistake(f"{path}: no such file{a_folder}")
     try:
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)
     except (pa.ArrowException, OSError) as error:
