@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import SaveStrategy
-from transformers.utils import is_liger_kernel_available
+from transformers.utils import is_liger_kernel_available, is_optimum_quanto_available
 from trl import GRPOConfig, SFTConfig
 
 from open_r1.front_door import first_line
@@ -55,13 +55,23 @@ GRPO = (
     ),
     Impossible(
         "use_transformers_continuous_batching",
-        lambda args: args.use_transformers_continuous_batching or args.use_transformers_paged,
-        "it takes no images; use_vllm does",
+        lambda args: args.use_transformers_continuous_batching,
+        "it (use_transformers_paged is its old name) takes no images; use_vllm does",
     ),
     Impossible(
         "cache_implementation",
         lambda args: args.cache_implementation is not None and getattr(args, "shared_prefix", True),
         "the shared prefix has a cache of its own; leave it out, or add --shared_prefix false",
+    ),
+    Impossible(
+        "cache_implementation",
+        lambda args: args.cache_implementation == "quantized" and not is_optimum_quanto_available(),
+        "optimum-quanto, which quantizes a cache, is not installed",
+    ),
+    Impossible(
+        "cache_implementation",
+        lambda args: "offloaded" in (args.cache_implementation or "") and not torch.cuda.is_available(),
+        "it moves a cache from an NVIDIA GPU, and there is none",
     ),
     Impossible(
         "include_for_metrics",
@@ -176,7 +186,7 @@ def _ask_libraries(args: TrainingArguments) -> None:
         raise ValueError(f"lr_scheduler_type {kind}, lr_scheduler_kwargs: {first_line(error)}") from error
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ValueError(f"optim: {first_line(error)}") from error
     try:
         for tracker in get_reporting_integration_callbacks(args.report_to):
