@@ -141,7 +141,7 @@ class RunLog(TrainerCallback):
             What `run.json` holds of it.
         """
         kept = settings_in_force(args, optimizer)
-        changed = [text for text in changes(then, self.run) if text.partition(" (")[0] not in kept]
+        changed = changes(then, self.run, but=kept)
         for text in changed:
             print(f"warning: changed since this run began: {text}", file=sys.stderr)
         for name, value in kept.items():

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -255,11 +255,11 @@ def check_same_run(folder: str | Path, now: Mapping[str, Any]) -> None:
         )
 
 
-def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """All that a run goes on with and began without, in words: settings, data and code."""
+def changes(then: Mapping[str, Any], now: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
+    """All that a run goes on with and began without, in words: settings, `but` for some, data and code."""
     pairs = {**changed_settings(then, now), **changed_code(then, now)}
     learned, told = changed_inputs(then, now)
-    return [f"{name} ({old} then, {new} now)" for name, (old, new) in pairs.items()] + learned + told
+    return [f"{n} ({old} then, {new} now)" for n, (old, new) in pairs.items() if n not in but] + learned + told
 
 
 def settings_in_force(args: TrainingArguments, optimizer: Any) -> dict[str, Any]:
