@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -392,7 +394,7 @@ def test_one_process_killed_at_six_moments(tmp_path, tiny_model, examples_json, 
 
 @pytest.mark.distributed
 def test_two_processes_under_zero2_killed_at_two_moments(tmp_path, tiny_model, examples_json, quick_python):
-    """The launcher and its processes at once, at a random time of their training.
+    """The launcher and its processes at once: at a random time after the first rollout, then after a checkpoint.
 
     The first that is killed is a real launch; the others are forked from `preloaded.py`."""
 
@@ -405,26 +407,31 @@ def test_two_processes_under_zero2_killed_at_two_moments(tmp_path, tiny_model, e
             stderr=subprocess.STDOUT,
         )
 
-    def wait_for_rollout(process: subprocess.Popen, output: Path, since: float) -> None:
-        trajectories = output / "trajectories/train.jsonl"
+    def wait_until(happened: Callable[[], bool], process: subprocess.Popen) -> None:
         deadline = time.monotonic() + 120
-        while not (trajectories.exists() and trajectories.stat().st_mtime > since):
+        while not happened():
             assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.02)
+
+    def has_sampled(output: Path, since: float = 0) -> bool:
+        trajectories = output / "trajectories/train.jsonl"
+        return trajectories.exists() and trajectories.stat().st_mtime > since
 
     arguments = ["--max_steps", str(STEPS), "--save_steps", "2", "--save_total_limit", "2"]
     arguments += ["--reward_funcs", "support:vowel_share", "--learning_rate", "1e-3"]
     process = start(tmp_path / "whole")
-    wait_for_rollout(process, tmp_path / "whole", since=0)
+    wait_until(lambda: has_sampled(tmp_path / "whole"), process)
     began = time.time()
     assert process.wait() == 0, (tmp_path / "log").read_text()[-3000:]
     duration = (tmp_path / "whole/trajectories/train.jsonl").stat().st_mtime - began
 
     rng = random.Random(0)
-    for python in (sys.executable, quick_python):
+    for python, is_saved in ((sys.executable, False), (quick_python, True)):
         since = time.time()
         process = start(tmp_path / "killed", python)
-        wait_for_rollout(process, tmp_path / "killed", since)
+        wait_until(partial(has_sampled, tmp_path / "killed", since), process)
+        if is_saved:  # a first kill may come before the first checkpoint, and then there is nothing to go on from
+            wait_until(lambda: last_complete_checkpoint(tmp_path / "killed") is not None, process)
         time.sleep(rng.uniform(0, duration / 4))
         kill_processes_naming(str(tmp_path / "killed"))
         assert process.wait() == -signal.SIGKILL
