@@ -428,7 +428,8 @@ def test_rollouts_are_shown_first_and_after_every_tenth(tmp_path, monkeypatch, r
     seen = []
 
     class Trainer:
-        last_rollout = ()
+        class recorder:
+            newest = ()
 
         class callback_handler:
             callbacks = (trackers.WandbCallback.__new__(trackers.WandbCallback),)

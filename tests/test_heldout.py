@@ -137,7 +137,7 @@ def test_what_a_process_got_to_be_even_counts_nowhere(tiny_model, tmp_path):
     trainer = make_trainer(tiny_model, tmp_path, num_generations_eval=1, per_device_eval_batch_size=4)
     trainer.model.eval()
     trainer.get_eval_dataloader()
-    trainer._held_out_left = 2
+    trainer.recorder.begin_evaluation(2)
     batch = trainer._generate_and_score_completions([questions(5)[index] for index in range(4)])
     assert batch["completion_mask"].any(dim=1).tolist() == [True, True, False, False]
     assert len(read_jsonl(tmp_path / "trajectories/eval.jsonl")) == 2

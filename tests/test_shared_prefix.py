@@ -17,7 +17,7 @@ from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.sampling import shuffle_groups
 from open_r1.shared_prefix import Prompt, attend_paths, pack
-from open_r1.trainer import Qwen2VLGRPOTrainer
+from open_r1.trainer import Qwen2VLGRPOTrainer, Scored
 from open_r1.vllm_backends import collapse_image_tokens
 from support import (
     Scripted,
@@ -253,10 +253,10 @@ def test_the_tokens_saved_are_those_of_repeated_prompts_and_padding(tiny_model, 
     """Two prompts of 5 and 3 tokens, with completions of 1 and 4, and of 2, where TRL has three rows of 5 + 4."""
     _, trainer = make_trainers(tiny_model, datasets_by_images[1], tmp_path)
     long, short = make_prompt(5), make_prompt(3)
-    trainer._scored = [long, long, short]
     completion_mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
     mask = torch.cat([torch.tensor([[1] * 5, [1] * 5, [0, 0, 1, 1, 1]]), completion_mask], dim=1)
-    trainer._get_per_token_logps_and_entropies(trainer.model, torch.full_like(mask, 65), mask, 4)
+    scored = Scored([long, long, short])
+    trainer._get_per_token_logps_and_entropies(trainer.model, torch.full_like(mask, 65), mask, 4, pixel_values=scored)
     # all but a prompt's last token once, and a place to predict each completion token from
     packed = (4 + 1 + 4) + (2 + 2)
     assert trainer._metrics[trainer._mode()]["packing/tokens_saved"] == [pytest.approx(1 - packed / (3 * 9))]

@@ -24,8 +24,9 @@ from open_r1.heldout import NamedEvaluationMixin
 from open_r1.images import open_image
 from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.rewards import accuracy_reward
+from open_r1.rows import without_images
 from open_r1.tasks.examples import read_examples
-from open_r1.trainer import AskBlind, Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer, without_images
+from open_r1.trainer import AskBlind, Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 from support import falling, families, load_weights, make_config, make_trainer, read_jsonl, vowel_share, write_examples
 
 
@@ -400,7 +401,6 @@ def test_a_step_counts_its_micro_batches_as_we_do(run):
     """`training_step` closes a step's seconds when TRL's `_step` comes to a multiple of the accumulation."""
     trainer, *_ = run
     assert trainer._step == trainer.state.global_step * trainer.args.gradient_accumulation_steps
-    assert trainer._rollout_seconds == 0.0
 
 
 def test_a_rollout_function_of_the_users_reaches_rewards(tiny_model, examples_json, tmp_path):
@@ -472,13 +472,15 @@ def test_the_log_describes_the_completions_of_its_step(run):
 def test_settings_of_the_template_reach_what_is_asked_and_what_is_written_down(tiny_model, examples_json, tmp_path):
     asked = []
 
-    def spy(prompts, completions, trainer_state, **kwargs):
-        asked.extend(trainer.processing_class.batch_decode([prompt.input_ids for prompt in trainer._rollout.prompts]))
-        return vowel_share(completions)
+    settings = {"chat_template_kwargs": {"style": "direct"}, "max_steps": 1}
+    trainer = make_trainer(tiny_model, examples_json, tmp_path, vowel_share, **settings)
+    score = trainer._compute_loss
 
-    trainer = make_trainer(
-        tiny_model, examples_json, tmp_path, spy, chat_template_kwargs={"style": "direct"}, max_steps=1
-    )
+    def spy(model, inputs):
+        asked.extend(trainer.processing_class.batch_decode([prompt.input_ids for prompt in inputs["prompts"]]))
+        return score(model, inputs)
+
+    trainer._compute_loss = spy
     trainer.train()
     written = [row["prompt"] for row in read_jsonl(tmp_path / "trajectories/train.jsonl")]
     assert len(asked) == len(written) == 8 and not any("<think>" in prompt for prompt in asked + written)

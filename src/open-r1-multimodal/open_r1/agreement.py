@@ -50,3 +50,29 @@ def check_agreement(mean: float, dtype: str) -> None:
         "max_pixels; a prompt whose image tokens are expanded twice; another checkpoint (a server's is the one that it "
         "was started with); or an untrained model, which gives vision tokens a share that is never sampled"
     )
+
+
+def importance_ratio(
+    difference: torch.Tensor, mask: torch.Tensor, mode: str, least: float | None, most: float | None
+) -> torch.Tensor:
+    """How much likelier the policy finds a completion than the engine that sampled it: by this the loss weighs tokens.
+
+    TRL 1.16's correction (truncated or masked importance sampling), which has no function of its own there.
+
+    Args:
+        difference: (B, C), log-probability of the policy less that of the engine; NaN where the engine gave none.
+        mask: (B, C), 1 on completion tokens.
+        mode: "token_truncate" or "sequence_truncate" bound a ratio, "token_mask" or "sequence_mask" drop one outside.
+        least, most: the bounds; None for none.
+
+    Returns:
+        (B, C), or (B, 1) for a sequence.
+    """
+    log_ratio = (difference * mask).nan_to_num(nan=0.0)
+    if mode.startswith("sequence"):
+        log_ratio = log_ratio.sum(dim=-1, keepdim=True)
+    ratio = log_ratio.exp()
+    if mode.endswith("truncate"):
+        return ratio.clamp(min=least, max=most)
+    is_outside = (ratio < (-torch.inf if least is None else least)) | (ratio > (torch.inf if most is None else most))
+    return ratio.masked_fill(is_outside, 0.0)

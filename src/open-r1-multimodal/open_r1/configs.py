@@ -183,6 +183,14 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
         },
     )
 
+    advantage: str | None = field(
+        default=None,
+        metadata={
+            "help": "How rewards become advantages: leave_one_out, or a function of yours as module:function, with the "
+            "signature of those in open_r1/advantages.py. None: each reward against its group's, by scale_rewards and "
+            "multi_objective_aggregation."
+        },
+    )
     papo_coef: float = field(
         default=0.0,
         metadata={
@@ -284,8 +292,8 @@ def need_vllm(option: str) -> None:
 def check_shared_prefix(args: GRPOConfig, shared_prefix: bool) -> None:
     """See that the settings that are made for the shared prefix have it; ValueError if not."""
     signal = args.signal_settings if isinstance(args, SignalArguments) else []
-    for name in (*signal, "papo_coef", "rollout_noise"):
-        if getattr(args, name, 0) and not shared_prefix:
+    for name in (*signal, "advantage", "papo_coef", "rollout_noise"):
+        if getattr(args, name, None) and not shared_prefix:
             raise ValueError(
                 f"{name}: needs the shared prefix, which a text model, tools, a rollout_func and shared_prefix false "
                 "go without; leave it out"

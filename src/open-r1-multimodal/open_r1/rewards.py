@@ -5,21 +5,17 @@ of the user's own raises, or returns that is no reward, ends a run in one line t
 """
 
 import functools
-import importlib
 import inspect
-import os
 import re
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
 from open_r1.answers import extract_answer, is_blank, is_correct
-from open_r1.front_door import Mistake, first_line
+from open_r1.front_door import Mistake
+from open_r1.plugins import describe, import_named
 
 Completion = str | list[dict[str, Any]]
 Reward = Callable[..., list[float | None]]
@@ -221,28 +217,10 @@ def _well_formed(text: str) -> bool:
     return match is not None and not any(map(is_blank, match.groups()))
 
 
-def import_here(name: str) -> ModuleType:
-    """A module, also one in the current folder with what it imports there.
-
-    That folder is on Python's path for this alone, and last: else libraries would find there what they look for.
-
-    Raises:
-        ImportError: there is none.
-    """
-    here = os.getcwd()
-    if here in sys.path:  # in PYTHONPATH
-        return importlib.import_module(name)
-    sys.path.append(here)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(here)
-
-
 def _get_reward(name: str, of_the_run: Mapping[str, Any]) -> Reward:
     if name in reward_funcs_registry:
         return _bind(reward_funcs_registry[name], of_the_run)
-    reward = _import_reward(name)
+    reward = import_named("reward_funcs", "reward", name, reward_funcs_registry)
     try:
         parameters = inspect.signature(reward).parameters.values()
     except (TypeError, ValueError):  # of a function that is not written in Python
@@ -253,26 +231,6 @@ def _get_reward(name: str, of_the_run: Mapping[str, Any]) -> Reward:
             "of the data, and more"
         )
     return guarded(_bind(reward, of_the_run), name)
-
-
-def _import_reward(name: str) -> Reward:
-    module_name, colon, function_name = name.partition(":")
-    if not (module_name and colon and function_name):
-        known = ", ".join(reward_funcs_registry)
-        raise Mistake(f"reward_funcs: unknown reward {name!r} (known: {known}; your own: module:function)")
-    try:
-        module = import_here(module_name)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-            raise Mistake(
-                f"reward_funcs: no module {module_name!r} for reward {name!r} on PYTHONPATH or in this folder"
-            ) from error
-        raise Mistake(f"reward_funcs: module {module_name!r} cannot be imported: {_describe(error)}") from error
-    reward = getattr(module, function_name, None)
-    if not callable(reward):
-        where = getattr(module, "__file__", None) or "built in"
-        raise Mistake(f"reward_funcs: module {module_name!r} ({where}) has no function {function_name!r}")
-    return reward
 
 
 def _bind(reward: Reward, of_the_run: Mapping[str, Any]) -> Reward:
@@ -314,7 +272,7 @@ def _blamed_on(name: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        raise Mistake(f"reward_funcs: {name} raised {_describe(error)}") from error
+        raise Mistake(f"reward_funcs: {name} raised {describe(error)}") from error
 
 
 def _check_rewards(rewards: Any, name: str, count: int, prompts: Sequence[Any] | None) -> list[float | None]:
@@ -344,11 +302,3 @@ def _shortened(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(part, dict) for part in value):
         value = " ".join(str(part["text"]) for part in value if "text" in part)
     return f"{' '.join(repr(value).split()):.60}"
-
-
-def _describe(error: BaseException) -> str:
-    """An exception with the line of the user's that it comes from."""
-    places = [f" ({frame.filename}, line {frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)]
-    passed_through = (__file__, importlib.__file__, "<frozen", "site-packages")
-    theirs = [place for place in places if not any(part in place for part in passed_through)]
-    return f"{type(error).__name__}: {first_line(error)}{theirs[-1] if theirs else ''}"

@@ -23,6 +23,7 @@ from open_r1.files import read_json, replace_file, to_json, whole_lines
 from open_r1.shared_prefix import rows_by_prompt
 
 PASS_RATES = "pass_rates.json"  # in a run's folder
+ROW = "training_row"  # the column with a row's number, where prompts are drawn by it
 
 
 class EpochSampler(RepeatSampler):

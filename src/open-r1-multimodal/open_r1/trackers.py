@@ -26,7 +26,7 @@ class LogRollouts(TrainerCallback):
     It does so at the first logged step of a session and then at the first one after every tenth of `max_steps`.
 
     Args:
-        trainer: its `last_rollout` holds the trajectory rows of its newest rollout in training.
+        trainer: its `recorder` has the trajectory rows of its newest rollout in training.
     """
 
     def __init__(self, trainer: Trainer):
@@ -47,7 +47,7 @@ class LogRollouts(TrainerCallback):
         every = max(state.max_steps // SHOWN_ROLLOUTS, 1)
         self.due = (state.global_step // every + 1) * every
         callbacks = self.trainer.callback_handler.callbacks
-        rows = [row for row in self.trainer.last_rollout if row["group"] == 0]
+        rows = [row for row in self.trainer.recorder.newest if row["group"] == 0]
         for callback in callbacks:
             if isinstance(callback, TensorBoardCallback):
                 show_in_tensorboard(callback.tb_writer, rows, state.global_step)

@@ -1,14 +1,13 @@
 """GRPO for vision-language models: TRL's trainer, with the rollouts this project's users need to see and trust."""
 
-import json
 import math
 import random
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -33,21 +32,22 @@ from transformers import (
 )
 from transformers.trainer_utils import has_length
 from trl import GRPOConfig, GRPOTrainer
-from trl.data_utils import is_conversational, prepare_multimodal_messages
+from trl.data_utils import prepare_multimodal_messages
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_trainer import RewardFunc
-from trl.trainer.utils import get_config_model_id, split_tensor_dict
+from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd, pad, split_tensor_dict, use_adapter
 
 from open_r1 import agreement
+from open_r1.advantages import ADVANTAGES, Advantage, checked, group_advantages, spread, total_rewards
 from open_r1.backends import Backend, TransformersBackend
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_settings, check_shared_prefix
 from open_r1.data import ROTATION_OF, most_broken, warn_of_unshown
 from open_r1.decoding import check_generation, with_tokens
 from open_r1.families import end_token_ids, family_of, vision_token_ids
-from open_r1.files import append_rows, keep_rows
+from open_r1.files import keep_rows
 from open_r1.finite import FiniteMixin
 from open_r1.front_door import Mistake, printable
 from open_r1.heldout import NamedEvaluationMixin, check_best, held_out_figures
@@ -61,9 +61,13 @@ from open_r1.modeling import (
     reset_generation_config,
 )
 from open_r1.perception import add_noise, batch_mean, mask_prompt, noise_step, perception_kl, seeded, split_halves
-from open_r1.reflection import analyse, reflection_shares
-from open_r1.rewards import completion_text, guarded
+from open_r1.plugins import import_named
+from open_r1.recorder import Recorder, Rollout
+from open_r1.reflection import reflection_shares
+from open_r1.rewards import guarded
+from open_r1.rows import put_images, row_images, with_images_inside, without_images
 from open_r1.sampling import (
+    ROW,
     EpochSampler,
     PassRates,
     draw_prompts,
@@ -75,67 +79,10 @@ from open_r1.sampling import (
 )
 from open_r1.shared_prefix import Prompt, enable_grouping, encode_prompt, images_of, pack, rows_by_prompt
 from open_r1.trackers import LogRollouts
-from open_r1.trajectories import Completion
 from open_r1.vllm_backends import TrainerVLLMBackend, banned, engine_dtype, engine_settings, engines_with
 
 TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's metrics, never logged
 PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
-ROW = "training_row"  # the column with a row's number, where prompts are drawn by it
-
-
-def row_images(row: dict[str, Any]) -> list[ImageSource]:
-    """The images of a dataset's row, by TRL's rule: those of `images` where there is such a column, else `image`."""
-    if "images" in row:
-        return list(row["images"] or [])
-    return [] if row.get("image") is None else [row["image"]]
-
-
-def put_images(messages: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:
-    """The messages with these images in place of their own."""
-    following = iter(images)
-    return [
-        {
-            **message,
-            "content": [
-                {**part, "image": next(following)} if part["type"] == "image" else part for part in message["content"]
-            ],
-        }
-        for message in messages
-    ]
-
-
-def with_images_inside(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose images are parts of its prompt.
-
-    Raises:
-        ValueError: for images beside a prompt that is rendered text, and for parts that are neither image nor text.
-    """
-    images = row_images(row)
-    if not is_conversational(row):
-        if images:
-            raise ValueError("prompt: a text has no place for images; give a conversation ([{role, content}])")
-        return row
-    prompt = prepare_multimodal_messages(row["prompt"], images=images)
-    kinds = {part["type"] for message in prompt for part in message.get("content") or []}
-    if others := sorted(kinds - {"image", "text"}):
-        raise ValueError(
-            f"prompt: a part of type {others[0]} is not shown to the model; of a video give frames as images"
-        )
-    return {**{name: value for name, value in row.items() if name not in ("image", "images")}, "prompt": prompt}
-
-
-def without_images(row: dict[str, Any]) -> dict[str, Any]:
-    """The row as if it had no images."""
-    prompt = row["prompt"]
-    if not isinstance(prompt, str):
-        prompt = [
-            message
-            if isinstance(message["content"], str)
-            else {**message, "content": [part for part in message["content"] if part["type"] != "image"]}
-            for message in prompt
-        ]
-    nothing = {name: value for name, value in (("images", []), ("image", None)) if name in row}
-    return {**row, **nothing, "prompt": prompt}
 
 
 def as_text(prompt: list[dict[str, Any]] | str) -> list[dict[str, Any]] | str:
@@ -148,11 +95,6 @@ def as_text(prompt: list[dict[str, Any]] | str) -> list[dict[str, Any]] | str:
         else {**message, "content": "".join(part.get("text") or f"<{part['type']}>" for part in message["content"])}
         for message in prompt
     ]
-
-
-def text_or_none(value: Any) -> str | None:
-    """A value for a trajectory's row."""
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def micro_batches(steps: int, args: GRPOConfig, dataloader: DataLoader | None) -> int:
@@ -187,7 +129,7 @@ class ContinueRollouts(TrainerCallback):
                 "undisturbed run would have done (save_steps that end with a rollout avoid it)",
                 file=sys.stderr,
             )
-        for path in sorted(self.trainer.trajectory_dir.glob("*.jsonl")):
+        for path in sorted(self.trainer.recorder.folder.glob("*.jsonl")):
             if dropped := keep_rows(path, lambda row: row["step"] <= state.global_step):
                 print(f"{path}: dropped {dropped} lines after step {state.global_step}, which this run repeats")
 
@@ -230,28 +172,28 @@ class AskBlind(TrainerCallback):
             self.trainer.evaluate_blind()
 
 
-@dataclass
-class Rollout:
-    """One generation step of this process, on its way from prompts to trajectories. B rows.
+class Rows(list):
+    """The rows of a generation step with its record, on their way through TRL to the reward functions."""
 
-    Attributes:
-        rows: as the dataset has them.
-        is_broken: which have an image that could not be opened.
-        given: the rows as TRL got them.
-        prompts: encoded once each, where the prefix is shared.
-        completions, ids: what was sampled, as reward functions get it.
-        rewards: of each row one a function; NaN for none.
-        refill: which pass it is of those that make one generation step.
-    """
+    def __init__(self, rows: Iterable[dict[str, Any]], rollout: Rollout):
+        super().__init__(rows)
+        self.rollout = rollout
+        self.given = [dict(row) for row in self]
 
-    rows: list[dict[str, Any]]
-    is_broken: list[bool]
-    refill: int = 0
-    given: list[dict[str, Any]] = field(default_factory=list)
-    prompts: list[Prompt] = field(default_factory=list)
-    completions: list[Any] = field(default_factory=list)
-    ids: list[list[int]] = field(default_factory=list)
-    rewards: list[list[float]] = field(default_factory=list)
+    def as_given(self) -> list[dict[str, Any]]:
+        """The rows as the dataset has them, with what was added to these on the way."""
+        return [
+            {**row, **{name: now[name] for name in now if name not in given or now[name] is not given[name]}}
+            for row, given, now in zip(self.rollout.rows, self.given, self, strict=True)
+        ]
+
+
+@dataclass(eq=False)
+class Scored:
+    """The prompts of the rows that are scored together, and what came of it: log-probabilities (B, C)."""
+
+    prompts: Sequence[Prompt]
+    logps: torch.Tensor | None = None
 
 
 class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GRPOTrainer):
@@ -337,6 +279,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         # Tool calls put images and foreign tokens into completions; they stay on TRL's path.
         self.shared_prefix = shared_prefix and self._is_vlm and not (self.tools or self.rollout_func)
         check_shared_prefix(args, self.shared_prefix)
+        self.advantage = self.choose_advantage(getattr(args, "advantage", None))
         self.papo_coef, self.rollout_noise = (getattr(args, name, 0.0) for name in ("papo_coef", "rollout_noise"))
         encodes_once = self.shared_prefix and not self.use_vllm and not self.family.trains_vision(plain)
         if self.papo_coef and self.accelerator.num_processes > 1:
@@ -348,13 +291,15 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
             accept_missing_images(each, always_encode=self.accelerator.num_processes > 1 and not encodes_once)
             if self.shared_prefix:
                 enable_grouping(each)
-        self._rollout_seconds = 0.0  # of the optimiser step under way
-        self.trajectory_dir = Path(args.output_dir) / "trajectories"
-        self.last_rollout: list[dict[str, Any]] = []  # trajectory rows of all processes, the newest in training
+        self.recorder = Recorder(
+            Path(args.output_dir) / "trajectories",
+            self.accelerator.is_main_process,
+            self.reward_func_names,
+            self.eos_token_ids,
+            self._render,
+        )
         self.pass_rates = PassRates()  # equal in all processes
         self._is_blind = False  # whether the evaluation under way shows no images
-        self._held_out: list[dict[str, Any]] = []  # trajectory rows of the evaluation under way
-        self._held_out_left = math.inf  # how many it has still to see
         self._broken_images: set[str] = set()  # what is wrong with each, of all processes since the start
         prompts = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 0
         self._most_broken = most_broken(prompts)
@@ -376,8 +321,8 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         """TRL's. An evaluation begins here: what its processes get beyond its questions, to be even, will not count."""
         dataloader = super().get_eval_dataloader(eval_dataset)
         dataset = dataloader.dataset
-        self._held_out = []
-        self._held_out_left = len(dataset) * self.num_generations_eval if isinstance(dataset, Dataset) else math.inf
+        is_counted = isinstance(dataset, Dataset)
+        self.recorder.begin_evaluation(len(dataset) * self.num_generations_eval if is_counted else math.inf)
         return dataloader
 
     # TRL sends an engine beside the policy the weights of a new step, and these belong to an old one.
@@ -393,48 +338,215 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         finally:
             self._is_blind = False
 
-    # The one place that sees a rollout's prompts, completions, rewards and advantages together. TRL has no public
-    # hook there; tests/test_trainer.py fails when its contract changes.
+    # ---- One generation step: sample -> reward -> advantages -> score -> record. `_compute_loss` then packs and scores
+    # ---- its micro-batches, and TRL's loss is taken of them.
+
+    # TRL has no public hook that sees prompts, completions, rewards and advantages together.
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]], refill: int = 0) -> dict[str, Any]:
         if self._is_blind:
             inputs = [without_images(row) for row in inputs]
-        rollout = self._rollout = Rollout(inputs, [False] * len(inputs), refill)
-        if self.shared_prefix:
-            # The images go inside the prompts, as they are: rows without an `images` column keep TRL from
-            # preprocessing every image again for every completion. Neighbours share one prompt, which is copied once.
-            rows = []
-            for _, group in groupby(inputs, key=lambda row: (row["prompt"], row_images(row))):
-                group = list(group)
-                prompt = with_images_inside(group[0])["prompt"]
-                rows += [{**with_images_inside(row), "prompt": prompt} for row in group]
-        else:
-            rows = [{**row, "images": self._open(row_images(row), [index])} for index, row in enumerate(inputs)]
-            if not any(row["images"] for row in rows):
-                rows = [{name: row[name] for name in row if name not in ("image", "images")} for row in rows]
-        rollout.given = [dict(row) for row in rows]
-        output = super()._generate_and_score_completions(rows)
-        if self.shared_prefix:
-            output["prompts"] = rollout.prompts
-        if self.papo_coef and self.model.training:
-            output["masked_logps"] = self._score_masked(output)
-        self._save_trajectories(rollout, output)
-        return output
+        rollout = Rollout(inputs, refill, [False] * len(inputs))
+        batch = self._take_step(rollout) if self.shared_prefix else self._take_stock_step(rollout)
+        self._record(rollout, batch)
+        return batch
 
-    # Keeps what TRL reduces to means: the texts, ids and every single reward of this process. Reward functions see
-    # the rows as the dataset has them, and what a rollout function of the user's added to them.
+    # In place of TRL's own body, which runs every prompt through processor and model once a completion. Its numbers,
+    # and what it logs, are TRL's (tests/test_shared_prefix.py); tests/test_trainer.py fails when TRL's body changes.
+    def _take_step(self, rollout: Rollout) -> dict[str, Any]:
+        """A generation step of this process, which fills its record.
+
+        Returns:
+            What `_compute_loss` takes, all but `num_items_in_batch` with B rows: `prompt_ids`, `prompt_mask` (B, P),
+            `completion_ids`, `completion_mask` (B, C), `prompts`, `rewards` (B, F), `advantages` (B,), and as far as
+            settings ask for them `sampling_per_token_logps`, `old_per_token_logps`, `ref_per_token_logps`,
+            `masked_logps` (B, C) and `importance_sampling_ratio` (B, C) or (B, 1).
+        """
+        # The images go inside the prompts, as they are, and neighbours share one prompt, which is encoded once.
+        conversations: list[Any] = []
+        for _, group in groupby(rollout.rows, key=lambda row: (row["prompt"], row_images(row))):
+            group = list(group)
+            conversations += [with_images_inside(group[0])["prompt"]] * len(group)
+        prompt_ids, ids, _, completions, logprobs, found, *_ = self._generate(conversations)  # calls `_roll_out`
+        rollout.prompts, rollout.is_broken = found["encoded"], found["is_broken"]
+        rollout.completions, rollout.ids = completions, ids
+        batch = self._pad(prompt_ids, ids, logprobs)
+        batch["prompts"] = rollout.prompts
+
+        rewards = self._calculate_rewards(Rows(rollout.rows, rollout), conversations, completions, ids)  # (all B, F)
+        weights, group_size = self.reward_weights.to(rewards.device), self._group_size()
+        advantages = self.advantage(rewards, weights, group_size)  # (all B,)
+        mine = slice(self.accelerator.process_index * len(ids), (self.accelerator.process_index + 1) * len(ids))
+        batch["rewards"], batch["advantages"] = rewards[mine], advantages[mine]
+        rollout.advantages = batch["advantages"].tolist()
+
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), torch.no_grad():
+            self._score_rollout(batch)
+        self._log_rewards(rewards, advantages, weights, group_size)
+        self._log_samples(conversations, completions, rewards, advantages)
+        return batch
+
+    def _roll_out(self, prompts: list[Any], _: GRPOTrainer) -> dict[str, Any]:
+        """TRL's `rollout_func`: images are opened, encoded and prefilled once for all neighbours of one prompt.
+
+        With `rollout_noise` the second half of a group is sampled from noisy images; what is returned, and scored, is
+        the prompt with the clean ones.
+        """
+        noise, first = self._noise_step(), self.accelerator.process_index * len(prompts)
+        encoded, repeats, scored = [], [], []  # what is asked, how often, and the index of what is scored for it
+        is_broken = [False] * len(prompts)
+        row = 0
+        for prompt, same in groupby(prompts):
+            rows = range(row, row + len(list(same)))
+            row = rows.stop
+            images = []
+            if not isinstance(prompt, str):
+                images = self._open(images_of(prompt), rows, is_broken)
+                prompt = put_images(prompt, images)
+            versions, parts = [self.backend.encode(prompt)], [(False, len(rows))]
+            if noise and images:
+                rng = self._seeded((first + rows.start) // self._group_size())
+                noisy = put_images(prompt, [add_noise(image, noise, rng) for image in images])
+                versions.append(self.backend.encode(noisy))
+                parts = split_halves(first + rows.start, len(rows), self._group_size())
+            scored += [len(encoded)] * len(parts)
+            encoded += [versions[is_noisy] for is_noisy, _ in parts]
+            repeats += [count for _, count in parts]
+        try:
+            answer = self.backend.generate(encoded, repeats, self.generation_config)
+        except Mistake as error:  # no numbers: the update before it spoiled the weights
+            self.stop(str(error), keeps_weights=False)
+        prompts = [answer.prompts[index] for index, count in zip(scored, repeats, strict=True) for _ in range(count)]
+        return {
+            "prompt_ids": [prompt.input_ids.tolist() for prompt in prompts],
+            "completion_ids": answer.ids,
+            "logprobs": answer.logprobs,
+            "encoded": prompts,
+            "is_broken": is_broken,
+        }
+
+    def _pad(
+        self, prompt_ids: list[list[int]], ids: list[list[int]], logprobs: list[list[float | None]] | None
+    ) -> dict[str, torch.Tensor]:
+        """What was sampled as tensors: prompts padded on the left, completions on the right."""
+
+        def join(rows: Iterable[list], side: str, value: float = 0) -> torch.Tensor:
+            tensors = [torch.tensor(row) for row in rows]
+            return pad(tensors, value, side, self.pad_to_multiple_of).to(self.accelerator.device)
+
+        ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        # with mask_truncated_completions one that was cut has no part in the loss
+        is_kept = [row[-1] in ends or not self.mask_truncated_completions for row in ids]
+        batch = {
+            "prompt_ids": join(prompt_ids, "left", self._tokenizer.pad_token_id),  # (B, P)
+            "prompt_mask": join(([1] * len(row) for row in prompt_ids), "left"),
+            "completion_ids": join(ids, "right", self._tokenizer.pad_token_id),  # (B, C)
+            "completion_mask": join(([int(kept)] * len(row) for row, kept in zip(ids, is_kept, strict=True)), "right"),
+        }
+        batch["num_items_in_batch"] = self.accelerator.gather(batch["completion_mask"].sum()).sum()
+        if logprobs is not None:  # None of a token is one that the engine could not score
+            numbers = ([torch.nan if value is None else value for value in row] for row in logprobs)
+            batch["sampling_per_token_logps"] = join(numbers, "right", 0.0)
+        return batch
+
+    def _score_rollout(self, batch: dict[str, Any]) -> None:
+        """Add the log-probabilities that the loss compares with: of the policy that sampled, and of the reference."""
+        args, scored = self.args, Scored(batch["prompts"])
+        ids, mask = (
+            torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
+        )
+        longest = batch["completion_ids"].shape[1]
+        size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+
+        def score(model: nn.Module) -> torch.Tensor:
+            logps, *_ = self._get_per_token_logps_and_entropies(
+                model, ids, mask, longest, batch_size=size, pixel_values=scored
+            )
+            return logps
+
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        # A rollout that ends with its optimiser step is scored by the weights that sampled it: nothing to compare.
+        if corrects or args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations):
+            batch["old_per_token_logps"] = score(self.model)
+        if corrects:
+            difference = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]
+            batch["importance_sampling_ratio"] = agreement.importance_ratio(
+                difference,
+                batch["completion_mask"],
+                self.vllm_importance_sampling_mode,
+                self.vllm_importance_sampling_clip_min,
+                self.vllm_importance_sampling_clip_max,
+            )
+            self._log_sampling(difference, batch)
+        if self.beta and self.ref_model is not None:
+            batch["ref_per_token_logps"] = score(self.ref_model)
+        elif self.beta:  # the base below the adapter, or the adapter that training goes on from, which TRL calls "ref"
+            model = self.accelerator.unwrap_model(self.model)
+            with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+                batch["ref_per_token_logps"] = score(self.model)
+        if self.papo_coef and self.model.training:
+            scored.prompts = self._mask_images(batch["prompts"])
+            batch["masked_logps"] = score(self.model)
+
+    def _log_rewards(
+        self, rewards: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor, group_size: int
+    ) -> None:
+        """TRL's metrics of rewards (all B, F)."""
+        metrics = self._metrics[self._mode()]
+        for name, column in zip(self.reward_func_names, rewards.T, strict=True):
+            metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
+            metrics[f"rewards/{name}/std"].append(nanstd(column).item())
+        total = total_rewards(rewards, weights)
+        metrics["reward"].append(total.nanmean().item())
+        metrics["reward_std"].append(nanstd(total).item())
+        scale = spread(rewards, weights, group_size, self.scale_rewards, self.multi_objective_aggregation)
+        is_zero = torch.isclose(scale, torch.zeros_like(scale))
+        metrics["frac_reward_zero_std"].append(is_zero.float().mean().item())
+
+    def _log_samples(
+        self, prompts: list[Any], completions: list[Any], rewards: torch.Tensor, advantages: torch.Tensor
+    ) -> None:
+        """TRL's table of completions, and what reward functions put into log and table by `log_metric`, `log_extra`."""
+        self._logs["prompt"].extend(gather_object(prompts))
+        self._logs["completion"].extend(gather_object(completions))
+        for name, column in zip(self.reward_func_names, rewards.T, strict=True):
+            self._logs["rewards"][name].extend(column.tolist())
+        self._logs["advantages"].extend(advantages.tolist())
+        # sorted: all processes gather in one order
+        for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
+            values = self._pending_extra_logs.get(column, [None] * len(prompts))
+            self._logs["extra"][column].extend(gather_object(values))
+        self._pending_extra_logs.clear()
+        for name in sorted(set(gather_object(list(self._pending_metrics)))):
+            values = self._pending_metrics.get(name, [])
+            sums = torch.tensor([sum(values), len(values)], dtype=torch.float32, device=self.accelerator.device)
+            total, count = self.accelerator.gather(sums).view(-1, 2).sum(dim=0).tolist()
+            self._metrics[self._mode()][name].append(total / count)
+        self._pending_metrics.clear()
+
+    def _log_sampling(self, difference: torch.Tensor, batch: dict[str, Any]) -> None:
+        """TRL's metrics of how far an engine samples from the policy; `difference` (B, C) of log-probabilities."""
+        metrics, mask = self._metrics[self._mode()], batch["completion_mask"].bool()
+        ratio = batch["importance_sampling_ratio"]
+        ratio = ratio.flatten() if self.vllm_importance_sampling_mode.startswith("sequence") else ratio[mask]
+        apart = difference.abs()[mask & ~difference.isnan()]
+        gather, nothing = self.accelerator.gather, torch.zeros(1, device=mask.device)
+        apart, ratio = (values if len(values) else nothing for values in (apart, ratio))
+        metrics["sampling/sampling_logp_difference/mean"].append(gather(apart.mean()).mean().item())
+        metrics["sampling/sampling_logp_difference/max"].append(gather(apart.max()).max().item())
+        metrics["sampling/importance_sampling_ratio/min"].append(nanmin(gather(ratio.min())).item())
+        metrics["sampling/importance_sampling_ratio/mean"].append(gather(ratio.mean()).nanmean().item())
+        metrics["sampling/importance_sampling_ratio/max"].append(nanmax(gather(ratio.max())).item())
+
+    # Reward functions see the rows as the dataset has them, and what a rollout function of the user's added to them.
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rollout = self._rollout
-        rows = [
-            {**row, **{name: now[name] for name in now if name not in given or now[name] is not given[name]}}
-            for row, given, now in zip(rollout.rows, rollout.given, inputs, strict=True)
-        ]
+        rollout = inputs.rollout
         own = self.reward_funcs  # which stay what the user gave
         self.reward_funcs = [
             reward if isinstance(reward, nn.Module) else guarded(reward, name)
             for reward, name in zip(own, self.reward_func_names, strict=True)
         ]
-        try:
-            rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)  # (all B, funcs)
+        try:  # (all B, F)
+            rewards = super()._calculate_rewards(inputs.as_given(), prompts, completions, completion_ids_list)
         finally:
             self.reward_funcs = own
         if rewards.isnan().all() and self._mode() == "train":
@@ -455,8 +567,48 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         rollout.rewards = rewards[start : start + len(prompts)].tolist()
         return rewards
 
-    def _open(self, sources: list[ImageSource], rows: Iterable[int]) -> list[Image.Image]:
-        """The images of these rows of the rollout, decoded; in place of one that is broken stands a blank."""
+    def _record(self, rollout: Rollout, batch: dict[str, Any]) -> None:
+        """Write down a rollout's completions, of all processes; log how they reflect."""
+        mode = self._mode()
+        # A rollout in training serves the step under way, which the log counts when it is done.
+        step = self.state.global_step + (mode == "train")
+        rows = self.recorder.describe(rollout, step, None if mode == "train" else self.evaluated_set)
+        if mode == "eval":
+            first = self.accelerator.process_index * len(rollout.rows)
+            counted = self.recorder.add_held_out(rows, self._group_size(), self._is_blind)
+            batch["completion_mask"][max(counted - first, 0) :] = 0  # the tokens of others do not count either
+            return
+        self.recorder.add_training(rows, rollout.refill, self._group_size())
+        self.pass_rates.add(rows)
+        groups = [rows[i : i + self.num_generations] for i in range(0, len(rows), self.num_generations)]
+        identical = sum(len({row["completion"] for row in group}) == 1 for group in groups) / len(groups)
+        self._metrics[mode]["completions/identical_groups"].append(identical)
+        for name, value in reflection_shares(rows).items():
+            self._metrics[mode][name].append(value)
+
+    # ---- TRL's own path: shared_prefix false, tools, a rollout function of the user's, text models
+
+    def _take_stock_step(self, rollout: Rollout) -> dict[str, Any]:
+        """TRL's generation step, with images opened; it fills the record on its way through `_calculate_rewards`."""
+        rows = [
+            {**row, "images": self._open(row_images(row), [index], rollout.is_broken)}
+            for index, row in enumerate(rollout.rows)
+        ]
+        if not any(row["images"] for row in rows):
+            rows = [{name: row[name] for name in row if name not in ("image", "images")} for row in rows]
+        batch = super()._generate_and_score_completions(Rows(rows, rollout))
+        rollout.advantages = batch["advantages"].tolist()
+        return batch
+
+    # TRL has None for a row without images, which its next call of the processor does not take.
+    def _tokenize_prompts(self, prompts: list) -> tuple[list, list | None, dict]:
+        ids, images, fields = super()._tokenize_prompts(prompts)
+        # TRL gathers the images for its table from the ranks that have some; a rank without would wait elsewhere.
+        self.log_multimodal = self.args.log_multimodal and all(gather_object([images is not None]))
+        return ids, images and [each or [] for each in images], fields
+
+    def _open(self, sources: list[ImageSource], rows: Iterable[int], is_broken: list[bool]) -> list[Image.Image]:
+        """The images of these rows, decoded; in place of one that is broken stands a blank, and its rows are marked."""
         images = []
         for source in sources:
             try:
@@ -464,13 +616,20 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
             except BrokenImage as error:  # `load_dataset` has seen it whole
                 images.append(Image.new("RGB", (56, 56), "white"))
                 for row in rows:
-                    self._rollout.is_broken[row] = True
+                    is_broken[row] = True
                 if str(error) not in self._broken_images:
                     self._broken_images.add(str(error))
                     print(
                         f"warning: {printable(error)}; completions about it earn nothing", file=sys.stderr, flush=True
                     )
         return images
+
+    def choose_advantage(self, name: str | None) -> Advantage:
+        """The function from rewards to advantages: TRL's by its settings, or another by its name in a recipe."""
+        if name is None:
+            scale, aggregation = self.scale_rewards, self.multi_objective_aggregation
+            return partial(group_advantages, scale_rewards=scale, aggregation=aggregation)
+        return ADVANTAGES.get(name) or checked(import_named("advantage", "advantage", name, ADVANTAGES), name)
 
     # ---- The rollout
 
@@ -496,43 +655,6 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
             )
 
         return TransformersBackend(model, processor, borrow, keep_features, **self.chat_template_kwargs)
-
-    def _roll_out(self, prompts: list[Any], _: GRPOTrainer) -> dict[str, Any]:
-        """TRL's `rollout_func`: images are opened, encoded and prefilled once for all neighbours of one prompt.
-
-        With `rollout_noise` the second half of a group is sampled from noisy images; what is returned, and scored, is
-        the prompt with the clean ones.
-        """
-        noise, first = self._noise_step(), self.accelerator.process_index * len(prompts)
-        encoded, repeats, scored = [], [], []  # what is asked, how often, and the index of what is scored for it
-        row = 0
-        for prompt, same in groupby(prompts):
-            rows = range(row, row + len(list(same)))
-            row = rows.stop
-            images = []
-            if not isinstance(prompt, str):
-                images = self._open(images_of(prompt), rows)
-                prompt = put_images(prompt, images)
-            versions, parts = [self.backend.encode(prompt)], [(False, len(rows))]
-            if noise and images:
-                rng = self._seeded((first + rows.start) // self._group_size())
-                noisy = put_images(prompt, [add_noise(image, noise, rng) for image in images])
-                versions.append(self.backend.encode(noisy))
-                parts = split_halves(first + rows.start, len(rows), self._group_size())
-            scored += [len(encoded)] * len(parts)
-            encoded += [versions[is_noisy] for is_noisy, _ in parts]
-            repeats += [count for _, count in parts]
-        try:
-            answer = self.backend.generate(encoded, repeats, self.generation_config)
-        except Mistake as error:  # no numbers: the update before it spoiled the weights
-            self.stop(str(error), keeps_weights=False)
-        prompts = [answer.prompts[index] for index, count in zip(scored, repeats, strict=True) for _ in range(count)]
-        self._rollout.prompts = self._scored = prompts
-        return {
-            "prompt_ids": [prompt.input_ids.tolist() for prompt in prompts],
-            "completion_ids": answer.ids,
-            "logprobs": answer.logprobs,
-        }
 
     def _seeded(self, group: int) -> np.random.Generator:
         """Random numbers of a group of this step, counted over all processes; the same after a resume."""
@@ -567,83 +689,105 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         rows = [torch.tensor(ids, device=self.accelerator.device) for ids in answer.ids]
         ids = pad_sequence(rows, batch_first=True)  # (B, C)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        self._scored = prompts
-        scored, *_ = self._get_per_token_logps_and_entropies(self.model, ids, mask, ids.shape[1])
+        scored, *_ = self._score(self.model, prompts, ids, mask, len(prompts))
         for metrics in self._metrics.values():  # none of it is a step's or an evaluation's
             metrics.clear()
         found = agreement.difference(answer.logprobs, scored).to(self.accelerator.device)
         total, count = self.accelerator.reduce(found, reduction="sum").tolist()
         agreement.check_agreement(total / max(count, 1), engine_dtype(self.args, plain.dtype))
 
-    # ---- TRL's own path, without a shared prefix
+    # ---- Scoring and loss
 
-    # TRL has None for a row without images, which its next call of the processor does not take.
-    def _tokenize_prompts(self, prompts: list) -> tuple[list, list | None, dict]:
-        ids, images, fields = super()._tokenize_prompts(prompts)
-        # TRL gathers the images for its table from the ranks that have some; a rank without would wait elsewhere.
-        self.log_multimodal = self.args.log_multimodal and all(gather_object([images is not None]))
-        return ids, images and [each or [] for each in images], fields
-
-    # ---- Scoring
-
-    # TRL's runs the prompt through the model once a completion, padded on both sides.
+    # TRL's runs the prompt through the model once a completion, padded on both sides. Its callers hand on what a
+    # prompt's images became, as `pixel_values`; on the shared path that is the prompts, encoded once.
     def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        pixel_values=None,
+        **kwargs,
     ):
         with nullcontext() if torch.is_grad_enabled() else self._timed("scoring"):
-            if not self.shared_prefix:
-                return super()._get_per_token_logps_and_entropies(
-                    model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
-                )
-            completion_ids, completion_mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:]
-            rows = len(input_ids)
-            batch_size = batch_size or rows
-            logps, entropies, packed_tokens = [], [], 0
-            # One forward a micro-batch, however many prompts it holds: under ZeRO-3 all ranks must run as many.
-            for start in range(0, rows, batch_size):
-                part = slice(start, start + batch_size)
-                batch = pack(self.family, self._scored[part], completion_ids[part], completion_mask[part])
-                with self.accelerator.autocast():
-                    outputs = model(**batch.model_inputs, shift_labels=batch.labels, fused_lm_head=True)
-                logps.append(batch.unpack(outputs.log_probs))  # (b, C)
-                if compute_entropy:
-                    entropies.append(batch.unpack(outputs.entropy))
-                packed_tokens += batch.model_inputs["input_ids"].numel()
-            saved = 1 - packed_tokens / input_ids.numel()
-            self._metrics[self._mode()]["packing/tokens_saved"].append(saved)
-            logps = torch.cat(logps)
-            if self.papo_coef:
-                self._last_logps = logps  # `_compute_loss` keeps them to itself
-            return logps, torch.cat(entropies) if compute_entropy else None, None
+            if isinstance(pixel_values, Scored):
+                completions = (values[:, -logits_to_keep:] for values in (input_ids, attention_mask))
+                size = batch_size or len(input_ids)
+                logps, entropies, packed = self._score(model, pixel_values.prompts, *completions, size, compute_entropy)
+                self._metrics[self._mode()]["packing/tokens_saved"].append(1 - packed / input_ids.numel())
+                pixel_values.logps = logps
+                return logps, entropies, None
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                pixel_values=pixel_values,
+                **kwargs,
+            )
 
-    @torch.no_grad()
-    def _score_masked(self, output: dict[str, Any]) -> torch.Tensor:
-        """Log-probabilities (B, C) of a rollout's completions, by the policy that sampled them, behind masked images.
+    def _score(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Prompt],
+        completion_ids: torch.Tensor,
+        completion_mask: torch.Tensor,
+        batch_size: int,
+        compute_entropy: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        """Score completions, the prompt of neighbours once.
 
-        Of a prompt without an image too: under ZeRO-3 all ranks must run as many forward passes.
+        Args:
+            prompts: of each of the B rows; neighbours that are one object share it.
+            completion_ids, completion_mask: (B, C), padded on the right.
+            batch_size: rows of one forward pass.
+
+        Returns:
+            Log-probabilities and entropies (B, C), and how many tokens went through the model.
         """
-        first = self.accelerator.process_index * len(output["prompts"])
-        self._scored = []
-        for rows in rows_by_prompt(output["prompts"]):
-            rng = self._seeded((first + rows[0]) // self.num_generations)
-            prompt, ratio = output["prompts"][rows[0]], self.args.papo_mask_ratio
-            self._scored += [mask_prompt(prompt, self.family, self.processing_class, ratio, rng)] * len(rows)
-        ids, mask = (
-            torch.cat([output[f"prompt_{name}"], output[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
-        )
-        longest, batch_size = output["completion_ids"].shape[1], self.args.per_device_train_batch_size
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            logps, *_ = self._get_per_token_logps_and_entropies(self.model, ids, mask, longest, batch_size)
-        return logps
+        logps, entropies, packed_tokens = [], [], 0
+        # One forward a micro-batch, however many prompts it holds: under ZeRO-3 all ranks must run as many.
+        for start in range(0, len(completion_ids), batch_size):
+            part = slice(start, start + batch_size)
+            batch = pack(self.family, prompts[part], completion_ids[part], completion_mask[part])
+            with self.accelerator.autocast():
+                outputs = model(**batch.model_inputs, shift_labels=batch.labels, fused_lm_head=True)
+            logps.append(batch.unpack(outputs.log_probs))  # (b, C)
+            if compute_entropy:
+                entropies.append(batch.unpack(outputs.entropy))
+            packed_tokens += batch.model_inputs["input_ids"].numel()
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, packed_tokens
 
-    def _perception_gain(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """PAPO's term of a micro-batch that was just scored, a scalar for the loss to fall by.
+    def _compute_loss(self, model, inputs):
+        if not self.model.training:
+            tokens = self.accelerator.reduce(inputs["completion_mask"].sum(), reduction="sum").item()
+            self._metrics["eval"][TOKENS].append(tokens)
+        if not self.shared_prefix:
+            return super()._compute_loss(model, inputs)
+        scored = Scored(inputs["prompts"])
+        loss = super()._compute_loss(model, {**inputs, "pixel_values": scored})
+        return loss - self._perception_gain(scored.logps, inputs) if "masked_logps" in inputs else loss
+
+    def _mask_images(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Prompts with masked images, for PAPO. One without images stays: ranks of ZeRO-3 must run as many passes."""
+        first, masked = self.accelerator.process_index * len(prompts), []
+        for rows in rows_by_prompt(prompts):
+            rng = self._seeded((first + rows[0]) // self.num_generations)
+            prompt, ratio = prompts[rows[0]], self.args.papo_mask_ratio
+            masked += [mask_prompt(prompt, self.family, self.processing_class, ratio, rng)] * len(rows)
+        return masked
+
+    def _perception_gain(self, logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """PAPO's term of a micro-batch with log-probabilities (B, C), a scalar for the loss to fall by.
 
         It is `papo_coef` times `perception_kl`, 0 behind a prompt without an image, averaged as the loss type averages
         its tokens and over the step's micro-batches.
         """
-        kl = perception_kl(self._last_logps, inputs["masked_logps"])  # (B, C)
-        self._last_logps = None  # and with it the graph
+        kl = perception_kl(logps, inputs["masked_logps"])  # (B, C)
         mask = inputs["completion_mask"]
         sees = torch.tensor([bool(prompt.image_inputs) for prompt in inputs["prompts"]], device=mask.device)
         kl = kl * sees[:, None]
@@ -653,16 +797,6 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         mean = batch_mean(kl, mask, self.loss_type, self.max_completion_length, tokens / self.args.steps_per_generation)
         return self.papo_coef * mean / self.current_gradient_accumulation_steps
-
-    # Tells the scoring above whose completions a micro-batch holds; TRL's signature has no place for it.
-    def _compute_loss(self, model, inputs):
-        if self.shared_prefix:
-            self._scored = inputs["prompts"]
-        if not self.model.training:
-            tokens = self.accelerator.reduce(inputs["completion_mask"].sum(), reduction="sum").item()
-            self._metrics["eval"][TOKENS].append(tokens)
-        loss = super()._compute_loss(model, inputs)
-        return loss - self._perception_gain(inputs) if "masked_logps" in inputs else loss
 
     # TRL's shuffles completions across micro-batches, which would scatter the groups.
     def _prepare_inputs(self, generation_batch):
@@ -718,9 +852,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
     def _sample_pass(self, inputs: list[dict[str, Any]], refill: int) -> tuple[dict[str, Any], torch.Tensor]:
         """A pass of this process, and which of its groups have signal (groups,)."""
         batch = self._generate_and_score_completions(inputs, refill)
-        advantages = batch["advantages"]
-        rewards = torch.tensor(self._rollout.rewards, device=advantages.device)  # (B, functions)
-        return batch, find_signal(advantages, rewards, self.num_generations)
+        return batch, find_signal(batch["advantages"], batch["rewards"], self.num_generations)
 
     def _own_rows(self, numbers: list[int]) -> list[dict[str, Any]]:
         """What this process asks of a pass: its slice of the training set's rows, each once a completion."""
@@ -733,7 +865,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
 
     def offending_batch(self) -> list[dict[str, Any]]:
         """The newest rollout: prompts, completions, rewards and all else of its trajectories."""
-        return self.last_rollout
+        return self.recorder.newest
 
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
@@ -750,18 +882,15 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         start = time.perf_counter()
         yield
         synchronize()
-        self._last_seconds = time.perf_counter() - start
-        if self.model.training:
-            self._rollout_seconds += self._last_seconds
-        self._metrics[self._mode()][f"time/{name}"].append(self._last_seconds)
+        self._metrics[self._mode()][f"time/{name}"].append(time.perf_counter() - start)
 
     # For the log alone: a rollout's seconds and tokens.
     def _generate(self, prompts):
         with self._timed("rollout"):
             output = super()._generate(prompts)
         _, completion_ids, *_ = output
-        rate = sum(map(len, completion_ids)) / self._last_seconds
-        self._metrics[self._mode()]["rollout/tokens_per_second"].append(rate)
+        metrics = self._metrics[self._mode()]
+        metrics["rollout/tokens_per_second"].append(sum(map(len, completion_ids)) / metrics["time/rollout"][-1])
         return output
 
     def training_step(self, model, inputs, num_items_in_batch):
@@ -769,22 +898,23 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._step % self.current_gradient_accumulation_steps == 0:
             metrics = self._metrics["train"]
-            metrics["time/update"].append(metrics["step_time"][-1] - self._rollout_seconds)
-            self._rollout_seconds = 0.0
+            told = sum(sum(metrics.get(f"time/{name}", ())) for name in ("rollout", "scoring", "update"))
+            metrics["time/update"].append(sum(metrics["step_time"]) - told)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's; of an evaluation the figures over its questions, where TRL has the means of its batches' means."""
-        if self._mode() == "eval" and self._held_out:
+        held_out = self.recorder.held_out
+        if self._mode() == "eval" and held_out:
             metrics = self._metrics["eval"]
             tokens = metrics.pop(TOKENS, [])
             for name in metrics:
                 if name in PER_TOKEN or (name.startswith("clip_ratio/") and name.endswith("_mean")):
                     total = sum(value * count for value, count in zip(metrics[name], tokens, strict=True))
                     metrics[name] = [total / max(sum(tokens), 1)]
-            figures = held_out_figures(self._held_out, self.reward_weights.tolist(), self.num_generations_eval)
-            metrics.update({name: [value] for name, value in {**figures, **reflection_shares(self._held_out)}.items()})
-            self._held_out = []
+            figures = held_out_figures(held_out, self.reward_weights.tolist(), self.num_generations_eval)
+            metrics.update({name: [value] for name, value in {**figures, **reflection_shares(held_out)}.items()})
+            self.recorder.begin_evaluation(math.inf)
             if self._is_blind:
                 logs = {f"{self.evaluation_prefix}_{name}": value for name, value in figures.items()}
                 metrics.clear()
@@ -802,69 +932,6 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
                 messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
             )
         return prompt, [image_name(image) or "(not a file)" for image in images]
-
-    def _save_trajectories(self, rollout: Rollout, output: dict[str, Any]) -> None:
-        """Write this rollout's completions, those of all processes in order, from the main process; log reflections."""
-        mode = self._mode()
-        # A rollout in training serves the step under way, which the log counts when it is done.
-        step = self.state.global_step + (mode == "train")
-        prompts = []
-        for (prompt, images), repeats in groupby(rollout.rows, key=lambda row: (row["prompt"], row_images(row))):
-            prompts += [self._render(prompt, images)] * len(list(repeats))
-        rows = []
-        for row, (prompt, images), completion, ids, rewards, advantage in zip(
-            *(rollout.rows, prompts, rollout.completions, rollout.ids, rollout.rewards),
-            output["advantages"].tolist(),
-            strict=True,
-        ):
-            text = completion_text(completion)
-            options = row.get("options") or None
-            if not (isinstance(options, list) and all(isinstance(option, str) for option in options)):
-                options = None
-            reflection = analyse(text, options)
-            # a reward function that has nothing to say about a completion returns None, TRL's NaN
-            rewards = [None if math.isnan(reward) else reward for reward in rewards]
-            record = Completion(
-                step=step,
-                prompt=prompt,
-                images=images,
-                solution=text_or_none(row.get("solution")),
-                options=options,
-                completion=text,
-                rewards=dict(zip(self.reward_func_names, rewards, strict=True)),
-                advantage=advantage,
-                length=len(ids),
-                ended=ids[-1] in self.eos_token_ids,
-                reflections=reflection.spans,
-                considered=reflection.considered,
-                self_corrected=reflection.self_corrected,
-                row=row.get(ROW),
-                refill=rollout.refill,
-                dataset=None if mode == "train" else self.evaluated_set,
-            )
-            rows.append(record.to_row())
-        first = self.accelerator.process_index * len(rows)
-        rows = gather_object(rows)
-        if mode == "train":
-            earlier = self.last_rollout if rollout.refill else []
-            start = len(earlier)
-            self.last_rollout = earlier + rows
-            self.pass_rates.add(rows)
-            groups = [rows[i : i + self.num_generations] for i in range(0, len(rows), self.num_generations)]
-            identical = sum(len({row["completion"] for row in group}) == 1 for group in groups) / len(groups)
-            self._metrics[mode]["completions/identical_groups"].append(identical)
-            for name, value in reflection_shares(rows).items():
-                self._metrics[mode][name].append(value)
-        else:
-            start = len(self._held_out)
-            rows = rows[: int(min(self._held_out_left, len(rows)))]
-            self._held_out_left -= len(rows)
-            self._held_out += rows
-            output["completion_mask"][max(len(rows) - first, 0) :] = 0  # nor do their tokens count
-        for index, row in enumerate(rows, start=start):
-            row["group"] = index // self._group_size()
-        if self.accelerator.is_main_process:
-            append_rows(self.trajectory_dir / f"{'blind' if self._is_blind else mode}.jsonl", rows)
 
 
 def told_apart(names: list[str]) -> list[str]:

@@ -14,8 +14,9 @@ from open_r1.doctor.finding import Checks, Finding, failed, passed, skipped, war
 from open_r1.doctor.patient import Patient
 from open_r1.families import family_of
 from open_r1.images import open_image
+from open_r1.rows import with_images_inside
 from open_r1.shared_prefix import Prompt, encode_prompt
-from open_r1.trainer import with_images_inside
+from open_r1.trainer import Scored
 
 TRIED = 32  # rows among which the shortest and the longest prompt are taken
 # By what a number computed in another order may differ in the mean over tokens.
@@ -85,23 +86,22 @@ def score_completions(
     prompt_mask = pad([torch.ones_like(prompt.input_ids) for prompt in prompts], "left")
     completion_ids = pad(completions, "right", tokenizer.pad_token_id)  # (B, C)
     mask = pad([torch.ones_like(ids) for ids in completions], "right")
-    usual, images = trainer.shared_prefix, {}
-    trainer.shared_prefix, trainer._scored = usual if shared is None else shared, prompts
-    if not trainer.shared_prefix and rows[0]["images"]:
+    if trainer.shared_prefix if shared is None else shared:
+        images = {"pixel_values": Scored(prompts)}
+    elif not rows[0]["images"]:
+        images = {}
+    else:
         family, inputs = family_of(plain_model(patient)), [prompt.image_inputs for prompt in prompts]
         is_image = join((prompt_ids == processor.image_token_id).long(), torch.zeros_like(completion_ids))
         images = {**family.join_images(inputs, device), **family.stock_inputs(inputs, is_image)}
         images["num_images"] = [len(row["images"]) for row in rows for _ in range(2)]
-    try:
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(
-            model or trainer.model,
-            join(prompt_ids, completion_ids),
-            join(prompt_mask, mask),
-            completion_ids.shape[1],
-            **images,
-        )
-    finally:
-        trainer.shared_prefix = usual
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(
+        model or trainer.model,
+        join(prompt_ids, completion_ids),
+        join(prompt_mask, mask),
+        completion_ids.shape[1],
+        **images,
+    )
     return [row[: len(ids)].float() for row, ids in zip(logps, completions, strict=True)]
 
 
