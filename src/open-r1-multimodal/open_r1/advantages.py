@@ -12,7 +12,7 @@ mean, and the advantage 0. `group_advantages` is TRL 1.16's arithmetic; tests/te
 Another advantage is a function with the signature of `leave_one_out`, named in a recipe: `advantage: module:function`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from trl.trainer.utils import nanstd
@@ -134,6 +134,28 @@ def leave_one_out(rewards: torch.Tensor, weights: torch.Tensor, group_size: int)
     others = (~groups.isnan()).sum(dim=1, keepdim=True) - 1
     baseline = (groups.nansum(dim=1, keepdim=True) - groups) / others
     return (groups - baseline).nan_to_num(nan=0.0).view(-1)
+
+
+def reward_figures(
+    rewards: torch.Tensor,
+    weights: torch.Tensor,
+    group_size: int,
+    names: Sequence[str],
+    scale_rewards: str = "group",
+    aggregation: str = "sum_then_normalize",
+) -> dict[str, float]:
+    """What TRL logs of the rewards of a step, under its names; arguments: see `group_advantages`."""
+    figures = {}
+    for name, column in zip(names, rewards.T, strict=True):
+        figures |= {f"rewards/{name}/mean": column.nanmean(), f"rewards/{name}/std": nanstd(column)}
+    total = total_rewards(rewards, weights)
+    scale = spread(rewards, weights, group_size, scale_rewards, aggregation)
+    figures |= {
+        "reward": total.nanmean(),
+        "reward_std": nanstd(total),
+        "frac_reward_zero_std": torch.isclose(scale, torch.zeros_like(scale)).float().mean(),
+    }
+    return {name: value.item() for name, value in figures.items()}
 
 
 ADVANTAGES: dict[str, Advantage] = {"leave_one_out": leave_one_out}

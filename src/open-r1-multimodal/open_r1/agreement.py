@@ -4,9 +4,10 @@ What an engine gets wrong it gets wrong silently: it answers another prompt, or 
 the loss does to correct for small differences hides that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from trl.trainer.utils import nanmax, nanmin
 
 from open_r1.front_door import Mistake
 
@@ -76,3 +77,31 @@ def importance_ratio(
         return ratio.clamp(min=least, max=most)
     is_outside = (ratio < (-torch.inf if least is None else least)) | (ratio > (torch.inf if most is None else most))
     return ratio.masked_fill(is_outside, 0.0)
+
+
+def sampling_figures(
+    difference: torch.Tensor,
+    ratio: torch.Tensor,
+    mask: torch.Tensor,
+    mode: str,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, float]:
+    """What TRL logs of the distance between engine and policy, under its names.
+
+    Args:
+        difference, mask, mode: see `importance_ratio`, which gives `ratio`.
+        gather: a number of every process.
+    """
+    mask = mask.bool()
+    nothing = torch.zeros(1, device=mask.device)
+    apart = difference.abs()[mask & ~difference.isnan()]
+    ratio = ratio.flatten() if mode.startswith("sequence") else ratio[mask]
+    apart, ratio = (values if len(values) else nothing for values in (apart, ratio))
+    figures = {
+        "sampling_logp_difference/mean": gather(apart.mean()).mean(),
+        "sampling_logp_difference/max": gather(apart.max()).max(),
+        "importance_sampling_ratio/min": nanmin(gather(ratio.min())),
+        "importance_sampling_ratio/mean": gather(ratio.mean()).nanmean(),
+        "importance_sampling_ratio/max": nanmax(gather(ratio.max())),
+    }
+    return {f"sampling/{name}": value.item() for name, value in figures.items()}

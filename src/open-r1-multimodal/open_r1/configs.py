@@ -95,6 +95,13 @@ class FreezeArguments:
 class GRPOScriptArguments(FreezeArguments, DataArguments):
     """What is asked, what is rewarded and what is trained."""
 
+    trainer: str | None = field(
+        default=None,
+        metadata={
+            "help": "A subclass of Qwen2VLGRPOTrainer of yours that trains, as module:class. None: that class itself."
+        },
+    )
+
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy", "format"],
         metadata={

@@ -13,7 +13,9 @@ from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, check_rotati
 from open_r1.data import load_datasets_from_args, load_processor_from_args, opens_think
 from open_r1.decoding import check_generation
 from open_r1.entry import Command, run
+from open_r1.front_door import Mistake
 from open_r1.modeling import check_model, freeze, get_adapter_config, load_model_from_args
+from open_r1.plugins import import_named
 from open_r1.rewards import COMPARING, check_gold, get_reward_funcs
 from open_r1.trainer import AskBlind, Qwen2VLGRPOTrainer
 
@@ -26,6 +28,7 @@ def prepare(
     Raises:
         ValueError, OSError, ImportError: for a model, rewards or data that no run can start with.
     """
+    choose_trainer(script_args.trainer)
     check_settings(training_args, training_args.shared_prefix)
     check_rotation(script_args, training_args)
     if training_args.use_vllm:
@@ -60,6 +63,20 @@ def prepare(
     }
 
 
+def choose_trainer(name: str | None) -> type[Qwen2VLGRPOTrainer]:
+    """The class that trains, `Qwen2VLGRPOTrainer` or a user's.
+
+    Raises:
+        Mistake: the name is of none.
+    """
+    if name is None:
+        return Qwen2VLGRPOTrainer
+    trainer = import_named("trainer", "trainer", name)
+    if not (isinstance(trainer, type) and issubclass(trainer, Qwen2VLGRPOTrainer)):
+        raise Mistake(f"trainer: {name} is no subclass of open_r1.trainer.Qwen2VLGRPOTrainer")
+    return trainer
+
+
 def build_trainer(
     script_args: GRPOScriptArguments,
     training_args: Qwen2VLGRPOConfig,
@@ -70,7 +87,7 @@ def build_trainer(
     prepared = prepared or prepare(script_args, training_args, model_args)
     model = load_model_from_args(model_args)
     freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
-    trainer = Qwen2VLGRPOTrainer(model=model, args=training_args, **prepared)
+    trainer = choose_trainer(script_args.trainer)(model=model, args=training_args, **prepared)
     trainer.add_callback(AskBlind(trainer))
     return trainer
 

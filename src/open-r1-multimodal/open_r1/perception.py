@@ -6,6 +6,7 @@ that is random here follows from numbers, so that a resumed run draws the same.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -15,7 +16,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from open_r1.families import Family
-from open_r1.shared_prefix import Prompt
+from open_r1.shared_prefix import Prompt, rows_by_prompt
 
 MOST_KL = 10.0  # nats of one token
 # How much of an image's energy is left after each step of NoisyRollout's diffusion, its code's numbers.
@@ -40,6 +41,28 @@ def mask_prompt(
         return prompt
     masked = family.blacken(prompt.image_inputs, processor, share, rng)
     return replace(prompt, image_inputs=masked, image_features=None)
+
+
+def mask_prompts(
+    prompts: Sequence[Prompt],
+    family: Family,
+    processor: ProcessorMixin,
+    share: float,
+    random_of: Callable[[int], np.random.Generator],
+) -> list[Prompt]:
+    """Each row's prompt with masked images; neighbours of one prompt share the masked one.
+
+    One without images stays, and is scored too: under ZeRO-3 all ranks must run as many forward passes.
+
+    Args:
+        prompts: of each row.
+        family, processor, share: see `mask_prompt`.
+        random_of: the random numbers of the group that a row begins.
+    """
+    masked = []
+    for rows in rows_by_prompt(prompts):
+        masked += [mask_prompt(prompts[rows[0]], family, processor, share, random_of(rows[0]))] * len(rows)
+    return masked
 
 
 def perception_kl(logps: torch.Tensor, masked_logps: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ of the user's own raises, or returns that is no reward, ends a run in one line t
 import functools
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
@@ -302,3 +303,13 @@ def _shortened(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(part, dict) for part in value):
         value = " ".join(str(part["text"]) for part in value if "text" in part)
     return f"{' '.join(repr(value).split()):.60}"
+
+
+def told_apart(names: list[str]) -> list[str]:
+    """The names, with a number behind one that was there before."""
+    seen: Counter[str] = Counter()
+    result = []
+    for name in names:
+        seen[name] += 1
+        result.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return result

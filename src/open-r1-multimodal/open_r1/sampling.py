@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from trl.trainer.utils import RepeatSampler, pad
 
 from open_r1.fields import COUNT, Check, are, check, is_count
@@ -216,3 +218,83 @@ class PassRates:
             with path.open("rb") as file:
                 rates.add(row for row in map(json.loads, whole_lines(file)) if row["step"] <= step)
         return rates
+
+
+# --- a rollout of several passes ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refills:
+    """Samples on until enough groups of a rollout have signal. All processes decide by the same numbers.
+
+    Attributes:
+        settings: see `SignalArguments` of `open_r1.configs`.
+        pass_rates: of the prompts so far.
+        dataset: the training set, whose rows have their number as `ROW`.
+        group_size: completions of a prompt.
+        accelerator: of the run.
+        seed: of the step; what is drawn follows from it.
+        pad_id: what pads token ids.
+    """
+
+    settings: Any
+    pass_rates: PassRates
+    dataset: Any
+    group_size: int
+    accelerator: Accelerator
+    seed: str
+    pad_id: int
+
+    def sample(
+        self, inputs: list[dict[str, Any]], take: Callable[[list[dict[str, Any]], int], dict[str, Any]]
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """A rollout of this process, and what to log of it.
+
+        Args:
+            inputs: the rows that the sampler gave this process, each once a completion.
+            take: a pass: rows and its number in, a batch with `advantages` (B,) and `rewards` (B, F) out.
+        """
+        settings, size = self.settings, self.group_size
+        asked = gather_object([row[ROW] for row in inputs[::size]])  # of all processes, a row a group
+        rows = replace_prompts(asked, self.chance, set(asked), len(self.dataset), self.draw(0))
+        batch, has_signal = self.one_pass(inputs if rows == asked else self.own_rows(rows), 0, take)
+        taken = {*asked, *rows}
+        for refill in range(settings.max_refills + 1):
+            found = self.accelerator.gather(has_signal)  # (groups of all processes,)
+            with_signal = found.sum().item()
+            if refill == settings.max_refills or with_signal / len(found) >= settings.min_signal_groups:
+                break
+            rows = draw_prompts(len(rows), self.chance, taken, len(self.dataset), self.draw(refill + 1))
+            other, other_has_signal = self.one_pass(self.own_rows(rows), refill + 1, take)
+            swaps = find_swaps(has_signal.tolist(), other_has_signal.tolist())
+            batch = merge_rollouts(batch, other, swaps, size, self.pad_id)
+            has_signal[list(swaps)] = True
+            taken.update(rows)
+        batch["num_items_in_batch"] = self.accelerator.gather(batch["completion_mask"].sum()).sum()
+        if settings.rescale_by_signal:
+            batch["advantages"] = batch["advantages"] * (len(found) / max(with_signal, 1))
+        return batch, {
+            "signal/refills": refill,
+            "signal/wasted": ((refill + 1) * len(found) - with_signal) * size,
+            "signal/share": with_signal / len(found),
+        }
+
+    def one_pass(self, rows: list[dict[str, Any]], refill: int, take: Callable) -> tuple[dict[str, Any], torch.Tensor]:
+        """A pass of this process, and which of its groups have signal (groups,)."""
+        batch = take(rows, refill)
+        return batch, find_signal(batch["advantages"], batch["rewards"], self.group_size)
+
+    def own_rows(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """What this process asks of a pass: its slice of the training set's rows, each once a completion."""
+        groups = len(numbers) // self.accelerator.num_processes
+        start = self.accelerator.process_index * groups
+        rows = [self.dataset[number] for number in numbers[start : start + groups]]
+        return [dict(row) for row in rows for _ in range(self.group_size)]
+
+    def chance(self, row: int) -> float:
+        """The probability that a row is passed over."""
+        return self.pass_rates.chance(row, self.settings.skip_solved, self.settings.skip_hopeless)
+
+    def draw(self, refill: int) -> random.Random:
+        """The random numbers of a pass."""
+        return random.Random(f"{self.seed}/{refill}")

@@ -108,3 +108,15 @@ def code_block(text: str) -> str:
     text = text[:MAX_SHOWN_CHARS]
     fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 3)
     return f"{fence}\n{text}\n{fence}"
+
+
+def as_text(prompt: list[dict[str, Any]] | str) -> list[dict[str, Any]] | str:
+    """A prompt whose messages are texts: W&B's tables, into which TRL puts prompts, take no messages in parts."""
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": "".join(part.get("text") or f"<{part['type']}>" for part in message["content"])}
+        for message in prompt
+    ]

@@ -1,11 +1,10 @@
 """GRPO for vision-language models: TRL's trainer, with the rollouts this project's users need to see and trust."""
 
 import math
-import random
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -37,10 +36,10 @@ from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_trainer import RewardFunc
-from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd, pad, split_tensor_dict, use_adapter
+from trl.trainer.utils import get_config_model_id, pad, split_tensor_dict, use_adapter
 
 from open_r1 import agreement
-from open_r1.advantages import ADVANTAGES, Advantage, checked, group_advantages, spread, total_rewards
+from open_r1.advantages import ADVANTAGES, Advantage, checked, group_advantages, reward_figures
 from open_r1.backends import Backend, TransformersBackend
 from open_r1.checkpoints import LoadWeightsMixin
 from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_settings, check_shared_prefix
@@ -60,41 +59,25 @@ from open_r1.modeling import (
     load_processor,
     reset_generation_config,
 )
-from open_r1.perception import add_noise, batch_mean, mask_prompt, noise_step, perception_kl, seeded, split_halves
+from open_r1.perception import add_noise, batch_mean, mask_prompts, noise_step, perception_kl, seeded, split_halves
 from open_r1.plugins import import_named
 from open_r1.recorder import Recorder, Rollout
 from open_r1.reflection import reflection_shares
-from open_r1.rewards import guarded
+from open_r1.rewards import guarded, told_apart
 from open_r1.rows import put_images, row_images, with_images_inside, without_images
 from open_r1.sampling import (
     ROW,
     EpochSampler,
     PassRates,
-    draw_prompts,
-    find_signal,
-    find_swaps,
-    merge_rollouts,
-    replace_prompts,
+    Refills,
     shuffle_groups,
 )
-from open_r1.shared_prefix import Prompt, enable_grouping, encode_prompt, images_of, pack, rows_by_prompt
-from open_r1.trackers import LogRollouts
+from open_r1.shared_prefix import Prompt, enable_grouping, encode_prompt, images_of, pack
+from open_r1.trackers import LogRollouts, as_text
 from open_r1.vllm_backends import TrainerVLLMBackend, banned, engine_dtype, engine_settings, engines_with
 
 TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's metrics, never logged
 PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
-
-
-def as_text(prompt: list[dict[str, Any]] | str) -> list[dict[str, Any]] | str:
-    """A prompt whose messages are texts: W&B's tables, into which TRL puts prompts, take no messages in parts."""
-    if isinstance(prompt, str):
-        return prompt
-    return [
-        message
-        if isinstance(message["content"], str)
-        else {**message, "content": "".join(part.get("text") or f"<{part['type']}>" for part in message["content"])}
-        for message in prompt
-    ]
 
 
 def micro_batches(steps: int, args: GRPOConfig, dataloader: DataLoader | None) -> int:
@@ -381,7 +364,13 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
 
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), torch.no_grad():
             self._score_rollout(batch)
-        self._log_rewards(rewards, advantages, weights, group_size)
+        self._log(
+            reward_figures(
+                *(rewards, weights, group_size, self.reward_func_names),
+                scale_rewards=self.scale_rewards,
+                aggregation=self.multi_objective_aggregation,
+            )
+        )
         self._log_samples(conversations, completions, rewards, advantages)
         return batch
 
@@ -469,14 +458,10 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
             batch["old_per_token_logps"] = score(self.model)
         if corrects:
             difference = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]
-            batch["importance_sampling_ratio"] = agreement.importance_ratio(
-                difference,
-                batch["completion_mask"],
-                self.vllm_importance_sampling_mode,
-                self.vllm_importance_sampling_clip_min,
-                self.vllm_importance_sampling_clip_max,
-            )
-            self._log_sampling(difference, batch)
+            mask, mode = batch["completion_mask"], self.vllm_importance_sampling_mode
+            bounds = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+            batch["importance_sampling_ratio"] = ratio = agreement.importance_ratio(difference, mask, mode, *bounds)
+            self._log(agreement.sampling_figures(difference, ratio, mask, mode, self.accelerator.gather))
         if self.beta and self.ref_model is not None:
             batch["ref_per_token_logps"] = score(self.ref_model)
         elif self.beta:  # the base below the adapter, or the adapter that training goes on from, which TRL calls "ref"
@@ -484,23 +469,12 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
             with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
                 batch["ref_per_token_logps"] = score(self.model)
         if self.papo_coef and self.model.training:
-            scored.prompts = self._mask_images(batch["prompts"])
+            first = self.accelerator.process_index * len(mask)
+            scored.prompts = mask_prompts(
+                *(batch["prompts"], self.family, self.processing_class, args.papo_mask_ratio),
+                lambda row: self._seeded((first + row) // self.num_generations),
+            )
             batch["masked_logps"] = score(self.model)
-
-    def _log_rewards(
-        self, rewards: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor, group_size: int
-    ) -> None:
-        """TRL's metrics of rewards (all B, F)."""
-        metrics = self._metrics[self._mode()]
-        for name, column in zip(self.reward_func_names, rewards.T, strict=True):
-            metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
-            metrics[f"rewards/{name}/std"].append(nanstd(column).item())
-        total = total_rewards(rewards, weights)
-        metrics["reward"].append(total.nanmean().item())
-        metrics["reward_std"].append(nanstd(total).item())
-        scale = spread(rewards, weights, group_size, self.scale_rewards, self.multi_objective_aggregation)
-        is_zero = torch.isclose(scale, torch.zeros_like(scale))
-        metrics["frac_reward_zero_std"].append(is_zero.float().mean().item())
 
     def _log_samples(
         self, prompts: list[Any], completions: list[Any], rewards: torch.Tensor, advantages: torch.Tensor
@@ -522,20 +496,6 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
             total, count = self.accelerator.gather(sums).view(-1, 2).sum(dim=0).tolist()
             self._metrics[self._mode()][name].append(total / count)
         self._pending_metrics.clear()
-
-    def _log_sampling(self, difference: torch.Tensor, batch: dict[str, Any]) -> None:
-        """TRL's metrics of how far an engine samples from the policy; `difference` (B, C) of log-probabilities."""
-        metrics, mask = self._metrics[self._mode()], batch["completion_mask"].bool()
-        ratio = batch["importance_sampling_ratio"]
-        ratio = ratio.flatten() if self.vllm_importance_sampling_mode.startswith("sequence") else ratio[mask]
-        apart = difference.abs()[mask & ~difference.isnan()]
-        gather, nothing = self.accelerator.gather, torch.zeros(1, device=mask.device)
-        apart, ratio = (values if len(values) else nothing for values in (apart, ratio))
-        metrics["sampling/sampling_logp_difference/mean"].append(gather(apart.mean()).mean().item())
-        metrics["sampling/sampling_logp_difference/max"].append(gather(apart.max()).max().item())
-        metrics["sampling/importance_sampling_ratio/min"].append(nanmin(gather(ratio.min())).item())
-        metrics["sampling/importance_sampling_ratio/mean"].append(gather(ratio.mean()).nanmean().item())
-        metrics["sampling/importance_sampling_ratio/max"].append(nanmax(gather(ratio.max())).item())
 
     # Reward functions see the rows as the dataset has them, and what a rollout function of the user's added to them.
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -582,9 +542,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         self.pass_rates.add(rows)
         groups = [rows[i : i + self.num_generations] for i in range(0, len(rows), self.num_generations)]
         identical = sum(len({row["completion"] for row in group}) == 1 for group in groups) / len(groups)
-        self._metrics[mode]["completions/identical_groups"].append(identical)
-        for name, value in reflection_shares(rows).items():
-            self._metrics[mode][name].append(value)
+        self._log({"completions/identical_groups": identical, **reflection_shares(rows)})
 
     # ---- TRL's own path: shared_prefix false, tools, a rollout function of the user's, text models
 
@@ -772,28 +730,18 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         loss = super()._compute_loss(model, {**inputs, "pixel_values": scored})
         return loss - self._perception_gain(scored.logps, inputs) if "masked_logps" in inputs else loss
 
-    def _mask_images(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Prompts with masked images, for PAPO. One without images stays: ranks of ZeRO-3 must run as many passes."""
-        first, masked = self.accelerator.process_index * len(prompts), []
-        for rows in rows_by_prompt(prompts):
-            rng = self._seeded((first + rows[0]) // self.num_generations)
-            prompt, ratio = prompts[rows[0]], self.args.papo_mask_ratio
-            masked += [mask_prompt(prompt, self.family, self.processing_class, ratio, rng)] * len(rows)
-        return masked
-
     def _perception_gain(self, logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """PAPO's term of a micro-batch with log-probabilities (B, C), a scalar for the loss to fall by.
 
         It is `papo_coef` times `perception_kl`, 0 behind a prompt without an image, averaged as the loss type averages
         its tokens and over the step's micro-batches.
         """
-        kl = perception_kl(logps, inputs["masked_logps"])  # (B, C)
         mask = inputs["completion_mask"]
         sees = torch.tensor([bool(prompt.image_inputs) for prompt in inputs["prompts"]], device=mask.device)
-        kl = kl * sees[:, None]
+        kl = perception_kl(logps, inputs["masked_logps"]) * sees[:, None]  # (B, C)
         sums = torch.stack([(kl.detach() * mask).sum(), (mask * sees[:, None]).sum()])
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        self._metrics["train"]["papo/kl"].append(total / max(count, 1))
+        self._log({"papo/kl": total / max(count, 1)})
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         mean = batch_mean(kl, mask, self.loss_type, self.max_completion_length, tokens / self.args.steps_per_generation)
         return self.papo_coef * mean / self.current_gradient_accumulation_steps
@@ -809,63 +757,32 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
             self._buffered_inputs = split_tensor_dict(batch, steps)
         return self._buffered_inputs[self._step % steps]
 
-    # ---- Groups with signal
-
     def _sample_groups(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """A rollout of this process, of several passes if need be; see `open_r1.sampling`.
-
-        All processes decide by the same numbers: each runs as many passes as the others.
-        """
-        signal, metrics, total = self.signal, self._metrics["train"], len(self.train_dataset)
-        chance = partial(self.pass_rates.chance, skip_solved=signal.skip_solved, skip_hopeless=signal.skip_hopeless)
-        asked = gather_object([row[ROW] for row in inputs[:: self.num_generations]])  # of the batch, a row a group
-        starts = {name: len(metrics.get(name, ())) for name in ("time/rollout", "time/scoring")}
-
-        def draw(refill: int) -> random.Random:
-            return random.Random(f"{self.args.seed}/{self.state.global_step}/{refill}")
-
-        rows = replace_prompts(asked, chance, set(asked), total, draw(0))
-        batch, has_signal = self._sample_pass(inputs if rows == asked else self._own_rows(rows), 0)
-        asked = {*asked, *rows}
-        for refill in range(signal.max_refills + 1):
-            found = self.accelerator.gather(has_signal)  # (groups of all processes,)
-            with_signal = found.sum().item()
-            if refill == signal.max_refills or with_signal / len(found) >= signal.min_signal_groups:
-                break
-            rows = draw_prompts(len(rows), chance, asked, total, draw(refill + 1))
-            other, other_has_signal = self._sample_pass(self._own_rows(rows), refill + 1)
-            swaps = find_swaps(has_signal.tolist(), other_has_signal.tolist())
-            batch = merge_rollouts(batch, other, swaps, self.num_generations, self._tokenizer.pad_token_id)
-            has_signal[list(swaps)] = True
-            asked.update(rows)
-        batch["num_items_in_batch"] = self.accelerator.gather(batch["completion_mask"].sum()).sum()
-        if signal.rescale_by_signal:
-            batch["advantages"] = batch["advantages"] * (len(found) / max(with_signal, 1))
-        metrics["signal/refills"].append(refill)
-        metrics["signal/wasted"].append(((refill + 1) * len(found) - with_signal) * self.num_generations)
-        metrics["signal/share"].append(with_signal / len(found))
+        """A rollout of this process, of several passes if need be; see `sampling.Refills`."""
+        metrics, timed = self._metrics["train"], ("time/rollout", "time/scoring")
+        starts = {name: len(metrics.get(name, ())) for name in timed}
+        refills = Refills(
+            *(self.signal, self.pass_rates, self.train_dataset, self.num_generations, self.accelerator),
+            seed=f"{self.args.seed}/{self.state.global_step}",
+            pad_id=self._tokenizer.pad_token_id,
+        )
+        batch, figures = refills.sample(inputs, self._generate_and_score_completions)
+        self._log(figures)
         for name, start in starts.items():  # a rollout's seconds are those of all its passes
             if passes := metrics.get(name, [])[start:]:
                 metrics[name][start:] = [sum(passes)]
         return batch
-
-    def _sample_pass(self, inputs: list[dict[str, Any]], refill: int) -> tuple[dict[str, Any], torch.Tensor]:
-        """A pass of this process, and which of its groups have signal (groups,)."""
-        batch = self._generate_and_score_completions(inputs, refill)
-        return batch, find_signal(batch["advantages"], batch["rewards"], self.num_generations)
-
-    def _own_rows(self, numbers: list[int]) -> list[dict[str, Any]]:
-        """What this process asks of a pass: its slice of the training set's rows, each once a completion."""
-        groups = len(numbers) // self.accelerator.num_processes
-        start = self.accelerator.process_index * groups
-        rows = [self.train_dataset[number] for number in numbers[start : start + groups]]
-        return [dict(row) for row in rows for _ in range(self.num_generations)]
 
     # ---- What is logged and left behind
 
     def offending_batch(self) -> list[dict[str, Any]]:
         """The newest rollout: prompts, completions, rewards and all else of its trajectories."""
         return self.recorder.newest
+
+    def _log(self, figures: Mapping[str, float]) -> None:
+        """Add to the means that the next log has."""
+        for name, value in figures.items():
+            self._metrics[self._mode()][name].append(value)
 
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
@@ -932,13 +849,3 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
                 messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
             )
         return prompt, [image_name(image) or "(not a file)" for image in images]
-
-
-def told_apart(names: list[str]) -> list[str]:
-    """The names, with a number behind one that was there before."""
-    seen: Counter[str] = Counter()
-    result = []
-    for name in names:
-        seen[name] += 1
-        result.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return result
