@@ -15,7 +15,7 @@ from open_r1.shared_prefix import (
     grouped_attention,
     locate_group,
 )
-from support import attend_plainly, slow_varlen
+from support import attend_plainly, slow_varlen, slow_varlen_2_11
 
 HEADS, KEY_HEADS, DIM = 6, 2, 16
 SCALE = 0.3  # not the usual one
@@ -69,7 +69,11 @@ def output_and_gradients(attend, states, layout):
 
 
 @pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("attend", [attend_groups, partial(attend_paths, varlen=slow_varlen)], ids=["groups", "paths"])
+@pytest.mark.parametrize(
+    "attend",
+    [attend_groups, partial(attend_paths, varlen=slow_varlen), partial(attend_paths, varlen=slow_varlen_2_11)],
+    ids=["groups", "paths", "paths of torch 2.11"],
+)
 def test_a_packed_row_is_its_sequences(attend, groups):
     layout = make_layout(groups)
     states = make_states(layout)

@@ -10,9 +10,10 @@ each branch, and the image is encoded once. The numbers are those of scoring G s
 (tests/test_shared_prefix.py); the work is that of the unique tokens.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
@@ -321,6 +322,12 @@ def attend_groups(
     return torch.cat(outputs)[None]
 
 
+@cache
+def takes_fewer_keys(varlen: Callable[..., torch.Tensor]) -> bool:
+    """Whether a kernel for variable lengths takes fewer heads of keys than of queries; torch's does from 2.12 on."""
+    return "enable_gqa" in inspect.signature(varlen).parameters
+
+
 def attend_paths(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -334,8 +341,10 @@ def attend_paths(
     Flash attention aligns causality to the bottom right: the queries of a path are its last tokens. Shapes: see
     `grouped_attention`. `varlen` is the kernel.
     """
-    paths = layout.paths
+    paths, grouped = layout.paths, takes_fewer_keys(varlen)
     key, value = (states[0].transpose(0, 1).index_select(0, paths.keys) for states in (key, value))  # (T, K, D)
+    if not grouped:
+        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     attended = varlen(
         query[0].transpose(0, 1),  # (L, H, D)
         key,
@@ -346,7 +355,7 @@ def attend_paths(
         paths.most_keys,
         scale=scaling,
         window_size=(-1, 0),  # causal
-        enable_gqa=True,
+        **({"enable_gqa": True} if grouped else {}),
     )
     return attended[None]
 
