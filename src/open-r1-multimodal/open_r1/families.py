@@ -66,6 +66,7 @@ class Family(ABC):
     unread_tokens: tuple[str, ...] = ()
 
     image_axis = 0  # of the image inputs, along which those of several prompts are joined
+    has_image_rows = False  # whether the vision tower takes the patches of all images in one row, and where each ends
 
     # ---- parts of a model
 
@@ -180,6 +181,8 @@ class Family(ABC):
 
 class QwenVL(Family):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: patches in rows of one tensor, a grid an image, M-RoPE."""
+
+    has_image_rows = True
 
     def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
         return {"mm_token_type_ids": is_image}
