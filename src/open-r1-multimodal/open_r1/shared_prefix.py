@@ -273,6 +273,8 @@ def grouped_attention(
     Returns:
         (B, L, H, D), and None for the weights.
     """
+    # Under autocast positions are turned in float32; kernels take one dtype, and SDPA under autocast casts to this one.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if layout is not None:
         return choose_attention(query)(query, key, value, layout, scaling), None
     if query.shape[2] == 1:

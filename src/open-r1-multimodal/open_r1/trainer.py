@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, islice
@@ -497,12 +497,18 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
                 model, processor, self.vllm_generation, self._group_size, profile, **self.chat_template_kwargs
             )
 
-        def borrow() -> AbstractContextManager[PreTrainedModel]:
-            return unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            )
+        @contextmanager
+        def borrow() -> Iterator[PreTrainedModel]:
+            # Computes as training does. Without autocast here the vision tower, where it runs by itself, would not,
+            # and the prepared model's own would cast all weights anew for every token.
+            checkpointing = self.args.gradient_checkpointing_kwargs
+            with (
+                unwrap_model_for_generation(
+                    self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
+                ) as model,
+                self.accelerator.autocast(),
+            ):
+                yield model
 
         return TransformersBackend(model, processor, borrow, keep_features, **self.chat_template_kwargs)
 
