@@ -1,6 +1,7 @@
 """Who attends in a packed row, in decoding and in a vision tower, against every sequence or image by itself."""
 
 import sys
+from collections import defaultdict
 from functools import partial
 from unittest.mock import Mock
 
@@ -17,7 +18,9 @@ from open_r1.doctor.examination import examine
 from open_r1.doctor.patient import Patient
 from open_r1.evaluate.answering import BACKENDS, generation_settings, load_prompting
 from open_r1.families import FAMILIES
+from open_r1.images import open_image
 from open_r1.memory import Launch
+from open_r1.modeling import freeze
 from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import read_recipe
 from open_r1.shared_prefix import (
@@ -27,12 +30,23 @@ from open_r1.shared_prefix import (
     attend_paths,
     choose_attention,
     choose_kernels,
+    decode_attention,
     grouped_attention,
     image_attention,
+    images_of,
     locate_group,
 )
-from open_r1.trainer import Qwen2VLGRPOTrainer
-from support import attend_plainly, load_script, make_trainer, slow_varlen, slow_varlen_2_11, vowel_share
+from open_r1.trainer import Qwen2VLGRPOTrainer, put_images, with_images_inside
+from support import (
+    attend_plainly,
+    enlarge,
+    families,
+    load_script,
+    make_trainer,
+    slow_varlen,
+    slow_varlen_2_11,
+    vowel_share,
+)
 
 HEADS, KEY_HEADS, DIM = 6, 2, 16
 SCALE = 0.3  # not the usual one
@@ -261,6 +275,72 @@ def test_torchs_kernel_takes_a_row_of_images(monkeypatch):
     output, _ = image_attention(None, *states, None, SCALE, cu_seq_lens_q=ends, max_length_q=16)
     assert output.shape == (1, 28, HEADS, 80) and output.dtype == torch.bfloat16
     assert [gradient.shape for gradient in torch.autograd.grad(output.sum(), states)] == [s.shape for s in states]
+
+
+# --- autocast: float32 weights, computation in 16 bits
+
+
+@pytest.mark.parametrize("freeze_vision", [False, True])
+@pytest.mark.parametrize(
+    "model_type",  # transformers' SmolVLM puts features into embeddings of another dtype, and fails under autocast
+    [family for family in families("qwen2_vl", "qwen3_5") if "smolvlm" not in family.values],
+)
+def test_under_autocast_all_that_is_heavy_sees_one_dtype(
+    model_type, freeze_vision, tiny_models, examples_json, tmp_path, monkeypatch
+):
+    """In a rollout, in scoring and in the update; a frozen tower too, which runs apart from the model."""
+    kernels, layers = defaultdict(set), defaultdict(set)
+
+    def watch(name, attend):
+        def watched(*states_and_more):
+            kernels[name].update(states.dtype for states in states_and_more[:3])
+            return attend(*states_and_more)
+
+        return watched
+
+    along_paths = watch("packed row", partial(attend_paths, varlen=slow_varlen))
+    monkeypatch.setattr("open_r1.shared_prefix.choose_attention", lambda query: along_paths)
+    monkeypatch.setattr("open_r1.shared_prefix.decode_attention", watch("decoding", decode_attention))
+    trainer = make_trainer(tiny_models[model_type], examples_json, tmp_path, max_steps=1, bf16=True)
+    if freeze_vision:
+        freeze(trainer.model, freeze_vision=True)
+        trainer.backend = trainer.make_backend(keep_features=True)
+    for name, module in trainer.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, args, output, name=name: layers[name].add(output.dtype))
+    trainer.train()
+    assert trainer.model.dtype == torch.float32
+    assert kernels == {"packed row": {torch.bfloat16}, "decoding": {torch.bfloat16}}
+    assert [name for name, dtypes in layers.items() if dtypes != {torch.bfloat16}] == []
+
+
+def test_under_autocast_a_rollout_picks_what_transformers_finds_best(tiny_model, examples_json, tmp_path):
+    """Up to the rounding of 16 bits, which is measured beside it."""
+    trainer = make_trainer(tiny_model, examples_json, tmp_path, bf16=True, max_completion_length=24)
+    enlarge(trainer.model)
+    model = trainer.model.eval()
+    prompts = []
+    for row in (trainer.train_dataset[0], trainer.train_dataset[1]):
+        prompt = with_images_inside(row)["prompt"]
+        prompts.append(trainer.backend.encode(put_images(prompt, [open_image(path) for path in images_of(prompt)])))
+    settings = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=trainer.eos_token_ids)
+    completions = trainer.backend.generate(prompts, [1, 1], settings).ids
+    model.set_attn_implementation("sdpa")
+
+    def score(prompt, ids):
+        """transformers' logits (C, V) of the whole sequence."""
+        positions = torch.cat([prompt.position_ids, prompt.continue_positions(len(ids))], dim=-1)
+        logits = model(torch.cat([prompt.input_ids, ids])[None], position_ids=positions[:, None], **prompt.image_inputs)
+        return logits.logits[0, -len(ids) - 1 : -1].float()
+
+    for prompt, ids in zip(prompts, map(torch.tensor, completions), strict=True):
+        with torch.no_grad(), trainer.accelerator.autocast():
+            logits = score(prompt, ids)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            rounding = (score(prompt, ids) - logits).abs().max()
+        assert 0 < rounding < logits.std()
+        behind = logits.max(dim=-1).values - logits.gather(1, ids[:, None])[:, 0]
+        assert behind.max() <= 2 * rounding
 
 
 # --- cuDNN's attention, which plans anew for every shape
