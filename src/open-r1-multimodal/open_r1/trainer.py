@@ -499,8 +499,8 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
 
         @contextmanager
         def borrow() -> Iterator[PreTrainedModel]:
-            # Computes as training does. Without autocast here the vision tower, where it runs by itself, would not,
-            # and the prepared model's own would cast all weights anew for every token.
+            # Under training's autocast. accelerate puts it around each forward pass of the whole model: a vision tower
+            # that runs by itself would compute in float32, and trained weights be cast anew for every token.
             checkpointing = self.args.gradient_checkpointing_kwargs
             with (
                 unwrap_model_for_generation(
