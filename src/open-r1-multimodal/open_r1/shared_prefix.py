@@ -273,8 +273,8 @@ def grouped_attention(
     Returns:
         (B, L, H, D), and None for the weights.
     """
-    # Under autocast the rotary embedding leaves queries and keys in float32 beside values in 16 bits. A kernel takes one
-    # dtype, and this is the one that autocast has SDPA take.
+    # Under autocast the rotary embedding leaves queries and keys in float32 beside values in 16 bits. A kernel takes
+    # one dtype, and this is the one that autocast has SDPA take.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if layout is not None:
         return choose_attention(query)(query, key, value, layout, scaling), None
