@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, islice
@@ -501,16 +501,18 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         def borrow() -> Iterator[PreTrainedModel]:
             # Under training's autocast. accelerate puts it around each forward pass of the whole model: a vision tower
             # that runs by itself would compute in float32, and trained weights be cast anew for every token.
-            checkpointing = self.args.gradient_checkpointing_kwargs
-            with (
-                unwrap_model_for_generation(
-                    self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
-                ) as model,
-                self.accelerator.autocast(),
-            ):
+            with self._borrow() as model, self.accelerator.autocast():
                 yield model
 
         return TransformersBackend(model, processor, borrow, keep_features, **self.chat_template_kwargs)
+
+    def _borrow(self) -> AbstractContextManager[PreTrainedModel]:
+        """The policy to run without its wrappers; whole, where ZeRO-3 splits it."""
+        return unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        )
 
     def _roll_out(self, prompts: list[Any], _: GRPOTrainer) -> dict[str, Any]:
         """TRL's `rollout_func`: images are opened, encoded and prefilled once for all neighbours of one prompt.
