@@ -29,12 +29,12 @@ from open_r1.shared_prefix import (
     attend_groups,
     attend_paths,
     choose_attention,
-    choose_kernels,
     decode_attention,
     grouped_attention,
     image_attention,
     images_of,
     locate_group,
+    prepare_model,
 )
 from open_r1.trainer import Qwen2VLGRPOTrainer, put_images, with_images_inside
 from support import (
@@ -192,7 +192,7 @@ def make_tower(folder, depth=2, chosen=True):
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     if chosen:
-        choose_kernels(model)
+        prepare_model(model)
     vision = model.config.vision_config
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     grids = torch.tensor(GRIDS)
@@ -258,7 +258,7 @@ def test_a_tower_asks_the_host_no_more_often_for_more_layers(model_type, tiny_mo
 def test_a_tower_keeps_an_attention_that_is_not_the_usual(loaded, attends, tiny_model):
     model = AutoModelForImageTextToText.from_pretrained(tiny_model)
     model.config.vision_config._attn_implementation_internal = loaded  # flash-attn is not installed here
-    choose_kernels(model)
+    prepare_model(model)
     assert model.config.vision_config._attn_implementation == attends
 
 
@@ -281,10 +281,7 @@ def test_torchs_kernel_takes_a_row_of_images(monkeypatch):
 
 
 @pytest.mark.parametrize("freeze_vision", [False, True])
-@pytest.mark.parametrize(
-    "model_type",  # transformers' SmolVLM puts features into embeddings of another dtype, and fails under autocast
-    [family for family in families("qwen2_vl", "qwen3_5") if "smolvlm" not in family.values],
-)
+@pytest.mark.parametrize("model_type", families("qwen2_vl", "smolvlm"))
 def test_under_autocast_all_that_is_heavy_sees_one_dtype(
     model_type, freeze_vision, tiny_models, examples_json, tmp_path, monkeypatch
 ):

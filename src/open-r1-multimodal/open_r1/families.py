@@ -93,6 +93,10 @@ class Family(ABC):
             for name, parameter in model.named_parameters()
         )
 
+    def mend(self, model: PreTrainedModel) -> None:
+        """Mend, in a model that is about to run, what transformers does wrong with this family."""
+        return None
+
     # ---- images as a model takes them
 
     def images_of(self, inputs: Mapping[str, Any]) -> ImageInputs:
@@ -356,6 +360,13 @@ class SmolVLM(Tiled):
     """
 
     image_axis = 1
+
+    def mend(self, model: PreTrainedModel) -> None:
+        """Let weights in float32 run under autocast, where SmolVLM puts features in 16 bits into float32 embeddings."""
+        embeddings = model.get_input_embeddings()
+        _find_module(model, "connector").register_forward_hook(
+            lambda module, args, features: features.to(embeddings.weight.dtype)
+        )
 
     def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
         vision = config.vision_config

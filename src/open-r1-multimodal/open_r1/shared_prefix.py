@@ -460,8 +460,8 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 AttentionInterface.register(IMAGE_ATTENTION, image_attention)
 
 
-def choose_kernels(model: PreTrainedModel) -> None:
-    """Keep torch and transformers from two slow choices; for whoever is about to run a model (not wrapped).
+def prepare_model(model: PreTrainedModel) -> None:
+    """Keep torch and transformers from slow choices and a mistake; for whoever is about to run a model (not wrapped).
 
     cuDNN's attention, which torch prefers on GPUs of compute capability 9 and 10, plans anew for every shape and keeps
     each plan (0.4 to 0.5 s, as reported, not measured here), and rollouts have a new shape at every token: it is off in
@@ -469,9 +469,10 @@ def choose_kernels(model: PreTrainedModel) -> None:
     flash-attn is installed, whose algorithm is the same; who asks for another attention than the usual gets that.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
-    usual = ("sdpa", "flash_attention_2")
-    if family_of(model).has_image_rows and model.config.vision_config._attn_implementation in usual:
+    family, usual = family_of(model), ("sdpa", "flash_attention_2")
+    if family.has_image_rows and model.config.vision_config._attn_implementation in usual:
         model.set_attn_implementation({"vision_config": IMAGE_ATTENTION})
+    family.mend(model)
 
 
 def enable_grouping(model: PreTrainedModel) -> None:

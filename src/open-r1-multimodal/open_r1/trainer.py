@@ -75,11 +75,11 @@ from open_r1.sampling import (
 )
 from open_r1.shared_prefix import (
     Prompt,
-    choose_kernels,
     enable_grouping,
     encode_prompt,
     images_of,
     pack,
+    prepare_model,
     rows_by_prompt,
 )
 from open_r1.trackers import LogRollouts
@@ -353,7 +353,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
             self.backend = self.make_backend(keep_features=encodes_once)
             self.rollout_func = self._roll_out  # TRL's seam for those who generate otherwise
         for each in filter(None, (plain, reference)):
-            choose_kernels(each)
+            prepare_model(each)
             accept_missing_images(each, always_encode=self.accelerator.num_processes > 1 and not encodes_once)
             if self.shared_prefix:
                 enable_grouping(each)
