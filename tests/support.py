@@ -217,22 +217,31 @@ def enlarge(model: torch.nn.Module) -> None:
             parameter.add_(2) if around_one else parameter.mul_(3)
 
 
-def attend_plainly(query, key, value, scale=None):
+def attend_plainly(query, key, value, scale=None, is_causal=True):
     """One sequence whose queries (H, Q, D) are the last of its keys (K, T, D), by the book -> (H, Q, D)."""
     key, value = (states.repeat_interleave(query.shape[0] // key.shape[0], dim=0) for states in (key, value))
     scores = query @ key.transpose(1, 2) * (scale or query.shape[-1] ** -0.5)
     queries, keys = scores.shape[1:]
     hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
-    return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ value
+    return (scores.masked_fill(hidden, -torch.inf) if is_causal else scores).softmax(dim=-1) @ value
 
 
-def slow_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """`torch.nn.attention.varlen.varlen_attn` where there is no kernel: causal, aligned to the bottom right."""
-    assert window_size == (-1, 0) and enable_gqa
+def slow_varlen(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    """`torch.nn.attention.varlen.varlen_attn` where there is no kernel; causality is aligned to the bottom right."""
+    assert window_size in [(-1, 0), (-1, -1)] and query.dtype == key.dtype == value.dtype
+    assert enable_gqa or query.shape[1] == key.shape[1]
     queries, keys = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
     assert (max(queries), max(keys)) == (max_q, max_k) and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     outputs = [
-        attend_plainly(*(states.transpose(0, 1) for states in sequence), scale)
+        attend_plainly(*(states.transpose(0, 1) for states in sequence), scale, is_causal=window_size == (-1, 0))
         for sequence in zip(query.split(queries), key.split(keys), value.split(keys), strict=True)
     ]
     return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+def slow_varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """Torch 2.11's, which takes as many heads of keys as of queries."""
+    ends, most = (cu_seq_q, cu_seq_k), (max_q, max_k)
+    return slow_varlen(query, key, value, *ends, *most, scale=scale, window_size=window_size)

@@ -1,21 +1,52 @@
-"""Who attends in a packed row and in decoding, against plain softmax over every sequence by itself."""
+"""Who attends in a packed row, in decoding and in a vision tower, against every sequence or image by itself."""
 
+import sys
+from collections import defaultdict
 from functools import partial
 from unittest.mock import Mock
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from trl import GRPOConfig
 
+from open_r1 import grpo, sft
+from open_r1.doctor.examination import examine
+from open_r1.doctor.patient import Patient
+from open_r1.evaluate.answering import BACKENDS, generation_settings, load_prompting
+from open_r1.families import FAMILIES
+from open_r1.images import open_image
+from open_r1.memory import Launch
+from open_r1.modeling import freeze
+from open_r1.prompts import REPO_ROOT
+from open_r1.recipes import read_recipe
 from open_r1.shared_prefix import (
+    IMAGE_ATTENTION,
     Layout,
     attend_groups,
     attend_paths,
     choose_attention,
+    decode_attention,
     grouped_attention,
+    image_attention,
+    images_of,
     locate_group,
+    prepare_model,
 )
-from support import attend_plainly, slow_varlen
+from open_r1.trainer import Qwen2VLGRPOTrainer, put_images, with_images_inside
+from support import (
+    attend_plainly,
+    enlarge,
+    families,
+    load_script,
+    make_trainer,
+    slow_varlen,
+    slow_varlen_2_11,
+    vowel_share,
+)
 
 HEADS, KEY_HEADS, DIM = 6, 2, 16
 SCALE = 0.3  # not the usual one
@@ -69,7 +100,11 @@ def output_and_gradients(attend, states, layout):
 
 
 @pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("attend", [attend_groups, partial(attend_paths, varlen=slow_varlen)], ids=["groups", "paths"])
+@pytest.mark.parametrize(
+    "attend",
+    [attend_groups, partial(attend_paths, varlen=slow_varlen), partial(attend_paths, varlen=slow_varlen_2_11)],
+    ids=["groups", "paths", "paths of torch 2.11"],
+)
 def test_a_packed_row_is_its_sequences(attend, groups):
     layout = make_layout(groups)
     states = make_states(layout)
@@ -144,6 +179,254 @@ def test_a_card_with_flash_attention_takes_it_for_16_bits(capability, dtype, att
     assert choose_attention(Mock(is_cuda=True, dtype=dtype)) is attend
 
 
+# --- a vision tower
+
+ROWS = [name for name, family in FAMILIES.items() if family.has_image_rows]
+GRIDS = [[1, 8, 4], [1, 2, 2], [1, 6, 10]]  # frames, rows and columns of patches; windows have 4 x 4
+
+
+def make_tower(folder, depth=2, chosen=True):
+    """A model whose tower has so many layers, and the patches of three images."""
+    config = AutoConfig.from_pretrained(folder)
+    config.vision_config.depth = depth
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    if chosen:
+        prepare_model(model)
+    vision = model.config.vision_config
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    grids = torch.tensor(GRIDS)
+    images = {"pixel_values": torch.randn(int(grids.prod(dim=1).sum()), patch), "image_grid_thw": grids}
+    return model, images
+
+
+def encode_and_differentiate(model_type, model, images):
+    """What the tower makes of the images, and the gradients of its weights."""
+    features = FAMILIES[model_type].feature_tensors(FAMILIES[model_type].encode_images(model, images))
+    torch.manual_seed(1)
+    sum((part * torch.randn(part.shape)).sum() for part in features).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) > 20
+    return [part.detach() for part in features], gradients
+
+
+@pytest.mark.parametrize("has_flash", [False, True], ids=["image by image", "in one call"])
+@pytest.mark.parametrize("model_type", ROWS)
+def test_images_in_a_row_are_encoded_as_transformers_does(model_type, has_flash, tiny_models, monkeypatch):
+    model, images = make_tower(tiny_models[model_type], chosen=False)
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    expected, expected_gradients = encode_and_differentiate(model_type, model, images)
+    model, images = make_tower(tiny_models[model_type])
+    assert model.config.vision_config._attn_implementation == IMAGE_ATTENTION
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
+    kernel = Mock(side_effect=slow_varlen_2_11)
+    monkeypatch.setattr("open_r1.shared_prefix.has_flash", lambda query: has_flash)
+    monkeypatch.setattr("open_r1.shared_prefix.varlen_attn", kernel)
+    features, gradients = encode_and_differentiate(model_type, model, images)
+    assert kernel.call_count == 2 * has_flash  # layers
+    for mine, theirs in zip(features, expected, strict=True):
+        assert mine.shape == theirs.shape and (mine - theirs).abs().max() <= 1e-5
+    assert gradients.keys() == expected_gradients.keys()
+    largest = max(gradient.norm() for gradient in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * (gradient.norm() + 0.01 * largest), name
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_a_tower_asks_the_host_no_more_often_for_more_layers(model_type, tiny_models, monkeypatch):
+    reads, read = [], {"tolist": torch.Tensor.tolist, "item": torch.Tensor.item}
+    monkeypatch.setattr("open_r1.shared_prefix.varlen_attn", lambda query, *args, **kwargs: query)
+
+    def count(depth, chosen=True, has_flash=False):
+        monkeypatch.setattr("open_r1.shared_prefix.has_flash", lambda query: has_flash)
+        model, images = make_tower(tiny_models[model_type], depth, chosen)
+        with monkeypatch.context() as patch, torch.no_grad():
+            for name, method in read.items():
+                patch.setattr(torch.Tensor, name, lambda self, method=method: reads.append(self) or method(self))
+            reads.clear()
+            FAMILIES[model_type].encode_images(model, images)
+        return len(reads)
+
+    assert count(6, chosen=False) - count(2, chosen=False) == 3 * 4  # transformers: of query, key and value
+    assert count(6) == count(2)
+    assert count(6, has_flash=True) == count(2, has_flash=True)
+
+
+@pytest.mark.parametrize(
+    "loaded, attends", [("sdpa", IMAGE_ATTENTION), ("flash_attention_2", IMAGE_ATTENTION), ("eager", "eager")]
+)
+def test_a_tower_keeps_an_attention_that_is_not_the_usual(loaded, attends, tiny_model):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
+    model.config.vision_config._attn_implementation_internal = loaded  # flash-attn is not installed here
+    prepare_model(model)
+    assert model.config.vision_config._attn_implementation == attends
+
+
+def image_states(lengths, dtype, device):
+    """Query, key and value of images of so many patches in a row, and where they end."""
+    torch.manual_seed(0)
+    states = [torch.randn(1, HEADS, sum(lengths), 80).to(device, dtype).requires_grad_() for _ in range(3)]
+    return states, torch.tensor([0, *lengths], device=device).cumsum(0).int()
+
+
+def test_torchs_kernel_takes_a_row_of_images(monkeypatch):
+    monkeypatch.setattr("open_r1.shared_prefix.has_flash", lambda query: True)
+    states, ends = image_states([4, 16, 8], torch.bfloat16, "meta")
+    output, _ = image_attention(None, *states, None, SCALE, cu_seq_lens_q=ends, max_length_q=16)
+    assert output.shape == (1, 28, HEADS, 80) and output.dtype == torch.bfloat16
+    assert [gradient.shape for gradient in torch.autograd.grad(output.sum(), states)] == [s.shape for s in states]
+
+
+# --- autocast: float32 weights, computation in 16 bits
+
+
+@pytest.mark.parametrize("freeze_vision", [False, True])
+@pytest.mark.parametrize("model_type", families("qwen2_vl", "smolvlm"))
+def test_under_autocast_all_that_is_heavy_sees_one_dtype(
+    model_type, freeze_vision, tiny_models, examples_json, tmp_path, monkeypatch
+):
+    """In a rollout, in scoring and in the update; a frozen tower too, which runs apart from the model."""
+    kernels, layers = defaultdict(set), defaultdict(set)
+
+    def watch(name, attend):
+        def watched(*states_and_more):
+            kernels[name].update(states.dtype for states in states_and_more[:3])
+            return attend(*states_and_more)
+
+        return watched
+
+    along_paths = watch("packed row", partial(attend_paths, varlen=slow_varlen))
+    monkeypatch.setattr("open_r1.shared_prefix.choose_attention", lambda query: along_paths)
+    monkeypatch.setattr("open_r1.shared_prefix.decode_attention", watch("decoding", decode_attention))
+    trainer = make_trainer(tiny_models[model_type], examples_json, tmp_path, max_steps=1, bf16=True)
+    if freeze_vision:
+        freeze(trainer.model, freeze_vision=True)
+        trainer.backend = trainer.make_backend(keep_features=True)
+    for name, module in trainer.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, args, output, name=name: layers[name].add(output.dtype))
+    trainer.train()
+    assert trainer.model.dtype == torch.float32
+    assert kernels == {"packed row": {torch.bfloat16}, "decoding": {torch.bfloat16}}
+    assert [name for name, dtypes in layers.items() if dtypes != {torch.bfloat16}] == []
+
+
+def test_under_autocast_a_rollout_picks_what_transformers_finds_best(tiny_model, examples_json, tmp_path):
+    """Up to the rounding of 16 bits, which is measured beside it."""
+    trainer = make_trainer(tiny_model, examples_json, tmp_path, bf16=True, max_completion_length=24)
+    enlarge(trainer.model)
+    model = trainer.model.eval()
+    prompts = []
+    for row in (trainer.train_dataset[0], trainer.train_dataset[1]):
+        prompt = with_images_inside(row)["prompt"]
+        prompts.append(trainer.backend.encode(put_images(prompt, [open_image(path) for path in images_of(prompt)])))
+    settings = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=trainer.eos_token_ids)
+    completions = trainer.backend.generate(prompts, [1, 1], settings).ids
+    model.set_attn_implementation("sdpa")
+
+    def score(prompt, ids):
+        """transformers' logits (C, V) of the whole sequence."""
+        positions = torch.cat([prompt.position_ids, prompt.continue_positions(len(ids))], dim=-1)
+        logits = model(torch.cat([prompt.input_ids, ids])[None], position_ids=positions[:, None], **prompt.image_inputs)
+        return logits.logits[0, -len(ids) - 1 : -1].float()
+
+    for prompt, ids in zip(prompts, map(torch.tensor, completions), strict=True):
+        with torch.no_grad(), trainer.accelerator.autocast():
+            logits = score(prompt, ids)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            rounding = (score(prompt, ids) - logits).abs().max()
+        assert 0 < rounding < logits.std()
+        behind = logits.max(dim=-1).values - logits.gather(1, ids[:, None])[:, 0]
+        assert behind.max() <= 2 * rounding
+
+
+# --- cuDNN's attention, which plans anew for every shape
+
+
+@pytest.fixture
+def cudnn():
+    """Whether torch might have taken it, for each forward pass of a model; at first it might, as in a new process."""
+    before, found = torch.backends.cuda.cudnn_sdp_enabled(), []
+
+    def look(module, args):
+        if isinstance(module, PreTrainedModel) and module.device.type != "meta":
+            found.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    hook = register_module_forward_pre_hook(look)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield found
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    hook.remove()
+
+
+def of_command(command, recipe, model, data, output):
+    arguments = ["--config", str(REPO_ROOT / f"tests/data/{recipe}.yaml"), "--model_name_or_path", str(model)]
+    return [*arguments, "--dataset_name", str(data), "--output_dir", str(output), "--use_cpu", "true"]
+
+
+def train_grpo(model, data, output, shared_prefix=True):
+    make_trainer(model, data, output, max_steps=1, shared_prefix=shared_prefix).train()
+
+
+def train_sft(model, data, output):
+    arguments = of_command(sft.COMMAND, "sft", model, data, output)
+    sft.build_trainer(*read_recipe(sft.COMMAND.arguments, [*arguments, "--max_steps", "1"])).train()
+
+
+def train_in_place_of_trls(model, data, output):
+    prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": "Why?"}]] * 4})
+    args = {"use_cpu": True, "bf16": False, "max_steps": 1, "max_completion_length": 4, "report_to": "none"}
+    args |= {"per_device_train_batch_size": 2, "num_generations": 2}
+    Qwen2VLGRPOTrainer(str(model), vowel_share, GRPOConfig(str(output), **args), prompts).train()
+
+
+def answer(model, data, output):
+    processor, _ = load_prompting(model, "base")
+    backend = BACKENDS["hf"](model, processor, "cpu")
+    backend.generate([backend.encode("Why?")], [1], GenerationConfig(**generation_settings(processor, 2)))
+
+
+def ask(model, data, output):
+    sys.argv = ["ask.py", "--model", str(model), "--data", str(data), "--max_new_tokens", "2"]
+    load_script(REPO_ROOT / "scripts/ask.py").main()
+
+
+def consult(model, data, output):
+    arguments = of_command(grpo.COMMAND, "grpo", model, data, output)
+    list(examine(Patient(grpo.COMMAND, [*arguments, "--max_completion_length", "8"], Launch())))
+
+
+def benchmark(model, data, output, way="ours"):
+    from benchmarks import gpu, step
+
+    preset = gpu.TOY_PRESET
+    step.write_checkpoint(preset, output / "model")
+    trainer = step.make_trainer(way, preset, output / "model", step.make_dataset(preset, output), checkpointing=False)
+    step.run_step(trainer, step.instrument(trainer, step.given_completions(preset)))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        train_grpo,
+        partial(train_grpo, shared_prefix=False),
+        train_sft,
+        train_in_place_of_trls,
+        answer,
+        ask,
+        consult,
+        benchmark,
+        partial(benchmark, way="stock"),
+    ],
+    ids=["GRPO", "GRPO without a shared prefix", "SFT", "drop-in", "evaluation", "ask", "doctor", "step", "TRL's step"],
+)
+def test_cudnn_attends_in_no_model(run, cudnn, tiny_model, examples_json, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.syspath_prepend(REPO_ROOT / "scripts")
+    run(tiny_model, examples_json, tmp_path)
+    assert len(cudnn) > 1 and not any(cudnn)
+
+
 # --- on a GPU
 
 CARD = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
@@ -175,6 +458,23 @@ def test_a_packed_row_on_a_gpu_is_its_sequences(attend, dtype):
         expected = output_and_gradients(attend_separately, exact, on_cpu)
         for mine, theirs in zip(output_and_gradients(attend, states, on_gpu), expected, strict=True):
             assert (mine - theirs).norm() <= (1e-3 if dtype == torch.float32 else 2e-2) * theirs.norm()
+
+
+@pytest.mark.gpu
+@NEEDS[attend_paths]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_row_of_images_on_a_gpu_is_its_images(dtype):
+    states, ends = image_states([1296, 64, 1024, 4], dtype, "cuda")
+    exact = [state.detach().cpu().float().requires_grad_() for state in states]
+
+    def attend(states, ends):
+        output, _ = image_attention(Mock(spec=[]), *states, None, SCALE, cu_seq_lens_q=ends, max_length_q=1296)
+        torch.manual_seed(1)
+        weights = torch.randn(output.shape).to(output)
+        return [output, *torch.autograd.grad((output * weights).sum(), states)]
+
+    for mine, theirs in zip(attend(states, ends), attend(exact, ends.cpu()), strict=True):
+        assert (mine.cpu().float() - theirs).norm() <= 2e-2 * theirs.norm()
 
 
 @pytest.mark.gpu

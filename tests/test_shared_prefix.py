@@ -3,6 +3,7 @@
 import subprocess
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from open_r1.families import FAMILIES
 from open_r1.modeling import freeze, load_model, load_processor
 from open_r1.prompts import REPO_ROOT
 from open_r1.sampling import shuffle_groups
-from open_r1.shared_prefix import Prompt, attend_paths, pack
+from open_r1.shared_prefix import Prompt, attend_groups, attend_paths, pack
 from open_r1.trainer import Qwen2VLGRPOTrainer, Scored
 from open_r1.vllm_backends import collapse_image_tokens
 from support import (
@@ -150,6 +151,18 @@ def test_scores_and_gradients_over_paths(
         gradient_checkpointing=checkpointing,
     )
     assert_same_scores_and_gradients(*trainers)
+
+
+def test_scores_under_autocast(tiny_model, datasets_by_images, tmp_path, monkeypatch):
+    """Float32 weights, computation in bfloat16: as far from TRL's as TRL's are from its own in float32, or less."""
+    without_shuffling(monkeypatch)
+    exact, *_ = make_trainers(tiny_model, datasets_by_images[1], tmp_path / "exact")
+    stock, ours = make_trainers(tiny_model, datasets_by_images[1], tmp_path / "autocast", bf16=True)
+    for attend in (attend_groups, partial(attend_paths, varlen=slow_varlen)):
+        monkeypatch.setattr("open_r1.shared_prefix.choose_attention", Mock(return_value=attend))
+        for right, theirs, mine in zip(*(rollout_and_gradients(t)[1] for t in (exact, stock, ours)), strict=True):
+            rounding = (theirs.float() - right).abs().mean()
+            assert 0 < rounding < 0.05 and (mine.float() - theirs.float()).abs().mean() <= rounding
 
 
 @pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5"))

@@ -167,6 +167,7 @@ def make_trainer(way: str, preset: Preset, checkpoint: Path, data: Dataset, chec
         train_dataset=data,
         processing_class=processor,
     )
+    torch.backends.cuda.enable_cudnn_sdp(False)  # stock TRL is not to wait for it either: see `prepare_model`
     trainer.create_optimizer()
     trainer.model.train()
     if checkpointing:

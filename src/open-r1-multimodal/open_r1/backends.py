@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from open_r1.modeling import load_checkpoint, reset_generation_config
 from open_r1.rollout import generate
-from open_r1.shared_prefix import Prompt, encode_images, encode_prompt
+from open_r1.shared_prefix import Prompt, encode_images, encode_prompt, prepare_model
 
 
 @dataclass(frozen=True)
@@ -88,5 +88,6 @@ def load_transformers(
         OSError, ValueError: what `modeling.load_checkpoint` raises.
     """
     model = load_checkpoint(folder, dtype=dtype).to(device).eval()
+    prepare_model(model)
     reset_generation_config(model, processor)
     return TransformersBackend(model, processor, lambda: nullcontext(model), **template_kwargs)

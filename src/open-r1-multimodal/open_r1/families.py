@@ -66,6 +66,7 @@ class Family(ABC):
     unread_tokens: tuple[str, ...] = ()
 
     image_axis = 0  # of the image inputs, along which those of several prompts are joined
+    has_image_rows = False  # whether the vision tower takes the patches of all images in one row, and where each ends
 
     # ---- parts of a model
 
@@ -91,6 +92,10 @@ class Family(ABC):
             re.search(f"{self.tower}|{self.merger}", name) and parameter.requires_grad
             for name, parameter in model.named_parameters()
         )
+
+    def mend(self, model: PreTrainedModel) -> None:
+        """Mend, in a model that is about to run, what transformers does wrong with this family."""
+        return None
 
     # ---- images as a model takes them
 
@@ -180,6 +185,8 @@ class Family(ABC):
 
 class QwenVL(Family):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: patches in rows of one tensor, a grid an image, M-RoPE."""
+
+    has_image_rows = True
 
     def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
         return {"mm_token_type_ids": is_image}
@@ -353,6 +360,13 @@ class SmolVLM(Tiled):
     """
 
     image_axis = 1
+
+    def mend(self, model: PreTrainedModel) -> None:
+        """Let weights in float32 run under autocast, where SmolVLM puts features in 16 bits into float32 embeddings."""
+        embeddings = model.get_input_embeddings()
+        _find_module(model, "connector").register_forward_hook(
+            lambda module, args, features: features.to(embeddings.weight.dtype)
+        )
 
     def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
         vision = config.vision_config

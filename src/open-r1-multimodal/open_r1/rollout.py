@@ -34,7 +34,8 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append (B, K, new, D) and return all keys and values (B, K, T, D)."""
+        """Append (B, K, new, D) and return all keys and values (B, K, T, D), in one dtype (autocast gives two)."""
+        key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.buffer = None

@@ -44,6 +44,7 @@ from open_r1.modeling import (
 )
 from open_r1.options import check_options
 from open_r1.rewards import format_reward
+from open_r1.shared_prefix import prepare_model
 
 
 def after_prompt(answer: str, think_prefilled: bool) -> str:
@@ -163,6 +164,7 @@ def build_trainer(
     """The trainer that a parsed recipe describes; `prepared` is what `prepare` returned, if it was called before."""
     prepared = prepared or prepare(script_args, training_args, model_args)
     model = load_model_from_args(model_args)
+    prepare_model(model)
     reset_generation_config(model, prepared["processing_class"])
     accept_missing_images(model, always_encode=PartialState().num_processes > 1)
     freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)

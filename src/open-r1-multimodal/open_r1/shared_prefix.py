@@ -10,9 +10,10 @@ each branch, and the image is encoded once. The numbers are those of scoring G s
 (tests/test_shared_prefix.py); the work is that of the unique tokens.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -29,6 +30,8 @@ from open_r1.families import Family, ImageInputs, family_of
 from open_r1.recurrent import Runs, locate_runs, share_states
 
 ATTENTION = "grouped_sdpa"  # the name under which transformers knows `grouped_attention`
+# `image_attention`'s. Only where "flash" is in it do vision towers hand over a row of images whole; else they cut it.
+IMAGE_ATTENTION = "image_flash"
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,6 +273,9 @@ def grouped_attention(
     Returns:
         (B, L, H, D), and None for the weights.
     """
+    # Under autocast the rotary embedding leaves queries and keys in float32 beside values in 16 bits. A kernel takes
+    # one dtype, and this is the one that autocast has SDPA take.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if layout is not None:
         return choose_attention(query)(query, key, value, layout, scaling), None
     if query.shape[2] == 1:
@@ -279,13 +285,17 @@ def grouped_attention(
 
 def choose_attention(query: torch.Tensor) -> Callable[..., torch.Tensor]:
     """Who attends in a packed row: torch's flash attention where it runs, else SDPA. Both give the same."""
-    has_flash = (
+    return attend_paths if has_flash(query) else attend_groups
+
+
+def has_flash(query: torch.Tensor) -> bool:
+    """Whether torch's flash attention, `varlen_attn`, runs on queries of this device and dtype."""
+    return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
-    return attend_paths if has_flash else attend_groups
 
 
 def attend_groups(
@@ -321,6 +331,12 @@ def attend_groups(
     return torch.cat(outputs)[None]
 
 
+@cache
+def takes_fewer_keys(varlen: Callable[..., torch.Tensor]) -> bool:
+    """Whether a kernel for variable lengths takes fewer heads of keys than of queries; torch's does from 2.12 on."""
+    return "enable_gqa" in inspect.signature(varlen).parameters
+
+
 def attend_paths(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -334,8 +350,10 @@ def attend_paths(
     Flash attention aligns causality to the bottom right: the queries of a path are its last tokens. Shapes: see
     `grouped_attention`. `varlen` is the kernel.
     """
-    paths = layout.paths
+    paths, grouped = layout.paths, takes_fewer_keys(varlen)
     key, value = (states[0].transpose(0, 1).index_select(0, paths.keys) for states in (key, value))  # (T, K, D)
+    if not grouped:
+        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     attended = varlen(
         query[0].transpose(0, 1),  # (L, H, D)
         key,
@@ -346,7 +364,7 @@ def attend_paths(
         paths.most_keys,
         scale=scaling,
         window_size=(-1, 0),  # causal
-        enable_gqa=True,
+        **({"enable_gqa": True} if grouped else {}),
     )
     return attended[None]
 
@@ -387,6 +405,46 @@ def attend_folded(
     return F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling).reshape(query.shape)
 
 
+def image_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface in a vision tower: patches see those of their image, or of their window in it.
+
+    One call of torch's flash attention where it runs, else SDPA image by image. transformers' own SDPA reads from the
+    GPU where the images end, three times a layer; here that is known, or read once a pass.
+
+    Args:
+        query, key, value: (1, H, L, D), the patches of all images in a row.
+        cu_seq_lens_q: (N + 1,) int32: 0, and where each image ends.
+        max_length_q: patches of the largest.
+
+    Returns:
+        (1, L, H, D), and None for the weights.
+    """
+    if has_flash(query):
+        states = (states[0].transpose(0, 1) for states in (query, key, value))  # (L, H, D)
+        ends, most = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
+        return varlen_attn(*states, *ends, *most, scale=scaling)[None], None
+    images = zip(*(states.split(count_patches(cu_seq_lens_q), dim=2) for states in (query, key, value)), strict=True)
+    attended = [sdpa_attention_forward(module, *image, None, scaling=scaling, is_causal=False)[0] for image in images]
+    return torch.cat(attended, dim=1), None
+
+
+@lru_cache(maxsize=2)  # tensors hash by identity, and all layers of a pass get the same two: of images and of windows
+def count_patches(ends: torch.Tensor) -> list[int]:
+    """Patches of each image, (N + 1,) ends -> N."""
+    return ends.diff().tolist()
+
+
 def keep_scored(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the language model: of a packed row keep the hidden states that are scored, (1, S, hidden).
 
@@ -399,6 +457,22 @@ def keep_scored(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
 
 AttentionInterface.register(ATTENTION, grouped_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionInterface.register(IMAGE_ATTENTION, image_attention)
+
+
+def prepare_model(model: PreTrainedModel) -> None:
+    """Keep torch and transformers from slow choices and a mistake; for whoever is about to run a model (not wrapped).
+
+    cuDNN's attention, which torch prefers on GPUs of compute capability 9 and 10, plans anew for every shape and keeps
+    each plan (0.4 to 0.5 s, as reported, not measured here), and rollouts have a new shape at every token: it is off in
+    this process from then on. A vision tower that takes its images in a row attends with `image_attention`, also where
+    flash-attn is installed, whose algorithm is the same; who asks for another attention than the usual gets that.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    family, usual = family_of(model), ("sdpa", "flash_attention_2")
+    if family.has_image_rows and model.config.vision_config._attn_implementation in usual:
+        model.set_attn_implementation({"vision_config": IMAGE_ATTENTION})
+    family.mend(model)
 
 
 def enable_grouping(model: PreTrainedModel) -> None:

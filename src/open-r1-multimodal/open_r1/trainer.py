@@ -72,7 +72,7 @@ from open_r1.sampling import (
     Refills,
     shuffle_groups,
 )
-from open_r1.shared_prefix import Prompt, enable_grouping, encode_prompt, images_of, pack
+from open_r1.shared_prefix import Prompt, enable_grouping, encode_prompt, images_of, pack, prepare_model
 from open_r1.trackers import LogRollouts, as_text
 from open_r1.vllm_backends import TrainerVLLMBackend, banned, engine_dtype, engine_settings, engines_with
 
@@ -271,6 +271,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
             self.backend = self.make_backend(keep_features=encodes_once)
             self.rollout_func = self._roll_out  # TRL's seam for those who generate otherwise
         for each in filter(None, (plain, reference)):
+            prepare_model(each)
             accept_missing_images(each, always_encode=self.accelerator.num_processes > 1 and not encodes_once)
             if self.shared_prefix:
                 enable_grouping(each)
@@ -605,14 +606,22 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
                 model, processor, self.vllm_generation, self._group_size, profile, **self.chat_template_kwargs
             )
 
-        def borrow() -> AbstractContextManager[PreTrainedModel]:
-            return unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            )
+        @contextmanager
+        def borrow() -> Iterator[PreTrainedModel]:
+            # Under training's autocast. accelerate puts it around each forward pass of the whole model: a vision tower
+            # that runs by itself would compute in float32, and trained weights be cast anew for every token.
+            with self._borrow() as model, self.accelerator.autocast():
+                yield model
 
         return TransformersBackend(model, processor, borrow, keep_features, **self.chat_template_kwargs)
+
+    def _borrow(self) -> AbstractContextManager[PreTrainedModel]:
+        """The policy to run without its wrappers; whole, where ZeRO-3 splits it."""
+        return unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        )
 
     def _seeded(self, group: int) -> np.random.Generator:
         """Random numbers of a group of this step, counted over all processes; the same after a resume."""
