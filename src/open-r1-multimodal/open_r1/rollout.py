@@ -99,8 +99,8 @@ def next_tokens(scores: torch.Tensor, do_sample: bool) -> tuple[torch.Tensor, to
         (B,) tokens, and (B,) the value by which each was the highest: NaN where the scores are no numbers.
     """
     if do_sample:
-        probabilities = scores.softmax(dim=-1)
-        scores = probabilities / torch.empty_like(probabilities).exponential_()
+        scores = scores.softmax(dim=-1)
+        scores /= torch.empty_like(scores).exponential_()
     highest, token = scores.max(dim=-1)
     return token, highest
 
