@@ -92,11 +92,12 @@ def tokens_between_looks(device: torch.device) -> int:
 def next_tokens(scores: torch.Tensor, do_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each row of scores (B, V) the highest token, or one drawn with the probabilities of their softmax.
 
-    A token's probability over exponential noise is the highest of its row with just this probability.
-    `torch.multinomial` draws the same tokens in the same way, but makes the host wait twice to check its input.
+    Probabilities are divided by noise from an exponential distribution: each is then the highest of its row with just
+    this probability. `torch.multinomial` draws the same tokens in this way, but makes the host wait for a GPU twice to
+    check them.
 
     Returns:
-        (B,) tokens, and (B,) the value by which each was the highest: NaN where the scores are no numbers.
+        (B,) tokens, and (B,) the highest values, of which they are the places: NaN where the scores are no numbers.
     """
     if do_sample:
         scores = scores.softmax(dim=-1)
