@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicLayer, GenerationConfig
 
-from open_r1 import rollout
+from open_r1 import rollout, shared_prefix
 from open_r1.backends import load_transformers
 from open_r1.evaluate.answering import generation_settings, messages
 from open_r1.families import end_token_ids, family_of, vision_token_ids
@@ -244,6 +244,27 @@ def test_the_host_waits_for_a_gpu_once_in_16_tokens(model_type, loaded, tiny_mod
     with HostWaits() as counted, pytest.raises(Mistake, match="no numbers"):  # as "was there any NaN?" is true
         generate(on_gpu, prompts, [2, 2], config)
     assert [after - before for before, after in pairwise(waits[1:])] == [0] * 14 + [1] + [0] * 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_gets_its_mask_as_cudas_kernel_takes_it(dtype, tiny_model, loaded, monkeypatch):
+    """Else each layer makes it anew for each token: of bools a bias, and of rows that begin anywhere aligned ones."""
+    model, (_, processor) = load_model(tiny_model, dtype=dtype).eval(), loaded["qwen2_vl"]
+    prompts = [encode_prompt(model, processor, messages) for messages in make_messages(3)]
+    masks, attend = [], shared_prefix.decode_attention
+
+    def note(query, key, value, mask, scaling):
+        masks.append(mask)
+        assert mask.dtype == query.dtype == key.dtype and mask.shape[-1] == key.shape[-2]
+        return attend(query, key, value, mask, scaling)
+
+    monkeypatch.setattr(shared_prefix, "decode_attention", note)
+    config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=list(range(30, 90)), pad_token_id=0)
+    generate(model, prompts, [3, 3, 3], config)
+    assert len({mask.shape for mask in masks}) > 3
+    assert all(stride % 8 == 0 for mask in masks for stride in mask.stride()[:-1])
+    most_hidden = max(int((mask == -float("inf")).sum(dim=-1).max()) for mask in masks)
+    assert most_hidden == max(map(len, prompts)) - min(map(len, prompts))
 
 
 def test_keys_and_values_stay_in_one_buffer_of_the_size_that_is_counted(loaded, monkeypatch):

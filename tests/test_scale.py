@@ -157,7 +157,7 @@ class Kernels(TorchDispatchMode):
 
 
 def test_kernels_of_a_token_are_the_models(monkeypatch):
-    """Of a layer, and of what is around the layers; but for attention itself and what it makes of its mask."""
+    """Of a layer but for attention itself, and of what is around the layers."""
     monkeypatch.setattr(shared_prefix.F, "scaled_dot_product_attention", lambda query, *args, **kwargs: query)
     prompts = [shared_prefix.Prompt(torch.arange(3, 3 + n), torch.arange(n).expand(3, n)) for n in (5, 9)]
     settings = {"do_sample": True, "top_k": 0, "eos_token_id": [1], "suppress_tokens": [2], "pad_token_id": 0}

@@ -80,6 +80,24 @@ def make_cache(config: PreTrainedConfig, room: int = 128) -> DynamicCache:
     return cache
 
 
+def padding_bias(mask: torch.Tensor, room: int, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to scores of attention so that they pass over padding: -inf there, else 0.
+
+    A mask of two dimensions would make transformers ask the host at each token whether it hides anything, and one of
+    bools would be turned into this at each token and layer.
+
+    Args:
+        mask: (B, P), 1 on the prompts' tokens.
+        room: for how many tokens behind them.
+
+    Returns:
+        (B, 1, 1, P + room or a little more): CUDA's kernel copies one whose rows do not begin at multiples of 8.
+    """
+    width = -(-(mask.shape[1] + room) // 8) * 8
+    is_padding = F.pad(mask == 0, (0, width - mask.shape[1]))
+    return torch.zeros(is_padding.shape, dtype=dtype).masked_fill(is_padding, -float("inf"))[:, None, None]
+
+
 def tokens_between_looks(device: torch.device) -> int:
     """After how many tokens the host looks which rows have ended.
 
@@ -159,8 +177,10 @@ def generate(
     ends = torch.tensor(generation_config.eos_token_id, device=device).view(-1)
 
     history = F.pad(ids, (0, longest))[owner].to(device)  # (B, P + N), what repetition penalties look at
-    # (B, 1, 1, P + N): of a mask of two dimensions transformers would ask the host for each token whether it hides any
-    visible = F.pad(mask, (0, longest), value=1).bool()[owner, None, None].to(device) if (mask == 0).any() else None
+    bias = None
+    if (mask == 0).any():
+        dtype = next(layer.buffer.dtype for layer in cache.layers if isinstance(layer, RoomyLayer))
+        bias = padding_bias(mask, longest, dtype)[owner].to(device)  # (B, 1, 1, P + N or a little more)
     output = torch.empty(len(owner), longest, dtype=torch.long, device=device)  # (B, N)
     rows = torch.arange(len(owner), device=device)  # the completions that are still in the batch
     is_open = torch.ones_like(rows, dtype=torch.bool)
@@ -185,10 +205,10 @@ def generate(
                 rows, token, history, next_position, is_open = (
                     state[kept] for state in (rows, token, history, next_position, is_open)
                 )
-                visible = None if visible is None else visible[kept]
+                bias = None if bias is None else bias[kept]
         logits = model(
             input_ids=token[:, None],
-            attention_mask=None if visible is None else visible[..., :end],
+            attention_mask=None if bias is None else bias[..., :end],
             position_ids=(next_position + step)[:, None].expand(*positions.shape[:-2], -1, 1),
             past_key_values=cache,
             use_cache=True,
