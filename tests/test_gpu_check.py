@@ -148,32 +148,6 @@ def test_the_table_has_a_row_a_figure_and_what_stock_takes_more(check):
     assert check.ratios(outcomes[1:]) == {}  # without one of the two
 
 
-def test_decoding_is_timed_through_lengths_that_grow(gpu, monkeypatch):
-    """Without cuDNN's attention and then with it, each through new lengths and through the same again."""
-    from benchmarks import decoding
-
-    seen = []
-
-    def attend(query, key, value, mask, scaling):
-        assert key.shape[2] == value.shape[2] == mask.shape[3]
-        seen.append((key.shape[2], torch.backends.cuda.cudnn_sdp_enabled()))
-
-    monkeypatch.setattr(decoding, "decode_attention", attend)
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    figures = decoding.attention_as_lengths_grow(gpu.TOY_PRESET, prompt=16, tokens=3)
-    assert seen == [
-        (19, False),
-        *([(17, False), (18, False), (19, False)] * 2),
-        *([(17, True), (18, True), (19, True)] * 2),
-    ]
-    assert list(figures) == [
-        f"{way} cuDNN, {lengths}, ms a token"
-        for way in ("without", "with")
-        for lengths in ("new lengths", "the same again")
-    ]
-    assert torch.backends.cuda.cudnn_sdp_enabled() == before
-
-
 # --- arithmetic ---------------------------------------------------------------------------------------------------
 
 

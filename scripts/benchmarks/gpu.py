@@ -20,7 +20,6 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, ProcessorMixin
 
-from benchmarks.decoding import attention_as_lengths_grow, rollout_as_lengths_grow
 from benchmarks.step import (
     PRESETS,
     ROWS,
@@ -382,30 +381,6 @@ def generate(bench: Bench, name: str) -> Figures:
     }
 
 
-def decoding(bench: Bench) -> Figures:
-    """A rollout of 64 x 100 tokens, and one layer's attention in it, as their lengths grow."""
-    style = {"style": "reasoning"}
-    processor, _ = load_prompting(bench.model, "base", **style)
-    backend = BACKENDS["hf"](bench.model, processor, device(), bench.preset.dtype, **style)
-    prompts, tokens = encode_rows(bench, backend), min(100, bench.preset.max_length)
-    return {
-        f"{name}: {figure}": value
-        for name, figures in {
-            "attention of one layer": attention_as_lengths_grow(bench.preset, prompt_length(bench.preset), tokens),
-            "rollout": rollout_as_lengths_grow(backend.model, prompts, bench.preset.group_size, tokens),
-        }.items()
-        for figure, value in figures.items()
-    }
-
-
-def encode_rows(bench: Bench, backend: Backend) -> list[Any]:
-    """The prompts of one step, as a backend takes them."""
-    return [
-        backend.encode(with_images([open_image(path) for path in row["images"]], row["prompt"][0]["content"]))
-        for row in bench.data
-    ]
-
-
 def answer(bench: Bench, answerer: Answerer) -> tuple[int, float]:
     """Tokens and seconds of answers to questions of CV-Bench's kind, 640x480, in one batch."""
     batches = make_batches(answerer, read(BENCHMARKS["CV-Bench"], str(bench.folder / "cvbench")), bench.questions)
@@ -419,7 +394,10 @@ def sample(bench: Bench, backend: Backend, processor: ProcessorMixin) -> tuple[i
     settings = generation_settings(processor, bench.preset.max_length)
     settings |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     start = time.perf_counter()
-    prompts = encode_rows(bench, backend)
+    prompts = [
+        backend.encode(with_images([open_image(path) for path in row["images"]], row["prompt"][0]["content"]))
+        for row in bench.data
+    ]
     repeats = [bench.preset.group_size] * len(prompts)
     completions = backend.generate(prompts, repeats, GenerationConfig(**settings))
     return sum(map(len, completions.ids)), time.perf_counter() - start
@@ -430,7 +408,6 @@ MEASUREMENTS: dict[str, Callable[[Bench], Figures]] = {
     "attention of packed groups, SDPA": partial(packed_attention, attend=attend_groups),
     "attention of packed groups, flash along paths": partial(packed_attention, attend=attend_paths),
     "attention of a decoding step": decoding_attention,
-    "decoding as lengths grow": decoding,
     "step, this trainer": partial(step, way="ours"),
     "step, stock TRL": partial(step, way="stock"),
     "step with LoRA": partial(adapter_step, overlay="lora"),
