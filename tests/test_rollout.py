@@ -2,20 +2,26 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicLayer, GenerationConfig
 
+from open_r1 import rollout, shared_prefix
 from open_r1.backends import load_transformers
 from open_r1.evaluate.answering import generation_settings, messages
 from open_r1.families import end_token_ids, family_of, vision_token_ids
+from open_r1.front_door import Mistake
 from open_r1.images import open_image
+from open_r1.memory import cache_bytes
 from open_r1.modeling import load_model, load_processor
 from open_r1.prompts import REPO_ROOT
-from open_r1.rollout import RoomyLayer, generate
+from open_r1.rollout import RoomyLayer, generate, next_tokens, tokens_between_looks
 from open_r1.shared_prefix import encode_prompt, pack
 from open_r1.tasks.benchmarks import BENCHMARKS, read
 from open_r1.world.parquet import write_cvbench
@@ -134,6 +140,154 @@ def test_the_cache_with_room_holds_what_the_plain_one_holds():
     for mine, theirs in zip(roomy.update(keys, values), plain.update(keys, values), strict=True):
         assert torch.equal(mine, theirs)
     assert roomy.get_seq_length() == plain.get_seq_length() == 11
+
+
+# --- what a GPU needs, held on a CPU ------------------------------------------------------------------------------
+
+
+def test_a_drawn_token_is_that_of_multinomial():
+    """From the same state of the generator, so a seed gives what it gave when `multinomial` drew."""
+    scores = torch.randn(64, 500, generator=torch.Generator().manual_seed(0)) * 3
+    scores[:, 7] = -float("inf")
+    torch.manual_seed(1)
+    expected = [torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0] for _ in range(20)]
+    for _ in range(2):  # a seed repeats its tokens
+        torch.manual_seed(1)
+        drawn = [next_tokens(scores, do_sample=True)[0] for _ in range(20)]
+        assert torch.equal(torch.stack(drawn), torch.stack(expected))
+    assert torch.equal(next_tokens(scores, do_sample=False)[0], scores.argmax(dim=-1))
+
+
+def test_tokens_are_drawn_with_the_probabilities_of_the_softmax():
+    """The chi-squared statistic of 100,000 draws of 40 tokens: 39 in the mean, above 73 once in a thousand times."""
+    torch.manual_seed(0)
+    scores = torch.randn(40)
+    expected = 100_000 * scores.softmax(dim=-1)
+    observed = torch.bincount(next_tokens(scores.expand(100_000, -1), do_sample=True)[0], minlength=40)
+    assert ((observed - expected) ** 2 / expected).sum() < 73
+
+
+@pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5"))
+def test_what_is_sampled_after_an_end_is_cut(model_type, loaded, monkeypatch):
+    """Ended rows are found after 16 tokens, as on a GPU: the same tokens, and at most 15 that nobody reads."""
+    model, processor = loaded[model_type]
+    prompts, repeats = [encode_prompt(model, processor, messages) for messages in make_messages(3)], [3, 2, 3]
+    config = GenerationConfig(max_new_tokens=60, do_sample=False, eos_token_id=list(range(30, 90)), pad_token_id=0)
+    expected = generate(model, prompts, repeats, config)
+    monkeypatch.setattr(rollout, "tokens_between_looks", lambda device: tokens_between_looks(torch.device("cuda")))
+    passes = []
+    hook = model.register_forward_pre_hook(lambda *args: passes.append(args))
+    assert generate(model, prompts, repeats, config) == expected
+    hook.remove()
+    longest = max(map(len, expected))
+    assert min(map(len, expected)) < longest < 60
+    assert longest <= len(passes) <= longest + 15
+
+
+def test_scores_that_become_nan_on_the_way_end_the_rollout(loaded):
+    model, processor = loaded["qwen2_vl"]
+    prompts = [encode_prompt(model, processor, messages) for messages in make_messages(2)]
+    passes = []
+
+    def spoil(module, args, output):
+        passes.append(output)
+        if len(passes) == 5:
+            output.logits[1, :, 3] = float("nan")
+
+    hook = model.register_forward_hook(spoil)
+    for do_sample in (True, False):
+        config = GenerationConfig(max_new_tokens=12, do_sample=do_sample, eos_token_id=[0], pad_token_id=0)
+        passes.clear()
+        with pytest.raises(Mistake, match="scores of the next token are no numbers"):
+            generate(model, prompts, [1, 1], config)
+    hook.remove()
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts what a host waits for a GPU for, where the meta device stands for one.
+
+    These are values that it reads, shapes that hang on values, and copies from one to the other. There is no value on
+    the meta device: whatever is read is true, or many.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        if name == "aten::_local_scalar_dense" and args[0].is_meta:
+            self.count += 1
+            return True if args[0].dtype == torch.bool else 1000
+        result = function(*args, **kwargs or {})
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)}
+        # multinomial reads its probabilities where no dispatch mode sees it
+        self.count += name in ("aten::nonzero", "aten::multinomial") or len(devices) > 1
+        return result
+
+
+@pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5", "smolvlm", "internvl"))
+def test_the_host_waits_for_a_gpu_once_in_16_tokens(model_type, loaded, tiny_models):
+    """Under a recipe's sampling settings and others, behind prompts of different lengths."""
+    model, processor = loaded[model_type]
+    questions = [[{"role": "user", "content": "Which? " * count}] for count in (1, 4)]
+    prompts = [encode_prompt(model, processor, messages) for messages in questions]
+    on_gpu = load_model(tiny_models[model_type], dtype="float32").eval().to("meta")
+
+    config = GenerationConfig(
+        max_new_tokens=20,
+        **{"do_sample": True, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "temperature": 0.7},
+        **{"repetition_penalty": 1.1, "suppress_tokens": [5, 6], "eos_token_id": [1, 2], "pad_token_id": 0},
+    )
+    waits = []
+    on_gpu.register_forward_pre_hook(lambda *args: waits.append(counted.count))
+    with HostWaits() as counted, pytest.raises(Mistake, match="no numbers"):  # as "was there any NaN?" is true
+        generate(on_gpu, prompts, [2, 2], config)
+    assert [after - before for before, after in pairwise(waits[1:])] == [0] * 14 + [1] + [0] * 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_gets_its_mask_as_cudas_kernel_takes_it(dtype, tiny_model, loaded, monkeypatch):
+    """Else each layer makes it anew for each token: of bools a bias, and of rows that begin anywhere aligned ones."""
+    model, (_, processor) = load_model(tiny_model, dtype=dtype).eval(), loaded["qwen2_vl"]
+    prompts = [encode_prompt(model, processor, messages) for messages in make_messages(3)]
+    masks, attend = [], shared_prefix.decode_attention
+
+    def note(query, key, value, mask, scaling):
+        masks.append(mask)
+        assert mask.dtype == query.dtype == key.dtype and mask.shape[-1] == key.shape[-2]
+        return attend(query, key, value, mask, scaling)
+
+    monkeypatch.setattr(shared_prefix, "decode_attention", note)
+    config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=list(range(30, 90)), pad_token_id=0)
+    generate(model, prompts, [3, 3, 3], config)
+    assert len({mask.shape for mask in masks}) > 3
+    assert all(stride % 8 == 0 for mask in masks for stride in mask.stride()[:-1])
+    most_hidden = max(int((mask == -float("inf")).sum(dim=-1).max()) for mask in masks)
+    assert most_hidden == max(map(len, prompts)) - min(map(len, prompts))
+
+
+def test_keys_and_values_stay_in_one_buffer_of_the_size_that_is_counted(loaded, monkeypatch):
+    """Prompt and longest completion for every row, from the first token to the last, also when rows are dropped."""
+    model, processor = loaded["qwen2_vl"]
+    prompts = [encode_prompt(model, processor, messages) for messages in make_messages(2)]
+    config = GenerationConfig(max_new_tokens=200, do_sample=False, eos_token_id=list(range(30, 45)), pad_token_id=0)
+    rows, buffers = [], []
+
+    def note(module, args, kwargs, output):
+        layers = kwargs["past_key_values"].layers
+        rows.append(len(layers[0].keys))
+        buffers.append([layer.buffer.untyped_storage() for layer in layers])
+
+    hook = model.register_forward_hook(note, with_kwargs=True)
+    generate(model, prompts, [4, 4], config)
+    hook.remove()
+    assert rows[:2] == [2, 8] and 1 < len(set(rows[1:])) < len(rows) - 1  # prefill; then rows are dropped
+    assert {tuple(part.data_ptr() for part in parts) for parts in buffers[1:]} == {
+        tuple(part.data_ptr() for part in buffers[1])
+    }
+    a_token, _ = cache_bytes(model.config.get_text_config(), 4)
+    assert sum(part.nbytes() for part in buffers[1]) == 8 * (max(map(len, prompts)) + 200) * a_token
 
 
 def test_a_trained_model_gives_vision_tokens_nothing(tmp_path):

@@ -1,26 +1,109 @@
-"""The arithmetic of docs/scale.md is the script's, and the script's is the model's."""
-
-import sys
+"""Every figure of docs/scale.md follows from the formulas that it shows, and its counts are the model's."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText, GenerationConfig
 from trl import ModelConfig
 
+from open_r1 import shared_prefix
 from open_r1.configs import FreezeArguments
 from open_r1.families import family_of
+from open_r1.front_door import Mistake
 from open_r1.memory import Launch, build_model
 from open_r1.prompts import REPO_ROOT
-from open_r1.published import make_2b_config
+from open_r1.published import TEXT, VISION, make_2b_config
+from open_r1.recipes import merge_recipes
+from open_r1.rollout import generate
 from open_r1.tiny import make_tokenizer
+
+LAYER = 2 * 1536**2 + 2 * 1536 * 256 + 3 * 1536 * 8960
+BODY, HEAD = 28 * LAYER, 151_936 * 1536
+TOWER, MERGER = 32 * (4 * 1280**2 + 2 * 1280 * 5120) + 1176 * 1280, 5120**2 + 5120 * 1536
+PARAMETERS = BODY + HEAD + TOWER + MERGER
+FLOPS, MEMORY, NVLINK, INFINIBAND = 0.4 * 989e12, 0.6 * 3.35e12, 0.8 * 450e9, 0.8 * 50e9
+PROMPT, PATCHES, COMPLETION, LONGEST = 450, 1296, 200, 700
+TRANSFORMERS, VLLM = (0.012, 0.015), (0.003, 0.004)  # seconds a token
+
+
+def image_flops(patches: float) -> float:
+    return 2 * patches * (TOWER + MERGER / 4) + 4 * 32 * 1280 * patches**2
+
+
+def decoder_flops(new: float, before: float = 0) -> float:
+    return 2 * new * BODY + 4 * 28 * 1536 * new * (before + new / 2)
+
+
+IMAGE, PREFILL = image_flops(PATCHES), decoder_flops(PROMPT)
+SCORED = decoder_flops(COMPLETION, PROMPT) + 2 * COMPLETION * HEAD
+SHARED, REPEATED = 8 * (IMAGE + PREFILL) + 64 * SCORED, 64 * (IMAGE + PREFILL + SCORED)
 
 
 @pytest.fixture(scope="module")
-def scale():
-    sys.path.insert(0, str(REPO_ROOT / "scripts"))
-    import scale
+def cells() -> dict[str, list[str]]:
+    """The rows of the page's tables: first cell -> the others; bold is plain."""
+    page = (REPO_ROOT / "docs/scale.md").read_text().replace("**", "")
+    return {name: rest for name, *rest in (line[2:-1].split(" | ") for line in page.splitlines() if line[:1] == "|")}
 
-    return scale
+
+def spread(one: float, seconds: tuple[float, float]) -> str:
+    return " to ".join(f"{one + LONGEST * each:.1f}" for each in seconds)
+
+
+def test_sizes_and_forward_passes(cells):
+    sizes = {"28 layers": BODY, "head": HEAD, "32 blocks": TOWER, "merger": MERGER, "all": PARAMETERS}
+    for name, value in sizes.items():
+        [row] = [rest for first, rest in cells.items() if first.startswith(name) and rest[-1].strip().endswith(" B")]
+        assert row[-1].strip() == f"{value / 1e9:.3f} B"
+    for name, value in {"an image": IMAGE, "a prompt": PREFILL, "a completion": SCORED}.items():
+        assert cells[name][-1].strip() == f"{value / 1e12:.2f}"
+    for name, value in {"once a group": SHARED, "once each": REPEATED}.items():
+        assert cells[f"64 completions, prompt {name}"][-1].strip() == f"{value / 1e12:.0f}"
+
+
+def test_seconds_of_a_step(cells):
+    for column, gpus in enumerate((1, 8, 64), start=1):
+        load = max(1, gpus / 8) / gpus  # of the work on 64 completions
+        passes = 8 * load
+        network = NVLINK if gpus <= 8 else INFINIBAND
+        terms = {
+            "images and prefill": 8 * (IMAGE + PREFILL) / FLOPS * load,
+            "reference": SHARED / FLOPS * load,
+            "policy": 4 * SHARED / FLOPS * load,
+            "optimiser": PARAMETERS * 30 / MEMORY / gpus,
+            "ZeRO-2's traffic": (passes + 1) * 2 * PARAMETERS * (1 - 1 / gpus) / network,
+        }
+        for name, seconds in terms.items():
+            assert cells[name][column].strip() == f"{seconds:.3f}"
+        others = sum(terms.values())
+        repeated = others + (5 * (REPEATED - SHARED) + 56 * (IMAGE + PREFILL)) / FLOPS * load
+        assert cells["all but decoding"][column].strip() == f"{others:.2f}"
+        assert cells["all but decoding, prompt once each"][column].strip() == f"{repeated:.2f}"
+        for engine, token in {"transformers": TRANSFORMERS, "vLLM": VLLM}.items():
+            assert cells[f"decoding, {engine}"][column].strip() == spread(0, token)
+            assert cells[f"step, {engine}"][column].strip() == spread(others, token)
+
+
+def test_seconds_of_the_weights_ways(cells):
+    weights = 2 * PARAMETERS
+    ways = {
+        "ZeRO-3's traffic, 8 GPUs": 5 * weights * 7 / 8 / NVLINK,
+        "ZeRO-3's traffic, 64 GPUs": 5 * weights * 63 / 64 / INFINIBAND,
+        "weights to a vLLM in the same GPUs, a copy": 2 * weights / MEMORY,
+        "weights to a vLLM on another node, a broadcast": weights / INFINIBAND,
+    }
+    for name, seconds in ways.items():
+        assert cells[name][-1].strip() == f"{seconds:.3f}"
+
+
+def test_the_step_is_the_recipes():
+    recipe = merge_recipes([str(REPO_ROOT / "configs/grpo_sat.yaml")])
+    names = ("completions_per_step", "num_generations", "per_device_train_batch_size", "max_completion_length")
+    assert [recipe[name] for name in names] == [64, 8, 8, LONGEST]
+
+
+# --- the model's own counts -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -30,50 +113,65 @@ def published():
     return build_model(config, ModelConfig(dtype="bfloat16"), FreezeArguments(), Launch())
 
 
-def test_the_page_shows_what_the_script_computes(scale):
-    page = (REPO_ROOT / "docs/scale.md").read_text()
-    tables = scale.tables().split("\n\n")
-    assert len(tables) == 3 and all(table in page for table in tables)
-
-
-def test_parameters_are_the_models(scale, published):
+def test_parameters_are_the_models(published):
     """All but norms and biases."""
-    model = scale.qwen2_vl_2b()
     vision = family_of(published).vision_tower(published)
-    for counted, module in ((model.parameters, published), (model.tower + model.merger, vision)):
+    for counted, module in ((PARAMETERS, published), (TOWER + MERGER, vision)):
         matrices = sum(p.numel() for p in module.parameters() if p.ndim > 1)
         assert counted == matrices and matrices / sum(p.numel() for p in module.parameters()) > 0.999
-    assert model.language / 1e9 == pytest.approx(1.54, abs=0.01) and model.parameters / 1e9 == pytest.approx(2.21, 0.01)
 
 
-def test_multiplications_are_the_models(scale, published):
+def test_multiplications_are_the_models(published):
     """torch's count of a forward pass without attention, whose pairs are counted by hand."""
-    model = scale.qwen2_vl_2b()
     tokens, patches = 96, 64
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         positions = torch.zeros(3, 1, tokens, dtype=torch.long)
-        embedded = torch.empty(1, tokens, model.hidden, dtype=torch.bfloat16)
+        embedded = torch.empty(1, tokens, 1536, dtype=torch.bfloat16)
         published.get_decoder()(inputs_embeds=embedded, position_ids=positions, use_cache=False)
         decoder = counter.get_total_flops()
         family_of(published).run_tower(published, patches, torch.bfloat16)
         tower = counter.get_total_flops() - decoder
-    seen = sum(1 for row in range(tokens) for column in range(tokens) if column <= row)
-    heads = 28 * 12
-    attended = heads * seen * 2 * 2 * 128  # scores and sums, a multiplication and an addition, over the head's size
-    rotary = counter.get_flop_counts().get("Qwen2VLRotaryEmbedding", {})
-    assert not rotary
-    assert scale.decoder_flops(model, tokens) - attended == pytest.approx(decoder, rel=1e-4)
-    assert scale.encode_flops(model, patches) - 32 * 16 * patches**2 * 4 * 80 == pytest.approx(tower, rel=1e-4)
-    cached = scale.decoder_flops(model, 10, before=tokens) + scale.decoder_flops(model, tokens)
-    assert cached == pytest.approx(scale.decoder_flops(model, tokens + 10))
+    # scores and sums, a multiplication and an addition each, over the size of a head; half of all pairs see each other
+    attended = 28 * 12 * tokens**2 / 2 * 2 * 2 * 128
+    assert decoder_flops(tokens) - attended == pytest.approx(decoder, rel=1e-4)
+    assert image_flops(patches) - 32 * 16 * patches**2 * 4 * 80 == pytest.approx(tower, rel=1e-4)
 
 
-def test_more_gpus_share_the_work_and_not_the_weights_that_are_read(scale):
-    model, machine = scale.qwen2_vl_2b(), scale.Machine()
-    work, batch = scale.recipe_work(8)
-    assert (work.completions, work.group, work.longest, batch) == (64, 8, 700, 8)  # the recipe's
-    one, eight = (scale.step(model, machine, work, gpus, batch) for gpus in (1, 8))
-    assert eight.policy == pytest.approx(one.policy / 8) and one.zero2 == 0
-    weights = machine.move(2 * model.language * 700)
-    assert one.decode > eight.decode > weights
-    assert scale.step(model, machine, work, 1, batch, shared=False).decode == one.decode  # decoding shares nothing
+VIEWS = {  # operations that launch nothing
+    *("view", "_unsafe_view", "expand", "select", "slice", "unsqueeze", "transpose", "t", "split", "split_with_sizes"),
+    *("alias", "detach", "empty", "empty_like", "_local_scalar_dense"),
+}
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that launch a kernel; of what is read from the meta device, all is true or many."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").partition(".")[0]
+        if name == "_local_scalar_dense":
+            return True if args[0].dtype == torch.bool else 1000
+        self.count += name not in VIEWS
+        return function(*args, **kwargs or {})
+
+
+def test_kernels_of_a_token_are_the_models(monkeypatch):
+    """Of a layer but for attention itself, and of what is around the layers."""
+    monkeypatch.setattr(shared_prefix.F, "scaled_dot_product_attention", lambda query, *args, **kwargs: query)
+    prompts = [shared_prefix.Prompt(torch.arange(3, 3 + n), torch.arange(n).expand(3, n)) for n in (5, 9)]
+    settings = {"do_sample": True, "top_k": 0, "eos_token_id": [1], "suppress_tokens": [2], "pad_token_id": 0}
+
+    def kernels(layers: int) -> int:
+        text, vision = TEXT | {"num_hidden_layers": layers}, VISION | {"depth": 1}
+        config = make_2b_config(make_tokenizer(["a text"]), text, vision)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
+        counts = []
+        model.register_forward_pre_hook(lambda *args: counts.append(counted.count))
+        with Kernels() as counted, pytest.raises(Mistake):  # as "was there any NaN?" is true
+            generate(model, prompts, [2, 2], GenerationConfig(max_new_tokens=5, **settings))
+        return counts[-1] - counts[-2]
+
+    two, three = kernels(2), kernels(3)
+    assert (three - two, two - 2 * (three - two)) == (40, 36)

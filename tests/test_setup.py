@@ -29,7 +29,7 @@ LIGHT = {
     "process_dataset.py",
     "test_qwen2vl_CVBench.py",
 }  # no torch for --help
-OURS = {"benchmark.py", "pretrain_tiny.py", "rehearse.py", "scale.py"}  # what only the authors start
+OURS = {"benchmark.py", "pretrain_tiny.py", "rehearse.py"}  # what only the authors start
 H100 = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1c2d)"
 
 
