@@ -19,6 +19,7 @@ import tempfile
 import textwrap
 import time
 import warnings
+import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -69,6 +70,7 @@ WHEELS = {
     "pyparsing==3.3.3",
     "pytest": "pytest==9.2.0 iniconfig==2.3.1 pluggy==1.7.0",
 }
+PYTHON = f"Python {platform.python_version()} on {platform.machine()}"
 PLATFORMS = ("manylinux_2_28", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
 EPILOG = (
     "--wheels: what the check needs beside "
@@ -133,17 +135,25 @@ def download_command(wanted: Sequence[str]) -> str:
     )
 
 
-def check_packages() -> None:
-    """See that everything is installed.
+def check_given() -> None:
+    """See that the machine has what no folder of wheels brings.
 
     Raises:
-        Mistake: it is not; what is missing, and how to get it.
+        Mistake: what is missing.
     """
     if lacking := [name for name in GIVEN if not is_installed(name)]:
         raise Mistake(
-            f"{sys.executable} has no {', '.join(lacking)}: run `bash setup.sh`, or install the builds that belong to "
-            "this machine's CUDA and to one another; --wheels is for what needs neither"
+            f"{sys.executable} has no {', '.join(lacking)}: run `bash setup.sh`, or install builds that fit this "
+            "machine's driver and one another; --wheels brings only what is needed beside them"
         )
+
+
+def check_wheels() -> None:
+    """See that everything else is installed.
+
+    Raises:
+        Mistake: what is missing, and how to get it.
+    """
     pins = " ".join(WHEELS.values()).split()
     if lacking := [pin for pin in pins if not is_installed(pin.split("==")[0])]:
         raise Mistake(
@@ -152,27 +162,41 @@ def check_packages() -> None:
         )
 
 
-def install_wheels(wheels: Path, target: Path) -> None:
-    """Put what is not installed yet, of the wheels in a folder, where this process and those that it starts find it.
+def install_wheels(folder: Path, target: Path) -> None:
+    """Unpack what is not installed yet, of the wheels in a folder, where this process and those that it starts find it.
+
+    pip is not asked, since environments of uv have none; and a wheel's commands, which stay packed, are not needed.
 
     Args:
         target: a folder whose name is `site-packages`. From another one, `datasets` could not hash what it maps: dill
             then takes a package's modules for the user's own, and pickles all that is in them.
 
     Raises:
-        Mistake: there are none, or pip cannot install them; in one line.
+        Mistake: there are no wheels, or one is for another Python or machine.
     """
-    found = [path for path in sorted(wheels.glob("*.whl")) if not is_installed(path.name.split("-")[0])]
-    if found:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-cache-dir"]
-        command += ["--upgrade", "--disable-pip-version-check", "--target", target, *found]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            raise Mistake(f"--wheels: pip could not install from {wheels}: {lines[0] if lines else done.returncode}")
-    elif not wheels.is_dir():
-        raise Mistake(f"--wheels: no folder {wheels}")
+    from packaging.tags import sys_tags
+    from packaging.utils import parse_wheel_filename
+
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
+        raise Mistake(f"--wheels: no wheels in {folder}")
+    fitting = set(sys_tags())
+    for path in wheels:
+        name, _, _, tags = parse_wheel_filename(path.name)
+        if is_installed(name):
+            continue
+        if not tags & fitting:
+            raise Mistake(f"--wheels: {path.name} is for another Python or machine; {sys.executable} is {PYTHON}")
+        with zipfile.ZipFile(path) as wheel:
+            wheel.extractall(target)
     sys.path.insert(0, str(target))
+    show_children(target)
+
+
+def show_children(*folders: Path) -> None:
+    """Let Pythons that are started from here look for modules in folders first."""
+    others = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, folders), *([others] if others else [])])
 
 
 # --- the GPU -------------------------------------------------------------------------------------------------
@@ -251,11 +275,8 @@ def measure(name: str, folder: Path, is_toy: bool, limit: float) -> Outcome:
     path.unlink(missing_ok=True)
     code = "from benchmarks import gpu; gpu.main()"
     command = [sys.executable, "-c", code, name, folder, "toy" if is_toy else "gpu", path]
-    paths = os.pathsep.join([str(ROOT / "scripts"), *sys.path])
     # its output goes to the terminal's errors: the table alone is this command's output
-    process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": paths}, stdout=sys.stderr, start_new_session=True
-    )
+    process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
     reason, failed = "", False
     try:
         status = process.wait(limit)
@@ -334,15 +355,17 @@ def main() -> None:
     args = parser.parse_args()
     names = ("gpu_check.json", "gpu_check.md", "gpu_check_profile.txt")
     check_replaceable(*(args.output / name for name in names))
-    args.output.mkdir(parents=True, exist_ok=True)
+    check_given()
+    show_children(ROOT / "scripts", PACKAGE)
     if args.wheels:
         install_wheels(args.wheels, (args.output / "site-packages").resolve())
-    check_packages()
+    check_wheels()
     if args.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     else:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU
         check_gpu()
+    args.output.mkdir(parents=True, exist_ok=True)
     deadline = start + 60 * args.minutes
     outcomes: list[Outcome] = []
     text = ""
