@@ -221,6 +221,17 @@ def test_every_measurement_has_a_limit(check, gpu):
     assert list(check.LIMITS) == list(gpu.MEASUREMENTS)
 
 
+def test_the_expected_seconds_add_up_to_less_than_seven_minutes(check):
+    """docs/running.md has a row a measurement, in their order: an expression and what it makes."""
+    page = (REPO_ROOT / "docs/running.md").read_text()
+    rows = re.findall(r"^\|.*\| ([\d .+x()]+?)(?: = (\d+))? \|$", page[page.index("What an H200 is expected") :], re.M)
+    expected = [int(made or expression) for expression, made in rows]
+    for (expression, made), limit in zip(rows, check.LIMITS.values(), strict=True):
+        seconds = int(made or expression)
+        assert seconds == pytest.approx(eval(expression.replace("x", "*")), abs=0.51) and 1.5 * seconds <= limit
+    assert sum(expected) < 7 * 60 and f"| all | {sum(expected)}, {sum(expected) / 60:.1f} minutes |" in page
+
+
 def test_the_table_has_a_row_a_figure_and_what_stock_takes_more(check, tmp_path):
     outcomes = [
         check.Outcome("step, this trainer", {"rollout, s": 2.0, "peak memory, GB": 10.0, "MFU of whole step, %": 30.0}),

@@ -24,6 +24,7 @@ FRONT_DOORS = sorted(
 LIGHT = {
     "report.py",
     "compare.py",
+    "gpu_check.py",
     "sweep.py",
     "world.py",
     "process_dataset.py",
