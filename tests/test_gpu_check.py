@@ -11,10 +11,12 @@ import zipfile
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from filelock import FileLock
+from torch.autograd import DeviceType
 
 from open_r1.front_door import Mistake
 from open_r1.prompts import REPO_ROOT
@@ -372,6 +374,23 @@ def test_an_adapter_is_tried_in_the_room_of_a_small_card_and_then_of_a_larger(gp
     fits = 3
     with pytest.raises(gpu.Impossible, match="out of memory within 24 GB"):
         list(gpu.adapter_step(None, "lora"))
+
+
+def test_a_profile_counts_launches_waits_and_the_time_of_kernels_once(gpu):
+    """An operator has its kernels' time as its own, beside the kernels themselves."""
+    seen = [
+        ("aten::mm", 2, 30.0, DeviceType.CPU),
+        ("cudaLaunchKernel", 5, 0.0, DeviceType.CPU),
+        ("cudaLaunchKernelExC", 2, 0.0, DeviceType.CPU),
+        ("cuLaunchKernelEx", 1, 0.0, DeviceType.CPU),
+        ("cudaStreamSynchronize", 3, 0.0, DeviceType.CPU),
+        ("cudaMemcpyAsync", 4, 0.0, DeviceType.CPU),
+        ("sm90_gemm", 2, 30.0, DeviceType.CUDA),
+        ("Memcpy DtoH", 4, 2.0, DeviceType.CUDA),
+    ]
+    names = ("key", "count", "self_device_time_total", "device_type")
+    events = [SimpleNamespace(**dict(zip(names, event, strict=True))) for event in seen]
+    assert gpu.count_events(events) == {"kernel launches": 8, "host waits": 3, "ms of kernels": 0.032}
 
 
 @pytest.mark.parametrize(

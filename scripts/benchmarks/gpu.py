@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig, ProcessorMixin
 
@@ -428,24 +429,28 @@ def profiled_rollout(bench: Bench) -> Iterator[Figures]:
     sample(bench, backend, processor, prompts, few)
     sampled, seconds = sample(bench, backend, processor, prompts, whole)
     yield {"s": seconds, "ms a token": 1e3 * seconds / whole, "tokens a second": sampled / seconds}
-    profiles = []
+    counts = []
     for tokens in (few, more):
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + torch.cuda.is_available()]) as seen:
             sample(bench, backend, processor, prompts, tokens)
-        profiles.append(seen.key_averages())
-    on_device = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    text = profiles[1].table(sort_by=on_device, row_limit=60, max_name_column_width=100)
+        counts.append(count_events(seen.key_averages()))
+    for name in counts[0]:
+        yield {f"{name} a token": (counts[1][name] - counts[0][name]) / (more - few)}
+    most = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    text = seen.key_averages().table(sort_by=most, row_limit=60, max_name_column_width=100)
     path = bench.folder.parent / "gpu_check_profile.txt"
-    replace_file(path, f"{more} tokens of {sampled // whole} rows, prefill included ({MADE_BY})\n{text}\n".encode())
+    replace_file(path, f"A rollout of {more} tokens, prefill included; {MADE_BY}\n{text}\n".encode())
 
-    def a_token(count: Callable[[Any], float]) -> float:
-        totals = [sum(count(event) for event in averages) for averages in profiles]
-        return (totals[1] - totals[0]) / (more - few)
 
-    yield {
-        "kernel launches a token": a_token(lambda event: event.count * event.key.startswith(LAUNCHES)),
-        "host waits a token": a_token(lambda event: event.count * (event.key in WAITS)),
-        "kernels, ms a token": a_token(lambda event: event.self_device_time_total / 1e3),
+def count_events(events: Sequence[Any]) -> Figures:
+    """What torch's profiler saw, each kind of event with its number and its time in all."""
+    kernels = [
+        event for event in events if event.device_type == DeviceType.CUDA
+    ]  # others have their kernels' time, too
+    return {
+        "kernel launches": sum(event.count for event in events if event.key.startswith(LAUNCHES)),
+        "host waits": sum(event.count for event in events if event.key in WAITS),
+        "ms of kernels": sum(event.self_device_time_total for event in kernels) / 1e3,
     }
 
 
