@@ -290,11 +290,10 @@ def cluster_python() -> Path:
     uv = str(uv) if uv.exists() else "uv"
     with FileLock(f"{folder}.lock"):
         if not (folder / "whole").exists():
-            for python in ("3.12", sys.executable):
-                made = subprocess.run([uv, "venv", "--quiet", "--clear", "--python", python, folder])
-                if made.returncode == 0:
-                    break
-            made.check_returncode()
+            make = [uv, "venv", "--quiet", "--clear", folder, "--python"]
+            env = {**os.environ, "PYENV_VERSION": "3.12"}  # pyenv's `python3.12` starts only when it is asked for
+            if subprocess.run([*make, "3.12"], env=env).returncode:
+                subprocess.run([*make, sys.executable], check=True)
             subprocess.run([uv, "pip", "install", "--quiet", "--python", folder / "bin/python", *pins], check=True)
             (folder / "whole").touch()
     return folder / "bin/python"
