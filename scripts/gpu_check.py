@@ -72,15 +72,6 @@ WHEELS = {
 }
 PYTHON = f"Python {platform.python_version()} on {platform.machine()}"
 PLATFORMS = ("manylinux_2_28", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
-EPILOG = (
-    "--wheels: what the check needs beside "
-    + ", ".join(GIVEN)
-    + ", which the machine has to have, is taken from wheels in FOLDER, and put into OUTPUT/site-packages; nothing "
-    "that is installed is replaced. A run without FOLDER names those that are missing, and the command that downloads "
-    "them on a machine with a network. All of them: "
-    + " ".join(WHEELS.values())
-    + ". They are 133 MB, of which a machine that has pandas, pyarrow, matplotlib and pytest needs 50."
-)
 
 
 @dataclass(frozen=True)
@@ -133,6 +124,18 @@ def download_command(wanted: Sequence[str]) -> str:
         f"python3 -m pip download --no-deps --only-binary :all: --implementation cp "
         f"--python-version {sys.version_info.major}.{sys.version_info.minor} {platforms} -d FOLDER {' '.join(wanted)}"
     )
+
+
+def explain_wheels() -> str:
+    """For `--help`."""
+    text = (
+        f"--wheels: what the check needs beside {', '.join(GIVEN)}, which the machine has to have, is unpacked from "
+        "wheels in FOLDER for the time of the check; nothing that is installed is replaced. A run without FOLDER names "
+        f"those that are missing. All of them: {' '.join(WHEELS.values())}. They are 133 MB, of which a machine that "
+        "has pandas, pyarrow, matplotlib and pytest needs 50. On a machine with a network, for the Python of the other: "
+        f"{download_command(['PACKAGES'])}"
+    )
+    return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
 def check_given() -> None:
@@ -342,7 +345,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="gpu_check.sh",
         description=__doc__,
-        epilog=textwrap.fill(EPILOG, 100, break_on_hyphens=False),
+        epilog=explain_wheels(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -356,10 +359,8 @@ def main() -> None:
     names = ("gpu_check.json", "gpu_check.md", "gpu_check_profile.txt")
     check_replaceable(*(args.output / name for name in names))
     check_given()
-    show_children(ROOT / "scripts", PACKAGE)
-    if args.wheels:
-        install_wheels(args.wheels, (args.output / "site-packages").resolve())
-    check_wheels()
+    if not args.wheels:
+        check_wheels()
     if args.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     else:
@@ -369,7 +370,11 @@ def main() -> None:
     deadline = start + 60 * args.minutes
     outcomes: list[Outcome] = []
     text = ""
+    show_children(ROOT / "scripts", PACKAGE)
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
+        if args.wheels:
+            install_wheels(args.wheels, Path(folder).resolve() / "site-packages")
+            check_wheels()
         for name, limit in LIMITS.items():
             limit *= REHEARSED if args.rehearsal else 1
             left = deadline - time.monotonic()

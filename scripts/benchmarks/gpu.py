@@ -338,6 +338,7 @@ def attention_tests(bench: Bench) -> Iterator[Figures]:
                 counts[report.outcome] += 1
 
     sys.path.insert(0, str(tests))
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # those of other packages on the machine
     options = ["-q", "-m", "gpu and not slow", "-o", "addopts=", "-p", "no:cacheprovider", "--rootdir", str(REPO_ROOT)]
     code = pytest.main([*options, *map(str, files)], plugins=[Tally()])
     yield {"tests passed": counts["passed"], "skipped": counts["skipped"]}
