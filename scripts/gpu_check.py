@@ -132,7 +132,7 @@ def explain_wheels() -> str:
         f"--wheels: what the check needs beside {', '.join(GIVEN)}, which the machine has to have, is unpacked from "
         "wheels in FOLDER for the time of the check; nothing that is installed is replaced. A run without FOLDER names "
         f"those that are missing. All of them: {' '.join(WHEELS.values())}. They are 133 MB, of which a machine that "
-        "has pandas, pyarrow, matplotlib and pytest needs 50. On a machine with a network, for the Python of the other: "
+        "has pandas, pyarrow, matplotlib and pytest needs 50. On a machine with a network, for the other's Python: "
         f"{download_command(['PACKAGES'])}"
     )
     return textwrap.fill(text, 100, break_on_hyphens=False)
