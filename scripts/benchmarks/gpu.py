@@ -409,7 +409,7 @@ def growing_decoding(bench: Bench, cudnn: bool) -> Iterator[Figures]:
     """
     backend, processor = load_backend(bench, "hf")
     torch.backends.cuda.enable_cudnn_sdp(cudnn)  # loading a model may have switched it
-    prompts = encode(bench, backend)
+    prompts = encode_rows(bench, backend)
     sample(bench, backend, processor, prompts, 2)  # kernels are loaded when they first run
     tokens = 4 if bench.is_toy else 48
     for times in ("new lengths", "the same again"):
@@ -426,7 +426,7 @@ def profiled_rollout(bench: Bench) -> Iterator[Figures]:
     """
     backend, processor = load_backend(bench, "hf")
     few, more, whole = (2, 4, 8) if bench.is_toy else (2, 12, 100)
-    prompts = encode(bench, backend)
+    prompts = encode_rows(bench, backend)
     sample(bench, backend, processor, prompts, few)
     sampled, seconds = sample(bench, backend, processor, prompts, whole)
     yield {"s": seconds, "ms a token": 1e3 * seconds / whole, "tokens a second": sampled / seconds}
@@ -589,7 +589,7 @@ def generate(bench: Bench, name: str) -> Iterator[Figures]:
         "evaluation, tokens a second": answered / seconds,
     }
     start = time.perf_counter()  # the prompts are new to the backend, so that none is in a cache
-    sampled, _ = sample(bench, backend, processor, encode(bench, backend), bench.preset.max_length)
+    sampled, _ = sample(bench, backend, processor, encode_rows(bench, backend), bench.preset.max_length)
     seconds = time.perf_counter() - start
     yield {"rollout, s": seconds, "rollout, tokens a second": sampled / seconds}
 
@@ -602,7 +602,7 @@ def answer(bench: Bench, answerer: Answerer) -> tuple[int, float]:
     return tokens, time.perf_counter() - start
 
 
-def encode(bench: Bench, backend: Backend) -> list[Prompt]:
+def encode_rows(bench: Bench, backend: Backend) -> list[Prompt]:
     """The prompts of a step, as the backend takes them."""
     return [
         backend.encode(with_images([open_image(path) for path in row["images"]], row["prompt"][0]["content"]))
