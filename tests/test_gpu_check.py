@@ -409,6 +409,16 @@ def test_the_peak_of_a_card(gpu, name, flops, monkeypatch):
     assert gpu.peak_flops() == flops
 
 
+def test_what_was_measured_is_said_with_the_card(gpu, monkeypatch, tmp_path):
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=150e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    said = gpu.describe(gpu.Bench(tmp_path, is_toy=False))
+    assert said.startswith("NVIDIA H200, 150 GB, ") and said.endswith("8 completions each, of 100 to 300 tokens.")
+    assert "toy" in gpu.describe(gpu.Bench(tmp_path, is_toy=True))
+    with pytest.raises(gpu.Impossible, match="there is no model"):
+        gpu.load_backend(gpu.Bench(tmp_path, is_toy=False), "hf")
+
+
 def test_work_of_a_step_counts_each_prompt_once(gpu, tmp_path):
     """By hand: a multiply-add a weight of a linear layer and token, and two a head's dimension and pair of tokens."""
     bench = gpu.Bench(tmp_path, is_toy=True)
