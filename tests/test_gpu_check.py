@@ -1,15 +1,22 @@
-"""The check of a GPU: what it says without one, a rehearsal of all of it, how it goes on, and its arithmetic."""
+"""The check of a GPU: what it says without one, packages from a folder, how it goes on, a rehearsal, its arithmetic."""
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
-from contextlib import suppress
+import zipfile
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
+from torch.autograd import DeviceType
 
 from open_r1.front_door import Mistake
 from open_r1.prompts import REPO_ROOT
@@ -19,13 +26,10 @@ SCRIPT = REPO_ROOT / "scripts/gpu_check.sh"
 
 @pytest.fixture(scope="module")
 def check():
-    """The command as a module; importing it chooses one GPU for this process."""
-    before = dict(os.environ)
+    """The command as a module."""
     sys.path.insert(0, str(REPO_ROOT / "scripts"))
     import gpu_check
 
-    os.environ.clear()
-    os.environ.update(before)
     return gpu_check
 
 
@@ -42,11 +46,14 @@ def start(folder, *arguments, python=sys.executable, **env):
     return subprocess.run(["sh", SCRIPT, *arguments], env=env, cwd=folder, capture_output=True, text=True)
 
 
+# --- what has to be there -----------------------------------------------------------------------------------------
+
+
 def test_without_a_gpu_it_says_so(quick_python, tmp_path):
-    done = start(tmp_path, python=quick_python, CUDA_VISIBLE_DEVICES="-1")
+    done = start(tmp_path, "--output", "here", python=quick_python, CUDA_VISIBLE_DEVICES="-1")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("gpu_check: error: no GPU: nothing to check; `--rehearsal` runs the check itself")
-    assert len(done.stderr.splitlines()) == 1
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -56,30 +63,271 @@ def test_a_time_that_is_none_is_refused(minutes, quick_python, tmp_path):
     assert done.returncode == 2 and f"--minutes: expected minutes above 0, not '{minutes}'" in done.stderr
 
 
+SAID = """
+Driver Version                            : {driver}
+{label}                              : {cuda}
+GPU 00000000:01:00.0
+    Product Name                          : NVIDIA H200
+GPU 00000000:02:00.0
+    Product Name                          : NVIDIA L4
+"""
+
+
+@pytest.mark.parametrize(
+    "label, driver, supported, built, told",
+    [
+        (
+            "CUDA Version",
+            "550.54.15",
+            "12.4",
+            "13.0",
+            "driver too old: 550.54.15, of the NVIDIA H200, runs CUDA 12.4 and older, and torch 2.11.0 is built for "
+            "CUDA 13.0; update the driver, or install a torch for CUDA 12.4 or older",
+        ),
+        ("CUDA UMD Version", "550.54.15", "12.4", "13.0", "driver too old: 550.54.15, of the NVIDIA H200, runs"),
+        ("CUDA Version", "580.159.03", "13.0", "13.2", "torch 2.11.0 for CUDA 13.2 cannot use the NVIDIA H200 that"),
+        ("CUDA Version", "580.159.03", "13.0", None, "torch 2.11.0 is built without CUDA, and cannot use the NVIDIA"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_told_with_the_reason(
+    check, monkeypatch, tmp_path, label, driver, supported, built, told
+):
+    """nvidia-smi is a script that prints what the real one does in these lines; no such driver was at hand."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\ncat <<'END'\n{SAID.format(label=label, driver=driver, cuda=supported)}END\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    monkeypatch.setattr(torch.version, "cuda", built)
+    with pytest.raises(Mistake, match=re.escape(told)):
+        check.check_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    with pytest.raises(Mistake, match="no GPU"):
+        check.check_gpu()
+
+
+def write_wheel(folder, name, tag="py3-none-any", release="1.0"):
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-{release}-{tag}.whl", "w") as wheel:
+        wheel.writestr(f"{name}/__init__.py", f"version = {release!r}")
+        wheel.writestr(f"{name}-{release}.dist-info/METADATA", f"Name: {name}\nVersion: {release}\n")
+
+
+def test_of_a_folder_of_wheels_only_what_is_missing_is_installed(check, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(Mistake, match="--wheels: no wheels in"):
+        check.install_wheels(tmp_path / "wheels", tmp_path / "site-packages")
+    write_wheel(tmp_path / "wheels", "a_package_of_no_one")
+    write_wheel(tmp_path / "wheels", "torch", release="99.0")
+    write_wheel(tmp_path / "wheels", "pyyaml", "cp27-cp27m-win32")
+    check.install_wheels(tmp_path / "wheels", tmp_path / "site-packages")
+    assert version("a-package-of-no-one") == "1.0" and version("torch") != "99.0"
+    assert {path.name.partition("-")[0] for path in (tmp_path / "site-packages").iterdir()} == {"a_package_of_no_one"}
+    write_wheel(tmp_path / "wheels", "another_of_no_one", "cp27-cp27m-win32")
+    with pytest.raises(Mistake, match=r"another_of_no_one-1.0-cp27-cp27m-win32.whl is for another Python or machine"):
+        check.install_wheels(tmp_path / "wheels", tmp_path / "site-packages")
+
+
+def test_what_is_missing_is_named_with_the_way_to_get_it(check, monkeypatch):
+    check.check_given()
+    check.check_wheels()  # this environment lacks nothing
+    monkeypatch.setattr(check, "is_installed", lambda name: name not in ("trl", "dill", "torchvision"))
+    with pytest.raises(Mistake, match=r"lacks 2 packages: .* -d FOLDER trl==1.16.0 dill==0.4.1` where there is one"):
+        check.check_wheels()
+    with pytest.raises(Mistake, match=r"has no torchvision: run `bash setup.sh`, or install builds that fit"):
+        check.check_given()
+
+
+def test_wheels_have_the_versions_that_the_project_is_tested_with(check):
+    texts = [(REPO_ROOT / name).read_text() for name in ("requirements.txt", "requirements-test.txt")]
+    tested = dict(re.findall(r"^([\w-]+)==(\S+)", "\n".join(texts), re.MULTILINE))
+    wheels = dict(pin.split("==") for pin in " ".join(check.WHEELS.values()).split())
+    shared = wheels.keys() & tested.keys()
+    assert shared >= check.WHEELS.keys() and {name: wheels[name] for name in shared} == {n: tested[n] for n in shared}
+
+
+# --- how it goes on -----------------------------------------------------------------------------------------------
+
+MEASURING = """
+import json, os, pathlib, signal, subprocess, sys, time
+
+def main():
+    name, folder, size, path = sys.argv[1:]
+    if name != "dies at once":
+        pathlib.Path(path).write_text(json.dumps({"about": size, "figures": {"s": 1.0}}))
+    if name.startswith("dies"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if name == "hangs":
+        child = subprocess.Popen(["sleep", "600"])
+        pathlib.Path(folder, "child").write_text(str(child.pid))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    if name == "leaves":
+        sys.exit(3)
+"""
+
+
+@pytest.fixture
+def measure(check, tmp_path):
+    """`gpu_check.measure` with measurements that do what their name says."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/__init__.py").touch()
+    (tmp_path / "benchmarks/gpu.py").write_text(MEASURING)
+    check.show_children(tmp_path)  # the environment is the test's own
+    return lambda name, limit=60: check.measure(name, tmp_path, True, limit)
+
+
+def test_a_process_that_ends_or_dies_leaves_what_it_knew(measure):
+    outcome = measure("works")
+    assert (outcome.figures, outcome.about, outcome.reason, outcome.failed) == ({"s": 1.0}, "toy", "", False)
+    outcome = measure("dies later")
+    assert outcome.reason == "failed: its process was ended by SIGSEGV" and outcome.failed
+    assert outcome.figures == {"s": 1.0}
+    outcome = measure("dies at once")
+    assert outcome.reason == "failed: its process was ended by SIGSEGV" and outcome.figures == {}
+    assert measure("leaves").reason == "failed: its process ended with exit code 3"
+
+
+def test_one_that_hangs_is_killed_with_all_that_it_started(measure, tmp_path):
+    begin = time.monotonic()
+    outcome = measure("hangs", 3)
+    assert time.monotonic() - begin < 60
+    assert outcome.reason == "cut off after 3 s" and outcome.figures == {"s": 1.0} and not outcome.failed
+    child = Path("/proc", (tmp_path / "child").read_text(), "stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+    assert measure("works", 0).reason == "not run: the time was over"
+
+
+def test_a_measurement_that_cannot_be_made_says_why(gpu, capsys):
+    def raising(error):
+        def measure(bench):
+            yield {"s": 1.0}
+            raise error
+
+        told = []
+        gpu.attempt(measure, None, told.append)
+        assert told[0] == {"figures": {"s": 1.0}} and told[-1]["figures"] == {"s": 1.0}
+        return told[-1]["reason"], told[-1]["failed"]
+
+    assert raising(gpu.Impossible("no such card")) == ("not run: no such card", False)
+    out_of_memory = raising(torch.OutOfMemoryError("CUDA out of memory.\nmore"))
+    assert out_of_memory == ("out of memory: CUDA out of memory.", False)
+    assert "Traceback" not in capsys.readouterr().err
+    assert raising(Mistake("differs by 3 %")) == ("failed: Mistake: differs by 3 %", True)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_every_measurement_has_a_limit(check, gpu):
+    assert list(check.LIMITS) == list(gpu.MEASUREMENTS)
+
+
+def test_the_expected_seconds_add_up_to_less_than_seven_minutes(check):
+    """docs/running.md has a row a measurement, in their order: an expression and what it makes."""
+    page = (REPO_ROOT / "docs/running.md").read_text()
+    rows = re.findall(r"^\|.*\| ([\d .+x()]+?)(?: = (\d+))? \|$", page[page.index("What an H200 is expected") :], re.M)
+    expected = [int(made or expression) for expression, made in rows]
+    for (expression, made), limit in zip(rows, check.LIMITS.values(), strict=True):
+        seconds = int(made or expression)
+        assert seconds == pytest.approx(eval(expression.replace("x", "*")), abs=0.51) and 1.5 * seconds <= limit
+    assert sum(expected) < 7 * 60 and f"| all | {sum(expected)}, {sum(expected) / 60:.1f} minutes |" in page
+
+
+def test_the_table_has_a_row_a_figure_and_what_stock_takes_more(check, tmp_path):
+    outcomes = [
+        check.Outcome("step, this trainer", {"rollout, s": 2.0, "peak memory, GB": 10.0, "MFU of whole step, %": 30.0}),
+        check.Outcome(
+            "step, stock TRL", {"rollout, s": 5.0, "peak memory, GB": 40.0, "MFU of whole step, %": 10.0}, about="here"
+        ),
+        check.Outcome("decoding", {"ms": 7.0}, reason="cut off after 60 s"),
+    ]
+    text = check.report(outcomes, tmp_path)
+    lines = text.splitlines()
+    assert lines[0] == "here" and lines[4] == "| step, this trainer | rollout, s | 2 |"
+    assert lines[-4:] == [
+        "| decoding | ms | 7 |",
+        "| decoding | - | cut off after 60 s |",
+        "| stock TRL / this trainer | rollout | 2.50x |",
+        "| stock TRL / this trainer | peak memory | 4.00x |",
+    ]
+    assert text in (tmp_path / "gpu_check.md").read_text()
+    result = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert result["ratios"] == {"rollout, s": 2.5, "peak memory, GB": 4.0} and len(result["outcomes"]) == 3
+    assert check.ratios(outcomes[1:]) == {}  # without one of the two
+
+
+# --- rehearsals ---------------------------------------------------------------------------------------------------
+
+# What a CPU has no figures of, or none above 0, and why
+WITHOUT = {"attention tests": "", "evaluation and rollout, vLLM": "not run: vLLM is not installed"}
+
+
 @pytest.mark.slow
-def test_a_rehearsal_runs_every_measurement(gpu, tmp_path):
-    """On a toy model and the CPU; what needs a GPU or vLLM says so."""
-    done = start(tmp_path, "--rehearsal", "--minutes", "14", "--output", "here")
-    assert done.returncode == 0, done.stderr
+def test_every_measurement_runs_on_a_toy(gpu, tmp_path):
+    """In this process; the nightly rehearsal runs them as the command does, with tests and launch."""
+    bench = gpu.Bench(tmp_path / "shared", is_toy=True)
+    bench.folder.mkdir()
+    for name, measure in gpu.MEASUREMENTS.items():
+        if name not in (*WITHOUT, "two steps of run_grpo_SAT.sh"):
+            told = []
+            gpu.attempt(measure, bench, told.append)
+            assert told[-1]["reason"] == "" and len(told) > 1, (name, told)
+            figures = told[-1]["figures"]
+            assert all(value > 0 for value in figures.values() if not name.startswith("rollout of")), (name, figures)
+    assert "aten::" in (tmp_path / "gpu_check_profile.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def cluster_python() -> Path:
+    """Python 3.12, or else this one, with torch 2.11 and what belongs to it, and no package of this project (6 GB)."""
+    pins = ["torch==2.11.0", "torchvision==0.26.0", "transformers==5.17.0", "accelerate==1.15.0", "peft==0.21.2", "pip"]
+    digest = sha256(f"{pins} {sys.version}".encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open-r1-zero"
+    folder = cache / f"cluster-{digest}"
+    cache.mkdir(parents=True, exist_ok=True)
+    uv = Path(sys.prefix) / "bin/uv"
+    uv = str(uv) if uv.exists() else "uv"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "whole").exists():
+            make = [uv, "venv", "--quiet", "--clear", folder, "--python"]
+            env = {**os.environ, "PYENV_VERSION": "3.12"}  # pyenv's `python3.12` starts only when it is asked for
+            if subprocess.run([*make, "3.12"], env=env).returncode:
+                subprocess.run([*make, sys.executable], check=True)
+            subprocess.run([uv, "pip", "install", "--quiet", "--python", folder / "bin/python", *pins], check=True)
+            (folder / "whole").touch()
+    return folder / "bin/python"
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_a_machine_with_an_older_torch_and_a_folder_of_wheels_is_checked(check, cluster_python, tmp_path):
+    """What the command asks for is downloaded as it says, and is all that it needs beside the machine's own."""
+    bare = start(tmp_path, "--rehearsal", python=cluster_python, PYTHONPATH="")
+    assert bare.returncode == 1 and len(bare.stderr.splitlines()) == 1
+    (download,) = re.findall(r"run `(python3 -m pip download .*?)` where there is one", bare.stderr)
+    python, *command = shlex.split(download.replace("FOLDER", str(tmp_path / "wheels")))
+    assert python == "python3"
+    subprocess.run([cluster_python, *command], check=True, capture_output=True)
+
+    arguments = ["--rehearsal", "--minutes", "45", "--output", "here", "--wheels", "wheels"]
+    done = start(tmp_path, *arguments, python=cluster_python, PYTHONPATH="")
+    assert done.returncode == 0, done.stderr[-5000:]
     result = json.loads((tmp_path / "here/gpu_check.json").read_text())
+    assert result["packages"]["torch"].startswith("2.11.0")
     outcomes = {outcome["name"]: outcome for outcome in result["outcomes"]}
-    assert list(outcomes) == list(gpu.MEASUREMENTS)
-    needs = {"attention of packed groups, flash along paths": "compute capability 8.0", "vLLM": "vLLM"}
+    assert list(outcomes) == list(check.LIMITS)
     for name, outcome in outcomes.items():
-        missing = [reason for part, reason in needs.items() if part in name]
-        if missing and outcome["figures"] is None:
-            assert outcome["reason"].startswith("not run: ") and missing[0] in outcome["reason"]
-        else:
-            assert outcome["figures"] and all(value > 0 for value in outcome["figures"].values()), name
+        assert outcome["reason"].startswith(WITHOUT.get(name, "")) and bool(outcome["reason"]) == (
+            bool(WITHOUT.get(name))
+        ), outcome
+        assert outcome["figures"] or WITHOUT.get(name), outcome
     assert result["ratios"]["whole step, s"] > 0
-    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["gpu_check.json", "gpu_check.md"]
+    made = {"gpu_check.json", "gpu_check.md", "gpu_check_profile.txt"}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == made
     text = (tmp_path / "here/gpu_check.md").read_text().partition("<!--")[0]  # who made it
     assert text.startswith("A rehearsal of the check itself") and text.strip() in done.stdout
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(line.count("|") == 4 for line in rows) and {line.split(" | ")[0][2:] for line in rows[2:]} == {
-        *outcomes,
-        "stock TRL / this trainer",
-    }
+    assert all(line.count("|") == 4 for line in text.splitlines() if line.startswith("|"))
 
 
 @pytest.mark.gpu
@@ -92,60 +340,6 @@ def test_a_gpu_is_checked_in_nine_minutes(tmp_path):
     assert time.monotonic() - begin < 600
     outcomes = {each["name"]: each for each in json.loads((tmp_path / "gpu_check.json").read_text())["outcomes"]}
     assert outcomes["step, this trainer"]["figures"], outcomes["step, this trainer"]["reason"]
-
-
-# --- how it goes on -----------------------------------------------------------------------------------------------
-
-
-def in_a_minute():
-    return time.monotonic() + 60
-
-
-def test_a_measurement_that_cannot_be_made_says_why(check, gpu, capsys):
-    def raising(error):
-        def measure():
-            raise error
-
-        return check.attempt("it", measure, in_a_minute())
-
-    assert raising(gpu.Impossible("no such card")).reason == "not run: no such card"
-    out_of_memory = raising(torch.OutOfMemoryError("CUDA out of memory.\nmore"))
-    assert out_of_memory.reason == "out of memory: CUDA out of memory." and not out_of_memory.failed
-    assert "Traceback" not in capsys.readouterr().err
-    differs = raising(Mistake("differs by 3 %"))
-    assert differs.reason == "failed: Mistake: differs by 3 %" and differs.failed
-    assert "Traceback" in capsys.readouterr().err
-
-
-def test_time_cuts_off_and_leaves_out(check):
-    begin = time.monotonic()
-
-    def swallows_errors():
-        while True:
-            with suppress(Exception):
-                time.sleep(600)
-
-    cut = check.attempt("long", swallows_errors, time.monotonic() + 0.2)
-    assert time.monotonic() - begin < 300
-    assert cut.reason == "cut off: the time was over" and cut.figures is None and not cut.failed
-    assert check.attempt("next", dict, time.monotonic()).reason == "not run: the time was over"
-    assert check.attempt("after", lambda: {"s": 1.0}, in_a_minute()).figures == {"s": 1.0}
-
-
-def test_the_table_has_a_row_a_figure_and_what_stock_takes_more(check):
-    outcomes = [
-        check.Outcome("step, this trainer", {"rollout, s": 2.0, "peak memory, GB": 10.0, "MFU of whole step, %": 30.0}),
-        check.Outcome("step, stock TRL", {"rollout, s": 5.0, "peak memory, GB": 40.0, "MFU of whole step, %": 10.0}),
-        check.Outcome("evaluation and rollout, vLLM", reason="not run: vLLM is not installed"),
-    ]
-    lines = check.table(outcomes).splitlines()
-    assert lines[2] == "| step, this trainer | rollout, s | 2 |"
-    assert lines[-3:] == [
-        "| evaluation and rollout, vLLM | - | not run: vLLM is not installed |",
-        "| stock TRL / this trainer | rollout | 2.50x |",
-        "| stock TRL / this trainer | peak memory | 4.00x |",
-    ]
-    assert check.ratios(outcomes[1:]) == {}  # without one of the two
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------
@@ -173,12 +367,29 @@ def test_an_adapter_is_tried_in_the_room_of_a_small_card_and_then_of_a_larger(gp
 
     monkeypatch.setattr(gpu, "first_step", first_step)
     fits = 2
-    assert gpu.adapter_step(None, "lora") == {"runs within, GB": 24, "s": 1.0}
+    assert list(gpu.adapter_step(None, "lora")) == [{"runs within, GB": 24, "s": 1.0}]
     assert limits == [pytest.approx(15.4 / 80), 1.0, pytest.approx(23.4 / 80), 1.0] and tried == ["lora"] * 2
     tried.clear()
     fits = 3
     with pytest.raises(gpu.Impossible, match="out of memory within 24 GB"):
-        gpu.adapter_step(None, "lora")
+        list(gpu.adapter_step(None, "lora"))
+
+
+def test_a_profile_counts_launches_waits_and_the_time_of_kernels_once(gpu):
+    """An operator has its kernels' time as its own, beside the kernels themselves."""
+    seen = [
+        ("aten::mm", 2, 30.0, DeviceType.CPU),
+        ("cudaLaunchKernel", 5, 0.0, DeviceType.CPU),
+        ("cudaLaunchKernelExC", 2, 0.0, DeviceType.CPU),
+        ("cuLaunchKernelEx", 1, 0.0, DeviceType.CPU),
+        ("cudaStreamSynchronize", 3, 0.0, DeviceType.CPU),
+        ("cudaMemcpyAsync", 4, 0.0, DeviceType.CPU),
+        ("sm90_gemm", 2, 30.0, DeviceType.CUDA),
+        ("Memcpy DtoH", 4, 2.0, DeviceType.CUDA),
+    ]
+    names = ("key", "count", "self_device_time_total", "device_type")
+    events = [SimpleNamespace(**dict(zip(names, event, strict=True))) for event in seen]
+    assert gpu.count_events(events) == {"kernel launches": 8, "host waits": 3, "ms of kernels": 0.032}
 
 
 @pytest.mark.parametrize(
@@ -198,9 +409,20 @@ def test_the_peak_of_a_card(gpu, name, flops, monkeypatch):
     assert gpu.peak_flops() == flops
 
 
+def test_what_was_measured_is_said_with_the_card(gpu, monkeypatch, tmp_path):
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=150e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    said = gpu.describe(gpu.Bench(tmp_path, is_toy=False))
+    assert said.startswith("NVIDIA H200, 150 GB, ") and said.endswith("8 completions each, of 100 to 300 tokens.")
+    assert "toy" in gpu.describe(gpu.Bench(tmp_path, is_toy=True))
+    with pytest.raises(gpu.Impossible, match="there is no model"):
+        gpu.load_backend(gpu.Bench(tmp_path, is_toy=False), "hf")
+
+
 def test_work_of_a_step_counts_each_prompt_once(gpu, tmp_path):
     """By hand: a multiply-add a weight of a linear layer and token, and two a head's dimension and pair of tokens."""
-    bench = gpu.prepare(tmp_path, is_toy=True)
+    bench = gpu.Bench(tmp_path, is_toy=True)
+    assert list(gpu.prepare(bench))
     preset = bench.preset
     trainer = gpu.make_trainer("ours", preset, bench.model, bench.data, checkpointing=False)
     completions = gpu.given_completions(preset)

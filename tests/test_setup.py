@@ -24,6 +24,7 @@ FRONT_DOORS = sorted(
 LIGHT = {
     "report.py",
     "compare.py",
+    "gpu_check.py",
     "sweep.py",
     "world.py",
     "process_dataset.py",
@@ -272,6 +273,16 @@ def test_without_an_environment_one_line_says_setup(tmp_path, bare_python):
     assert shell.stderr == f"error: python3 does not have this repository's packages; run `bash setup.sh` in {root}\n"
 
 
+def test_a_check_of_a_gpu_says_itself_what_is_missing(doors, bare_python, tmp_path):
+    """It can bring most of that; but for `--wheels` it takes what setup.sh made, as all do."""
+    root = clone(tmp_path / "clone")
+    result = start(bare_python, root / "scripts/gpu_check.py", "--output", str(tmp_path / "out"))
+    assert result.returncode == 1 and not (tmp_path / "out").exists()
+    assert result.stderr.startswith(
+        f"gpu_check: error: {bare_python} has no torch, torchvision, transformers, accelerate, peft: run `bash setup"
+    )
+
+
 @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
 def test_the_active_environment_wins(doors, bare_python, tmp_path, variable):
     """Also when it lacks the packages: `bash setup.sh` would install into it."""
@@ -289,7 +300,14 @@ def test_the_active_environment_wins(doors, bare_python, tmp_path, variable):
 
 def test_python_and_shell_choose_alike(doors, bare_python):
     """scripts/env.sh and front_door.py hold the same order."""
-    for env in ({}, {"VIRTUAL_ENV": "/nowhere"}, {"CONDA_PREFIX": str(bare_python.parents[1])}):
+    bare = {"CONDA_PREFIX": str(bare_python.parents[1])}
+    for env in (
+        {},
+        {"VIRTUAL_ENV": "/nowhere"},
+        bare,
+        {"PYTHON": str(bare_python)},
+        {**bare, "PYTHON": sys.executable},
+    ):
         env = new_shell(**env)
         command = f'ROOT="{doors}"; . "$ROOT/scripts/env.sh"; printf %s "$PYTHON"'
         shell = subprocess.run(["sh", "-c", command], env=env, capture_output=True, text=True).stdout

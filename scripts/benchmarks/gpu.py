@@ -1,23 +1,31 @@
-"""What `gpu_check.py` measures, a function each, from a model of random weights: figures by their names, with units.
+"""What `gpu_check.py` measures, on a model of random weights: functions that yield figures as they know them.
 
-On a GPU the model has Qwen2-VL-2B's configuration and Qwen's tokenizer. On a CPU it is a toy, and the figures say only
-that these lines run.
+Figures go by their names, with units. On a GPU the model has Qwen2-VL-2B's configuration and Qwen's tokenizer. On a CPU
+it is a toy, and the figures say only that these lines run.
 """
 
 import gc
 import importlib.util
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from datetime import date
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig, ProcessorMixin
 
 from benchmarks.step import (
@@ -45,12 +53,15 @@ from open_r1.evaluate.answering import (
     make_batches,
 )
 from open_r1.evaluate.answering import messages as with_images
-from open_r1.front_door import Mistake
+from open_r1.files import MADE_BY, replace_file, to_json
+from open_r1.front_door import Mistake, first_line
 from open_r1.images import open_image
+from open_r1.prompts import REPO_ROOT
 from open_r1.published import save_random_2b
 from open_r1.recipes import read_recipe
 from open_r1.shared_prefix import (
     Layout,
+    Prompt,
     attend_groups,
     attend_paths,
     choose_attention,
@@ -78,7 +89,7 @@ PEAK_FLOPS = {
 CARDS = (16, 24)  # GB of the smaller cards that an adapter is tried on
 TOLERANCE = 0.02  # of attention in bfloat16, relative: its numbers have 8 bits
 ROUNDS = 2  # steps that are timed, after one to warm up
-GPU_PRESET = replace(PRESETS["sat-2b"], min_length=100, max_length=400)
+GPU_PRESET = replace(PRESETS["sat-2b"], min_length=100, max_length=300, mean_extra=100)
 TOY_PRESET = replace(
     PRESETS["sat-cpu"],
     image_side=112,
@@ -88,6 +99,9 @@ TOY_PRESET = replace(
     max_length=12,
     mean_extra=4,
 )
+# A kernel's launch, and the host's waits for the GPU, by their names in torch's profiler
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
 
 class Impossible(Exception):
@@ -96,40 +110,53 @@ class Impossible(Exception):
 
 @dataclass(frozen=True)
 class Bench:
-    """Where the measurements find what they share.
+    """Where the measurements, each in a process of its own, find what they share.
 
     Attributes:
-        preset: sizes of model, prompts and completions.
         folder: everything that is made.
-        data: prompts of one step, as the trainers take them.
-        questions: of the evaluation.
+        is_toy: whether this only rehearses the check.
     """
 
-    preset: Preset
     folder: Path
-    data: Dataset
-    questions: int
+    is_toy: bool
+
+    @property
+    def preset(self) -> Preset:
+        """Sizes of model, prompts and completions."""
+        return TOY_PRESET if self.is_toy else GPU_PRESET
+
+    @property
+    def questions(self) -> int:
+        """Of the evaluation."""
+        return 4 if self.is_toy else 64
 
     @property
     def model(self) -> Path:
-        """The checkpoint."""
-        return self.folder / "model"
+        """The checkpoint that `prepare` made.
 
-    @property
-    def is_toy(self) -> bool:
-        """Whether this only rehearses the check."""
-        return self.preset is TOY_PRESET
+        Raises:
+            Impossible: it could not.
+        """
+        path = self.folder / "model"
+        if not path.exists():
+            raise Impossible("there is no model: making it failed")
+        return path
+
+    @cached_property
+    def data(self) -> Dataset:
+        """Prompts of one step, as the trainers take them."""
+        return make_dataset(self.preset, self.folder)
 
 
-def prepare(folder: Path, is_toy: bool) -> Bench:
-    """Make the checkpoint, the prompts of a step in both forms that trainers read, and an evaluation's questions."""
-    quiet()
-    preset, questions = (TOY_PRESET, 4) if is_toy else (GPU_PRESET, 64)
-    if is_toy:
-        write_checkpoint(preset, folder / "model")
+def prepare(bench: Bench) -> Iterator[Figures]:
+    """Make the checkpoint, the prompts of a step as the recipes read them, and an evaluation's questions."""
+    made = bench.folder / "in the making"
+    start = time.perf_counter()
+    if bench.is_toy:
+        write_checkpoint(bench.preset, made)
     else:
-        save_random_2b(folder / "model", device="cuda")
-    data = make_dataset(preset, folder)
+        save_random_2b(made, device="cuda")
+    yield {"made and written, s": time.perf_counter() - start}
     examples = [
         {
             "messages": [
@@ -138,12 +165,64 @@ def prepare(folder: Path, is_toy: bool) -> Bench:
             ],
             "images": row["images"],
         }
-        for row in data
+        for row in bench.data
     ]
-    (folder / "examples.json").write_text(json.dumps(examples))
-    write_cvbench(folder / "cvbench", questions, 0, LEVELS["full"])
-    release()
-    return Bench(preset, folder, data, questions)
+    (bench.folder / "examples.json").write_text(json.dumps(examples))
+    write_cvbench(bench.folder / "cvbench", bench.questions, 0, LEVELS["full"])
+    made.rename(bench.folder / "model")  # whole
+    yield {"written, GB": sum(path.stat().st_size for path in bench.model.iterdir()) / 1e9}
+
+
+# --- one measurement -----------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure one, in the process that `gpu_check.py` made for it.
+
+    Its arguments are the measurement's name, the folder that all share, `toy` or `gpu`, and the file that gets what is
+    known so far, after every figure.
+    """
+    name, folder, size, path = sys.argv[1:]
+    quiet()
+    # cuDNN's attention plans anew for every length, which would be most of what is timed; stock TRL goes without, too
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    bench = Bench(Path(folder), size == "toy")
+    about = {"about": describe(bench)}
+    attempt(MEASUREMENTS[name], bench, lambda told: replace_file(Path(path), to_json(about | told)))
+
+
+def attempt(
+    measure: Callable[[Bench], Iterator[Figures]], bench: Bench | None, tell: Callable[[dict[str, Any]], None]
+) -> None:
+    """Measure, and tell what is known after every part, and at the end whatever came of it."""
+    figures: Figures = {}
+    reason, failed = "", False
+    try:
+        for part in measure(bench):
+            figures |= part
+            tell({"figures": figures})
+    except Impossible as error:
+        reason = f"not run: {error}"
+    except torch.OutOfMemoryError as error:
+        reason = f"out of memory: {first_line(error)}"
+    except Exception as error:
+        traceback.print_exc()
+        reason, failed = f"failed: {type(error).__name__}: {first_line(error)}", True
+    tell({"figures": figures, "reason": reason, "failed": failed})
+
+
+def describe(bench: Bench) -> str:
+    """What is measured on what."""
+    preset = bench.preset
+    if bench.is_toy:
+        return "A rehearsal of the check itself: a toy model on the CPU. No figure here says anything about a GPU."
+    card = torch.cuda.get_device_properties(0)
+    return (
+        f"{card.name}, {card.total_memory / 1e9:.0f} GB, {date.today().isoformat()}, torch {torch.__version__}. "
+        f"Qwen2-VL-2B's configuration, random weights, {preset.dtype}; a step is {preset.prompts_per_step} prompts "
+        f"with an image of {preset.image_side}x{preset.image_side}, {preset.group_size} completions each, of "
+        f"{preset.min_length} to {preset.max_length} tokens."
+    )
 
 
 # --- the device ----------------------------------------------------------------------------------------------
@@ -243,10 +322,45 @@ def prompt_length(preset: Preset) -> int:
     return (preset.image_side // 28) ** 2 + preset.question_words
 
 
-def packed_attention(bench: Bench, attend: Callable[..., torch.Tensor]) -> Figures:
-    """A packed row of two groups, forward and backward: bfloat16 here, and float32 on the CPU."""
-    if attend is attend_paths and choose_attention(*draw([(1,)])) is not attend_paths:
-        raise Impossible("torch's flash attention runs on NVIDIA GPUs of compute capability 8.0 or more")
+def attention_tests(bench: Bench) -> Iterator[Figures]:
+    """The tests that need a GPU and no model, of the files that have some; without one all are skipped."""
+    if importlib.util.find_spec("pytest") is None:
+        raise Impossible("pytest is not installed")
+    import pytest
+
+    tests = REPO_ROOT / "tests"
+    files = [path for path in sorted(tests.glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    counts: Counter[str] = Counter()
+
+    class Tally:
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.when == "call" or report.outcome != "passed":
+                counts[report.outcome] += 1
+
+    sys.path.insert(0, str(tests))
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # those of other packages on the machine
+    options = ["-q", "-m", "gpu and not slow", "-o", "addopts=", "-p", "no:cacheprovider", "--rootdir", str(REPO_ROOT)]
+    code = pytest.main([*options, *map(str, files)], plugins=[Tally()])
+    yield {"tests passed": counts["passed"], "skipped": counts["skipped"]}
+    if code != pytest.ExitCode.OK:
+        raise Mistake(f"pytest's exit code is {int(code)}, {counts['failed']} tests failed; they are told above")
+
+
+def attention(bench: Bench) -> Iterator[Figures]:
+    """What attends, in 16 bits: how far it is from float32, and how long it takes."""
+    for kind, measure in (
+        ("packed groups by SDPA", partial(packed_attention, attend=attend_groups)),
+        ("packed groups by flash along paths", partial(packed_attention, attend=attend_paths)),
+        ("a decoding step", decoding_attention),
+    ):
+        if "flash" in kind and choose_attention(*draw([(1,)])) is not attend_paths:
+            continue  # it runs on NVIDIA GPUs of compute capability 8.0 or more
+        difference, seconds = measure(bench)
+        yield {f"{kind}, difference from float32": difference, f"{kind}, ms": seconds * 1e3}
+
+
+def packed_attention(bench: Bench, attend: Callable[..., torch.Tensor]) -> tuple[float, float]:
+    """A packed row of two groups, forward and backward: its difference from float32 on the CPU, and seconds."""
     size, lengths = bench.preset.group_size, list(map(len, given_completions(bench.preset)))
 
     def make_layout(place: torch.device | str) -> Layout:
@@ -269,11 +383,10 @@ def packed_attention(bench: Bench, attend: Callable[..., torch.Tensor]) -> Figur
     exact = [state.detach().float().cpu().requires_grad_() for state in states]
     made = forward_and_backward(attend, states, layout)
     difference = largest_difference(made, forward_and_backward(attend_groups, exact, make_layout("cpu")))
-    seconds = mean_seconds(lambda: forward_and_backward(attend, states, layout), 1 if bench.is_toy else 20)
-    return {"difference from float32": difference, "forward and backward, ms": seconds * 1e3}
+    return difference, mean_seconds(lambda: forward_and_backward(attend, states, layout), 1 if bench.is_toy else 20)
 
 
-def decoding_attention(bench: Bench) -> Figures:
+def decoding_attention(bench: Bench) -> tuple[float, float]:
     """The newest token of every completion of a step, over a cache of full length."""
     heads, key_heads, dim = head_sizes(bench.preset)
     batch = bench.preset.group_size * bench.preset.prompts_per_step
@@ -283,14 +396,69 @@ def decoding_attention(bench: Bench) -> Figures:
     exact = decode_attention(*(state.float().cpu() for state in states), mask, None)
     on_device = mask.to(device())
     difference = largest_difference([decode_attention(*states, on_device, None)], [exact])
-    seconds = mean_seconds(lambda: decode_attention(*states, on_device, None), 1 if bench.is_toy else 100)
-    return {"difference from float32": difference, "ms": seconds * 1e3}
+    return difference, mean_seconds(lambda: decode_attention(*states, on_device, None), 1 if bench.is_toy else 100)
+
+
+# --- decoding ------------------------------------------------------------------------------------------------
+
+
+def growing_decoding(bench: Bench, cudnn: bool) -> Iterator[Figures]:
+    """Decode to lengths that the process has not seen, and to the same lengths again.
+
+    Where cuDNN attends it plans for each new length, and keeps the plan: a second rollout hides what the first cost.
+    """
+    backend, processor = load_backend(bench, "hf")
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)  # loading a model may have switched it
+    prompts = encode_rows(bench, backend)
+    sample(bench, backend, processor, prompts, 2)  # kernels are loaded when they first run
+    tokens = 4 if bench.is_toy else 48
+    for times in ("new lengths", "the same again"):
+        _, seconds = sample(bench, backend, processor, prompts, tokens)
+        yield {f"{times}, ms a token with its share of the prefill": 1e3 * seconds / tokens}
+    if torch.backends.cuda.cudnn_sdp_enabled() is not cudnn:
+        raise Mistake(f"cuDNN's attention was to be {'on' if cudnn else 'off'}, and decoding switched it")
+
+
+def profiled_rollout(bench: Bench) -> Iterator[Figures]:
+    """A rollout of 64 x 100 tokens; then what a token costs in launches, waits and kernels, by torch's profiler.
+
+    A profile of few tokens is taken from one of a few more, so that prefill and images are in none of these.
+    """
+    backend, processor = load_backend(bench, "hf")
+    few, more, whole = (2, 4, 8) if bench.is_toy else (2, 12, 100)
+    prompts = encode_rows(bench, backend)
+    sample(bench, backend, processor, prompts, few)
+    sampled, seconds = sample(bench, backend, processor, prompts, whole)
+    yield {"s": seconds, "ms a token": 1e3 * seconds / whole, "tokens a second": sampled / seconds}
+    counts = []
+    for tokens in (few, more):
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + torch.cuda.is_available()]) as seen:
+            sample(bench, backend, processor, prompts, tokens)
+        counts.append(count_events(seen.key_averages()))
+    for name in counts[0]:
+        yield {f"{name} a token": (counts[1][name] - counts[0][name]) / (more - few)}
+    most = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    text = seen.key_averages().table(sort_by=most, row_limit=60, max_name_column_width=100)
+    path = bench.folder.parent / "gpu_check_profile.txt"
+    replace_file(path, f"A rollout of {more} tokens, prefill included; {MADE_BY}\n{text}\n".encode())
+
+
+def count_events(events: Sequence[Any]) -> Figures:
+    """What torch's profiler saw, each kind of event with its number and its time in all."""
+    kernels = [
+        event for event in events if event.device_type == DeviceType.CUDA
+    ]  # others have their kernels' time, too
+    return {
+        "kernel launches": sum(event.count for event in events if event.key.startswith(LAUNCHES)),
+        "host waits": sum(event.count for event in events if event.key in WAITS),
+        "ms of kernels": sum(event.self_device_time_total for event in kernels) / 1e3,
+    }
 
 
 # --- training ------------------------------------------------------------------------------------------------
 
 
-def step(bench: Bench, way: str) -> Figures:
+def step(bench: Bench, way: str) -> Iterator[Figures]:
     """An optimiser step of everything with plain AdamW, on the same completions for both ways.
 
     The utilisation counts what has to be computed, each prompt once, whatever the way computes.
@@ -309,10 +477,10 @@ def step(bench: Bench, way: str) -> Figures:
         work = count_work(trainer, bench.preset, completions)
         for part in ("reference scoring", "policy update", "whole step"):
             figures[f"MFU of {part}, %"] = 100 * utilisation(work[part]["ours"], seconds[part], peak)
-    return figures | memory
+    yield figures | memory
 
 
-def adapter_step(bench: Bench, overlay: str) -> Figures:
+def adapter_step(bench: Bench, overlay: str) -> Iterator[Figures]:
     """The first step of the shipped recipe with an adapter, every completion at full length, in a smaller card's room.
 
     Raises:
@@ -322,7 +490,8 @@ def adapter_step(bench: Bench, overlay: str) -> Figures:
         try:
             with at_most(size):
                 room = {"runs within, GB": size} if torch.cuda.is_available() else {}
-                return room | first_step(bench, overlay)
+                yield room | first_step(bench, overlay)
+                return
         except torch.OutOfMemoryError:
             pass  # its trainer is released with the exception
         release()
@@ -358,27 +527,71 @@ def first_step(bench: Bench, overlay: str) -> Figures:
     return {f"{part}, s": log[name] for part, name in parts.items()} | {"whole step, s": log["step_time"]} | figures
 
 
+def paper_command(bench: Bench) -> Iterator[Figures]:
+    """Two steps of `run_grpo_SAT.sh`, under ZeRO-2 where DeepSpeed is installed, else under DDP.
+
+    The second step is what a run's steps take; the first also loads kernels.
+    """
+    launch = "zero2" if importlib.util.find_spec("deepspeed") else "ddp"
+    preset, output = bench.preset, bench.folder / "run"
+    settings = {
+        "max_steps": 2,
+        "max_completion_length": 12 if bench.is_toy else 200,
+        "save_strategy": "no",
+        "report_to": "none",
+        "reward_funcs": "format",
+    }
+    if bench.is_toy:
+        size, batch = preset.group_size, preset.group_size * preset.prompts_per_step
+        settings |= {"num_generations": size, "per_device_train_batch_size": size, "completions_per_step": batch}
+    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    env = {"MODEL": bench.model, "DATA": bench.folder / "examples.json", "OUTPUT": output, "PYTHON": sys.executable}
+    env |= {"ACCELERATE_CONFIG": launch, "NUM_PROCESSES": 1}
+    start = time.perf_counter()
+    done = subprocess.run(
+        ["sh", REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh", *arguments],
+        env=os.environ | {name: str(value) for name, value in env.items()},
+        stdout=sys.stderr,
+    )
+    if done.returncode:
+        raise Mistake(f"run_grpo_SAT.sh under {launch} ended with exit code {done.returncode}; it is told above")
+    logs = [log for log in map(json.loads, (output / "log.jsonl").open()) if "loss" in log]
+    figures = {f"{launch}, whole command, s": time.perf_counter() - start}
+    for order, log in zip(("first", "second"), logs, strict=True):
+        figures |= {
+            f"{launch}, {order} step, s": log["step_time"],
+            f"{launch}, {order} rollout, s": log["time/rollout"],
+        }
+    yield figures
+
+
 # --- generating ----------------------------------------------------------------------------------------------
 
 
-def generate(bench: Bench, name: str) -> Figures:
+def load_backend(bench: Bench, name: str) -> tuple[Backend, ProcessorMixin]:
+    """An engine of the evaluation with the model, and its processor."""
+    style = {"style": "reasoning"}
+    processor, _ = load_prompting(bench.model, "base", **style)
+    return BACKENDS[name](bench.model, processor, device(), bench.preset.dtype, **style), processor
+
+
+def generate(bench: Bench, name: str) -> Iterator[Figures]:
     """An evaluation's questions, greedily, and a step's completions, sampled, by a backend of the evaluation.
 
     Everything runs to its full length: random weights hardly ever end it.
     """
     if name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise Impossible("vLLM is not installed; setup.sh installs it where there is an NVIDIA GPU")
-    style = {"style": "reasoning"}
-    processor, _ = load_prompting(bench.model, "base", **style)
-    backend = BACKENDS[name](bench.model, processor, device(), bench.preset.dtype, **style)
-    answered, answering_seconds = answer(bench, Answerer(backend, processor, bench.preset.max_length))
-    sampled, sampling_seconds = sample(bench, backend, processor)
-    return {
-        "evaluation, questions a second": bench.questions / answering_seconds,
-        "evaluation, tokens a second": answered / answering_seconds,
-        "rollout, s": sampling_seconds,
-        "rollout, tokens a second": sampled / sampling_seconds,
+    backend, processor = load_backend(bench, name)
+    answered, seconds = answer(bench, Answerer(backend, processor, bench.preset.max_length))
+    yield {
+        "evaluation, questions a second": bench.questions / seconds,
+        "evaluation, tokens a second": answered / seconds,
     }
+    start = time.perf_counter()  # the prompts are new to the backend, so that none is in a cache
+    sampled, _ = sample(bench, backend, processor, encode_rows(bench, backend), bench.preset.max_length)
+    seconds = time.perf_counter() - start
+    yield {"rollout, s": seconds, "rollout, tokens a second": sampled / seconds}
 
 
 def answer(bench: Bench, answerer: Answerer) -> tuple[int, float]:
@@ -389,29 +602,37 @@ def answer(bench: Bench, answerer: Answerer) -> tuple[int, float]:
     return tokens, time.perf_counter() - start
 
 
-def sample(bench: Bench, backend: Backend, processor: ProcessorMixin) -> tuple[int, float]:
-    """Tokens and seconds of a step's rollout; the prompts are new to the backend, so that none is in a cache."""
-    settings = generation_settings(processor, bench.preset.max_length)
-    settings |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    start = time.perf_counter()
-    prompts = [
+def encode_rows(bench: Bench, backend: Backend) -> list[Prompt]:
+    """The prompts of a step, as the backend takes them."""
+    return [
         backend.encode(with_images([open_image(path) for path in row["images"]], row["prompt"][0]["content"]))
         for row in bench.data
     ]
-    repeats = [bench.preset.group_size] * len(prompts)
-    completions = backend.generate(prompts, repeats, GenerationConfig(**settings))
+
+
+def sample(
+    bench: Bench, backend: Backend, processor: ProcessorMixin, prompts: Sequence[Prompt], tokens: int
+) -> tuple[int, float]:
+    """Tokens and seconds of a step's rollout, a completion of so many tokens."""
+    settings = generation_settings(processor, tokens)
+    settings |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    start = time.perf_counter()
+    completions = backend.generate(prompts, [bench.preset.group_size] * len(prompts), GenerationConfig(**settings))
     return sum(map(len, completions.ids)), time.perf_counter() - start
 
 
-# In the order of what is wanted most, should time run out; vLLM last, since it keeps memory.
-MEASUREMENTS: dict[str, Callable[[Bench], Figures]] = {
-    "attention of packed groups, SDPA": partial(packed_attention, attend=attend_groups),
-    "attention of packed groups, flash along paths": partial(packed_attention, attend=attend_paths),
-    "attention of a decoding step": decoding_attention,
+MEASUREMENTS: dict[str, Callable[[Bench], Iterator[Figures]]] = {  # gpu_check.py has their order and limits
+    "attention tests": attention_tests,
+    "attention": attention,
+    "model": prepare,
+    "decoding, cuDNN's attention off": partial(growing_decoding, cudnn=False),
+    "decoding, cuDNN's attention on": partial(growing_decoding, cudnn=True),
+    "rollout of 64 x 100 tokens": profiled_rollout,
     "step, this trainer": partial(step, way="ours"),
     "step, stock TRL": partial(step, way="stock"),
     "step with LoRA": partial(adapter_step, overlay="lora"),
     "step with QLoRA": partial(adapter_step, overlay="qlora"),
+    "two steps of run_grpo_SAT.sh": paper_command,
     "evaluation and rollout, transformers": partial(generate, name="hf"),
     "evaluation and rollout, vLLM": partial(generate, name="vllm"),
 }

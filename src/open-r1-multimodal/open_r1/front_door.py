@@ -154,21 +154,28 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def use_environment() -> None:
+def use_environment(is_needed: bool = True) -> None:
     """Go on when this Python has the packages; else start the script anew with the environment's Python.
 
-    The active environment (virtual or conda) wins over the `.venv` of `setup.sh`, as in `scripts/env.sh`.
+    PYTHON wins over the active environment (virtual or conda), and that over the `.venv` of `setup.sh`, as in
+    `scripts/env.sh`.
+
+    Args:
+        is_needed: whether a script cannot go on without the packages.
 
     Raises:
-        SystemExit: no environment, or one without the packages; in one line.
+        SystemExit: no environment, or one without the packages, which are needed; in one line.
     """
     started = os.environ.pop(CHOSEN, None)
     if importlib.util.find_spec(PROBE):
         return
     environments = (os.environ.get("VIRTUAL_ENV"), os.environ.get("CONDA_PREFIX"), str(ROOT / ".venv"))
-    pythons = [os.path.join(folder, "bin", "python") for folder in environments if folder]
+    pythons = [os.environ.get("PYTHON", "")]
+    pythons += [os.path.join(folder, "bin", "python") for folder in environments if folder]
     python = next((python for python in pythons if os.access(python, os.X_OK)), None)
     if python is None or python == started:
+        if not is_needed:
+            return
         sys.exit(
             f"error: {python or sys.executable} does not have this repository's packages; run `bash setup.sh` in {ROOT}"
         )
