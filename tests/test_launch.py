@@ -1,6 +1,7 @@
 """The commands: every script parses, launches agree with each other, signals end them."""
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ from trl import ModelConfig
 from open_r1.entry import resolve_report_to
 from open_r1.grpo import GRPOScriptArguments
 from open_r1.prompts import REPO_ROOT
-from open_r1.recipes import default_output, read_recipe
+from open_r1.recipes import default_output, merge_recipes, read_recipe
 from open_r1.trainer import Qwen2VLGRPOConfig
 from support import hear_signals, launch_env, load_weights, read_jsonl, run_grpo
 
@@ -367,3 +368,74 @@ def test_a_killed_compiler_does_not_make_the_next_launch_wait(tmp_path):
     compiler.kill()
     compiler.wait()
     assert [path.parent.name for path in sorted(tmp_path.glob("*/lock"))] == ["busy", "young"]
+
+
+BF16, FP16, FP32 = ("bf16", True, False), ("fp16", False, True), ("no", False, False)
+# recipes and arguments -> what accelerate and DeepSpeed must be told; every shipped recipe by what its file says
+PRECISIONS = {
+    (recipe, ""): BF16 if merge_recipes([recipe]).get("bf16", True) else FP32
+    for recipe in sorted(str(path) for glob in ("*.yaml", "tiny/*.yaml") for path in (REPO_ROOT / "configs").glob(glob))
+} | {
+    ("configs/grpo_sat.yaml configs/overlays/lora.yaml", ""): BF16,
+    ("configs/grpo_sat.yaml configs/overlays/tiny.yaml", ""): FP32,
+    ("configs/grpo_sat.yaml", "--bf16 false --dtype float32"): FP32,
+    ("configs/grpo_sat.yaml", "--bf16 false --fp16 true"): FP16,
+    ("configs/smolvlm_256m.yaml", "--bf16 true"): BF16,
+}
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "ddp"])
+def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp_path):
+    """What accelerate and DeepSpeed are told on a machine with GPUs, from the launcher to a process's settings.
+
+    The launch goes as far as the environment that accelerate would give its processes, and what these read from it.
+    """
+    from accelerate.commands import launch as accelerate_launch
+    from accelerate.utils import launch as settings_of_launch
+
+    from open_r1 import entry, launch
+
+    environments = []
+    monkeypatch.setattr(settings_of_launch, "env_var_path_add", settings_of_launch.env_var_path_add)  # put back after
+    monkeypatch.setattr(launch.logging, "disable", lambda level: None)
+    monkeypatch.setattr(launch, "check_gpus", lambda processes: None)
+    monkeypatch.setattr(entry, "check", lambda command, arguments, *_: read_recipe(command.arguments, arguments)[1])
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(
+        accelerate_launch,
+        "deepspeed_launcher",
+        lambda args: environments.append(settings_of_launch.prepare_deepspeed_cmd_env(args)[1]),
+    )
+    monkeypatch.setattr(
+        accelerate_launch,
+        "multi_gpu_launcher",
+        lambda args: environments.append(settings_of_launch.prepare_multi_gpu_env(args)),
+    )
+    config_file = str(REPO_ROOT / f"src/open-r1-multimodal/configs/{strategy}.yaml")
+    told = {}
+    for recipes, changes in PRECISIONS:
+        command = "sft" if "sft" in recipes else "grpo"
+        kinds = importlib.import_module(f"open_r1.{command}").COMMAND.arguments
+        arguments = [part for recipe in recipes.split() for part in ("--config", recipe)]
+        arguments += ["--dataset_name", "x", "--output_dir", str(tmp_path), "--report_to", "none", *changes.split()]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["launch.py", "--config_file", config_file, "--num_processes", "2"])
+            sys.argv += [f"{command}.py", *arguments]
+            launch.start(launch.parse(), multiprocessing.get_context("fork").SimpleQueue())
+            for name, value in environments[-1].items():
+                if name.startswith("ACCELERATE_"):
+                    patch.setenv(name, value)
+            args = read_recipe(kinds, arguments)[1]
+            deepspeed = args.deepspeed_plugin.deepspeed_config if args.deepspeed_plugin else {}
+            enabled = [deepspeed[name]["enabled"] for name in ("bf16", "fp16")] if deepspeed else [args.bf16, args.fp16]
+        assert environments[-1]["ACCELERATE_MIXED_PRECISION"] == args.mixed_precision
+        assert bool(deepspeed) == (strategy != "ddp")
+        told[recipes, changes] = (args.mixed_precision, *enabled)
+    assert told == PRECISIONS
+
+
+def test_on_a_cpu_a_dtype_of_the_command_line_is_taken(launched):
+    """What the launch sets there, float32, goes before: the last of two counts."""
+    lines = launched("--dtype", "bfloat16", "--bf16", "true", CUDA_VISIBLE_DEVICES="-1").stdout.splitlines()
+    for name, values in (("--dtype", ["float32", "bfloat16"]), ("--bf16", ["false", "true"])):
+        assert [lines[at + 1] for at, line in enumerate(lines) if line == name] == values
