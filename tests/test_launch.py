@@ -325,21 +325,101 @@ def test_nohup_stays(launching):
     assert launching(lambda *_: os.kill(os.getpid(), signal.SIGHUP), hangup=signal.SIG_IGN) == (0, "")
 
 
-@pytest.mark.parametrize("found, reason", [(0, "no driver"), (1, None)])
-def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch, found, reason):
+@pytest.fixture
+def card(monkeypatch):
+    """Makes torch see GPUs of one kind, built for this project's cards, behind a driver that it can use or cannot."""
+
+    def see(capability: tuple[int, int], name: str = "A card", count: int = 1, driver: str = "") -> None:
+        def init() -> None:
+            if driver:
+                raise RuntimeError(driver)
+
+        fakes = {
+            "is_available": lambda: count > 0 and not driver,
+            "device_count": lambda: count,
+            "init": init,
+            "get_arch_list": lambda: ["sm_75", "sm_80", "sm_90a", "compute_120"],
+            "get_device_capability": lambda device=0: capability,
+            "get_device_name": lambda device=0: name,
+        }
+        for attribute, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, attribute, fake)
+
+    return see
+
+
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver by downloading "
+    "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
+)
+
+
+@pytest.mark.parametrize(
+    "count, driver, usable, reason",
+    [
+        (1, "", 1, ""),
+        (0, "no driver\nand more", 0, " (no driver)"),
+        (2, TOO_OLD, 0, " (The NVIDIA driver on your system is too old (found version 12040))"),
+    ],
+)
+def test_gpus_that_torch_cannot_use_are_told(card, count, driver, usable, reason):
     from open_r1.launch import Mistake, check_gpus
 
-    def init():
-        if reason:
-            raise RuntimeError(f"{reason}\nand more")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
-    monkeypatch.setattr(torch.cuda, "init", init)
-    check_gpus(found)
-    told = rf"^2 processes need a GPU each, and torch \S+ can use {found}{f' .{reason}.' if reason else ''}; mend the "
-    with pytest.raises(Mistake, match=told):
+    card((9, 0), count=count, driver=driver)
+    check_gpus(usable)
+    told = f"2 processes need a GPU each, and torch {torch.__version__} can use {usable}{reason}; update the driver "
+    with pytest.raises(
+        Mistake, match=rf"^{re.escape(told)}\(CUDA 13 needs 580 or newer\), install torch for CUDA 12.6"
+    ):
         check_gpus(2)
+
+
+@pytest.mark.parametrize("capability, works", [((7, 0), False), ((6, 1), False), ((7, 5), True), ((12, 1), True)])
+def test_a_gpu_that_torch_has_no_kernels_for_is_told(card, capability, works):
+    from open_r1.doctor.environment import gpus
+    from open_r1.launch import Mistake, check_gpus
+
+    card(capability, "Tesla V100")
+    if works:
+        check_gpus(1)
+        return
+    had = ".".join(map(str, capability))
+    told = f"Tesla V100 has compute capability {had}, and torch {torch.__version__} was built for 7.5 and newer"
+    with pytest.raises(Mistake, match=f"^{re.escape(told)}; install torch for CUDA 12.6 .UV_TORCH_BACKEND=cu126 "):
+        check_gpus(1)
+    (finding,) = gpus(None)
+    assert (finding.verdict, finding.what) == ("fail", told)
+
+
+@pytest.mark.parametrize(
+    "recipe, changes, capability, told",
+    [
+        ("grpo_sat", [], (7, 5), "bf16, dtype"),
+        ("sft_sat", ["--bf16", "false"], (7, 5), "dtype"),
+        ("grpo_sat", ["--dtype", "float32"], (7, 5), "bf16"),
+        ("grpo_sat", ["--bf16", "false", "--dtype", "float32"], (7, 5), None),
+        ("grpo_sat", ["--use_cpu", "true"], (7, 5), None),
+        ("smolvlm_256m", [], (7, 5), None),
+        ("grpo_sat", [], (8, 0), None),
+    ],
+)
+def test_bfloat16_on_a_gpu_without_it_is_told(card, monkeypatch, tmp_path, recipe, changes, capability, told):
+    """A T4 emulates it; the recipe for small GPUs runs there as it is."""
+    from open_r1 import entry, grpo, sft
+
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    command = sft.COMMAND if recipe == "sft_sat" else grpo.COMMAND
+    arguments = ["--config", f"configs/{recipe}.yaml", "--dataset_name", "x", "--output_dir", str(tmp_path)]
+    arguments += ["--report_to", "none", *changes]
+    settings = read_recipe(command.arguments, arguments)  # before there is a card: transformers would go to it
+    monkeypatch.setattr(entry, "read_recipe", lambda *_: settings)
+    card(capability, "Tesla T4")
+    if told is None:
+        entry.read_settings(command, arguments)
+        return
+    line = rf"^{told}: Tesla T4 .compute capability 7.5. has no bfloat16; add --bf16 false --dtype float32, or take "
+    with pytest.raises(ValueError, match=line):
+        entry.read_settings(command, arguments)
 
 
 @pytest.mark.parametrize("value", ["a --help b", "-h --help", "--config x"])

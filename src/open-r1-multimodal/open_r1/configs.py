@@ -4,7 +4,9 @@ import importlib.util
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from trl import GRPOConfig, SFTConfig
+import torch
+from transformers import TrainingArguments
+from trl import GRPOConfig, ModelConfig, SFTConfig
 
 from open_r1.front_door import Mistake
 from open_r1.options import check_options
@@ -269,6 +271,27 @@ def check_rotation(script_args: GRPOScriptArguments, args: Qwen2VLGRPOConfig) ->
         raise ValueError(
             f"rotate_options: a process asks both orders of a question, so that its rollout of {batch} completions "
             f"(per_device_train_batch_size x accumulation) must be a multiple of {pair}, 2 x num_generations"
+        )
+
+
+def check_bfloat16(args: TrainingArguments, model_args: ModelConfig) -> None:
+    """See that the GPU has what a run in bfloat16 asks of it: Ampere's compute capability, 8.0, or a newer one.
+
+    transformers does not tell: on older ones torch emulates bfloat16, so that nothing fails and every step crawls.
+
+    Raises:
+        ValueError: it has not.
+    """
+    asked = [
+        option for option, is_asked in (("bf16", args.bf16), ("dtype", model_args.dtype == "bfloat16")) if is_asked
+    ]
+    if args.use_cpu or not asked or not torch.cuda.is_available():
+        return
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise ValueError(
+            f"{', '.join(asked)}: {torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no bfloat16; "
+            "add --bf16 false --dtype float32, or take CONFIG=configs/smolvlm_256m.yaml, which is in float32"
         )
 
 

@@ -14,11 +14,13 @@ import importlib
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,9 @@ if TYPE_CHECKING:  # which imports torch: the launcher does so beside the check
     from transformers import TrainingArguments
 
 STALE_SECONDS = 60
+OTHER_TORCH = (
+    "install torch for CUDA 12.6 (UV_TORCH_BACKEND=cu126 bash setup.sh), or train on the CPU: CUDA_VISIBLE_DEVICES=-1"
+)
 HANDLED_SECONDS = 1  # after which a handler has run, if it can
 
 
@@ -85,24 +90,42 @@ def mixed_precision(args: "TrainingArguments") -> str:
 
 
 def check_gpus(processes: int) -> None:
-    """See that torch finds a GPU for every process; a driver may list them that it cannot use.
+    """See that torch can use a GPU for every process; a driver may list them that are too old, or is too old itself.
 
     Raises:
-        Mistake: when it does not.
+        Mistake: when it cannot.
     """
     torch = importlib.import_module("torch")
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found >= processes:
-        return
-    reason = ""
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        reason = f" ({first_line(error)})"
-    raise Mistake(
-        f"{processes} processes need a GPU each, and torch {torch.__version__} can use {found}{reason}; mend the "
-        "driver and run `bash setup.sh`, or train on the CPU: CUDA_VISIBLE_DEVICES=-1"
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's paragraphs about the same
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        reason = ""
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            reason = f" ({first_line(error).partition('. ')[0].rstrip('.')})"
+        old = gpu_without_kernels() if found else None
+    if found < processes:
+        raise Mistake(
+            f"{processes} processes need a GPU each, and torch {torch.__version__} can use {found}{reason}; "
+            f"update the driver (CUDA 13 needs 580 or newer), {OTHER_TORCH}"
+        )
+    if old:
+        raise Mistake(f"{old}; {OTHER_TORCH}")
+
+
+def gpu_without_kernels() -> str | None:
+    """The first GPU that is older than all that torch was built for, and what it was built for; None: there is none."""
+    torch = importlib.import_module("torch")
+    built_for = [int(found[1]) for name in torch.cuda.get_arch_list() if (found := re.match(r"sm_(\d+)", name))]
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if built_for and 10 * major + minor < min(built_for):
+            return (
+                f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and torch "
+                f"{torch.__version__} was built for {min(built_for) / 10} and newer"
+            )
+    return None
 
 
 def clear_stale_builds(folder: Path) -> None:
