@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -519,3 +520,41 @@ def test_on_a_cpu_a_dtype_of_the_command_line_is_taken(launched):
     lines = launched("--dtype", "bfloat16", "--bf16", "true", CUDA_VISIBLE_DEVICES="-1").stdout.splitlines()
     for name, values in (("--dtype", ["float32", "bfloat16"]), ("--bf16", ["false", "true"])):
         assert [lines[at + 1] for at, line in enumerate(lines) if line == name] == values
+
+
+FP16_SUMS = {"data_types": {"grad_accum_dtype": "fp16"}}
+
+
+@pytest.mark.parametrize(
+    "stage, given, told", [(2, {}, "fp32"), (3, {}, "fp32"), (1, {}, None), (2, FP16_SUMS, "fp16")]
+)
+def test_a_run_tells_deepspeed_how_to_add_gradients_up(monkeypatch, stage, given, told):
+    """Before its model and trainer are made; what a file of DeepSpeed's own says stays."""
+    from open_r1 import entry
+
+    class Prepared(Exception):
+        pass
+
+    def prepare(script_args, args, model_args):
+        raise Prepared(args.deepspeed_plugin.deepspeed_config.get("data_types", {}).get("grad_accum_dtype"))
+
+    args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage, deepspeed_config={**given}))
+    monkeypatch.setattr(entry, "find_checkpoint", lambda *_: None)
+    monkeypatch.setattr(entry, "describe_settings", lambda *_: {})
+
+    with pytest.raises(Prepared, match=f"^{told}$"):
+        entry.train_with(entry.Command("grpo", (), prepare, None), (None, args, None), [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("precision, dtype", [("bf16", "bfloat16"), ("no", "float32")])
+def test_deepspeed_adds_gradients_up_in_float32(tmp_path, quick_python, stage, precision, dtype):
+    """In a model that is bfloat16, too; and without bf16 the weights stay float32."""
+    deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    env = {**os.environ, **deepspeed, "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    command = [quick_python, Path(__file__).parent / "worker_deepspeed.py", tmp_path, precision]
+    result = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout.splitlines()[-1]) == {"dtypes": [dtype, "float32"], "weight": dtype, "sum": 263.0}

@@ -218,12 +218,24 @@ def train(command: Command, arguments: Sequence[str]) -> None:
         train_with(command, settings, arguments)
 
 
+def accumulate_in_float32(args: TrainingArguments) -> None:
+    """Let DeepSpeed add up the gradients of a step's micro-batches in float32, which it does in the model's dtype.
+
+    In bfloat16 a sum stands still once it is 256 times what is added; a step on one GPU adds eight micro-batches up.
+    docs/memory.md says what this takes. Stage 1 does it with another optimiser, and keeps DeepSpeed's default.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage >= 2:
+        plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
 def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], arguments: Sequence[str]) -> None:
     """`train`, with the settings read and the output folder its own."""
     layout = Layout.of_this_process()
     checkpoint = decide_once(lambda: find_checkpoint(command, settings, layout))
     record = describe_settings(command, settings, layout.processes)  # before the trainer fills them in
     script_args, args, model_args = settings
+    accumulate_in_float32(args)
     with mistakes(*USER_ERRORS):
         prepared = command.prepare(*settings)
         if not (checkpoint and is_finished(checkpoint, args)):
