@@ -522,6 +522,36 @@ def test_on_a_cpu_a_dtype_of_the_command_line_is_taken(launched):
         assert [lines[at + 1] for at, line in enumerate(lines) if line == name] == values
 
 
+@pytest.mark.parametrize(
+    "changes, is_main, said",
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"use_vllm": True}, True, False),
+        ({"use_cpu": True}, True, False),
+        ({"load_in_4bit": True}, True, False),  # vLLM gets the weights of a run, and takes no 4-bit ones
+        ({"is_installed": False}, True, False),
+    ],
+)
+def test_a_gpu_run_without_vllm_is_told_once_what_it_saves(card, monkeypatch, capsys, changes, is_main, said):
+    from open_r1 import grpo
+
+    card((9, 0))
+    given = {"use_vllm": False, "use_cpu": False, "load_in_4bit": False, "is_installed": True, **changes}
+    settings = SimpleNamespace(**given, freeze_vision=False, freeze_llm=False, freeze_merger=None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, find=importlib.util.find_spec: settings.is_installed or None
+    )
+    trainer = SimpleNamespace(add_callback=lambda callback: None, is_world_process_zero=lambda: is_main)
+    for name, made in {"load_model_from_args": None, "freeze": None, "Qwen2VLGRPOTrainer": trainer}.items():
+        monkeypatch.setattr(grpo, name, lambda *args, made=made, **kwargs: made)
+    monkeypatch.setattr(grpo, "AskBlind", lambda trainer: None)
+    assert grpo.build_trainer(settings, settings, settings, {"train_dataset": []}) is trainer
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == said
+    assert not lines or ("configs/overlays/vllm.yaml" in lines[0] and lines[0].endswith("(computed, not measured)"))
+
+
 FP16_SUMS = {"data_types": {"grad_accum_dtype": "fp16"}}
 
 
