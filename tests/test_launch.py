@@ -522,6 +522,33 @@ def test_on_a_cpu_a_dtype_of_the_command_line_is_taken(launched):
         assert [lines[at + 1] for at, line in enumerate(lines) if line == name] == values
 
 
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_flash_attn_by_name_is_told_where_it_is_missing(monkeypatch, tmp_path, is_installed):
+    """Before data and weights; where it is installed, settings are as for any other attention."""
+    from open_r1 import entry, grpo
+
+    found, find = object() if is_installed else None, importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: found if name == "flash_attn" else find(name))
+    arguments = ["--config", "configs/grpo_sat.yaml", "--dataset_name", "x", "--output_dir", str(tmp_path)]
+    arguments += [
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--attn_implementation",
+        "flash_attention_2",
+        "--report_to",
+        "none",
+    ]
+    if is_installed:
+        assert entry.read_settings(grpo.COMMAND, arguments)[2].attn_implementation == "flash_attention_2"
+        return
+    with pytest.raises(
+        ValueError, match=r"^attn_implementation: flash_attention_2 needs flash-attn, which is not inst"
+    ):
+        entry.read_settings(grpo.COMMAND, arguments)
+
+
 @pytest.mark.parametrize(
     "changes, is_main, said",
     [

@@ -295,6 +295,15 @@ def check_bfloat16(args: TrainingArguments, model_args: ModelConfig) -> None:
         )
 
 
+def check_attention(model_args: ModelConfig) -> None:
+    """Raise ValueError where flash-attn is asked for by name and not installed."""
+    if model_args.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ValueError(
+            "attn_implementation: flash_attention_2 needs flash-attn, which is not installed; auto or sdpa do without, "
+            "and FLASH_ATTN=build bash setup.sh compiles it on a machine with a GPU"
+        )
+
+
 def need_vllm(option: str) -> None:
     """Raise Mistake, which names the option that asks for it, where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:

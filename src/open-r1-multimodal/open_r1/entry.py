@@ -26,7 +26,7 @@ from open_r1.checkpoints import (
     read_state,
     resolve_checkpoint,
 )
-from open_r1.configs import check_bfloat16
+from open_r1.configs import check_attention, check_bfloat16
 from open_r1.failures import full_disk, mistakes, told_once
 from open_r1.front_door import Mistake
 from open_r1.locks import check_free, owned
@@ -156,6 +156,7 @@ def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, Trai
             "eval_dataset_name, or eval_strategy: no"
         )
     check_bfloat16(args, model_args)
+    check_attention(model_args)
     args.report_to = resolve_report_to(args.report_to)
     return script_args, args, model_args
 
