@@ -465,7 +465,7 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3", "ddp"])
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "ddp", "a file of one's own"])
 def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp_path):
     """What accelerate and DeepSpeed are told on a machine with GPUs, from the launcher to a process's settings.
 
@@ -493,6 +493,9 @@ def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp
         lambda args: environments.append(settings_of_launch.prepare_multi_gpu_env(args)),
     )
     config_file = str(REPO_ROOT / f"src/open-r1-multimodal/configs/{strategy}.yaml")
+    if not os.path.isfile(config_file):  # as `accelerate config` writes it
+        config_file = str(tmp_path / "own.yaml")
+        (tmp_path / "own.yaml").write_text("distributed_type: MULTI_GPU\nmixed_precision: bf16\nnum_machines: 1\n")
     told = {}
     for recipes, changes in PRECISIONS:
         command = "sft" if "sft" in recipes else "grpo"
@@ -510,7 +513,7 @@ def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp
             deepspeed = args.deepspeed_plugin.deepspeed_config if args.deepspeed_plugin else {}
             enabled = [deepspeed[name]["enabled"] for name in ("bf16", "fp16")] if deepspeed else [args.bf16, args.fp16]
         assert environments[-1]["ACCELERATE_MIXED_PRECISION"] == args.mixed_precision
-        assert bool(deepspeed) == (strategy != "ddp")
+        assert bool(deepspeed) == strategy.startswith("zero")
         told[recipes, changes] = (args.mixed_precision, *enabled)
     assert told == PRECISIONS
 
