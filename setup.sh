@@ -2,6 +2,10 @@
 # Install the pinned stack with uv, into the active virtual or conda environment, else into .venv beside this file, made
 # with the system's Python 3.11 to 3.14 or with one that uv fetches.
 # Running it again takes a second when nothing changed. `sh setup.sh` works as well as `bash setup.sh`.
+#
+# From the environment:
+#   FLASH_ATTN=build        compile flash-attn, which takes hours; otherwise it is installed where uv finds a wheel
+#   UV_TORCH_BACKEND=cu126  torch for CUDA 12.6, without vLLM, on GPUs or drivers that are too old for CUDA 13
 set -eu
 ROOT=$(cd "$(dirname "$0")" && pwd)
 
@@ -56,10 +60,16 @@ gpu=$(printf '%s' "$gpus" | head -n 1)
 # Nothing changed since the last time: say so and stop
 stamp="$prefix/.setup-stamp"
 state=$(cat "$ROOT"/requirements*.txt "$ROOT/pyproject.toml" "$ROOT/setup.sh" | cksum)
-state="$state $ROOT gpu=$gpu"
+state="$state $ROOT gpu=$gpu flash-attn=${FLASH_ATTN:-} torch=${UV_TORCH_BACKEND:-}"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ]; then
     echo "setup: $prefix is up to date"
     exit 0
+fi
+
+# Who names a build of torch has chosen; uv reads the variable.
+if [ -n "$gpu" ] && [ -z "${UV_TORCH_BACKEND:-}" ]; then
+    too_old=$(gpu_is_too_old)
+    [ -z "$too_old" ] || fail "$too_old"
 fi
 
 need_gb=8
@@ -88,15 +98,26 @@ if [ -z "$gpu" ]; then
     command -v c++ >/dev/null 2>&1 ||
         echo "setup: no C++ compiler found; DeepSpeed on CPU compiles a small helper (Debian: apt-get install g++)"
 else
-    install -r "$ROOT/requirements-gpu.txt" ||
-        fail "uv could not install requirements-gpu.txt (its message is above); check the network and run this again"
-    if ! command -v nvcc >/dev/null 2>&1; then
-        choice="$gpu: with vLLM; no CUDA compiler for flash-attn, attention is torch's SDPA"
-    elif install --no-build-isolation flash-attn==2.8.3.post2; then
-        choice="$gpu: with vLLM and flash-attn"
+    vllm="vLLM"
+    if [ -n "${UV_TORCH_BACKEND:-}" ]; then
+        vllm="no vLLM, whose wheel is for PyPI's torch and not for $UV_TORCH_BACKEND"
     else
-        choice="$gpu: with vLLM; flash-attn did not build, attention is torch's SDPA"
+        install -r "$ROOT/requirements-gpu.txt" ||
+            fail "uv could not install requirements-gpu.txt (its message is above); check the network and run this again"
     fi
+    # PyPI has flash-attn's source alone, and its authors' own wheels end before this torch: a wheel is one that a
+    # user's index or folder has (UV_INDEX, UV_FIND_LINKS).
+    if [ "${FLASH_ATTN:-}" = build ]; then
+        command -v nvcc >/dev/null 2>&1 || fail "FLASH_ATTN=build: there is no CUDA compiler (nvcc) to build it with"
+        install --no-build-isolation flash-attn==2.8.3.post2 ||
+            fail "FLASH_ATTN=build: flash-attn did not build (its message is above); without FLASH_ATTN attention is torch's SDPA"
+        attention="flash-attn, built here"
+    elif install --only-binary flash-attn 'flash-attn>=2.8.3,<3' 2>/dev/null; then
+        attention="flash-attn, from a wheel"
+    else
+        attention="torch's SDPA (no wheel of flash-attn found; FLASH_ATTN=build bash setup.sh compiles it, for hours)"
+    fi
+    choice="$gpu: $vllm; attention: $attention"
 fi
 printf '%s' "$state" >"$stamp"
 echo "setup: $choice; $(($(date +%s) - start)) s, environment $prefix"

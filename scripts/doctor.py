@@ -54,7 +54,7 @@ def choose_command(script: str | None, recipes: list[str], overrides: list[str])
 
 
 def count_recipe(command: Command, arguments: list[str], launch: Launch, is_cpu: bool) -> tuple[str, Count]:
-    """The model's name and the count of its step; neither data nor a GPU are needed."""
+    """The model's name and the count of its step, without vLLM; neither data nor a GPU are needed."""
     needed = ["--dataset_name", "-", "--output_dir", "-", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
     with planned(launch):
         script_args, args, model_args = read_recipe(command.arguments, [*needed, *arguments])

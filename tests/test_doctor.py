@@ -32,6 +32,7 @@ from open_r1.entry import Command
 from open_r1.families import find_family
 from open_r1.front_door import Mistake
 from open_r1.memory import (
+    Count,
     Launch,
     Load,
     activation_bytes,
@@ -160,7 +161,10 @@ def test_weights_and_states_are_counted_to_the_byte():
     two, three = (count(Launch(4, stage)) for stage in (2, 3))
     assert two.base == {"weights": 2 * total, "optimiser": 12 * total / 4, "reference model": 2 * total}
     assert three.base["weights"] == three.base["reference model"] == 2 * total / 4
-    assert two.backward["gradients"] == 2 * total / 4 and two.update["gradients in float32"] == total
+    # DeepSpeed adds gradients up in float32; ZeRO-2 in what its optimiser takes, ZeRO-3 and a float32 model copy them
+    assert two.backward["gradients"] == three.backward["gradients"] == 4 * total / 4
+    assert two.update == {"gradients": total} and three.update == {"gradients": total, "gradients, flat": total}
+    assert count(Launch(4, 2), "float32").update == {"gradients": total, "gradients, flat": total}
     frozen = count(Launch(4, 2), freeze_vision=True)
     assert frozen.base["optimiser"] == 12 * (total - vision) / 4
     assert frozen.backward["activations"] < two.backward["activations"]
@@ -199,6 +203,8 @@ def test_the_load_of_a_run_is_that_of_its_settings(
     load = Load(prompts, 200, 24, patches, batch, rollout)
     expected = count_memory(config, model_args, FreezeArguments(), load, Launch(), gradient_checkpointing=False)
     assert count_run(script_args, args, model_args, Launch()) == expected
+    args.use_vllm = True
+    assert count_run(script_args, args, model_args, Launch()) == replace(expected, rollout={})
     with_reference = count_run(script_args, make_config(tmp_path, beta=0.1, **settings), model_args, Launch())
     assert with_reference.base["reference model"] == expected.base["weights"]
 
@@ -617,6 +623,40 @@ def test_a_machines_memory_is_for_its_own_processes(machines, here):
     patient.count = lambda launch: counted.append(launch.num_processes) or SimpleNamespace(peak=1e6)
     (finding,) = cost.memory(patient)
     assert finding.what.startswith(f"{here} x 0.0 GB at most") and counted == [4]
+
+
+def test_vllm_takes_its_share_all_the_time_or_while_it_samples():
+    count = Count({"weights": 72.0}, {}, {"gradients": 8.0}, {})
+    assert count.with_vllm(0.25, 100, sleeps=False).peak == 72 + 8 + 25
+    assert count.with_vllm(0.25, 100, sleeps=True).peak == 72 + 25
+    assert (count.largest_share(100, sleeps=False), count.largest_share(100, sleeps=True)) == (0.2, 0.28)
+    assert count.largest_share(79, sleeps=True) == count.largest_share(72, sleeps=False) == 0
+
+
+@pytest.mark.parametrize(
+    "card, share, sleeps, verdict, needed",
+    [
+        (80e9, 0.3, False, "pass", 72.3),  # 24 and 48.3 GB
+        (80e9, 0.5, False, "fail", 88.3),
+        (80e9, 0.5, True, "pass", 75.4),
+        (48e9, 0.1, False, "fail", 53.1),
+    ],
+)
+def test_the_doctor_says_which_share_of_a_card_vllm_can_take(monkeypatch, card, share, sleeps, verdict, needed):
+    """Of the paper's recipe on one card, by the figures of docs/memory.md."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (card, card))
+    args = SimpleNamespace(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=share)
+    args.vllm_enable_sleep_mode = sleeps
+    outline = SimpleNamespace(parameters=lambda: [SimpleNamespace(nbytes=4.4e9)])
+    patient = SimpleNamespace(launch=Launch(1, 2), on_cpu=False, settings=(None, args), model_outline=outline)
+    patient.count = lambda launch: Count({"all the time": 35.4e9}, {}, {"backward": 12.9e9}, {})
+    (finding,) = cost.memory(patient)
+    fits = "up to 0.39, or --vllm_gpu_memory_utilization up to 0.55 with --vllm_enable_sleep_mode true"
+    fits = f"--vllm_gpu_memory_utilization {fits}" if card == 80e9 else "no share"
+    assert finding.verdict == verdict and f"1 x {needed} GB at most, of {card / 1e9:.1f} GB of a GPU" in finding.what
+    assert finding.what.endswith(f", {share * card / 1e9:.1f} of them vLLM's; fits: {fits}")
+    if verdict == "fail":
+        assert fits in finding.remedy or "configs/overlays/lora.yaml, more GPUs, or --vllm_mode" in finding.remedy
 
 
 def test_machines_have_as_many_processes_each(monkeypatch):

@@ -1,6 +1,7 @@
 """The commands: every script parses, launches agree with each other, signals end them."""
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,7 +22,7 @@ from trl import ModelConfig
 from open_r1.entry import resolve_report_to
 from open_r1.grpo import GRPOScriptArguments
 from open_r1.prompts import REPO_ROOT
-from open_r1.recipes import default_output, read_recipe
+from open_r1.recipes import default_output, merge_recipes, read_recipe
 from open_r1.trainer import Qwen2VLGRPOConfig
 from support import hear_signals, launch_env, load_weights, read_jsonl, run_grpo
 
@@ -324,21 +326,101 @@ def test_nohup_stays(launching):
     assert launching(lambda *_: os.kill(os.getpid(), signal.SIGHUP), hangup=signal.SIG_IGN) == (0, "")
 
 
-@pytest.mark.parametrize("found, reason", [(0, "no driver"), (1, None)])
-def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch, found, reason):
+@pytest.fixture
+def card(monkeypatch):
+    """Makes torch see GPUs of one kind, built for this project's cards, behind a driver that it can use or cannot."""
+
+    def see(capability: tuple[int, int], name: str = "A card", count: int = 1, driver: str = "") -> None:
+        def init() -> None:
+            if driver:
+                raise RuntimeError(driver)
+
+        fakes = {
+            "is_available": lambda: count > 0 and not driver,
+            "device_count": lambda: count,
+            "init": init,
+            "get_arch_list": lambda: ["sm_75", "sm_80", "sm_90a", "compute_120"],
+            "get_device_capability": lambda device=0: capability,
+            "get_device_name": lambda device=0: name,
+        }
+        for attribute, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, attribute, fake)
+
+    return see
+
+
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver by downloading "
+    "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
+)
+
+
+@pytest.mark.parametrize(
+    "count, driver, usable, reason",
+    [
+        (1, "", 1, ""),
+        (0, "no driver\nand more", 0, " (no driver)"),
+        (2, TOO_OLD, 0, " (The NVIDIA driver on your system is too old (found version 12040))"),
+    ],
+)
+def test_gpus_that_torch_cannot_use_are_told(card, count, driver, usable, reason):
     from open_r1.launch import Mistake, check_gpus
 
-    def init():
-        if reason:
-            raise RuntimeError(f"{reason}\nand more")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
-    monkeypatch.setattr(torch.cuda, "init", init)
-    check_gpus(found)
-    told = rf"^2 processes need a GPU each, and torch \S+ can use {found}{f' .{reason}.' if reason else ''}; mend the "
-    with pytest.raises(Mistake, match=told):
+    card((9, 0), count=count, driver=driver)
+    check_gpus(usable)
+    told = f"2 processes need a GPU each, and torch {torch.__version__} can use {usable}{reason}; update the driver "
+    with pytest.raises(
+        Mistake, match=rf"^{re.escape(told)}\(CUDA 13 needs 580 or newer\), install torch for CUDA 12.6"
+    ):
         check_gpus(2)
+
+
+@pytest.mark.parametrize("capability, works", [((7, 0), False), ((6, 1), False), ((7, 5), True), ((12, 1), True)])
+def test_a_gpu_that_torch_has_no_kernels_for_is_told(card, capability, works):
+    from open_r1.doctor.environment import gpus
+    from open_r1.launch import Mistake, check_gpus
+
+    card(capability, "Tesla V100")
+    if works:
+        check_gpus(1)
+        return
+    had = ".".join(map(str, capability))
+    told = f"Tesla V100 has compute capability {had}, and torch {torch.__version__} was built for 7.5 and newer"
+    with pytest.raises(Mistake, match=f"^{re.escape(told)}; install torch for CUDA 12.6 .UV_TORCH_BACKEND=cu126 "):
+        check_gpus(1)
+    (finding,) = gpus(None)
+    assert (finding.verdict, finding.what) == ("fail", told)
+
+
+@pytest.mark.parametrize(
+    "recipe, changes, capability, told",
+    [
+        ("grpo_sat", [], (7, 5), "bf16, dtype"),
+        ("sft_sat", ["--bf16", "false"], (7, 5), "dtype"),
+        ("grpo_sat", ["--dtype", "float32"], (7, 5), "bf16"),
+        ("grpo_sat", ["--bf16", "false", "--dtype", "float32"], (7, 5), None),
+        ("grpo_sat", ["--use_cpu", "true"], (7, 5), None),
+        ("smolvlm_256m", [], (7, 5), None),
+        ("grpo_sat", [], (8, 0), None),
+    ],
+)
+def test_bfloat16_on_a_gpu_without_it_is_told(card, monkeypatch, tmp_path, recipe, changes, capability, told):
+    """A T4 emulates it; the recipe for small GPUs runs there as it is."""
+    from open_r1 import entry, grpo, sft
+
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    command = sft.COMMAND if recipe == "sft_sat" else grpo.COMMAND
+    arguments = ["--config", f"configs/{recipe}.yaml", "--dataset_name", "x", "--output_dir", str(tmp_path)]
+    arguments += ["--report_to", "none", *changes]
+    settings = read_recipe(command.arguments, arguments)  # before there is a card: transformers would go to it
+    monkeypatch.setattr(entry, "read_recipe", lambda *_: settings)
+    card(capability, "Tesla T4")
+    if told is None:
+        entry.read_settings(command, arguments)
+        return
+    line = rf"^{told}: Tesla T4 .compute capability 7.5. has no bfloat16; add --bf16 false --dtype float32, or take "
+    with pytest.raises(ValueError, match=line):
+        entry.read_settings(command, arguments)
 
 
 @pytest.mark.parametrize("value", ["a --help b", "-h --help", "--config x"])
@@ -367,3 +449,172 @@ def test_a_killed_compiler_does_not_make_the_next_launch_wait(tmp_path):
     compiler.kill()
     compiler.wait()
     assert [path.parent.name for path in sorted(tmp_path.glob("*/lock"))] == ["busy", "young"]
+
+
+BF16, FP16, FP32 = ("bf16", True, False), ("fp16", False, True), ("no", False, False)
+# recipes and arguments -> what accelerate and DeepSpeed must be told; every shipped recipe by what its file says
+PRECISIONS = {
+    (recipe, ""): BF16 if merge_recipes([recipe]).get("bf16", True) else FP32
+    for recipe in sorted(str(path) for glob in ("*.yaml", "tiny/*.yaml") for path in (REPO_ROOT / "configs").glob(glob))
+} | {
+    ("configs/grpo_sat.yaml configs/overlays/lora.yaml", ""): BF16,
+    ("configs/grpo_sat.yaml configs/overlays/tiny.yaml", ""): FP32,
+    ("configs/grpo_sat.yaml", "--bf16 false --dtype float32"): FP32,
+    ("configs/grpo_sat.yaml", "--bf16 false --fp16 true"): FP16,
+    ("configs/smolvlm_256m.yaml", "--bf16 true"): BF16,
+}
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "ddp", "a file of one's own"])
+def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp_path):
+    """What accelerate and DeepSpeed are told on a machine with GPUs, from the launcher to a process's settings.
+
+    The launch goes as far as the environment that accelerate would give its processes, and what these read from it.
+    """
+    from accelerate.commands import launch as accelerate_launch
+    from accelerate.utils import launch as settings_of_launch
+
+    from open_r1 import entry, launch
+
+    environments = []
+    monkeypatch.setattr(settings_of_launch, "env_var_path_add", settings_of_launch.env_var_path_add)  # put back after
+    monkeypatch.setattr(launch.logging, "disable", lambda level: None)
+    monkeypatch.setattr(launch, "check_gpus", lambda processes: None)
+    monkeypatch.setattr(entry, "check", lambda command, arguments, *_: read_recipe(command.arguments, arguments)[1])
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(
+        accelerate_launch,
+        "deepspeed_launcher",
+        lambda args: environments.append(settings_of_launch.prepare_deepspeed_cmd_env(args)[1]),
+    )
+    monkeypatch.setattr(
+        accelerate_launch,
+        "multi_gpu_launcher",
+        lambda args: environments.append(settings_of_launch.prepare_multi_gpu_env(args)),
+    )
+    config_file = str(REPO_ROOT / f"src/open-r1-multimodal/configs/{strategy}.yaml")
+    if not os.path.isfile(config_file):  # as `accelerate config` writes it
+        config_file = str(tmp_path / "own.yaml")
+        (tmp_path / "own.yaml").write_text("distributed_type: MULTI_GPU\nmixed_precision: bf16\nnum_machines: 1\n")
+    told = {}
+    for recipes, changes in PRECISIONS:
+        command = "sft" if "sft" in recipes else "grpo"
+        kinds = importlib.import_module(f"open_r1.{command}").COMMAND.arguments
+        arguments = [part for recipe in recipes.split() for part in ("--config", recipe)]
+        arguments += ["--dataset_name", "x", "--output_dir", str(tmp_path), "--report_to", "none", *changes.split()]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["launch.py", "--config_file", config_file, "--num_processes", "2"])
+            sys.argv += [f"{command}.py", *arguments]
+            launch.start(launch.parse(), multiprocessing.get_context("fork").SimpleQueue())
+            for name, value in environments[-1].items():
+                if name.startswith("ACCELERATE_"):
+                    patch.setenv(name, value)
+            args = read_recipe(kinds, arguments)[1]
+            deepspeed = args.deepspeed_plugin.deepspeed_config if args.deepspeed_plugin else {}
+            enabled = [deepspeed[name]["enabled"] for name in ("bf16", "fp16")] if deepspeed else [args.bf16, args.fp16]
+        assert environments[-1]["ACCELERATE_MIXED_PRECISION"] == args.mixed_precision
+        assert bool(deepspeed) == strategy.startswith("zero")
+        told[recipes, changes] = (args.mixed_precision, *enabled)
+    assert told == PRECISIONS
+
+
+def test_on_a_cpu_a_dtype_of_the_command_line_is_taken(launched):
+    """What the launch sets there, float32, goes before: the last of two counts."""
+    lines = launched("--dtype", "bfloat16", "--bf16", "true", CUDA_VISIBLE_DEVICES="-1").stdout.splitlines()
+    for name, values in (("--dtype", ["float32", "bfloat16"]), ("--bf16", ["false", "true"])):
+        assert [lines[at + 1] for at, line in enumerate(lines) if line == name] == values
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_flash_attn_by_name_is_told_where_it_is_missing(monkeypatch, tmp_path, is_installed):
+    """Before data and weights; where it is installed, settings are as for any other attention."""
+    from open_r1 import entry, grpo
+
+    found, find = object() if is_installed else None, importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: found if name == "flash_attn" else find(name))
+    arguments = ["--config", "configs/grpo_sat.yaml", "--dataset_name", "x", "--output_dir", str(tmp_path)]
+    arguments += [
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--attn_implementation",
+        "flash_attention_2",
+        "--report_to",
+        "none",
+    ]
+    if is_installed:
+        assert entry.read_settings(grpo.COMMAND, arguments)[2].attn_implementation == "flash_attention_2"
+        return
+    with pytest.raises(
+        ValueError, match=r"^attn_implementation: flash_attention_2 needs flash-attn, which is not inst"
+    ):
+        entry.read_settings(grpo.COMMAND, arguments)
+
+
+@pytest.mark.parametrize(
+    "changes, is_main, said",
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"use_vllm": True}, True, False),
+        ({"use_cpu": True}, True, False),
+        ({"load_in_4bit": True}, True, False),  # vLLM gets the weights of a run, and takes no 4-bit ones
+        ({"is_installed": False}, True, False),
+    ],
+)
+def test_a_gpu_run_without_vllm_is_told_once_what_it_saves(card, monkeypatch, capsys, changes, is_main, said):
+    from open_r1 import grpo
+
+    card((9, 0))
+    given = {"use_vllm": False, "use_cpu": False, "load_in_4bit": False, "is_installed": True, **changes}
+    settings = SimpleNamespace(**given, freeze_vision=False, freeze_llm=False, freeze_merger=None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, find=importlib.util.find_spec: settings.is_installed or None
+    )
+    trainer = SimpleNamespace(add_callback=lambda callback: None, is_world_process_zero=lambda: is_main)
+    for name, made in {"load_model_from_args": None, "freeze": None, "Qwen2VLGRPOTrainer": trainer}.items():
+        monkeypatch.setattr(grpo, name, lambda *args, made=made, **kwargs: made)
+    monkeypatch.setattr(grpo, "AskBlind", lambda trainer: None)
+    assert grpo.build_trainer(settings, settings, settings, {"train_dataset": []}) is trainer
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == said
+    assert not lines or ("configs/overlays/vllm.yaml" in lines[0] and lines[0].endswith("(computed, not measured)"))
+
+
+FP16_SUMS = {"data_types": {"grad_accum_dtype": "fp16"}}
+
+
+@pytest.mark.parametrize(
+    "stage, given, told", [(2, {}, "fp32"), (3, {}, "fp32"), (1, {}, None), (2, FP16_SUMS, "fp16")]
+)
+def test_a_run_tells_deepspeed_how_to_add_gradients_up(monkeypatch, stage, given, told):
+    """Before its model and trainer are made; what a file of DeepSpeed's own says stays."""
+    from open_r1 import entry
+
+    class Prepared(Exception):
+        pass
+
+    def prepare(script_args, args, model_args):
+        raise Prepared(args.deepspeed_plugin.deepspeed_config.get("data_types", {}).get("grad_accum_dtype"))
+
+    args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage, deepspeed_config={**given}))
+    monkeypatch.setattr(entry, "find_checkpoint", lambda *_: None)
+    monkeypatch.setattr(entry, "describe_settings", lambda *_: {})
+
+    with pytest.raises(Prepared, match=f"^{told}$"):
+        entry.train_with(entry.Command("grpo", (), prepare, None), (None, args, None), [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("precision, dtype", [("bf16", "bfloat16"), ("no", "float32")])
+def test_deepspeed_adds_gradients_up_in_float32(tmp_path, quick_python, stage, precision, dtype):
+    """In a model that is bfloat16, too; and without bf16 the weights stay float32."""
+    deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    env = {**os.environ, **deepspeed, "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    command = [quick_python, Path(__file__).parent / "worker_deepspeed.py", tmp_path, precision]
+    result = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout.splitlines()[-1]) == {"dtypes": [dtype, "float32"], "weight": dtype, "sum": 263.0}

@@ -32,6 +32,7 @@ LIGHT = {
 }  # no torch for --help
 OURS = {"benchmark.py", "pretrain_tiny.py", "rehearse.py"}  # what only the authors start
 H100 = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1c2d)"
+NEW_CARD = "580.65.06, 9.0, NVIDIA H100 80GB HBM3"
 
 
 def write_script(path: Path, text: str) -> Path:
@@ -110,8 +111,102 @@ def test_setup_installs_vllm_where_nvidia_smi_lists_a_gpu(tmp_path, listing, sta
     assert result.returncode == 0, result.stderr
     asked = (tmp_path / "asked").read_text()
     assert "requirements.txt" in asked and ("requirements-gpu.txt" in asked) == found
-    assert ("NVIDIA H100 80GB HBM3: with vLLM" in result.stdout) == found
+    assert ("NVIDIA H100 80GB HBM3: vLLM; attention: " in result.stdout) == found
     assert ("no NVIDIA GPU found" in result.stdout) != found
+
+
+def setup_on_a_gpu(folder: Path, cards: str, uv: str = "", **env: str) -> tuple[subprocess.CompletedProcess, str]:
+    """setup.sh beside cards of which nvidia-smi says this; what it said, and what it asked uv for."""
+    python = fake_python(folder / "env/bin/python", 12)
+    listed = "\n".join(f"GPU {at}: A card (UUID: GPU-{at})" for at in range(cards.count("\n") + 1))
+    write_script(
+        folder / "bin/nvidia-smi", f"case $1 in --list-gpus) echo '{listed}' ;; --query-gpu=*) echo '{cards}' ;; esac"
+    )
+    write_script(folder / "bin/df", 'echo head\necho "disk 0 0 99999999"')
+    write_script(folder / "bin/uv", f'echo "$@" >>{folder}/asked\n{uv}')
+    result = run_setup(path=f"{folder}/bin:{SYSTEM_PATH}", PYTHON=str(python), **env)
+    asked = folder / "asked"
+    return result, asked.read_text() if asked.exists() else ""
+
+
+OLD_CARDS = {
+    "580.65.06, 7.0, Tesla V100-SXM2-16GB": "Tesla V100-SXM2-16GB: torch for CUDA 13 has no kernels for compute "
+    "capability 7.0; install torch for CUDA 12.6, without vLLM: UV_TORCH_BACKEND=cu126 bash setup.sh, or go on without "
+    "GPUs: CUDA_VISIBLE_DEVICES=-1 bash setup.sh",
+    "535.183.01, 8.0, NVIDIA A100": "NVIDIA A100: torch for CUDA 13 needs a driver from 580 on, and this is "
+    "535.183.01; update it, install torch for CUDA 12.6, without vLLM: UV_TORCH_BACKEND=cu126 bash setup.sh, or go on "
+    "without GPUs: CUDA_VISIBLE_DEVICES=-1 bash setup.sh",
+    "570.1, 10.0, NVIDIA B200": "NVIDIA B200: torch for CUDA 13 needs a driver from 580 on, and this is 570.1; update "
+    "it or go on without GPUs: CUDA_VISIBLE_DEVICES=-1 bash setup.sh",
+}
+
+
+@pytest.mark.parametrize("cards", OLD_CARDS)
+def test_setup_tells_an_old_card_or_driver_before_it_downloads(tmp_path, cards):
+    result, asked = setup_on_a_gpu(tmp_path, cards)
+    assert (result.returncode, result.stderr, asked) == (1, f"error: {OLD_CARDS[cards]}\n", "")
+    if "cu126" in OLD_CARDS[cards]:  # what it says to do
+        result, asked = setup_on_a_gpu(tmp_path, cards, UV_TORCH_BACKEND="cu126")
+        assert result.returncode == 0 and "requirements-gpu.txt" not in asked, result.stderr
+        assert "no vLLM, whose wheel is for PyPI's torch and not for cu126; " in result.stdout
+
+
+@pytest.mark.parametrize(
+    "cards",
+    [
+        "580.65.06, 7.5, Tesla T4",
+        "590.44, 10.3, NVIDIA B300",
+        "580.1, 6.1, Quadro P400\n580.1, 8.9, NVIDIA L4",  # the one is for the screen
+        'Field "compute_cap" is not a valid field to query.',
+    ],
+)
+def test_setup_goes_on_with_a_card_that_is_new_enough(tmp_path, cards):
+    result, asked = setup_on_a_gpu(tmp_path, cards)
+    assert result.returncode == 0 and "requirements-gpu.txt" in asked, result.stderr
+
+
+def test_the_torch_that_setup_installs_is_the_one_whose_needs_it_knows():
+    """PyPI's torch is built for CUDA 13; what it needs stands in scripts/env.sh and changes with the pin."""
+    import torch
+
+    assert "torch==2.13.0\n" in (REPO_ROOT / "requirements.txt").read_text()
+    assert torch.version.cuda is None or torch.version.cuda.startswith("13.")
+
+
+@pytest.mark.parametrize(
+    "flash_attn, uv, said, asked_for, asked_not",
+    [
+        (
+            "",
+            "",
+            "attention: flash-attn, from a wheel; ",
+            "--only-binary flash-attn flash-attn",
+            "--no-build-isolation",
+        ),
+        (
+            "",
+            'case "$*" in *flash-attn*) exit 1 ;; esac',
+            "attention: torch's SDPA (no wheel of flash-attn found; FLASH_ATTN=build bash setup.sh compiles it, ",
+            "--only-binary flash-attn flash-attn",
+            "--no-build-isolation",
+        ),
+        ("build", "", "attention: flash-attn, built here", "--no-build-isolation flash-attn==", "--only-binary"),
+    ],
+)
+def test_flash_attn_is_built_only_where_that_is_asked(tmp_path, flash_attn, uv, said, asked_for, asked_not):
+    write_script(tmp_path / "bin/nvcc", "exit 0")
+    result, asked = setup_on_a_gpu(tmp_path, NEW_CARD, uv, FLASH_ATTN=flash_attn)
+    assert result.returncode == 0 and said in result.stdout.splitlines()[-1], result.stderr
+    assert asked_for in asked and asked_not not in asked
+
+
+@pytest.mark.skipif(shutil.which("nvcc", path=SYSTEM_PATH) is not None, reason="the system has a CUDA compiler")
+def test_flash_attn_is_not_built_without_a_compiler(tmp_path):
+    result, _ = setup_on_a_gpu(tmp_path, NEW_CARD, FLASH_ATTN="build")
+    assert (result.returncode, result.stderr) == (
+        1,
+        "error: FLASH_ATTN=build: there is no CUDA compiler (nvcc) to build it with\n",
+    )
 
 
 @pytest.mark.parametrize(

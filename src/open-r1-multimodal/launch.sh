@@ -105,7 +105,6 @@ case "${OMP_NUM_THREADS:-1}" in *[!0-9]* | 0*)
     echo "OMP_NUM_THREADS: '$OMP_NUM_THREADS' is not a number of threads, and left out" >&2
     unset OMP_NUM_THREADS ;;
 esac
-precision=""
 if [ "$gpus" -gt 0 ]; then
     [ "$NUM_PROCESSES" -le "$gpus" ] || fail "NUM_PROCESSES: $NUM_PROCESSES is more than the $gpus GPUs of this machine"
     ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-zero2}"
@@ -114,7 +113,6 @@ else
     ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-cpu}"
     # use_cpu goes to the trainer alone: told of it, accelerate would put plain DDP in DeepSpeed's place.
     set -- --use_cpu true --bf16 false --dtype float32 "$@"
-    precision=no
     export DS_ACCELERATOR=cpu
     # What DeepSpeed compiles for the CPU belongs to this environment: others would compile it again, every time.
     prefix=$(PYTHONSAFEPATH=1 "$PYTHON" -c 'import sys; print(sys.prefix)')
@@ -133,7 +131,7 @@ if [ -n "$doctor" ]; then
         --num_processes "$processes" --num_machines "$NUM_MACHINES" "$@"
 fi
 
-set -- ${precision:+--mixed_precision "$precision"} "$script" "$@"
+set -- "$script" "$@"
 [ "$NUM_MACHINES" -eq 1 ] || set -- --num_machines "$NUM_MACHINES" --machine_rank "$MACHINE_RANK" \
     --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" "$@"
 # exec: a signal to this script reaches the launcher, which ends its processes.

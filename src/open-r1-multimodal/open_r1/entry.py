@@ -26,6 +26,7 @@ from open_r1.checkpoints import (
     read_state,
     resolve_checkpoint,
 )
+from open_r1.configs import check_attention, check_bfloat16
 from open_r1.failures import full_disk, mistakes, told_once
 from open_r1.front_door import Mistake
 from open_r1.locks import check_free, owned
@@ -154,6 +155,8 @@ def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, Trai
             f"eval_strategy {args.eval_strategy.value}: there are no held-out examples; name them in "
             "eval_dataset_name, or eval_strategy: no"
         )
+    check_bfloat16(args, model_args)
+    check_attention(model_args)
     args.report_to = resolve_report_to(args.report_to)
     return script_args, args, model_args
 
@@ -216,12 +219,24 @@ def train(command: Command, arguments: Sequence[str]) -> None:
         train_with(command, settings, arguments)
 
 
+def accumulate_in_float32(args: TrainingArguments) -> None:
+    """Let DeepSpeed add up the gradients of a step's micro-batches in float32, which it does in the model's dtype.
+
+    In bfloat16 a sum stands still once it is 256 times what is added; a step on one GPU adds eight micro-batches up.
+    docs/memory.md says what this takes. Stage 1 does it with another optimiser, and keeps DeepSpeed's default.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage >= 2:
+        plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
 def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], arguments: Sequence[str]) -> None:
     """`train`, with the settings read and the output folder its own."""
     layout = Layout.of_this_process()
     checkpoint = decide_once(lambda: find_checkpoint(command, settings, layout))
     record = describe_settings(command, settings, layout.processes)  # before the trainer fills them in
     script_args, args, model_args = settings
+    accumulate_in_float32(args)
     with mistakes(*USER_ERRORS):
         prepared = command.prepare(*settings)
         if not (checkpoint and is_finished(checkpoint, args)):

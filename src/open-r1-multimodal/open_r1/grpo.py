@@ -9,7 +9,14 @@ from typing import Any
 from trl import ModelConfig
 
 from open_r1.callbacks import has_begun
-from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, check_rotation, check_settings, longest_row
+from open_r1.configs import (
+    GRPOScriptArguments,
+    Qwen2VLGRPOConfig,
+    check_rotation,
+    check_settings,
+    longest_row,
+    unused_vllm,
+)
 from open_r1.data import load_datasets_from_args, load_processor_from_args, opens_think
 from open_r1.decoding import check_generation
 from open_r1.entry import Command, run
@@ -89,6 +96,8 @@ def build_trainer(
     freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
     trainer = choose_trainer(script_args.trainer)(model=model, args=training_args, **prepared)
     trainer.add_callback(AskBlind(trainer))
+    if trainer.is_world_process_zero() and (line := unused_vllm(training_args, model_args)):
+        print(line)
     return trainer
 
 

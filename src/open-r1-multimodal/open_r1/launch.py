@@ -1,6 +1,6 @@
 """Start a training command in several processes: accelerate's launcher, with a check before and a short word after.
 
-    python launch.py --config_file ACCELERATE.yaml --num_processes N [--mixed_precision no]
+    python launch.py --config_file ACCELERATE.yaml --num_processes N
         [--num_machines M --machine_rank R --main_process_ip ADDRESS --main_process_port PORT] SCRIPT.py ARGUMENTS
 
 `launch.sh` calls it, on each of several machines; N counts the processes of all. What one process can find wrong is
@@ -14,14 +14,16 @@ import importlib
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -32,7 +34,13 @@ from open_r1.failures import continues, ended_by, last_word, told_once
 from open_r1.front_door import STOPS, Mistake, Stopped, first_line
 from open_r1.orphans import follow_launcher, lead
 
+if TYPE_CHECKING:  # which imports torch: the launcher does so beside the check
+    from transformers import TrainingArguments
+
 STALE_SECONDS = 60
+OTHER_TORCH = (
+    "install torch for CUDA 12.6 (UV_TORCH_BACKEND=cu126 bash setup.sh), or train on the CPU: CUDA_VISIBLE_DEVICES=-1"
+)
 HANDLED_SECONDS = 1  # after which a handler has run, if it can
 
 
@@ -41,7 +49,6 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--config_file", required=True)
     parser.add_argument("--num_processes", type=int, required=True)
-    parser.add_argument("--mixed_precision")
     parser.add_argument("--num_machines", type=int, default=1)
     parser.add_argument("--machine_rank", type=int, default=0)
     parser.add_argument("--main_process_ip")
@@ -51,8 +58,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(launch: argparse.Namespace, told: SimpleQueue) -> None:
-    """Everything that the processes would find wrong before they load weights; tells where they will leave what."""
+def check(launch: argparse.Namespace, told: SimpleQueue, precision: SimpleQueue) -> None:
+    """Everything that the processes would find wrong before they load weights; tells where they will leave what.
+
+    Args:
+        launch: the command line.
+        told: gets the output folder, and whether the same command goes on there.
+        precision: gets what the run computes in.
+    """
     follow_launcher()
     for number in STOPS:
         if signal.getsignal(number) is stop:  # its parent's, who speaks for it
@@ -64,27 +77,55 @@ def check(launch: argparse.Namespace, told: SimpleQueue) -> None:
         command = importlib.import_module(f"open_r1.{launch.script.stem}").COMMAND
         args = entry.check(command, launch.arguments, launch.config_file, launch.num_processes, launch.machine_rank)
         told.put((args.output_dir, args.resume_from_checkpoint == "auto"))
+        precision.put(mixed_precision(args))
+
+
+def mixed_precision(args: "TrainingArguments") -> str:
+    """What accelerate calls the precision that a run's settings ask for.
+
+    It is handed to accelerate whatever the launch's own file says: with neither bf16 nor fp16, transformers would take
+    that file's word, and DeepSpeed would cast the float32 weights of the recipe.
+    """
+    return "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
 
 
 def check_gpus(processes: int) -> None:
-    """See that torch finds a GPU for every process; a driver may list them that it cannot use.
+    """See that torch can use a GPU for every process; a driver may list them that are too old, or is too old itself.
 
     Raises:
-        Mistake: when it does not.
+        Mistake: when it cannot.
     """
     torch = importlib.import_module("torch")
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found >= processes:
-        return
-    reason = ""
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        reason = f" ({first_line(error)})"
-    raise Mistake(
-        f"{processes} processes need a GPU each, and torch {torch.__version__} can use {found}{reason}; mend the "
-        "driver and run `bash setup.sh`, or train on the CPU: CUDA_VISIBLE_DEVICES=-1"
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's paragraphs about the same
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        reason = ""
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            reason = f" ({first_line(error).partition('. ')[0].rstrip('.')})"
+        old = gpu_without_kernels() if found else None
+    if found < processes:
+        raise Mistake(
+            f"{processes} processes need a GPU each, and torch {torch.__version__} can use {found}{reason}; "
+            f"update the driver (CUDA 13 needs 580 or newer), {OTHER_TORCH}"
+        )
+    if old:
+        raise Mistake(f"{old}; {OTHER_TORCH}")
+
+
+def gpu_without_kernels() -> str | None:
+    """The first GPU that is older than all that torch was built for, and what it was built for; None: there is none."""
+    torch = importlib.import_module("torch")
+    built_for = [int(found[1]) for name in torch.cuda.get_arch_list() if (found := re.match(r"sm_(\d+)", name))]
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if built_for and 10 * major + minor < min(built_for):
+            return (
+                f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and torch "
+                f"{torch.__version__} was built for {min(built_for) / 10} and newer"
+            )
+    return None
 
 
 def clear_stale_builds(folder: Path) -> None:
@@ -155,7 +196,9 @@ def start(launch: argparse.Namespace, told: SimpleQueue) -> None:
     Raises:
         SystemExit: when the check or a process of the launch fails.
     """
-    checking = multiprocessing.get_context("fork").Process(target=check, args=[launch, told], daemon=True)
+    fork = multiprocessing.get_context("fork")
+    precision = fork.SimpleQueue()
+    checking = fork.Process(target=check, args=[launch, told, precision], daemon=True)
     checking.start()
     # Imports torch, as the check does meanwhile.
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -178,6 +221,7 @@ def start(launch: argparse.Namespace, told: SimpleQueue) -> None:
         hear_signals(told)
     # A free port, unless machines meet at one; and each starts its own processes, none by pdsh on others.
     defaults = ["--main_process_port", "0", "--deepspeed_multinode_launcher", "standard"]
+    defaults += ["--mixed_precision", precision.get()]
     try:
         launch_command(launch_command_parser().parse_args([*defaults, *sys.argv[1:]]))
     except ChildFailedError as error:

@@ -2,13 +2,15 @@
 
 The model is built without its numbers (torch's `meta` device), so a count takes a second and no download of weights.
 Counted are weights, gradients, optimiser, reference model, what autograd keeps for one micro-batch, the LM head's
-tiles and the rollout's cache; not counted are the CUDA context (about 0.5 GB), vLLM and the allocator's fragments.
+tiles, the rollout's cache, and of a known card the share that vLLM takes; not counted are the CUDA context (about
+0.5 GB) and the allocator's fragments.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -72,7 +74,7 @@ class Load:
         prompt_tokens, completion_tokens: the longest, image tokens included.
         patches: of a prompt's images.
         completions: in a micro-batch; SFT has one answer a prompt.
-        rollout: completions that are sampled at once; 0 for SFT.
+        rollout: completions that are sampled here at once; 0 for SFT, and where vLLM samples.
     """
 
     prompts: int
@@ -100,8 +102,29 @@ class Count:
     @property
     def peak(self) -> float:
         """The most at any time, in bytes."""
-        phases = (self.rollout, self.backward, self.update)
-        return sum(self.base.values()) + max(sum(phase.values()) for phase in phases)
+        return sum(self.base.values()) + max(sum(phase.values()) for phase in self._phases)
+
+    @property
+    def _phases(self) -> tuple[dict[str, float], ...]:
+        return (self.rollout, self.backward, self.update)
+
+    def with_vllm(self, share: float, card: float, sleeps: bool) -> "Count":
+        """The same on a card of so many bytes of which vLLM takes a share: all the time, or while it samples.
+
+        Awake it keeps its weights and cache between rollouts; asleep (TRL's `vllm_enable_sleep_mode`) neither.
+        """
+        engine = {"vLLM": share * card}
+        if sleeps:
+            return replace(self, rollout=self.rollout | engine)
+        return replace(self, base=self.base | engine)
+
+    def largest_share(self, card: float, sleeps: bool) -> float:
+        """The most of a card, in hundredths, that vLLM can take beside this; 0 where nothing is left.
+
+        With 72 GB all the time and 8 GB for a phase of a step, on a card of 100 GB: 0.2; 0.28 for a vLLM that sleeps.
+        """
+        beside = sum(self.base.values()) + sum(self.rollout.values()) if sleeps else self.peak
+        return max(math.floor(100 * (card - beside) / card) / 100, 0.0) if self.peak <= card else 0.0
 
 
 class _SavedAttention(torch.autograd.Function):
@@ -291,6 +314,7 @@ def count_memory(
     elements = sum(p.numel() for p in trained)
     gradients = sum(p.nbytes for p in trained)
     has_zero = launch.zero_stage is not None
+    summed = FP32 * elements if has_zero else gradients  # over micro-batches; open_r1.entry.accumulate_in_float32
     base = {
         "weights": launch.share(weights, from_stage=3),
         # Adam's two moments; DeepSpeed keeps them, and a master copy of the weights, in float32
@@ -303,7 +327,7 @@ def count_memory(
         size = weights / sum(p.numel() for p in model.parameters())
         gathered = {"gathered weights": min(weights, ZERO3_LIVE * size)}
     backward = {
-        "gradients": launch.share(gradients, from_stage=2),
+        "gradients": launch.share(summed, from_stage=2),
         "activations": activation_bytes(model, load, gradient_checkpointing),
         "LM head": head_bytes(model, load, is_cpu),
         **gathered,
@@ -311,7 +335,9 @@ def count_memory(
     update = {"gradients": backward["gradients"]}
     if has_zero:
         backward["reduce bucket"] = REDUCE_BUCKET * gradients / elements
-        update["gradients in float32"] = launch.share(FP32 * elements, from_stage=1)
+        # ZeRO-2 sums the gradients of a 16-bit model up in what its optimiser takes; in all else it is handed a copy.
+        if launch.zero_stage == 3 or gradients == summed:
+            update["gradients, flat"] = launch.share(summed, from_stage=1)
     rollout = {}
     if load.rollout:
         rollout = {"cache and scores": rollout_bytes(model, load)}
@@ -323,7 +349,7 @@ def count_memory(
 def count_run(
     script_args: Any, args: TrainingArguments, model_args: ModelConfig, launch: Launch, is_cpu: bool = False
 ) -> Count:
-    """Count a training step of GRPO or SFT at the limits of its settings.
+    """Count a training step of GRPO or SFT at the limits of its settings, without what vLLM takes; see `with_vllm`.
 
     Args:
         script_args, args, model_args: of the run.
@@ -341,7 +367,7 @@ def count_run(
     batch, is_grpo = args.per_device_train_batch_size, isinstance(args, GRPOConfig)
     load = Load(batch, script_args.max_prompt_length, ANSWER_TOKENS, image, batch)
     if is_grpo:
-        rollout = batch * args.steps_per_generation
+        rollout = 0 if args.use_vllm else batch * args.steps_per_generation
         prompts = -(-batch // args.num_generations)
         load = Load(prompts, script_args.max_prompt_length, args.max_completion_length, image, batch, rollout)
     return count_memory(

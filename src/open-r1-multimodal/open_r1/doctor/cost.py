@@ -10,7 +10,7 @@ import torch
 
 from open_r1.doctor.finding import Checks, Finding, failed, passed, skipped, warned
 from open_r1.doctor.patient import MEASURED_STEPS, Patient, existing
-from open_r1.memory import Launch, free_memory
+from open_r1.memory import Count, Launch, free_memory
 
 GB = 1e9
 MAX_CPU_FLOPS = 2e12  # of the steps that are measured; a laptop takes a minute
@@ -20,12 +20,22 @@ FLOPS_A_TOKEN = 10  # and parameter: sampling, scoring by the reference, forward
 def memory(patient: Patient) -> Iterator[Finding]:
     """The count of `open_r1.memory` against the card, or all processes against this machine."""
     launch, on_cpu = patient.launch, patient.on_cpu
-    peak, free = patient.count(launch).peak, free_memory(on_cpu)
+    count, free = patient.count(launch), free_memory(on_cpu)
     total = psutil.virtual_memory().total if on_cpu else torch.cuda.mem_get_info()[1]
-    needed = peak * launch.processes_here if on_cpu else peak
-    what = f"{launch.processes_here} x {peak / GB:.1f} GB at most, of {total / GB:.1f} GB "
-    what += f"{'' if on_cpu else 'of a GPU '}{free / GB:.1f} are free"
+    args = patient.settings[1]
+    has_vllm = getattr(args, "use_vllm", False) and args.vllm_mode == "colocate"
     remedy = "smaller per_device_train_batch_size or max_completion_length, configs/overlays/lora.yaml, docs/memory.md"
+    about_vllm = ", vLLM's not counted" if has_vllm else ""
+    if has_vllm and not on_cpu:
+        shares = vllm_shares(patient, count, total)
+        about_vllm = (
+            f", {args.vllm_gpu_memory_utilization * total / GB:.1f} of them vLLM's; fits: {shares or 'no share'}"
+        )
+        remedy = f"{shares or 'configs/overlays/lora.yaml, more GPUs, or --vllm_mode server'}; docs/memory.md"
+        count = count.with_vllm(args.vllm_gpu_memory_utilization, total, args.vllm_enable_sleep_mode)
+    needed = count.peak * launch.processes_here if on_cpu else count.peak
+    what = f"{launch.processes_here} x {count.peak / GB:.1f} GB at most, of {total / GB:.1f} GB "
+    what += f"{'' if on_cpu else 'of a GPU '}{free / GB:.1f} are free{about_vllm}"
     if on_cpu and launch.processes_here > 1:
         remedy = f"NUM_PROCESSES=1, {remedy}"
     if needed > total:
@@ -33,7 +43,22 @@ def memory(patient: Patient) -> Iterator[Finding]:
     elif needed > free:
         yield warned(what, "end what else takes memory there")
     else:
-        yield passed(what + (", vLLM's not counted" if getattr(patient.settings[1], "use_vllm", False) else ""))
+        yield passed(what)
+
+
+def vllm_shares(patient: Patient, count: Count, card: float) -> str:
+    """The settings of vLLM that fit beside training on a card, the largest share of each kind; empty: none does.
+
+    A share must hold vLLM's own copy of the weights, and the cache of one completion at least.
+    """
+    least = sum(p.nbytes for p in patient.model_outline.parameters())
+    shares = {sleeps: count.largest_share(card, sleeps) for sleeps in (False, True)}
+    sleep_mode = {False: "", True: " with --vllm_enable_sleep_mode true"}
+    return ", or ".join(
+        f"--vllm_gpu_memory_utilization up to {share:.2f}{sleep_mode[sleeps]}"
+        for sleeps, share in shares.items()
+        if share * card > least
+    )
 
 
 def total_steps(patient: Patient) -> int:

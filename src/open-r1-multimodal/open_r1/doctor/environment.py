@@ -16,6 +16,7 @@ from packaging.version import Version
 
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
 from open_r1.doctor.patient import Patient
+from open_r1.launch import OTHER_TORCH, gpu_without_kernels
 from open_r1.prompts import REPO_ROOT
 
 SHARED_MEMORY = 10**9  # bytes that NCCL and the workers of a few processes need
@@ -53,13 +54,15 @@ def python(patient: Patient) -> Iterator[Finding]:
 def gpus(patient: Patient) -> Iterator[Finding]:
     """What the driver lists against what torch can use."""
     listed, usable = listed_gpus(), torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if usable:
+    if usable and (old := gpu_without_kernels()):
+        yield failed(old, OTHER_TORCH)
+    elif usable:
         sizes = [torch.cuda.get_device_properties(device).total_memory / 1e9 for device in range(usable)]
         yield passed(f"{usable} x {torch.cuda.get_device_name()}, {min(sizes):.0f} GB")
     elif listed and "CUDA_VISIBLE_DEVICES" not in os.environ:
         yield failed(
             f"nvidia-smi lists {len(listed)} GPUs, and torch {torch.__version__} can use none",
-            "install a driver as new as this torch's CUDA, or torch for this driver: bash setup.sh",
+            f"update the driver (CUDA 13 needs 580 or newer), {OTHER_TORCH}",
         )
     else:
         hidden = f" of {len(listed)} in CUDA_VISIBLE_DEVICES" if listed else ""
