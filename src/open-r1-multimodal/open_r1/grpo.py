@@ -13,6 +13,7 @@ from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, check_rotati
 from open_r1.data import load_datasets_from_args, load_processor_from_args, opens_think
 from open_r1.decoding import check_generation
 from open_r1.entry import Command, run
+from open_r1.front_door import Mistake
 from open_r1.modeling import check_model, freeze, get_adapter_config, load_model_from_args
 from open_r1.rewards import COMPARING, check_gold, get_reward_funcs
 from open_r1.trainer import AskBlind, Qwen2VLGRPOTrainer
@@ -24,11 +25,13 @@ def prepare(
     """What the trainer takes beside the weights.
 
     Raises:
-        ValueError, OSError, ImportError: for a model, rewards or data that no run can start with.
+        ValueError, OSError, ImportError, Mistake: for a model, rewards or data that no run can start with.
     """
     check_settings(training_args, training_args.shared_prefix)
     check_rotation(script_args, training_args)
     if training_args.use_vllm:
+        if model_args.load_in_8bit:
+            raise Mistake("load_in_8bit: vLLM is not handed weights of 8 bits; load_in_4bit goes with use_vllm")
         training_args.vllm_max_model_length = longest_row(script_args, training_args)
     peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}
