@@ -7,8 +7,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from open_r1.agreement import check_agreement, difference
+from open_r1.agreement import InFloat32, check_agreement, difference
+from open_r1.data import load_dataset
+from open_r1.families import FAMILIES
 from open_r1.front_door import Mistake
+from open_r1.modeling import load_model, load_processor
+from open_r1.sft import AnswerCollator
 from support import make_trainer
 
 
@@ -21,21 +25,53 @@ def test_the_difference_is_that_of_known_tokens():
 
 
 @pytest.mark.parametrize(
-    "mean, dtype, stops",
+    "mean, rounding, stops",
     [
-        (0.005, "float32", False),
-        (0.0051, "float32", True),
-        (0.05, "bfloat16", False),
-        (0.051, "bfloat16", True),
-        (0.051, "float16", True),
-        (math.nan, "float32", True),
+        (0.005, 0.0, False),
+        (0.0051, 0.0, True),
+        (0.09, 0.03, False),
+        (0.091, 0.03, True),
+        (math.nan, 0.03, True),
+        (0.03, math.nan, True),
     ],
 )
-def test_rounding_is_no_difference(mean, dtype, stops):
+def test_rounding_is_no_difference(mean, rounding, stops):
     if not stops:
-        return check_agreement(mean, dtype)
-    with pytest.raises(Mistake, match=r"(?s)^use_vllm: .*chat template.*max_pixels.*expanded twice.*checkpoint"):
-        check_agreement(mean, dtype)
+        return check_agreement(mean, rounding, "bfloat16")
+    with pytest.raises(Mistake, match=r"(?s)^use_vllm: .*chat template.*max_pixels.*expanded twice.*checkpoint") as told:
+        check_agreement(mean, rounding, "bfloat16")
+    assert f"differ by {mean:.3f} in the mean" in str(told.value)
+    assert f"the policy's own differ by {rounding:.3f} between bfloat16 and float32" in str(told.value)
+
+
+@pytest.mark.parametrize("model_type, autocast", [*((name, False) for name in FAMILIES), ("qwen2_vl", True)])
+def test_what_is_computed_in_float32_is_what_a_copy_would_give(tiny_models, examples_json, model_type, autocast):
+    """Bit for bit, and the model keeps its weights of 16 bits; a policy under autocast, too."""
+    model = load_model(tiny_models[model_type], dtype="float32" if autocast else "bfloat16")
+    rows = load_dataset(examples_json, processor := load_processor(tiny_models[model_type]))
+    inputs = AnswerCollator(processor=processor)([rows[0], rows[1]])
+    inputs = {name: each.bfloat16() if each.is_floating_point() else each for name, each in inputs.items()}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        rounded = model(**inputs).logits
+        with InFloat32(torch.device("cpu")):
+            wide = model(**inputs).logits
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    assert torch.float32 in dtypes if autocast else dtypes == {torch.bfloat16}
+    inputs = {name: each.float() if each.is_floating_point() else each for name, each in inputs.items()}
+    with torch.no_grad():
+        exact = model.float()(**inputs).logits
+    assert wide.dtype == torch.float32 and torch.equal(wide, exact)
+    assert not torch.equal(rounded.float(), exact)
+
+
+def test_flash_attention_keeps_its_16_bits():
+    """Its kernels take nothing else, and what follows is computed in float32 again."""
+    with torch.library._scoped_library("flash_attn", "FRAGMENT") as library:
+        library.define("of_a_test(Tensor x) -> Tensor")
+        library.impl("of_a_test", lambda x: x * 2 if x.dtype == torch.bfloat16 else torch.empty(0), "CPU")
+        with InFloat32(torch.device("cpu")):
+            x = torch.ops.flash_attn.of_a_test(torch.ones(3))
+            assert (x.dtype, (x + x).dtype, (x + x).tolist()) == (torch.bfloat16, torch.float32, [4, 4, 4])
 
 
 class Engine:
@@ -65,7 +101,7 @@ def test_a_policy_is_compared_and_nothing_stays(tiny_model, examples_json, tmp_p
     trainer = make_trainer(tiny_model, examples_json, tmp_path)
     trainer.vllm_generation, trainer.backend = Mock(), Engine(trainer, error)
     if error:
-        with pytest.raises(Mistake, match=r"differ by 0\.006 in the mean .at most 0\.005 in float32"):
+        with pytest.raises(Mistake, match=r"differ by 0\.006 in the mean .at most 0\.005; the policy"):
             trainer.check_engine()
     else:
         trainer.check_engine()

@@ -1,18 +1,24 @@
 """Whether an engine samples from what the policy scores: seen on a few completions before a run begins.
 
 What an engine gets wrong it gets wrong silently: it answers another prompt, or the same about another image, and what
-the loss does to correct for small differences hides that.
+the loss does to correct for small differences hides that. In 16 bits a right engine differs, too, by as much as the
+model's own rounding, which is large where many tokens are likely. So the policy scores the same tokens in float32 as
+well, and the engine may differ by a small multiple of what that changes.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from open_r1.front_door import Mistake
 
-PROMPTS, TOKENS = 2, 16  # asked, and the longest completion
-BOUNDS = {"float32": 0.005}  # of the mean difference of log-probabilities, in nats
-ROUNDED_BOUND = 0.05  # in 16 bits
+PROMPTS, TOKENS = 4, 32  # asked, and the longest completion
+FLOOR = 0.005  # nats; a mean difference up to here is none in any dtype
+MULTIPLE = 3  # of the policy's own rounding
+SHORT = (torch.bfloat16, torch.float16)
 
 
 def difference(sampled: Sequence[Sequence[float | None]], scored: torch.Tensor) -> torch.Tensor:
@@ -31,22 +37,65 @@ def difference(sampled: Sequence[Sequence[float | None]], scored: torch.Tensor) 
     return torch.tensor([sum(pairs), len(pairs)], dtype=torch.float64)
 
 
-def check_agreement(mean: float, dtype: str) -> None:
+class InFloat32(TorchFunctionMode):
+    """In the block, what a model computes in 16 bits is computed in float32, its weights as they are.
+
+    Every function of torch gets its tensors of 16 bits as float32, and makes float32 where it is asked for 16 bits. So
+    no copy of the model is made: a weight is widened where it is used, and forgotten. For forward passes alone.
+
+    Args:
+        device: where the model is; autocast to 16 bits is off there.
+
+    Example:
+        linear = nn.Linear(3, 3).bfloat16()
+        with InFloat32(linear.weight.device):
+            linear(x)  # as linear.float()(x.float())
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.__name__ == "__get__":  # an attribute, such as a shape
+            return func(*args)
+        # the functions of the package flash-attn take nothing but 16 bits
+        change = narrow if str(func).startswith("flash_attn.") else widen
+        args, kwargs = tree_map(change, (args, kwargs or {}))
+        with torch.autocast(self.device.type, enabled=False):
+            return func(*args, **kwargs)
+
+
+def widen(value: Any) -> Any:
+    """A tensor, or a dtype, of 16 bits as float32; whatever else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.dtype in SHORT else value
+    return torch.float32 if value in SHORT else value
+
+
+def narrow(value: Any) -> Any:
+    """A tensor of float32 as bfloat16; whatever else as it is."""
+    return value.bfloat16() if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
+
+
+def check_agreement(mean: float, rounding: float, dtype: str) -> None:
     """Let a run begin, or not.
 
     Args:
-        mean: difference of log-probabilities.
+        mean: absolute difference of the engine's and the policy's log-probabilities.
+        rounding: that of the policy's own in `dtype` and in float32.
         dtype: of the policy.
 
     Raises:
         Mistake: the difference is more than rounding, or no number.
     """
-    bound = BOUNDS.get(dtype, ROUNDED_BOUND)
+    bound = max(FLOOR, MULTIPLE * rounding)
     if mean <= bound:
         return
     raise Mistake(
         f"use_vllm: the engine samples from something else than the policy scores: their log-probabilities differ by "
-        f"{mean:.3f} in the mean (at most {bound} in {dtype}). Likely causes: another chat template; another "
-        "max_pixels; a prompt whose image tokens are expanded twice; another checkpoint (a server's is the one that it "
-        "was started with); or an untrained model, which gives vision tokens a share that is never sampled"
+        f"{mean:.3f} in the mean (at most {bound:.3f}; the policy's own differ by {rounding:.3f} between {dtype} and "
+        "float32). Likely causes: another chat template; another max_pixels; a prompt whose image tokens are expanded "
+        "twice; another checkpoint (a server's is the one that it was started with); or an untrained model, which "
+        "gives vision tokens a share that is never sampled"
     )

@@ -501,14 +501,15 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
                 model, processor, self.vllm_generation, self._group_size, profile, **self.chat_template_kwargs
             )
 
-        def borrow() -> AbstractContextManager[PreTrainedModel]:
-            return unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            )
+        return TransformersBackend(model, processor, self._borrow, keep_features, **self.chat_template_kwargs)
 
-        return TransformersBackend(model, processor, borrow, keep_features, **self.chat_template_kwargs)
+    def _borrow(self) -> AbstractContextManager[PreTrainedModel]:
+        """The policy to run without its wrappers; whole, where ZeRO-3 splits it."""
+        return unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        )
 
     def _roll_out(self, prompts: list[Any], _: GRPOTrainer) -> dict[str, Any]:
         """TRL's `rollout_func`: images are opened, encoded and prefilled once for all neighbours of one prompt.
@@ -581,12 +582,20 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         ids = pad_sequence(rows, batch_first=True)  # (B, C)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         self._scored = prompts
+        was_training, dtype = self.model.training, engine_dtype(self.args, plain.dtype)
+        self.model.eval()  # dropout is no rounding
         scored, *_ = self._get_per_token_logps_and_entropies(self.model, ids, mask, ids.shape[1])
+        exact = scored
+        if dtype != "float32":
+            with self._borrow() as model, agreement.InFloat32(self.accelerator.device):
+                exact, *_ = self._get_per_token_logps_and_entropies(model, ids, mask, ids.shape[1])
+        self.model.train(was_training)
         for metrics in self._metrics.values():  # none of it is a step's or an evaluation's
             metrics.clear()
-        found = agreement.difference(answer.logprobs, scored).to(self.accelerator.device)
-        total, count = self.accelerator.reduce(found, reduction="sum").tolist()
-        agreement.check_agreement(total / max(count, 1), engine_dtype(self.args, plain.dtype))
+        own = [row[: len(known)] for row, known in zip(exact.tolist(), answer.ids, strict=True)]
+        found = torch.stack([agreement.difference(rows, scored) for rows in (answer.logprobs, own)])  # (2, 2)
+        (mean, rounding), (count, _) = self.accelerator.reduce(found.to(self.accelerator.device), reduction="sum").T.tolist()
+        agreement.check_agreement(mean / max(count, 1), rounding / max(count, 1), dtype)
 
     # ---- TRL's own path, without a shared prefix
 
