@@ -2,17 +2,24 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from PIL import Image
+from transformers import PreTrainedModel
 
+from open_r1 import agreement
 from open_r1.agreement import InFloat32, check_agreement, difference
 from open_r1.data import load_dataset
 from open_r1.families import FAMILIES
 from open_r1.front_door import Mistake
 from open_r1.modeling import load_model, load_processor
 from open_r1.sft import AnswerCollator
+from open_r1.shared_prefix import images_of
+from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
+from open_r1.trainer import put_images
 from support import make_trainer
 
 
@@ -38,7 +45,9 @@ def test_the_difference_is_that_of_known_tokens():
 def test_rounding_is_no_difference(mean, rounding, stops):
     if not stops:
         return check_agreement(mean, rounding, "bfloat16")
-    with pytest.raises(Mistake, match=r"(?s)^use_vllm: .*chat template.*max_pixels.*expanded twice.*checkpoint") as told:
+    with pytest.raises(
+        Mistake, match=r"(?s)^use_vllm: .*chat template.*max_pixels.*expanded twice.*checkpoint"
+    ) as told:
         check_agreement(mean, rounding, "bfloat16")
     assert f"differ by {mean:.3f} in the mean" in str(told.value)
     assert f"the policy's own differ by {rounding:.3f} between bfloat16 and float32" in str(told.value)
@@ -75,24 +84,26 @@ def test_flash_attention_keeps_its_16_bits():
 
 
 class Engine:
-    """Samples as the trainer's own backend does, and says what the policy gives each token, or a little else."""
+    """Samples as the trainer's own backend does, and says what a model gives each token, or a little else."""
 
-    def __init__(self, trainer, error: float):
-        self.trainer, self.own, self.error = trainer, trainer.backend, error
+    def __init__(self, trainer, error: float = 0.0, model: PreTrainedModel | None = None, temperature: float = 1.0):
+        self.trainer, self.own, self.error, self.temperature = trainer, trainer.backend, error, temperature
+        self.model = model or trainer.model
 
     def encode(self, prompt):
         return self.own.encode(prompt)
 
     def generate(self, prompts, repeats, settings):
+        settings.update(do_sample=True, **self.trainer.args.generation_kwargs)  # as an engine samples
         answer = self.own.generate(prompts, repeats, settings)
         rows = [prompt for prompt, count in zip(answer.prompts, repeats, strict=True) for _ in range(count)]
         logprobs = []
         for prompt, ids in zip(rows, answer.ids, strict=True):
             inputs = torch.cat([prompt.input_ids, torch.tensor(ids)])[None]
             kinds = (inputs == self.trainer.processing_class.image_token_id).int()
-            logits = self.trainer.model(input_ids=inputs, mm_token_type_ids=kinds, **prompt.image_inputs).logits
-            picked = logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)[range(len(ids)), ids]
-            logprobs.append((picked + self.error).tolist())
+            logits = self.model(input_ids=inputs, mm_token_type_ids=kinds, **prompt.image_inputs).logits
+            scores = logits[0, len(prompt) - 1 : -1].float() / self.temperature
+            logprobs.append((scores.log_softmax(dim=-1)[range(len(ids)), ids] + self.error).tolist())
         return replace(answer, logprobs=logprobs)
 
 
@@ -112,7 +123,66 @@ def test_a_policy_is_compared_and_nothing_stays(tiny_model, examples_json, tmp_p
 def test_an_engine_that_is_asked_something_else_is_found_out(tiny_model, examples_json, tmp_path):
     """What the engine made of a prompt may be the mistake: the policy scores its own."""
     trainer = make_trainer(tiny_model, examples_json, tmp_path)
-    trainer.vllm_generation, trainer.backend = Mock(), Engine(trainer, 0.0)
+    trainer.vllm_generation, trainer.backend = Mock(), Engine(trainer)
     trainer.backend.encode = lambda prompt: trainer.backend.own.encode([{"role": "user", "content": "Another one?"}])
     with pytest.raises(Mistake, match=r"^use_vllm: "):
         trainer.check_engine()
+
+
+@pytest.fixture(scope="module")
+def uncertain(tmp_path_factory) -> Path:
+    """A checkpoint that rounds as a trained one does: many layers, large weights, and several nats of entropy."""
+    folder = tmp_path_factory.mktemp("uncertain")
+    tokenizer = make_tokenizer((), 300)
+    config = make_config(tokenizer, num_layers=8)
+    config.text_config.initializer_range = config.vision_config.initializer_range = 0.3
+    model = make_model(config)
+    with torch.no_grad():
+        model.model.language_model.norm.weight *= 0.4
+    model.bfloat16().save_pretrained(folder)
+    make_processor(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def other_weights(engine: Engine) -> None:
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter *= 1 + 0.1 * torch.randn_like(parameter)
+
+
+def other_pixels(engine: Engine) -> None:
+    def encode(prompt):
+        picture = Image.linear_gradient("L").convert("RGB")
+        return engine.own.encode(put_images(prompt, [picture.resize(image.size) for image in images_of(prompt)]))
+
+    engine.encode = encode
+
+
+def other_question(engine: Engine) -> None:
+    engine.encode = lambda prompt: engine.own.encode([{"role": "user", "content": "Another one?"}])
+
+
+def other_temperature(engine: Engine) -> None:
+    engine.temperature = 0.7
+
+
+@pytest.mark.parametrize("fault", [None, other_weights, other_pixels, other_question, other_temperature])
+def test_a_right_engine_may_differ_by_what_16_bits_round(uncertain, examples_json, tmp_path, monkeypatch, fault):
+    """An engine that rounds otherwise than the policy (not at all) is right; what is wrong with one still shows."""
+    seen = []
+    check = agreement.check_agreement
+    monkeypatch.setattr(agreement, "check_agreement", lambda *found: seen.append(found) or check(*found))
+    trainer = make_trainer(uncertain, examples_json, tmp_path, bf16=True, num_generations=4)
+    engine = Engine(trainer, model=load_model(uncertain, dtype="float32"))
+    trainer.model.bfloat16()
+    trainer.vllm_generation, trainer.backend = Mock(), engine
+    weights = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    if fault is None:
+        trainer.check_engine()
+    else:
+        fault(engine)
+        with pytest.raises(Mistake, match=r"^use_vllm: the engine samples from something else .*bfloat16 and float32"):
+            trainer.check_engine()
+    ((mean, rounding, dtype),) = seen
+    assert dtype == "bfloat16" and rounding > 0.05  # the bound of a dtype that there was before
+    assert all(torch.equal(weights[name], weight) for name, weight in trainer.model.named_parameters())

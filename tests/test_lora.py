@@ -2,16 +2,18 @@
 
 import hashlib
 import inspect
+import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from trl import ModelConfig
-from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
 from open_r1.data import load_dataset
@@ -22,6 +24,7 @@ from open_r1.modeling import (
     FreezeArguments,
     adapter_base,
     get_adapter_config,
+    load_checkpoint,
     load_model,
     load_model_from_args,
     load_processor,
@@ -32,7 +35,7 @@ from open_r1.recipes import read_recipe
 from open_r1.sft import AnswerCollator
 from open_r1.trainer import Qwen2VLGRPOConfig
 from open_r1.vllm_backends import adapted_weights, check_adapter, whole_weight
-from support import load_weights
+from support import launch_env, load_weights, pretend_vllm
 
 LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_dropout", "0.0", "--freeze_vision", "true"]
 LORA += ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -190,26 +193,9 @@ def test_an_adapter_names_its_base_wherever_it_was_trained(tiny_model, tmp_path,
 # ---- vLLM, beside which the base weights stay as they are
 
 
-class Engine:
-    """As much of vLLM as TRL hands weights to: it keeps the newest of each name."""
-
-    def __init__(self, **settings: object):
-        self.settings, self.weights = settings, {}
-        worker = SimpleNamespace(model_runner=SimpleNamespace(model=self))
-        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
-
-    def load_weights(self, weights):
-        self.weights.update((name, weight.clone()) for name, weight in weights)
-
-    def reset_prefix_cache(self):
-        pass
-
-
 @pytest.fixture
 def fake_vllm(monkeypatch):
-    monkeypatch.setattr(vllm_generation, "LLM", Engine, raising=False)
-    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
-    monkeypatch.setattr("open_r1.configs.need_vllm", lambda option: None)
+    pretend_vllm(monkeypatch.setattr)
 
 
 def randomize_adapter(model: nn.Module, std: float = 0.1) -> None:
@@ -267,6 +253,23 @@ def sync(model: PeftModel) -> dict[str, torch.Tensor]:
     engine = VLLMGeneration.__new__(VLLMGeneration)
     engine.model, engine._dist = model, SimpleNamespace(gather_params=lambda parameters: nullcontext())
     return {name: weight.clone() for name, weight in adapted_weights(engine)}
+
+
+@pytest.mark.distributed
+def test_vllm_is_handed_an_adapter_that_zero3_splits(tiny_model, examples_json, quick_python, tmp_path):
+    """Two processes train and hand over, a layer at a time; what arrives is the base with the adapter that is saved."""
+    config = REPO_ROOT / "src/open-r1-multimodal/configs/zero3.yaml"
+    launch = [quick_python, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    launch += ["--mixed_precision", "no", "--num_processes", "2", "--main_process_port", "0"]
+    worker = [str(Path(__file__).with_name("worker_lora.py")), str(tiny_model), str(examples_json), str(tmp_path)]
+    env = launch_env(tiny_model, examples_json, tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    subprocess.run([*launch, *worker], env=env, check=True)
+    handed = load_file(tmp_path / "handed.safetensors")
+    expected = dict(load_checkpoint(tmp_path, "float32", base=tiny_model).named_parameters())
+    assert handed.keys() == expected.keys()
+    assert all(torch.allclose(handed[name], expected[name], atol=1e-6) for name in handed)
+    base = dict(load_model(tiny_model, dtype="float32").named_parameters())
+    assert any((handed[name] - base[name]).abs().max() > 1e-4 for name in handed)
 
 
 ADAPTERS = {
