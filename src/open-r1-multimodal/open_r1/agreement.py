@@ -57,7 +57,7 @@ class InFloat32(TorchFunctionMode):
         self.device = device
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.__name__ == "__get__":  # an attribute, such as a shape
+        if func.__name__ in ("__get__", "data_ptr"):  # an attribute, such as a shape; a tensor's place, for a kernel
             return func(*args)
         # the functions of the package flash-attn take nothing but 16 bits
         change = narrow if str(func).startswith("flash_attn.") else widen
