@@ -592,8 +592,8 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         self.model.train(was_training)
         for metrics in self._metrics.values():  # none of it is a step's or an evaluation's
             metrics.clear()
-        exact = [row[: len(known)] for row, known in zip(exact.tolist(), answer.ids, strict=True)]
-        found = torch.cat([agreement.difference(rows, scored) for rows in (answer.logprobs, exact)])  # (4,)
+        scored = [row[: len(known)] for row, known in zip(scored.tolist(), answer.ids, strict=True)]
+        found = torch.cat([agreement.difference(rows, exact) for rows in (answer.logprobs, scored)])  # (4,)
         found = self.accelerator.reduce(found.to(self.accelerator.device), reduction="sum").tolist()
         mean, rounding = (total / max(count, 1) for total, count in (found[:2], found[2:]))
         agreement.check_agreement(mean, rounding, dtype)
