@@ -9,14 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
+from trl.generation import vllm_generation
 
+from open_r1 import configs
 from open_r1.backends import Backend, Completions
 from open_r1.data import load_dataset
 from open_r1.families import FAMILIES
@@ -117,6 +119,29 @@ class Scripted:
             with self.backend.borrow():
                 prompts = [encode_images(self.backend.model, prompt) for prompt in prompts]
         return Completions(self.complete(rows), None, prompts)
+
+
+class FakeVLLM:
+    """As much of vLLM as TRL hands weights to: it keeps the newest of each name."""
+
+    def __init__(self, **settings: object):
+        self.settings, self.weights = settings, {}
+        worker = SimpleNamespace(model_runner=SimpleNamespace(model=self))
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+
+    def load_weights(self, weights):
+        self.weights.update((name, weight.clone()) for name, weight in weights)
+
+    def reset_prefix_cache(self):
+        pass
+
+
+def pretend_vllm(put: Callable[..., None] = setattr) -> None:
+    """Let trainers with `use_vllm` start `FakeVLLM`; `put` is setattr or a monkeypatch's."""
+    vllm_generation.LLM = None  # what an import leaves where vLLM is
+    put(vllm_generation, "LLM", FakeVLLM)
+    put(vllm_generation, "is_vllm_available", lambda: True)
+    put(configs, "need_vllm", lambda option: None)
 
 
 def make_config(output_dir: Path, **changes: object) -> Qwen2VLGRPOConfig:

@@ -1,11 +1,20 @@
 """LoRA: the adapter alone is trained and saved, the reference is the model without it, the export is the same model."""
 
+import hashlib
+import inspect
+import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
 from trl import ModelConfig
+from trl.generation.vllm_generation import VLLMGeneration
 
 from open_r1.data import load_dataset
 from open_r1.families import FAMILIES, family_of
@@ -15,6 +24,7 @@ from open_r1.modeling import (
     FreezeArguments,
     adapter_base,
     get_adapter_config,
+    load_checkpoint,
     load_model,
     load_model_from_args,
     load_processor,
@@ -24,7 +34,8 @@ from open_r1.prompts import REPO_ROOT
 from open_r1.recipes import read_recipe
 from open_r1.sft import AnswerCollator
 from open_r1.trainer import Qwen2VLGRPOConfig
-from support import load_weights
+from open_r1.vllm_backends import adapted_weights, check_adapter, whole_weight
+from support import launch_env, load_weights, pretend_vllm
 
 LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_dropout", "0.0", "--freeze_vision", "true"]
 LORA += ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -177,3 +188,139 @@ def test_an_adapter_names_its_base_wherever_it_was_trained(tiny_model, tmp_path,
     )
     monkeypatch.chdir(tmp_path)
     assert adapter_base(tmp_path / "adapter") == tiny_model.resolve()
+
+
+# ---- vLLM, beside which the base weights stay as they are
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch):
+    pretend_vllm(monkeypatch.setattr)
+
+
+def randomize_adapter(model: nn.Module, std: float = 0.1) -> None:
+    """Give the adapter's B, which begins at zero, something to say."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:
+            nn.init.normal_(parameter, std=std)
+
+
+def base_bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights beside the adapter, copied; of 4-bit ones the packed bytes and their scales."""
+    bits = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            bits[name] = parameter.detach().clone()
+            if hasattr(parameter, "quant_state"):
+                bits[f"{name}, scales"] = parameter.quant_state.absmax.clone()
+    return bits
+
+
+PRECISIONS = {
+    "float32": ["--dtype", "float32"],
+    "bfloat16": ["--dtype", "bfloat16"],
+    "4 bits": ["--dtype", "bfloat16", "--load_in_4bit", "true", "--use_bnb_nested_quant", "true"],
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_vllm_leaves_the_base_bit_for_bit(tiny_model, examples_json, tmp_path, fake_vllm, precision):
+    """Handed over 200 times; and what is handed over is the model that PEFT would merge, under its own names."""
+    trainer = make_trainer(tiny_model, examples_json, tmp_path, "--use_vllm", "true", *PRECISIONS[precision])
+    randomize_adapter(trainer.model)
+    before = base_bits(trainer.model)
+    for _ in range(200):
+        trainer.vllm_generation.sync_weights()
+    after = base_bits(trainer.model)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+    engine = trainer.vllm_generation.llm
+    assert engine.settings["quantization"] is None
+    policy = trainer.model
+    if precision == "4 bits":  # PEFT would round the merged weights to 4 bits again: the same adapter on unpacked ones
+        policy = get_peft_model(load_model(tiny_model, dtype="bfloat16"), trainer.model.peft_config["default"])
+        for name, weight in policy.named_parameters():
+            weight.data = whole_weight(trainer.model.get_parameter(name))
+    expected = dict(policy.merge_and_unload().named_parameters())
+    assert engine.weights.keys() == expected.keys()
+    for name, weight in engine.weights.items():
+        assert weight.dtype == expected[name].dtype and torch.equal(weight, expected[name]), name
+
+
+def sync(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What a policy hands over."""
+    engine = VLLMGeneration.__new__(VLLMGeneration)
+    engine.model, engine._dist = model, SimpleNamespace(gather_params=lambda parameters: nullcontext())
+    return {name: weight.clone() for name, weight in adapted_weights(engine)}
+
+
+@pytest.mark.distributed
+def test_vllm_is_handed_an_adapter_that_zero3_splits(tiny_model, examples_json, quick_python, tmp_path):
+    """Two processes train and hand over, a layer at a time; what arrives is the base with the adapter that is saved."""
+    config = REPO_ROOT / "src/open-r1-multimodal/configs/zero3.yaml"
+    launch = [quick_python, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    launch += ["--mixed_precision", "no", "--num_processes", "2", "--main_process_port", "0"]
+    worker = [str(Path(__file__).with_name("worker_lora.py")), str(tiny_model), str(examples_json), str(tmp_path)]
+    env = launch_env(tiny_model, examples_json, tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    subprocess.run([*launch, *worker], env=env, check=True)
+    handed = load_file(tmp_path / "handed.safetensors")
+    expected = dict(load_checkpoint(tmp_path, "float32", base=tiny_model).named_parameters())
+    assert handed.keys() == expected.keys()
+    assert all(torch.allclose(handed[name], expected[name], atol=1e-6) for name in handed)
+    base = dict(load_model(tiny_model, dtype="float32").named_parameters())
+    assert any((handed[name] - base[name]).abs().max() > 1e-4 for name in handed)
+
+
+ADAPTERS = {
+    "rslora": {"target_modules": ["q_proj", "down_proj"], "use_rslora": True},
+    "DoRA": {"target_modules": ["v_proj", "up_proj"], "use_dora": True},
+    "all linear layers and their biases": {"target_modules": "all-linear", "bias": "all"},
+    "a module trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "embeddings": {"target_modules": ["embed_tokens", "k_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_vllm_is_handed_what_peft_merges(tiny_model, kind):
+    base = load_model(tiny_model, dtype="float32")
+    base.config.tie_word_embeddings = False
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
+    model = get_peft_model(base, LoraConfig(r=4, **ADAPTERS[kind]))
+    randomize_adapter(model)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name or "magnitude" in name:
+            parameter.data += torch.rand_like(parameter)
+    check_adapter(model)
+    before, handed = base_bits(model), sync(model)
+    assert all(torch.equal(before[name], weight) for name, weight in base_bits(model).items())
+    expected = dict(model.merge_and_unload(safe_merge=True).named_parameters())
+    assert handed.keys() == expected.keys()
+    assert [name for name, weight in handed.items() if not torch.equal(weight, expected[name])] == []
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"target_modules": ["lm_head"]}, "one matrix as embeddings and lm_head"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "one matrix as embeddings and lm_head"),
+        ({"target_modules": ["q_proj"], "lora_bias": True}, r"layers\.0\.self_attn\.q_proj has another one \(Linear"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [3]}, r"embed_tokens has another one"),
+    ],
+)
+def test_an_adapter_that_vllm_cannot_be_handed_is_refused(tiny_model, settings, message):
+    model = get_peft_model(load_model(tiny_model, dtype="float32"), LoraConfig(r=4, **settings))
+    with pytest.raises(Mistake, match=rf"^use_vllm: .*{message}"):
+        check_adapter(model)
+
+
+def test_weights_of_8_bits_are_refused_beside_vllm(tiny_model, examples_json, tmp_path, fake_vllm):
+    with pytest.raises(Mistake, match=r"^load_in_8bit: vLLM is not handed weights of 8 bits; load_in_4bit goes with"):
+        make_trainer(tiny_model, examples_json, tmp_path, "--use_vllm", "true", "--load_in_8bit", "true")
+
+
+def test_what_trl_hands_over_is_what_we_stand_in_for():
+    """`adapted_weights` is written after this version; read the new one, and change both."""
+    digest = hashlib.sha256(inspect.getsource(VLLMGeneration._iter_named_params).encode()).hexdigest()
+    assert digest.startswith("baab615d5c7bc3e1")
+    assert "self._iter_named_params()" in inspect.getsource(VLLMGeneration.sync_weights)

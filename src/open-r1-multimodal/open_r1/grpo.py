@@ -33,12 +33,14 @@ def prepare(
     """What the trainer takes beside the weights.
 
     Raises:
-        ValueError, OSError, ImportError: for a model, rewards or data that no run can start with.
+        ValueError, OSError, ImportError, Mistake: for a model, rewards or data that no run can start with.
     """
     choose_trainer(script_args.trainer)
     check_settings(training_args, training_args.shared_prefix)
     check_rotation(script_args, training_args)
     if training_args.use_vllm:
+        if model_args.load_in_8bit:
+            raise Mistake("load_in_8bit: vLLM is not handed weights of 8 bits; load_in_4bit goes with use_vllm")
         training_args.vllm_max_model_length = longest_row(script_args, training_args)
     peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}

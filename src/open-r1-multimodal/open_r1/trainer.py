@@ -74,7 +74,15 @@ from open_r1.sampling import (
 )
 from open_r1.shared_prefix import Prompt, enable_grouping, encode_prompt, images_of, pack, prepare_model
 from open_r1.trackers import LogRollouts, as_text
-from open_r1.vllm_backends import TrainerVLLMBackend, banned, engine_dtype, engine_settings, engines_with
+from open_r1.vllm_backends import (
+    TrainerVLLMBackend,
+    adapted_weights,
+    banned,
+    check_adapter,
+    engine_dtype,
+    engine_settings,
+    engines_with,
+)
 
 TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's metrics, never logged
 PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
@@ -243,12 +251,17 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
             # TRL loads a model given by its name in float32, if it is told nothing else
             own = (args.model_init_kwargs or {}).get("dtype", "float32") if isinstance(model, str) else model.dtype
             end, ban = "stop_token_ids", {"logit_bias": banned(never)}
-            engines = engines_with(**engine_settings(processing_class, engine_dtype(args, own)))
+            settings = engine_settings(processing_class, engine_dtype(args, own))
+            # Not quantised where the policy is, as TRL would have it: it is handed whole weights (`adapted_weights`).
+            engines = engines_with(quantization=None, **settings)
         else:
             end, ban, engines = "eos_token_id", {"suppress_tokens": never}, nullcontext()
         args.generation_kwargs = with_tokens(args.generation_kwargs, end, end_token_ids(processing_class), ban)
         with engines:
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *more, **kwargs)
+        if self.use_vllm and is_peft_model(self.vllm_generation.model):
+            check_adapter(self.vllm_generation.model)
+            self.vllm_generation._iter_named_params = partial(adapted_weights, self.vllm_generation)
         if self.accelerator.is_main_process:
             warn_of_unshown(train_dataset, eval_dataset)
         plain, reference = self._plain_model(), self.ref_model and self.accelerator.unwrap_model(self.ref_model)
@@ -656,12 +669,21 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         rows = [torch.tensor(ids, device=self.accelerator.device) for ids in answer.ids]
         ids = pad_sequence(rows, batch_first=True)  # (B, C)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        was_training, dtype = self.model.training, engine_dtype(self.args, plain.dtype)
+        self.model.eval()  # dropout is no rounding
         scored, *_ = self._score(self.model, prompts, ids, mask, len(prompts))
+        exact = scored
+        if dtype != "float32":
+            with self._borrow() as model, agreement.InFloat32(self.accelerator.device):
+                exact, *_ = self._score(model, prompts, ids, mask, len(prompts))
+        self.model.train(was_training)
         for metrics in self._metrics.values():  # none of it is a step's or an evaluation's
             metrics.clear()
-        found = agreement.difference(answer.logprobs, scored).to(self.accelerator.device)
-        total, count = self.accelerator.reduce(found, reduction="sum").tolist()
-        agreement.check_agreement(total / max(count, 1), engine_dtype(self.args, plain.dtype))
+        scored = [row[: len(known)] for row, known in zip(scored.tolist(), answer.ids, strict=True)]
+        found = torch.cat([agreement.difference(rows, exact) for rows in (answer.logprobs, scored)])  # (4,)
+        found = self.accelerator.reduce(found.to(self.accelerator.device), reduction="sum").tolist()
+        mean, rounding = (total / max(count, 1) for total, count in (found[:2], found[2:]))
+        agreement.check_agreement(mean, rounding, dtype)
 
     # ---- Scoring and loss
 
