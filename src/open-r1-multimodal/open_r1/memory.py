@@ -102,11 +102,8 @@ class Count:
     @property
     def peak(self) -> float:
         """The most at any time, in bytes."""
-        return sum(self.base.values()) + max(sum(phase.values()) for phase in self._phases)
-
-    @property
-    def _phases(self) -> tuple[dict[str, float], ...]:
-        return (self.rollout, self.backward, self.update)
+        phases = (self.rollout, self.backward, self.update)
+        return sum(self.base.values()) + max(sum(phase.values()) for phase in phases)
 
     def with_vllm(self, share: float, card: float, sleeps: bool) -> "Count":
         """The same on a card of so many bytes of which vLLM takes a share: all the time, or while it samples.

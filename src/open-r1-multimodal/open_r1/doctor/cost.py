@@ -49,7 +49,7 @@ def memory(patient: Patient) -> Iterator[Finding]:
 def vllm_shares(patient: Patient, count: Count, card: float) -> str:
     """The settings of vLLM that fit beside training on a card, the largest share of each kind; empty: none does.
 
-    A share must hold vLLM's own copy of the weights, and the cache of one completion at least.
+    One that holds no more than vLLM's own copy of the weights is none.
     """
     least = sum(p.nbytes for p in patient.model_outline.parameters())
     shares = {sleeps: count.largest_share(card, sleeps) for sleeps in (False, True)}
