@@ -9,19 +9,19 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import Mistake, naming_option, printable, run, use_environment
+from open_r1.base.errors import Mistake, naming_option, printable, run, use_environment
 
 use_environment()
 
 import torch
 from transformers import GenerationConfig
 
-from open_r1.backends import load_transformers
+from open_r1.base.hub import model_folder
+from open_r1.base.images import open_image
+from open_r1.base.prompts import check_text
+from open_r1.engines.backends import load_transformers
 from open_r1.evaluate.answering import generation_settings, load_prompting, messages
-from open_r1.families import control_tokens
-from open_r1.hub import model_folder
-from open_r1.images import open_image
-from open_r1.prompts import check_text
+from open_r1.models.families import control_tokens
 from open_r1.tasks.examples import iter_rows
 from open_r1.tasks.unshown import unshown_texts
 

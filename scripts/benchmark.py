@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import run, use_environment
+from open_r1.base.errors import run, use_environment
 
 use_environment()
 
 from benchmarks import data, evaluation
-from open_r1.files import MADE_BY, check_replaceable, replace_file
+from open_r1.base.files import MADE_BY, check_replaceable, replace_file
 
 
 def main() -> None:

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import printable, run, use_environment
+from open_r1.base.errors import printable, run, use_environment
 
 use_environment()
 
-from open_r1.answers import Unread
+from open_r1.answers.checker import Unread
+from open_r1.answers.statistics import TOTAL, mcnemar, outcomes, paired_difference, unread_warning
+from open_r1.base.files import FIGURE_MARK, check_replaceable, replacing
 from open_r1.evaluate.results import read_scored
-from open_r1.evaluate.statistics import TOTAL, mcnemar, outcomes, paired_difference, unread_warning
-from open_r1.files import FIGURE_MARK, check_replaceable, replacing
 from open_r1.tasks.benchmarks import BENCHMARKS
 
 CHART_FORMATS = (".png", ".svg", ".pdf")

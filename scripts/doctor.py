@@ -17,21 +17,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import Mistake, positive, run, use_environment
+from open_r1.base.errors import Mistake, positive, run, use_environment
 
 use_environment()
 
 import torch
 
 from open_r1 import grpo, sft
-from open_r1.checkpoints import Layout
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.doctor.examination import examine, line
 from open_r1.doctor.finding import Verdict
-from open_r1.doctor.patient import Patient, planned
-from open_r1.entry import Command, prepare_process
-from open_r1.memory import Count, Launch, count_run
-from open_r1.prompts import REPO_ROOT
-from open_r1.recipes import merge_recipes, read_recipe
+from open_r1.doctor.subject import Patient, planned
+from open_r1.models.memory import Count, Launch, count_run
+from open_r1.running.checkpoints import Layout
+from open_r1.running.entry import Command, prepare_process
+from open_r1.settings.recipes import merge_recipes, read_recipe
 
 LAUNCH_CONFIGS = REPO_ROOT / "src/open-r1-multimodal/configs"
 

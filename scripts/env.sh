@@ -1,5 +1,5 @@
 # Sourced by the other scripts, with ROOT set: chooses PYTHON. The active environment wins over .venv.
-# Python scripts choose alike: open_r1/front_door.py.
+# Python scripts choose alike: open_r1/base/errors.py.
 if [ -z "${PYTHON:-}" ]; then
     for candidate in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}" "$ROOT/.venv"; do
         if [ -n "$candidate" ] && [ -x "$candidate/bin/python" ]; then

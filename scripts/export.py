@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import Mistake, naming_option, printable, run, use_environment
+from open_r1.base.errors import Mistake, naming_option, printable, run, use_environment
 
 use_environment()
 
-from open_r1.files import check_new_folder, replacing
-from open_r1.hub import model_folder
-from open_r1.modeling import adapter_base, load_checkpoint, load_processor, reset_generation_config
+from open_r1.base.files import check_new_folder, replacing
+from open_r1.base.hub import model_folder
+from open_r1.models.loading import adapter_base, load_checkpoint, load_processor, reset_generation_config
 
 
 def main() -> None:

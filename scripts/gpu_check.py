@@ -29,11 +29,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src/open-r1-multimodal"
 sys.path.insert(0, str(PACKAGE))
-from open_r1.front_door import Mistake, run, use_environment
+from open_r1.base.errors import Mistake, run, use_environment
 
 use_environment(is_needed=False)
 
-from open_r1.files import MADE_BY, check_replaceable, replace_file
+from open_r1.base.files import MADE_BY, check_replaceable, replace_file
 
 # Seconds of each measurement, in the order of what is wanted most: two to three times what docs/running.md expects of
 # an H200. vLLM is the last, since it may be installed for another torch.

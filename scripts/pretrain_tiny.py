@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import run, use_environment
+from open_r1.base.errors import run, use_environment
 
 use_environment()
 
@@ -41,9 +41,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, get_cosine_with_min_lr_schedule_with_warmup
 
+from open_r1.base.files import check_new_folder, replacing
+from open_r1.base.prompts import join_options, load_chat_template, sat_question
 from open_r1.evaluate.answering import messages
-from open_r1.files import check_new_folder, replacing
-from open_r1.prompts import join_options, load_chat_template, sat_question
 from open_r1.tasks import cvbench
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
 from open_r1.world import questions

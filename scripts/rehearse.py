@@ -21,7 +21,7 @@ from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import Mistake, run, use_environment
+from open_r1.base.errors import Mistake, run, use_environment
 
 use_environment()
 
@@ -29,12 +29,12 @@ import psutil
 import torch
 from PIL import Image
 
-from open_r1.data import count_prompt_tokens
-from open_r1.files import MADE_BY, check_replaceable, replace_file
-from open_r1.memory import free_memory
-from open_r1.modeling import load_processor
-from open_r1.prompts import REPO_ROOT
-from open_r1.published import MODELS
+from open_r1.base.files import MADE_BY, check_replaceable, replace_file
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.models.loading import load_processor
+from open_r1.models.memory import free_memory
+from open_r1.models.published import MODELS
+from open_r1.running.data import count_prompt_tokens
 from open_r1.tasks.examples import read_examples
 
 TRAINING = REPO_ROOT / "src/open-r1-multimodal"
@@ -272,7 +272,7 @@ def rehearse(folder: Path, model: str | None, size: str = "qwen2_vl_2b") -> list
     if model is None:
         model = str(folder / "model")
         if not (folder / "model/processor_config.json").is_file():  # written last
-            build = [sys.executable, "-m", "open_r1.published", "--model", size, "--output", model]
+            build = [sys.executable, "-m", "open_r1.models.published", "--model", size, "--output", model]
             do(Phase("build the model", build, {}))
     for phase in prepare(folder):
         do(phase)

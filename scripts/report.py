@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import printable, run, use_environment
+from open_r1.base.errors import printable, run, use_environment
 
 use_environment()
 

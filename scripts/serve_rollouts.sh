@@ -29,4 +29,4 @@ set -f
 for recipe in $CONFIG; do set -- "$@" --config "$recipe"; done
 set +f
 unset IFS
-exec "$PYTHON" -m open_r1.serving "$@"
+exec "$PYTHON" -m open_r1.running.serving "$@"

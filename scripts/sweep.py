@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.front_door import printable, run, use_environment
+from open_r1.base.errors import printable, run, use_environment
 
 use_environment()
 
-from open_r1.files import MADE_BY, check_replaceable, replace_file, to_json
+from open_r1.base.files import MADE_BY, check_replaceable, replace_file, to_json
 from open_r1.report.figures import save_recipes
 from open_r1.report.sweep import Trial, compare_recipes, read_trial
 

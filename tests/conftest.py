@@ -52,7 +52,7 @@ def own_environment() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Model type -> folder of a tiny random checkpoint."""
-    from open_r1.families import FAMILIES
+    from open_r1.models.families import FAMILIES
     from open_r1.tiny import save_tiny_model
 
     folder = tmp_path_factory.mktemp("models")

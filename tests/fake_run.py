@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from open_r1.prompts import sat_question
+from open_r1.base.prompts import sat_question
 from open_r1.world.parquet import sat_row
 from open_r1.world.scene import LEVELS
 

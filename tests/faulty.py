@@ -9,8 +9,8 @@ import resource
 import signal
 from pathlib import Path
 
-from open_r1.orphans import LAUNCHER
-from open_r1.trainer import Qwen2VLGRPOTrainer
+from open_r1.running.orphans import LAUNCHER
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import vowel_share
 
 RUN = Path(os.environ["OUTPUT"])

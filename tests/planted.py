@@ -2,7 +2,7 @@
 
 import re
 
-from open_r1.backends import Backend, Completions
+from open_r1.engines.backends import Backend, Completions
 
 QUESTION = re.compile(r"What colour is picture (\d+)\? Choose between the following options: (\w+) or (\w+)")
 

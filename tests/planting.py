@@ -2,7 +2,7 @@
 `--reward_funcs accuracy planting:zero`. For such runs only: in the tests' own process it would stay planted.
 """
 
-from open_r1.trainer import Qwen2VLGRPOTrainer
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from planted import Written
 
 make_backend = Qwen2VLGRPOTrainer.make_backend

@@ -19,13 +19,13 @@ from transformers import TrainerCallback, TrainerState
 from trl.generation import vllm_generation
 
 from open_r1 import configs
-from open_r1.backends import Backend, Completions
-from open_r1.data import load_dataset
-from open_r1.families import FAMILIES
-from open_r1.modeling import load_model, load_processor
-from open_r1.prompts import REPO_ROOT, sat_question
-from open_r1.shared_prefix import encode_images
-from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
+from open_r1.base.prompts import REPO_ROOT, sat_question
+from open_r1.engines.backends import Backend, Completions
+from open_r1.engines.shared_prefix import encode_images
+from open_r1.models.families import FAMILIES
+from open_r1.models.loading import load_model, load_processor
+from open_r1.running.data import load_dataset
+from open_r1.trainer.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 
 COLOURS = ["red", "lime", "blue", "white", "black", "yellow"]
 

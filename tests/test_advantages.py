@@ -9,10 +9,10 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from open_r1.advantages import ADVANTAGES, checked, group_advantages, leave_one_out, spread
-from open_r1.front_door import Mistake
-from open_r1.recorder import Rollout
-from open_r1.trainer import Rows
+from open_r1.base.errors import Mistake
+from open_r1.trainer.advantages import ADVANTAGES, checked, group_advantages, leave_one_out, spread
+from open_r1.trainer.recorder import Rollout
+from open_r1.trainer.trainer import Rows
 from support import make_trainer, read_jsonl, vowel_share
 
 trls_step = GRPOTrainer._generate_and_score_completions

@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from open_r1 import agreement
-from open_r1.agreement import InFloat32, check_agreement, difference
-from open_r1.data import load_dataset
-from open_r1.families import FAMILIES
-from open_r1.front_door import Mistake
-from open_r1.modeling import load_model, load_processor
+from open_r1.base.errors import Mistake
+from open_r1.engines import agreement
+from open_r1.engines.agreement import InFloat32, check_agreement, difference
+from open_r1.engines.shared_prefix import images_of
+from open_r1.engines.vllm_backends import whole_weight
+from open_r1.models.families import FAMILIES
+from open_r1.models.loading import load_model, load_processor
+from open_r1.running.data import load_dataset
 from open_r1.sft import AnswerCollator
-from open_r1.shared_prefix import images_of
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
-from open_r1.trainer import put_images
-from open_r1.vllm_backends import whole_weight
+from open_r1.trainer.trainer import put_images
 from support import make_trainer
 
 

@@ -14,16 +14,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from trl import GRPOConfig
 
 from open_r1 import grpo, sft
+from open_r1.base.images import open_image
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.doctor.examination import examine
-from open_r1.doctor.patient import Patient
-from open_r1.evaluate.answering import BACKENDS, generation_settings, load_prompting
-from open_r1.families import FAMILIES
-from open_r1.images import open_image
-from open_r1.memory import Launch
-from open_r1.modeling import freeze
-from open_r1.prompts import REPO_ROOT
-from open_r1.recipes import read_recipe
-from open_r1.shared_prefix import (
+from open_r1.doctor.subject import Patient
+from open_r1.engines.shared_prefix import (
     IMAGE_ATTENTION,
     Layout,
     attend_groups,
@@ -36,7 +31,12 @@ from open_r1.shared_prefix import (
     locate_group,
     prepare_model,
 )
-from open_r1.trainer import Qwen2VLGRPOTrainer, put_images, with_images_inside
+from open_r1.evaluate.answering import BACKENDS, generation_settings, load_prompting
+from open_r1.models.families import FAMILIES
+from open_r1.models.loading import freeze
+from open_r1.models.memory import Launch
+from open_r1.settings.recipes import read_recipe
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer, put_images, with_images_inside
 from support import (
     attend_plainly,
     enlarge,
@@ -220,8 +220,8 @@ def test_images_in_a_row_are_encoded_as_transformers_does(model_type, has_flash,
     assert model.config.vision_config._attn_implementation == IMAGE_ATTENTION
     assert model.config.get_text_config()._attn_implementation == "sdpa"
     kernel = Mock(side_effect=slow_varlen_2_11)
-    monkeypatch.setattr("open_r1.shared_prefix.has_flash", lambda query: has_flash)
-    monkeypatch.setattr("open_r1.shared_prefix.varlen_attn", kernel)
+    monkeypatch.setattr("open_r1.engines.shared_prefix.has_flash", lambda query: has_flash)
+    monkeypatch.setattr("open_r1.engines.shared_prefix.varlen_attn", kernel)
     features, gradients = encode_and_differentiate(model_type, model, images)
     assert kernel.call_count == 2 * has_flash  # layers
     for mine, theirs in zip(features, expected, strict=True):
@@ -235,10 +235,10 @@ def test_images_in_a_row_are_encoded_as_transformers_does(model_type, has_flash,
 @pytest.mark.parametrize("model_type", ROWS)
 def test_a_tower_asks_the_host_no_more_often_for_more_layers(model_type, tiny_models, monkeypatch):
     reads, read = [], {"tolist": torch.Tensor.tolist, "item": torch.Tensor.item}
-    monkeypatch.setattr("open_r1.shared_prefix.varlen_attn", lambda query, *args, **kwargs: query)
+    monkeypatch.setattr("open_r1.engines.shared_prefix.varlen_attn", lambda query, *args, **kwargs: query)
 
     def count(depth, chosen=True, has_flash=False):
-        monkeypatch.setattr("open_r1.shared_prefix.has_flash", lambda query: has_flash)
+        monkeypatch.setattr("open_r1.engines.shared_prefix.has_flash", lambda query: has_flash)
         model, images = make_tower(tiny_models[model_type], depth, chosen)
         with monkeypatch.context() as patch, torch.no_grad():
             for name, method in read.items():
@@ -270,7 +270,7 @@ def image_states(lengths, dtype, device):
 
 
 def test_torchs_kernel_takes_a_row_of_images(monkeypatch):
-    monkeypatch.setattr("open_r1.shared_prefix.has_flash", lambda query: True)
+    monkeypatch.setattr("open_r1.engines.shared_prefix.has_flash", lambda query: True)
     states, ends = image_states([4, 16, 8], torch.bfloat16, "meta")
     output, _ = image_attention(None, *states, None, SCALE, cu_seq_lens_q=ends, max_length_q=16)
     assert output.shape == (1, 28, HEADS, 80) and output.dtype == torch.bfloat16
@@ -296,8 +296,8 @@ def test_under_autocast_all_that_is_heavy_sees_one_dtype(
         return watched
 
     along_paths = watch("packed row", partial(attend_paths, varlen=slow_varlen))
-    monkeypatch.setattr("open_r1.shared_prefix.choose_attention", lambda query: along_paths)
-    monkeypatch.setattr("open_r1.shared_prefix.decode_attention", watch("decoding", decode_attention))
+    monkeypatch.setattr("open_r1.engines.shared_prefix.choose_attention", lambda query: along_paths)
+    monkeypatch.setattr("open_r1.engines.shared_prefix.decode_attention", watch("decoding", decode_attention))
     trainer = make_trainer(tiny_models[model_type], examples_json, tmp_path, max_steps=1, bf16=True)
     if freeze_vision:
         freeze(trainer.model, freeze_vision=True)

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from open_r1.backends import Completions, load_transformers
+from open_r1.answers.statistics import ALL_ROTATIONS
+from open_r1.base.images import open_image
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.engines.backends import Completions, load_transformers
 from open_r1.evaluate import answering
-from open_r1.evaluate.statistics import ALL_ROTATIONS
-from open_r1.images import open_image
-from open_r1.prompts import REPO_ROOT
 from open_r1.tasks.benchmarks import BENCHMARKS, VSR_CATEGORY, Item, read
 from open_r1.world.parquet import sat_row, write_cvbench, write_sat
 from open_r1.world.scene import LEVELS

@@ -16,20 +16,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerControl, TrainerState
 from trl import ModelConfig
 
-from open_r1 import callbacks, entry, trackers
-from open_r1.callbacks import (
+from open_r1.answers.reflection import find_reflections
+from open_r1.report import page
+from open_r1.rewards import accuracy_reward, format_reward
+from open_r1.running import callbacks, entry
+from open_r1.running.callbacks import (
     ProgressLines,
     RunLog,
     add_run_callbacks,
     describe,
     evaluations,
 )
-from open_r1.data import DataArguments
-from open_r1.provenance import without_secrets
-from open_r1.reflection import find_reflections
-from open_r1.report import page
-from open_r1.rewards import accuracy_reward, format_reward
-from open_r1.trackers import LogRollouts, code_block, rollout_markdown
+from open_r1.running.data import DataArguments
+from open_r1.running.provenance import without_secrets
+from open_r1.trainer import trackers
+from open_r1.trainer.trackers import LogRollouts, code_block, rollout_markdown
 from support import make_config, make_trainer, read_jsonl, write_mixed
 
 LINE = re.compile(r"step +(\d+)/(\d+)  (held-out +)?(.+?)(?:  +([\d.]+) s  ETA ([\d:]+))?")

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from open_r1.evaluate import statistics
-from open_r1.prompts import REPO_ROOT
+from open_r1.answers import statistics
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.tasks import cvbench
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read, stratified
 from open_r1.world.parquet import SAT_SCHEMA, sat_row, write_cvbench, write_sat

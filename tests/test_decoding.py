@@ -8,11 +8,18 @@ import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 
-from open_r1.decoding import REFUSED, REFUSED_BY_VLLM, TAKEN, check_generation, next_token_processors, with_tokens
-from open_r1.modeling import load_model, load_processor
-from open_r1.rollout import generate
-from open_r1.shared_prefix import encode_prompt
-from open_r1.trainer import Qwen2VLGRPOTrainer
+from open_r1.engines.decoding import generate
+from open_r1.engines.shared_prefix import encode_prompt
+from open_r1.models.loading import load_model, load_processor
+from open_r1.settings.generation import (
+    REFUSED,
+    REFUSED_BY_VLLM,
+    TAKEN,
+    check_generation,
+    next_token_processors,
+    with_tokens,
+)
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import enlarge, make_config
 from test_heldout import long, questions
 

@@ -20,18 +20,19 @@ from transformers import DynamicCache, LlamaConfig
 from trl import ModelConfig
 
 from open_r1 import grpo, sft
+from open_r1.base.errors import Mistake
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import GRPOScriptArguments
-from open_r1.data import count_prompt_tokens
 from open_r1.doctor import cost, environment, rewards
 from open_r1.doctor.cost import checkpoint_bytes
 from open_r1.doctor.examination import FAMILIES, examine
 from open_r1.doctor.finding import Finding, Verdict
-from open_r1.doctor.patient import Patient
+from open_r1.doctor.subject import Patient
 from open_r1.doctor.survey import survey
-from open_r1.entry import Command
-from open_r1.families import find_family
-from open_r1.front_door import Mistake
-from open_r1.memory import (
+from open_r1.engines.shared_prefix import Prompt
+from open_r1.models.families import find_family
+from open_r1.models.loading import FreezeArguments, load_processor
+from open_r1.models.memory import (
     Count,
     Launch,
     Load,
@@ -42,11 +43,10 @@ from open_r1.memory import (
     count_run,
     load_config,
 )
-from open_r1.modeling import FreezeArguments, load_processor
-from open_r1.prompts import REPO_ROOT
-from open_r1.recipes import merge_recipes
 from open_r1.rewards import accuracy_reward, bare_accuracy_reward, get_reward_funcs, repetition_reward
-from open_r1.shared_prefix import Prompt
+from open_r1.running.data import count_prompt_tokens
+from open_r1.running.entry import Command
+from open_r1.settings.recipes import merge_recipes
 from open_r1.tasks.examples import iter_examples, read_examples
 from open_r1.tiny import make_config as make_model_config
 from open_r1.tiny import make_model, make_processor, make_tokenizer
@@ -60,7 +60,7 @@ sys.path.insert(0, {tests!r})
 from support import vowel_share
 from open_r1 import grpo, sft
 from trl import ModelConfig, TrlParser
-from open_r1.trainer import Qwen2VLGRPOConfig
+from open_r1.trainer.trainer import Qwen2VLGRPOConfig
 
 def train(model):
     module = {{"grpo": grpo, "sft": sft}}[{script!r}]

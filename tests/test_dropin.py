@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 from trl import GRPOConfig, GRPOTrainer
 
-from open_r1.front_door import Mistake
-from open_r1.shared_prefix import ATTENTION
-from open_r1.trainer import Qwen2VLGRPOTrainer, told_apart
-from open_r1.vllm_backends import load_vllm
+from open_r1.base.errors import Mistake
+from open_r1.engines.shared_prefix import ATTENTION
+from open_r1.engines.vllm_backends import load_vllm
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer, told_apart
 from support import read_jsonl
 
 MESSAGE = [{"role": Value("string"), "content": Value("string")}]
@@ -145,7 +145,7 @@ def test_everything_of_a_name_is_of_its_revision(tmp_path, monkeypatch):
             raise FileNotFoundError
 
     for name in ("check_model_files", "check_weights", "load_processor"):
-        monkeypatch.setattr(f"open_r1.trainer.{name}", note)
+        monkeypatch.setattr(f"open_r1.trainer.trainer.{name}", note)
     for kwargs, revision in [({"revision": "v2"}, "v2"), (None, "main")]:
         asked.clear()
         with pytest.raises(FileNotFoundError):
@@ -160,7 +160,7 @@ def test_an_engine_computes_in_the_dtype_of_the_policy(tiny_model, tmp_path, mon
         raise FileNotFoundError(dtype)
 
     monkeypatch.setattr("open_r1.configs.need_vllm", lambda option: None)
-    monkeypatch.setattr("open_r1.trainer.engine_settings", stop)
+    monkeypatch.setattr("open_r1.trainer.trainer.engine_settings", stop)
     name = str(tiny_model)
     for model, changes, dtype in [
         (name, {}, "float32"),

@@ -24,13 +24,19 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import ModelConfig
 
-from open_r1 import front_door
-from open_r1.backends import TransformersBackend
+from open_r1.base import errors as front_door
+from open_r1.base.prompts import REPO_ROOT, load_chat_template, sat_question
+from open_r1.engines.backends import TransformersBackend
 from open_r1.evaluate import answering
 from open_r1.evaluate import run as evaluation
-from open_r1.families import FAMILIES, family_of_processor
-from open_r1.modeling import FreezeArguments, get_adapter_config, load_model, load_processor, reset_generation_config
-from open_r1.prompts import REPO_ROOT, load_chat_template, sat_question
+from open_r1.models.families import FAMILIES, family_of_processor
+from open_r1.models.loading import (
+    FreezeArguments,
+    get_adapter_config,
+    load_model,
+    load_processor,
+    reset_generation_config,
+)
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, read
 from open_r1.tiny import make_processor, make_tokenizer, save_tiny_model
 from open_r1.world.parquet import sat_row, write_cvbench

@@ -25,16 +25,25 @@ from transformers import (
 )
 from trl import ModelConfig
 
+from open_r1.base.prompts import load_chat_template
 from open_r1.configs import FreezeArguments
-from open_r1.data import count_prompt_tokens, load_dataset
-from open_r1.families import FAMILIES, PARTS, QwenVL, Tiled, end_token_ids, family_of, find_family, vision_token_ids
-from open_r1.memory import Launch, Load, count_memory
-from open_r1.modeling import freeze, get_adapter_config, load_model, load_processor, parameter_table
-from open_r1.prompts import load_chat_template
+from open_r1.engines.vllm_backends import TrainerVLLMBackend, engine_settings
+from open_r1.models.families import (
+    FAMILIES,
+    PARTS,
+    QwenVL,
+    Tiled,
+    end_token_ids,
+    family_of,
+    find_family,
+    vision_token_ids,
+)
+from open_r1.models.loading import freeze, get_adapter_config, load_model, load_processor, parameter_table
+from open_r1.models.memory import Launch, Load, count_memory
+from open_r1.running.data import count_prompt_tokens, load_dataset
 from open_r1.tiny import TILE, TILE_TOKENS, make_tokenizer
 from open_r1.tiny import make_config as make_model_config
-from open_r1.trainer import Qwen2VLGRPOTrainer
-from open_r1.vllm_backends import TrainerVLLMBackend, engine_settings
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import Scripted, make_config, read_jsonl, vowel_share
 
 NAME = "made_up_vl"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fake_run import fake_events, row, write_run
-from open_r1.evaluate.run import write_result
-from open_r1.files import (
+from open_r1.base.errors import Mistake
+from open_r1.base.files import (
     MADE_BY,
     append_rows,
     check_replaceable,
@@ -21,8 +21,8 @@ from open_r1.files import (
     replace_file,
     replacing,
 )
-from open_r1.front_door import Mistake
-from open_r1.prompts import REPO_ROOT
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.evaluate.run import write_result
 from support import load_script
 from test_results import make_scored
 
@@ -37,7 +37,7 @@ def crash_before_the_rename(path: Path, shared: bool = False) -> None:
     """What a kill leaves that comes when the temporary name is written."""
     code = f"""if True:
         import os, pathlib
-        from open_r1.files import replacing
+        from open_r1.base.files import replacing
         with replacing(pathlib.Path({str(path)!r}), shared={shared}) as temporary:
             temporary.write_text("half")
             os._exit(9)
@@ -235,7 +235,7 @@ WRITERS = [
     ("gpu_check", "--rehearsal --output there", "there/gpu_check.md"),
     ("rehearse", "--output there", "there/rehearsal.json"),
     ("open_r1.tiny", "--output there", "there/model.safetensors"),
-    ("open_r1.published", "--output there", "there/config.json"),
+    ("open_r1.models.published", "--output there", "there/config.json"),
     ("pretrain_tiny", "--output there", "there/thesis.tex"),
     ("export", "--adapter run --output there", "there/config.json"),
 ]

@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 from PIL import Image
 
-from open_r1.answers import extract_answer, is_blank, is_correct, judge
-from open_r1.families import FAMILIES
-from open_r1.prompts import without_surrogates
+from open_r1.answers.checker import extract_answer, is_blank, is_correct, judge
+from open_r1.base.prompts import without_surrogates
+from open_r1.engines.shared_prefix import Prompt, pack
+from open_r1.engines.vllm_backends import collapse_image_tokens
+from open_r1.models.families import FAMILIES
 from open_r1.rewards import accuracy_reward, format_reward
-from open_r1.sampling import shuffle_groups
-from open_r1.shared_prefix import Prompt, pack
 from open_r1.tasks.examples import iter_examples
 from open_r1.tasks.sat import Example, Skip, convert_row, to_record
-from open_r1.vllm_backends import collapse_image_tokens
+from open_r1.trainer.sampling import shuffle_groups
 
 # It mixes in constants of this project's modules that are imported, which other tests decide: not the same every time.
 assert providers.is_local_module_file("mine.py")

@@ -18,8 +18,8 @@ import torch
 from filelock import FileLock
 from torch.autograd import DeviceType
 
-from open_r1.front_door import Mistake
-from open_r1.prompts import REPO_ROOT
+from open_r1.base.errors import Mistake
+from open_r1.base.prompts import REPO_ROOT
 
 SCRIPT = REPO_ROOT / "scripts/gpu_check.sh"
 

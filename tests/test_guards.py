@@ -12,14 +12,14 @@ from trl import ModelConfig
 
 import test_sft
 from fake_run import write_run
-from open_r1.callbacks import add_run_callbacks
-from open_r1.checkpoints import CompleteCheckpoints, find_defect, last_complete_checkpoint
-from open_r1.data import DataArguments, load_dataset
-from open_r1.front_door import Mistake
-from open_r1.guards import GUARDS, new_warnings
-from open_r1.modeling import load_processor
-from open_r1.prompts import REPO_ROOT
+from open_r1.base.errors import Mistake
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.models.loading import load_processor
 from open_r1.report.page import write_report
+from open_r1.running.callbacks import add_run_callbacks
+from open_r1.running.checkpoints import CompleteCheckpoints, find_defect, last_complete_checkpoint
+from open_r1.running.data import DataArguments, load_dataset
+from open_r1.running.guards import GUARDS, new_warnings
 from support import make_trainer, read_jsonl, run_grpo, write_examples
 
 HEALTHY = {
@@ -255,7 +255,7 @@ def test_one_of_two_zero_processes_has_a_loss_that_is_no_number(tiny_model, exam
     """Both stop, in one line; the same command goes on from the checkpoint that they save."""
     (tmp_path / "spoilt.py").write_text(
         "import os, pathlib\n"
-        "from open_r1.trainer import Qwen2VLGRPOTrainer as T\n"
+        "from open_r1.trainer.trainer import Qwen2VLGRPOTrainer as T\n"
         "from support import vowel_share\n"
         "compute, mark = T._compute_loss, pathlib.Path(__file__).with_name('spoilt')\n"
         "def spoil(self, *inputs):\n"

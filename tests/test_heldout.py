@@ -9,10 +9,10 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig
 
-from open_r1.heldout import held_out_figures
-from open_r1.prompts import REPO_ROOT
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.sft import Qwen2VLSFTTrainer
-from open_r1.trainer import Qwen2VLGRPOTrainer
+from open_r1.trainer.heldout import held_out_figures
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import Scripted, launch_env, make_config, read_jsonl
 
 FIGURES = (

@@ -66,11 +66,11 @@ def test_what_is_not_there_is_told_apart(hub, tmp_path):
     assert fetch_by_hand(hub, tmp_path / "home").stderr.strip().endswith("RepositoryNotFoundError")
 
 
-# --- open_r1.hub ----------------------------------------------------------------------------------------------
+# --- open_r1.base.hub ----------------------------------------------------------------------------------------------
 
 FETCH = """
 import sys, time
-from open_r1.hub import fetch
+from open_r1.base.hub import fetch
 start = time.monotonic()
 try:
     print(fetch(sys.argv[1], ["sub/*"], "dataset"))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from open_r1 import images
+from open_r1.base import images
+from open_r1.base.images import BrokenImage, check_image, image_size, open_image
 from open_r1.evaluate import answering
-from open_r1.images import BrokenImage, check_image, image_size, open_image
 
 RNG = np.random.default_rng(0)
 

@@ -19,11 +19,11 @@ import torch
 from transformers import get_scheduler
 from trl import ModelConfig
 
-from open_r1.entry import resolve_report_to
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.grpo import GRPOScriptArguments
-from open_r1.prompts import REPO_ROOT
-from open_r1.recipes import default_output, merge_recipes, read_recipe
-from open_r1.trainer import Qwen2VLGRPOConfig
+from open_r1.running.entry import resolve_report_to
+from open_r1.settings.recipes import default_output, merge_recipes, read_recipe
+from open_r1.trainer.trainer import Qwen2VLGRPOConfig
 from support import hear_signals, launch_env, load_weights, read_jsonl, run_grpo
 
 SCRIPTS = sorted(
@@ -269,7 +269,7 @@ def launching(tmp_path, monkeypatch):
     Returns its exit code and what it wrote to stderr.
     """
     monkeypatch.syspath_prepend(str(REPO_ROOT / "src/open-r1-multimodal/open_r1"))  # as when launch.py is run
-    from open_r1 import launch
+    from open_r1.running import launch
 
     monkeypatch.setattr(launch.sys, "argv", ["launch.py", "--config_file=x", "--num_processes=1", "grpo.py"])
 
@@ -364,7 +364,7 @@ TOO_OLD = (
     ],
 )
 def test_gpus_that_torch_cannot_use_are_told(card, count, driver, usable, reason):
-    from open_r1.launch import Mistake, check_gpus
+    from open_r1.running.launch import Mistake, check_gpus
 
     card((9, 0), count=count, driver=driver)
     check_gpus(usable)
@@ -378,7 +378,7 @@ def test_gpus_that_torch_cannot_use_are_told(card, count, driver, usable, reason
 @pytest.mark.parametrize("capability, works", [((7, 0), False), ((6, 1), False), ((7, 5), True), ((12, 1), True)])
 def test_a_gpu_that_torch_has_no_kernels_for_is_told(card, capability, works):
     from open_r1.doctor.environment import gpus
-    from open_r1.launch import Mistake, check_gpus
+    from open_r1.running.launch import Mistake, check_gpus
 
     card(capability, "Tesla V100")
     if works:
@@ -406,7 +406,8 @@ def test_a_gpu_that_torch_has_no_kernels_for_is_told(card, capability, works):
 )
 def test_bfloat16_on_a_gpu_without_it_is_told(card, monkeypatch, tmp_path, recipe, changes, capability, told):
     """A T4 emulates it; the recipe for small GPUs runs there as it is."""
-    from open_r1 import entry, grpo, sft
+    from open_r1 import grpo, sft
+    from open_r1.running import entry
 
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     command = sft.COMMAND if recipe == "sft_sat" else grpo.COMMAND
@@ -437,7 +438,7 @@ def test_help_is_for_an_argument_of_its_own(launched, option):
 
 def test_a_killed_compiler_does_not_make_the_next_launch_wait(tmp_path):
     """torch waits for as long as a lock is there; one that is young, or has a compiler at work, stays."""
-    from open_r1.launch import STALE_SECONDS, clear_stale_builds
+    from open_r1.running.launch import STALE_SECONDS, clear_stale_builds
 
     for name, age in (("killed", STALE_SECONDS + 9), ("busy", STALE_SECONDS + 9), ("young", 0)):
         lock = tmp_path / name / "lock"
@@ -474,7 +475,7 @@ def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp
     from accelerate.commands import launch as accelerate_launch
     from accelerate.utils import launch as settings_of_launch
 
-    from open_r1 import entry, launch
+    from open_r1.running import entry, launch
 
     environments = []
     monkeypatch.setattr(settings_of_launch, "env_var_path_add", settings_of_launch.env_var_path_add)  # put back after
@@ -528,7 +529,8 @@ def test_on_a_cpu_a_dtype_of_the_command_line_is_taken(launched):
 @pytest.mark.parametrize("is_installed", [True, False])
 def test_flash_attn_by_name_is_told_where_it_is_missing(monkeypatch, tmp_path, is_installed):
     """Before data and weights; where it is installed, settings are as for any other attention."""
-    from open_r1 import entry, grpo
+    from open_r1 import grpo
+    from open_r1.running import entry
 
     found, find = object() if is_installed else None, importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: found if name == "flash_attn" else find(name))
@@ -590,7 +592,7 @@ FP16_SUMS = {"data_types": {"grad_accum_dtype": "fp16"}}
 )
 def test_a_run_tells_deepspeed_how_to_add_gradients_up(monkeypatch, stage, given, told):
     """Before its model and trainer are made; what a file of DeepSpeed's own says stays."""
-    from open_r1 import entry
+    from open_r1.running import entry
 
     class Prepared(Exception):
         pass

@@ -16,11 +16,12 @@ from torch import nn
 from trl import ModelConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
-from open_r1.data import load_dataset
-from open_r1.families import FAMILIES, family_of
-from open_r1.front_door import Mistake
+from open_r1.base.errors import Mistake
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.engines.vllm_backends import adapted_weights, check_adapter, whole_weight
 from open_r1.grpo import GRPOScriptArguments, build_trainer
-from open_r1.modeling import (
+from open_r1.models.families import FAMILIES, family_of
+from open_r1.models.loading import (
     FreezeArguments,
     adapter_base,
     get_adapter_config,
@@ -30,11 +31,10 @@ from open_r1.modeling import (
     load_processor,
     parameter_table,
 )
-from open_r1.prompts import REPO_ROOT
-from open_r1.recipes import read_recipe
+from open_r1.running.data import load_dataset
+from open_r1.settings.recipes import read_recipe
 from open_r1.sft import AnswerCollator
-from open_r1.trainer import Qwen2VLGRPOConfig
-from open_r1.vllm_backends import adapted_weights, check_adapter, whole_weight
+from open_r1.trainer.trainer import Qwen2VLGRPOConfig
 from support import launch_env, load_weights, pretend_vllm
 
 LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_dropout", "0.0", "--freeze_vision", "true"]

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from open_r1 import machines
-from open_r1.front_door import Mistake
-from open_r1.locks import holder, owned
-from open_r1.prompts import REPO_ROOT
+from open_r1.base.errors import Mistake
+from open_r1.base.locks import holder, owned
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.running import machines
 from support import launch_env, load_weights, read_jsonl
 
 RUN = str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh")
@@ -188,7 +188,7 @@ def test_another_folder_of_the_same_name_is_told(tmp_path, monkeypatch):
 def test_launchers_that_look_at_a_time_do_not_refuse_each_other(tmp_path):
     """At a lock that a killed run left; one that is held keeps all of them out."""
     (tmp_path / ".in_use").write_text("process 1 on node-a since yesterday")
-    look = "import sys, time\nfrom open_r1.locks import check_free\nfor _ in range(20000): check_free(sys.argv[1])"
+    look = "import sys, time\nfrom open_r1.base.locks import check_free\nfor _ in range(20000): check_free(sys.argv[1])"
     looking = [subprocess.Popen([sys.executable, "-c", look, str(tmp_path)]) for _ in range(2)]
     assert [each.wait() for each in looking] == [0, 0]
     with owned(tmp_path):

@@ -17,15 +17,17 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from open_r1 import entry, front_door, grpo, sft
+from open_r1 import grpo, sft
+from open_r1.base import errors as front_door
+from open_r1.base.files import append_rows
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import LOSS_TYPES
-from open_r1.entry import Command, check, train
-from open_r1.failures import FIRST, Mistake, full_disk, last_word, told_once
-from open_r1.files import append_rows
-from open_r1.limits import CHOICES, LIMITS, NEEDED
-from open_r1.prompts import REPO_ROOT
-from open_r1.recipes import PLANNED_PROCESSES, read_recipe
-from open_r1.trainer import Qwen2VLGRPOTrainer
+from open_r1.running import entry
+from open_r1.running.entry import Command, check, train
+from open_r1.running.failures import FIRST, Mistake, full_disk, last_word, told_once
+from open_r1.settings.limits import CHOICES, LIMITS, NEEDED
+from open_r1.settings.recipes import PLANNED_PROCESSES, read_recipe
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from open_r1.world.parquet import write_cvbench
 from open_r1.world.scene import LEVELS
 from support import launch_env, load_script, make_trainer, run_grpo, vowel_share, write_examples
@@ -524,7 +526,7 @@ def test_a_process_alone_tells_and_leaves(monkeypatch, capsys):
 
 
 def test_of_several_processes_the_first_tells(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("open_r1.front_door.PAUSE", 0)
+    monkeypatch.setattr("open_r1.base.errors.PAUSE", 0)
     for rank in (1, 0):
         (tmp_path / str(rank)).mkdir()
         monkeypatch.setenv("RANK", str(rank))
@@ -541,7 +543,7 @@ def test_of_several_processes_the_first_tells(tmp_path, monkeypatch, capsys):
 )
 def test_of_several_processes_of_a_command_the_first_tells(tmp_path, monkeypatch, error, told):
     """As `accelerate launch` starts an evaluation."""
-    monkeypatch.setattr("open_r1.front_door.PAUSE", 0)
+    monkeypatch.setattr("open_r1.base.errors.PAUSE", 0)
     monkeypatch.setattr(sys, "argv", ["cvbench.py"])
     codes = []
     for rank in (0, 1):

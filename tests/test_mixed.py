@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from open_r1.data import load_dataset
-from open_r1.families import FAMILIES, family_of
-from open_r1.modeling import accept_missing_images, load_model, load_processor
-from open_r1.prompts import REPO_ROOT
-from open_r1.rollout import generate
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.engines.decoding import generate
+from open_r1.engines.shared_prefix import encode_prompt
+from open_r1.models.families import FAMILIES, family_of
+from open_r1.models.loading import accept_missing_images, load_model, load_processor
+from open_r1.running.data import load_dataset
 from open_r1.sft import AnswerCollator
-from open_r1.shared_prefix import encode_prompt
 from support import launch_env, run_grpo, write_mixed
 
 

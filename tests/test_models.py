@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from open_r1.backends import load_transformers
+from open_r1.engines.backends import load_transformers
 from open_r1.evaluate.answering import load_prompting
-from open_r1.model_files import tensor_names
-from open_r1.modeling import (
+from open_r1.models.files import tensor_names
+from open_r1.models.loading import (
     adapter_base,
     check_adapter,
     check_finite,

@@ -13,9 +13,9 @@ from trl import GRPOConfig, ModelConfig, SFTConfig
 
 from open_r1 import sft
 from open_r1.configs import LOSS_TYPES, Qwen2VLGRPOConfig, Qwen2VLSFTConfig, SFTScriptArguments, check_settings
-from open_r1.limits import CHOICES
-from open_r1.options import COMMON, GRPO, SFT, SFT_LOSSES, check_options
-from open_r1.trainer import Qwen2VLGRPOTrainer
+from open_r1.settings.limits import CHOICES
+from open_r1.settings.options import COMMON, GRPO, SFT, SFT_LOSSES, check_options
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import make_config, write_examples
 from test_dropin import by_length, one_image
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from open_r1 import grpo, sft
-from open_r1.prompts import REPO_ROOT
-from open_r1.recipes import PATHS, find_setting, merge_recipes, read_files, read_recipe
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.settings.recipes import PATHS, find_setting, merge_recipes, read_files, read_recipe
 
 KINDS = {kind for command in (grpo.COMMAND, sft.COMMAND) for kind in command.arguments}
 # What has "path", "file" or "folder" in its name or type's help and is looked up nowhere: written to, or a name alone.
@@ -39,7 +39,7 @@ def places(tmp_path, monkeypatch) -> dict[str, Path]:
         (folder / "base").mkdir()
         for name in ("rows.json", "mine.jinja", "zero.json"):
             (folder / name).write_text("{}")
-    monkeypatch.setattr("open_r1.recipes.REPO_ROOT", found["repository"])
+    monkeypatch.setattr("open_r1.settings.recipes.REPO_ROOT", found["repository"])
     monkeypatch.chdir(found["here"])
     return found
 

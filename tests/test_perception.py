@@ -10,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from open_r1.backends import Completions
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import LOSS_TYPES, check_settings
-from open_r1.families import FAMILIES, Tiled
-from open_r1.limits import check_values
-from open_r1.modeling import freeze, load_model, load_processor
-from open_r1.perception import (
+from open_r1.engines.backends import Completions
+from open_r1.engines.shared_prefix import images_of
+from open_r1.models.families import FAMILIES, Tiled
+from open_r1.models.loading import freeze, load_model, load_processor
+from open_r1.settings.limits import check_values
+from open_r1.trainer.perception import (
     MOST_KL,
     add_noise,
     noise_step,
@@ -23,8 +25,6 @@ from open_r1.perception import (
     seeded,
     split_halves,
 )
-from open_r1.prompts import REPO_ROOT
-from open_r1.shared_prefix import images_of
 from support import (
     fake_completions,
     families,

@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from open_r1.answers import extract_answer, judge
+from open_r1.answers.checker import extract_answer, judge
+from open_r1.answers.reflection import find_reflections
+from open_r1.base.prompts import REPO_ROOT, sat_question
+from open_r1.engines.decoding import generate
+from open_r1.engines.shared_prefix import encode_prompt
 from open_r1.evaluate.answering import generation_settings, messages
-from open_r1.modeling import load_model, load_processor
-from open_r1.prompts import REPO_ROOT, sat_question
-from open_r1.reflection import find_reflections
-from open_r1.rollout import generate
-from open_r1.shared_prefix import encode_prompt
+from open_r1.models.loading import load_model, load_processor
 from open_r1.world import questions
 from open_r1.world.parquet import row_rng, write_sat
 from open_r1.world.render import paint

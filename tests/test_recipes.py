@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from transformers import get_scheduler
 from trl import ModelConfig
 
+from open_r1.base.prompts import REPO_ROOT, load_chat_template
 from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, Qwen2VLSFTConfig
-from open_r1.families import FAMILIES
-from open_r1.prompts import REPO_ROOT, load_chat_template
-from open_r1.recipes import RecipeParser, merge_recipes, read_recipe
+from open_r1.models.families import FAMILIES
+from open_r1.settings.recipes import RecipeParser, merge_recipes, read_recipe
 from open_r1.tiny import save_tiny_model
 from open_r1.world.parquet import write_sat
 from open_r1.world.scene import LEVELS

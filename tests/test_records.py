@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from open_r1.data import DataArguments, load_dataset, load_datasets_from_args
-from open_r1.families import QWEN_TOKENS
-from open_r1.images import TOO_LARGE, TOO_LONG, open_image
-from open_r1.modeling import load_processor
-from open_r1.prompts import sat_question
+from open_r1.base.images import TOO_LARGE, TOO_LONG, open_image
+from open_r1.base.prompts import sat_question
+from open_r1.models.families import QWEN_TOKENS
+from open_r1.models.loading import load_processor
 from open_r1.rewards import check_gold
+from open_r1.running.data import DataArguments, load_dataset, load_datasets_from_args
 from open_r1.sft import check_answer
 from open_r1.tasks.examples import Columns, read_examples
 
@@ -197,8 +197,8 @@ def test_a_set_on_the_hub_by_its_columns(folder, tiny_model):
     table().select([1]).to_parquet(repository / "test.parquet")
     command = f"""
 from transformers import HfArgumentParser
-from open_r1.data import DataArguments, load_datasets_from_args
-from open_r1.modeling import load_processor
+from open_r1.running.data import DataArguments, load_datasets_from_args
+from open_r1.models.loading import load_processor
 (args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses()
 train, test = load_datasets_from_args(args, load_processor({str(tiny_model)!r}), {{}})
 print("ROWS", [*train["solution"]], [*test["solution"]], train[2]["prompt"][0]["content"], train[0]["choices"])

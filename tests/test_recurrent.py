@@ -11,10 +11,10 @@ from transformers import DynamicCache, GenerationConfig, Lfm2Config
 from transformers.models.lfm2 import modeling_lfm2
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from open_r1.modeling import load_model, load_processor
-from open_r1.recurrent import CACHE_ARGUMENTS, share_states
-from open_r1.rollout import generate, make_cache
-from open_r1.shared_prefix import Layout, enable_grouping, encode_prompt, locate_group
+from open_r1.engines.decoding import generate, make_cache
+from open_r1.engines.recurrent import CACHE_ARGUMENTS, share_states
+from open_r1.engines.shared_prefix import Layout, enable_grouping, encode_prompt, locate_group
+from open_r1.models.loading import load_model, load_processor
 from open_r1.tiny import make_config, make_tokenizer
 from support import enlarge
 

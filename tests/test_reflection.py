@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from open_r1.reflection import Reflection, analyse, concluded, find_reflections, reflection_shares
+from open_r1.answers.reflection import Reflection, analyse, concluded, find_reflections, reflection_shares
 
 LABELLED = [
     json.loads(line)
@@ -157,5 +157,5 @@ def test_shares():
 
 
 def test_it_starts_without_torch():
-    code = "import sys, open_r1.reflection; sys.exit('torch' in sys.modules)"
+    code = "import sys, open_r1.answers.reflection; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

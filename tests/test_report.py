@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from fake_run import PROMPT, STARTED, fake_events, fake_rows, row, write_images, write_lines, write_run
-from open_r1.evaluate.statistics import wilson
-from open_r1.prompts import REPO_ROOT
+from open_r1.answers.statistics import wilson
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.report import browser
 from open_r1.report.browser import choose_steps, segments
 from open_r1.report.curves import collect, step_time

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from open_r1.base.files import append_rows, to_json
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.evaluate.results import read_result, read_scored
 from open_r1.evaluate.run import collect, make_result, partial_paths
-from open_r1.files import append_rows, to_json
-from open_r1.prompts import REPO_ROOT
 from open_r1.tasks.benchmarks import BENCHMARKS, read
 from open_r1.world import __main__ as world
 from open_r1.world.parquet import write_cvbench

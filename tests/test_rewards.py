@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from open_r1.front_door import Mistake
+from open_r1.base.errors import Mistake
 from open_r1.rewards import (
     accuracy_reward,
     bare_accuracy_reward,

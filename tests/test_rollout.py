@@ -12,17 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicLayer, GenerationConfig
 
-from open_r1 import rollout, shared_prefix
-from open_r1.backends import load_transformers
+from open_r1.base.errors import Mistake
+from open_r1.base.images import open_image
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.engines import decoding as rollout
+from open_r1.engines import shared_prefix
+from open_r1.engines.backends import load_transformers
+from open_r1.engines.decoding import RoomyLayer, generate, next_tokens, tokens_between_looks
+from open_r1.engines.shared_prefix import encode_prompt, pack
 from open_r1.evaluate.answering import generation_settings, messages
-from open_r1.families import end_token_ids, family_of, vision_token_ids
-from open_r1.front_door import Mistake
-from open_r1.images import open_image
-from open_r1.memory import cache_bytes
-from open_r1.modeling import load_model, load_processor
-from open_r1.prompts import REPO_ROOT
-from open_r1.rollout import RoomyLayer, generate, next_tokens, tokens_between_looks
-from open_r1.shared_prefix import encode_prompt, pack
+from open_r1.models.families import end_token_ids, family_of, vision_token_ids
+from open_r1.models.loading import load_model, load_processor
+from open_r1.models.memory import cache_bytes
 from open_r1.tasks.benchmarks import BENCHMARKS, read
 from open_r1.world.parquet import write_cvbench
 from open_r1.world.scene import LEVELS

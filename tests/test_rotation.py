@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from open_r1.data import ROTATION_OF, DataArguments, in_two_orders, load_dataset, load_datasets_from_args
-from open_r1.modeling import load_model, load_processor
-from open_r1.prompts import sat_question
+from open_r1.base.prompts import sat_question
+from open_r1.models.loading import load_model, load_processor
 from open_r1.rewards import accuracy_reward, order_consistency_reward
-from open_r1.sampling import EpochSampler
+from open_r1.running.data import ROTATION_OF, DataArguments, in_two_orders, load_dataset, load_datasets_from_args
 from open_r1.tasks.examples import read_examples
-from open_r1.trainer import Qwen2VLGRPOTrainer
+from open_r1.trainer.sampling import EpochSampler
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import Scripted, make_config, read_jsonl, write_examples
 
 ASKED = "Will it be to my left or right?"

@@ -12,10 +12,10 @@ import torch
 from datasets import Dataset
 
 from open_r1 import grpo
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import check_settings
-from open_r1.prompts import REPO_ROOT
-from open_r1.recipes import PLANNED_PROCESSES, read_recipe
-from open_r1.sampling import (
+from open_r1.settings.recipes import PLANNED_PROCESSES, read_recipe
+from open_r1.trainer.sampling import (
     PASS_RATES,
     PassRates,
     draw_prompts,
@@ -24,7 +24,7 @@ from open_r1.sampling import (
     merge_rollouts,
     replace_prompts,
 )
-from open_r1.trainer import ROW, Qwen2VLGRPOTrainer
+from open_r1.trainer.trainer import ROW, Qwen2VLGRPOTrainer
 from support import Scripted, fake_completions, launch_env, load_weights, make_config, read_jsonl
 
 NAN = float("nan")

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from open_r1.front_door import Mistake
-from open_r1.prompts import REPO_ROOT, sat_question
+from open_r1.base.errors import Mistake
+from open_r1.base.prompts import REPO_ROOT, sat_question
 from open_r1.tasks import sat
 from open_r1.tasks.examples import read_examples
 

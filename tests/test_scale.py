@@ -7,15 +7,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from trl import ModelConfig
 
-from open_r1 import shared_prefix
+from open_r1.base.errors import Mistake
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import FreezeArguments
-from open_r1.families import family_of
-from open_r1.front_door import Mistake
-from open_r1.memory import Launch, build_model
-from open_r1.prompts import REPO_ROOT
-from open_r1.published import TEXT, VISION, make_2b_config
-from open_r1.recipes import merge_recipes
-from open_r1.rollout import generate
+from open_r1.engines import shared_prefix
+from open_r1.engines.decoding import generate
+from open_r1.models.families import family_of
+from open_r1.models.memory import Launch, build_model
+from open_r1.models.published import TEXT, VISION, make_2b_config
+from open_r1.settings.recipes import merge_recipes
 from open_r1.tiny import make_tokenizer
 
 LAYER = 2 * 1536**2 + 2 * 1536 * 256 + 3 * 1536 * 8960

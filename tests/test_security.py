@@ -19,18 +19,19 @@ import torch
 from PIL import Image
 
 from fake_run import row, write_lines, write_run
-from open_r1 import entry, grpo, signatures
-from open_r1.checkpoints import MANIFEST, check_unused, find_defect, resolve_checkpoint, seal
-from open_r1.entry import check
+from open_r1 import grpo
+from open_r1.base.errors import Mistake, run
+from open_r1.base.locks import IN_USE, owned
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.evaluate import run as evaluation
-from open_r1.front_door import Mistake, run
-from open_r1.locks import IN_USE, owned
-from open_r1.orphans import LAUNCHER
-from open_r1.prompts import REPO_ROOT
 from open_r1.report.page import write_report
 from open_r1.report.runs import KnownImages, read_run
 from open_r1.rewards import get_reward_funcs
-from open_r1.signatures import SIGNATURE, TRUST, check_origin, files_to_sign, key_path, read_key
+from open_r1.running import entry, signatures
+from open_r1.running.checkpoints import MANIFEST, check_unused, find_defect, resolve_checkpoint, seal
+from open_r1.running.entry import check
+from open_r1.running.orphans import LAUNCHER
+from open_r1.running.signatures import SIGNATURE, TRUST, check_origin, files_to_sign, key_path, read_key
 from support import run_grpo
 
 LAUNCHES = REPO_ROOT / "src/open-r1-multimodal/configs"
@@ -165,7 +166,7 @@ def test_a_launch_refuses_before_it_unpickles(tmp_path, checkpoint, tiny_model, 
 
 
 def test_several_processes_make_one_key(tmp_path):
-    code = "from open_r1.signatures import read_key; input(); print(read_key().hex())"
+    code = "from open_r1.running.signatures import read_key; input(); print(read_key().hex())"
     env = {"XDG_STATE_HOME": str(tmp_path)}
     processes = [start(code, env=env, stdin=subprocess.PIPE) for _ in range(6)]
     for process in processes:
@@ -240,7 +241,7 @@ def test_a_finished_run_is_not_started_anew(tmp_path):
 
 # --- one owner --------------------------------------------------------------------------------------------------
 
-OWN = "import os, sys, time\nfrom open_r1.locks import owned\nwith owned(sys.argv[1]):\n    "
+OWN = "import os, sys, time\nfrom open_r1.base.locks import owned\nwith owned(sys.argv[1]):\n    "
 
 
 def test_a_second_run_is_told_who_is_there(tmp_path):
@@ -336,13 +337,13 @@ def test_an_evaluation_whose_result_is_in_use_does_not_start(tmp_path, monkeypat
 
 LEAD = """
 import subprocess, sys
-from open_r1.orphans import lead
+from open_r1.running.orphans import lead
 lead()
 subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
 """
 FOLLOW = """
 import os, time
-from open_r1.orphans import follow_launcher
+from open_r1.running.orphans import follow_launcher
 follow_launcher()
 print(os.getpid(), flush=True)
 time.sleep(99)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fresh import SYSTEM_PATH, clone, new_shell
-from open_r1.front_door import ROOT as FRONT_DOOR_ROOT
-from open_r1.prompts import REPO_ROOT
+from open_r1.base.errors import ROOT as FRONT_DOOR_ROOT
+from open_r1.base.prompts import REPO_ROOT
 
 SYSTEM_TOOLS = "sh bash cat cksum dirname date df awk head grep sed rm git c++ cc timeout env uname"
 FRONT_DOORS = sorted(
@@ -338,7 +338,7 @@ def test_every_script_finds_what_setup_made(door, doors, bare_python):
 def test_old_pythons_read_a_script_as_far_as_its_front_door(door):
     """Compiled whole before its first line runs; and nothing that must be installed is imported too early."""
     tree = ast.parse(door.read_text(), feature_version=(3, 9))
-    ast.parse((REPO_ROOT / "src/open-r1-multimodal/open_r1/front_door.py").read_text(), feature_version=(3, 6))
+    ast.parse((REPO_ROOT / "src/open-r1-multimodal/open_r1/base/errors.py").read_text(), feature_version=(3, 6))
     for statement in tree.body:
         if isinstance(statement, ast.Expr) and "use_environment" in ast.dump(statement):
             break

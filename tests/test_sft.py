@@ -10,13 +10,13 @@ import pytest
 import torch
 from trl import ModelConfig
 
-from open_r1.data import load_dataset
+from open_r1.base.images import open_image
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.doctor.prompt import render
-from open_r1.families import FAMILIES, PARTS, vision_token_ids
-from open_r1.images import open_image
-from open_r1.modeling import freeze, load_model, load_processor, parameter_table
-from open_r1.prompts import REPO_ROOT
-from open_r1.recipes import read_recipe
+from open_r1.models.families import FAMILIES, PARTS, vision_token_ids
+from open_r1.models.loading import freeze, load_model, load_processor, parameter_table
+from open_r1.running.data import load_dataset
+from open_r1.settings.recipes import read_recipe
 from open_r1.sft import (
     AnswerCollator,
     Qwen2VLSFTConfig,

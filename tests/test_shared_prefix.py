@@ -12,14 +12,14 @@ from datasets import List
 from peft import LoraConfig
 from trl import GRPOTrainer
 
-from open_r1.data import load_dataset
-from open_r1.families import FAMILIES
-from open_r1.modeling import freeze, load_model, load_processor
-from open_r1.prompts import REPO_ROOT
-from open_r1.sampling import shuffle_groups
-from open_r1.shared_prefix import Prompt, attend_groups, attend_paths, pack
-from open_r1.trainer import Qwen2VLGRPOTrainer, Scored
-from open_r1.vllm_backends import collapse_image_tokens
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.engines.shared_prefix import Prompt, attend_groups, attend_paths, pack
+from open_r1.engines.vllm_backends import collapse_image_tokens
+from open_r1.models.families import FAMILIES
+from open_r1.models.loading import freeze, load_model, load_processor
+from open_r1.running.data import load_dataset
+from open_r1.trainer.sampling import shuffle_groups
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer, Scored
 from support import (
     Scripted,
     fake_completions,
@@ -78,7 +78,7 @@ def script(trainer, complete):
 def without_shuffling(monkeypatch):
     """Which completions share an optimiser step depends on the shuffle; both trainers then keep the given order."""
     monkeypatch.setattr("trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda batch: batch)
-    monkeypatch.setattr("open_r1.trainer.shuffle_groups", lambda batch: batch)
+    monkeypatch.setattr("open_r1.trainer.trainer.shuffle_groups", lambda batch: batch)
 
 
 def rollout_and_gradients(trainer):
@@ -141,7 +141,7 @@ def test_scores_and_gradients_over_paths(
     """The way of a GPU, with a slow kernel in place of its own."""
     without_shuffling(monkeypatch)
     monkeypatch.setattr(
-        "open_r1.shared_prefix.choose_attention", lambda query: partial(attend_paths, varlen=slow_varlen)
+        "open_r1.engines.shared_prefix.choose_attention", lambda query: partial(attend_paths, varlen=slow_varlen)
     )
     trainers = make_trainers(
         tiny_models[model_type],
@@ -159,7 +159,7 @@ def test_scores_under_autocast(tiny_model, datasets_by_images, tmp_path, monkeyp
     exact, *_ = make_trainers(tiny_model, datasets_by_images[1], tmp_path / "exact")
     stock, ours = make_trainers(tiny_model, datasets_by_images[1], tmp_path / "autocast", bf16=True)
     for attend in (attend_groups, partial(attend_paths, varlen=slow_varlen)):
-        monkeypatch.setattr("open_r1.shared_prefix.choose_attention", Mock(return_value=attend))
+        monkeypatch.setattr("open_r1.engines.shared_prefix.choose_attention", Mock(return_value=attend))
         for right, theirs, mine in zip(*(rollout_and_gradients(t)[1] for t in (exact, stock, ours)), strict=True):
             rounding = (theirs.float() - right).abs().mean()
             assert 0 < rounding < 0.05 and (mine.float() - theirs.float()).abs().mean() <= rounding

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import ModelConfig
 
-from open_r1 import checkpoints
-from open_r1 import trainer as trainer_module
-from open_r1.callbacks import add_run_callbacks
-from open_r1.checkpoints import (
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.running import checkpoints
+from open_r1.running.callbacks import add_run_callbacks
+from open_r1.running.checkpoints import (
     MANIFEST,
     CompleteCheckpoints,
     Layout,
@@ -36,9 +36,9 @@ from open_r1.checkpoints import (
     resolve_checkpoint,
     seal,
 )
-from open_r1.data import DataArguments
-from open_r1.prompts import REPO_ROOT
-from open_r1.provenance import all_arguments, check_same_run
+from open_r1.running.data import DataArguments
+from open_r1.running.provenance import all_arguments, check_same_run
+from open_r1.trainer import trainer as trainer_module
 from support import (
     launch_env,
     load_weights,
@@ -376,7 +376,7 @@ def train(model: Path, data: Path, output: Path, place: str | None = None, count
 def test_one_process_killed_at_six_moments(tmp_path, tiny_model, examples_json, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")  # imports once, so that a start takes a second
-    context.set_forkserver_preload(["open_r1.trainer", "deepspeed"])
+    context.set_forkserver_preload(["open_r1.trainer.trainer", "deepspeed"])
 
     def start(output: Path, *death: object) -> int:
         process = context.Process(target=train, args=(tiny_model, examples_json, output, *death))

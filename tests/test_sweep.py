@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from fake_run import row, write_run
+from open_r1.answers.statistics import paired_bootstrap, paired_difference, wilson
+from open_r1.base.files import to_json
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.evaluate.run import make_result
-from open_r1.evaluate.statistics import paired_bootstrap, paired_difference, wilson
-from open_r1.files import to_json
-from open_r1.prompts import REPO_ROOT
-from open_r1.recipes import merge_recipes
 from open_r1.report.sweep import compare_recipes, first_reached, read_trial
+from open_r1.settings.recipes import merge_recipes
 from open_r1.world.parquet import write_cvbench, write_sat
 from open_r1.world.scene import LEVELS
 from support import read_jsonl

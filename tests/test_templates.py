@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from open_r1 import templates
-from open_r1.modeling import check_template, load_processor
-from open_r1.prompts import REPO_ROOT
-from open_r1.templates import try_template, within_bounds
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.models import templates
+from open_r1.models.loading import check_template, load_processor
+from open_r1.models.templates import try_template, within_bounds
 
 BROKEN = {  # a template -> how its error begins
     "{% for m in messages %}\n{{ m.role }}": "line 2: Unexpected end of template",
@@ -75,7 +75,7 @@ def test_the_child_does_nothing_of_its_parents(quick_python):
     """It flushes none of its output, and runs no exit handler of its parent."""
     code = """if True:
         import atexit
-        from open_r1.templates import within_bounds
+        from open_r1.models.templates import within_bounds
         atexit.register(print, "left")
         print("begun")
         print(within_bounds(lambda: "made"))

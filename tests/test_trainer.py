@@ -15,18 +15,18 @@ from PIL import Image
 from transformers import EarlyStoppingCallback
 from trl import GRPOTrainer
 
-from open_r1.checkpoints import LoadWeightsMixin
-from open_r1.data import count_prompt_tokens, load_dataset
-from open_r1.families import end_token_ids, vision_token_ids
-from open_r1.finite import FiniteMixin
-from open_r1.front_door import Mistake
-from open_r1.heldout import NamedEvaluationMixin
-from open_r1.images import open_image
-from open_r1.modeling import freeze, load_model, load_processor
+from open_r1.base.errors import Mistake
+from open_r1.base.images import open_image
+from open_r1.models.families import end_token_ids, vision_token_ids
+from open_r1.models.loading import freeze, load_model, load_processor
 from open_r1.rewards import accuracy_reward
-from open_r1.rows import without_images
+from open_r1.running.checkpoints import LoadWeightsMixin
+from open_r1.running.data import count_prompt_tokens, load_dataset
 from open_r1.tasks.examples import read_examples
-from open_r1.trainer import AskBlind, Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
+from open_r1.trainer.finite import FiniteMixin
+from open_r1.trainer.heldout import NamedEvaluationMixin
+from open_r1.trainer.rows import without_images
+from open_r1.trainer.trainer import AskBlind, Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 from support import falling, families, load_weights, make_config, make_trainer, read_jsonl, vowel_share, write_examples
 
 

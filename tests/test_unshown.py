@@ -9,14 +9,14 @@ import pytest
 from datasets import Audio, Dataset, Video
 from PIL import Image
 
-from open_r1.data import DataArguments, load_dataset, load_datasets_from_args
-from open_r1.front_door import Mistake
-from open_r1.modeling import load_processor
-from open_r1.prompts import REPO_ROOT
+from open_r1.base.errors import Mistake
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.models.loading import load_processor
+from open_r1.running.data import DataArguments, load_dataset, load_datasets_from_args
 from open_r1.sft import check_answer
 from open_r1.tasks.examples import Columns, iter_rows
 from open_r1.tasks.unshown import unshown_texts
-from open_r1.trainer import Qwen2VLGRPOTrainer
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import load_script, make_config, vowel_share, write_examples
 
 

@@ -17,9 +17,9 @@ import torch
 from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 
-from open_r1.families import vision_token_ids
-from open_r1.modeling import load_model
-from open_r1.prompts import REPO_ROOT
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.models.families import vision_token_ids
+from open_r1.models.loading import load_model
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
 from open_r1.world.parquet import write_cvbench
 from open_r1.world.scene import LEVELS

@@ -13,7 +13,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from transformers import Trainer, TrainingArguments
 
-from open_r1.entry import accumulate_in_float32
+from open_r1.running.entry import accumulate_in_float32
 
 GRADIENTS = [256.0, *[1.0] * 7]
 

@@ -6,11 +6,13 @@ The JSON changes settings. `test_shared_prefix.py` and `test_perception.py` run 
 import json
 import sys
 
-import open_r1.trainer
+import open_r1.trainer.trainer
 from support import Scripted, fake_completions, make_trainer
 
 model_path, data, output, per_device, *changes = sys.argv[1:]
-open_r1.trainer.shuffle_groups = lambda batch: batch  # the same completions in every micro-batch, whatever the layout
+open_r1.trainer.trainer.shuffle_groups = lambda batch: (
+    batch
+)  # the same completions in every micro-batch, whatever the layout
 
 
 def remainder(completion_ids, **kwargs):

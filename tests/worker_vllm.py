@@ -14,9 +14,9 @@ import torch
 from trl.generation.vllm_client import VLLMClient
 from vllm.model_executor.layers import utils
 
-import open_r1.vllm_backends
-from open_r1.front_door import Mistake
-from open_r1.prompts import load_chat_template
+import open_r1.engines.vllm_backends
+from open_r1.base.errors import Mistake
+from open_r1.base.prompts import load_chat_template
 from support import load_weights, make_trainer, vowel_share
 
 DIFFERENCE = "sampling/sampling_logp_difference/mean"
@@ -67,10 +67,10 @@ def colocated(folder: Path, dtype: str) -> dict:
     seen["another max_pixels"] = refused(trainer)
     policy.image_processor.size = size
 
-    collapse = open_r1.vllm_backends.collapse_image_tokens
-    open_r1.vllm_backends.collapse_image_tokens = lambda ids, _: list(ids)
+    collapse = open_r1.engines.vllm_backends.collapse_image_tokens
+    open_r1.engines.vllm_backends.collapse_image_tokens = lambda ids, _: list(ids)
     seen["expanded twice"] = refused(trainer)
-    open_r1.vllm_backends.collapse_image_tokens = collapse
+    open_r1.engines.vllm_backends.collapse_image_tokens = collapse
 
     forget = backend.forget_images
     backend.forget_images = lambda: None

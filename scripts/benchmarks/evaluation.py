@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rounds import alternate, summarise
-from open_r1.front_door import positive
+from open_r1.base.errors import positive
 from open_r1.tasks.benchmarks import BENCHMARKS, read
 from open_r1.world.parquet import write_cvbench
 from open_r1.world.scene import LEVELS
@@ -31,7 +31,7 @@ def make_uneven_model(items: Sequence[Any], hazard: float, hidden_size: int) -> 
     import torch
 
     from open_r1 import tiny
-    from open_r1.families import end_token_ids
+    from open_r1.models.families import end_token_ids
 
     class UnevenHead(torch.nn.Linear):
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # (B, T, D) -> (B, T, V)
@@ -88,9 +88,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time both loops over the same questions; they must give the same answers."""
     import torch
 
-    from open_r1.backends import TransformersBackend
+    from open_r1.engines.backends import TransformersBackend
     from open_r1.evaluate.answering import Answerer
-    from open_r1.modeling import reset_generation_config
+    from open_r1.models.loading import reset_generation_config
 
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:
         write_cvbench(Path(name), args.rows, 0, LEVELS["full"])

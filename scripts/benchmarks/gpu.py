@@ -42,8 +42,20 @@ from benchmarks.step import (
     write_checkpoint,
 )
 from open_r1 import grpo
-from open_r1.backends import Backend
-from open_r1.entry import quiet
+from open_r1.base.errors import Mistake, first_line
+from open_r1.base.files import MADE_BY, replace_file, to_json
+from open_r1.base.images import open_image
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.engines.backends import Backend
+from open_r1.engines.shared_prefix import (
+    Layout,
+    Prompt,
+    attend_groups,
+    attend_paths,
+    choose_attention,
+    decode_attention,
+    locate_group,
+)
 from open_r1.evaluate.answering import (
     BACKENDS,
     Answerer,
@@ -53,21 +65,9 @@ from open_r1.evaluate.answering import (
     make_batches,
 )
 from open_r1.evaluate.answering import messages as with_images
-from open_r1.files import MADE_BY, replace_file, to_json
-from open_r1.front_door import Mistake, first_line
-from open_r1.images import open_image
-from open_r1.prompts import REPO_ROOT
-from open_r1.published import save_random_2b
-from open_r1.recipes import read_recipe
-from open_r1.shared_prefix import (
-    Layout,
-    Prompt,
-    attend_groups,
-    attend_paths,
-    choose_attention,
-    decode_attention,
-    locate_group,
-)
+from open_r1.models.published import save_random_2b
+from open_r1.running.entry import quiet
+from open_r1.settings.recipes import read_recipe
 from open_r1.tasks.benchmarks import BENCHMARKS, read
 from open_r1.world.parquet import write_cvbench
 from open_r1.world.scene import LEVELS

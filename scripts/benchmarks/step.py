@@ -35,16 +35,16 @@ from PIL import Image
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from open_r1.backends import Completions
-from open_r1.families import FAMILIES, family_of
-from open_r1.files import FIGURE_MARK, check_replaceable
-from open_r1.front_door import positive
-from open_r1.memory import load_config
-from open_r1.modeling import load_model, load_processor
-from open_r1.prompts import load_chat_template
-from open_r1.published import TEXT, VISION, make_2b_config
+from open_r1.base.errors import positive
+from open_r1.base.files import FIGURE_MARK, check_replaceable
+from open_r1.base.prompts import load_chat_template
+from open_r1.engines.backends import Completions
+from open_r1.models.families import FAMILIES, family_of
+from open_r1.models.loading import load_model, load_processor
+from open_r1.models.memory import load_config
+from open_r1.models.published import TEXT, VISION, make_2b_config
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
-from open_r1.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
+from open_r1.trainer.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 
 WAYS = {"stock": GRPOTrainer, "ours": Qwen2VLGRPOTrainer}
 WORDS = ("where", "is", "the", "red", "ball", "large", "green", "box", "seen", "from", "left", "side", "of", "room")

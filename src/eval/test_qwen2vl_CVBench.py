@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "open-r1-multimodal"))
-from open_r1.front_door import given, positive, run, use_environment
+from open_r1.base.errors import given, positive, run, use_environment
 
 use_environment()
 
+from open_r1.answers.statistics import PARSERS
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.evaluate import run as evaluation
-from open_r1.evaluate.statistics import PARSERS
-from open_r1.prompts import REPO_ROOT
 from open_r1.tasks.benchmarks import BENCHMARKS
 
 HERE = Path(__file__).resolve().parent

@@ -135,4 +135,4 @@ set -- "$script" "$@"
 [ "$NUM_MACHINES" -eq 1 ] || set -- --num_machines "$NUM_MACHINES" --machine_rank "$MACHINE_RANK" \
     --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" "$@"
 # exec: a signal to this script reaches the launcher, which ends its processes.
-exec "$PYTHON" "$here/open_r1/launch.py" --config_file "$ACCELERATE_CONFIG" --num_processes "$processes" "$@"
+exec "$PYTHON" "$here/open_r1/running/launch.py" --config_file "$ACCELERATE_CONFIG" --num_processes "$processes" "$@"

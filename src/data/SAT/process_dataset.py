@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "open-r1-multimodal"))
-from open_r1.front_door import Mistake, first_line, printable, run, use_environment
+from open_r1.base.errors import Mistake, first_line, printable, run, use_environment
 
 use_environment()
 
@@ -36,9 +36,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from open_r1.fields import COUNT, Check, Fields, check, is_count
-from open_r1.files import read_json, replace_file, replacing, to_json, whole_lines
-from open_r1.locks import owned
+from open_r1.base.fields import COUNT, Check, Fields, check, is_count
+from open_r1.base.files import read_json, replace_file, replacing, to_json, whole_lines
+from open_r1.base.locks import owned
 from open_r1.tasks.sat import COLUMNS, FOLDS, Example, Skip, convert_row, to_record
 
 FORMAT_VERSION = 1  # of the output; part of the settings, so that a change never continues older work

@@ -8,9 +8,9 @@ import torch
 from transformers import TrainingArguments
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
-from open_r1.front_door import Mistake
-from open_r1.options import check_options
-from open_r1.recipes import count_processes
+from open_r1.base.errors import Mistake
+from open_r1.settings.options import check_options
+from open_r1.settings.recipes import count_processes
 
 # TRL's own, which it checks in the first step
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
@@ -196,7 +196,7 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
         default=None,
         metadata={
             "help": "How rewards become advantages: leave_one_out, or a function of yours as module:function, with the "
-            "signature of those in open_r1/advantages.py. None: each reward against its group's, by scale_rewards and "
+            "signature of those in open_r1/trainer/advantages.py. None: each reward against its group's, by scale_rewards and "
             "multi_objective_aggregation."
         },
     )

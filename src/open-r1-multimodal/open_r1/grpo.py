@@ -8,7 +8,8 @@ from typing import Any
 
 from trl import ModelConfig
 
-from open_r1.callbacks import has_begun
+from open_r1.base.errors import Mistake
+from open_r1.base.plugins import import_named
 from open_r1.configs import (
     GRPOScriptArguments,
     Qwen2VLGRPOConfig,
@@ -17,14 +18,13 @@ from open_r1.configs import (
     longest_row,
     unused_vllm,
 )
-from open_r1.data import load_datasets_from_args, load_processor_from_args, opens_think
-from open_r1.decoding import check_generation
-from open_r1.entry import Command, run
-from open_r1.front_door import Mistake
-from open_r1.modeling import check_model, freeze, get_adapter_config, load_model_from_args
-from open_r1.plugins import import_named
+from open_r1.models.loading import check_model, freeze, get_adapter_config, load_model_from_args
 from open_r1.rewards import COMPARING, check_gold, get_reward_funcs
-from open_r1.trainer import AskBlind, Qwen2VLGRPOTrainer
+from open_r1.running.callbacks import has_begun
+from open_r1.running.data import load_datasets_from_args, load_processor_from_args, opens_think
+from open_r1.running.entry import Command, run
+from open_r1.settings.generation import check_generation
+from open_r1.trainer.trainer import AskBlind, Qwen2VLGRPOTrainer
 
 
 def prepare(
@@ -82,7 +82,7 @@ def choose_trainer(name: str | None) -> type[Qwen2VLGRPOTrainer]:
         return Qwen2VLGRPOTrainer
     trainer = import_named("trainer", "trainer", name)
     if not (isinstance(trainer, type) and issubclass(trainer, Qwen2VLGRPOTrainer)):
-        raise Mistake(f"trainer: {name} is no subclass of open_r1.trainer.Qwen2VLGRPOTrainer")
+        raise Mistake(f"trainer: {name} is no subclass of open_r1.trainer.trainer.Qwen2VLGRPOTrainer")
     return trainer
 
 

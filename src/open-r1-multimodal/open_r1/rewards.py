@@ -14,9 +14,9 @@ from typing import Any
 
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
-from open_r1.answers import extract_answer, is_blank, is_correct
-from open_r1.front_door import Mistake
-from open_r1.plugins import describe, import_named
+from open_r1.answers.checker import extract_answer, is_blank, is_correct
+from open_r1.base.errors import Mistake
+from open_r1.base.plugins import describe, import_named
 
 Completion = str | list[dict[str, Any]]
 Reward = Callable[..., list[float | None]]

@@ -17,10 +17,22 @@ from transformers import ProcessorMixin
 from trl import ModelConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from open_r1.callbacks import has_begun
-from open_r1.checkpoints import LoadWeightsMixin
+from open_r1.base.errors import Mistake, printable
+from open_r1.base.images import BrokenImage, open_image
 from open_r1.configs import Qwen2VLSFTConfig, SFTScriptArguments
-from open_r1.data import (
+from open_r1.engines.shared_prefix import prepare_model
+from open_r1.models.loading import (
+    accept_missing_images,
+    check_model,
+    freeze,
+    get_adapter_config,
+    load_model_from_args,
+    reset_generation_config,
+)
+from open_r1.rewards import format_reward
+from open_r1.running.callbacks import has_begun
+from open_r1.running.checkpoints import LoadWeightsMixin
+from open_r1.running.data import (
     LEAST_BROKEN,
     Row,
     asks_for_thought,
@@ -29,22 +41,10 @@ from open_r1.data import (
     most_broken,
     opens_think,
 )
-from open_r1.entry import Command, run
-from open_r1.finite import FiniteMixin
-from open_r1.front_door import Mistake, printable
-from open_r1.heldout import NamedEvaluationMixin
-from open_r1.images import BrokenImage, open_image
-from open_r1.modeling import (
-    accept_missing_images,
-    check_model,
-    freeze,
-    get_adapter_config,
-    load_model_from_args,
-    reset_generation_config,
-)
-from open_r1.options import check_options
-from open_r1.rewards import format_reward
-from open_r1.shared_prefix import prepare_model
+from open_r1.running.entry import Command, run
+from open_r1.settings.options import check_options
+from open_r1.trainer.finite import FiniteMixin
+from open_r1.trainer.heldout import NamedEvaluationMixin
 
 
 def after_prompt(answer: str, think_prefilled: bool) -> str:

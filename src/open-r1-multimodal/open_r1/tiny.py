@@ -41,10 +41,10 @@ from transformers import (
     set_seed,
 )
 
-from open_r1.families import FAMILIES
-from open_r1.files import check_new_folder
-from open_r1.front_door import run
-from open_r1.prompts import load_chat_template
+from open_r1.base.errors import run
+from open_r1.base.files import check_new_folder
+from open_r1.base.prompts import load_chat_template
+from open_r1.models.families import FAMILIES
 from open_r1.tasks.examples import read_examples
 
 # The tiles of those families that have some: 4 x 4 patches, 4 tokens.

@@ -9,8 +9,8 @@ import psutil
 import torch
 
 from open_r1.doctor.finding import Checks, Finding, failed, passed, skipped, warned
-from open_r1.doctor.patient import MEASURED_STEPS, Patient, existing
-from open_r1.memory import Count, Launch, free_memory
+from open_r1.doctor.subject import MEASURED_STEPS, Patient, existing
+from open_r1.models.memory import Count, Launch, free_memory
 
 GB = 1e9
 MAX_CPU_FLOPS = 2e12  # of the steps that are measured; a laptop takes a minute
@@ -18,7 +18,7 @@ FLOPS_A_TOKEN = 10  # and parameter: sampling, scoring by the reference, forward
 
 
 def memory(patient: Patient) -> Iterator[Finding]:
-    """The count of `open_r1.memory` against the card, or all processes against this machine."""
+    """The count of `open_r1.models.memory` against the card, or all processes against this machine."""
     launch, on_cpu = patient.launch, patient.on_cpu
     count, free = patient.count(launch), free_memory(on_cpu)
     total = psutil.virtual_memory().total if on_cpu else torch.cuda.mem_get_info()[1]

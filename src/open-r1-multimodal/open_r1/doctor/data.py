@@ -5,10 +5,10 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 
-from open_r1.data import count_prompt_tokens
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
-from open_r1.doctor.patient import Patient
+from open_r1.doctor.subject import Patient
 from open_r1.doctor.survey import Survey
+from open_r1.running.data import count_prompt_tokens
 
 SAMPLE = 500  # prompts whose length is measured
 FEW = 0.05  # a share of the examples that nobody misses

@@ -14,10 +14,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
-from open_r1.doctor.patient import Patient
-from open_r1.launch import OTHER_TORCH, gpu_without_kernels
-from open_r1.prompts import REPO_ROOT
+from open_r1.doctor.subject import Patient
+from open_r1.running.launch import OTHER_TORCH, gpu_without_kernels
 
 SHARED_MEMORY = 10**9  # bytes that NCCL and the workers of a few processes need
 NVIDIA_SMI_SECONDS = 30

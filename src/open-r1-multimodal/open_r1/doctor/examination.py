@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from open_r1.base.errors import Mistake, first_line, printable
 from open_r1.doctor import cost, data, environment, model, prompt, recipe, rewards
 from open_r1.doctor.finding import Finding, failed, skipped
-from open_r1.doctor.patient import Missing, Patient
-from open_r1.entry import USER_ERRORS, silence
-from open_r1.front_door import Mistake, first_line, printable
+from open_r1.doctor.subject import Missing, Patient
+from open_r1.running.entry import USER_ERRORS, silence
 
 FAMILIES = {
     "environment": environment.CHECKS,

@@ -9,14 +9,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from trl.trainer.utils import selective_log_softmax, use_adapter
 
-from open_r1.data import Row, count_prompt_tokens
+from open_r1.base.images import open_image
 from open_r1.doctor.finding import Checks, Finding, failed, passed, skipped, warned
-from open_r1.doctor.patient import Patient
-from open_r1.families import family_of
-from open_r1.images import open_image
-from open_r1.rows import with_images_inside
-from open_r1.shared_prefix import Prompt, encode_prompt
-from open_r1.trainer import Scored
+from open_r1.doctor.subject import Patient
+from open_r1.engines.shared_prefix import Prompt, encode_prompt
+from open_r1.models.families import family_of
+from open_r1.running.data import Row, count_prompt_tokens
+from open_r1.trainer.rows import with_images_inside
+from open_r1.trainer.trainer import Scored
 
 TRIED = 32  # rows among which the shortest and the longest prompt are taken
 # By what a number computed in another order may differ in the mean over tokens.

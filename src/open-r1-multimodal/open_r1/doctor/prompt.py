@@ -7,12 +7,12 @@ from pathlib import Path
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from open_r1.data import Row, opens_think
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
-from open_r1.doctor.patient import Patient
-from open_r1.families import family_of_processor
-from open_r1.modeling import load_processor
+from open_r1.doctor.subject import Patient
+from open_r1.models.families import family_of_processor
+from open_r1.models.loading import load_processor
 from open_r1.rewards import accuracy_reward, format_reward
+from open_r1.running.data import Row, opens_think
 
 SHOWN = 60  # characters of a prompt's end
 

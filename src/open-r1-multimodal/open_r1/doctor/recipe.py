@@ -3,11 +3,11 @@
 import os
 from collections.abc import Iterator
 
-from open_r1.checkpoints import Layout
+from open_r1.base.locks import check_free
 from open_r1.doctor.finding import Checks, Finding, failed, passed
-from open_r1.doctor.patient import Patient, existing
-from open_r1.entry import find_checkpoint, resolve_report_to
-from open_r1.locks import check_free
+from open_r1.doctor.subject import Patient, existing
+from open_r1.running.checkpoints import Layout
+from open_r1.running.entry import find_checkpoint, resolve_report_to
 
 
 def settings(patient: Patient) -> Iterator[Finding]:

@@ -10,12 +10,12 @@ from typing import Any
 
 from transformers import TrainerState
 
-from open_r1.answers import extract_answer, is_correct
-from open_r1.data import ROTATION_OF, Row, opens_think
+from open_r1.answers.checker import extract_answer, is_correct
+from open_r1.base.errors import Mistake, first_line
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
-from open_r1.doctor.patient import Patient
-from open_r1.front_door import Mistake, first_line
+from open_r1.doctor.subject import Patient
 from open_r1.rewards import Reward, accuracy_reward
+from open_r1.running.data import ROTATION_OF, Row, opens_think
 
 ROWS = 200  # among which are looked for
 ASKED = 4  # examples with different answers

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from open_r1.data import Row
-from open_r1.images import BrokenImage, ImageSource, image_bytes, image_name, open_image
+from open_r1.base.images import BrokenImage, ImageSource, image_bytes, image_name, open_image
+from open_r1.running.data import Row
 
 DECODING_SECONDS = 45
 

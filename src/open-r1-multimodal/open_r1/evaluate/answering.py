@@ -15,14 +15,14 @@ from typing import Any
 
 from transformers import GenerationConfig, ProcessorMixin
 
-from open_r1.backends import Backend, load_transformers
-from open_r1.families import control_tokens, end_token_ids, family_of_processor, vision_token_ids
-from open_r1.images import BrokenImage, image_size, open_image
-from open_r1.modeling import adapter_base, check_template, load_processor
-from open_r1.prompts import check_text, load_chat_template
-from open_r1.shared_prefix import Prompt
+from open_r1.base.images import BrokenImage, image_size, open_image
+from open_r1.base.prompts import check_text, load_chat_template
+from open_r1.engines.backends import Backend, load_transformers
+from open_r1.engines.shared_prefix import Prompt
+from open_r1.engines.vllm_backends import load_vllm
+from open_r1.models.families import control_tokens, end_token_ids, family_of_processor, vision_token_ids
+from open_r1.models.loading import adapter_base, check_template, load_processor
 from open_r1.tasks.benchmarks import Item
-from open_r1.vllm_backends import load_vllm
 
 PAPER_MAX_PIXELS = 401408  # what the paper trains and evaluates at
 BACKENDS = {"hf": load_transformers, "vllm": load_vllm}

@@ -4,9 +4,9 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-from open_r1.answers import is_blank
-from open_r1.evaluate.statistics import TOTAL, Row, gold_index
-from open_r1.fields import (
+from open_r1.answers.checker import is_blank
+from open_r1.answers.statistics import TOTAL, Row, gold_index
+from open_r1.base.fields import (
     COUNT,
     FLAG,
     NAME,
@@ -22,7 +22,7 @@ from open_r1.fields import (
     is_usable,
     maybe,
 )
-from open_r1.files import read_json
+from open_r1.base.files import read_json
 
 ROUNDING = 1e-9  # by which a computed bound may leave [0, 1]
 

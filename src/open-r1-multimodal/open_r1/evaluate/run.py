@@ -10,13 +10,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from open_r1.answers.statistics import judge_row, response_shares, score, table, unread_warning
+from open_r1.base.errors import naming_option, printable
+from open_r1.base.fields import check
+from open_r1.base.files import append_rows, read_json, read_rows, replace_file, to_json
+from open_r1.base.hub import model_folder
+from open_r1.base.locks import owned
 from open_r1.evaluate.results import ROW, ROW_OPTIONAL, read_result
-from open_r1.evaluate.statistics import judge_row, response_shares, score, table, unread_warning
-from open_r1.fields import check
-from open_r1.files import append_rows, read_json, read_rows, replace_file, to_json
-from open_r1.front_door import naming_option, printable
-from open_r1.hub import model_folder
-from open_r1.locks import owned
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read
 
 if TYPE_CHECKING:  # re-scoring starts without torch
@@ -212,7 +212,7 @@ def evaluate(args: argparse.Namespace) -> None:
         messages,
         model_fingerprint,
     )
-    from open_r1.families import family_of_processor
+    from open_r1.models.families import family_of_processor
 
     # accelerate takes processes on the CPU for one another's strangers, each the main one, unless it is told of it.
     on_cpu = not torch.accelerator.is_available() or accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")

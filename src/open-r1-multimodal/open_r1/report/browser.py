@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from jinja2.utils import htmlsafe_json_dumps
 
-from open_r1.fields import is_usable
-from open_r1.images import DECODE_ERRORS, opened, to_rgb
+from open_r1.base.fields import is_usable
+from open_r1.base.images import DECODE_ERRORS, opened, to_rgb
 from open_r1.report.runs import Trajectories
 
 TEXT_LIMIT = 4000  # characters of one text in the page; longer ones keep this much of their beginning and end

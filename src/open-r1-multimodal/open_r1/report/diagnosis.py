@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from open_r1.reflection import concluded
+from open_r1.answers.reflection import concluded
 from open_r1.report.runs import ACCURACY, FORMAT, Run, Trajectories
 from open_r1.report.statistics import by_step, first_and_last_tenth
 

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LinearLocator, MaxNLocator
 
-from open_r1.files import FIGURE_MARK, replacing
+from open_r1.base.files import FIGURE_MARK, replacing
 from open_r1.report.curves import Chart, Curves, Histogram, Line, Panel
 from open_r1.report.statistics import moving_average
 

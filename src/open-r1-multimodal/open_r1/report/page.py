@@ -18,8 +18,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from open_r1.answers import extract_answer
-from open_r1.files import MADE_BY, check_replaceable, replace_file
+from open_r1.answers.checker import extract_answer
+from open_r1.base.files import MADE_BY, check_replaceable, replace_file
 from open_r1.report import figures
 from open_r1.report.browser import QUOTE, Steps, browser_data, shown, steps_of, visible
 from open_r1.report.curves import Curves, collect, is_sft

@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from open_r1.fields import TEXT, Check, Fields, check, is_count, is_integer, is_number, is_usable, maybe
-from open_r1.files import read_json
-from open_r1.images import local_path
+from open_r1.base.fields import TEXT, Check, Fields, check, is_count, is_integer, is_number, is_usable, maybe
+from open_r1.base.files import read_json
+from open_r1.base.images import local_path
+from open_r1.base.trajectories import NUMBERS, OPTIONAL, REQUIRED
 from open_r1.tasks.examples import read_list
 from open_r1.tasks.mixture import parts_of
-from open_r1.trajectories import NUMBERS, OPTIONAL, REQUIRED
 
 ACCURACY, FORMAT = "accuracy_reward", "format_reward"  # as the trainer logs the registry's rewards
 MAX_REWARDS = 32  # a run has a handful; more is a damaged file, and each is a column

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from open_r1.evaluate.statistics import wilson
+from open_r1.answers.statistics import wilson
 from open_r1.report.runs import Series, Trajectories
 
 

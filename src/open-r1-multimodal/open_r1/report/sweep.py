@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from open_r1.answers.statistics import outcomes, paired_bootstrap, wilson
 from open_r1.evaluate.results import read_scored
-from open_r1.evaluate.statistics import outcomes, paired_bootstrap, wilson
 from open_r1.report.curves import reflection_share
 from open_r1.report.runs import ACCURACY, Trajectories, read_run, scan_trajectories
 from open_r1.report.statistics import by_step, first_and_last_tenth

@@ -17,12 +17,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from open_r1.evaluate.statistics import Combination, gold_index
-from open_r1.fields import NAME, PROSE, Check, Fields, are, check, is_integer, is_name, is_prose, maybe
-from open_r1.files import parse_json
-from open_r1.front_door import first_line
-from open_r1.hub import fetch
-from open_r1.prompts import sat_question
+from open_r1.answers.statistics import Combination, gold_index
+from open_r1.base.errors import first_line
+from open_r1.base.fields import NAME, PROSE, Check, Fields, are, check, is_integer, is_name, is_prose, maybe
+from open_r1.base.files import parse_json
+from open_r1.base.hub import fetch
+from open_r1.base.prompts import sat_question
 from open_r1.tasks import cvbench, sat
 
 BATCH_ROWS = 64  # read at a time

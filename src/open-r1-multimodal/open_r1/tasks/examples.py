@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from open_r1.images import image_bytes, local_path
-from open_r1.prompts import IMAGE_PLACEHOLDER, sat_question, without_surrogates
+from open_r1.base.images import image_bytes, local_path
+from open_r1.base.prompts import IMAGE_PLACEHOLDER, sat_question, without_surrogates
 from open_r1.tasks.unshown import unshown_fields, unshown_in_messages, unshown_marks
 
 DIALOGUES = ("messages", "conversations", "prompt")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from open_r1.images import CORRUPT, EXTENSIONS, TOO_LARGE, TOO_LONG, BrokenImage, opened
-from open_r1.prompts import IMAGE_PLACEHOLDER, sat_question
+from open_r1.base.images import CORRUPT, EXTENSIONS, TOO_LARGE, TOO_LONG, BrokenImage, opened
+from open_r1.base.prompts import IMAGE_PLACEHOLDER, sat_question
 
 COLUMNS = ("image_bytes", "question", "answers", "question_type", "correct_answer")
 FOLDS = ("train", "static", "val", "test")

@@ -12,8 +12,8 @@ alone. No torch.
 import argparse
 from pathlib import Path
 
-from open_r1.files import check_replaceable
-from open_r1.front_door import positive, run
+from open_r1.base.errors import positive, run
+from open_r1.base.files import check_replaceable
 from open_r1.tasks.cvbench import FILES
 from open_r1.world import scene
 from open_r1.world.parquet import write_cvbench, write_sat

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from open_r1.files import MADE_BY, replacing
+from open_r1.base.files import MADE_BY, replacing
 from open_r1.tasks import cvbench
 from open_r1.world.questions import CV_QUESTIONS, QUESTIONS, STATIC, ask
 from open_r1.world.render import picture

@@ -1,0 +1,184 @@
+"""Files that a crash cannot spoil: replaced at once, or JSON Lines with at most a torn last line, which is cut off."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from open_r1.base.errors import Mistake
+
+MANIFEST = "complete.json"  # written last into a checkpoint: it is whole
+MADE_BY = "made by open_r1"  # stands in every file that a command writes where its user says, near its start or end
+# The mark of a figure, as matplotlib's `savefig` takes it by the file's ending; and the same figure is the same SVG.
+FIGURE_MARK = {
+    ".png": {"Software": MADE_BY},
+    ".svg": {"Creator": MADE_BY, "Date": None},
+    ".pdf": {"Creator": MADE_BY},
+}
+MARKED_BYTES = 65536  # of a file's start and of its end, where the mark is looked for
+
+
+class DamagedError(Mistake, ValueError):
+    """A line of a file that is none of those which were written there; a run that meets it ends in this one line."""
+
+
+@contextmanager
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
+    """A temporary name for a file or folder to write in the block, which becomes `path` at its end.
+
+    An exception leaves the old `path`, a crash the old or the new one; the next writer deletes a temporary one left.
+
+    Args:
+        path: where there may be a file, but no folder when the block ends.
+        shared: whether several processes may write it at the same time.
+
+    Raises:
+        FileNotFoundError: there is no folder for it; the line names that, and not the temporary name.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
+    delete(temporary)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        delete(temporary)
+
+
+def delete(path: Path) -> None:
+    """Delete a file or a folder with all that is in it, if it is there; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_replaceable(*paths: Path) -> None:
+    """See that a command may write files: nothing is there yet, or what a command of ours made.
+
+    Raises:
+        OSError: a folder or somebody else's file is there, or cannot be read; one line that names it.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; name a file")
+        if path.exists() and not _is_marked(path):
+            raise FileExistsError(f"{path} is there, and was not made by this project; name another file or delete it")
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether a file holds `MADE_BY` where our commands write it."""
+    if not path.is_file():  # a pipe, a device
+        return False
+    with path.open("rb") as file:
+        start = file.read(MARKED_BYTES)
+        file.seek(max(0, path.stat().st_size - MARKED_BYTES))
+        return MADE_BY.encode() in start + file.read(MARKED_BYTES)
+
+
+def check_new_folder(path: Path) -> None:
+    """See that a command may fill a folder: there is none, or an empty one.
+
+    Raises:
+        OSError: something is there; one line that names it.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists; name another folder or delete it")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a file new content at once: a crash leaves the old one or the new one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def to_json(value: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8, with its end; half a character, which UTF-8 cannot hold, is written as JSON's escape of it."""
+    return json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace") + b"\n"
+
+
+def parse_json(text: bytes, origin: object) -> Any:
+    """What JSON in UTF-8 says.
+
+    Raises:
+        ValueError: it is none, or nested too deep; one line that names the origin.
+    """
+    try:
+        return json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{origin}: not JSON ({reason})") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not JSON; one line that names it.
+    """
+    return parse_json(path.read_bytes(), path)
+
+
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add rows to the end of a JSON Lines file and wait until they are on disk: all of them or, on a full one, none.
+
+    Raises:
+        OSError: they could not be written; the file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = memoryview(b"".join(map(to_json, rows)))
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while lines:
+                lines = lines[file.write(lines) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def whole_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines that have their end: only a crash leaves one without, and only the last one."""
+    return (line for line in lines if line.endswith(b"\n"))
+
+
+def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
+    """Rewrite a JSON Lines file with the rows for which `keep` holds; a torn last line goes too.
+
+    Returns:
+        How many lines were dropped. A file that is not there has none.
+
+    Raises:
+        DamagedError: a line in the middle is damaged; it names the line.
+    """
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        lines = list(file)
+    kept = []
+    for number, line in enumerate(whole_lines(lines), start=1):
+        try:
+            if keep(json.loads(line)):
+                kept.append(line)
+        except (ValueError, RecursionError, LookupError, TypeError) as error:  # also of a row that is something else
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
+            raise DamagedError(f"{path}: line {number}: damaged ({reason}); delete the line, or the file") from error
+    if len(kept) < len(lines):
+        replace_file(path, b"".join(kept))
+    return len(lines) - len(kept)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file that is about to be continued; a torn last line is cut off the file.
+
+    Raises:
+        DamagedError: a line in the middle is damaged.
+    """
+    rows: list[dict[str, Any]] = []
+    keep_rows(path, lambda row: rows.append(row) or True)
+    return rows

@@ -1,0 +1,64 @@
+"""What comes from the model hub: fetched whole before anything is loaded, or one line that says what could not be had.
+
+The libraries would ask file by file while they load, and wait for minutes when the hub has a bad day.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from open_r1.base.errors import first_line
+
+MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+
+
+def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision: str = "main") -> Path:
+    """The local folder of a repository, with the files of these patterns; those that are cached are not fetched again.
+
+    The folder's name is the commit. When the hub cannot be reached, what is cached is taken.
+
+    Raises:
+        OSError: it cannot be had; the message names it and the reason, in one line.
+    """
+    import httpx  # what the hub's client speaks through; both need half a second that local files do without
+    from huggingface_hub import constants, get_session, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    def limit(request: httpx.Request) -> None:
+        """A hub that takes a connection and says nothing is waited for as long as one that takes none."""
+        known = request.extensions["timeout"]
+        request.extensions["timeout"] = {
+            what: seconds or constants.HF_HUB_ETAG_TIMEOUT for what, seconds in known.items()
+        }
+
+    session = get_session()  # the client's own, which sets no limit to most requests
+    session.event_hooks = {"request": [*session.event_hooks["request"], limit]}
+    try:
+        return Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns=list(files)))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{repo_id}: no such file or folder") from error
+    except (OSError, httpx.HTTPError) as error:
+        # The client says that it found nothing in its cache; why it looked there is behind that.
+        known = isinstance(error, LocalEntryNotFoundError) and error.__cause__
+        reason = f"{first_line(known or error)}; the same command tries again"
+        if isinstance(error, RepositoryNotFoundError):
+            reason = "the Hub has no such repository, or only for a login: `hf auth login`"
+        if isinstance(error, GatedRepoError):  # also a RepositoryNotFoundError
+            reason = "it asks for a login: accept its terms on its page, then `hf auth login`"
+        raise OSError(f"{repo_id}: neither here nor to be had from the Hub ({reason})") from error
+
+
+def model_folder(model_name_or_path: str | Path, revision: str = "main", files: Sequence[str] = MODEL_FILES) -> Path:
+    """The folder of a model: itself, or where these files of the hub's model of that name are now.
+
+    Raises:
+        OSError: what `fetch` raises.
+    """
+    folder = Path(model_name_or_path).expanduser()
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; name the folder of a model")
+    return folder if folder.is_dir() else fetch(str(model_name_or_path), files, revision=revision)

@@ -1,0 +1,231 @@
+"""Pictures of any source as the pixels that a model sees: one way to open, to measure and to refuse them. No torch.
+
+A source is a path, a `file://` URL, a base64 `data:` URL, encoded bytes, a `{"bytes", "path"}` mapping (how `datasets`
+stores an image) or a PIL image. The same picture gives the same pixels from each of them.
+"""
+
+import base64
+import binascii
+import io
+import os
+import struct
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from open_r1.base.errors import printable
+
+ImageSource = str | os.PathLike[str] | bytes | Mapping[str, Any] | Image.Image
+
+# A format's name in Pillow -> the extension of its files. MPO is a JPEG with more pictures behind the first. Pillow
+# reads more formats, some of them by running other programs (EPS): not on files from a data set.
+EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "TIFF": "tif",
+}
+FORMATS = [name for name in EXTENSIONS if name != "MPO"]  # Pillow opens an MPO as a JPEG
+
+# The largest photos of today's phones and cameras; a progressive JPEG takes about 10 bytes a pixel to decode, 640 MiB
+# at this size. Larger is a decompression bomb or a poster; the model looks at 0.4 megapixels.
+MAX_PIXELS = 2**26
+BRIGHT = 128  # greys of 0..255 in a wider type reach it, distances in metres do not
+MAX_ASPECT_RATIO = 200  # Qwen2-VL's image processor raises above it
+
+# What Pillow raises on damaged files of the formats above.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+# How a file of these formats ends; one that is cut off does not.
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_TAIL = 4096  # bytes in which to look for the end; some programs write zeros or notes behind it
+
+
+# Why an image is refused, short enough to be counted by.
+MISSING, CORRUPT = "missing image", "corrupt image"
+TOO_LARGE = f"image over {MAX_PIXELS} pixels"
+TOO_LONG = f"image aspect ratio over {MAX_ASPECT_RATIO}"
+
+
+class BrokenImage(OSError):
+    """An image that cannot be shown to a model. The message is one line and names the file, if it is one."""
+
+    def __init__(self, reason: str, name: str | None = None):
+        self.reason = reason
+        super().__init__(f"image {name}: {reason}" if name else reason)
+
+
+@contextmanager
+def opened(source: ImageSource | None) -> Iterator[Image.Image]:
+    """The image with its header read and its bounds checked; what Pillow raises inside becomes `BrokenImage`."""
+    if source is None:
+        raise BrokenImage(MISSING)
+    name, data = image_name(source), image_bytes(source)
+    try:
+        if isinstance(source, Image.Image):
+            _check_bounds(source, name)
+            yield source
+            return
+        if data is None and not Path(name or "").is_file():  # a pipe would be waited for
+            raise BrokenImage("no such file", name or "without a name")
+        file = io.BytesIO(data) if data is not None else Path(name)
+        with Image.open(file, formats=FORMATS) as image:
+            _check_bounds(image, name)
+            yield image
+    except BrokenImage:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's own bound, met while it reads the header
+        raise BrokenImage(TOO_LARGE, name) from error
+    except DECODE_ERRORS as error:
+        raise BrokenImage(getattr(error, "strerror", None) or CORRUPT, name) from error
+
+
+def open_image(source: ImageSource | None) -> Image.Image:
+    """Decode an image whole, turn it upright as its EXIF data say, and convert it to RGB on white; no file stays open.
+
+    Raises:
+        BrokenImage: it is missing, damaged, too large, or of a shape that the image processor refuses.
+    """
+    with opened(source) as image:
+        return to_rgb(image, image_name(source))
+
+
+def image_size(source: ImageSource | None) -> tuple[int, int]:
+    """Height and width from the header alone, as stored: EXIF rotation swaps them, which changes no count of tokens.
+
+    Raises:
+        BrokenImage: as `open_image` does, as far as the header tells.
+    """
+    with opened(source) as image:
+        return image.height, image.width
+
+
+def check_image(path: str) -> None:
+    """Find out whether `open_image` will take a file, decoding it only when its last bytes leave that open.
+
+    Raises:
+        BrokenImage: it will not.
+    """
+    with opened(path) as image:
+        end = _ENDS.get("JPEG" if image.format == "MPO" else image.format)
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - _TAIL))
+            is_whole = end is not None and end in file.read()
+        if not is_whole:
+            image.load()
+
+
+def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
+    """An opened image, decoded, upright, in RGB; what is transparent becomes white, wider greys are put into 8 bits."""
+    name = name or image_name(image)
+    image.load()
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # Pillow would clip it
+        image = Image.fromarray(to_8_bits(np.asarray(image), name))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def to_8_bits(greys: np.ndarray, name: str | None = None) -> np.ndarray:
+    """Greys of any range as bytes; of what is not 0..1 or 0..255 (distances) the least is black and the most is white.
+
+    Args:
+        greys: (H, W), of any type of number. NaN (nothing measured) becomes black, infinity as the most or the least.
+        name: of the file.
+    """
+    values = np.array(greys, dtype=np.float64)
+    is_finite = np.isfinite(values)
+    if not is_finite.any():
+        return np.zeros(values.shape, dtype=np.uint8)
+    low, high = values.min(where=is_finite, initial=np.inf), values.max(where=is_finite, initial=-np.inf)
+    np.nan_to_num(values, copy=False, nan=low, posinf=high, neginf=low)
+    if low >= 0 and high <= 1:
+        low, high = 0, 1
+    elif low >= 0 and BRIGHT <= high <= 255:
+        low, high = 0, 255
+    elif low == high and greys.dtype == np.uint16:  # one grey says nothing of a range: the type's
+        low, high = 0, 65535
+    elif low == high:  # the same distance everywhere
+        return np.full(values.shape, BRIGHT, dtype=np.uint8)
+    else:
+        say_that_ranges_are_stretched(name, low, high)
+    values -= low
+    values *= 255 / (high - low)
+    return values.round().astype(np.uint8)
+
+
+_stretched: list[str] = []  # the first image that this process scaled by its own range
+
+
+def say_that_ranges_are_stretched(name: str | None, low: float, high: float) -> None:
+    """Once a process, with the name of the first image that it is done to."""
+    if not _stretched:
+        _stretched.append(printable(name or "without a name"))
+        values = f"its values go from {low:g} to {high:g}"
+        line = f"warning: image {_stretched[0]}: {values}; such images are scaled by their own range, to 0..255"
+        print(line, file=sys.stderr, flush=True)
+
+
+def local_path(reference: str) -> str:
+    """The path that a `file://` URL, percent-encoded or not, stands for; a path stays what it is."""
+    if not reference.startswith("file://"):
+        return reference
+    plain = reference.removeprefix("file://")
+    return plain if os.path.exists(plain) else url2pathname(urlsplit(reference).path)
+
+
+def image_bytes(source: ImageSource) -> bytes | None:
+    """The encoded bytes that a source carries itself; None when it names a file or is a PIL image.
+
+    Raises:
+        BrokenImage: a data URL that is not base64.
+    """
+    if isinstance(source, Mapping):
+        return source.get("bytes")
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, str) and source.startswith("data:"):
+        try:
+            return base64.b64decode(source.partition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise BrokenImage("not an image in base64", f"{source[:32]}...") from error
+    return None
+
+
+def image_name(source: ImageSource) -> str | None:
+    """The path of the file that an image is or was opened from, where it is known."""
+    if isinstance(source, Mapping):
+        return source.get("path")
+    if isinstance(source, Image.Image):
+        return getattr(source, "filename", None) or None
+    if isinstance(source, bytes) or str(source).startswith("data:"):
+        return None
+    return local_path(os.fspath(source))
+
+
+def _check_bounds(image: Image.Image, name: str | None) -> None:
+    if image.width * image.height > MAX_PIXELS:  # known before any pixel is decoded
+        raise BrokenImage(TOO_LARGE, name)
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise BrokenImage(TOO_LONG, name)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 for upright. Damaged EXIF data say nothing; the picture is there without them."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODE_ERRORS:
+        return 1

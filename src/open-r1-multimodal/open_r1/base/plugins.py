@@ -1,0 +1,68 @@
+"""What users bring along by naming it in a recipe as `module:name`: a reward, an advantage, a trainer."""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+from open_r1.base.errors import Mistake, first_line
+
+
+def import_here(name: str) -> ModuleType:
+    """A module, also one in the current folder with what it imports there.
+
+    That folder is on Python's path for this alone, and last: else libraries would find there what they look for.
+
+    Raises:
+        ImportError: there is none.
+    """
+    here = os.getcwd()
+    if here in sys.path:  # in PYTHONPATH
+        return importlib.import_module(name)
+    sys.path.append(here)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(here)
+
+
+def import_named(option: str, kind: str, name: str, known: Iterable[str] = ()) -> Any:
+    """What stands behind `module:name`: a function, or a class.
+
+    Args:
+        option: that names it.
+        kind: what it is, in one word.
+        name: `module:name`.
+        known: names that stand for themselves, for the message.
+
+    Raises:
+        Mistake: there is no such module or nothing callable of this name in it, or importing it raises.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        listed = f"known: {', '.join(known)}; " if known else ""
+        raise Mistake(f"{option}: unknown {kind} {name!r} ({listed}your own: module:name)")
+    try:
+        module = import_here(module_name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise Mistake(
+                f"{option}: no module {module_name!r} for {kind} {name!r} on PYTHONPATH or in this folder"
+            ) from error
+        raise Mistake(f"{option}: module {module_name!r} cannot be imported: {describe(error)}") from error
+    value = getattr(module, attribute, None)
+    if not callable(value):
+        where = getattr(module, "__file__", None) or "built in"
+        raise Mistake(f"{option}: module {module_name!r} ({where}) has no function {attribute!r}")
+    return value
+
+
+def describe(error: BaseException) -> str:
+    """An exception with the line of the user's that it comes from."""
+    places = [f" ({frame.filename}, line {frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)]
+    passed_through = (os.path.dirname(__file__), importlib.__file__, "<frozen", "site-packages")
+    theirs = [place for place in places if not any(part in place for part in passed_through)]
+    return f"{type(error).__name__}: {first_line(error)}{theirs[-1] if theirs else ''}"

@@ -1,0 +1,218 @@
+"""What is examined: the settings of a run, and what is made of them when a check first asks for it.
+
+A part that cannot be made fails the check that asks first; checks that ask later are skipped.
+"""
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from trl import GRPOConfig
+
+from open_r1.base.errors import Mistake, first_line
+from open_r1.doctor.survey import Survey, survey
+from open_r1.models.loading import check_model, check_template, check_weights
+from open_r1.models.memory import Count, Launch, build_model, count_run, free_memory, load_config, weight_bytes
+from open_r1.rewards import COMPARING, Reward, check_gold, get_reward_funcs, reward_funcs_registry
+from open_r1.running.data import columns_of, load_processor_from_args, opens_think
+from open_r1.running.entry import USER_ERRORS, Command, read_settings
+from open_r1.settings.recipes import PLANNED_PROCESSES
+from open_r1.sft import check_answer
+from open_r1.tasks.mixture import iter_mixture, parts_of
+
+MEASURED_STEPS = 2
+# A dozen passes over short batches; of a larger model they take a CPU longer than anybody waits for a check.
+MAX_CPU_PARAMETERS = 200_000_000
+
+
+class Missing(Exception):
+    """What a check needs is not there. The message says what; an earlier finding says why."""
+
+
+class part(cached_property):
+    """A cached property of a patient that is tried once.
+
+    Raises:
+        Mistake: it cannot be made; for who asks first.
+        Missing: likewise, for all who ask later.
+    """
+
+    def __get__(self, patient: Any, owner: type | None = None) -> Any:
+        if patient is not None and self.attrname in patient.lost:
+            raise Missing(patient.lost[self.attrname])
+        try:
+            return super().__get__(patient, owner)
+        except Missing as error:
+            patient.lost[self.attrname] = str(error)
+            raise
+        except (Mistake, RuntimeError, *USER_ERRORS) as error:  # RuntimeError: torch's, for shapes and memory
+            patient.lost[self.attrname] = f"no {self.attrname.replace('_', ' ')}, see above"
+            raise Mistake(first_line(error)) from error
+
+
+class Patient:
+    """A run before it starts.
+
+    Args:
+        command: `grpo` or `sft`.
+        arguments: of its command line; none to look at the machine alone.
+        launch: of the processes that are going to run.
+    """
+
+    def __init__(self, command: Command, arguments: Sequence[str], launch: Launch):
+        self.command, self.arguments, self.launch = command, arguments, launch
+        self.lost: dict[str, str] = {}  # parts that could not be made, and why
+        self.scratch = tempfile.TemporaryDirectory(prefix="doctor-")
+
+    @part
+    def settings(self) -> tuple[Any, TrainingArguments, Any]:
+        """Script, trainer and model arguments, as every process of the run gets them."""
+        if not self.arguments:
+            raise Missing("name a recipe with --config")
+        with planned(self.launch):
+            return read_settings(self.command, self.arguments)
+
+    @property
+    def is_grpo(self) -> bool:
+        """Whether completions are sampled and rewarded."""
+        return isinstance(self.settings[1], GRPOConfig)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the run has no GPU."""
+        return self.settings[1].use_cpu or not torch.cuda.is_available()
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """For the chat template."""
+        return self.settings[1].chat_template_kwargs or {}
+
+    @part
+    def model_outline(self) -> PreTrainedModel:
+        """The policy without numbers, on torch's `meta` device."""
+        script_args, _, model_args = self.settings
+        config = load_config(model_args.model_name_or_path, model_args.model_revision)
+        check_model(model_args)
+        check_weights(model_args.model_name_or_path, model_args.model_revision)
+        return build_model(config, model_args, script_args, self.launch)
+
+    @part
+    def processor(self) -> ProcessorMixin:
+        """With the recipe's prompt and image bounds."""
+        self.need("model_outline")
+        script_args, _, model_args = self.settings
+        return load_processor_from_args(model_args, script_args, self.template_kwargs)
+
+    @part
+    def prompt_opening(self) -> bool:
+        """Whether completions start inside `<think>`."""
+        script_args, _, model_args = self.settings
+        source = script_args.chat_template or str(model_args.model_name_or_path)
+        check_template(self.processor, source, **self.template_kwargs)
+        return opens_think(self.processor, **self.template_kwargs)
+
+    @part
+    def reward_funcs(self) -> list[Reward]:
+        """Of GRPO; of SFT none."""
+        if not self.is_grpo:
+            return []
+        script_args, args, _ = self.settings
+        return get_reward_funcs(
+            script_args.reward_funcs,
+            think_prefilled=self.prompt_opening,
+            max_completion_length=args.max_completion_length,
+        )
+
+    @part
+    def train_set(self) -> Survey:
+        """What is trained on, looked through."""
+        script_args = self.settings[0]
+        return self.survey(script_args.dataset_name, script_args.dataset_train_split)
+
+    @part
+    def held_out_set(self) -> Survey | None:
+        """What is held out, looked through, if anything is."""
+        script_args = self.settings[0]
+        name = script_args.eval_dataset_name
+        return self.survey(name, script_args.dataset_test_split) if name else None
+
+    def survey(self, name: str, split: str) -> Survey:
+        """A data set of the recipe, looked through; its answers as the run checks them."""
+        script_args = self.settings[0]
+        check = check_answer
+        if self.is_grpo:
+            compares = any(reward_funcs_registry.get(name) in COMPARING for name in script_args.reward_funcs)
+            check = check_gold if compares else lambda row: None
+        parts = parts_of(name, columns_of(script_args), script_args.dataset_config, split)
+        return survey((example for _, _, example, _ in iter_mixture(parts)), check)
+
+    @part
+    def prepared_data(self) -> dict[str, Any]:
+        """All that the run's trainer takes beside the weights, as the run makes it: data sets, rewards, processor."""
+        self.need("processor", "reward_funcs")
+        if any(found.broken or found.unusable for found in filter(None, (self.train_set, self.held_out_set))):
+            raise Missing("images or answers are wrong, see above")
+        return self.command.prepare(*self.settings)
+
+    @part
+    def trainer(self) -> Trainer:
+        """The run's trainer in this process alone, set to two steps that leave nothing behind."""
+        script_args, args, model_args = self.settings
+        parameters = sum(p.numel() for p in self.model_outline.parameters())
+        if self.on_cpu and parameters > MAX_CPU_PARAMETERS:
+            raise Missing(f"{parameters / 1e9:.1f} B parameters take a CPU minutes a batch; look at it on a GPU")
+        models = 1 + (self.is_grpo and args.beta > 0 and not model_args.use_peft)
+        needed = models * weight_bytes(self.model_outline, model_args)
+        if needed > free_memory(self.on_cpu):
+            raise Missing(f"the weights take {needed / 1e9:.1f} GB, {free_memory(self.on_cpu) / 1e9:.1f} GB are free")
+        return self.command.build_trainer(script_args, self.alone(args), model_args, self.prepared_data)
+
+    def count(self, launch: Launch, args: TrainingArguments | None = None) -> Count:
+        """The memory of a step under a launch, with the run's settings or others."""
+        self.need("model_outline")
+        script_args, own, model_args = self.settings
+        if script_args.max_prompt_length is None:
+            raise Missing("without max_prompt_length there is nothing to count for")
+        return count_run(script_args, args or own, model_args, launch, self.on_cpu)
+
+    def need(self, *parts: str) -> None:
+        """Raise what these parts raise: what is wrong with them is told as theirs."""
+        for name in parts:
+            getattr(self, name)
+
+    def alone(self, args: TrainingArguments) -> TrainingArguments:
+        """Settings with which one process does the work of all in a step."""
+        alone = copy.copy(args)
+        alone.gradient_accumulation_steps *= self.launch.num_processes
+        if self.is_grpo:
+            alone.steps_per_generation *= self.launch.num_processes
+            alone.use_vllm = False
+        alone.output_dir, alone.max_steps = self.scratch.name, MEASURED_STEPS
+        alone.save_strategy, alone.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
+        alone.eval_on_start, alone.push_to_hub, alone.report_to = False, False, []
+        alone._n_gpu = min(alone.n_gpu, 1)  # with more, transformers would put DataParallel around the model
+        return alone
+
+
+@contextmanager
+def planned(launch: Launch) -> Iterator[None]:
+    """While it is open, recipes are read as the processes of a launch will read them."""
+    os.environ[PLANNED_PROCESSES] = str(launch.num_processes)
+    try:
+        yield
+    finally:
+        del os.environ[PLANNED_PROCESSES]
+
+
+def existing(folder: str) -> Path:
+    """The part of a path that is there."""
+    path = Path(folder).absolute()
+    return next(place for place in (path, *path.parents) if place.exists())

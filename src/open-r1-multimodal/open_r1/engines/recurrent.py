@@ -1,0 +1,135 @@
+"""Recurrent layers in a packed row: every branch starts from the state in which its prompt left them.
+
+Attention sees a prefix through keys and values. A gated delta net sees it through a matrix that it carries from token
+to token, and through the last inputs of its convolution. So of a packed row (see `shared_prefix`) a recurrent layer
+runs over the prefixes as one batch, and then over all branches as another that goes on from there. That is two runs
+whatever the row holds: under ZeRO-3 the processes exchange its weights at each of them.
+
+Both are transformers' own forward pass, which knows how to go on from a cache; so its kernels are the ones that it
+picks (fla's and causal-conv1d's where they are installed, on a GPU, else torch). Ours is the cache: it lets gradients
+through.
+
+A kind of layer is an entry in `CACHE_ARGUMENTS`. The tests then run over it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Cache
+from transformers.cache_utils import LinearAttentionLayer
+
+if TYPE_CHECKING:
+    from open_r1.engines.shared_prefix import Group, Layout
+
+# The class of a recurrent layer -> the argument of its `forward` that takes the cache.
+CACHE_ARGUMENTS = {"Qwen3_5GatedDeltaNet": "cache_params", "Lfm2ShortConv": "past_key_values"}
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """A packed row of L tokens as N prefixes of at most P tokens, and B branches of at most C that go on from them.
+
+    Both gather from the row's positions. Prefixes are padded on the left, where the layer's mask keeps padding out of
+    the state, and branches on the right, where nothing follows it.
+    """
+
+    prefixes: torch.Tensor  # (N, P): positions in the row
+    is_prefix: torch.Tensor  # (N, P): False on padding
+    branches: torch.Tensor  # (B, C): positions in the row
+    is_branch: torch.Tensor  # (B, C): False on padding
+    owner: torch.Tensor  # (B,): which prefix a branch goes on from
+    order: torch.Tensor  # (L,): positions in the row of all that is no padding, prefixes first
+
+
+def locate_runs(groups: "Sequence[Group]") -> Runs:
+    """The runs over the groups of a row; where it has no prefix or no branch, one of padding stands for them."""
+    device = groups[0].branches.device
+    starts = torch.tensor([group.start for group in groups], device=device)
+    lengths = torch.tensor([group.prefix for group in groups], device=device)
+    longest = max([1, *(group.prefix for group in groups)])
+    column = torch.arange(longest, device=device) + lengths[:, None] - longest  # (N, P), negative on padding
+    is_prefix = column >= 0
+    prefixes = starts[:, None] + column.clamp(min=0)  # (N, P)
+
+    # A single token would take fla's kernel for decoding, which has no backward pass.
+    longest = max([2, *(length for group in groups for length in group.lengths)])
+    branches, is_branch = (
+        torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in parts])
+        for parts in ([group.branches for group in groups], [group.is_token for group in groups])
+    )  # (B, C)
+    owner = torch.tensor([row for row, group in enumerate(groups) for _ in group.lengths], device=device)
+    if not len(branches):
+        branches, is_branch = (F.pad(part, (0, 0, 0, 1)) for part in (branches, is_branch))
+        owner = torch.zeros(1, dtype=torch.long, device=device)
+    order = torch.cat([prefixes[is_prefix], branches[is_branch]])
+    return Runs(prefixes, is_prefix, branches, is_branch, owner, order)
+
+
+class Carried(LinearAttentionLayer):
+    """What one recurrent layer carries from token to token, as a cache layer with gradients.
+
+    transformers' layer copies new states over the old ones, which the backward pass still needs. While it records the
+    past it replaces a convolution's inputs instead, and the layer takes no kernel that writes in place.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activate_past_recording()
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
+        """Take a new state (B, heads, D, D), and give it back."""
+        self.recurrent_states[state_idx] = recurrent_states
+        return recurrent_states
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Carry these rows of the batch, some more than once; the gradients of a row that is repeated add up."""
+        for index, conv in self.conv_states.items():
+            self.conv_states[index] = conv[rows, :, -self.conv_kernel_size[index] :]  # (B, channels, kernel or fewer)
+        for index, state in self.recurrent_states.items():
+            self.recurrent_states[index] = None if state is None else state[rows]  # a convolution alone has none
+
+
+def share_states(model: nn.Module) -> None:
+    """Let the recurrent layers of a model run over packed rows; other inputs give what they gave before."""
+    for decoder_layer in model.modules():
+        for mixer in decoder_layer.children():
+            if type(mixer).__name__ in CACHE_ARGUMENTS:
+                mixer.layout = None
+                mixer.forward = partial(run_packed, mixer, mixer.forward)
+                # A decoder layer is given the layout, and not all of them hand it on. A hook also runs in front of the
+                # second pass of gradient checkpointing, which may follow another micro-batch.
+                decoder_layer.register_forward_pre_hook(partial(tell_layout, mixer), with_kwargs=True)
+
+
+def tell_layout(mixer: nn.Module, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a decoder layer: its recurrent part learns the layout of a packed row, None of another."""
+    mixer.layout = kwargs.get("layout")
+
+
+def run_packed(
+    mixer: nn.Module, forward: Callable[..., torch.Tensor], hidden_states: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    """In place of the `forward` of a recurrent layer, which does the work.
+
+    Args:
+        hidden_states: (B, L, hidden); B = 1 for a packed row.
+
+    Returns:
+        Likewise.
+    """
+    layout: Layout | None = mixer.layout
+    if layout is None:
+        return forward(hidden_states=hidden_states, **kwargs)
+    runs, states, carried = layout.runs, hidden_states[0], Carried()
+    # the layer looks into the cache at its own number
+    cache = {CACHE_ARGUMENTS[type(mixer).__name__]: Cache(layers=[carried] * (mixer.layer_idx + 1))}
+    prefixes = forward(hidden_states=states[runs.prefixes], attention_mask=runs.is_prefix, **cache)  # (N, P, hidden)
+    carried.select(runs.owner)
+    branches = forward(hidden_states=states[runs.branches], **cache)  # (B, C, hidden)
+    outputs = torch.cat([prefixes[runs.is_prefix], branches[runs.is_branch]])  # (L, hidden)
+    return torch.empty_like(states).index_copy(0, runs.order, outputs)[None]

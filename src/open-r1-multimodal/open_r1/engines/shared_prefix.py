@@ -1,0 +1,501 @@
+"""One group, one prompt: score G completions behind a single copy of the prompt that they share.
+
+A micro-batch of groups becomes one packed row without padding:
+
+    [prompt minus its last token] [last prompt token, c1 minus its last] [last prompt token, c2 minus its last] ...
+     prefix, attends to itself     branch, attends to the prefix and itself
+
+and so on for the next prompt. Every branch position predicts one completion token, positions go on from the prompt in
+each branch, and the image is encoded once. The numbers are those of scoring G separate sequences
+(tests/test_shared_prefix.py); the work is that of the unique tokens.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, lru_cache
+from itertools import groupby
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, ProcessorMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from open_r1.engines.recurrent import Runs, locate_runs, share_states
+from open_r1.models.families import Family, ImageInputs, family_of
+
+ATTENTION = "grouped_sdpa"  # the name under which transformers knows `grouped_attention`
+# `image_attention`'s. Only where "flash" is in it do vision towers hand over a row of images whole; else they cut it.
+IMAGE_ATTENTION = "image_flash"
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt that was rendered, tokenized and preprocessed once. P tokens."""
+
+    input_ids: torch.Tensor  # (P,), image tokens expanded
+    position_ids: torch.Tensor  # (P,), or of M-RoPE (3, P): time, height, width
+    image_inputs: ImageInputs = field(default_factory=dict)  # empty without images
+    image_features: Any = None  # the vision tower's output, where it is frozen; see `encode_images`
+    images: tuple[Image.Image, ...] = ()  # as they were given, for an engine that encodes them itself
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def continue_positions(self, count: int) -> torch.Tensor:
+        """Positions (count,) or (3, count) of the text tokens that follow the prompt."""
+        start = self.position_ids.max() + 1
+        axes = self.position_ids.shape[:-1]
+        return (start + torch.arange(count, device=self.position_ids.device)).expand(*axes, count)
+
+
+def encode_prompt(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    prompt: list[dict[str, Any]] | str,
+    **template_kwargs: Any,
+) -> Prompt:
+    """Render, tokenize and preprocess one conversation whose image parts hold images; on the CPU.
+
+    Args:
+        model: gives the positions (not wrapped).
+        processor: with the chat template and the pixel bounds.
+        prompt: conversational, with content parts of type `image` (an image or a path) and `text`; or rendered text.
+        template_kwargs: for the chat template.
+    """
+    if isinstance(prompt, str):
+        inputs = processor(text=[prompt], return_tensors="pt", return_mm_token_type_ids=True)
+    else:
+        inputs = processor.apply_chat_template(
+            [prompt],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **template_kwargs,
+        )
+    family = family_of(model)
+    return Prompt(inputs["input_ids"][0], family.positions(model, inputs), family.images_of(inputs))
+
+
+def images_of(messages: Sequence[dict[str, Any]]) -> list[Any]:
+    """The images in messages, in their order."""
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return [part["image"] for content in contents for part in content if part["type"] == "image"]
+
+
+@torch.no_grad()
+def encode_images(model: PreTrainedModel, prompt: Prompt) -> Prompt:
+    """The prompt with the output of a frozen vision tower, so that rollout, reference and policy share it."""
+    if not prompt.image_inputs:
+        return prompt
+    return replace(prompt, image_features=family_of(model).encode_images(model, prompt.image_inputs))
+
+
+def join_images(family: Family, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
+    """The model's image inputs of several prompts, in their order; nothing for prompts without images."""
+    prompts = [prompt for prompt in prompts if prompt.image_inputs]
+    inputs: dict[str, Any] = dict(family.join_images([prompt.image_inputs for prompt in prompts], device))
+    if prompts and all(prompt.image_features is not None for prompt in prompts):
+        inputs["image_features"] = family.join_features([prompt.image_features for prompt in prompts])
+    return inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Where a prompt and its completions lie in a packed row. G branches, C tokens in the longest.
+
+    `branches` gathers from the row's positions, and `is_token` scatters back; both are (G, C).
+    """
+
+    start: int
+    prefix: int  # length
+    lengths: Sequence[int]  # of the G branches
+    branches: torch.Tensor  # positions in the row; padded with the group's first
+    is_token: torch.Tensor  # False where `branches` is padding
+    mask: torch.Tensor  # (C, prefix + C): what a branch sees
+
+    @property
+    def length(self) -> int:
+        """Prefix and branches."""
+        return self.prefix + sum(self.lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """A packed row as N sequences for attention of variable lengths: each prefix, and each branch behind its prefix.
+
+    The queries of a sequence are its own tokens, so all together are the row as it lies; its keys are the path to them,
+    of T tokens in all.
+    """
+
+    keys: torch.Tensor  # (T,): positions in the row, path by path
+    query_ends: torch.Tensor  # (N + 1,) int32: 0, and where each sequence's queries end
+    key_ends: torch.Tensor  # (N + 1,) int32: likewise in `keys`
+    most_queries: int  # of a sequence
+    most_keys: int
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The groups of a packed row, in order and without gaps."""
+
+    groups: Sequence[Group]
+
+    @cached_property
+    def paths(self) -> Paths:
+        """Made once a row, and only where attention asks for it."""
+        lengths, paths = [], []
+        for group in self.groups:
+            prefix, *branches = torch.arange(group.start, group.start + group.length).split(
+                [group.prefix, *group.lengths]
+            )
+            if group.prefix:
+                lengths.append(group.prefix)
+                paths.append(prefix)
+            lengths += group.lengths
+            paths += [torch.cat([prefix, branch]) for branch in branches]
+        device, sizes = self.groups[0].branches.device, list(map(len, paths))
+        query_ends, key_ends = (
+            F.pad(torch.tensor(counts).cumsum(0), (1, 0)).to(device, torch.int32) for counts in (lengths, sizes)
+        )
+        return Paths(torch.cat(paths).to(device), query_ends, key_ends, max(lengths), max(sizes))
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Made once a row, and only where a layer is recurrent."""
+        return locate_runs(self.groups)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """A micro-batch of groups as one row of L tokens; B completions of at most C tokens."""
+
+    # input_ids (1, L), position_ids (1, L) or (3, 1, L), images, layout, scored positions (S,)
+    model_inputs: dict[str, Any]
+    labels: torch.Tensor  # (1, S): the token that each scored position predicts
+    completion_mask: torch.Tensor  # (B, C)
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (1, S) of the scored positions -> (B, C), zero where there is no completion token."""
+        return values.new_zeros(self.completion_mask.shape).masked_scatter(self.completion_mask, values)
+
+
+def rows_by_prompt(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """The row numbers of each run of neighbours that have the same (not just an equal) prompt."""
+    return [list(rows) for _, rows in groupby(range(len(prompts)), key=prompts.__getitem__)]
+
+
+def pack(
+    family: Family, prompts: Sequence[Prompt], completion_ids: torch.Tensor, completion_mask: torch.Tensor
+) -> PackedBatch:
+    """Pack completions behind their prompts.
+
+    Args:
+        family: of the model that scores them.
+        prompts: the prompt of each of the B rows; neighbours that are the same object share one copy.
+        completion_ids: (B, C), padded on the right.
+        completion_mask: (B, C), true or 1 on completion tokens; an empty row is left out.
+    """
+    device = completion_ids.device
+    completion_mask = completion_mask.bool()
+    lengths = completion_mask.sum(dim=1).tolist()
+    ids, positions, scored, labels, groups, shared = [], [], [], [], [], []
+    start = 0
+    for rows in rows_by_prompt(prompts):
+        prompt = prompts[rows[0]]
+        prompt_ids, prompt_positions = prompt.input_ids.to(device), prompt.position_ids.to(device)
+        shared.append(prompt)
+        ids.append(prompt_ids[:-1])
+        positions.append(prompt_positions[..., :-1])
+        branch_lengths = [lengths[row] for row in rows if lengths[row]]
+        continued = prompt.continue_positions(max(branch_lengths, default=0)).to(device)
+        for row in rows:
+            length = lengths[row]
+            if length:
+                ids += [prompt_ids[-1:], completion_ids[row, : length - 1]]
+                positions += [prompt_positions[..., -1:], continued[..., : length - 1]]
+                labels.append(completion_ids[row, :length])
+        group = locate_group(start, len(prompt) - 1, branch_lengths, device)
+        scored.append(torch.arange(start + group.prefix, start + group.length, device=device))
+        groups.append(group)
+        start += group.length
+    if not labels:  # nothing to score: one position without a label keeps the model in the graph, with no gradient
+        scored, labels = [torch.zeros(1, dtype=torch.long, device=device)], [torch.full((1,), -100, device=device)]
+    model_inputs = {
+        "input_ids": torch.cat(ids)[None],
+        "position_ids": torch.cat(positions, dim=-1).unsqueeze(-2),
+        "layout": Layout(groups),
+        "scored": torch.cat(scored),
+        **join_images(family, shared, device),
+    }
+    if model_inputs["position_ids"].dim() == 2:
+        # Positions that begin anew look like sequences of their own to transformers, which would make a mask (L, L) of
+        # them; it takes a whole mask as it is, and `grouped_attention` reads none.
+        model_inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    return PackedBatch(model_inputs, torch.cat(labels)[None], completion_mask)
+
+
+def locate_group(start: int, prefix: int, branch_lengths: Sequence[int], device: torch.device) -> Group:
+    """The group of a prefix at `start` and the branches behind it."""
+    lengths = torch.tensor(branch_lengths, dtype=torch.long, device=device)  # (G,)
+    longest = max(branch_lengths, default=0)
+    column = torch.arange(longest, device=device)  # (C,)
+    is_token = column < lengths[:, None]  # (G, C)
+    begin = start + prefix + lengths.cumsum(0) - lengths  # (G,)
+    branches = torch.where(is_token, begin[:, None] + column, start)
+    key = torch.arange(prefix + longest, device=device)
+    mask = key <= prefix + column[:, None]  # causal, the prefix in front
+    return Group(start, prefix, branch_lengths, branches, is_token, mask)
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: packed groups, a decoding step, or else plain SDPA.
+
+    Args:
+        query: (B, H, L, D). key, value: (B, K, L, D) with H a multiple of K.
+        layout: of a packed row, B = 1; None outside of packed scoring.
+
+    Returns:
+        (B, L, H, D), and None for the weights.
+    """
+    # Under autocast the rotary embedding leaves queries and keys in float32 beside values in 16 bits. A kernel takes
+    # one dtype, and this is the one that autocast has SDPA take.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if layout is not None:
+        return choose_attention(query)(query, key, value, layout, scaling), None
+    if query.shape[2] == 1:
+        return decode_attention(query, key, value, attention_mask, scaling), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def choose_attention(query: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Who attends in a packed row: torch's flash attention where it runs, else SDPA. Both give the same."""
+    return attend_paths if has_flash(query) else attend_groups
+
+
+def has_flash(query: torch.Tensor) -> bool:
+    """Whether torch's flash attention, `varlen_attn`, runs on queries of this device and dtype."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def attend_groups(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None
+) -> torch.Tensor:
+    """Two calls of SDPA a group: a prefix attends to itself, its branches are a batch that sees the prefix as well.
+
+    No mask over the whole row is ever made. Shapes: see `grouped_attention`.
+    """
+    outputs = []
+    for group in layout.groups:
+        prefix = slice(group.start, group.start + group.prefix)
+        prefix_key, prefix_value = key[:, :, prefix], value[:, :, prefix]
+        # Without a mask the fused kernels of CPU and CUDA take fewer heads of keys, and skip what causality hides.
+        attended = F.scaled_dot_product_attention(
+            query[:, :, prefix], prefix_key, prefix_value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        outputs.append(attended[0].transpose(0, 1))  # (prefix, H, D)
+        if not group.lengths:
+            continue
+        branch_query, branch_key, branch_value = (
+            states[0][:, group.branches].transpose(0, 1) for states in (query, key, value)
+        )  # (G, H or K, C, D)
+        count = len(group.lengths)
+        attended = attend_folded(
+            branch_query,
+            torch.cat([prefix_key.expand(count, -1, -1, -1), branch_key], dim=2),
+            torch.cat([prefix_value.expand(count, -1, -1, -1), branch_value], dim=2),
+            group.mask,
+            scaling,
+        )  # (G, H, C, D)
+        outputs.append(attended.transpose(1, 2)[group.is_token])  # (tokens, H, D)
+    return torch.cat(outputs)[None]
+
+
+@cache
+def takes_fewer_keys(varlen: Callable[..., torch.Tensor]) -> bool:
+    """Whether a kernel for variable lengths takes fewer heads of keys than of queries; torch's does from 2.12 on."""
+    return "enable_gqa" in inspect.signature(varlen).parameters
+
+
+def attend_paths(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float | None,
+    varlen: Callable[..., torch.Tensor] = varlen_attn,
+) -> torch.Tensor:
+    """One call a row over the keys and values along each path; what it softmaxes needs no merging.
+
+    Flash attention aligns causality to the bottom right: the queries of a path are its last tokens. Shapes: see
+    `grouped_attention`. `varlen` is the kernel.
+    """
+    paths, grouped = layout.paths, takes_fewer_keys(varlen)
+    key, value = (states[0].transpose(0, 1).index_select(0, paths.keys) for states in (key, value))  # (T, K, D)
+    if not grouped:
+        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
+    attended = varlen(
+        query[0].transpose(0, 1),  # (L, H, D)
+        key,
+        value,
+        paths.query_ends,
+        paths.key_ends,
+        paths.most_queries,
+        paths.most_keys,
+        scale=scaling,
+        window_size=(-1, 0),  # causal
+        **({"enable_gqa": True} if grouped else {}),
+    )
+    return attended[None]
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """One new token a row: query (B, H, 1, D), key and value (B, K, T, D), mask (B, 1, 1, T) -> (B, 1, H, D)."""
+    return attend_folded(query, key, value, attention_mask, scaling).transpose(1, 2)
+
+
+def attend_folded(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """SDPA with a mask for fewer heads of keys than of queries: query (B, H, C, D), key and value (B, K, T, D).
+
+    The heads that share keys become queries of one head, so that no key is repeated. `enable_gqa` would do, but with a
+    mask CUDA has no fused kernel for it.
+
+    Args:
+        mask: broadcasts to (B, 1, C, T).
+
+    Returns:
+        (B, H, C, D)
+    """
+    folds = query.shape[1] // key.shape[1]
+    folded = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])  # (B, K, H / K * C, D)
+    if mask is not None and mask.shape[-2] > 1:
+        mask = mask.repeat(*[1] * (mask.dim() - 2), folds, 1)
+    return F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling).reshape(query.shape)
+
+
+def image_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface in a vision tower: patches see those of their image, or of their window in it.
+
+    One call of torch's flash attention where it runs, else SDPA image by image. transformers' own SDPA reads from the
+    GPU where the images end, three times a layer; here that is known, or read once a pass.
+
+    Args:
+        query, key, value: (1, H, L, D), the patches of all images in a row.
+        cu_seq_lens_q: (N + 1,) int32: 0, and where each image ends.
+        max_length_q: patches of the largest.
+
+    Returns:
+        (1, L, H, D), and None for the weights.
+    """
+    if has_flash(query):
+        states = (states[0].transpose(0, 1) for states in (query, key, value))  # (L, H, D)
+        ends, most = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
+        return varlen_attn(*states, *ends, *most, scale=scaling)[None], None
+    images = zip(*(states.split(count_patches(cu_seq_lens_q), dim=2) for states in (query, key, value)), strict=True)
+    attended = [sdpa_attention_forward(module, *image, None, scaling=scaling, is_causal=False)[0] for image in images]
+    return torch.cat(attended, dim=1), None
+
+
+@lru_cache(maxsize=2)  # tensors hash by identity, and all layers of a pass get the same two: of images and of windows
+def count_patches(ends: torch.Tensor) -> list[int]:
+    """Patches of each image, (N + 1,) ends -> N."""
+    return ends.diff().tolist()
+
+
+def keep_scored(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of the language model: of a packed row keep the hidden states that are scored, (1, S, hidden).
+
+    So the LM head does not run over prompts. TRL's fused head would skip them too, but only with Triton.
+    """
+    if kwargs.get("scored") is not None:
+        output.last_hidden_state = output.last_hidden_state[:, kwargs["scored"]]
+    return output
+
+
+AttentionInterface.register(ATTENTION, grouped_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionInterface.register(IMAGE_ATTENTION, image_attention)
+
+
+def prepare_model(model: PreTrainedModel) -> None:
+    """Keep torch and transformers from slow choices and a mistake; for whoever is about to run a model (not wrapped).
+
+    cuDNN's attention, which torch prefers on GPUs of compute capability 9 and 10, plans anew for every shape and keeps
+    each plan (0.4 to 0.5 s, as reported, not measured here), and rollouts have a new shape at every token: it is off in
+    this process from then on. A vision tower that takes its images in a row attends with `image_attention`, also where
+    flash-attn is installed, whose algorithm is the same; who asks for another attention than the usual gets that.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    family, usual = family_of(model), ("sdpa", "flash_attention_2")
+    if family.has_image_rows and model.config.vision_config._attn_implementation in usual:
+        model.set_attn_implementation({"vision_config": IMAGE_ATTENTION})
+    family.mend(model)
+
+
+def enable_grouping(model: PreTrainedModel) -> None:
+    """Let a model score packed rows and decode with `grouped_attention`; the vision tower keeps its own attention.
+
+    Other inputs give what they gave before.
+    """
+    if model.config.get_text_config()._attn_implementation == ATTENTION:
+        return
+    model.set_attn_implementation({"text_config": ATTENTION})
+    backbone = model.base_model
+    backbone.get_decoder().register_forward_hook(keep_scored, with_kwargs=True)
+    share_states(backbone.get_decoder())
+    encode, given = backbone.get_image_features, {}
+
+    def take_features(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if "image_features" in kwargs:
+            given["features"] = kwargs.pop("image_features")
+        return args, kwargs
+
+    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        return given.pop("features") if given else encode(*args, **kwargs)
+
+    # Not every family hands `get_image_features` the arguments that the backbone does not know itself.
+    backbone.register_forward_pre_hook(take_features, with_kwargs=True)
+    backbone.get_image_features = get_image_features

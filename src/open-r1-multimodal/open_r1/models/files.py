@@ -1,0 +1,102 @@
+"""What a model's folder holds, looked at before anything is loaded: whole files, of kinds that run no code. No torch.
+
+Weights come from safetensors files alone, because opening a pickle runs whatever code is in it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from open_r1.base.errors import first_line
+from open_r1.base.files import read_json
+
+MODEL, ADAPTER = "model", "adapter_model"  # names of weight files, without their ends
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds an object.
+
+    Raises:
+        OSError, ValueError: it is missing, or holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object, not {type(content).__name__}")
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a model's config.json.
+
+    Raises:
+        OSError, ValueError: there is none; an adapter's folder is told apart.
+    """
+    if (folder / "config.json").is_file():
+        return read_object(folder / "config.json")
+    if (folder / "adapter_config.json").is_file():
+        raise OSError(f"{folder} holds an adapter; make a model of it with scripts/export.py")
+    raise OSError(f"{folder} holds no model (config.json, *.safetensors)")
+
+
+def check_processor_files(folder: Path) -> None:
+    """See that a folder has the files of a processor and a tokenizer, and that they are JSON.
+
+    Raises:
+        OSError, ValueError: it has not; in one line.
+    """
+    for names in (("processor_config.json", "preprocessor_config.json"), ("tokenizer.json", "vocab.json")):
+        if not any((folder / name).is_file() for name in names):
+            raise OSError(f"{folder} holds no {names[0]}; copy it from the model that this one was made from")
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            read_object(folder / name)
+
+
+def base_name(folder: Path) -> str:
+    """The name of the base model in an adapter's folder.
+
+    Raises:
+        OSError, ValueError: its configuration does not name one.
+    """
+    path = folder / "adapter_config.json"
+    name = read_object(path).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise OSError(f"{path}: names no base model (base_model_name_or_path)")
+    return name
+
+
+def check_weight_files(folder: Path, name: str = MODEL) -> None:
+    """See that a folder has all of its weight files, and that none is cut off; their headers alone are read.
+
+    Raises:
+        OSError, ValueError: it has not; in one line.
+    """
+    index = folder / f"{name}.safetensors.index.json"
+    if (folder / f"{name}.safetensors").is_file():
+        tensor_names(folder / f"{name}.safetensors")
+    elif index.is_file():
+        shards = read_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise OSError(f"{index}: has no weight_map of tensors to files")
+        for shard in sorted(set(shards.values())):
+            if not (folder / shard).is_file():
+                raise OSError(f"{folder / shard} is missing, and {index.name} names it; fetch the model again")
+            tensor_names(folder / shard)
+    elif pickles := sorted(path.name for path in folder.glob("*model*.bin")):
+        raise OSError(f"{folder}: {pickles[0]} is a pickle, which runs code when it is opened; save it as safetensors")
+    else:
+        raise OSError(f"{folder} holds no {name}.safetensors")
+
+
+def tensor_names(path: Path) -> set[str]:
+    """The names of the tensors in a safetensors file.
+
+    Raises:
+        OSError: the file is no whole one.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            return set(file.keys())
+    except SafetensorError as error:
+        raise OSError(f"{path}: not a whole safetensors file ({first_line(error)}); fetch it again") from error

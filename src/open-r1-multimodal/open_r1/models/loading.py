@@ -1,0 +1,545 @@
+"""Load a policy and its processor the way a recipe says: architecture, dtype, attention, pixels, what trains."""
+
+import importlib.util
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from open_r1.base.errors import first_line
+from open_r1.base.hub import model_folder
+from open_r1.base.prompts import load_chat_template
+from open_r1.configs import FreezeArguments
+from open_r1.models.families import FAMILIES, PARTS, Family, end_token_ids, family_of, family_of_processor, find_family
+from open_r1.models.files import (
+    ADAPTER,
+    base_name,
+    check_processor_files,
+    check_weight_files,
+    read_config,
+)
+from open_r1.models.templates import try_template
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def resolve_dtype(name: str | None) -> torch.dtype | str:
+    """`"bfloat16"`, `"float16"`, `"float32"` -> the torch dtype; `"auto"` and None keep the checkpoint's."""
+    if name in (None, "auto"):
+        return "auto"
+    if name not in DTYPES:
+        raise ValueError(f"dtype: {name!r} is none of auto, {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def resolve_attn_implementation(name: str | None, dtype: torch.dtype | str) -> str:
+    """`"auto"` and None -> `"flash_attention_2"` where it is usable, else `"sdpa"`; other names pass unchanged.
+
+    flash-attn is usable with its package, an NVIDIA GPU of compute capability 8.0 or more, and 16-bit weights.
+    """
+    if name not in (None, "auto"):
+        return name
+    usable = (
+        importlib.util.find_spec("flash_attn") is not None
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= (8, 0)
+        and dtype in (torch.bfloat16, torch.float16)
+    )
+    return "flash_attention_2" if usable else "sdpa"
+
+
+@contextmanager
+def naming_model() -> Iterator[None]:
+    """In the block, what is wrong with the model of a recipe is told with the settings that name it; an OSError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise OSError(f"MODEL, model_name_or_path: {error}") from error
+
+
+def check_model(model_args: ModelConfig) -> Family:
+    """Fetch the policy of a recipe from the Hub, and see that it can be loaded, without doing so.
+
+    Returns:
+        Its family.
+
+    Raises:
+        OSError, ValueError: there is no such model, or it is not whole, or of a type that this project was not tested
+            with, or the recipe cannot train it.
+        ImportError: the recipe quantises, and bitsandbytes is not there.
+    """
+    with naming_model():
+        family = check_model_files(model_args.model_name_or_path, model_args.model_revision)
+    quantises = model_args.load_in_4bit or model_args.load_in_8bit
+    if quantises and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("load_in_4bit, load_in_8bit: bitsandbytes is not installed; run setup.sh again")
+    if quantises and not model_args.use_peft:
+        raise ValueError(
+            "load_in_4bit, load_in_8bit: weights that bitsandbytes quantised cannot be trained; set use_peft: true"
+        )
+    return family
+
+
+def check_model_files(model_name_or_path: str | Path, revision: str = "main") -> Family:
+    """Fetch a model from the Hub, and see that its files are there and whole; of its weights the headers are read.
+
+    Returns:
+        Its family.
+
+    Raises:
+        OSError, ValueError: there is no such model, or it is not whole, or of a type that this project was not tested
+            with.
+    """
+    folder = model_folder(model_name_or_path, revision)
+    family = family_of_folder(folder)
+    check_weight_files(folder)
+    return family
+
+
+def family_of_folder(folder: Path) -> Family:
+    """The family that a model's config.json names. Raises what `check_model_files` raises."""
+    model_type = read_config(folder).get("model_type")
+    if not isinstance(model_type, str):
+        raise OSError(f"{folder / 'config.json'}: names no model_type")
+    try:
+        return find_family(model_type)
+    except ValueError as error:
+        raise ValueError(f"{folder} is {error}") from error
+
+
+def check_weights(model_name_or_path: str | Path, revision: str = "main") -> None:
+    """See that a model's weights are all there and of its shapes; none is read.
+
+    Raises:
+        OSError: they are not, or its configuration describes no model.
+    """
+    if not is_deepspeed_zero3_enabled():  # then transformers takes no device_map
+        read_weights(model_folder(model_name_or_path, revision), device_map="meta")
+
+
+@contextmanager
+def reading(files: str | Path, what: str) -> Iterator[None]:
+    """In the block, a library reads a model's files: whatever it raises about them becomes one line, an OSError.
+
+    Libraries raise of all kinds about damaged files: a failed assertion, or `tokenizers` a plain Exception.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = first_line(error) or "without a reason"
+        raise OSError(f"{files}: its {what} cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def read_weights(name_or_folder: str | Path, **settings: Any) -> PreTrainedModel:
+    """transformers' `from_pretrained`, where every weight must come from the checkpoint; nothing of it runs code.
+
+    Raises:
+        OSError: weights are missing or of another shape, or transformers cannot load them.
+    """
+    with reading(name_or_folder, "model"), disabled(logging.getLogger("transformers.modeling_utils")):
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            name_or_folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are told below
+            output_loading_info=True,
+            **settings,
+        )
+    missing, mismatched = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    if missing:
+        raise OSError(f"{name_or_folder}: weights are missing: {_some(missing)}; fetch or save the model again")
+    if mismatched:
+        shapes = [f"{name} is {list(there)}, not {list(needed)}" for name, there, needed in mismatched]
+        raise OSError(f"{name_or_folder}: weights of another shape than config.json says: {_some(shapes)}")
+    if found["error_msgs"]:
+        raise OSError(f"{name_or_folder}: {_some(found['error_msgs'])}")
+    return model
+
+
+def _some(texts: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    return texts[0] + (f" and {len(texts) - 1} more" if len(texts) > 1 else "")
+
+
+@contextmanager
+def disabled(logger: logging.Logger) -> Iterator[None]:
+    """In the block, the logger says nothing."""
+    logger.disabled, before = True, logger.disabled
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """A context in which a parameter is whole on this process; under ZeRO-3 all of a run enter it."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed  # imported by now
+
+    return deepspeed.zero.GatheredParameters(parameter)
+
+
+def check_finite(model: nn.Module, name: str | Path) -> None:
+    """See that no weight is NaN or infinite; one pass, without a copy.
+
+    Raises:
+        ValueError: one is; named.
+    """
+    for parameter_name, parameter in model.named_parameters():
+        with whole(parameter):
+            extremes = parameter.detach().aminmax() if parameter.is_floating_point() and parameter.numel() else ()
+            if not all(extreme.isfinite() for extreme in extremes):
+                raise ValueError(f"{name}: {parameter_name} holds NaN or infinite weights; fetch or save it again")
+
+
+def load_model(
+    model_name_or_path: str | Path,
+    dtype: str | None = "bfloat16",
+    attn_implementation: str | None = "auto",
+    revision: str = "main",
+    quantization_config: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
+    """Load a vision-language policy by the model type in its configuration.
+
+    Args:
+        model_name_or_path: Hub name or folder.
+        dtype: of the weights; see `resolve_dtype`. With plain AdamW bfloat16 weights cannot hold updates of
+            1e-6; under DeepSpeed the optimizer keeps float32 master weights.
+        attn_implementation: see `resolve_attn_implementation`.
+        revision: branch, tag or commit on the Hub.
+        quantization_config: for QLoRA.
+
+    Raises:
+        OSError, ValueError: what `check_model_files` raises; or weights are missing, of another shape, or not finite.
+    """
+    check_model_files(model_name_or_path, revision)
+    folder = Path(model_name_or_path).expanduser()
+    if folder.is_dir():  # an adapter remembers the name, and is loaded from other folders
+        model_name_or_path = str(folder.resolve())
+    torch_dtype = resolve_dtype(dtype)
+    model = read_weights(
+        model_name_or_path,
+        revision=revision,
+        dtype=torch_dtype,
+        attn_implementation=resolve_attn_implementation(attn_implementation, torch_dtype),
+        quantization_config=quantization_config,
+    )
+    check_finite(model, model_name_or_path)
+    return model
+
+
+def adapter_base(folder: str | Path) -> Path | None:
+    """The folder of the base model that a LoRA run's folder names; None for a folder of whole weights.
+
+    Raises:
+        OSError, ValueError: the adapter's configuration is damaged, or there is no such base model, here or on the hub.
+    """
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return None
+    base = base_name(Path(folder))
+    try:
+        return model_folder(base)
+    except OSError as error:
+        raise OSError(f"{folder} is an adapter without its base model: {error}") from error
+
+
+def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | Path | None = None) -> PreTrainedModel:
+    """A model to use: `load_model`, or for a LoRA run's folder its base with the adapter merged into the weights.
+
+    Args:
+        dtype: see `load_model`.
+        base: folder in place of the base model that the adapter names.
+
+    Raises:
+        OSError, ValueError: what `adapter_base` and `load_model` raise; or the adapter is not whole.
+    """
+    base = base or adapter_base(folder)
+    if base is None:
+        return load_model(folder, dtype=dtype)
+    check_weight_files(Path(folder), ADAPTER)
+    model = load_model(base, dtype=dtype)
+    with torch.no_grad(), reading(folder, "adapter"):
+        adapted = PeftModel.from_pretrained(model, folder)
+        check_adapter(adapted, folder)
+        return adapted.merge_and_unload(safe_merge=True)
+
+
+def restore_weights(model: nn.Module, folder: str | Path) -> None:
+    """Put the weights that a run saved back into its model, in place: all of them, or those of its adapters.
+
+    transformers 5.17 saves some families under their Hub names (visual.*) and its `Trainer` loads by the names in
+    memory (model.visual.*), without an error when none matches. `from_pretrained` knows both.
+
+    Args:
+        model: the policy, not wrapped, and not split as by ZeRO-3.
+        folder: a checkpoint of the run.
+
+    Raises:
+        OSError, ValueError: the folder does not hold exactly the weights of this model; it is one line.
+    """
+    folder = Path(folder)
+    if isinstance(model, PeftModel):
+        for name in model.peft_config:
+            place = adapter_folder(folder, name)
+            check_weight_files(place, ADAPTER)
+            with torch.no_grad(), reading(place, "adapter"):
+                set_peft_model_state_dict(model, load_file(place / f"{ADAPTER}.safetensors"), adapter_name=name)
+            check_adapter(model, place, name)
+        return
+    check_weight_files(folder)
+    # The widest of the model's, so that nothing is rounded on the way.
+    dtype = max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda kind: kind.itemsize)
+    saved = read_weights(folder, dtype=dtype)
+    with reading(folder, "model"):
+        model.load_state_dict(saved.state_dict())
+
+
+def adapter_folder(folder: Path, name: str) -> Path:
+    """Where PEFT puts an adapter of a model that is saved in a folder."""
+    return folder if name == "default" else folder / name
+
+
+def is_equal(tensor: torch.Tensor, saved: torch.Tensor) -> bool:
+    """Whether a tensor is the saved one, NaN included, which is not for this function to find."""
+    return tensor.shape == saved.shape and torch.allclose(tensor, saved.to(tensor), rtol=0, atol=0, equal_nan=True)
+
+
+def check_adapter(model: PeftModel, folder: str | Path, name: str = "default") -> None:
+    """See that an adapter in a model is the one that a folder holds, tensor by tensor.
+
+    Args:
+        model: not wrapped; it may be split as by ZeRO-3, and then all processes call this.
+        folder: with `adapter_model.safetensors`.
+        name: of the adapter in the model.
+
+    Raises:
+        OSError: it is another one.
+    """
+    path = Path(folder) / f"{ADAPTER}.safetensors"
+    saved = load_file(path)
+    with ExitStack() as stack:
+        for parameter_name, parameter in model.named_parameters():
+            if f".{name}." in parameter_name:
+                stack.enter_context(whole(parameter))
+        own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        if missing := sorted(own.keys() - saved.keys()):
+            raise OSError(f"{path}: weights are missing: {_some(missing)}")
+        if foreign := sorted(saved.keys() - own.keys() - model.state_dict().keys()):
+            raise OSError(f"{path}: weights for which this adapter has no place: {_some(foreign)}")
+        other = [key for key, tensor in own.items() if not is_equal(tensor, saved[key])]
+        if other:
+            raise OSError(f"{path}: weights that did not reach the model: {_some(other)}")
+
+
+def load_model_from_args(model_args: ModelConfig) -> PreTrainedModel:
+    """`load_model` with the values of TRL's `ModelConfig`.
+
+    Raises:
+        OSError, ValueError, ImportError: see `check_model`.
+    """
+    check_model(model_args)
+    return load_model(
+        model_args.model_name_or_path,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        revision=model_args.model_revision,
+        quantization_config=get_quantization_config(model_args),
+    )
+
+
+def load_processor(
+    model_name_or_path: str,
+    chat_template: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    revision: str = "main",
+) -> ProcessorMixin:
+    """Load the processor, left-padding, with the recipe's prompt and image size bounds.
+
+    Args:
+        model_name_or_path: Hub name or folder.
+        chat_template: file or name in `configs/chat_templates`; None keeps the checkpoint's own.
+        min_pixels: smaller images are enlarged to this area; None keeps the checkpoint's bound.
+        max_pixels: larger images are shrunk to this area; None keeps the checkpoint's bound.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        OSError, ValueError: there is no such model, or it has no processor and tokenizer of a known family that can be
+            loaded; the tokenizer is another model's; no such chat template; no image has a size within the bounds.
+    """
+    folder = model_folder(model_name_or_path, revision)
+    family = family_of_folder(folder) if (folder / "config.json").is_file() else None  # an adapter's has none
+    check_processor_files(folder)
+    with reading(folder, "processor or tokenizer"):
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, padding_side="left")
+    known = dict.fromkeys(family.processor for family in FAMILIES.values())
+    if type(processor).__name__ not in known:
+        raise OSError(
+            f"{folder} holds no processor for images and text ({', '.join(known)}) but a {type(processor).__name__}; "
+            "copy the processor's and tokenizer's files of the model that it was made from"
+        )
+    if family is not None:
+        check_tokens(folder, processor, family)
+    family = family_of_processor(processor)
+    if chat_template is not None:
+        processor.chat_template = load_chat_template(chat_template, family.templates)
+    family.bound_images(processor, min_pixels, max_pixels)
+    return processor
+
+
+def check_tokens(folder: Path, processor: ProcessorMixin, family: Family) -> None:
+    """See that the tokenizer in a model's folder is the model's.
+
+    Raises:
+        ValueError: they take a token for different ones, or the model has no place for some.
+    """
+    with reading(folder / "config.json", "configuration"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        rows = config.get_text_config().vocab_size
+    vocabulary = processor.tokenizer.get_vocab()
+    for name, token in family.config_tokens.items():
+        if vocabulary.get(token) != getattr(config, name, None):
+            raise ValueError(
+                f"{folder}: {token} is token {vocabulary.get(token)} of the tokenizer, and {name} of config.json is "
+                f"{getattr(config, name, None)}; they are of different models"
+            )
+    last = max(number for token, number in vocabulary.items() if token not in family.unread_tokens)
+    if last >= rows:
+        raise ValueError(
+            f"{folder}: the tokenizer has tokens up to {last}, and vocab_size of config.json is {rows}; they are of "
+            "different models"
+        )
+
+
+def check_template(processor: ProcessorMixin, source: str, **template_kwargs: Any) -> None:
+    """See that a processor's chat template shows an image where a message has one.
+
+    Raises:
+        ValueError: it does not, or cannot be rendered; see `try_template`.
+    """
+    text = try_template(processor, source, **template_kwargs)
+    if (marks := text.count(processor.image_token)) != 1:
+        raise ValueError(
+            f"chat_template: writes {marks} {processor.image_token} for a message with one image; "
+            'it must write one for each part with type == "image"'
+        )
+
+
+def reset_generation_config(model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:
+    """Drop every sampling setting that the checkpoint carries (Qwen2-VL: top_k 1, repetition penalty 1.05).
+
+    `generate` fills what a caller leaves unset from the model, and samples drawn that way would not follow the
+    policy whose log-probabilities are trained. What is left says only where a completion ends.
+    """
+    model.generation_config = GenerationConfig(
+        eos_token_id=end_token_ids(processor), pad_token_id=getattr(processor, "tokenizer", processor).pad_token_id
+    )
+
+
+def accept_missing_images(model: PreTrainedModel, always_encode: bool) -> None:
+    """Let a model take batches in which no row has an image; see tests/test_mixed.py.
+
+    Args:
+        model: not wrapped.
+        always_encode: run the vision tower on a blank image then, with weight zero, so that every process of a run
+            does the same work: under ZeRO the ranks exchange what a part of the model needs whenever it runs.
+    """
+    backbone, family = model.base_model, family_of(model)
+    blank = family.blank_image(model.config)
+
+    def before_backbone(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        backbone.is_without_images = not family.images_of(kwargs)
+        if backbone.is_without_images:  # TRL's slice of a batch has tensors of no rows then
+            kwargs = {name: value for name, value in kwargs.items() if name not in family.image_inputs}
+        return args, kwargs
+
+    # Here, and not where the tokens are embedded, the tower has its usual place in the order of the exchanges.
+    def before_language_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        cache = kwargs.get("past_key_values")
+        is_decoding = cache is not None and cache.get_seq_length() > 0
+        if backbone.is_without_images and not is_decoding:
+            embeds = kwargs["inputs_embeds"]
+            images = {name: value.to(embeds.device) for name, value in blank.items()}
+            for part in family.feature_tensors(family.encode_images(model, images)):
+                embeds = embeds + (part * 0).sum().to(embeds.dtype)
+            kwargs["inputs_embeds"] = embeds
+        return args, kwargs
+
+    backbone.register_forward_pre_hook(before_backbone, with_kwargs=True)
+    if always_encode:
+        # in front of DeepSpeed's own hook, which a reference model has by now
+        backbone.get_decoder().register_forward_pre_hook(before_language_model, prepend=True, with_kwargs=True)
+
+
+def frozen_parts(freeze_vision: bool = False, freeze_llm: bool = False, freeze_merger: bool | None = None) -> list[str]:
+    """The names in `PARTS` that are not trained.
+
+    Raises:
+        ValueError: when nothing would be left to train.
+    """
+    flags = (freeze_vision, freeze_vision if freeze_merger is None else freeze_merger, freeze_llm)
+    if all(flags):
+        raise ValueError("freeze_vision, freeze_merger, freeze_llm: nothing is left to train; unset one")
+    return [part for part, frozen in zip(PARTS, flags, strict=False) if frozen]
+
+
+def freeze(
+    model: PreTrainedModel, freeze_vision: bool = False, freeze_llm: bool = False, freeze_merger: bool | None = None
+) -> None:
+    """Stop gradients into the vision tower, the language model (head included) or the merger between them.
+
+    `freeze_merger` None follows `freeze_vision`. Raises what `frozen_parts` raises.
+    """
+    frozen, family = frozen_parts(freeze_vision, freeze_llm, freeze_merger), family_of(model)
+    for name, parameter in model.named_parameters():
+        if family.part_of(name) in frozen:
+            parameter.requires_grad_(False)
+
+
+def get_adapter_config(model_args: ModelConfig, freezing: FreezeArguments, family: Family) -> PeftConfig | None:
+    """TRL's LoRA configuration for a recipe, with no adapter in a frozen part; None without `use_peft`."""
+    config = get_peft_config(model_args)
+    frozen = frozen_parts(freezing.freeze_vision, freezing.freeze_llm, freezing.freeze_merger)
+    if config is not None and frozen:
+        config.exclude_modules = "|".join(family.modules_of(part) for part in frozen)
+    return config
+
+
+def count_elements(parameter: nn.Parameter) -> int:
+    """Elements of a parameter as the model has it: whole under ZeRO-3, unpacked when quantised to 4 bits."""
+    if hasattr(parameter, "quant_state"):  # bitsandbytes keeps two weights in a byte
+        return parameter.quant_state.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def parameter_table(model: nn.Module) -> str:
+    """How many parameters each part of the model has and how many of them are trained, one line a part."""
+    total, trained, family = Counter(), Counter(), family_of(model)
+    for name, parameter in model.named_parameters():
+        count, part = count_elements(parameter), family.part_of(name)
+        total[part] += count
+        trained[part] += count * parameter.requires_grad
+    rows = [(part, total[part], trained[part]) for part in PARTS if total[part]]
+    rows.append(("all", total.total(), trained.total()))
+    lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}"]
+    return "\n".join(lines + [f"{part:<16}{count:>16,}{trains:>16,}" for part, count, trains in rows])

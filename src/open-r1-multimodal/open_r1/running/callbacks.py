@@ -1,0 +1,298 @@
+"""What a run shows while it trains and leaves in its folder beside trajectories and checkpoints.
+
+`RunLog` writes `run.json`, what was run, and `log.jsonl`, one line a log event. `ProgressLines` prints one line a log
+event, `Warnings` one when a guard of `guards.py` begins to warn.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from open_r1.base.files import append_rows, keep_rows, replace_file
+from open_r1.running.guards import new_warnings
+from open_r1.running.provenance import (
+    RUN,
+    all_arguments,
+    changes,
+    describe_code,
+    read_record,
+    settings_in_force,
+    without_secrets,
+)
+
+LOG = "log.jsonl"
+SHORT = {"accuracy_reward": "accuracy", "format_reward": "format"}  # in a line; other rewards keep their name
+RECENT_STEPS = 20  # whose seconds the ETA expects of the steps to come
+
+
+def add_run_callbacks(
+    trainer: Trainer,
+    command: str,
+    script_args: Any,
+    model_args: Any,
+    recipes: Sequence[str] = (),
+    record: Mapping[str, Any] | None = None,
+    continued: Path | None = None,
+) -> None:
+    """Give a trainer its run files, and lines of progress in place of transformers' bar and dictionaries.
+
+    Args:
+        trainer: of GRPO or SFT.
+        command: "grpo" or "sft".
+        script_args: dataclass with `dataset_name` and `eval_dataset_name`.
+        model_args: dataclass with `model_name_or_path`.
+        recipes: names of the files that the settings come from.
+        record: more for `run.json`: `arguments` as they were given, before the trainer filled them in, and `data`.
+        continued: folder of the run that this one goes on with; None: its own.
+    """
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ProgressLines())
+    trainer.add_callback(
+        RunLog(
+            {
+                "command": command,
+                "recipes": list(recipes),
+                "model": model_args.model_name_or_path,
+                "dataset": whole_path(script_args.dataset_name),
+                "eval_dataset": whole_path(script_args.eval_dataset_name),
+                "reward_funcs": getattr(trainer, "reward_func_names", []),
+                "arguments": all_arguments(script_args, trainer.args, model_args),
+                "world_size": trainer.args.world_size,
+                "code": describe_code(),
+                **(record or {}),
+            },
+            continued,
+        )
+    )
+    trainer.add_callback(Warnings())  # behind the line and the event that it is about
+
+
+def whole_path(name: str | None) -> str | None:
+    """A name, as it is found from any folder where it is a file or a folder."""
+    return os.path.abspath(name) if name and os.path.exists(name) else name
+
+
+# --- run.json and log.jsonl -----------------------------------------------------------------------------------
+
+
+class RunLog(TrainerCallback):
+    """Write `run.json` when training starts and a line of `log.jsonl` at every log event.
+
+    Args:
+        run: what `run.json` holds beside what only a started run knows.
+        continued: folder of the run that this one goes on with; None: its own.
+    """
+
+    def __init__(self, run: Mapping[str, Any], continued: Path | None = None):
+        self.run, self.continued = run, continued
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Describe the run, and drop the log of steps that are about to be repeated."""
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        record = {**self.run, "started": started, "world_size": args.world_size, "max_steps": state.max_steps}
+        if state.global_step:
+            then = read_record(self.continued or folder)
+            record |= self.resumed(then, args, state.global_step, started, optimizer)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / RUN, json.dumps(record, indent=2).encode() + b"\n")
+        # A run that starts anew keeps nothing, not even an evaluation before its first step.
+        keep_rows(folder / LOG, lambda row: 0 < state.global_step >= row["step"])
+
+    def resumed(
+        self, then: Mapping[str, Any], args: TrainingArguments, step: int, now: str, optimizer: Any
+    ) -> dict[str, Any]:
+        """Say what a run goes on with that it did not begin with, and what it keeps against its arguments.
+
+        Args:
+            then: its `run.json` so far.
+            args, optimizer: of this launch.
+            step, now: where and when it goes on.
+
+        Returns:
+            What `run.json` holds of it.
+        """
+        kept = settings_in_force(args, optimizer)
+        changed = changes(then, self.run, but=kept)
+        for text in changed:
+            print(f"warning: changed since this run began: {text}", file=sys.stderr)
+        for name, value in kept.items():
+            print(
+                f"warning: {name} stays {value}, not {getattr(args, name)}: a resume restores the optimizer as it was; "
+                "to change it, train from the checkpoint's weights (MODEL) in another OUTPUT",
+                file=sys.stderr,
+            )
+        earlier = then.get("resumes")
+        resume = {"step": step, "time": now, "changed": changed, "kept": kept}
+        found = {"resumes": [*(earlier if isinstance(earlier, list) else []), resume]}
+        if isinstance(then.get("started"), str):
+            found["started"] = then["started"]
+        if "arguments" in self.run:
+            found["arguments"] = {**self.run["arguments"], **kept}
+        return found
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Write the event down."""
+        if state.is_world_process_zero:
+            row = {"step": state.global_step, "time": time.time(), **without_secrets(logs)}
+            append_rows(Path(args.output_dir) / LOG, [row])
+
+
+def has_begun(args: TrainingArguments) -> bool:
+    """Whether these arguments go on with a run that has taken a step."""
+    return args.resume_from_checkpoint == "auto" and (Path(args.output_dir) / LOG).is_file()
+
+
+# --- one line a log event -------------------------------------------------------------------------------------
+
+
+def describe(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The figures of a log event that tell how training goes, as cells of equal width from event to event.
+
+    Args:
+        logs: of GRPO or SFT, as the trainer logs them.
+        prefix: "eval_" for an evaluation, "blind_" for one without images.
+    """
+    found = (re.fullmatch(rf"{prefix}rewards/(.+)/mean", key) for key in logs)
+    names = [match[1] for match in found if match]
+    if names:
+        cells = [] if prefix else [("reward", "reward", "6.3f")]  # "held-out" stands there
+        cells += [(SHORT.get(name, name), f"rewards/{name}/mean", "5.3f") for name in names]
+        cells += [("length", "completions/mean_length", "4.0f"), ("kl", "kl", "6.4f")]
+    else:
+        cells = [("loss", "loss", "7.4f"), ("token accuracy", "mean_token_accuracy", "5.3f")]
+    values = [(label, logs[prefix + key], form) for label, key, form in cells if prefix + key in logs]
+    return [f"{label} {'-' if value is None else format(value, form)}" for label, value, form in values]
+
+
+def evaluations(logs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The evaluations in a log event: the prefix of their figures, the kind (eval, blind) and the name of their set."""
+    found = (
+        re.fullmatch(r"((eval|blind)_(?:(.+)_)?)(?:completions/mean_length|mean_token_accuracy)", key) for key in logs
+    )
+    return [(match[1], match[2], match[3] or "") for match in found if match] or [("eval_", "eval", "")]
+
+
+class ProgressLines(TrainerCallback):
+    """Print a line for every logged step and evaluation, from the main process."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None  # of an evaluation
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock; steps before a resume took another session's time."""
+        self.first_step, self.start = state.global_step, time.perf_counter()
+        self.steps_seconds = 0.0
+        self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.since_log: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """A step starts with its rollout."""
+        self.step_start = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Its update is done."""
+        seconds = time.perf_counter() - self.step_start
+        self.steps_seconds += seconds
+        self.recent.append(seconds)
+        self.since_log.append(seconds)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Print the event; the summary at the end of training is left to the run files."""
+        self.close_bar()
+        is_evaluation = any(key.startswith(("eval_", "blind_")) for key in logs)
+        if not state.is_world_process_zero or not (is_evaluation or "loss" in logs):
+            return
+        cells = [f"step {state.global_step:{len(str(state.max_steps))}}/{state.max_steps}"]
+        if is_evaluation:
+            for prefix, kind, name in evaluations(logs):
+                title = {"blind": "without image", "eval": "held-out"}[kind] + (f" {name}" if name else "")
+                cells += [f"{title:13}" if f"{prefix}reward" in logs else title, *describe(logs, prefix)]
+        else:
+            seconds = sum(self.since_log) / max(len(self.since_log), 1)
+            self.since_log.clear()
+            left = self.seconds_left(state)
+            cells += [*describe(logs), f"{seconds:5.1f} s", f"ETA {tqdm.format_interval(left)}"]
+        print("  ".join(cells), flush=True)
+
+    def seconds_left(self, state: TrainerState) -> float:
+        """What the steps to come take: as long as recent ones, and their share of evaluations and checkpoints."""
+        done = state.global_step - self.first_step
+        if not done:
+            return 0.0
+        between = max(time.perf_counter() - self.start - self.steps_seconds, 0.0) / done
+        return (state.max_steps - state.global_step) * (sum(self.recent) / len(self.recent) + between)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show on a terminal how far an evaluation is; nothing of it stays."""
+        if state.is_world_process_zero:
+            if self.bar is None:
+                self.bar = tqdm(total=len(eval_dataloader), desc="held-out", leave=False, disable=None)
+            self.bar.update(1)
+
+    def close_bar(self) -> None:
+        """The evaluation is over."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+# --- warnings -------------------------------------------------------------------------------------------------
+
+
+class Warnings(TrainerCallback):
+    """Tell what the guards find, when it begins: on the terminal, and as an event of its own in `log.jsonl`."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Look at a step's event, and at those before it, which a checkpoint brings along."""
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        found = new_warnings([event for event in state.log_history if "loss" in event])
+        for name, sentence in found.items():
+            print(f"warning: step {state.global_step}: {name}: {sentence}", file=sys.stderr, flush=True)
+        rows = [{"step": state.global_step, "time": time.time(), "guard": k, "warning": v} for k, v in found.items()]
+        if rows:
+            append_rows(Path(args.output_dir) / LOG, rows)

@@ -1,0 +1,361 @@
+"""Checkpoints that are whole and our own: a manifest, written last, says which; resuming believes only signed ones."""
+
+import functools
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import DistributedType, PartialState
+from accelerate.commands.config import load_config_from_file
+from accelerate.utils import is_peft_model
+from torch import nn
+from torch.serialization import register_package
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from open_r1.base.files import MANIFEST, delete, replacing
+from open_r1.models.loading import adapter_folder, check_adapter, restore_weights
+from open_r1.running.failures import mistakes
+from open_r1.running.signatures import SIGNATURE, check_origin, sign
+
+NO_MANIFEST = f"{MANIFEST} lists no files"
+# What a checkpoint holds for resuming alone. The rest is the model, as `save_model` writes it.
+RESUME_FILES = ("optimizer*", "scheduler*", "rng_state*", "global_step*", "latest", "zero_to_*", MANIFEST, SIGNATURE)
+
+
+def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every `checkpoint-*` in a run's folder, complete or not, oldest step first.
+
+    A link counts, whether or not there is a folder where it leads.
+    """
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() or path.is_symlink()]
+    return sorted((int(match[1]), path) for path in found if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)))
+
+
+def lost_link(path: Path) -> str | None:
+    """What a link is that leads nowhere, in words; None for anything else."""
+    return f"a link to {path.readlink()}, which is not there" if path.is_symlink() and not path.exists() else None
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; of one that is a link the link alone, since what it leads to is not this run's to delete."""
+    if checkpoint.is_symlink():
+        print(f"{checkpoint}: removed, a link; {checkpoint.readlink()}, where it led, is left as it is")
+    else:
+        unseal(checkpoint)  # first, so that a kill in between leaves no checkpoint that looks whole
+    delete(checkpoint)
+
+
+def seal(checkpoint: Path) -> None:
+    """Sign a checkpoint and declare it complete: its manifest, {file: size in bytes}, appears at once and last."""
+    sign(checkpoint, but=[MANIFEST])
+    with replacing(checkpoint / MANIFEST) as temporary:  # what a killed run left of one is no file of the checkpoint
+        files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+        temporary.write_text(json.dumps({str(path.relative_to(checkpoint)): path.stat().st_size for path in files}))
+
+
+def unseal(checkpoint: Path) -> None:
+    """Take the declaration back, before the checkpoint is written over or deleted."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+
+
+def find_defect(checkpoint: str | Path) -> str | None:
+    """Why a checkpoint is not complete, in words, or None when it is."""
+    manifest = Path(checkpoint) / MANIFEST
+    if lost := lost_link(Path(checkpoint)):
+        return lost
+    if not manifest.is_file():
+        return f"half-written (no {MANIFEST})"
+    text = manifest.read_bytes()
+    if not text.strip(b"\0"):  # as a crash of the machine leaves it
+        return f"half-written ({MANIFEST} is empty)"
+    try:
+        sizes = json.loads(text).items()
+    except (ValueError, AttributeError, RecursionError):
+        return NO_MANIFEST
+    for name, size in sizes:
+        path = Path(checkpoint) / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest complete checkpoint of a run; every newer one that is not is reported in a line and passed over.
+
+    Raises:
+        ValueError: a newer one has a manifest that no interrupted run leaves, or is a link that leads nowhere.
+    """
+    for _, checkpoint in reversed(list_checkpoints(output_dir)):
+        defect = find_defect(checkpoint)
+        if defect is None:
+            return str(checkpoint)
+        if lost_link(checkpoint):
+            raise ValueError(f"{checkpoint}: {defect}; bring it back, or delete the link to go on from the one before")
+        if defect == NO_MANIFEST:
+            raise ValueError(f"{checkpoint}: {defect}; delete the folder to go on from the one before it")
+        PartialState().print(f"{checkpoint}: passed over, {defect}")
+    return None
+
+
+def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str, has_key: bool = True) -> str | None:
+    """`auto`: the newest complete checkpoint of the output folder, if it has one; `none`: start anew; else the path.
+
+    Args:
+        resume_from_checkpoint, output_dir: of the run.
+        has_key: whether this process can tell who wrote a checkpoint; another then has to.
+
+    Raises:
+        FileNotFoundError: when the path is no folder, or one that a run cannot continue from.
+        ValueError: a checkpoint that no run of this user's wrote; or there is none, and an earlier run's work, which
+            a new run would write over.
+    """
+    if resume_from_checkpoint == "auto":
+        checkpoint = last_complete_checkpoint(output_dir)
+    elif resume_from_checkpoint in (None, "none"):
+        checkpoint = None
+    else:
+        checkpoint = named_checkpoint(resume_from_checkpoint)
+    if checkpoint is None:
+        check_unused(output_dir, resume_from_checkpoint)
+        return None
+    if has_key:
+        check_origin(checkpoint, but=[MANIFEST])
+    return checkpoint
+
+
+def named_checkpoint(name: str) -> str:
+    """The path, if it is a checkpoint and not known to be half-written.
+
+    Raises:
+        FileNotFoundError: it is not.
+    """
+    path = Path(name)
+    if lost := lost_link(path):
+        raise FileNotFoundError(f"resume_from_checkpoint: {path} is {lost}")
+    if not path.is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint: no folder {path}")
+    if not (path / "trainer_state.json").is_file():
+        raise FileNotFoundError(f"resume_from_checkpoint: {path} is no checkpoint of a run (no trainer_state.json)")
+    if (path / MANIFEST).exists() and (defect := find_defect(path)):
+        raise FileNotFoundError(f"resume_from_checkpoint: {path}: {defect}")
+    return name
+
+
+def check_unused(output_dir: str | Path, resume_from_checkpoint: str | None = None) -> None:
+    """See that a run which starts anew writes over nothing of worth: the model of a run that ended or, when it is told
+    to start anew, also checkpoints and rollouts. What a run leaves that was killed before its first checkpoint is
+    nothing when it is continued.
+
+    Raises:
+        ValueError: there is something; the message names it.
+    """
+    folder = Path(output_dir)
+    rows = [path for path in folder.glob("trajectories/*.jsonl") if path.stat().st_size]
+    logs = [*rows, *folder.glob("log.jsonl")]
+    found = sorted(folder.glob("*.safetensors")) if logs else []
+    if resume_from_checkpoint != "auto":
+        past = [path for _, path in list_checkpoints(folder)]
+        found += [path for path in past if (path / MANIFEST).exists() or lost_link(path)] + rows
+    if found:
+        name = found[0].relative_to(folder)
+        raise ValueError(
+            f"{folder}: holds an earlier run ({name}), and a new one would write over it; choose another OUTPUT, or "
+            "move this one away"
+        )
+
+
+def read_state(checkpoint: str) -> TrainerState:
+    """What the trainer noted in a checkpoint: the optimiser steps that were done, among much else."""
+    return TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+
+
+def is_finished(checkpoint: str, args: TrainingArguments) -> bool:
+    """Whether a run with these arguments has no step left after the checkpoint."""
+    state = read_state(checkpoint)
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the state of a run is split: by DeepSpeed's ZeRO (stage 0: whole on every process), over processes."""
+
+    zero_stage: int
+    processes: int
+
+    def __str__(self) -> str:
+        if not self.zero_stage:
+            return "a launch without ZeRO"
+        return f"{self.processes} process{'es' if self.processes > 1 else ''} under ZeRO-{self.zero_stage}"
+
+    @classmethod
+    def of_deepspeed(cls, zero_stage: str | int | None, config_file: str | None, processes: int) -> "Layout":
+        """From what accelerate is told of DeepSpeed: a stage, or a file of DeepSpeed's own that names it."""
+        if config_file:
+            zero_stage = json.loads(Path(config_file).read_text())["zero_optimization"]["stage"]
+        stage = 2 if zero_stage is None else int(zero_stage)
+        return cls(2 if stage == 1 else stage, processes)  # the files of 1 and 2 are alike
+
+    @classmethod
+    def of_this_process(cls) -> "Layout":
+        """That of the launch which started this process."""
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+            return cls(0, processes)
+        stage, path = (os.environ.get(f"ACCELERATE_DEEPSPEED_{name}") for name in ("ZERO_STAGE", "CONFIG_FILE"))
+        return cls.of_deepspeed(stage, path, processes)
+
+    @classmethod
+    def of_config(cls, path: str, processes: int) -> "Layout":
+        """That of a launch with a file of accelerate's.
+
+        Raises:
+            ValueError: when accelerate cannot read it.
+        """
+        try:
+            config = load_config_from_file(path)
+            if config.distributed_type != DistributedType.DEEPSPEED:
+                return cls(0, processes)
+            settings = config.deepspeed_config
+            return cls.of_deepspeed(settings.get("zero_stage"), settings.get("deepspeed_config_file"), processes)
+        # of a file that is no YAML, no mapping, or one of something else
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
+            raise ValueError(f"ACCELERATE_CONFIG: {path} does not describe a launch: {error}") from error
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: str | Path) -> "Layout | None":
+        """That of the launch which wrote a checkpoint, by its files' names; None when it holds the model alone."""
+        parts = list(Path(checkpoint).glob("global_step*/*zero_pp_rank_*_optim_states.pt"))
+        if parts:
+            split_weights = any(Path(checkpoint).glob("global_step*/*zero_pp_rank_*_model_states.pt"))
+            return cls(3 if split_weights else 2, len(parts))
+        has_state = any(Path(checkpoint).glob("optimizer*")) or (Path(checkpoint) / "latest").exists()
+        return cls(0, 0) if has_state else None
+
+
+def check_layout(checkpoint: str, layout: Layout) -> None:
+    """See that a launch can load the optimiser's state of a checkpoint.
+
+    Raises:
+        ValueError: when it was written under another layout, or without that state.
+    """
+    saved = Layout.of_checkpoint(checkpoint)
+    anew = "or start anew in another OUTPUT"
+    if saved is None:
+        raise ValueError(
+            f"{checkpoint}: holds the model without optimizer and schedule (save_only_model), so the run cannot go on; "
+            f"train from it (MODEL={checkpoint}) in another OUTPUT"
+        )
+    if saved.zero_stage != layout.zero_stage or (saved.zero_stage and saved.processes != layout.processes):
+        raise ValueError(
+            f"{checkpoint}: was written by {saved}, and this is {layout}; launch as then "
+            f"(NUM_PROCESSES, NUM_MACHINES, ACCELERATE_CONFIG), {anew}"
+        )
+
+
+def copy_model(checkpoint: str, output_dir: str) -> None:
+    """Copy a checkpoint's model and processor, without what only a resume needs, into the run's folder."""
+    shutil.copytree(checkpoint, output_dir, ignore=shutil.ignore_patterns(*RESUME_FILES), dirs_exist_ok=True)
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Seal every checkpoint once all processes have written their part, and delete old ones only after that.
+
+    It takes `save_total_limit` over from the trainer, which would delete the last good checkpoint before the new
+    one is complete and counts half-written ones as good.
+    """
+
+    def __init__(self, args: TrainingArguments):
+        self.limit = args.save_total_limit
+        args.save_total_limit = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log, save and evaluate as often as these arguments say: a resumed state brings the numbers of its own.
+
+        And take back the seals of checkpoints that this run is going to write over, but never through a link.
+        """
+        state.compute_steps(args, state.max_steps)
+        if state.is_world_process_zero:
+            for step, checkpoint in list_checkpoints(args.output_dir):
+                if step > state.global_step:
+                    remove(checkpoint) if checkpoint.is_symlink() else unseal(checkpoint)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Seal the new checkpoint; keep the newest `save_total_limit` complete ones and the best."""
+        PartialState().wait_for_everyone()
+        if not state.is_world_process_zero:
+            return
+        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if not self.limit:
+            return
+        past = [path for step, path in list_checkpoints(args.output_dir) if step <= state.global_step]
+        complete = [path for path in past if find_defect(path) is None]
+        best = os.path.realpath(state.best_model_checkpoint or ".")  # OUTPUT may have been told in other words
+        for checkpoint in past:
+            if checkpoint not in complete[-self.limit :] and os.path.realpath(checkpoint) != best:
+                remove(checkpoint)
+
+
+@functools.cache  # once is enough, and all that torch takes
+def know_the_first_cpu() -> None:
+    """Teach `torch.load` that "cpu:0" is the CPU."""
+    register_package(0, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None)
+
+
+class LoadWeightsMixin:
+    """In front of a `Trainer`: the weights that come back are all there, when a run goes on and when it ends.
+
+    Outside DeepSpeed `restore_weights` loads them, for a resume and for `load_best_model_at_end`. DeepSpeed loads its
+    own files, which are parts of this process's memory; an adapter, of which it accepts any share, is compared.
+    An adapter is saved alone: under ZeRO-1 and 2 accelerate would copy all weights for it, 4.4 GB of a 2B model.
+    And several CPU processes are told to load the optimizer to "cpu:0", a place that `torch.load` does not know.
+    """
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The trainer's; what is pushed to the Hub goes its whole way."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        is_adapter = plugin is not None and plugin.zero_stage < 3 and is_peft_model(self.model)
+        if not is_adapter or self.args.push_to_hub:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self._save(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            with mistakes(OSError, ValueError):
+                restore_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+            with mistakes(OSError, ValueError):
+                restore_weights(self.model, best)
+            return
+        super()._load_best_model()
+        if self.is_deepspeed_enabled:
+            self._check_adapters(best)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        know_the_first_cpu()
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:  # which has loaded the weights by now
+            self._check_adapters(checkpoint)
+
+    def _check_adapters(self, checkpoint: str) -> None:
+        """Raise Mistake unless the adapters, if any, are those of a checkpoint."""
+        if is_peft_model(self.model):
+            with mistakes(OSError, ValueError):
+                for name in self.model.peft_config:
+                    check_adapter(self.model, adapter_folder(Path(checkpoint), name), name)

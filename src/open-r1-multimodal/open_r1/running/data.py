@@ -1,0 +1,298 @@
+"""Examples as the `datasets.Dataset` that a trainer takes: images checked, without prompts that are too long."""
+
+import hashlib
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from tqdm import tqdm
+from transformers import ProcessorMixin
+from trl import ModelConfig
+from trl.data_utils import prepare_multimodal_messages
+
+from open_r1.base.errors import printable
+from open_r1.base.files import replacing
+from open_r1.base.images import EXTENSIONS, BrokenImage, ImageSource, check_image, image_bytes, image_size, opened
+from open_r1.base.prompts import join_options
+from open_r1.configs import DataArguments
+from open_r1.models.families import control_tokens, family_of_processor
+from open_r1.models.loading import load_processor
+from open_r1.models.templates import try_template
+from open_r1.tasks.examples import Columns
+from open_r1.tasks.mixture import iter_mixture, parts_of
+from open_r1.tasks.unshown import NOTHING, PROMPT_FIELDS, unshown_texts
+
+Row = dict[str, Any]
+ROTATION_OF = "rotation_of"  # which question a row asks in one of two orders of its options
+# The images that may break during a run before it stops: a share of the prompts, but this many at least.
+BROKEN_SHARE, LEAST_BROKEN = 0.01, 10
+
+
+def most_broken(prompts: int) -> int:
+    """How many images may break during a run over so many prompts; of a small set not more than half."""
+    return max(min(LEAST_BROKEN, prompts // 2), int(BROKEN_SHARE * prompts))
+
+
+def load_processor_from_args(
+    model_args: ModelConfig, data_args: DataArguments, template_kwargs: dict[str, Any]
+) -> ProcessorMixin:
+    """`load_processor` with the values of a recipe, and its chat template tried; raises what `try_template` raises."""
+    processor = load_processor(
+        model_args.model_name_or_path,
+        chat_template=data_args.chat_template,
+        min_pixels=data_args.min_pixels,
+        max_pixels=data_args.max_pixels,
+        revision=model_args.model_revision,
+    )
+    try_template(processor, data_args.chat_template or str(model_args.model_name_or_path), **template_kwargs)
+    return processor
+
+
+def load_datasets_from_args(
+    data_args: DataArguments,
+    processor: ProcessorMixin,
+    template_kwargs: dict[str, str],
+    checks: Sequence[Callable[[Row], None]] = (),
+    max_answer_length: int | None = None,
+    rotate_options: bool = False,
+    has_begun: bool = False,
+) -> tuple[Dataset, Dataset | None]:
+    """`load_dataset` with the values of a recipe: what to train on, and what is held out, which is never rotated."""
+    columns = columns_of(data_args)
+
+    def load(name: str, split: str, rotate_options: bool = False) -> Dataset:
+        return load_dataset(
+            name,
+            processor,
+            data_args.max_prompt_length,
+            columns=columns,
+            config=data_args.dataset_config,
+            split=split,
+            checks=checks,
+            max_answer_length=max_answer_length,
+            rotate_options=rotate_options,
+            has_begun=has_begun,
+            drop_unshown=data_args.drop_unshown,
+            **template_kwargs,
+        )
+
+    train = load(data_args.dataset_name, data_args.dataset_train_split, rotate_options)
+    held_out = data_args.eval_dataset_name
+    return train, load(held_out, data_args.dataset_test_split) if held_out else None
+
+
+def columns_of(data_args: DataArguments) -> Columns:
+    """The columns that a recipe names."""
+    return Columns(data_args.question_column, data_args.answer_column, data_args.image_column, data_args.options_column)
+
+
+def opens_think(processor: ProcessorMixin, **template_kwargs: str) -> bool:
+    """Whether the chat template ends a prompt inside an opened `<think>`, so that completions start there."""
+    return _around_question(processor, **template_kwargs).rstrip().endswith("<think>")
+
+
+def asks_for_thought(processor: ProcessorMixin, **template_kwargs: str) -> bool:
+    """Whether the chat template opens `<think>`, or asks for one."""
+    return "<think>" in _around_question(processor, **template_kwargs)
+
+
+def _around_question(processor: ProcessorMixin, **template_kwargs: str) -> str:
+    message = {"role": "user", "content": ""}
+    return processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False, **template_kwargs)
+
+
+def store_image(source: ImageSource) -> str:
+    """The path of an image file; what carries its bytes is written, unchanged, to a file in the datasets' cache.
+
+    Raises:
+        BrokenImage: the bytes are no image.
+    """
+    data = image_bytes(source)
+    if data is None:
+        return str(source["path"] if isinstance(source, dict) else source)
+    with opened(data) as image:
+        extension = EXTENSIONS[image.format]
+    digest = hashlib.sha256(data).hexdigest()
+    path = Path(datasets.config.HF_DATASETS_CACHE, "open_r1_images", f"{digest}.{extension}")
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, shared=True) as temporary:  # every process of a run may write it
+            temporary.write_bytes(data)
+    return str(path)
+
+
+def render_prompt(example: Row, processor: ProcessorMixin, **template_kwargs: str) -> str:
+    """The text of an example's prompt, with one image token for each of its images.
+
+    Raises:
+        ValueError: the chat template shows other images than those of the example, or cannot be rendered.
+    """
+    images = example["images"]
+    messages = prepare_multimodal_messages(example["prompt"], images=images)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
+    if (marks := text.count(processor.image_token)) != len(images):
+        raise ValueError(f"chat_template: writes {marks} {processor.image_token} for {len(images)} images")
+    return text
+
+
+def count_prompt_tokens(
+    example: Row, processor: ProcessorMixin, text: str | None = None, **template_kwargs: str
+) -> int:
+    """Length of an example's prompt in tokens, those of its images included, from the images' headers alone.
+
+    Args:
+        text: what `render_prompt` made of it; None renders it.
+
+    Raises:
+        ValueError: as `render_prompt` does.
+    """
+    text = render_prompt(example, processor, **template_kwargs) if text is None else text
+    sizes = [image_size(image) for image in example["images"]]
+    family = family_of_processor(processor)
+    images = family.count_image_tokens(processor, sizes) + family.count_frame_tokens(processor, sizes)
+    # each image has one token in the text
+    return len(processor.tokenizer(text)["input_ids"]) - len(sizes) + images
+
+
+def warn_of_unshown(*sets: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None) -> None:
+    """Name the columns that belong into a prompt, and that a trainer shows no model; empty ones do not count."""
+    alone = [each for given in sets for each in (given.values() if isinstance(given, dict) else [given])]
+    found = {}  # names in their order
+    for data in alone:
+        for name in (name for name in getattr(data, "column_names", None) or () if name in PROMPT_FIELDS):
+            is_stream = isinstance(data, IterableDataset)
+            if is_stream or any(cell.as_py() not in NOTHING for cell in data.data.column(name)):
+                found[name] = None
+    if found:
+        print(f"warning: no prompt shows the columns {', '.join(found)}; only rewards get them", file=sys.stderr)
+
+
+def in_two_orders(example: Row, question: int) -> list[Row]:
+    """A question as it is, and with its first option last; both under its number, `ROTATION_OF`.
+
+    Raises:
+        ValueError: its text does not list two options or more as SAT's do, or its answer is none of them by its text.
+    """
+    *system, asked = example["prompt"]
+    options, rotated = example["options"], [*example["options"][1:], *example["options"][:1]]
+    before, listed, after = asked["content"].rpartition(join_options(options) if options else "\n")
+    if len(options) < 2 or not listed or example["solution"] not in options:
+        raise ValueError("rotate_options: needs a question that lists its options, 'a, b or c', its answer among them")
+    again = {**example, "prompt": [*system, {**asked, "content": before + join_options(rotated) + after}]}
+    return [{**example, ROTATION_OF: question}, {**again, "options": rotated, ROTATION_OF: question}]
+
+
+def find_broken(images: Sequence[str]) -> BrokenImage | None:
+    """What is wrong with the first of these files that is no picture."""
+    try:
+        for path in images:
+            check_image(path)
+    except BrokenImage as error:
+        return error
+    return None
+
+
+@contextmanager
+def naming(source: str | Path, row: int) -> Iterator[None]:
+    """In the block, what is wrong with a row is told with its file and number."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: row {row}: {error}") from error
+
+
+def load_dataset(
+    source: str | Path,
+    processor: ProcessorMixin,
+    max_prompt_length: int | None = None,
+    *,
+    columns: Columns | None = None,
+    config: str | None = None,
+    split: str = "train",
+    checks: Sequence[Callable[[Row], None]] = (),
+    max_answer_length: int | None = None,
+    rotate_options: bool = False,
+    has_begun: bool = False,
+    drop_unshown: bool = False,
+    **template_kwargs: str,
+) -> Dataset:
+    """Read a data set; leave out, never truncate, what is too long, and texts that spell a control token.
+
+    Args:
+        source, columns, config, split: see `mixture.parts_of`.
+        processor: renders and measures the prompts.
+        max_prompt_length: in tokens, image tokens included; None keeps every length.
+        checks: each raises ValueError for a row that cannot be trained on.
+        max_answer_length: in tokens; None keeps every length.
+        rotate_options: every row is followed by itself with its options in another order; see `in_two_orders`.
+        has_begun: a run that found every image whole goes on: those that broke since (`most_broken` at most) are named,
+            and their rows stay, so that the others keep their places.
+        drop_unshown: rows whose prompts do not show all that they hold are named, and stay.
+        template_kwargs: for the chat template.
+
+    Raises:
+        OSError, ValueError: one line that names the file and the row with what is wrong, an image that cannot be
+            opened and what a prompt does not show included; or no example is left.
+    """
+    state = PartialState()
+    controls, left_out, kept, lost = control_tokens(processor), Counter(), [], []
+    hidden = []  # rows, and what their prompts do not show of them
+    examples = iter_mixture(parts_of(source, columns, config, split), must_exist=not has_begun)
+    for origin, row, example, unshown in tqdm(examples, desc="examples", unit="", disable=not state.is_main_process):
+        with naming(origin, row):
+            example["images"] = [store_image(image) for image in example["images"]]
+            for check in checks:
+                check(example)
+            rows = in_two_orders(example, len(kept) // 2) if rotate_options else [example]
+            answer = example["solution"] or ""
+            texts = [*(message["content"] for message in example["prompt"]), answer]
+            broken = find_broken(example["images"])
+            if broken and not has_begun:
+                raise broken
+            if any(token in text for text in texts for token in controls):
+                left_out["a control token of the model in their text"] += 1
+            elif max_answer_length and len(processor.tokenizer(answer)["input_ids"]) > max_answer_length:
+                left_out[f"an answer over {max_answer_length} tokens (max_answer_length)"] += 1
+            elif broken:
+                lost.append(f"{origin}: row {row}: {broken}")
+                kept += rows
+            else:
+                prompts = [render_prompt(each, processor, **template_kwargs) for each in rows]
+                unshown += unshown_texts(example["prompt"], prompts[0])
+                lengths = map(count_prompt_tokens, rows, repeat(processor), prompts)
+                if max(lengths) > (max_prompt_length or math.inf):
+                    left_out[f"a prompt over {max_prompt_length} tokens (max_prompt_length, or fewer max_pixels)"] += 1
+                else:
+                    kept += rows
+            if unshown:
+                hidden.append(f"{origin}: row {row}: its prompt does not show {', '.join(unshown)}")
+    if hidden and not drop_unshown:
+        raise ValueError(
+            f"{hidden[0]}; rows like this: {len(hidden)}; mend them, or train without it by --drop_unshown true"
+        )
+    if hidden:
+        state.print(f"warning: {printable(hidden[0])}; rows like this: {len(hidden)}, all trained on (drop_unshown)")
+    if len(lost) > most_broken(len(kept)):
+        raise ValueError(f"{lost[0]}; so are {len(lost) - 1} others since the run began; restore the data")
+    for line in lost:
+        state.print(f"warning: {printable(line)}; completions about it earn nothing")
+    reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
+    if not kept:
+        raise ValueError(f"{source}: no example left; left out {reasons}")
+    if left_out:
+        state.print(f"{source}: kept {len(kept)} of {len(kept) + left_out.total()} examples; left out {reasons}")
+    names = dict.fromkeys(name for example in kept for name in example)  # `from_list` takes those of the first row
+    try:
+        # A field of an own kind in every row reaches the rewards as it is.
+        return Dataset.from_list([{name: row.get(name) for name in names} for row in kept], on_mixed_types="use_json")
+    except (pa.ArrowException, OverflowError, TypeError) as error:
+        raise ValueError(f"{source}: a field holds what a table cannot: {error}") from error

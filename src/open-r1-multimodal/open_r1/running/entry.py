@@ -1,0 +1,281 @@
+"""What the entry points `grpo.py` and `sft.py` share: read a recipe, continue or start, train, save."""
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from transformers import Trainer, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
+
+from open_r1.base.errors import Mistake
+from open_r1.base.locks import check_free, owned
+from open_r1.configs import check_attention, check_bfloat16
+from open_r1.models.loading import check_weights, parameter_table
+from open_r1.running.callbacks import add_run_callbacks
+from open_r1.running.checkpoints import (
+    CompleteCheckpoints,
+    Layout,
+    check_layout,
+    copy_model,
+    is_finished,
+    read_state,
+    resolve_checkpoint,
+)
+from open_r1.running.failures import full_disk, mistakes, told_once
+from open_r1.running.machines import check_shared, decide_once
+from open_r1.running.orphans import follow_launcher
+from open_r1.running.provenance import all_arguments, check_same_run, describe_inputs, run_of
+from open_r1.settings.recipes import PLANNED_PROCESSES, read_recipe, split_arguments
+
+# What libraries warn about at every start although it is as it should be: logger -> part of the message.
+NOISE = {
+    # the recipe's accumulation is in DeepSpeed's configuration, where transformers puts it
+    "accelerate.accelerator": "Gradient accumulation steps mismatch",
+    # the end-of-text tokens are those that open_r1.models.loading chose
+    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+    # CUDA's compiler is there without a GPU
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
+
+
+def resolve_report_to(report_to: list[str]) -> list[str]:
+    """`auto`: wandb when a key or an offline mode is set, else tensorboard, so that no prompt ever blocks a run."""
+    if report_to != ["auto"]:
+        return report_to
+    has_key = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in read_text(Path("~/.netrc").expanduser())
+    return ["wandb" if has_key or os.environ.get("WANDB_MODE") == "offline" else "tensorboard"]
+
+
+def read_text(path: Path) -> str:
+    """The file's text, or nothing when there is no such file."""
+    return path.read_text() if path.is_file() else ""
+
+
+def prepare_process() -> None:
+    """Silence noise, and look for modules where a user means them: nowhere near the script or the current folder."""
+    quiet()
+    # Python looks first beside the script it runs, where open_r1's modules would hide a user's of the same names.
+    sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
+    os.environ["PYTHONSAFEPATH"] = "1"  # of Pythons started from here: `-c` and `-m` would look in the current folder
+
+
+def quiet() -> None:
+    """Silence what is only noise at the start of a run: single messages, never a logger, and bars of local files."""
+    for name, part in NOISE.items():
+        logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
+    warnings.filterwarnings("ignore", "Both num_training_steps and num_stable_steps are specified")  # as it should be
+    downloads_are_shown = not are_progress_bars_disabled()
+    disable_progress_bar()  # of loading and writing weights; it takes the bars of downloads along
+    if downloads_are_shown:
+        enable_progress_bars()
+
+
+# What a recipe, a dataset, a model folder, a reward or a chat template of the user's can raise.
+USER_ERRORS = (ValueError, OSError, ImportError, jinja2.TemplateError)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A training command. The functions take script, trainer and model arguments, in this order.
+
+    Args:
+        name: "grpo" or "sft".
+        arguments: the dataclasses that a recipe and the command line fill.
+        prepare: everything that a trainer takes and that needs no weights, by its name there.
+        build_trainer: the trainer itself; it takes what `prepare` returned behind them.
+    """
+
+    name: str
+    arguments: tuple[type, type, type]
+    prepare: Callable[..., dict[str, Any]]
+    build_trainer: Callable[..., Trainer]
+
+
+def check(
+    command: Command, arguments: Sequence[str], config_file: str, processes: int, machine_rank: int = 0
+) -> TrainingArguments:
+    """Find, in one process and without weights, what would end a run before its first step.
+
+    Args:
+        command: what is going to run.
+        arguments: of its command line.
+        config_file: accelerate's, of the launch.
+        processes: that are going to run, on all machines.
+        machine_rank: of this machine.
+
+    Returns:
+        How each of them is going to train.
+
+    Raises:
+        Mistake: for the first thing found.
+    """
+    prepare_process()
+    os.environ[PLANNED_PROCESSES] = str(processes)
+    with mistakes(*USER_ERRORS), silence():
+        layout = Layout.of_config(config_file, processes)
+        settings = read_settings(command, arguments)
+        check_free(settings[1].output_dir)
+        # The key of signatures is the main process's: another machine may have another home.
+        checkpoint = find_checkpoint(command, settings, layout, has_key=machine_rank == 0)
+        if not (checkpoint and is_finished(checkpoint, settings[1])):
+            prepared = command.prepare(*settings)
+            if checkpoint:
+                describe_data(settings[1], prepared, checkpoint)
+            model_args = settings[2]
+            check_weights(model_args.model_name_or_path, model_args.model_revision)
+    return settings[1]
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Print nothing; for what the processes of a run are going to say again."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, TrainingArguments, Any]:
+    """Script, trainer and model arguments of a command line.
+
+    Raises:
+        ValueError, OSError, ImportError: for a setting with which nothing would be trained.
+    """
+    script_args, args, model_args = read_recipe(command.arguments, arguments)
+    if args.eval_strategy != "no" and script_args.eval_dataset_name is None:
+        raise ValueError(
+            f"eval_strategy {args.eval_strategy.value}: there are no held-out examples; name them in "
+            "eval_dataset_name, or eval_strategy: no"
+        )
+    check_bfloat16(args, model_args)
+    check_attention(model_args)
+    args.report_to = resolve_report_to(args.report_to)
+    return script_args, args, model_args
+
+
+def find_checkpoint(
+    command: Command, settings: tuple[Any, TrainingArguments, Any], layout: Layout, has_key: bool = True
+) -> str | None:
+    """Where the run continues, if anywhere; `has_key`: see `resolve_checkpoint`.
+
+    Raises:
+        ValueError, OSError: when it cannot continue there as it is launched.
+    """
+    args = settings[1]
+    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir, has_key)
+    if checkpoint and args.resume_from_checkpoint == "auto":
+        check_same_run(args.output_dir, describe_settings(command, settings, layout.processes))
+    if checkpoint and not is_finished(checkpoint, args) and not args.deepspeed:
+        check_layout(checkpoint, layout)
+    return checkpoint
+
+
+def describe_settings(command: Command, settings: tuple[Any, TrainingArguments, Any], processes: int) -> dict[str, Any]:
+    """What `run.json` holds of a launch's settings, as they were given."""
+    return {"command": command.name, "world_size": processes, "arguments": all_arguments(*settings)}
+
+
+def describe_data(args: TrainingArguments, prepared: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
+    """What `run.json` holds of what `Command.prepare` returned.
+
+    Raises:
+        ValueError: the run goes on by itself, and began with other data.
+    """
+    data = describe_inputs(prepared["train_dataset"], prepared["eval_dataset"], prepared["processing_class"])
+    if checkpoint and args.resume_from_checkpoint == "auto":
+        check_same_run(args.output_dir, {"data": data})
+    return data
+
+
+def run(command: Command) -> None:
+    """The whole of a training command; `launch.py` starts it in every process."""
+    follow_launcher()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the other signals: at once, and the launcher says so
+    prepare_process()
+    with told_once():
+        train(command, sys.argv[1:])
+
+
+def train(command: Command, arguments: Sequence[str]) -> None:
+    """Train as the command line says.
+
+    Raises:
+        Mistake: for what a user can mend.
+    """
+    with mistakes(*USER_ERRORS):
+        settings = read_settings(command, arguments)
+        os.makedirs(settings[1].output_dir, exist_ok=True)
+    with owned(settings[1].output_dir):
+        check_shared(settings[1].output_dir)
+        train_with(command, settings, arguments)
+
+
+def accumulate_in_float32(args: TrainingArguments) -> None:
+    """Let DeepSpeed add up the gradients of a step's micro-batches in float32, which it does in the model's dtype.
+
+    In bfloat16 a sum stands still once it is 256 times what is added; a step on one GPU adds eight micro-batches up.
+    docs/memory.md says what this takes. Stage 1 does it with another optimiser, and keeps DeepSpeed's default.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage >= 2:
+        plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
+def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], arguments: Sequence[str]) -> None:
+    """`train`, with the settings read and the output folder its own."""
+    layout = Layout.of_this_process()
+    checkpoint = decide_once(lambda: find_checkpoint(command, settings, layout))
+    record = describe_settings(command, settings, layout.processes)  # before the trainer fills them in
+    script_args, args, model_args = settings
+    accumulate_in_float32(args)
+    with mistakes(*USER_ERRORS):
+        prepared = command.prepare(*settings)
+        if not (checkpoint and is_finished(checkpoint, args)):
+            record["data"] = decide_once(lambda: describe_data(args, prepared, checkpoint))
+        trainer = command.build_trainer(*settings, prepared)
+    say = print if trainer.is_world_process_zero() else (lambda *_: None)
+    say(parameter_table(trainer.model))
+    # A trainer that resumes at its last step would take one step more.
+    if checkpoint and is_finished(checkpoint, args):
+        say(f"{checkpoint}: nothing left to do, max_steps is {args.max_steps}")
+        if trainer.is_world_process_zero():
+            copy_model(checkpoint, args.output_dir)
+            report(args.output_dir)
+        return
+    if checkpoint:
+        say(f"resuming from {checkpoint}")
+    # Read now: training removes the checkpoint it came from once it has save_total_limit newer ones.
+    steps_before = read_state(checkpoint).global_step if checkpoint else 0
+    trainer.add_callback(CompleteCheckpoints(args))
+    recipes, _ = split_arguments(arguments)
+    continued = run_of(checkpoint) if checkpoint else None
+    add_run_callbacks(trainer, command.name, script_args, model_args, recipes, record, continued)
+    with full_disk(args.output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step == steps_before:
+        raise Mistake(f"{script_args.dataset_name}: too few examples for a step; nothing was trained, nothing saved")
+    with full_disk(args.output_dir):
+        trainer.save_model(args.output_dir)
+        trainer.save_state()
+    say(f"saved {args.output_dir}")
+    if trainer.is_world_process_zero():
+        report(args.output_dir)
+
+
+def report(output_dir: str) -> None:
+    """Write the run's report and say where. Training is done and saved: what is wrong with a report ends no run."""
+    try:
+        from open_r1.report.page import write_report  # loads matplotlib, which training does without
+
+        print(f"report: {write_report(Path(output_dir))}")
+    except (OSError, ValueError, ImportError) as error:
+        print(f"no report: {error}", file=sys.stderr)

@@ -1,0 +1,62 @@
+"""One run over several machines: its processes go by what one of them sees, and write one folder."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from open_r1.base.errors import Mistake
+from open_r1.base.locks import holder
+
+T = TypeVar("T")
+SEEN_SECONDS = 60  # after which a network file system shows a new file to all of its machines (NFS: acdirmax)
+
+
+def count_machines() -> int:
+    """How many launchers torch's launcher has brought together."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1))
+
+
+def decide_once(decide: Callable[[], T]) -> T:
+    """What the main process decides or raises, in every process: of a shared folder each may see another state.
+
+    Args:
+        decide: called in the main process alone; all others wait for it.
+
+    Raises:
+        Mistake: in all processes, for what `decide` raises as ValueError, OSError, ImportError or Mistake.
+    """
+    outcome: list = [None]
+    if PartialState().is_main_process:
+        try:
+            outcome = [decide()]
+        except (Mistake, ValueError, OSError, ImportError) as error:
+            outcome = [Mistake(error)]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], Mistake):
+        raise outcome[0]
+    return outcome[0]
+
+
+def check_shared(folder: str) -> None:
+    """See that on every machine this is the folder that the main process holds the lock of.
+
+    Raises:
+        Mistake: in all processes; it names a machine on which it is another.
+    """
+    if count_machines() == 1:
+        return
+    owner, main = decide_once(lambda: (holder(folder), platform.node()))
+    deadline = time.monotonic() + SEEN_SECONDS
+    while holder(folder) != owner and time.monotonic() < deadline:
+        time.sleep(1)
+    strangers = [name for name in gather_object([platform.node() if holder(folder) != owner else ""]) if name]
+    if strangers:
+        raise Mistake(
+            f"{folder}: on {strangers[0]} this is not the folder that {main} writes; the machines of a run need an "
+            "OUTPUT on a file system that they share"
+        )

@@ -1,0 +1,287 @@
+"""What a run is made of: settings, data and code; and what of it is another when a run goes on."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from packaging.requirements import Requirement
+from transformers import ProcessorMixin, Trainer, TrainingArguments
+
+from open_r1.base.files import read_json
+from open_r1.base.prompts import REPO_ROOT
+
+RUN = "run.json"
+GIT_SECONDS = 10
+_SECRET = re.compile(r"(?:^|_)(?:token|password|secret|api_key)$", re.IGNORECASE)
+
+# A run that goes on may change these settings; every other one, those of later versions of TRL included, decides what
+# is learned, from what, or by which rule.
+FREE = (
+    # how long it goes on, and from where
+    *("max_steps", "num_train_epochs", "output_dir", "resume_from_checkpoint", "ignore_data_skip"),
+    *("restore_callback_states_from_checkpoint", "enable_jit_checkpoint"),
+    # what it logs, shows, saves and uploads
+    *("log_.*", "logging_.*", "report_to", "run_name", "project", "trackio_.*", "num_completions_to_print"),
+    *("disable_tqdm", "debug", "skip_memory_metrics", "include_.*", "save_.*", "hub_.*", "push_.*"),
+    # what it evaluates, and what it does with that
+    *("eval_.*", "do_.*", ".*_full_eval", "batch_eval_metrics", "per_device_eval_batch_size"),
+    *("num_generations_eval", "dataset_test_split", "prediction_loss_only", "label_names"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    # how much fits on a device and how it is computed there; `derived` has what follows from these numbers
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "completions_per_step"),
+    *("steps_per_generation", "generation_batch_size", "auto_find_batch_size", "shared_prefix"),
+    *("gradient_checkpointing.*", "activation_offloading", "attn_implementation", "use_cache", "tf32"),
+    *("torch_.*", "full_determinism", "use_cpu", "local_rank", "accelerator_config", "parallelism_config"),
+    *("ddp_.*", "fsdp.*", "deepspeed", "ds3_.*", "dataloader_(?!drop_last).*", "dataset_num_proc"),
+    *("use_liger_kernel", "liger_.*", "pad_to_multiple_of", "trust_remote_code"),
+    # who generates
+    *("use_vllm", "vllm_(?!importance|structured).*", "use_transformers_.*", "transformers_.*"),
+    "cache_implementation",
+)
+
+
+def is_free(name: str) -> bool:
+    """Whether a run that goes on may have another value of a setting; the names of `FREE` are patterns."""
+    return any(re.fullmatch(pattern, name) for pattern in FREE)
+
+
+def without_secrets(value: Any) -> Any:
+    """A copy for JSON: tokens and passwords are left out at any depth, what JSON has no word for becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): without_secrets(item) for key, item in value.items() if not _SECRET.search(str(key))}
+    if isinstance(value, list | tuple | set):
+        return [without_secrets(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def all_arguments(script_args: Any, args: TrainingArguments, model_args: Any) -> dict[str, Any]:
+    """Every setting of a run, as `run.json` holds it."""
+    return without_secrets({**asdict(model_args), **asdict(script_args), **args.to_dict()})
+
+
+# --- data and code ----------------------------------------------------------------------------------------------
+
+
+def describe_data(dataset: Any) -> dict[str, Any] | None:
+    """How many examples a trainer gets, and digests of them; None for a stream, which is not read before its time.
+
+    Returns:
+        `rows`: their number; `content`: of every field, an image by its file's name; `images`: of the files' bytes, of
+        which some may break while a run goes on.
+    """
+    if not isinstance(dataset, Dataset):
+        return None
+    content, names = hashlib.sha256(), []
+    for row in dataset:
+        images = row.get("images") or []
+        names += images
+        row = {**row, "images": [os.path.basename(name) for name in images]}
+        content.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    files = list(dict.fromkeys(names))
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(file_digest, files))
+    images = hashlib.sha256("\n".join(digests).encode())
+    return {"rows": len(dataset), "content": content.hexdigest(), "images": images.hexdigest()}
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file, as hexadecimal text; what cannot be read has none."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def describe_inputs(train: Any, held_out: Any, processor: ProcessorMixin) -> dict[str, Any]:
+    """What a trainer learns from and is measured on: `describe_data` of both sets, and a digest of the template."""
+    template = hashlib.sha256(str(processor.chat_template).encode()).hexdigest()
+    return {"train": describe_data(train), "held_out": describe_data(held_out), "chat_template": template}
+
+
+def describe_code() -> dict[str, Any]:
+    """Which code runs: this project's commit and whether its files differ from it, and the versions of the rest.
+
+    Returns:
+        `commit` and `changed` are None where the project is no git repository, or there is no git.
+    """
+    commit = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", __file__) else None
+    changed = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return {
+        "commit": commit,
+        "changed": None if changed is None else bool(changed),
+        "versions": {"python": platform.python_version(), **installed_versions()},
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about this project, None when it fails: installed in an environment, the project has no commit."""
+    command = ["git", "-C", str(REPO_ROOT), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of what requirements.txt and requirements-gpu.txt name and is installed."""
+    versions = {}
+    for path in (REPO_ROOT / "requirements.txt", REPO_ROOT / "requirements-gpu.txt"):
+        lines = path.read_text().splitlines() if path.is_file() else []
+        for line in lines:
+            if line.strip() and not line.startswith(("#", "-")):
+                name = Requirement(line.partition(" #")[0]).name
+                try:
+                    versions[name] = version(name)
+                except PackageNotFoundError:
+                    continue
+    return versions
+
+
+# --- a run that goes on -----------------------------------------------------------------------------------------
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The `run.json` of a run's folder; empty when there is none, or one that says nothing."""
+    try:
+        record = read_json(Path(folder) / RUN)
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def run_of(checkpoint: str | Path) -> Path:
+    """The folder of the run that a checkpoint belongs to: where it is named or, of a link, where it leads."""
+    path = Path(checkpoint).absolute()
+    places = (path.parent, path.resolve().parent)
+    return next((place for place in places if (place / RUN).is_file()), places[0])
+
+
+def derived(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a record, with those that follow from several: examples of one optimiser step and rollout."""
+    arguments, processes = record["arguments"], record["world_size"]
+    batch = arguments["per_device_train_batch_size"] * processes
+    found = {"command": record["command"], "examples_per_step": batch * arguments["gradient_accumulation_steps"]}
+    if steps := arguments.get("steps_per_generation"):
+        found["examples_per_rollout"] = batch * steps
+    return {**arguments, **found}
+
+
+def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that decide what is learned and differ between two records, {name: (then, now)}."""
+    try:
+        before, after = derived(then), derived(now)
+    except (TypeError, KeyError):  # of an older run, or damaged: nothing to compare
+        return {}
+    return {
+        name: (before[name], after[name])
+        for name in before
+        if name in after and not is_free(name) and not is_same(before[name], after[name])
+    }
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two values of a setting are equal, or lead to one file or folder."""
+    if one == other:
+        return True
+    are_paths = isinstance(one, str) and isinstance(other, str) and os.path.exists(one)
+    return are_paths and os.path.realpath(one) == os.path.realpath(other)
+
+
+def changed_inputs(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What of data and template differs between two records, in words.
+
+    Returns:
+        What changes the questions that are learned from; and what does not, or only for some of them.
+    """
+    before, after = then.get("data"), now.get("data")
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return [], []
+    learned, told = [], []
+    for name, what in (("train", "the training examples"), ("held_out", "the held-out examples")):
+        old, new = before.get(name), after.get(name)
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            continue
+        if old.get("content") != new["content"]:
+            rows = "" if old.get("rows") == new["rows"] else f" ({old.get('rows')} then, {new['rows']} now)"
+            (learned if name == "train" else told).append(what + rows)
+        elif old.get("images") != new["images"]:
+            told.append(f"image files of {what}")
+    if before.get("chat_template") != after["chat_template"]:
+        learned.append("the chat template")
+    return learned, told
+
+
+def changed_code(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The commit and the versions that differ between two records, {name: (then, now)}."""
+    before, after = (
+        {"commit": code.get("commit"), **(code.get("versions") or {})} if isinstance(code, dict) else {}
+        for code in (then.get("code"), now.get("code"))
+    )
+    return {name: (before[name], after[name]) for name in before if name in after and before[name] != after[name]}
+
+
+def check_same_run(folder: str | Path, now: Mapping[str, Any]) -> None:
+    """See that the run in a folder is the one that a launch continues, by what it left in `run.json`.
+
+    Args:
+        folder: of the run.
+        now: the launch's record, or what is known of it by now: `command`, `world_size` and `arguments`, or `data`.
+
+    Raises:
+        ValueError: when that run learned something else, or in another way.
+    """
+    then, anew = read_record(folder), "choose another OUTPUT, or move this one away"
+    if settings := changed_settings(then, now):
+        texts = [f"{name} {old}, not {new}" for name, (old, new) in settings.items()]
+        raise ValueError(f"{folder}: holds a run with {', '.join(texts)}; {anew}")
+    if changed := changed_inputs(then, now)[0]:
+        raise ValueError(
+            f"{folder}: {' and '.join(changed)} changed since its run began, so it cannot go on as it was; restore "
+            f"them, or {anew}; --resume_from_checkpoint with a checkpoint's path goes on with what is there now"
+        )
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
+    """All that a run goes on with and began without, in words: settings, `but` for some, data and code."""
+    pairs = {**changed_settings(then, now), **changed_code(then, now)}
+    learned, told = changed_inputs(then, now)
+    return [f"{n} ({old} then, {new} now)" for n, (old, new) in pairs.items() if n not in but] + learned + told
+
+
+def settings_in_force(args: TrainingArguments, optimizer: Any) -> dict[str, Any]:
+    """What of an optimizer is another than these arguments say: a resume restores it with the values of its own.
+
+    Args:
+        args: of this launch.
+        optimizer: of a trainer that has begun.
+
+    Returns:
+        The values that the optimizer goes by, by the names of the arguments.
+    """
+    groups = getattr(optimizer, "param_groups", None)
+    if not groups:
+        return {}
+    _, given = Trainer.get_optimizer_cls_and_kwargs(args)  # those of other optimizers go by numbers of their own
+    group = groups[0]
+    found = {"weight_decay": max(each.get("weight_decay", 0.0) for each in groups)}
+    if "initial_lr" in group:
+        found["learning_rate"] = group["initial_lr"]
+    if "betas" in given:
+        found["adam_beta1"], found["adam_beta2"] = group["betas"]
+    if "eps" in given:
+        found["adam_epsilon"] = group["eps"]
+    return {name: value for name, value in found.items() if value != getattr(args, name)}

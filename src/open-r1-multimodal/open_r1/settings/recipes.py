@@ -1,0 +1,231 @@
+"""Read recipes, overlays and overrides into dataclasses. What is wrong with one of them is one line that names it."""
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.settings.limits import check_values
+
+BASE = "base"  # in a recipe: the files that it changes, one or a list, as seen from its own folder
+# Settings that may name a file or a folder -> what tells that they do, and not the Hub's or one of this project's.
+PATHS: dict[str, Callable[[str], bool]] = {
+    **dict.fromkeys(("model_name_or_path", "resume_from_checkpoint"), os.path.isdir),
+    **dict.fromkeys(("dataset_name", "eval_dataset_name", "chat_template_path"), os.path.exists),
+    **dict.fromkeys(("chat_template", "deepspeed", "accelerator_config", "fsdp_config"), os.path.isfile),
+}
+CONFIG = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+CONFIG.add_argument(
+    "--config",
+    action="append",
+    default=argparse.SUPPRESS,
+    metavar="RECIPE",
+    help="A file of settings, as seen from here or from the repository's root. May be given several times: "
+    "`--config configs/grpo_sat.yaml --config configs/overlays/lora.yaml`; where they differ, the later one counts.",
+)
+# Set while a launch checks a recipe in one process: how many it is going to start.
+PLANNED_PROCESSES = "OPEN_R1_PLANNED_PROCESSES"
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The recipes that `--config` names in a command line, and its other arguments.
+
+    Raises:
+        ValueError: `--config` without a name.
+    """
+    try:
+        named, others = CONFIG.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error).removeprefix("argument ")) from error
+    return getattr(named, "config", []), others
+
+
+def read_files(names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
+    """The files that recipes are made of, each with its own settings; where they differ, the later one counts.
+
+    Args:
+        names: of recipes and overlays, as seen from the current folder or from the repository's root.
+
+    Returns:
+        Each file's path and settings; files and folders that they name are told by their absolute paths.
+
+    Raises:
+        ValueError: a file does not hold settings.
+        OSError: a file is not there, or cannot be read.
+    """
+    files = []
+    for name in names:
+        path = find(name, os.path.isfile)
+        if path is None:
+            raise FileNotFoundError(f"CONFIG, --config: no recipe {name}{_near_recipe(name)}")
+        files += _with_bases(path)
+    return files
+
+
+def find(name: str, is_there: Callable[[str], bool], *folders: Path) -> Path | None:
+    """Where a name leads, as seen from these folders, then from the current one, then from the repository's root."""
+    places = (Path(folder, os.path.expanduser(name)) for folder in (*folders, Path(), REPO_ROOT)) if name else ()
+    return next(filter(is_there, places), None)
+
+
+def find_setting(setting: str, value: Any, *folders: Path) -> Any:
+    """The value of a setting; of one in `PATHS` that leads to something, its absolute path."""
+    if setting not in PATHS or not isinstance(value, str):
+        return value
+    path = find(value, PATHS[setting], *folders)
+    return value if path is None else os.path.abspath(path)
+
+
+def default_output(names: Sequence[str]) -> str | None:
+    """The folder of a run whose recipes name none: `outputs/` and their names, in the repository."""
+    return str(REPO_ROOT / "outputs" / "_".join(Path(name).stem for name in names)) if names else None
+
+
+def _near_recipe(name: str) -> str:
+    """The recipe that a mistyped name may mean, as the end of an error's line."""
+    known = {path.stem: path for path in sorted((REPO_ROOT / "configs").rglob("*.yaml"), reverse=True)}
+    known |= {path.stem: path for path in Path(name).parent.glob("*.yaml")}
+    close = difflib.get_close_matches(Path(name).stem.replace("-", "_"), known, n=1)
+    if not close:
+        return "; configs/README.md lists them"
+    path = known[close[0]]
+    return f"; did you mean {path.relative_to(REPO_ROOT) if path.is_relative_to(REPO_ROOT) else path}?"
+
+
+def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """A file behind those that it changes; `above` are the files that led to it."""
+    if path.resolve() in above:
+        raise ValueError(f"{path}: {BASE}: leads back to this file")
+    try:
+        settings = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: a recipe must contain a YAML mapping")
+    bases = settings.pop(BASE, [])
+    files = []
+    for name in bases if isinstance(bases, list) else [bases]:
+        base = find(str(name), os.path.isfile, path.parent)
+        if base is None:
+            raise FileNotFoundError(f"{path}: {BASE}: no file {path.parent / str(name)}")
+        files += _with_bases(base, (*above, path.resolve()))
+    return [*files, (path, {name: find_setting(str(name), value, path.parent) for name, value in settings.items()})]
+
+
+def merge_recipes(names: Sequence[str]) -> dict[str, Any]:
+    """The settings of recipes and overlays as one recipe; raises what `read_files` raises."""
+    return {name: value for _, settings in read_files(names) for name, value in settings.items()}
+
+
+def count_processes() -> int:
+    """The processes of this run, planned or running."""
+    return int(os.environ.get(PLANNED_PROCESSES) or os.environ.get("WORLD_SIZE") or 1)
+
+
+class RecipeParser(HfArgumentParser):
+    """A parser that takes its defaults from recipes, as TRL's does, but reads them as strictly as arguments.
+
+    It raises `ValueError` where argparse prints a usage of 200 lines, and takes no abbreviations.
+    """
+
+    def __init__(self, dataclass_types: Sequence[type]):
+        super().__init__(dataclass_types, allow_abbrev=False, parents=[CONFIG])
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)  # argparse's: not -1e-5
+        self.hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+
+    def error(self, message: str) -> None:
+        """What argparse has to say about an argument."""
+        raise ValueError(message.removeprefix("argument "))
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """argparse's; what it does not know or means nothing is refused, before anything is made of the others."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            raise ValueError(self._unknown("argument", unknown[0]))
+        for name in PATHS:
+            if hasattr(namespace, name):
+                setattr(namespace, name, find_setting(name, getattr(namespace, name)))
+        check_values(vars(namespace))
+        return namespace, unknown
+
+    def read(self, path: Path, settings: dict[str, Any]) -> None:
+        """Take the settings of a file for defaults; those of a later file replace them.
+
+        Raises:
+            ValueError: for an unknown name or a value that its setting does not take; it names the file.
+        """
+        actions = {action.dest: action for action in reversed(self._actions)}  # --x, and not the --no_x after it
+        try:
+            environment = settings.pop("env", {})  # TRL's word for variables to set
+            if not isinstance(environment, dict):
+                raise ValueError(f"env: expected names and values, not {environment!r}")
+            for name, value in settings.items():
+                if name not in self.hints or name not in actions:
+                    raise ValueError(self._unknown("setting", str(name)))
+                if actions[name].nargs == "+" and isinstance(value, str):
+                    if len(parts := value.split()) > 1:
+                        raise ValueError(f"{name}: expected a list, [{', '.join(parts)}], not {value!r}")
+                    settings[name] = [value]
+                self._check(actions[name], settings[name])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        for action in self._actions:
+            if action.dest in settings:
+                action.default, action.required = settings[action.dest], False
+
+    def _unknown(self, kind: str, name: str) -> str:
+        known = [action.dest for action in self._actions]
+        close = difflib.get_close_matches(name.partition("=")[0].lstrip("-").replace("-", "_"), known, n=1)
+        return f"unknown {kind} {name!r}" + (f"; did you mean {close[0]}?" if close else "; --help lists them")
+
+    def _check(self, action: argparse.Action, value: Any) -> None:
+        if value is None:
+            if type(None) not in get_args(self.hints[action.dest]):
+                raise ValueError(f"{action.dest}: needs a value")
+            return
+        if action.type in (str, dict):  # what may also be something else, and is read by its dataclass
+            return
+        if isinstance(value, list) != (action.nargs == "+"):
+            raise ValueError(
+                f"{action.dest}: expected {'a list' if action.nargs == '+' else 'one value'}, not {value!r}"
+            )
+        for item in value if isinstance(value, list) else [value]:
+            try:
+                read = action.type(str(item))
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                raise ValueError(f"{action.dest}: invalid {action.type.__name__} value: {item!r}") from error
+            if action.choices and read not in action.choices:
+                raise ValueError(f"{action.dest}: {item!r} is none of {', '.join(map(str, action.choices))}")
+
+
+def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Fill dataclasses from the recipes that `--config` names and the arguments that override them.
+
+    Args:
+        dataclass_types: what the settings belong to.
+        arguments: of the command line.
+
+    Returns:
+        One instance of each type.
+
+    Raises:
+        ValueError: for an unknown name, or a value that its setting or the dataclasses do not take.
+        OSError: when a recipe cannot be read.
+    """
+    parser = RecipeParser(dataclass_types)
+    names, others = split_arguments(arguments)
+    parser.set_defaults(output_dir=default_output(names))
+    for path, settings in read_files(names):
+        parser.read(path, settings)
+    try:
+        return parser.parse_args_into_dataclasses(others)
+    except TypeError as error:  # of a dictionary among the settings, whose keys the dataclasses pass on
+        raise ValueError(f"{' '.join(names) or 'arguments'}: {error}") from error

@@ -1,0 +1,179 @@
+"""From the rewards of a group's completions to their advantages: the formula that GRPO is named after.
+
+A completion is compared with the others of its own prompt alone. With rewards r of the G completions of a group,
+
+    advantage = (r - mean(r)) / (std(r) + 1e-4)
+
+(DeepSeekMath, arXiv 2402.03300, equation 3). Everything here is a pure function of the rewards of whole groups, the
+completions of one prompt side by side. Shapes: B completions, of B / G groups, and F reward functions. A reward is NaN
+where a function said nothing about a completion; a completion about which none said anything has no part in its group's
+mean, and the advantage 0. `group_advantages` is TRL 1.16's arithmetic; tests/test_advantages.py holds the two together.
+
+Another advantage is a function with the signature of `leave_one_out`, named in a recipe: `advantage: module:function`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from trl.trainer.utils import nanstd
+
+from open_r1.base.errors import Mistake
+
+EPSILON = 1e-4  # keeps a group of nearly equal rewards finite, as in TRL
+
+# rewards (B, F), weights (F,), group size G -> advantages (B,)
+Advantage = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The weighted sum (B,) of what the reward functions say of each completion; NaN where none says anything.
+
+    Args:
+        rewards: (B, F).
+        weights: (F,).
+    """
+    total = (rewards * weights).nansum(dim=1)
+    return total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+
+def group_mean(values: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The mean of each value's group (B,) -> (B,), over its numbers."""
+    return values.view(-1, group_size).nanmean(dim=1).repeat_interleave(group_size)
+
+
+def group_std(values: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The standard deviation (of a sample) of each value's group (B,) -> (B,); 0 in a group of one."""
+    if group_size == 1:
+        return torch.zeros_like(values)
+    return nanstd(values.view(-1, group_size), dim=1).repeat_interleave(group_size)
+
+
+def batch_std(values: torch.Tensor) -> torch.Tensor:
+    """The standard deviation (B,) of all values together; 0 for one."""
+    return nanstd(values).expand_as(values) if len(values) > 1 else torch.zeros_like(values)
+
+
+def normalize_each(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Each function's rewards (B, F) less their group's mean and by its standard deviation, as GDPO has it."""
+    columns = [
+        (column - group_mean(column, group_size)) / (group_std(column, group_size) + EPSILON) for column in rewards.T
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def spread(
+    rewards: torch.Tensor,
+    weights: torch.Tensor,
+    group_size: int,
+    scale_rewards: str = "group",
+    aggregation: str = "sum_then_normalize",
+) -> torch.Tensor:
+    """The standard deviation (B,) that an advantage is divided by; where it is 0 a group teaches nothing.
+
+    With `scale_rewards` "none" nothing is divided, and it is the group's. Arguments: see `group_advantages`.
+    """
+    if aggregation == "normalize_then_sum":
+        total = total_rewards(normalize_each(rewards, group_size), weights)
+        return batch_std(total.masked_fill(rewards.isnan().all(dim=1), torch.nan))
+    total = total_rewards(rewards, weights)
+    return batch_std(total) if scale_rewards == "batch" else group_std(total, group_size)
+
+
+def group_advantages(
+    rewards: torch.Tensor,
+    weights: torch.Tensor,
+    group_size: int,
+    scale_rewards: str = "group",
+    aggregation: str = "sum_then_normalize",
+) -> torch.Tensor:
+    """How much better than its group each completion was.
+
+    Args:
+        rewards: (B, F).
+        weights: (F,), of the functions.
+        group_size: G, completions of a prompt.
+        scale_rewards: what the difference to the group's mean is divided by: the standard deviation of the "group", of
+            the "batch", or "none" (Dr. GRPO, arXiv 2503.20783).
+        aggregation: "sum_then_normalize" adds the functions up first; "normalize_then_sum" compares each function's
+            rewards within the group, adds those, and normalizes the sums over the batch (GDPO, arXiv 2601.05242), which
+            leaves `scale_rewards` without a part.
+
+    Returns:
+        (B,), 0 where a completion has no reward.
+
+    One prompt, four completions, one function that finds two of them right:
+
+        >>> rewards = torch.tensor([[1.0], [0.0], [0.0], [1.0]])
+        >>> group_advantages(rewards, torch.ones(1), group_size=4, scale_rewards="none").tolist()
+        [0.5, -0.5, -0.5, 0.5]
+        >>> group_advantages(rewards, torch.ones(1), group_size=4)  # divided by the standard deviation, 0.577
+        tensor([ 0.8659, -0.8659, -0.8659,  0.8659])
+    """
+    if aggregation == "normalize_then_sum":
+        total = total_rewards(normalize_each(rewards, group_size), weights)
+        total = total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+        centred = total - total.nanmean()
+    else:
+        total = total_rewards(rewards, weights)
+        centred = total - group_mean(total, group_size)
+        if scale_rewards == "none":
+            return centred.nan_to_num(nan=0.0)
+    return (centred / (spread(rewards, weights, group_size, scale_rewards, aggregation) + EPSILON)).nan_to_num(nan=0.0)
+
+
+def leave_one_out(rewards: torch.Tensor, weights: torch.Tensor, group_size: int) -> torch.Tensor:
+    """How much better each completion was than the mean of the *others* of its group (RLOO, arXiv 2402.14740).
+
+    Its baseline does not depend on the completion, so that the gradient has no bias; it is G / (G - 1) times
+    `group_advantages` without scaling. Arguments and result: as there.
+
+        >>> leave_one_out(torch.tensor([[1.0], [0.0], [0.0], [0.0]]), torch.ones(1), group_size=4)
+        tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
+    """
+    groups = total_rewards(rewards, weights).view(-1, group_size)  # (B / G, G)
+    others = (~groups.isnan()).sum(dim=1, keepdim=True) - 1
+    baseline = (groups.nansum(dim=1, keepdim=True) - groups) / others
+    return (groups - baseline).nan_to_num(nan=0.0).view(-1)
+
+
+def reward_figures(
+    rewards: torch.Tensor,
+    weights: torch.Tensor,
+    group_size: int,
+    names: Sequence[str],
+    scale_rewards: str = "group",
+    aggregation: str = "sum_then_normalize",
+) -> dict[str, float]:
+    """What TRL logs of the rewards of a step, under its names; arguments: see `group_advantages`."""
+    figures = {}
+    for name, column in zip(names, rewards.T, strict=True):
+        figures |= {f"rewards/{name}/mean": column.nanmean(), f"rewards/{name}/std": nanstd(column)}
+    total = total_rewards(rewards, weights)
+    scale = spread(rewards, weights, group_size, scale_rewards, aggregation)
+    figures |= {
+        "reward": total.nanmean(),
+        "reward_std": nanstd(total),
+        "frac_reward_zero_std": torch.isclose(scale, torch.zeros_like(scale)).float().mean(),
+    }
+    return {name: value.item() for name, value in figures.items()}
+
+
+ADVANTAGES: dict[str, Advantage] = {"leave_one_out": leave_one_out}
+
+
+def checked(advantage: Advantage, name: str) -> Advantage:
+    """A function of the user's whose result is checked at every call.
+
+    Args:
+        advantage: the function.
+        name: of it, as a recipe gives it.
+    """
+
+    def call(rewards: torch.Tensor, weights: torch.Tensor, group_size: int) -> torch.Tensor:
+        values = advantage(rewards, weights, group_size)
+        if not (isinstance(values, torch.Tensor) and values.shape == rewards.shape[:1] and values.isfinite().all()):
+            shown = f"shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else type(values).__name__
+            raise Mistake(f"advantage: {name} returned {shown}; expected a tensor of {len(rewards)} finite numbers")
+        return values
+
+    return call

@@ -1,0 +1,152 @@
+"""What a run writes down of its completions: a line each in trajectories/{train,eval,blind}.jsonl.
+
+The rows of the newest rollout in training, and those of the evaluation under way, stay here for whoever shows them or
+takes figures of them.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import gather_object
+
+from open_r1.answers.reflection import analyse
+from open_r1.base.files import append_rows
+from open_r1.base.images import ImageSource
+from open_r1.base.trajectories import Completion
+from open_r1.rewards import completion_text
+from open_r1.trainer.rows import row_images
+from open_r1.trainer.sampling import ROW
+
+if TYPE_CHECKING:
+    from open_r1.engines.shared_prefix import Prompt
+
+# a prompt as the dataset has it, and its images -> its text, and the images' names
+Render = Callable[[Any, list[ImageSource]], tuple[str, list[str]]]
+
+
+def text_or_none(value: Any) -> str | None:
+    """A value for a trajectory's row."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+@dataclass
+class Rollout:
+    """One generation step of this process, from rows to advantages: B completions, F reward functions.
+
+    Attributes:
+        rows: as the dataset has them, one a completion.
+        refill: which pass it is of those that make one generation step (`open_r1.trainer.sampling`).
+        is_broken: which rows have an image that could not be opened.
+        prompts: each row's, where the prefix is shared; those of one group are one object.
+        completions, ids: what was sampled, as reward functions get it.
+        rewards: of each row F numbers; NaN for none.
+        advantages: one of each row.
+    """
+
+    rows: list[dict[str, Any]]
+    refill: int = 0
+    is_broken: list[bool] = field(default_factory=list)
+    prompts: list["Prompt"] = field(default_factory=list)
+    completions: list[Any] = field(default_factory=list)
+    ids: list[list[int]] = field(default_factory=list)
+    rewards: list[list[float]] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
+
+
+class Recorder:
+    """Writes completions down, and keeps the rows of the rollout or evaluation under way.
+
+    Attributes:
+        newest: rows of all processes, of the newest rollout in training.
+        held_out: rows of the evaluation under way, each question's once.
+
+    Args:
+        folder: where the files are.
+        is_writer: whether this process writes them.
+        reward_names: of the reward functions, in the order of a rollout's rewards.
+        end_tokens: the ids with which a completion ends by itself.
+        render: see `Render`.
+    """
+
+    def __init__(
+        self, folder: Path, is_writer: bool, reward_names: Sequence[str], end_tokens: Sequence[int], render: Render
+    ):
+        self.folder, self.is_writer, self.render = folder, is_writer, render
+        self.reward_names, self.end_tokens = reward_names, end_tokens
+        self.newest: list[dict[str, Any]] = []
+        self.begin_evaluation(math.inf)
+
+    def begin_evaluation(self, completions: float) -> None:
+        """Start anew with what is held out: so many completions are those of its questions, and what follows is not.
+
+        Processes get rows beyond the questions, so that each has as many.
+        """
+        self.held_out: list[dict[str, Any]] = []
+        self.held_out_left = completions
+
+    def describe(self, rollout: Rollout, step: int, dataset: str | None = None) -> list[dict[str, Any]]:
+        """The rows of a rollout, those of all processes in order.
+
+        Args:
+            rollout: of this process, with rewards and advantages.
+            step: under way.
+            dataset: the name of the evaluation set, where there are several.
+        """
+        prompts = []
+        for (prompt, images), repeats in groupby(rollout.rows, key=lambda row: (row["prompt"], row_images(row))):
+            prompts += [self.render(prompt, images)] * len(list(repeats))
+        columns = (rollout.rows, prompts, rollout.completions, rollout.ids, rollout.rewards, rollout.advantages)
+        rows = []
+        for row, (prompt, images), completion, ids, rewards, advantage in zip(*columns, strict=True):
+            text = completion_text(completion)
+            options = row.get("options") or None
+            if not (isinstance(options, list) and all(isinstance(option, str) for option in options)):
+                options = None
+            reflection = analyse(text, options)
+            # a reward function that has nothing to say about a completion returns None, TRL's NaN
+            rewards = [None if math.isnan(reward) else reward for reward in rewards]
+            record = Completion(
+                step=step,
+                prompt=prompt,
+                images=images,
+                solution=text_or_none(row.get("solution")),
+                options=options,
+                completion=text,
+                rewards=dict(zip(self.reward_names, rewards, strict=True)),
+                advantage=advantage,
+                length=len(ids),
+                ended=ids[-1] in self.end_tokens,
+                reflections=reflection.spans,
+                considered=reflection.considered,
+                self_corrected=reflection.self_corrected,
+                row=row.get(ROW),
+                refill=rollout.refill,
+                dataset=dataset,
+            )
+            rows.append(record.to_row())
+        return gather_object(rows)
+
+    def add_training(self, rows: list[dict[str, Any]], refill: int, group_size: int) -> None:
+        """Write down a pass of a rollout in training; the passes of one rollout count their groups on."""
+        earlier = self.newest if refill else []
+        self._write("train", rows, len(earlier), group_size)
+        self.newest = earlier + rows
+
+    def add_held_out(self, rows: list[dict[str, Any]], group_size: int, is_blind: bool) -> int:
+        """Write down a batch of an evaluation; returns how many of its rows are of its questions."""
+        rows = rows[: int(min(self.held_out_left, len(rows)))]
+        self._write("blind" if is_blind else "eval", rows, len(self.held_out), group_size)
+        self.held_out_left -= len(rows)
+        self.held_out += rows
+        return len(rows)
+
+    def _write(self, name: str, rows: list[dict[str, Any]], start: int, group_size: int) -> None:
+        for index, row in enumerate(rows, start=start):
+            row["group"] = index // group_size
+        if self.is_writer:
+            append_rows(self.folder / f"{name}.jsonl", rows)
