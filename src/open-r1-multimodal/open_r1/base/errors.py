@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 PROBE = "trl"  # nothing else brings it: whoever has it has what setup.sh installs
 CHOSEN = "OPEN_R1_PYTHON"  # environment variable: the Python that the script was started anew with
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -63,6 +64,6 @@ def import_named(option: str, kind: str, name: str, known: Iterable[str] = ()) -
 def describe(error: BaseException) -> str:
     """An exception with the line of the user's that it comes from."""
     places = [f" ({frame.filename}, line {frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)]
-    passed_through = (os.path.dirname(__file__), importlib.__file__, "<frozen", "site-packages")
+    passed_through = (str(Path(__file__).parents[1]), importlib.__file__, "<frozen", "site-packages")
     theirs = [place for place in places if not any(part in place for part in passed_through)]
     return f"{type(error).__name__}: {first_line(error)}{theirs[-1] if theirs else ''}"

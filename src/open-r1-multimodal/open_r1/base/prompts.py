@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-REPO_ROOT = Path(__file__).resolve().parents[3]
+REPO_ROOT = Path(__file__).resolve().parents[4]
 CHAT_TEMPLATE_DIR = REPO_ROOT / "configs" / "chat_templates"
 
 IMAGE_PLACEHOLDER = "<image>"  # ShareGPT's mark for "an image goes here"

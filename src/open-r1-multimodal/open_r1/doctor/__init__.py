@@ -1,1 +1,4 @@
-"""Look at a recipe, its data, rewards and model before a run does; the command is scripts/doctor.py."""
+"""What is wrong with a run before it starts: checks by family, each a function that gives a finding.
+
+It imports every room. Start with `examination.py`.
+"""

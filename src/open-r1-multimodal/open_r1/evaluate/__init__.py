@@ -1,1 +1,4 @@
-"""Answer a benchmark with a model and score what came back; the command is src/eval/test_qwen2vl_CVBench.py."""
+"""An evaluation: greedy answers in batches, scored by the one checker, in a result file that can be continued.
+
+It imports `engines` and below. Start with `run.py`.
+"""

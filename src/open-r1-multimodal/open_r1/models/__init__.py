@@ -1,1 +1,4 @@
-"""models."""
+"""A model before it trains or answers: its family, loading, freezing, adapters, chat template, memory.
+
+It imports `base` and `settings`. Start with `families.py`: all that differs between families is there.
+"""

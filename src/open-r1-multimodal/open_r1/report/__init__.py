@@ -1,1 +1,4 @@
-"""The page that a run leaves: what its files hold, as statistics, curves and a browser of completions. No torch."""
+"""A run's page: what it left behind is read, counted and drawn, from its files alone.
+
+It imports `evaluate` and below, and no torch. Start with `page.py`.
+"""

@@ -64,7 +64,7 @@ def prepare_process() -> None:
     """Silence noise, and look for modules where a user means them: nowhere near the script or the current folder."""
     quiet()
     # Python looks first beside the script it runs, where open_r1's modules would hide a user's of the same names.
-    sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
+    sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parents[1])]
     os.environ["PYTHONSAFEPATH"] = "1"  # of Pythons started from here: `-c` and `-m` would look in the current folder
 
 

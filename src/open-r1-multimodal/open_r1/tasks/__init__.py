@@ -1,1 +1,4 @@
-"""What is trained on and asked: SAT, CV-Bench and other benchmarks, and every form in which people bring examples."""
+"""Any data set becomes rows that trainers and evaluation take: SAT, CV-Bench, benchmarks, mixtures, your own.
+
+It imports `base` and `answers`, and no torch. Start with `examples.py`.
+"""

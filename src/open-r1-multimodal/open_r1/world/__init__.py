@@ -1,1 +1,4 @@
-"""A rendered spatial world: seeded scenes of known geometry that ask what SAT and CV-Bench ask. No torch."""
+"""A rendered spatial world in SAT's and CV-Bench's own schemas: scenes, questions with true answers, parquet files.
+
+It imports `base` and `tasks`, and no torch. Start with `scene.py`; `python -m open_r1.world` is the command.
+"""
