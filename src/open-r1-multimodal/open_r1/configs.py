@@ -196,8 +196,8 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
         default=None,
         metadata={
             "help": "How rewards become advantages: leave_one_out, or a function of yours as module:function, with the "
-            "signature of those in open_r1/trainer/advantages.py. None: each reward against its group's, by scale_rewards and "
-            "multi_objective_aggregation."
+            "signature of those in open_r1/trainer/advantages.py. None: each reward against its group's, by "
+            "scale_rewards and multi_objective_aggregation."
         },
     )
     papo_coef: float = field(

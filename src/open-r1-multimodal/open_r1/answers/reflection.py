@@ -186,8 +186,8 @@ class Reflection:
 def analyse(completion: str, options: Sequence[str] | None) -> Reflection:
     """Where a completion reflects, and the option that it held before and in the end.
 
-    Options are read by `open_r1.answers.checker`: before the reflection leniently, sentence by sentence from the last one
-    backwards, as evaluation reads untagged text; at the end strictly, as the accuracy reward does. Without options
+    Options are read by `open_r1.answers.checker`: before the reflection leniently, sentence by sentence from the last
+    one backwards, as evaluation reads untagged text; at the end strictly, as the accuracy reward does. Without options
     there is nothing to compare.
     """
     spans = tuple(find_reflections(completion))

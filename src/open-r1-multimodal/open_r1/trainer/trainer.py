@@ -199,12 +199,13 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
     """TRL's `GRPOTrainer` for the models of `open_r1.models.families`, with the same signature, defaults and datasets.
 
     A dataset row holds `prompt`, conversational or (without images) a text; `images` or `image`, if any, as whatever
-    `open_r1.base.images` opens, which go in front of the text; and whatever else the reward functions take. Beside TRL's
-    behaviour:
+    `open_r1.base.images` opens, which go in front of the text; and whatever else the reward functions take. Beside
+    TRL's behaviour:
 
     - every end-of-text id ends a completion, vision tokens are never sampled, and sampling settings come from
-      `args` alone, never from the checkpoint's generation_config; one that cannot act is refused (`open_r1.settings.generation`);
-    - the prompt of a group is encoded, prefilled and scored once (`open_r1.engines.shared_prefix`, `open_r1.engines.decoding`);
+      `args` alone, never from the checkpoint's generation_config; one that cannot act is refused
+      (`open_r1.settings.generation`);
+    - the prompt of a group is encoded, prefilled and scored once (`open_r1.engines`);
     - rows with and without images may be mixed, in any number of processes;
     - images may be masked in a term of the loss, or noised in half of a rollout (`open_r1.trainer.perception`);
     - an image that cannot be opened any more ends no run: completions about it earn nothing and are counted, up to
