@@ -1,6 +1,10 @@
-"""The front page names every file with a caption, and no file that is not there; what documents link to exists."""
+"""The front page and the map name what is there, imports go one way, and what documents link to exists."""
 
+import ast
+import graphlib
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 
@@ -19,16 +23,48 @@ def names(text: str) -> list[str]:
     return re.findall(r"`([\w./-]+(?:\.\w+|/))`", text)
 
 
-def test_the_front_page_is_short():
-    assert len(README.splitlines()) < 130
+def test_the_map_of_the_package_is_the_one_that_docstrings_give():
+    """`python scripts/dev/map.py` writes it anew."""
+    spec = importlib.util.spec_from_file_location("map_script", REPO_ROOT / "scripts/dev/map.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert (REPO_ROOT / "docs/map.md").read_text() == script.write_map()
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms == set(script.ROOMS) == set(re.findall(r"^- `(\w+)/`", MODULES, re.MULTILINE))
 
 
-@pytest.mark.parametrize(
-    "module",
-    [str(path.relative_to(PACKAGE)) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"],
-)
-def test_every_module_has_a_caption(module):
-    assert re.search(rf"`{re.escape(module)}`[^`·]{{8,}}", MODULES), f"{module} is not in the README's map"
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports when it is imported itself."""
+    tree = ast.parse(path.read_text())
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If | ast.FunctionDef)]
+    later = {node for block in blocks for node in ast.walk(block)}
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node not in later]
+    return {
+        name
+        for node in nodes
+        if (node.module or "").startswith("open_r1")
+        for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    }
+
+
+def test_no_room_imports_one_below_it():
+    """In the order of docs/map.md; files beside the rooms may import any."""
+    order = re.findall(r"^## (\w+)/$", (REPO_ROOT / "docs/map.md").read_text(), re.MULTILINE)
+    for number, room in enumerate(order):
+        for path in (PACKAGE / room).glob("*.py"):
+            below = {
+                name for name in imported(path) if name.split(".")[1:2] and name.split(".")[1] in order[number + 1 :]
+            }
+            assert not below, f"{path} imports {below}"
+
+
+def test_imports_of_the_package_have_no_circle():
+    graph = {}
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "__init__.py":  # a room's own names are those of its files
+            name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+            graph[name] = imported(path)
+    graphlib.TopologicalSorter({name: found & set(graph) for name, found in graph.items()}).prepare()
 
 
 @pytest.mark.parametrize("folder, suffixes", [("scripts", ".py .sh"), ("docs", ".md"), ("src/eval", ".py")])
