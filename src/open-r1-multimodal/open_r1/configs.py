@@ -1,4 +1,4 @@
-"""Every setting that a recipe can hold beside TRL's own, and how they go together."""
+"""The settings that a recipe can hold beside TRL's own, and how they go together."""
 
 import importlib.util
 from dataclasses import dataclass, field

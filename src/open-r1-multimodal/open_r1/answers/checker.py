@@ -1,4 +1,4 @@
-r"""The one answer checker. Rewards and evaluation both call it, so both mean the same by "correct".
+r"""Decides whether a response answers its question correctly; rewards and evaluation both call it.
 
 An answer is read in one of two ways:
 

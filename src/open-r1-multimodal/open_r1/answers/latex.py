@@ -1,4 +1,4 @@
-r"""Which LaTeX around an answer only dresses it, as `\fbox{\textit{left}}` does, and which says something.
+r"""Removes LaTeX that only formats an answer, as `\fbox{\textit{left}}` does, and keeps LaTeX that has a meaning.
 
 Every step is linear in the length of a text.
 """

@@ -1,4 +1,4 @@
-r"""What a passage of a response names: one option, one number, or nothing that can be read.
+r"""Finds the one option or number that a passage of a response names, or that nothing can be read.
 
 A question knows what an answer to it looks like. It reads a passage in one of four ways, from strict to lenient: as an
 answer and nothing else (`exact`), as a line that begins with one (`stated`), as the clause of a declaration

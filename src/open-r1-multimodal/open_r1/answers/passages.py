@@ -1,4 +1,4 @@
-r"""A response in parts, and the passages in which it commits itself to an answer.
+r"""Splits a response into parts, and finds the passages in which it commits itself to an answer.
 
 What a passage answers is read in `naming`; here it is only found. Every step is linear in the length of the response.
 """

@@ -1,4 +1,4 @@
-"""The "aha moment", measured: where a completion turns back to its own reasoning, and whether that changed its mind.
+"""Finds where a completion turns back to its own reasoning (the "aha moment"), and whether its answer changed.
 
 A *reflection* is a phrase in which the writer stops, doubts, checks again or takes something back: "wait,", "let me
 double-check", "on second thought". A *self-correction* is a completion whose text named one option before its first

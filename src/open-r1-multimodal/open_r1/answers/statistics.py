@@ -1,4 +1,4 @@
-"""From responses to scores: judging rows, intervals, baselines, paired tests. No torch.
+"""Scores responses: judged rows, confidence intervals, baselines, paired tests.
 
 A row is one response, as a dictionary with the reference's keys (`question`, `options`, `task`, `ground_truth`,
 `response`, `model_answer`, `correct`), `reading` (the rule that found the answer, or why there is none) and, when they

@@ -1,4 +1,4 @@
-r"""When two answers are the same: spelling, numbers, units, and as a last resort symbolic equality.
+r"""Decides whether two answers are equal: spelling, numbers, units, and as a last resort symbolic equality.
 
 Model output is untrusted text: every step is linear in its length or works on a bounded length, nothing is
 evaluated, and math-verify sees only short arithmetic that cannot blow up.

@@ -1,4 +1,4 @@
-"""What every command shares: the right Python, whatever `python` was typed, and how it ends.
+"""Errors that end a command in one line, and the start of every script in the Python that has the packages.
 
 A script that users call by its path puts this package's folder on `sys.path`, calls `use_environment()` and only then
 imports what `setup.sh` installed; `run` ends it. Any Python 3 must be able to read this file, and it needs nothing

@@ -1,4 +1,4 @@
-"""What a field of a file must hold before anything uses it: small checks, and one line for what is something else."""
+"""Checks the fields of JSON files: the type of each, and one line that names a field of another type."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Files that a crash cannot spoil: replaced at once, or JSON Lines with at most a torn last line, which is cut off."""
+"""Writes files so that a crash cannot spoil them: replaced at once, or JSON Lines with at most a torn last line."""
 
 import json
 import os

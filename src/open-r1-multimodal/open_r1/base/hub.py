@@ -1,4 +1,4 @@
-"""What comes from the model hub: fetched whole before anything is loaded, or one line that says what could not be had.
+"""Fetches models and data sets from the Hugging Face Hub whole, or says in one line what could not be fetched.
 
 The libraries would ask file by file while they load, and wait for minutes when the hub has a bad day.
 """

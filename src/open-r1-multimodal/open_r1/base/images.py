@@ -1,4 +1,4 @@
-"""Pictures of any source as the pixels that a model sees: one way to open, to measure and to refuse them. No torch.
+"""Opens, measures and refuses images from any source (path, bytes, PIL), as the pixels that a model sees.
 
 A source is a path, a `file://` URL, a base64 `data:` URL, encoded bytes, a `{"bytes", "path"}` mapping (how `datasets`
 stores an image) or a PIL image. The same picture gives the same pixels from each of them.

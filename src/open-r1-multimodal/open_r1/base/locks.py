@@ -1,4 +1,4 @@
-"""One owner of a folder or file at a time: a lock that goes with its process, and says whose it is."""
+"""Locks a folder or file for one process at a time; a lock ends with its process and names its owner."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""What users bring along by naming it in a recipe as `module:name`: a reward, an advantage, a trainer."""
+"""Imports what a recipe names as `module:name`: a user's reward, advantage or trainer."""
 
 import importlib
 import os

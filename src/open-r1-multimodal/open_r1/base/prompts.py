@@ -1,4 +1,4 @@
-"""The texts that the model is asked with. Chat templates themselves are Jinja files in `configs/chat_templates`."""
+"""The texts of SAT's questions, and where chat templates are (Jinja files in `configs/chat_templates`)."""
 
 from collections.abc import Sequence
 from pathlib import Path

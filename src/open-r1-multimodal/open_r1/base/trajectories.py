@@ -1,4 +1,4 @@
-"""The record of one completion: what the trainer writes down a line each, and the report and the tests read.
+"""The record of one completion, a line of trajectories/*.jsonl: the trainer writes it, the report reads it.
 
 A new number of a completion is a field here, which the report has as a column at once, and a curve in
 `report/curves.py`. No torch.

@@ -1,4 +1,4 @@
-"""What a run takes: memory and disk by counting, hours by measuring two steps."""
+"""Checks what a run takes: memory and disk by counting, hours by measuring two steps."""
 
 import math
 import os

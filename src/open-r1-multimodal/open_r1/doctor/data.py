@@ -1,4 +1,4 @@
-"""The data sets: rows of a known form, images that open, usable answers, duplicates, leaks, lengths of prompts."""
+"""Checks the data sets: the form of rows, images, answers, duplicates, leaks, lengths of prompts."""
 
 import random
 import statistics

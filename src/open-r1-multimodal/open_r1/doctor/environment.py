@@ -1,4 +1,4 @@
-"""The machine: versions, GPUs, shared memory. Needs no recipe."""
+"""Checks the machine: versions, GPUs, shared memory; needs no recipe."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""All checks in their order, each with what came of it."""
+"""Runs all checks in their order."""
 
 from collections.abc import Iterator
 from dataclasses import replace

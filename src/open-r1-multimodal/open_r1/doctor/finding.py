@@ -1,4 +1,4 @@
-"""What a check has to say, and a family of checks. No torch."""
+"""The result of a check, and the list of checks of a family."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The model on a few examples: what must not change its log-probabilities, and what must. Nothing is sampled."""
+"""Checks a model's log-probabilities on a few examples: what must not change them, and what must."""
 
 from collections.abc import Iterator, Sequence
 

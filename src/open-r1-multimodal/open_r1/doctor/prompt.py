@@ -1,4 +1,4 @@
-"""The prompt of the first example: what the model reads, and whether a saved processor writes the same."""
+"""Checks the prompt of the first example: what the model reads, and what a saved processor would write."""
 
 import inspect
 from collections.abc import Iterator

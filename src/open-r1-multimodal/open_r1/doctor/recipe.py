@@ -1,4 +1,4 @@
-"""The recipe: settings that hold, a place to report to and to begin, a model, a prompt and rewards that are there."""
+"""Checks a recipe: its settings, where it reports to and begins, its model, prompt and rewards."""
 
 import os
 from collections.abc import Iterator

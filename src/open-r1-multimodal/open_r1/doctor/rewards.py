@@ -1,4 +1,4 @@
-"""A lint of the rewards: what they give right answers in many dresses, wrong ones, and texts that are no answers."""
+"""Checks the rewards: what they give right answers in many forms, wrong ones, and texts that are no answers."""
 
 import asyncio
 import inspect

@@ -1,4 +1,4 @@
-"""What is examined: the settings of a run, and what is made of them when a check first asks for it.
+"""The run that is examined: its settings, and what is made of them when a check first asks for it.
 
 A part that cannot be made fails the check that asks first; checks that ask later are skipped.
 """

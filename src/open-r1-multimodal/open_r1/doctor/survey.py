@@ -1,4 +1,4 @@
-"""A data set, looked through once: which images do not open, which answers cannot be used, what is shown twice."""
+"""Looks a data set through once: images that do not open, answers that cannot be used, duplicates."""
 
 import hashlib
 import io

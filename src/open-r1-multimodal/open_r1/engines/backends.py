@@ -1,4 +1,4 @@
-"""Who generates: one protocol for training and evaluation. Prompts in, completions out.
+"""The protocol of who generates, for training and evaluation (prompts in, completions out), and transformers.
 
 Another engine is a class with these two methods, as those of `vllm_backends`; for evaluation also a function in
 `evaluate.answering.BACKENDS` that loads it.

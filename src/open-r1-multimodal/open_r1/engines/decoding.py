@@ -1,4 +1,4 @@
-"""Rollout without an inference server: every prompt is encoded and prefilled once, then its completions are decoded.
+"""Samples completions with transformers: a prompt is encoded and prefilled once for all its completions.
 
 `generate` samples what transformers' `generate` samples from repeated prompts (tests/test_rollout.py), without its
 repeated image encoding and prefill, without copying the cache for every token, and without computing finished rows

@@ -1,4 +1,4 @@
-"""Recurrent layers in a packed row: every branch starts from the state in which its prompt left them.
+"""Runs recurrent layers over a packed row: every completion starts from the state that its prompt left.
 
 Attention sees a prefix through keys and values. A gated delta net sees it through a matrix that it carries from token
 to token, and through the last inputs of its convolution. So of a packed row (see `shared_prefix`) a recurrent layer

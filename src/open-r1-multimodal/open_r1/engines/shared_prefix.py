@@ -1,4 +1,4 @@
-"""One group, one prompt: score G completions behind a single copy of the prompt that they share.
+"""Scores the G completions of a group behind a single copy of the prompt that they share.
 
 A micro-batch of groups becomes one packed row without padding:
 

@@ -1,4 +1,4 @@
-"""vLLM, which decodes many completions at once, as a backend: for training as TRL runs it, for evaluation by itself.
+"""vLLM as an engine, for training as TRL runs it and for evaluation by itself.
 
 An engine processes images by itself, so what it takes in their place must fit: one image token an image where it reads
 prompts (it writes as many as the image has, and would do so again for each that it finds), the pixel bounds of the

@@ -1,4 +1,4 @@
-"""Answer a benchmark's questions with a model: greedy, in batches of like length, preprocessing ahead of the model.
+"""Answers a benchmark's questions with a model: greedily, in batches of like length.
 
 The prompts are rendered and the completions decoded by the code that training rolls out with (`rollout`); only the
 sampling is greedy here.

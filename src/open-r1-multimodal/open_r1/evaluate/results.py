@@ -1,4 +1,4 @@
-"""A result file of the evaluation, of the reference's or of ours: checked whole before anything uses it. No torch."""
+"""Reads a result file of the evaluation, ours or the reference's, and checks it whole before it is used."""
 
 from collections.abc import Hashable
 from pathlib import Path

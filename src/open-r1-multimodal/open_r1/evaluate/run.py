@@ -1,4 +1,4 @@
-"""A run of the evaluation: answer what is not answered yet, score everything, and write it where no work is lost."""
+"""Runs an evaluation: answers what is not answered yet, scores everything, and loses no work."""
 
 import argparse
 import os

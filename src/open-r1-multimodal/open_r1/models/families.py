@@ -1,4 +1,4 @@
-"""All that differs by model family, one entry each. Outside of this file and the chat templates nothing knows one.
+"""Everything that differs between model families, one entry each; no other file knows a family.
 
 A new family is an entry in `FAMILIES`, a tiny configuration in `tiny.py` and, if it writes images or turns in its own
 way, templates; the tests then run over it. What families share is written in `Family`, what the Qwen ones do alone in

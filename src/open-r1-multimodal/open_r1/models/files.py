@@ -1,4 +1,4 @@
-"""What a model's folder holds, looked at before anything is loaded: whole files, of kinds that run no code. No torch.
+"""Checks a model's folder before anything is loaded: its files are whole, and none of a kind that runs code.
 
 Weights come from safetensors files alone, because opening a pickle runs whatever code is in it.
 """

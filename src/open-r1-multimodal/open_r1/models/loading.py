@@ -1,4 +1,4 @@
-"""Load a policy and its processor the way a recipe says: architecture, dtype, attention, pixels, what trains."""
+"""Loads a policy and its processor as a recipe says: dtype, attention, pixel bounds, adapters, what is trained."""
 
 import importlib.util
 import logging

@@ -1,4 +1,4 @@
-"""How much memory a recipe needs on each GPU, counted from the model's configuration alone.
+"""Counts the memory that a recipe needs on each GPU, from the model's configuration alone.
 
 The model is built without its numbers (torch's `meta` device), so a count takes a second and no download of weights.
 Counted are weights, gradients, optimiser, reference model, what autograd keeps for one micro-batch, the LM head's

@@ -1,4 +1,4 @@
-"""Models as they were published, without their weights: configuration, tokenizer, processor; the weights are random.
+"""Makes published models with random weights, without the Hub: configuration, tokenizer, processor.
 
     python -m open_r1.models.published --output outputs/rehearsal/model
     python -m open_r1.models.published --model smolvlm_256m --output outputs/smolvlm/model

@@ -1,4 +1,4 @@
-"""A chat template is a program of a stranger's: tried once in a process of its own, with bounds, before it is used."""
+"""Tries a chat template, which is a stranger's program, in a bounded process of its own before it is used."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A run's completions -> the data of the page's browser: of texts and images as many as fit, harmless. No torch."""
+"""Makes a run's completions the data of the page's browser: as many texts and images as fit, escaped."""
 
 import base64
 import io

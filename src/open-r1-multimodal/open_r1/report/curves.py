@@ -1,4 +1,4 @@
-"""A run -> its curves: which there are and what each one shows; not how they are drawn. No torch."""
+"""Says which curves a report has and what each one shows."""
 
 import re
 from collections.abc import Mapping, Sequence

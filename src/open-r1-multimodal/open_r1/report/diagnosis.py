@@ -1,4 +1,4 @@
-"""Why no aha: signs of what keeps reflection from coming, each with the numbers of a run. No torch.
+"""Looks for signs of what keeps reflection from emerging, each with the numbers of a run.
 
 A sign is an entry of `SIGNS`, which holds the limits.
 """

@@ -1,4 +1,4 @@
-"""Curves -> figures: how matplotlib draws them, as SVG inside a page or as files of their own. No torch.
+"""Draws curves with matplotlib, as SVG inside a page or as files of their own.
 
 Curves in the page take their colours from its style sheet (light and dark) and their fonts from the reader's system.
 """

@@ -1,4 +1,4 @@
-"""A run's folder -> one self-contained `report.html`: curves, "aha moments", a browser of its completions. No torch.
+"""Makes one self-contained `report.html` of a run's folder: curves, "aha moments", a browser of completions.
 
 The page needs no network and runs no script but its own. Statistics use every completion; of the texts and images as
 many are embedded as fit its size, and it says how many. Model output, prompts and paths are untrusted: Jinja escapes

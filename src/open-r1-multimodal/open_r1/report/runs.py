@@ -1,4 +1,4 @@
-"""Reads the folder that a run leaves, and trusts none of it: its arguments, its log, its completions. No torch.
+"""Reads the folder that a run leaves (arguments, log, completions), and trusts none of it.
 
 A run may still be going on: the last line of a file may be half written. Anything else that is damaged is an error in
 one line. Completions are kept as columns of numbers; their texts stay in the file until somebody asks for one.

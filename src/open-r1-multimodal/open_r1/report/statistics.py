@@ -1,4 +1,4 @@
-"""Statistics over a run's completions: a number a step, its spread, and how often they reconsider. No torch."""
+"""Computes statistics over a run's completions: a number a step, its spread, how often they reconsider."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

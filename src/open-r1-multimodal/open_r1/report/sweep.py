@@ -1,4 +1,4 @@
-"""Recipes side by side, each run with several seeds: what each reached, what it took, how sure that is. No torch.
+"""Compares recipes that ran with several seeds each: what each reached, what it took, how sure that is.
 
 The observation is the question, here as in `evaluate.statistics`: the seeds of a recipe answer the same questions, so a
 question counts once, with its mean over them.

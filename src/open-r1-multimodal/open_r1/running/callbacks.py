@@ -1,4 +1,4 @@
-"""What a run shows while it trains and leaves in its folder beside trajectories and checkpoints.
+"""Shows progress while a run trains, and writes its log and `run.json`.
 
 `RunLog` writes `run.json`, what was run, and `log.jsonl`, one line a log event. `ProgressLines` prints one line a log
 event, `Warnings` one when a guard of `guards.py` begins to warn.

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole and our own: a manifest, written last, says which; resuming believes only signed ones."""
+"""Saves, finds and checks checkpoints: a run resumes only from one that is whole and its own."""
 
 import functools
 import json

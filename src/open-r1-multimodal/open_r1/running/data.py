@@ -1,4 +1,4 @@
-"""Examples as the `datasets.Dataset` that a trainer takes: images checked, without prompts that are too long."""
+"""Prepares examples as the `datasets.Dataset` that a trainer takes: images checked, long prompts left out."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""What the entry points `grpo.py` and `sft.py` share: read a recipe, continue or start, train, save."""
+"""What the commands `grpo.py` and `sft.py` share: read a recipe, start or resume, train, save."""
 
 import logging
 import os

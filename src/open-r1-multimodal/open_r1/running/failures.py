@@ -1,4 +1,4 @@
-"""How a run ends that cannot go on: what a user can mend is one line; anything else a traceback, told once.
+"""Tells how a run fails, once for all its processes: a line for what a user can mend, else a traceback.
 
 All processes of a launch may fail alike, or one takes the others along. The first to fail tells.
 """

@@ -1,4 +1,4 @@
-"""Guards: signs in a run's log that training goes wrong, each told in a line when it begins. No torch.
+"""Warns in a line when a run's log shows that training goes wrong.
 
 A guard is an entry of `GUARDS`; `docs/running.md` has their thresholds. What stops a run at once is in `finite.py`.
 """

@@ -1,4 +1,4 @@
-"""Start a training command in several processes: accelerate's launcher, with a check before and a short word after.
+"""Starts a training command in several processes: one check first, then accelerate's launcher.
 
     python launch.py --config_file ACCELERATE.yaml --num_processes N
         [--num_machines M --machine_rank R --main_process_ip ADDRESS --main_process_port PORT] SCRIPT.py ARGUMENTS

@@ -1,4 +1,4 @@
-"""One run over several machines: its processes go by what one of them sees, and write one folder."""
+"""Keeps the processes of several machines together: what one decides holds for all, in one shared folder."""
 
 import os
 import platform

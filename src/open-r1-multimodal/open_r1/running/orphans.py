@@ -1,4 +1,4 @@
-"""The processes of a launch end with their launcher, even when that is killed and can tell them nothing. Linux alone.
+"""Ends the processes of a launch with their launcher, even when that is killed (Linux).
 
 Elsewhere they go on after the launcher's SIGKILL, and hold the lock of their OUTPUT until they end.
 """

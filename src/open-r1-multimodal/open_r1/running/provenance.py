@@ -1,4 +1,4 @@
-"""What a run is made of: settings, data and code; and what of it is another when a run goes on."""
+"""Records what a run is made of (settings, data, code), and says what changed when it is resumed."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The rollout server of a recipe: `vllm serve`, as TRL's client needs it, and seeing images as the trainer does.
+"""Starts the vLLM server of a recipe's rollouts as TRL's client needs it.
 
     python -m open_r1.running.serving --config configs/grpo_sat.yaml [ARGUMENTS OF grpo.py]
 

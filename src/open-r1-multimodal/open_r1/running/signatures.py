@@ -1,4 +1,4 @@
-"""Checkpoints signed with a key of the user's own: resuming loads no file that no run of theirs wrote.
+"""Signs checkpoints with a key of the user's own, so that resuming loads no file of anybody else.
 
 A resume unpickles states of optimizers, schedules and random numbers, and a pickle runs whatever code it holds.
 """

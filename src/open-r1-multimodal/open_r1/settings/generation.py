@@ -1,4 +1,4 @@
-"""Which settings of generation a rollout takes from `generation_kwargs`, and why it takes no other.
+"""Says which settings of `generation_kwargs` act on a rollout, and refuses the others with a reason.
 
 A rollout knows the settings that transformers' `generate` makes into processors of the next token's scores, and what
 ends a completion. Every other name of `GenerationConfig`, also one of a later version, would change nothing, or break

@@ -1,4 +1,4 @@
-"""What the values of a recipe may be: one table, asked before anything is made of them."""
+"""The values that each setting of a recipe may have, in one table that is checked before anything is loaded."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Options of TRL and transformers that cannot work here: told in a line before weights are loaded.
+"""Refuses options of TRL and transformers that cannot work with this trainer, before weights are loaded.
 
 What a library checks by itself, and tells in a line, is asked of the library: a loader of nothing, a schedule of two
 steps. tests/test_options.py tries every switch and every choice of both configurations.

@@ -1,4 +1,4 @@
-"""Read recipes, overlays and overrides into dataclasses. What is wrong with one of them is one line that names it."""
+"""Reads recipes (YAML), overlays and command-line overrides into dataclasses; a mistake in one is a line."""
 
 import argparse
 import difflib

@@ -1,4 +1,4 @@
-"""The question sets of the evaluation, each a small definition: where it is, and a row -> what is asked. No torch.
+"""Defines the benchmarks of the evaluation: where each is, and how its rows become questions.
 
 To add one, write a function from a row to its `Item`s and name it in `BENCHMARKS`; everything else (reading parquet
 files and JSON Lines from a file, a folder or the Hub, stratified limits, generation, resuming, scores) is shared.

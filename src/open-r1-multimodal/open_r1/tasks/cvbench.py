@@ -1,4 +1,4 @@
-"""CV-Bench (`nyu-visionx/CV-Bench`): its schema, a parquet row -> a question, and its official score. No torch.
+"""CV-Bench (`nyu-visionx/CV-Bench`): its schema, how a parquet row becomes a question, its official score.
 
 Source: the dataset card. Split `test`, in two files: `test_2d.parquet` (1438 rows), `test_3d.parquet` (1200).
 """

@@ -1,4 +1,4 @@
-"""Any data set as rows to train on: what a file, a folder or the Hub holds -> records -> rows in TRL's form. No torch.
+"""Reads any data set (a file, a folder or the Hub) into rows to train on, in TRL's form.
 
 A record names its images, and nothing here opens one. The forms of a record:
 

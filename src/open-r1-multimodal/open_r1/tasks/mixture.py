@@ -1,4 +1,4 @@
-"""Several data sets as one: a YAML file that lists them, and how large a share of the examples each of them gives.
+"""Mixes several data sets, with the share of each, as a YAML file lists them.
 
     datasets:
       - path: SAT_train_15000.json   # all that dataset_name can be; relative to this file, or a name on the Hub

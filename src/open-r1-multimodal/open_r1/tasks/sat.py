@@ -1,4 +1,4 @@
-"""SAT (`array/SAT` on the Hub): a parquet row -> an example, and an example -> a ShareGPT record.
+"""SAT (`array/SAT` on the Hub): how a parquet row becomes an example, and an example a ShareGPT record.
 
 Every function here is pure; `open_r1.tasks.examples` reads the records back. Source of the schema: the dataset card of
 `array/SAT`. No torch, so that preparing data starts at once.

@@ -1,4 +1,4 @@
-"""What a record holds that a prompt would show in other tools, and that the prompt made of it does not. No torch.
+"""Finds what a record holds that its prompt would not show the model: videos, tools, a system message.
 
 Any field of a record may be meant for a reward. But some are part of the prompt wherever their data set is used: a
 video, the mark in a text that stands for it, the tools that may be called. A prompt without them asks something else.

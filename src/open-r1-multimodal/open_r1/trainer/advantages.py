@@ -1,4 +1,4 @@
-"""From the rewards of a group's completions to their advantages: the formula that GRPO is named after.
+"""Turns the rewards of a group's completions into their advantages: the formula that GRPO is named after.
 
 A completion is compared with the others of its own prompt alone. With rewards r of the G completions of a group,
 

@@ -1,4 +1,4 @@
-"""A loss or gradient that is no number stops a run before it spoils the weights, and what led to it is kept."""
+"""Stops a run at a loss or gradient that is no number, before it spoils the weights, and keeps what led to it."""
 
 import math
 from pathlib import Path

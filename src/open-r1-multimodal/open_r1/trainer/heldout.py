@@ -1,4 +1,4 @@
-"""What a held-out evaluation says, over its questions, each once, whatever the batches and processes they came in.
+"""Computes the figures of an evaluation in training over its questions, each once.
 
 Of several evaluation sets each logs under its own name, as transformers has it: `eval_easy_reward`.
 """

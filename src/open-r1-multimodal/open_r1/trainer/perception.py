@@ -1,4 +1,4 @@
-"""Whether the policy looks: PAPO's term in the loss, and NoisyRollout's noise on what completions are sampled from.
+"""PAPO's term in the loss and NoisyRollout's noisy images: they reward a policy that uses its images.
 
 PAPO (arXiv 2507.06448) rewards the policy for saying something else when most of its image is black. NoisyRollout
 (arXiv 2504.13055) samples half of a group from a noisy image, and learns from all of it as if from the clean one. All

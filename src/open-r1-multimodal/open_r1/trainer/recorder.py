@@ -1,4 +1,4 @@
-"""What a run writes down of its completions: a line each in trajectories/{train,eval,blind}.jsonl.
+"""Writes every completion of a run to trajectories/{train,eval,blind}.jsonl.
 
 The rows of the newest rollout in training, and those of the evaluation under way, stay here for whoever shows them or
 takes figures of them.

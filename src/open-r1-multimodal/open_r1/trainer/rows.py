@@ -1,4 +1,4 @@
-"""A row of a data set as the trainer takes it: where its images are, and its prompt with or without them."""
+"""Finds the images of a data set's row, and puts them into its prompt or takes them out."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""In what order prompts are asked, how groups are shuffled, and by which ones those without signal are replaced.
+"""Chooses the prompts of a step: their order, the shuffling of groups, and refills for groups without signal.
 
 A group whose completions all earn the same teaches nothing. DAPO (arXiv 2503.14476) and GPG (arXiv 2504.02546) sample
 on until enough groups of a batch do: here a rollout is one or more passes of as many prompts, merged into one of the

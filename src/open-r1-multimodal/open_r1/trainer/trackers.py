@@ -1,4 +1,4 @@
-"""A few rollouts where a run reports to: Weights & Biases and TensorBoard.
+"""Shows a few rollouts where a run reports to: Weights & Biases and TensorBoard.
 
 These get the scalars from transformers' own callbacks, under its names for them: `train/reward`, `eval/reward`. After a
 resume they show repeated steps twice; `log.jsonl` holds every step once.

@@ -1,4 +1,4 @@
-"""GRPO for vision-language models: TRL's trainer, with the rollouts this project's users need to see and trust."""
+"""GRPO for vision-language models: TRL's trainer, with one copy of the prompt for a whole group."""
 
 import math
 import sys

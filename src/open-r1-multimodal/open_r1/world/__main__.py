@@ -1,4 +1,4 @@
-"""A rendered spatial world: seeded scenes of known geometry that ask what SAT and CV-Bench ask.
+"""The command that renders a spatial world: seeded scenes that ask what SAT and CV-Bench ask.
 
     python -m open_r1.world --output SAT_train.parquet --rows 2000 --level easy
     python -m open_r1.world --output cvbench/ --rows 400 --level full --schema cvbench

@@ -1,4 +1,4 @@
-"""Rows of questions in SAT's and CV-Bench's schemas, each from the seed and its index alone, as parquet files."""
+"""Writes rendered questions as parquet files in SAT's and CV-Bench's schemas; a row follows from seed and index."""
 
 import random
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What is asked of a scene: SAT's and CV-Bench's questions; a function returns None when there is room for doubt."""
+"""Asks SAT's and CV-Bench's questions about a scene, with true answers; a question in doubt is None."""
 
 import math
 import random

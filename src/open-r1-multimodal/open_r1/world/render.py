@@ -1,4 +1,4 @@
-"""A scene -> its picture: flat figures at the easy level, shaded solids at the full one."""
+"""Draws a scene: flat figures at the easy level, shaded solids at the full one."""
 
 import io
 import math

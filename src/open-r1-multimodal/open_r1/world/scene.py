@@ -1,4 +1,4 @@
-"""What stands where: seeded scenes of coloured solids on a floor, and where a pinhole camera sees them.
+"""Places coloured solids on a floor from a seed, and says where a pinhole camera sees them.
 
 World coordinates, in metres: x to the right, y up, z ahead; the camera is at (0, elevation, 0) and looks down
 by its pitch. Image coordinates, in pixels: u to the right, v down.
