@@ -401,49 +401,38 @@ def undisturbed(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
-def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, undisturbed, stop):
+def test_an_interrupted_run_leaves_nothing_finished_and_the_next_makes_the_same_bytes(tmp_path, undisturbed, stop):
     parquet, whole = undisturbed
-    options = ("--total_num", 300)
-    journal = tmp_path / "out" / "images" / "SAT_train_300" / "journal.jsonl"
+    options, output = ("--total_num", 300), tmp_path / "out"
     process = subprocess.Popen(
-        command(parquet, tmp_path / "out", *options),
+        command(parquet, output, *options),
         stderr=subprocess.PIPE,
         text=True,
         # a shell starts background jobs, this test run perhaps among them, with Ctrl-C ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 20
-    while not (journal.exists() and journal.stat().st_size > 2000):
+    while len(list(output.glob("images/.*/*"))) < 20:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.005)
     process.send_signal(stop)
     _, stderr = process.communicate(timeout=20)
     if stop == signal.SIGINT:
         assert process.returncode == 130 and "Traceback" not in stderr
-        assert "the same command continues" in stderr
-    assert not (tmp_path / "out" / "SAT_train_300.json").exists()
-    with journal.open("ab") as file:  # a line that was being written
-        file.write(b'{"row": 17, "rec')
-
-    done = prepare(parquet, tmp_path / "out", *options)
-    assert done.returncode == 0 and "Continuing at row" in done.stdout
-    assert files(tmp_path / "out") == whole
+        assert "nothing was written" in stderr and files(output) == {}
+    assert not list(output.glob("*.json")) and not list(output.glob("images/[!.]*"))
+    assert prepare(parquet, output, *options).returncode == 0
+    assert files(output) == whole
 
 
-def test_other_settings_do_not_continue_or_overwrite(tmp_path):
+def test_other_settings_do_not_overwrite(tmp_path):
     parquet = write_many_rows(tmp_path / "sat.parquet", 40)
     assert prepare(parquet, tmp_path / "new", "--seed", 2).returncode == 0
     assert prepare(parquet, tmp_path / "out", "--seed", 1).returncode == 0
     line = error_line(prepare(parquet, tmp_path / "out", "--seed", 2))
     assert "SAT_train_15000.json" in line and "made with another seed" in line
-
-    # Unfinished work of seed 1: the journal is there, the JSON is not.
     (tmp_path / "out" / "SAT_train_15000.json").unlink()
-    info = json.loads((tmp_path / "out" / "SAT_train_15000.info.json").read_text())
-    journal = tmp_path / "out" / "images" / "SAT_train_15000" / "journal.jsonl"
-    journal.write_text(json.dumps(info["settings"]) + '\n{"row": 0, "skip": "no image"}\n')
-    done = prepare(parquet, tmp_path / "out", "--seed", 2)
-    assert "starting over" in done.stdout
+    assert prepare(parquet, tmp_path / "out", "--seed", 2).returncode == 0
     assert files(tmp_path / "out") == files(tmp_path / "new")
 
 
@@ -515,33 +504,6 @@ def test_a_finished_dataset_that_was_damaged_is_told_and_made_anew(prepared, dam
     assert message in str(caught.value) and "\n" not in str(caught.value)
     rewrite("SAT_train_3.json", None)(Path(sys.argv[4]))
     assert files(prepared()) == whole
-
-
-@pytest.mark.parametrize(
-    "line",
-    ['{"row": 7, "skip": "x"}', '{"row": 0}', '{"row": "0", "skip": "x"}', '{"skip": "x"}', "[1]", "[" * 99_999, ""],
-)
-def test_a_damaged_journal_is_told(prepared, line):
-    output = prepared()
-    (output / "SAT_train_3.json").unlink()
-    settings = json.loads((output / INFO).read_text())["settings"]
-    journal = output / "images/SAT_train_3/journal.jsonl"
-    journal.write_text(f"{json.dumps(settings)}\n{line}\n")
-    with pytest.raises(Mistake, match=r"journal\.jsonl: damaged at byte \d+; delete it to start over"):
-        prepared()
-
-
-def test_an_image_that_a_crash_emptied_is_told(prepared):
-    output = prepared()
-    records = json.loads((output / "SAT_train_3.json").read_text())
-    (output / "SAT_train_3.json").unlink()
-    settings = json.loads((output / INFO).read_text())["settings"]
-    lines = [settings, *({"row": number, "record": record} for number, record in enumerate(records))]
-    (output / "images/SAT_train_3/journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (output / IMAGE).write_bytes(b"")
-    with pytest.raises(Mistake, match=f"{IMAGE}: the image is lost; delete .*journal.jsonl to start over"):
-        prepared()
-    assert not (output / "SAT_train_3.json").exists()
 
 
 # --- the shell script ---------------------------------------------------------------------------------
