@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.base.errors import printable, run, use_environment
+from open_r1.base.errors import Mistake, printable, run, use_environment
 
 use_environment()
 
@@ -68,11 +68,11 @@ def rename(names: Sequence[str], results: Sequence[Result], given: Sequence[str]
     """
     if len(set(map(benchmark_of, results))) == 1:
         if len(given) != len(results):
-            raise ValueError(f"--names: {len(given)} names for {len(results)} results")
+            raise Mistake(f"--names: {len(given)} names for {len(results)} results")
         return list(given)
     distinct = list(dict.fromkeys(names))
     if len(given) != len(distinct):
-        raise ValueError(f"--names: {len(given)} names for {len(distinct)} models ({', '.join(distinct)})")
+        raise Mistake(f"--names: {len(given)} names for {len(distinct)} models ({', '.join(distinct)})")
     return [given[distinct.index(name)] for name in names]
 
 
@@ -179,7 +179,7 @@ def paired_line(name: str, first: Mapping[Hashable, bool], second: Mapping[Hasha
     """
     shared = first.keys() & second.keys()
     if not shared:
-        raise ValueError(f"{name}: shares no question with the first result")
+        raise Mistake(f"{name}: shares no question with the first result")
     only_first = sum(first[key] and not second[key] for key in shared)
     only_second = sum(second[key] and not first[key] for key in shared)
     difference, low, high = (100 * value for value in paired_difference(only_first, only_second, len(shared)))

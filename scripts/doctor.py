@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.base.errors import Mistake, positive, run, use_environment
+from open_r1.base.errors import MissingFile, Mistake, positive, run, use_environment
 
 use_environment()
 
@@ -40,7 +40,7 @@ def read_launch(name: str, num_processes: int, num_machines: int) -> Launch:
     """The ZeRO stage of an accelerate configuration: a file, or the name of one of this project's."""
     path = Path(name) if Path(name).is_file() else LAUNCH_CONFIGS / f"{name}.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"--accelerate_config: no file {path}")
+        raise MissingFile(f"--accelerate_config: no file {path}")
     if num_processes % num_machines:
         raise Mistake(f"--num_processes {num_processes}: {num_machines} machines need as many each")
     return Launch(num_processes, Layout.of_config(str(path), num_processes).zero_stage or None, num_machines)

@@ -1,5 +1,6 @@
 """What a user gets wrong is one line, before any process of a run starts; what fails in a run is told once."""
 
+import importlib
 import json
 import os
 import re
@@ -379,6 +380,78 @@ def test_a_step_in_which_nothing_is_rewarded_ends_the_run(tiny_model, examples_j
         trainer.train()
 
 
+# --- a bug keeps its traceback ------------------------------------------------------------------------------------
+
+PLANTED = """from open_r1.trainer import Qwen2VLGRPOTrainer
+
+def unpack(*args, **kwargs):
+    one, other = [1]  # ValueError, as many mistakes of users are
+
+def reward(completions, **kwargs):
+    return unpack()
+
+class Trainer(Qwen2VLGRPOTrainer):
+    def _prepare_inputs(self, batch):
+        return unpack()
+"""
+
+
+@pytest.mark.parametrize(
+    "place, arguments",
+    [
+        ("open_r1.trainer.trainer.vision_token_ids", []),  # in the trainer's construction
+        ("open_r1.running.data.render_prompt", []),  # while a row is read
+        (None, ["--reward_funcs", "planted_bug:reward"]),
+        (None, ["--trainer", "planted_bug:Trainer"]),
+    ],
+    ids=["construction", "data.py", "reward", "trainer of the user's"],
+)
+def test_a_bug_is_told_with_file_and_line(place, arguments, tiny_model, examples_json, tmp_path, monkeypatch, capsys):
+    (tmp_path / "planted_bug.py").write_text(PLANTED)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("planted_bug", None)
+    if place:
+        monkeypatch.setattr(place, importlib.import_module("planted_bug").unpack)
+    command = ["--config", str(REPO_ROOT / "tests/data/grpo.yaml"), "--use_cpu", "true", "--max_steps", "1"]
+    command += ["--model_name_or_path", str(tiny_model), "--dataset_name", str(examples_json), *arguments]
+    with pytest.raises(SystemExit), told_once():
+        train(grpo.COMMAND, [*command, "--output_dir", str(tmp_path / "out")])
+    told = capsys.readouterr().err
+    assert f'File "{tmp_path}/planted_bug.py", line 4, in unpack' in told and "not enough values to unpack" in told
+    if arguments[:1] == ["--reward_funcs"]:  # what failed is the last line
+        last = told.strip().splitlines()[-1]
+        assert re.fullmatch(
+            r"error: reward_funcs: planted_bug:reward raised ValueError: .*planted_bug.py, line 4\)", last
+        )
+
+
+def test_what_a_library_refuses_is_a_line_and_its_cause_is_there_on_request(
+    tiny_model, examples_json, tmp_path, monkeypatch, capsys
+):
+    command = ["--config", str(REPO_ROOT / "tests/data/grpo.yaml"), "--dataset_name", str(examples_json)]
+    command += ["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path), "--save_strategy", "steps"]
+    command += ["--load_best_model_at_end", "true", "--eval_strategy", "no"]  # transformers refuses
+    for shown in ("0", "1"):
+        monkeypatch.setenv("OPEN_R1_TRACEBACK", shown)
+        with pytest.raises(SystemExit) as left, told_once():
+            train(grpo.COMMAND, command)
+        told = capsys.readouterr().err
+        assert left.value.code == 2 and told.splitlines()[-1].startswith("error: ")
+        assert ("Traceback" in told and "training_args.py" in told) == (shown == "1")
+
+
+@pytest.mark.parametrize(
+    "command", ["scripts/report.py nowhere", "src/eval/test_qwen2vl_CVBench.py --bs 1 --model_path nowhere"]
+)
+def test_every_command_shows_the_cause_on_request(command, tmp_path):
+    script, *arguments = command.split()
+    for more, count in ([], 0), (["--traceback"], 1):
+        started = [sys.executable, REPO_ROOT / script, *arguments, *more]
+        result = subprocess.run(started, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 1 and ("Traceback" in result.stderr) == bool(count), result.stderr
+        assert "error: " in result.stderr.splitlines()[-1]
+
+
 # --- under the run script ----------------------------------------------------------------------------------------
 
 
@@ -493,7 +566,7 @@ OF_MINE = "error: reward_funcs: failing:reward "
 @pytest.mark.parametrize(
     "ranks, does, code, tracebacks, last",
     [
-        ("1", "raise KeyError('of mine')", 2, 0, rf"{OF_MINE}raised KeyError: 'of mine' \(.*/failing\.py, line 7\)"),
+        ("1", "raise KeyError('of mine')", 2, 1, rf"{OF_MINE}raised KeyError: 'of mine' \(.*/failing\.py, line 7\)"),
         ("01", "return [None]", 2, 0, rf"{OF_MINE}returned 1 rewards; expected a list of \d, a finite number .*"),
         ("1", "import trl; trl.GRPOTrainer.compute_loss = None", 1, 1, "error: rank 1 of 2 failed; .* is above"),
         ("1", "os.kill(os.getpid(), signal.SIGKILL)", 137, 0, "error: rank 1 of 2 was ended by SIGKILL, .* memory .*"),
@@ -510,7 +583,7 @@ def test_a_failing_rank_is_told_once(
     lines = result.stderr.strip().splitlines()
     assert result.returncode == code and re.fullmatch(last, lines[-1]), result.stderr
     assert sum(line.startswith("Traceback") for line in lines) == tracebacks
-    if tracebacks:
+    if "compute_loss" in does:
         assert lines[-2] == "TypeError: 'NoneType' object is not callable"
     assert "ChildFailedError" not in result.stderr and "torch/distributed/elastic" not in result.stderr
 

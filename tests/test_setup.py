@@ -407,8 +407,8 @@ def test_python_and_shell_choose_alike(doors, bare_python):
         command = f'ROOT="{doors}"; . "$ROOT/scripts/env.sh"; printf %s "$PYTHON"'
         shell = subprocess.run(["sh", "-c", command], env=env, capture_output=True, text=True).stdout
         code = (
-            "import os, sys; sys.path.insert(0, sys.argv[1]); from open_r1 import front_door\n"
-            "os.execve = lambda python, *_: sys.exit(print(python, end=''))\nfront_door.use_environment()"
+            "import os, sys; sys.path.insert(0, sys.argv[1]); from open_r1.base import errors\n"
+            "os.execve = lambda python, *_: sys.exit(print(python, end=''))\nerrors.use_environment()"
         )
         command = [bare_python, "-c", code, doors / "src/open-r1-multimodal"]
         assert subprocess.run(command, env=env, capture_output=True, text=True).stdout == shell

@@ -220,7 +220,7 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
 
     def __post_init__(self):
         if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type: {self.loss_type!r} is none of {', '.join(LOSS_TYPES)}")
+            raise Mistake(f"loss_type: {self.loss_type!r} is none of {', '.join(LOSS_TYPES)}")
         self.resolve_accumulation()
         self.check_group_size()
         super().__post_init__()
@@ -239,7 +239,7 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
         if self.completions_per_step % per_pass:
             below = self.completions_per_step // per_pass * per_pass
             fitting = [str(size) for size in (below, below + per_pass) if size]
-            raise ValueError(
+            raise Mistake(
                 f"completions_per_step {self.completions_per_step} is not a multiple of {per_pass} "
                 f"(per_device_train_batch_size {batch} x {processes} processes); {' and '.join(fitting)} would fit"
             )
@@ -255,7 +255,7 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
         size = self.generation_batch_size or self.per_device_train_batch_size * count_processes() * steps
         if self.num_generations < 2 or size % self.num_generations:
             fitting = ", ".join(str(group) for group in range(2, size + 1) if size % group == 0)
-            raise ValueError(
+            raise Mistake(
                 f"num_generations {self.num_generations}: a rollout of {size} completions "
                 f"(per_device_train_batch_size x processes x accumulation) holds groups of {fitting or 'no size'}"
             )
@@ -276,14 +276,14 @@ def check_rotation(script_args: GRPOScriptArguments, args: Qwen2VLGRPOConfig) ->
     """
     if not script_args.rotate_options:
         if "order_consistency" in script_args.reward_funcs:
-            raise ValueError("reward_funcs: order_consistency compares two orders of options; add rotate_options: true")
+            raise Mistake("reward_funcs: order_consistency compares two orders of options; add rotate_options: true")
         return
     chosen = [name for name in args.signal_settings if name != "rescale_by_signal"]
     if chosen:
-        raise ValueError(f"rotate_options: {chosen[0]} asks one order of a question without the other; leave one out")
+        raise Mistake(f"rotate_options: {chosen[0]} asks one order of a question without the other; leave one out")
     batch, pair = args.per_device_train_batch_size * args.steps_per_generation, 2 * args.num_generations
     if batch % pair:
-        raise ValueError(
+        raise Mistake(
             f"rotate_options: a process asks both orders of a question, so that its rollout of {batch} completions "
             f"(per_device_train_batch_size x accumulation) must be a multiple of {pair}, 2 x num_generations"
         )
@@ -304,7 +304,7 @@ def check_bfloat16(args: TrainingArguments, model_args: ModelConfig) -> None:
         return
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
-        raise ValueError(
+        raise Mistake(
             f"{', '.join(asked)}: {torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no bfloat16; "
             "add --bf16 false --dtype float32, or take CONFIG=configs/smolvlm_256m.yaml, which is in float32"
         )
@@ -313,7 +313,7 @@ def check_bfloat16(args: TrainingArguments, model_args: ModelConfig) -> None:
 def check_attention(model_args: ModelConfig) -> None:
     """Raise ValueError where flash-attn is asked for by name and not installed."""
     if model_args.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise ValueError(
+        raise Mistake(
             "attn_implementation: flash_attention_2 needs flash-attn, which is not installed; auto or sdpa do without, "
             "and FLASH_ATTN=build bash setup.sh compiles it on a machine with a GPU"
         )
@@ -344,7 +344,7 @@ def check_shared_prefix(args: GRPOConfig, shared_prefix: bool) -> None:
     signal = args.signal_settings if isinstance(args, SignalArguments) else []
     for name in (*signal, "advantage", "papo_coef", "rollout_noise"):
         if getattr(args, name, None) and not shared_prefix:
-            raise ValueError(
+            raise Mistake(
                 f"{name}: needs the shared prefix, which a text model, tools, a rollout_func and shared_prefix false "
                 "go without; leave it out"
             )
@@ -357,11 +357,11 @@ def check_signal(args: GRPOConfig, streams: bool) -> None:
         return
     name, batch = settings[0], args.per_device_train_batch_size * args.steps_per_generation
     if streams:
-        raise ValueError(f"{name}: prompts are drawn by their number, which a train_dataset that streams has not")
+        raise Mistake(f"{name}: prompts are drawn by their number, which a train_dataset that streams has not")
     if args.remove_unused_columns:
-        raise ValueError(f"{name}: the number of a row is a column; remove_unused_columns: false keeps it")
+        raise Mistake(f"{name}: the number of a row is a column; remove_unused_columns: false keeps it")
     if batch % args.num_generations:
-        raise ValueError(
+        raise Mistake(
             f"{name}: groups are exchanged within a process, and its rollout of {batch} completions "
             f"(per_device_train_batch_size x accumulation) does not hold whole ones of num_generations "
             f"{args.num_generations}"
@@ -383,7 +383,7 @@ def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False)
     """
     check_options(args)
     if args.use_vllm and args.vllm_mode == "colocate" and not shared_prefix:
-        raise ValueError(
+        raise Mistake(
             "shared_prefix: with use_vllm it must be true: TRL hands a colocated engine prompts whose image tokens are "
             "written out, and the engine writes them out again"
         )
@@ -392,19 +392,17 @@ def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False)
     check_shared_prefix(args, shared_prefix)
     check_signal(args, streams)
     if shared_prefix and args.torch_compile:
-        raise ValueError(
+        raise Mistake(
             "torch_compile: the shared prefix packs a row of another shape for every micro-batch, which would be "
             "compiled anew each time; leave it out, or add --shared_prefix false"
         )
     if shared_prefix and not args.ds3_gather_for_generation:
-        raise ValueError("ds3_gather_for_generation: the shared prefix needs true; or add --shared_prefix false")
+        raise Mistake("ds3_gather_for_generation: the shared prefix needs true; or add --shared_prefix false")
     if getattr(args, "rollout_noise", 0) and args.use_vllm:
         if args.vllm_mode == "server":
-            raise ValueError(
-                "rollout_noise: a vLLM server is asked once a group, for one image; add --vllm_mode colocate"
-            )
+            raise Mistake("rollout_noise: a vLLM server is asked once a group, for one image; add --vllm_mode colocate")
         if args.vllm_importance_sampling_correction:
-            raise ValueError(
+            raise Mistake(
                 "rollout_noise: vLLM's log-probabilities are those of the noisy image, and no measure of the engine; "
                 "add --vllm_importance_sampling_correction false"
             )

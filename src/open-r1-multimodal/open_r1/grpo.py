@@ -59,7 +59,7 @@ def prepare(
     )
     prompts = training_args.generation_batch_size // training_args.num_generations
     if len(train_dataset) < prompts:
-        raise ValueError(
+        raise Mistake(
             f"{script_args.dataset_name}: a step asks {prompts} different prompts "
             f"({training_args.generation_batch_size} completions / num_generations), and there are {len(train_dataset)}"
         )

@@ -15,7 +15,7 @@ from typing import Any
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
 from open_r1.answers.checker import extract_answer, is_blank, is_correct
-from open_r1.base.errors import Mistake
+from open_r1.base.errors import Mistake, UserCodeError
 from open_r1.base.plugins import describe, import_named
 
 Completion = str | list[dict[str, Any]]
@@ -69,7 +69,7 @@ def check_gold(row: Mapping[str, Any]) -> None:
     """Raise ValueError for a row of a dataset that the rewards of `COMPARING` could not judge."""
     gold = row["solution"]
     if gold is None or is_blank(gold):
-        raise ValueError("no answer, which the accuracy reward compares with (--answer_column names its field)")
+        raise Mistake("no answer, which the accuracy reward compares with (--answer_column names its field)")
     is_correct(None, bare_gold(gold, row["options"]), row["options"])
 
 
@@ -273,7 +273,7 @@ def _blamed_on(name: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        raise Mistake(f"reward_funcs: {name} raised {describe(error)}") from error
+        raise UserCodeError(f"reward_funcs: {name} raised {describe(error)}") from error
 
 
 def _check_rewards(rewards: Any, name: str, count: int, prompts: Sequence[Any] | None) -> list[float | None]:

@@ -17,7 +17,7 @@ from transformers import ProcessorMixin
 from trl import ModelConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from open_r1.base.errors import Mistake, printable
+from open_r1.base.errors import Mistake, printable, settings_of
 from open_r1.base.images import BrokenImage, open_image
 from open_r1.configs import Qwen2VLSFTConfig, SFTScriptArguments
 from open_r1.engines.shared_prefix import prepare_model
@@ -103,7 +103,7 @@ class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, SFT
 def check_answer(row: Row) -> None:
     """Raise ValueError for a row that says nothing to learn."""
     if row["solution"] is None:
-        raise ValueError("no answer to train on (--answer_column names its field)")
+        raise Mistake("no answer to train on (--answer_column names its field)")
 
 
 def check_thought(row: Row, think_prefilled: bool) -> None:
@@ -114,7 +114,7 @@ def check_thought(row: Row, think_prefilled: bool) -> None:
         think_prefilled: whether the prompt ends with `<think>`; the answer may write it again, or not.
     """
     if format_reward([after_prompt(row["solution"], think_prefilled)], think_prefilled) != [1.0]:
-        raise ValueError(
+        raise Mistake(
             "the prompt asks for a thought, and the answer is not <think>...</think> <answer>...</answer>; "
             "answers alone are learned with chat_template_kwargs: {style: direct}"
         )
@@ -168,7 +168,8 @@ def build_trainer(
     reset_generation_config(model, prepared["processing_class"])
     accept_missing_images(model, always_encode=PartialState().num_processes > 1)
     freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
-    return Qwen2VLSFTTrainer(model=model, args=training_args, **prepared)
+    with settings_of("trl", "transformers", "accelerate", "peft"):
+        return Qwen2VLSFTTrainer(model=model, args=training_args, **prepared)
 
 
 COMMAND = Command("sft", (SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig), prepare, build_trainer)

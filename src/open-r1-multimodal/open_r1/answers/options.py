@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from open_r1.answers.values import is_blank, is_quantity, normalize, same_value, tidy
+from open_r1.base.errors import Mistake
 
 Answer = int | str  # the index of an option; without options, the answer as it stands
 
@@ -66,7 +67,7 @@ def make_question(gold: str, options: Sequence[str] | None, lettered: bool | Non
         if index is not None:
             choice.gold = index
             return choice
-    raise ValueError(f"gold answer {gold!r} is none of the options {list(options)!r}")
+    raise Mistake(f"gold answer {gold!r} is none of the options {list(options)!r}")
 
 
 DRESS_CHARS = 200  # a text that is longer than every option by more is none of them, whatever its markup

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from open_r1.answers.checker import Unread, judge
+from open_r1.base.errors import Mistake
 
 Row = Mapping[str, Any]
 Combination = Callable[[Mapping[str, Any]], Any]  # accuracy by source -> one number; also of arrays
@@ -146,7 +147,7 @@ def gold_index(row: Row) -> int:
     gold, options = row["ground_truth"], row["options"]
     names = [f"({letter})" for letter in ascii_uppercase[: len(options)]] if _LETTER.fullmatch(gold) else options
     if gold not in names:
-        raise ValueError(f"ground_truth: {gold!r} is none of its {len(options)} options")
+        raise Mistake(f"ground_truth: {gold!r} is none of its {len(options)} options")
     return names.index(gold)
 
 

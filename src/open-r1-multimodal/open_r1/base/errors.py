@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,14 +23,27 @@ PROBE = "trl"  # nothing else brings it: whoever has it has what setup.sh instal
 CHOSEN = "OPEN_R1_PYTHON"  # environment variable: the Python that the script was started anew with
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FIRST = "first_failure"
+TRACEBACK, TRACEBACK_OPTION = "OPEN_R1_TRACEBACK", "--traceback"
 PAUSE = 1.0  # seconds
 
 
-class Mistake(Exception):
+class Mistake(ValueError):
     """What a user can mend, in one line: what, where, and what to do."""
 
     def __init__(self, error: Any):
         super().__init__(" ".join(str(error).split()))
+
+
+class FileMistake(Mistake, OSError):
+    """A mistake about a file or folder."""
+
+
+class MissingFile(FileMistake, FileNotFoundError):
+    """There is no such file or folder."""
+
+
+class UserCodeError(Mistake):
+    """A function or class of the user's raised, which is told with its traceback."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -62,8 +76,47 @@ def given(text: str) -> str:
     return text
 
 
-# What a user's files, folders and settings raise; everything else is a bug of ours and keeps its traceback.
-USER_ERRORS = (Mistake, OSError, ValueError)
+def is_mistake(error: BaseException) -> bool:
+    """Whether one line says all that a user needs: a `Mistake`, or what the operating system says about a file.
+
+    Everything else is a bug, ours or in a user's code, and keeps its traceback.
+    """
+    return isinstance(error, Mistake) or (isinstance(error, OSError) and error.errno is not None)
+
+
+def take_traceback_option() -> None:
+    """Take `--traceback` from the command line: it shows tracebacks of mistakes too, as `OPEN_R1_TRACEBACK=1` does.
+
+    Processes that are started from here show them as well.
+    """
+    if TRACEBACK_OPTION in sys.argv:
+        sys.argv.remove(TRACEBACK_OPTION)
+        os.environ[TRACEBACK] = "1"
+
+
+def account(error: BaseException) -> str:
+    """What is printed of an error that ends a command: the traceback where it tells something, then one line."""
+    line = f"error: {printable(first_line(error) if is_mistake(error) else f'{type(error).__name__}: {error}')}\n"
+    if isinstance(error, UserCodeError) and error.__cause__ is not None:
+        return "".join(traceback.format_exception(error.__cause__)) + line
+    if is_mistake(error) and os.environ.get(TRACEBACK, "0") == "0":
+        return line
+    return "".join(traceback.format_exception(error)) + (line if is_mistake(error) else "")
+
+
+@contextmanager
+def settings_of(*libraries: str) -> Iterator[None]:
+    """In the block, settings of the user's go to libraries: what these refuse themselves is told in their line.
+
+    A ValueError from any other code is a bug, and stays what it is.
+    """
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, Mistake) or not any(f"/site-packages/{name}/" in raised_in for name in libraries):
+            raise
+        raise Mistake(error) from error
 
 
 @contextmanager
@@ -71,7 +124,7 @@ def naming_option(option: str) -> Iterator[None]:
     """In the block, what is wrong with a file or folder is told with the option that named it."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, Mistake) as error:
         raise Mistake(f"{option}: {error}") from error
 
 
@@ -110,6 +163,7 @@ def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
             signal.signal(number, stop)
     for stream in (sys.stdout, sys.stderr):  # a terminal of few letters shows the others as escapes
         stream.reconfigure(errors="backslashreplace")
+    take_traceback_option()
     try:
         main()
         sys.stdout.flush()
@@ -119,9 +173,10 @@ def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
     except Exception as error:
         if not is_first(error):
             sys.exit(1)
-        if not isinstance(error, USER_ERRORS):
+        if not is_mistake(error):
             raise
-        sys.exit(f"{name}: error: {printable(first_line(error))}")
+        *shown, line = account(error).splitlines()
+        sys.exit("\n".join([*shown, f"{name}: {line}"]))
     except KeyboardInterrupt as error:
         number = getattr(error, "number", signal.SIGINT)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a launch get it

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from open_r1.base.errors import Mistake
+
 _LARGEST = 2**53  # integers up to it survive a trip through JSON
 
 
@@ -81,10 +83,10 @@ def check(record: Any, required: Fields, optional: Fields, origin: object) -> di
         ValueError: it is not; one line that names the origin and the field.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"{origin}: expected an object")
+        raise Mistake(f"{origin}: expected an object")
     if missing := [name for name in required if name not in record]:
-        raise ValueError(f"{origin}: missing {', '.join(missing)}")
+        raise Mistake(f"{origin}: missing {', '.join(missing)}")
     for name, (holds, what) in {**required, **optional}.items():
         if name in record and not holds(record[name]):
-            raise ValueError(f"{origin}: {name}: expected {what}")
+            raise Mistake(f"{origin}: {name}: expected {what}")
     return record

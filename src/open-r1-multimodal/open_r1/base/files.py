@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from open_r1.base.errors import Mistake
+from open_r1.base.errors import FileMistake, MissingFile, Mistake
 
 MANIFEST = "complete.json"  # written last into a checkpoint: it is whole
 MADE_BY = "made by open_r1"  # stands in every file that a command writes where its user says, near its start or end
@@ -39,7 +39,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
         FileNotFoundError: there is no folder for it; the line names that, and not the temporary name.
     """
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+        raise MissingFile(f"{path}: there is no folder {path.parent}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
     delete(temporary)
     try:
@@ -65,9 +65,9 @@ def check_replaceable(*paths: Path) -> None:
     """
     for path in paths:
         if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder; name a file")
+            raise FileMistake(f"{path} is a folder; name a file")
         if path.exists() and not _is_marked(path):
-            raise FileExistsError(f"{path} is there, and was not made by this project; name another file or delete it")
+            raise FileMistake(f"{path} is there, and was not made by this project; name another file or delete it")
 
 
 def _is_marked(path: Path) -> bool:
@@ -87,7 +87,7 @@ def check_new_folder(path: Path) -> None:
         OSError: something is there; one line that names it.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists; name another folder or delete it")
+        raise FileMistake(f"{path} exists; name another folder or delete it")
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -111,7 +111,7 @@ def parse_json(text: bytes, origin: object) -> Any:
         return json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{origin}: not JSON ({reason})") from error
+        raise Mistake(f"{origin}: not JSON ({reason})") from error
 
 
 def read_json(path: Path) -> Any:

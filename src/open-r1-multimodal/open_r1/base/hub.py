@@ -6,7 +6,7 @@ The libraries would ask file by file while they load, and wait for minutes when 
 from collections.abc import Sequence
 from pathlib import Path
 
-from open_r1.base.errors import first_line
+from open_r1.base.errors import FileMistake, MissingFile, first_line
 
 MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
@@ -40,7 +40,7 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
     try:
         return Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns=list(files)))
     except HFValidationError as error:
-        raise FileNotFoundError(f"{repo_id}: no such file or folder") from error
+        raise MissingFile(f"{repo_id}: no such file or folder") from error
     except (OSError, httpx.HTTPError) as error:
         # The client says that it found nothing in its cache; why it looked there is behind that.
         known = isinstance(error, LocalEntryNotFoundError) and error.__cause__
@@ -49,7 +49,7 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
             reason = "the Hub has no such repository, or only for a login: `hf auth login`"
         if isinstance(error, GatedRepoError):  # also a RepositoryNotFoundError
             reason = "it asks for a login: accept its terms on its page, then `hf auth login`"
-        raise OSError(f"{repo_id}: neither here nor to be had from the Hub ({reason})") from error
+        raise FileMistake(f"{repo_id}: neither here nor to be had from the Hub ({reason})") from error
 
 
 def model_folder(model_name_or_path: str | Path, revision: str = "main", files: Sequence[str] = MODEL_FILES) -> Path:
@@ -60,5 +60,5 @@ def model_folder(model_name_or_path: str | Path, revision: str = "main", files: 
     """
     folder = Path(model_name_or_path).expanduser()
     if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file; name the folder of a model")
+        raise FileMistake(f"{folder} is a file; name the folder of a model")
     return folder if folder.is_dir() else fetch(str(model_name_or_path), files, revision=revision)

@@ -20,7 +20,7 @@ from urllib.request import url2pathname
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from open_r1.base.errors import printable
+from open_r1.base.errors import FileMistake, printable
 
 ImageSource = str | os.PathLike[str] | bytes | Mapping[str, Any] | Image.Image
 
@@ -57,7 +57,7 @@ TOO_LARGE = f"image over {MAX_PIXELS} pixels"
 TOO_LONG = f"image aspect ratio over {MAX_ASPECT_RATIO}"
 
 
-class BrokenImage(OSError):
+class BrokenImage(FileMistake):
     """An image that cannot be shown to a model. The message is one line and names the file, if it is one."""
 
     def __init__(self, reason: str, name: str | None = None):

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from open_r1.base.errors import MissingFile, Mistake
+
 REPO_ROOT = Path(__file__).resolve().parents[4]
 CHAT_TEMPLATE_DIR = REPO_ROOT / "configs" / "chat_templates"
 
@@ -30,11 +32,11 @@ def check_text(text: str, control_tokens: Sequence[str]) -> None:
         ValueError: it cannot.
     """
     if not text.strip():
-        raise ValueError("the text is empty")
+        raise Mistake("the text is empty")
     if found := [token for token in control_tokens if token in text]:
-        raise ValueError(f"the text holds {found[0]}, a control token of the model; write it otherwise")
+        raise Mistake(f"the text holds {found[0]}, a control token of the model; write it otherwise")
     if not text.isascii() and without_surrogates(text) != text:
-        raise ValueError("the text holds half a character (a lone surrogate)")
+        raise Mistake("the text holds half a character (a lone surrogate)")
 
 
 def without_surrogates(text: str) -> str:
@@ -59,6 +61,6 @@ def load_chat_template(name_or_path: str, folder: str = "") -> str:
             try:
                 return path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"chat_template: {path}: not UTF-8 ({error})") from error
+                raise Mistake(f"chat_template: {path}: not UTF-8 ({error})") from error
     known = ", ".join(sorted(path.stem for path in templates.glob("*.jinja")))
-    raise FileNotFoundError(f"chat_template: no file {name_or_path!r} and no template of that name (known: {known})")
+    raise MissingFile(f"chat_template: no file {name_or_path!r} and no template of that name (known: {known})")

@@ -7,7 +7,7 @@ from open_r1.base.errors import Mistake, first_line, printable
 from open_r1.doctor import cost, data, environment, model, prompt, recipe, rewards
 from open_r1.doctor.finding import Finding, failed, skipped
 from open_r1.doctor.subject import Missing, Patient
-from open_r1.running.entry import USER_ERRORS, silence
+from open_r1.running.entry import silence
 
 FAMILIES = {
     "environment": environment.CHECKS,
@@ -32,7 +32,7 @@ def examine(patient: Patient) -> Iterator[Finding]:
                     findings += check(patient)
             except Missing as error:
                 findings.append(skipped(str(error)))
-            except (Mistake, RuntimeError, *USER_ERRORS) as error:  # RuntimeError: torch's, for shapes and memory
+            except (Mistake, OSError, RuntimeError) as error:  # RuntimeError: torch's, for shapes and memory
                 findings.append(failed(first_line(error)))
             yield from (replace(finding, family=family, name=name) for finding in findings)
 

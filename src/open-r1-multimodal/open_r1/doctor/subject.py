@@ -23,7 +23,7 @@ from open_r1.models.loading import check_model, check_template, check_weights
 from open_r1.models.memory import Count, Launch, build_model, count_run, free_memory, load_config, weight_bytes
 from open_r1.rewards import COMPARING, Reward, check_gold, get_reward_funcs, reward_funcs_registry
 from open_r1.running.data import columns_of, load_processor_from_args, opens_think
-from open_r1.running.entry import USER_ERRORS, Command, read_settings
+from open_r1.running.entry import Command, read_settings
 from open_r1.settings.recipes import PLANNED_PROCESSES
 from open_r1.sft import check_answer
 from open_r1.tasks.mixture import iter_mixture, parts_of
@@ -53,7 +53,7 @@ class part(cached_property):
         except Missing as error:
             patient.lost[self.attrname] = str(error)
             raise
-        except (Mistake, RuntimeError, *USER_ERRORS) as error:  # RuntimeError: torch's, for shapes and memory
+        except (Mistake, OSError, RuntimeError) as error:  # RuntimeError: torch's, for shapes and memory
             patient.lost[self.attrname] = f"no {self.attrname.replace('_', ' ')}, see above"
             raise Mistake(first_line(error)) from error
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from open_r1.base.errors import Mistake
 from open_r1.base.images import BrokenImage, ImageSource, image_bytes, image_name, open_image
 from open_r1.running.data import Row
 
@@ -80,7 +81,7 @@ def survey(examples: Iterable[Row], check: Callable[[Row], None]) -> Survey:
             found.answers.append(example["solution"])
             try:
                 check(example)
-            except ValueError as error:
+            except Mistake as error:
                 found.unusable.append(f"row {row}: {error}")
             futures = [pool.submit(look_at, source, in_time) for source in sources]
             waiting.append((row, example["prompt"][-1]["content"], futures))

@@ -60,7 +60,7 @@ def engine_settings(processor: ProcessorMixin | PreTrainedTokenizerBase, dtype: 
         return {"dtype": dtype}
     family = family_of_processor(processor)
     if not family.has_vllm:
-        raise ValueError(f"vLLM: not tried with {family.model_type!r} models; let transformers generate")
+        raise Mistake(f"vLLM: not tried with {family.model_type!r} models; let transformers generate")
     return {
         "dtype": dtype,
         "mm_processor_kwargs": {"size": dict(processor.image_processor.size)},

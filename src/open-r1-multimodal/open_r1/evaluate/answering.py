@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import GenerationConfig, ProcessorMixin
 
+from open_r1.base.errors import Mistake
 from open_r1.base.images import BrokenImage, image_size, open_image
 from open_r1.base.prompts import check_text, load_chat_template
 from open_r1.engines.backends import Backend, load_transformers
@@ -73,8 +74,8 @@ def check_prompts(items: Sequence[Item], processor: ProcessorMixin) -> None:
     for item in items:
         try:
             check_text(item.prompt, controls)
-        except ValueError as error:
-            raise ValueError(f"question {item.id}: {error}") from error
+        except Mistake as error:
+            raise Mistake(f"question {item.id}: {error}") from error
 
 
 def known_size(data: bytes | None) -> tuple[int, int] | None:

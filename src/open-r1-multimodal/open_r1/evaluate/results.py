@@ -6,6 +6,7 @@ from typing import Any
 
 from open_r1.answers.checker import is_blank
 from open_r1.answers.statistics import TOTAL, Row, gold_index
+from open_r1.base.errors import Mistake
 from open_r1.base.fields import (
     COUNT,
     FLAG,
@@ -82,7 +83,7 @@ def read_scored(path: Path) -> dict[str, Any]:
     """A result file with its scores. Raises what `read_result` raises."""
     result = read_result(path)
     if "scores" not in result:
-        raise ValueError(f"{path}: no scores in it; score it with test_qwen2vl_CVBench.py --precomputed_json {path}")
+        raise Mistake(f"{path}: no scores in it; score it with test_qwen2vl_CVBench.py --precomputed_json {path}")
     for number, row in enumerate(result["results"]):
         check(row, {"correct": FLAG}, {}, f"{path}: row {number}")
     for name, score in check(result["scores"], {TOTAL: Check(bool, "a score")}, {}, f"{path}: scores").items():
@@ -99,7 +100,7 @@ def check_rows(rows: Any, origin: object) -> list[Row]:
         ValueError: something else; the message names the origin and the row.
     """
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{origin}: no list of responses; expected a result of test_qwen2vl_CVBench.py, or its rows")
+        raise Mistake(f"{origin}: no list of responses; expected a result of test_qwen2vl_CVBench.py, or its rows")
     first: dict[Hashable, int] = {}  # of a question: its first row
     seen: set[tuple[Hashable, int]] = set()
     for number, row in enumerate(rows):
@@ -107,13 +108,13 @@ def check_rows(rows: Any, origin: object) -> list[Row]:
         check(row, ROW, ROW_OPTIONAL, where)
         try:
             gold_index(row)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        except Mistake as error:
+            raise Mistake(f"{where}: {error}") from error
         if "id" not in row:
             continue
         key = row["id"], row.get("rotation", 0)
         same = first.setdefault(row["id"], number)
         if key in seen or rows[same]["question"] != row["question"]:
-            raise ValueError(f"{where}: has the id {row['id']!r} of row {same}; two questions need two ids")
+            raise Mistake(f"{where}: has the id {row['id']!r} of row {same}; two questions need two ids")
         seen.add(key)
     return rows

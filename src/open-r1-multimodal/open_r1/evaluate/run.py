@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_r1.answers.statistics import judge_row, response_shares, score, table, unread_warning
-from open_r1.base.errors import naming_option, printable
+from open_r1.base.errors import Mistake, naming_option, printable
 from open_r1.base.fields import check
 from open_r1.base.files import append_rows, read_json, read_rows, replace_file, to_json
 from open_r1.base.hub import model_folder
@@ -123,10 +123,10 @@ def join_rows(rows: Sequence[dict[str, Any]], items: Sequence[Item], origin: Pat
         ValueError: a row asks something else than the question at its place; the message names it.
     """
     if len(rows) > len(items):
-        raise ValueError(f"{origin}: {len(rows)} rows, but the data set has {len(items)} questions")
+        raise Mistake(f"{origin}: {len(rows)} rows, but the data set has {len(items)} questions")
     for number, (row, item) in enumerate(zip(rows, items, strict=False)):
         if row["question"] not in (item.question, item.prompt) or row["ground_truth"] != item.answer:
-            raise ValueError(
+            raise Mistake(
                 f"{origin}: row {number}: {row['question']!r} is not the data set's {item.question!r} with the answer "
                 f"{item.answer}; give the --dataset_path that was evaluated"
             )
@@ -145,7 +145,7 @@ def rescore(args: argparse.Namespace) -> None:
     rows = content["results"]
     about = {key: value for key, value in content.items() if key not in MEASURED}
     if about.setdefault("benchmark", args.benchmark) not in BENCHMARKS:
-        raise ValueError(f"{args.precomputed_json}: unknown benchmark {about['benchmark']!r}")
+        raise Mistake(f"{args.precomputed_json}: unknown benchmark {about['benchmark']!r}")
     if args.dataset_path and not any("id" in row for row in rows):
         items = read(BENCHMARKS[about["benchmark"]], args.dataset_path)
         rows = join_rows(rows, items, args.precomputed_json)
@@ -260,7 +260,7 @@ def evaluate(args: argparse.Namespace) -> None:
         try:
             answer(Answerer(backend, processor, args.max_new_tokens), missing, args.bs, partial, state)
         except torch.OutOfMemoryError as error:
-            raise ValueError(f"--bs {args.bs}: out of memory; a smaller one continues where this was") from error
+            raise Mistake(f"--bs {args.bs}: out of memory; a smaller one continues where this was") from error
         state.wait_for_everyone()
     if not state.is_main_process:
         return

@@ -21,6 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.idefics3.image_processing_idefics3 import get_resize_output_image_size
 
+from open_r1.base.errors import Mistake
+
 ImageInputs = dict[str, torch.Tensor]  # what a processor makes of images, by the names of the model's arguments
 Size = tuple[int, int]  # height and width in pixels
 
@@ -241,9 +243,7 @@ class QwenVL(Family):
         smallest, largest = self.pixel_bounds(processor)
         smallest, largest = min_pixels or smallest, max_pixels or largest
         if smallest > largest:
-            raise ValueError(
-                f"--max_pixels {largest}: below the smallest area that an image is enlarged to, {smallest}"
-            )
+            raise Mistake(f"--max_pixels {largest}: below the smallest area that an image is enlarged to, {smallest}")
         processor.image_processor.size = {"shortest_edge": smallest, "longest_edge": largest}
 
     def pixel_bounds(self, processor: ProcessorMixin) -> tuple[int, int]:
@@ -336,13 +336,11 @@ class Tiled(Family):
     ) -> None:
         tile = self.tile_side(processor) ** 2
         if (min_pixels or 0) > tile:
-            raise ValueError(
-                f"--min_pixels {min_pixels}: images are enlarged to a tile of {tile} pixels, and no further"
-            )
+            raise Mistake(f"--min_pixels {min_pixels}: images are enlarged to a tile of {tile} pixels, and no further")
         if max_pixels is None:
             return
         if max_pixels < tile:
-            raise ValueError(f"--max_pixels {max_pixels}: below the smallest area that an image is enlarged to, {tile}")
+            raise Mistake(f"--max_pixels {max_pixels}: below the smallest area that an image is enlarged to, {tile}")
         self.set_room(processor, max_pixels // tile)
 
     def pixel_bounds(self, processor: ProcessorMixin) -> tuple[int, int]:
@@ -623,7 +621,7 @@ FAMILIES: dict[str, Family] = {
 def find_family(model_type: str) -> Family:
     """The family of this name in a configuration; ValueError for one that this project was not tested with."""
     if model_type not in FAMILIES:
-        raise ValueError(f"a {model_type!r} model; supported: {', '.join(FAMILIES)}")
+        raise Mistake(f"a {model_type!r} model; supported: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from open_r1.base.errors import first_line
+from open_r1.base.errors import FileMistake, Mistake, first_line
 from open_r1.base.files import read_json
 
 MODEL, ADAPTER = "model", "adapter_model"  # names of weight files, without their ends
@@ -22,7 +22,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object, not {type(content).__name__}")
+        raise Mistake(f"{path}: expected an object, not {type(content).__name__}")
     return content
 
 
@@ -35,8 +35,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if (folder / "config.json").is_file():
         return read_object(folder / "config.json")
     if (folder / "adapter_config.json").is_file():
-        raise OSError(f"{folder} holds an adapter; make a model of it with scripts/export.py")
-    raise OSError(f"{folder} holds no model (config.json, *.safetensors)")
+        raise FileMistake(f"{folder} holds an adapter; make a model of it with scripts/export.py")
+    raise FileMistake(f"{folder} holds no model (config.json, *.safetensors)")
 
 
 def check_processor_files(folder: Path) -> None:
@@ -47,7 +47,7 @@ def check_processor_files(folder: Path) -> None:
     """
     for names in (("processor_config.json", "preprocessor_config.json"), ("tokenizer.json", "vocab.json")):
         if not any((folder / name).is_file() for name in names):
-            raise OSError(f"{folder} holds no {names[0]}; copy it from the model that this one was made from")
+            raise FileMistake(f"{folder} holds no {names[0]}; copy it from the model that this one was made from")
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             read_object(folder / name)
@@ -62,7 +62,7 @@ def base_name(folder: Path) -> str:
     path = folder / "adapter_config.json"
     name = read_object(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise OSError(f"{path}: names no base model (base_model_name_or_path)")
+        raise FileMistake(f"{path}: names no base model (base_model_name_or_path)")
     return name
 
 
@@ -78,15 +78,17 @@ def check_weight_files(folder: Path, name: str = MODEL) -> None:
     elif index.is_file():
         shards = read_object(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise OSError(f"{index}: has no weight_map of tensors to files")
+            raise FileMistake(f"{index}: has no weight_map of tensors to files")
         for shard in sorted(set(shards.values())):
             if not (folder / shard).is_file():
-                raise OSError(f"{folder / shard} is missing, and {index.name} names it; fetch the model again")
+                raise FileMistake(f"{folder / shard} is missing, and {index.name} names it; fetch the model again")
             tensor_names(folder / shard)
     elif pickles := sorted(path.name for path in folder.glob("*model*.bin")):
-        raise OSError(f"{folder}: {pickles[0]} is a pickle, which runs code when it is opened; save it as safetensors")
+        raise FileMistake(
+            f"{folder}: {pickles[0]} is a pickle, which runs code when it is opened; save it as safetensors"
+        )
     else:
-        raise OSError(f"{folder} holds no {name}.safetensors")
+        raise FileMistake(f"{folder} holds no {name}.safetensors")
 
 
 def tensor_names(path: Path) -> set[str]:
@@ -99,4 +101,4 @@ def tensor_names(path: Path) -> set[str]:
         with safe_open(path, framework="np") as file:
             return set(file.keys())
     except SafetensorError as error:
-        raise OSError(f"{path}: not a whole safetensors file ({first_line(error)}); fetch it again") from error
+        raise FileMistake(f"{path}: not a whole safetensors file ({first_line(error)}); fetch it again") from error

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from open_r1.base.errors import first_line
+from open_r1.base.errors import FileMistake, Mistake, first_line
 from open_r1.base.hub import model_folder
 from open_r1.base.prompts import load_chat_template
 from open_r1.configs import FreezeArguments
@@ -47,7 +47,7 @@ def resolve_dtype(name: str | None) -> torch.dtype | str:
     if name in (None, "auto"):
         return "auto"
     if name not in DTYPES:
-        raise ValueError(f"dtype: {name!r} is none of auto, {', '.join(DTYPES)}")
+        raise Mistake(f"dtype: {name!r} is none of auto, {', '.join(DTYPES)}")
     return getattr(torch, name)
 
 
@@ -73,7 +73,7 @@ def naming_model() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise OSError(f"MODEL, model_name_or_path: {error}") from error
+        raise FileMistake(f"MODEL, model_name_or_path: {error}") from error
 
 
 def check_model(model_args: ModelConfig) -> Family:
@@ -91,9 +91,9 @@ def check_model(model_args: ModelConfig) -> Family:
         family = check_model_files(model_args.model_name_or_path, model_args.model_revision)
     quantises = model_args.load_in_4bit or model_args.load_in_8bit
     if quantises and importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError("load_in_4bit, load_in_8bit: bitsandbytes is not installed; run setup.sh again")
+        raise Mistake("load_in_4bit, load_in_8bit: bitsandbytes is not installed; run setup.sh again")
     if quantises and not model_args.use_peft:
-        raise ValueError(
+        raise Mistake(
             "load_in_4bit, load_in_8bit: weights that bitsandbytes quantised cannot be trained; set use_peft: true"
         )
     return family
@@ -119,11 +119,11 @@ def family_of_folder(folder: Path) -> Family:
     """The family that a model's config.json names. Raises what `check_model_files` raises."""
     model_type = read_config(folder).get("model_type")
     if not isinstance(model_type, str):
-        raise OSError(f"{folder / 'config.json'}: names no model_type")
+        raise FileMistake(f"{folder / 'config.json'}: names no model_type")
     try:
         return find_family(model_type)
     except ValueError as error:
-        raise ValueError(f"{folder} is {error}") from error
+        raise Mistake(f"{folder} is {error}") from error
 
 
 def check_weights(model_name_or_path: str | Path, revision: str = "main") -> None:
@@ -146,7 +146,7 @@ def reading(files: str | Path, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = first_line(error) or "without a reason"
-        raise OSError(f"{files}: its {what} cannot be loaded ({type(error).__name__}: {reason})") from error
+        raise FileMistake(f"{files}: its {what} cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 def read_weights(name_or_folder: str | Path, **settings: Any) -> PreTrainedModel:
@@ -166,12 +166,12 @@ def read_weights(name_or_folder: str | Path, **settings: Any) -> PreTrainedModel
         )
     missing, mismatched = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
     if missing:
-        raise OSError(f"{name_or_folder}: weights are missing: {_some(missing)}; fetch or save the model again")
+        raise FileMistake(f"{name_or_folder}: weights are missing: {_some(missing)}; fetch or save the model again")
     if mismatched:
         shapes = [f"{name} is {list(there)}, not {list(needed)}" for name, there, needed in mismatched]
-        raise OSError(f"{name_or_folder}: weights of another shape than config.json says: {_some(shapes)}")
+        raise FileMistake(f"{name_or_folder}: weights of another shape than config.json says: {_some(shapes)}")
     if found["error_msgs"]:
-        raise OSError(f"{name_or_folder}: {_some(found['error_msgs'])}")
+        raise FileMistake(f"{name_or_folder}: {_some(found['error_msgs'])}")
     return model
 
 
@@ -209,7 +209,7 @@ def check_finite(model: nn.Module, name: str | Path) -> None:
         with whole(parameter):
             extremes = parameter.detach().aminmax() if parameter.is_floating_point() and parameter.numel() else ()
             if not all(extreme.isfinite() for extreme in extremes):
-                raise ValueError(f"{name}: {parameter_name} holds NaN or infinite weights; fetch or save it again")
+                raise Mistake(f"{name}: {parameter_name} holds NaN or infinite weights; fetch or save it again")
 
 
 def load_model(
@@ -260,7 +260,7 @@ def adapter_base(folder: str | Path) -> Path | None:
     try:
         return model_folder(base)
     except OSError as error:
-        raise OSError(f"{folder} is an adapter without its base model: {error}") from error
+        raise FileMistake(f"{folder} is an adapter without its base model: {error}") from error
 
 
 def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | Path | None = None) -> PreTrainedModel:
@@ -343,12 +343,12 @@ def check_adapter(model: PeftModel, folder: str | Path, name: str = "default") -
                 stack.enter_context(whole(parameter))
         own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         if missing := sorted(own.keys() - saved.keys()):
-            raise OSError(f"{path}: weights are missing: {_some(missing)}")
+            raise FileMistake(f"{path}: weights are missing: {_some(missing)}")
         if foreign := sorted(saved.keys() - own.keys() - model.state_dict().keys()):
-            raise OSError(f"{path}: weights for which this adapter has no place: {_some(foreign)}")
+            raise FileMistake(f"{path}: weights for which this adapter has no place: {_some(foreign)}")
         other = [key for key, tensor in own.items() if not is_equal(tensor, saved[key])]
         if other:
-            raise OSError(f"{path}: weights that did not reach the model: {_some(other)}")
+            raise FileMistake(f"{path}: weights that did not reach the model: {_some(other)}")
 
 
 def load_model_from_args(model_args: ModelConfig) -> PreTrainedModel:
@@ -394,7 +394,7 @@ def load_processor(
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, padding_side="left")
     known = dict.fromkeys(family.processor for family in FAMILIES.values())
     if type(processor).__name__ not in known:
-        raise OSError(
+        raise FileMistake(
             f"{folder} holds no processor for images and text ({', '.join(known)}) but a {type(processor).__name__}; "
             "copy the processor's and tokenizer's files of the model that it was made from"
         )
@@ -419,13 +419,13 @@ def check_tokens(folder: Path, processor: ProcessorMixin, family: Family) -> Non
     vocabulary = processor.tokenizer.get_vocab()
     for name, token in family.config_tokens.items():
         if vocabulary.get(token) != getattr(config, name, None):
-            raise ValueError(
+            raise Mistake(
                 f"{folder}: {token} is token {vocabulary.get(token)} of the tokenizer, and {name} of config.json is "
                 f"{getattr(config, name, None)}; they are of different models"
             )
     last = max(number for token, number in vocabulary.items() if token not in family.unread_tokens)
     if last >= rows:
-        raise ValueError(
+        raise Mistake(
             f"{folder}: the tokenizer has tokens up to {last}, and vocab_size of config.json is {rows}; they are of "
             "different models"
         )
@@ -439,7 +439,7 @@ def check_template(processor: ProcessorMixin, source: str, **template_kwargs: An
     """
     text = try_template(processor, source, **template_kwargs)
     if (marks := text.count(processor.image_token)) != 1:
-        raise ValueError(
+        raise Mistake(
             f"chat_template: writes {marks} {processor.image_token} for a message with one image; "
             'it must write one for each part with type == "image"'
         )
@@ -499,7 +499,7 @@ def frozen_parts(freeze_vision: bool = False, freeze_llm: bool = False, freeze_m
     """
     flags = (freeze_vision, freeze_vision if freeze_merger is None else freeze_merger, freeze_llm)
     if all(flags):
-        raise ValueError("freeze_vision, freeze_merger, freeze_llm: nothing is left to train; unset one")
+        raise Mistake("freeze_vision, freeze_merger, freeze_llm: nothing is left to train; unset one")
     return [part for part, frozen in zip(PARTS, flags, strict=False) if frozen]
 
 

@@ -30,6 +30,7 @@ from trl import GRPOConfig, ModelConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCAB_CHUNK_SIZE
 
+from open_r1.base.errors import Mistake
 from open_r1.base.hub import model_folder
 from open_r1.configs import FreezeArguments
 from open_r1.models.families import family_of, find_family
@@ -360,7 +361,7 @@ def count_run(
         OSError: there is no such model.
     """
     if script_args.max_prompt_length is None:
-        raise ValueError("max_prompt_length: memory is counted for the longest prompt; set it")
+        raise Mistake("max_prompt_length: memory is counted for the longest prompt; set it")
     config = load_config(model_args.model_name_or_path, model_args.model_revision)
     image = find_family(config.model_type).count_patches(config, script_args.max_pixels or 0)
     batch, is_grpo = args.per_device_train_batch_size, isinstance(args, GRPOConfig)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import jinja2
 from transformers import ProcessorMixin
 
-from open_r1.base.errors import first_line
+from open_r1.base.errors import Mistake, first_line
 
 MOST_SECONDS = 10
 MOST_MEMORY = 2**30  # bytes beside those that the process has
@@ -46,7 +46,7 @@ def try_template(processor: ProcessorMixin, source: str, **template_kwargs: Any)
     try:
         return within_bounds(render)
     except ValueError as error:
-        raise ValueError(f"chat_template: {source}: {error}") from error
+        raise Mistake(f"chat_template: {source}: {error}") from error
 
 
 def within_bounds(render: Callable[[], str]) -> str:
@@ -69,10 +69,10 @@ def within_bounds(render: Callable[[], str]) -> str:
         content = answer.read()
     os.waitpid(child, 0)
     if not content:
-        raise ValueError(f"has not made a prompt after {MOST_SECONDS} s, or in {MOST_MEMORY // 2**20} MiB; it may loop")
+        raise Mistake(f"has not made a prompt after {MOST_SECONDS} s, or in {MOST_MEMORY // 2**20} MiB; it may loop")
     answered = json.loads(content)
     if "error" in answered:
-        raise ValueError(answered["error"])
+        raise Mistake(answered["error"])
     return answered["text"]
 
 
@@ -85,7 +85,7 @@ def _be_the_child(render: Callable[[], str], sender: int) -> NoReturn:
         try:
             text = render()
             if len(text) > MOST_LETTERS:
-                raise ValueError(f"makes a prompt of {len(text)} letters of one image and one word")
+                raise Mistake(f"makes a prompt of {len(text)} letters of one image and one word")
             answer = {"text": text}
         except Exception as error:  # a template can raise anything
             answer = {"error": describe(error)}

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from open_r1.base.errors import Mistake
 from open_r1.base.fields import TEXT, Check, Fields, check, is_count, is_integer, is_number, is_usable, maybe
 from open_r1.base.files import read_json
 from open_r1.base.images import local_path
@@ -70,7 +71,7 @@ def read_lines(file: BinaryIO, required: Fields, optional: Fields) -> Iterator[t
                 # Without its end it is being written, or a crash cut it; the crash of a machine may also leave zeros.
                 if not line.endswith(b"\n") or not file.read(1):
                     return
-                raise ValueError(f"{origin}: not JSON; delete the line or restore the file from a copy") from error
+                raise Mistake(f"{origin}: not JSON; delete the line or restore the file from a copy") from error
             yield offset, check(record, required, optional, origin)
         offset += len(line)
 
@@ -144,11 +145,11 @@ def read_run(path: Path) -> Run:
         OSError, ValueError: not the folder of a run, or a damaged file; one line.
     """
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder")
+        raise Mistake(f"{path}: no such folder")
     states = [state for state in (path / "trainer_state.json", *_checkpoint_states(path)) if state.is_file()]
     has_log, has_info = (path / "log.jsonl").is_file(), (path / "run.json").is_file()
     if not (states or has_log or has_info or (path / "trajectories").is_dir()):
-        raise ValueError(f"{path}: nothing of a run in it (run.json, log.jsonl, trajectories/, trainer_state.json)")
+        raise Mistake(f"{path}: nothing of a run in it (run.json, log.jsonl, trajectories/, trainer_state.json)")
     info = check(read_json(path / "run.json"), {}, INFO_OPTIONAL, path / "run.json") if has_info else {}
     state = _read_state(states)
     events = [check(event, EVENT, EVENT_OPTIONAL, f"{state['origin']}: log_history") for event in state["log_history"]]
@@ -175,7 +176,7 @@ def _read_state(states: Sequence[Path]) -> dict[str, Any]:
         except ValueError:
             continue
         if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
-            raise ValueError(f"{path}: log_history: expected a list")
+            raise Mistake(f"{path}: log_history: expected a list")
         if len(state["log_history"]) > len(furthest["log_history"]):
             furthest = {**state, "origin": path}
         if path.parent.name.startswith("checkpoint-"):
@@ -330,7 +331,7 @@ def _scan(file: BinaryIO) -> Trajectories:
             if is_usable(reward):
                 rewards.setdefault(name, {})[len(rows)] = float(reward)
         if len(rewards) > MAX_REWARDS:
-            raise ValueError(f"{file.name}: more than {MAX_REWARDS} names of rewards")
+            raise Mistake(f"{file.name}: more than {MAX_REWARDS} names of rewards")
         reflections = record.get("reflections")
         rows.append(
             (

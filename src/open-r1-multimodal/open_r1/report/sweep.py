@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from open_r1.answers.statistics import outcomes, paired_bootstrap, wilson
+from open_r1.base.errors import Mistake
 from open_r1.evaluate.results import read_scored
 from open_r1.report.curves import reflection_share
 from open_r1.report.runs import ACCURACY, Trajectories, read_run, scan_trajectories
@@ -57,7 +58,7 @@ def read_trial(path: Path) -> Trial:
     ):
         steps, correct, questions = read_held_out(held_out, path)
         if not len(train):
-            raise ValueError(f"{path}: no completions in trajectories/train.jsonl")
+            raise Mistake(f"{path}: no completions in trajectories/train.jsonl")
         lengths = by_step(train.rows["step"], train.rows["length"].astype(float)).values
         reflective = reflection_share(run, train, "reflective", "reflection/share").values
         return Trial(
@@ -80,14 +81,14 @@ def read_held_out(held_out: Trajectories, origin: object) -> tuple[np.ndarray, n
         ValueError: there are none, or not all asked the same number of questions.
     """
     if not len(held_out):
-        raise ValueError(f"{origin}: no held-out answers in trajectories/eval.jsonl; the recipe needs eval_strategy")
+        raise Mistake(f"{origin}: no held-out answers in trajectories/eval.jsonl; the recipe needs eval_strategy")
     if np.isnan(held_out.correct()).all():
-        raise ValueError(f"{origin}: no {ACCURACY} in trajectories/eval.jsonl")
+        raise Mistake(f"{origin}: no {ACCURACY} in trajectories/eval.jsonl")
     _, first = np.unique(held_out.rows["group"], return_index=True)  # groups are numbered in the order of the questions
     correct = by_step(held_out.rows["group"], np.nan_to_num(held_out.correct())).values  # (T * Q,)
     steps, counts = np.unique(held_out.rows["step"][first], return_counts=True)
     if len(set(counts.tolist())) > 1:
-        raise ValueError(f"{origin}: its evaluations asked {min(counts)} to {max(counts)} held-out questions")
+        raise Mistake(f"{origin}: its evaluations asked {min(counts)} to {max(counts)} held-out questions")
     order = np.argsort(held_out.rows["step"][first], kind="stable")
     asked = [held_out.read(index) for index in first[order]]
     names = [(tuple(row["images"]), row.get("solution")) for row in asked]
@@ -107,7 +108,7 @@ def read_benchmark(path: Path) -> dict[Hashable, bool] | None:
     """
     files = sorted(path.glob("*_result_*.json"))
     if len(files) > 1:
-        raise ValueError(f"{path}: {len(files)} results in it ({files[0].name}, {files[1].name}); keep one")
+        raise Mistake(f"{path}: {len(files)} results in it ({files[0].name}, {files[1].name}); keep one")
     return outcomes(read_scored(files[0])["results"]) if files else None
 
 
@@ -139,11 +140,11 @@ def compare_recipes(recipes: Mapping[str, Sequence[Trial]]) -> list[dict[str, An
     reference = next(iter(recipes.values()))
     for trial in (trial for trials in recipes.values() for trial in trials):
         if trial.questions != reference[0].questions:
-            raise ValueError(f"{trial.path}: other held-out questions than {reference[0].path}")
+            raise Mistake(f"{trial.path}: other held-out questions than {reference[0].path}")
         if (trial.benchmark or {}).keys() != (reference[0].benchmark or {}).keys():
-            raise ValueError(f"{trial.path}: its result file is about other questions than {reference[0].path}'s")
+            raise Mistake(f"{trial.path}: its result file is about other questions than {reference[0].path}'s")
         if not np.array_equal(trial.steps, reference[0].steps):
-            raise ValueError(f"{trial.path}: evaluated after other steps than {reference[0].path}")
+            raise Mistake(f"{trial.path}: evaluated after other steps than {reference[0].path}")
     target = float(mean_curve(reference)[1][-1])
     return [
         {

@@ -17,9 +17,9 @@ from torch import nn
 from torch.serialization import register_package
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from open_r1.base.errors import MissingFile, Mistake
 from open_r1.base.files import MANIFEST, delete, replacing
 from open_r1.models.loading import adapter_folder, check_adapter, restore_weights
-from open_r1.running.failures import mistakes
 from open_r1.running.signatures import SIGNATURE, check_origin, sign
 
 NO_MANIFEST = f"{MANIFEST} lists no files"
@@ -97,9 +97,9 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         if defect is None:
             return str(checkpoint)
         if lost_link(checkpoint):
-            raise ValueError(f"{checkpoint}: {defect}; bring it back, or delete the link to go on from the one before")
+            raise Mistake(f"{checkpoint}: {defect}; bring it back, or delete the link to go on from the one before")
         if defect == NO_MANIFEST:
-            raise ValueError(f"{checkpoint}: {defect}; delete the folder to go on from the one before it")
+            raise Mistake(f"{checkpoint}: {defect}; delete the folder to go on from the one before it")
         PartialState().print(f"{checkpoint}: passed over, {defect}")
     return None
 
@@ -138,13 +138,13 @@ def named_checkpoint(name: str) -> str:
     """
     path = Path(name)
     if lost := lost_link(path):
-        raise FileNotFoundError(f"resume_from_checkpoint: {path} is {lost}")
+        raise MissingFile(f"resume_from_checkpoint: {path} is {lost}")
     if not path.is_dir():
-        raise FileNotFoundError(f"resume_from_checkpoint: no folder {path}")
+        raise MissingFile(f"resume_from_checkpoint: no folder {path}")
     if not (path / "trainer_state.json").is_file():
-        raise FileNotFoundError(f"resume_from_checkpoint: {path} is no checkpoint of a run (no trainer_state.json)")
+        raise MissingFile(f"resume_from_checkpoint: {path} is no checkpoint of a run (no trainer_state.json)")
     if (path / MANIFEST).exists() and (defect := find_defect(path)):
-        raise FileNotFoundError(f"resume_from_checkpoint: {path}: {defect}")
+        raise MissingFile(f"resume_from_checkpoint: {path}: {defect}")
     return name
 
 
@@ -165,7 +165,7 @@ def check_unused(output_dir: str | Path, resume_from_checkpoint: str | None = No
         found += [path for path in past if (path / MANIFEST).exists() or lost_link(path)] + rows
     if found:
         name = found[0].relative_to(folder)
-        raise ValueError(
+        raise Mistake(
             f"{folder}: holds an earlier run ({name}), and a new one would write over it; choose another OUTPUT, or "
             "move this one away"
         )
@@ -228,7 +228,7 @@ class Layout:
             return cls.of_deepspeed(settings.get("zero_stage"), settings.get("deepspeed_config_file"), processes)
         # of a file that is no YAML, no mapping, or one of something else
         except (OSError, ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
-            raise ValueError(f"ACCELERATE_CONFIG: {path} does not describe a launch: {error}") from error
+            raise Mistake(f"ACCELERATE_CONFIG: {path} does not describe a launch: {error}") from error
 
     @classmethod
     def of_checkpoint(cls, checkpoint: str | Path) -> "Layout | None":
@@ -250,12 +250,12 @@ def check_layout(checkpoint: str, layout: Layout) -> None:
     saved = Layout.of_checkpoint(checkpoint)
     anew = "or start anew in another OUTPUT"
     if saved is None:
-        raise ValueError(
+        raise Mistake(
             f"{checkpoint}: holds the model without optimizer and schedule (save_only_model), so the run cannot go on; "
             f"train from it (MODEL={checkpoint}) in another OUTPUT"
         )
     if saved.zero_stage != layout.zero_stage or (saved.zero_stage and saved.processes != layout.processes):
-        raise ValueError(
+        raise Mistake(
             f"{checkpoint}: was written by {saved}, and this is {layout}; launch as then "
             f"(NUM_PROCESSES, NUM_MACHINES, ACCELERATE_CONFIG), {anew}"
         )
@@ -334,14 +334,12 @@ class LoadWeightsMixin:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            with mistakes(OSError, ValueError):
-                restore_weights(self.model if model is None else model, resume_from_checkpoint)
+            restore_weights(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
-            with mistakes(OSError, ValueError):
-                restore_weights(self.model, best)
+            restore_weights(self.model, best)
             return
         super()._load_best_model()
         if self.is_deepspeed_enabled:
@@ -356,6 +354,5 @@ class LoadWeightsMixin:
     def _check_adapters(self, checkpoint: str) -> None:
         """Raise Mistake unless the adapters, if any, are those of a checkpoint."""
         if is_peft_model(self.model):
-            with mistakes(OSError, ValueError):
-                for name in self.model.peft_config:
-                    check_adapter(self.model, adapter_folder(Path(checkpoint), name), name)
+            for name in self.model.peft_config:
+                check_adapter(self.model, adapter_folder(Path(checkpoint), name), name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import jinja2
 import pyarrow as pa
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
@@ -19,7 +20,7 @@ from transformers import ProcessorMixin
 from trl import ModelConfig
 from trl.data_utils import prepare_multimodal_messages
 
-from open_r1.base.errors import printable
+from open_r1.base.errors import Mistake, printable
 from open_r1.base.files import replacing
 from open_r1.base.images import EXTENSIONS, BrokenImage, ImageSource, check_image, image_bytes, image_size, opened
 from open_r1.base.prompts import join_options
@@ -140,7 +141,7 @@ def render_prompt(example: Row, processor: ProcessorMixin, **template_kwargs: st
     messages = prepare_multimodal_messages(example["prompt"], images=images)
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
     if (marks := text.count(processor.image_token)) != len(images):
-        raise ValueError(f"chat_template: writes {marks} {processor.image_token} for {len(images)} images")
+        raise Mistake(f"chat_template: writes {marks} {processor.image_token} for {len(images)} images")
     return text
 
 
@@ -186,7 +187,7 @@ def in_two_orders(example: Row, question: int) -> list[Row]:
     options, rotated = example["options"], [*example["options"][1:], *example["options"][:1]]
     before, listed, after = asked["content"].rpartition(join_options(options) if options else "\n")
     if len(options) < 2 or not listed or example["solution"] not in options:
-        raise ValueError("rotate_options: needs a question that lists its options, 'a, b or c', its answer among them")
+        raise Mistake("rotate_options: needs a question that lists its options, 'a, b or c', its answer among them")
     again = {**example, "prompt": [*system, {**asked, "content": before + join_options(rotated) + after}]}
     return [{**example, ROTATION_OF: question}, {**again, "options": rotated, ROTATION_OF: question}]
 
@@ -206,8 +207,8 @@ def naming(source: str | Path, row: int) -> Iterator[None]:
     """In the block, what is wrong with a row is told with its file and number."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: row {row}: {error}") from error
+    except (Mistake, jinja2.TemplateError) as error:  # a template of the user's may refuse a row
+        raise Mistake(f"{source}: row {row}: {error}") from error
 
 
 def load_dataset(
@@ -276,18 +277,18 @@ def load_dataset(
             if unshown:
                 hidden.append(f"{origin}: row {row}: its prompt does not show {', '.join(unshown)}")
     if hidden and not drop_unshown:
-        raise ValueError(
+        raise Mistake(
             f"{hidden[0]}; rows like this: {len(hidden)}; mend them, or train without it by --drop_unshown true"
         )
     if hidden:
         state.print(f"warning: {printable(hidden[0])}; rows like this: {len(hidden)}, all trained on (drop_unshown)")
     if len(lost) > most_broken(len(kept)):
-        raise ValueError(f"{lost[0]}; so are {len(lost) - 1} others since the run began; restore the data")
+        raise Mistake(f"{lost[0]}; so are {len(lost) - 1} others since the run began; restore the data")
     for line in lost:
         state.print(f"warning: {printable(line)}; completions about it earn nothing")
     reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
     if not kept:
-        raise ValueError(f"{source}: no example left; left out {reasons}")
+        raise Mistake(f"{source}: no example left; left out {reasons}")
     if left_out:
         state.print(f"{source}: kept {len(kept)} of {len(kept) + left_out.total()} examples; left out {reasons}")
     names = dict.fromkeys(name for example in kept for name in example)  # `from_list` takes those of the first row
@@ -295,4 +296,4 @@ def load_dataset(
         # A field of an own kind in every row reaches the rewards as it is.
         return Dataset.from_list([{name: row.get(name) for name in names} for row in kept], on_mixed_types="use_json")
     except (pa.ArrowException, OverflowError, TypeError) as error:
-        raise ValueError(f"{source}: a field holds what a table cannot: {error}") from error
+        raise Mistake(f"{source}: a field holds what a table cannot: {error}") from error

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers import Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
-from open_r1.base.errors import Mistake
+from open_r1.base.errors import Mistake, take_traceback_option
 from open_r1.base.locks import check_free, owned
 from open_r1.configs import check_attention, check_bfloat16
 from open_r1.models.loading import check_weights, parameter_table
@@ -30,7 +29,7 @@ from open_r1.running.checkpoints import (
     read_state,
     resolve_checkpoint,
 )
-from open_r1.running.failures import full_disk, mistakes, told_once
+from open_r1.running.failures import full_disk, told_once
 from open_r1.running.machines import check_shared, decide_once
 from open_r1.running.orphans import follow_launcher
 from open_r1.running.provenance import all_arguments, check_same_run, describe_inputs, run_of
@@ -80,10 +79,6 @@ def quiet() -> None:
         enable_progress_bars()
 
 
-# What a recipe, a dataset, a model folder, a reward or a chat template of the user's can raise.
-USER_ERRORS = (ValueError, OSError, ImportError, jinja2.TemplateError)
-
-
 @dataclass(frozen=True)
 class Command:
     """A training command. The functions take script, trainer and model arguments, in this order.
@@ -121,7 +116,7 @@ def check(
     """
     prepare_process()
     os.environ[PLANNED_PROCESSES] = str(processes)
-    with mistakes(*USER_ERRORS), silence():
+    with silence():
         layout = Layout.of_config(config_file, processes)
         settings = read_settings(command, arguments)
         check_free(settings[1].output_dir)
@@ -151,7 +146,7 @@ def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, Trai
     """
     script_args, args, model_args = read_recipe(command.arguments, arguments)
     if args.eval_strategy != "no" and script_args.eval_dataset_name is None:
-        raise ValueError(
+        raise Mistake(
             f"eval_strategy {args.eval_strategy.value}: there are no held-out examples; name them in "
             "eval_dataset_name, or eval_strategy: no"
         )
@@ -201,6 +196,7 @@ def run(command: Command) -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the other signals: at once, and the launcher says so
     prepare_process()
+    take_traceback_option()
     with told_once():
         train(command, sys.argv[1:])
 
@@ -211,9 +207,8 @@ def train(command: Command, arguments: Sequence[str]) -> None:
     Raises:
         Mistake: for what a user can mend.
     """
-    with mistakes(*USER_ERRORS):
-        settings = read_settings(command, arguments)
-        os.makedirs(settings[1].output_dir, exist_ok=True)
+    settings = read_settings(command, arguments)
+    os.makedirs(settings[1].output_dir, exist_ok=True)
     with owned(settings[1].output_dir):
         check_shared(settings[1].output_dir)
         train_with(command, settings, arguments)
@@ -237,11 +232,10 @@ def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], a
     record = describe_settings(command, settings, layout.processes)  # before the trainer fills them in
     script_args, args, model_args = settings
     accumulate_in_float32(args)
-    with mistakes(*USER_ERRORS):
-        prepared = command.prepare(*settings)
-        if not (checkpoint and is_finished(checkpoint, args)):
-            record["data"] = decide_once(lambda: describe_data(args, prepared, checkpoint))
-        trainer = command.build_trainer(*settings, prepared)
+    prepared = command.prepare(*settings)
+    if not (checkpoint and is_finished(checkpoint, args)):
+        record["data"] = decide_once(lambda: describe_data(args, prepared, checkpoint))
+    trainer = command.build_trainer(*settings, prepared)
     say = print if trainer.is_world_process_zero() else (lambda *_: None)
     say(parameter_table(trainer.model))
     # A trainer that resumes at its last step would take one step more.
@@ -277,5 +271,5 @@ def report(output_dir: str) -> None:
         from open_r1.report.page import write_report  # loads matplotlib, which training does without
 
         print(f"report: {write_report(Path(output_dir))}")
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, Mistake, ImportError) as error:
         print(f"no report: {error}", file=sys.stderr)

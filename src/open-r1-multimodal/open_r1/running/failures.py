@@ -7,13 +7,12 @@ import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from open_r1.base.errors import FIRST, Mistake, first_line, is_first, printable
+from open_r1.base.errors import FIRST, Mistake, account, first_line, is_first, is_mistake
 from open_r1.base.files import MANIFEST
 
 MISTAKE = 2  # exit code, as argparse's
@@ -22,15 +21,6 @@ NO_ROOM = re.compile(r"No space left|quota exceeded|File too large|PytorchStream
 # How gloo, NCCL and torch's store say that the process at the other end is not there any more.
 LOST = re.compile(r"Connection (?:closed|reset) by peer|remote process exited|failed to recv, got 0 bytes")
 SETTLED = 5  # seconds that the failures of one cause lie apart; torch's launcher waits 30 before it kills
-
-
-@contextmanager
-def mistakes(*kinds: type[Exception]) -> Iterator[None]:
-    """Inside it, exceptions of these kinds come from what a user wrote, and become `Mistake`s."""
-    try:
-        yield
-    except kinds as error:
-        raise Mistake(error) from error
 
 
 @contextmanager
@@ -71,9 +61,9 @@ def told_once() -> Iterator[None]:
     except Exception as raised:
         error = as_seen_here(raised)
         if is_first(error):
-            sys.stderr.write(f"error: {printable(error)}\n" if isinstance(error, Mistake) else traceback.format_exc())
+            sys.stderr.write(account(error))
             sys.stderr.flush()
-        sys.exit(MISTAKE if isinstance(error, Mistake) else 1)
+        sys.exit(MISTAKE if is_mistake(error) else 1)
 
 
 def last_word(failures: Mapping[int, Any], processes: int) -> tuple[int, str]:

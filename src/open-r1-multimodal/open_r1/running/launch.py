@@ -30,7 +30,7 @@ import psutil
 if str(Path(__file__).parent) in sys.path:  # where Python looks first; open_r1's modules are no top-level ones
     sys.path.remove(str(Path(__file__).parent))
 
-from open_r1.base.errors import STOPS, Mistake, Stopped, first_line
+from open_r1.base.errors import STOPS, Mistake, Stopped, first_line, take_traceback_option
 from open_r1.running.failures import continues, ended_by, last_word, told_once
 from open_r1.running.orphans import follow_launcher, lead
 
@@ -243,6 +243,7 @@ def start(launch: argparse.Namespace, told: SimpleQueue) -> None:
 
 def main() -> None:
     """Launch, and end every process when a signal asks for it."""
+    take_traceback_option()
     launch = parse()
     lead()
     for number in STOPS:

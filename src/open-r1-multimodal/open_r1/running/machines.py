@@ -28,13 +28,13 @@ def decide_once(decide: Callable[[], T]) -> T:
         decide: called in the main process alone; all others wait for it.
 
     Raises:
-        Mistake: in all processes, for what `decide` raises as ValueError, OSError, ImportError or Mistake.
+        Mistake: in all processes, for what `decide` raises as Mistake or OSError.
     """
     outcome: list = [None]
     if PartialState().is_main_process:
         try:
             outcome = [decide()]
-        except (Mistake, ValueError, OSError, ImportError) as error:
+        except (Mistake, OSError) as error:
             outcome = [Mistake(error)]
     broadcast_object_list(outcome)
     if isinstance(outcome[0], Mistake):

@@ -18,6 +18,7 @@ from datasets import Dataset
 from packaging.requirements import Requirement
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 
+from open_r1.base.errors import Mistake
 from open_r1.base.files import read_json
 from open_r1.base.prompts import REPO_ROOT
 
@@ -247,9 +248,9 @@ def check_same_run(folder: str | Path, now: Mapping[str, Any]) -> None:
     then, anew = read_record(folder), "choose another OUTPUT, or move this one away"
     if settings := changed_settings(then, now):
         texts = [f"{name} {old}, not {new}" for name, (old, new) in settings.items()]
-        raise ValueError(f"{folder}: holds a run with {', '.join(texts)}; {anew}")
+        raise Mistake(f"{folder}: holds a run with {', '.join(texts)}; {anew}")
     if changed := changed_inputs(then, now)[0]:
-        raise ValueError(
+        raise Mistake(
             f"{folder}: {' and '.join(changed)} changed since its run began, so it cannot go on as it was; restore "
             f"them, or {anew}; --resume_from_checkpoint with a checkpoint's path goes on with what is there now"
         )

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from open_r1.base.errors import FileMistake, Mistake
 from open_r1.base.files import replace_file
 
 SIGNATURE = "signature.json"
@@ -35,7 +36,7 @@ def key_path() -> Path:
     try:
         folder = state if state.is_absolute() else Path.home() / ".local/state"
     except RuntimeError as error:
-        raise OSError(f"{error} (XDG_STATE_HOME names another place for the key)") from error
+        raise FileMistake(f"{error} (XDG_STATE_HOME names another place for the key)") from error
     return folder / "open-r1-zero/key"
 
 
@@ -57,7 +58,7 @@ def read_key() -> bytes:
                 os.link(file.name, path)  # whole from the moment it is there
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
-        raise ValueError(f"{path}: damaged; delete it (checkpoints signed with it then need {TRUST})")
+        raise Mistake(f"{path}: damaged; delete it (checkpoints signed with it then need {TRUST})")
     return key
 
 
@@ -99,7 +100,7 @@ def sign(checkpoint: Path, but: Iterable[str] = ()) -> None:
     digests = digests_of(checkpoint, files_to_sign(checkpoint, but))
     try:
         record = {"files": digests, "signature": signature_of(digests)}
-    except (OSError, ValueError) as error:
+    except (OSError, Mistake) as error:
         print(f"{checkpoint}: not signed, so that resuming from it will need {TRUST}: {error}", file=sys.stderr)
         return
     replace_file(checkpoint / SIGNATURE, json.dumps(record).encode())
@@ -131,8 +132,8 @@ def check_origin(checkpoint: str | Path, but: Iterable[str] = ()) -> None:
     remedy = f"if you trust all of this checkpoint: {TRUST}={folder}, else choose another OUTPUT"
     try:
         signed = read_signed(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no telling who wrote it: {error}; {remedy}") from error
+    except (OSError, Mistake) as error:
+        raise Mistake(f"{folder}: no telling who wrote it: {error}; {remedy}") from error
     names = files_to_sign(folder, but)
     if signed is None:
         strange, why = names[:1] or [SIGNATURE], "is not signed with your key (SECURITY.md)"
@@ -142,6 +143,6 @@ def check_origin(checkpoint: str | Path, but: Iterable[str] = ()) -> None:
         strange = strange or [name for name, digest in digests_of(folder, names).items() if digest != signed[name]]
         why = "is not what was signed"
     if strange:
-        raise ValueError(
+        raise Mistake(
             f"{folder / strange[0]}: may come from others: it {why}; resuming would run any code in it; {remedy}"
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedConfig
 
-from open_r1.base.errors import first_line
+from open_r1.base.errors import Mistake, first_line
 from open_r1.settings.limits import SHARE, check_values
 
 TAKEN = frozenset(
@@ -110,11 +110,11 @@ def check_generation(settings: Mapping[str, Any] | None, vocabulary: int, use_vl
     names, refused = (_names_of_vllm(), REFUSED_BY_VLLM) if settings and use_vllm else (TAKEN, REFUSED)
     for name, value in (settings or {}).items():
         if name in refused:
-            raise ValueError(f"generation_kwargs: {name}: {refused[name]}")
+            raise Mistake(f"generation_kwargs: {name}: {refused[name]}")
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             near = f"; did you mean {close[0]}?" if close else f"; those that are: {', '.join(sorted(names))}"
-            raise ValueError(f"generation_kwargs: {name} is no setting of a rollout{near}")
+            raise Mistake(f"generation_kwargs: {name} is no setting of a rollout{near}")
         if not use_vllm:
             _try(name, value, vocabulary)
 
@@ -149,15 +149,15 @@ def _try(name: str, value: Any, vocabulary: int) -> None:
     try:
         check_values({name: value})
     except ValueError as error:
-        raise ValueError(f"generation_kwargs: {error}") from error
+        raise Mistake(f"generation_kwargs: {error}") from error
     speaker = GenerationMixin()
     speaker.config = PreTrainedConfig(vocab_size=vocabulary)
     try:
         if name in _SHARES and not SHARE.admits(value):  # transformers would pass it over
-            raise ValueError(f"expected {SHARE}")
+            raise Mistake(f"expected {SHARE}")
         settings = GenerationConfig(**{"do_sample": True, "eos_token_id": [0], "pad_token_id": 0, name: value})
         process = next_token_processors(speaker, settings, prompt_length=1, device="cpu")
         process(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, vocabulary))
         torch.tensor(settings.eos_token_id, dtype=torch.long)
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"generation_kwargs: {name} {value!r:.60}: {first_line(error)}") from error
+        raise Mistake(f"generation_kwargs: {name} {value!r:.60}: {first_line(error)}") from error

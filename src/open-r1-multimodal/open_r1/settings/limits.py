@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from open_r1.base.errors import Mistake
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -116,14 +118,14 @@ def check_values(settings: Mapping[str, Any]) -> None:
     """
     for name, value in settings.items():
         if name in NEEDED and value in (None, []):
-            raise ValueError(f"{name}: needs a value")
+            raise Mistake(f"{name}: needs a value")
         for number in value if isinstance(value, list) else [value]:
             limit = LIMITS.get(name, Limit())
             if isinstance(number, int | float) and not isinstance(number, bool) and not limit.admits(number):
-                raise ValueError(f"{name} {number}: expected {limit}" + (f"; {limit.hint}" if limit.hint else ""))
+                raise Mistake(f"{name} {number}: expected {limit}" + (f"; {limit.hint}" if limit.hint else ""))
         is_kernel = name == "attn_implementation" and "/" in str(value)  # on the Hub
         if name in CHOICES and value not in (None, *CHOICES[name]) and not is_kernel:
-            raise ValueError(f"{name}: {value!r} is none of {', '.join(map(str, CHOICES[name]))}")
+            raise Mistake(f"{name}: {value!r} is none of {', '.join(map(str, CHOICES[name]))}")
     check_pairs(settings)
 
 
@@ -131,11 +133,11 @@ def check_pairs(settings: Mapping[str, Any]) -> None:
     """See that settings that speak of one thing agree; raises as `check_values` does."""
     smallest, largest = settings.get("min_pixels"), settings.get("max_pixels")
     if smallest and largest and smallest > largest:
-        raise ValueError(f"min_pixels {smallest} is more than max_pixels {largest}; min_pixels: {largest} would fit")
+        raise Mistake(f"min_pixels {smallest} is more than max_pixels {largest}; min_pixels: {largest} would fit")
     rewards, weights = settings.get("reward_funcs"), settings.get("reward_weights")
     if rewards and weights is not None and len(rewards) != len(weights):
-        raise ValueError(
+        raise Mistake(
             f"reward_weights: {len(weights)} for {len(rewards)} reward_funcs ({', '.join(rewards)}); give one for each"
         )
     if weights and not any(weights):
-        raise ValueError("reward_weights: all are 0, and nothing would be learned")
+        raise Mistake("reward_weights: all are 0, and nothing would be learned")

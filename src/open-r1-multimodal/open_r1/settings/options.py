@@ -16,7 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import is_liger_kernel_available, is_optimum_quanto_available
 from trl import GRPOConfig, SFTConfig
 
-from open_r1.base.errors import first_line
+from open_r1.base.errors import Mistake, first_line
 from open_r1.settings.limits import check_values
 
 SFT_LOSSES = ("nll", "dft", "chunked_nll")  # TRL's own
@@ -163,7 +163,7 @@ def check_options(args: TrainingArguments, command_line: bool = True) -> None:
 def _refuse(table: Iterable[Impossible], args: TrainingArguments) -> None:
     for option, is_asked, reason in table:
         if is_asked(args):
-            raise ValueError(f"{option}: {reason}")
+            raise Mistake(f"{option}: {reason}")
 
 
 def _ask_libraries(args: TrainingArguments) -> None:
@@ -176,20 +176,20 @@ def _ask_libraries(args: TrainingArguments) -> None:
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )
     except ValueError as error:  # starts with the name of its argument
-        raise ValueError(f"dataloader_{first_line(error)}; that is dataloader_num_workers") from error
+        raise Mistake(f"dataloader_{first_line(error)}; that is dataloader_num_workers") from error
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     steps = {"num_warmup_steps": 0, "num_training_steps": 2}
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     except (ValueError, TypeError) as error:
         kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-        raise ValueError(f"lr_scheduler_type {kind}, lr_scheduler_kwargs: {first_line(error)}") from error
+        raise Mistake(f"lr_scheduler_type {kind}, lr_scheduler_kwargs: {first_line(error)}") from error
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"optim: {first_line(error)}") from error
+        raise Mistake(f"optim: {first_line(error)}") from error
     try:
         for tracker in get_reporting_integration_callbacks(args.report_to):
             tracker()
     except (RuntimeError, ImportError) as error:
-        raise ValueError(f"report_to: {first_line(error)}") from error
+        raise Mistake(f"report_to: {first_line(error)}") from error

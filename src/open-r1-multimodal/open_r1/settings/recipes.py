@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from open_r1.base.errors import MissingFile, Mistake, settings_of
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.settings.limits import check_values
 
@@ -43,7 +44,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     try:
         named, others = CONFIG.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
-        raise ValueError(str(error).removeprefix("argument ")) from error
+        raise Mistake(str(error).removeprefix("argument ")) from error
     return getattr(named, "config", []), others
 
 
@@ -64,7 +65,7 @@ def read_files(names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
     for name in names:
         path = find(name, os.path.isfile)
         if path is None:
-            raise FileNotFoundError(f"CONFIG, --config: no recipe {name}{_near_recipe(name)}")
+            raise MissingFile(f"CONFIG, --config: no recipe {name}{_near_recipe(name)}")
         files += _with_bases(path)
     return files
 
@@ -102,19 +103,19 @@ def _near_recipe(name: str) -> str:
 def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
     """A file behind those that it changes; `above` are the files that led to it."""
     if path.resolve() in above:
-        raise ValueError(f"{path}: {BASE}: leads back to this file")
+        raise Mistake(f"{path}: {BASE}: leads back to this file")
     try:
         settings = yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
+        raise Mistake(f"{path}: not YAML: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: a recipe must contain a YAML mapping")
+        raise Mistake(f"{path}: a recipe must contain a YAML mapping")
     bases = settings.pop(BASE, [])
     files = []
     for name in bases if isinstance(bases, list) else [bases]:
         base = find(str(name), os.path.isfile, path.parent)
         if base is None:
-            raise FileNotFoundError(f"{path}: {BASE}: no file {path.parent / str(name)}")
+            raise MissingFile(f"{path}: {BASE}: no file {path.parent / str(name)}")
         files += _with_bases(base, (*above, path.resolve()))
     return [*files, (path, {name: find_setting(str(name), value, path.parent) for name, value in settings.items()})]
 
@@ -142,13 +143,13 @@ class RecipeParser(HfArgumentParser):
 
     def error(self, message: str) -> None:
         """What argparse has to say about an argument."""
-        raise ValueError(message.removeprefix("argument "))
+        raise Mistake(message.removeprefix("argument "))
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """argparse's; what it does not know or means nothing is refused, before anything is made of the others."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            raise ValueError(self._unknown("argument", unknown[0]))
+            raise Mistake(self._unknown("argument", unknown[0]))
         for name in PATHS:
             if hasattr(namespace, name):
                 setattr(namespace, name, find_setting(name, getattr(namespace, name)))
@@ -165,17 +166,17 @@ class RecipeParser(HfArgumentParser):
         try:
             environment = settings.pop("env", {})  # TRL's word for variables to set
             if not isinstance(environment, dict):
-                raise ValueError(f"env: expected names and values, not {environment!r}")
+                raise Mistake(f"env: expected names and values, not {environment!r}")
             for name, value in settings.items():
                 if name not in self.hints or name not in actions:
-                    raise ValueError(self._unknown("setting", str(name)))
+                    raise Mistake(self._unknown("setting", str(name)))
                 if actions[name].nargs == "+" and isinstance(value, str):
                     if len(parts := value.split()) > 1:
-                        raise ValueError(f"{name}: expected a list, [{', '.join(parts)}], not {value!r}")
+                        raise Mistake(f"{name}: expected a list, [{', '.join(parts)}], not {value!r}")
                     settings[name] = [value]
                 self._check(actions[name], settings[name])
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise Mistake(f"{path}: {error}") from error
         os.environ.update({name: str(value) for name, value in environment.items()})
         for action in self._actions:
             if action.dest in settings:
@@ -189,21 +190,19 @@ class RecipeParser(HfArgumentParser):
     def _check(self, action: argparse.Action, value: Any) -> None:
         if value is None:
             if type(None) not in get_args(self.hints[action.dest]):
-                raise ValueError(f"{action.dest}: needs a value")
+                raise Mistake(f"{action.dest}: needs a value")
             return
         if action.type in (str, dict):  # what may also be something else, and is read by its dataclass
             return
         if isinstance(value, list) != (action.nargs == "+"):
-            raise ValueError(
-                f"{action.dest}: expected {'a list' if action.nargs == '+' else 'one value'}, not {value!r}"
-            )
+            raise Mistake(f"{action.dest}: expected {'a list' if action.nargs == '+' else 'one value'}, not {value!r}")
         for item in value if isinstance(value, list) else [value]:
             try:
                 read = action.type(str(item))
             except (ValueError, argparse.ArgumentTypeError) as error:
-                raise ValueError(f"{action.dest}: invalid {action.type.__name__} value: {item!r}") from error
+                raise Mistake(f"{action.dest}: invalid {action.type.__name__} value: {item!r}") from error
             if action.choices and read not in action.choices:
-                raise ValueError(f"{action.dest}: {item!r} is none of {', '.join(map(str, action.choices))}")
+                raise Mistake(f"{action.dest}: {item!r} is none of {', '.join(map(str, action.choices))}")
 
 
 def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -226,6 +225,7 @@ def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tu
     for path, settings in read_files(names):
         parser.read(path, settings)
     try:
-        return parser.parse_args_into_dataclasses(others)
+        with settings_of("trl", "transformers", "accelerate"):
+            return parser.parse_args_into_dataclasses(others)
     except TypeError as error:  # of a dictionary among the settings, whose keys the dataclasses pass on
-        raise ValueError(f"{' '.join(names) or 'arguments'}: {error}") from error
+        raise Mistake(f"{' '.join(names) or 'arguments'}: {error}") from error

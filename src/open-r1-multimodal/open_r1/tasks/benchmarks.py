@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from open_r1.answers.statistics import Combination, gold_index
-from open_r1.base.errors import first_line
+from open_r1.base.errors import MissingFile, Mistake, first_line
 from open_r1.base.fields import NAME, PROSE, Check, Fields, are, check, is_integer, is_name, is_prose, maybe
 from open_r1.base.files import parse_json
 from open_r1.base.hub import fetch
@@ -249,28 +249,28 @@ def read(benchmark: Benchmark, dataset_path: str | None = None, limit: int | Non
         for number, row in enumerate(read_rows(file)):
             where = f"{file}: row {number}"
             if missing := [name for name in benchmark.columns if isinstance(row, dict) and name not in row]:
-                raise ValueError(f"{file}: no column {', '.join(missing)}; is this {benchmark.name}?")
+                raise Mistake(f"{file}: no column {', '.join(missing)}; is this {benchmark.name}?")
             check(row, benchmark.columns, {}, where)
             try:
                 asked = benchmark.convert(row, rows)
                 for item in asked:
                     gold_index(item.to_row())
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
+            except Mistake as error:
+                raise Mistake(f"{where}: {error}") from error
             if asked:
                 questions.append((asked, file.parent))
                 if (same := first.setdefault(asked[0].id, where)) != where:
-                    raise ValueError(f"{where}: has the idx {asked[0].id!r} of {same}; two questions need two")
+                    raise Mistake(f"{where}: has the idx {asked[0].id!r} of {same}; two questions need two")
             rows += 1
     if left_out := rows - len(questions):
         print(f"{benchmark.name}: left out {left_out} of {rows} rows without a right option", file=sys.stderr)
     if not questions:
-        raise ValueError(f"{dataset_path or benchmark.hub_id}: no question in it")
+        raise Mistake(f"{dataset_path or benchmark.hub_id}: no question in it")
     if limit is not None:
         questions = [questions[i] for i in stratified([items[0].task for items, _ in questions], limit)]
     found = [with_images(item, folder) for items, folder in questions for item in items]
     if benchmark.images and not any(data for item in found for data in item.images):
-        raise FileNotFoundError(f"{questions[0][1]}: none of the images is there; {benchmark.images}")
+        raise MissingFile(f"{questions[0][1]}: none of the images is there; {benchmark.images}")
     return found
 
 
@@ -289,7 +289,7 @@ def locate(benchmark: Benchmark, dataset_path: str) -> list[Path]:
     for pattern in benchmark.files:
         matches = sorted(path.glob(pattern))
         if not matches:
-            raise FileNotFoundError(f"{path}: no {pattern} in it; give a single file to evaluate that alone")
+            raise MissingFile(f"{path}: no {pattern} in it; give a single file to evaluate that alone")
         found += matches
     return found
 
@@ -310,7 +310,7 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS):
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not a complete parquet file ({first_line(error)})") from error
+        raise Mistake(f"{file}: not a complete parquet file ({first_line(error)})") from error
 
 
 def with_images(item: Item, folder: Path) -> Item:

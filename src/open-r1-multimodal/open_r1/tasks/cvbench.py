@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from open_r1.base.errors import Mistake
+
 HUB_ID = "nyu-visionx/CV-Bench"
 COLUMNS = (
     "idx",
@@ -64,7 +66,7 @@ def convert_row(row: Mapping[str, Any]) -> Question:
     choices = tuple(row["choices"])
     answer = row["answer"].strip("()")
     if answer not in tuple(LETTERS[: len(choices)]):
-        raise ValueError(f"idx {row['idx']}: answer {row['answer']!r} is not one of its {len(choices)} choices")
+        raise Mistake(f"idx {row['idx']}: answer {row['answer']!r} is not one of its {len(choices)} choices")
     image = row["image"]
     return Question(
         idx=row["idx"],

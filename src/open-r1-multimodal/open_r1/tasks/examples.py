@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from open_r1.base.errors import MissingFile, Mistake
 from open_r1.base.images import image_bytes, local_path
 from open_r1.base.prompts import IMAGE_PLACEHOLDER, sat_question, without_surrogates
 from open_r1.tasks.unshown import unshown_fields, unshown_in_messages, unshown_marks
@@ -94,13 +95,13 @@ def iter_rows(
         try:
             yield to_row(mended(record), folder, columns or Columns(), must_exist)
         except RecursionError as error:
-            raise ValueError(f"{source}: row {row}: nested too deeply") from error
-        except (OSError, ValueError) as error:
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise Mistake(f"{source}: row {row}: nested too deeply") from error
+        except Mistake as error:
+            kind = MissingFile if isinstance(error, MissingFile) else Mistake
             raise kind(f"{source}: row {row}: {error}") from error
         count += 1
     if not count:
-        raise ValueError(f"{source}: expected at least one record")
+        raise Mistake(f"{source}: expected at least one record")
 
 
 # --- reading --------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def read_records(source: str | Path, config: str | None = None, split: str = "tr
     if path.is_file():
         return read_file(path)
     if not path.exists() and is_local(str(source)):
-        raise FileNotFoundError(f"{path}: no such file{meant(path)}")
+        raise MissingFile(f"{path}: no such file{meant(path)}")
     return read_dataset(str(source), config, split)
 
 
@@ -152,10 +153,10 @@ def read_table(path: Path) -> Iterator[dict[str, str | None]]:
             for record in reader:
                 if None in record or None in record.values():
                     names = f"names in the first line ({len(reader.fieldnames)})"
-                    raise ValueError(f"{path}: line {reader.line_num}: not as many cells as {names}")
+                    raise Mistake(f"{path}: line {reader.line_num}: not as many cells as {names}")
                 yield {name: cell or None for name, cell in record.items()}
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a table behind line {reader.line_num}: {error}") from error
+            raise Mistake(f"{path}: not a table behind line {reader.line_num}: {error}") from error
 
 
 def read_list(path: Path) -> list[Any]:
@@ -165,12 +166,12 @@ def read_list(path: Path) -> list[Any]:
         records = None if path.suffix in LINES else json.loads(text)
     except (ValueError, RecursionError) as error:  # neither JSON nor UTF-8
         if getattr(error, "msg", None) != "Extra data":  # behind a first value: a file of lines
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
+            raise Mistake(f"{path}: not a JSON file ({error})") from error
         records = None
     if records is None:
         return read_lines(path, text)
     if not isinstance(records, list) or not records:
-        raise ValueError(f"{path}: expected a list with at least one record")
+        raise Mistake(f"{path}: expected a list with at least one record")
     return records
 
 
@@ -182,7 +183,7 @@ def read_lines(path: Path, text: str) -> list[Any]:
             try:
                 records.append(json.loads(line))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: line {number}: not JSON ({error})") from error
+                raise Mistake(f"{path}: line {number}: not JSON ({error})") from error
     return records
 
 
@@ -196,7 +197,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(batch_size=64):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # OSError: damaged in the middle
-        raise ValueError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
+        raise Mistake(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
 
 
 def read_dataset(name: str, config: str | None, split: str, file: str | None = None) -> Iterator[dict[str, Any]]:
@@ -206,7 +207,7 @@ def read_dataset(name: str, config: str | None, split: str, file: str | None = N
     import pyarrow as pa
 
     if any(Path(name).glob("*config.json")) and any(Path(name).glob("*.safetensors")):
-        raise ValueError(f"{name} is the folder of a model; name the data (DATA and MODEL may be swapped)")
+        raise Mistake(f"{name} is the folder of a model; name the data (DATA and MODEL may be swapped)")
     saved = any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
     try:
         if saved and not file:
@@ -215,7 +216,7 @@ def read_dataset(name: str, config: str | None, split: str, file: str | None = N
             data = datasets.load_dataset(name, config, split=split, data_files=file and glob.escape(file))
         if isinstance(data, datasets.DatasetDict):
             if split not in data:
-                raise ValueError(f"no split {split!r}; it has {', '.join(data)}")
+                raise Mistake(f"no split {split!r}; it has {', '.join(data)}")
             data = data[split]
         for column, feature in data.features.items():
             if (encoded := undecoded(feature)) is not feature:
@@ -277,14 +278,14 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
         must_exist: see `iter_rows`.
     """
     if not isinstance(record, Mapping):
-        raise ValueError("expected an object")
+        raise Mistake("expected an object")
     fields = {key: value for key, value in record.items() if value is not None}  # null is absent
     for key in TAKEN:
         if key in fields:
-            raise ValueError(f"the field {key} has a name that reward functions get from the trainer; rename it")
+            raise Mistake(f"the field {key} has a name that reward functions get from the trainer; rename it")
     for key in asdict(columns).values():
         if key is not None and key not in record:
-            raise ValueError(f"no field {key}; it has {names(record)} (null where a row has none)")
+            raise Mistake(f"no field {key}; it has {names(record)} (null where a row has none)")
     references = find_images(fields, columns.image)
     form = None if columns.question else next((key for key in DIALOGUES if key in fields), None)
     if form and not isinstance(fields[form], str):
@@ -299,13 +300,13 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
         system, answer, unshown = [], None, []
         form, question = text_of(fields, columns.question, ("prompt", *QUESTIONS))
         if question is None:
-            raise ValueError(
+            raise Mistake(
                 f"no messages, conversations, prompt or question; it has {names(record)}: name one with "
                 "--question_column"
             )
         text = without_marks(question, len(references), must_have=False)
     if not text.strip():
-        raise ValueError("the question is empty")
+        raise Mistake("the question is empty")
     shown = [form, columns.image or first_image_field(fields)]
     if not system and isinstance(fields.get("system"), str) and fields["system"].strip():  # LLaMA-Factory's
         system = [{"role": "system", "content": fields["system"]}]
@@ -314,7 +315,7 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
     if answer is None or columns.answer:
         answer_field, solution = text_of(fields, columns.answer, ANSWERS)
     if solution is not None and not solution.strip():
-        raise ValueError("the answer is empty; leave its field out where there is none")
+        raise Mistake("the answer is empty; leave its field out where there is none")
     options = strings(fields, columns.options or "options")
     if columns.options and options:
         text = sat_question(text, options)
@@ -346,7 +347,7 @@ def dialogue(form: str, messages: Any) -> tuple[list[dict[str, str]], str | list
     ]
     system = [{"role": "system", "content": text} for role, text in pairs[:1] if role == "system"]
     if system and not isinstance(system[0]["content"], str):
-        raise ValueError(f"{form}: expected a system message with text")
+        raise Mistake(f"{form}: expected a system message with text")
     match pairs[len(system) :]:
         case [("user", str() | list() as user)]:
             return system, user, None
@@ -354,7 +355,7 @@ def dialogue(form: str, messages: Any) -> tuple[list[dict[str, str]], str | list
             return system, user, answer
         case [("user", str() | list() as user), ("assistant", [{"type": "text", "text": str(answer)}])]:
             return system, user, answer
-    raise ValueError(f"{form}: expected one user and one assistant message with text")
+    raise Mistake(f"{form}: expected one user and one assistant message with text")
 
 
 def names(fields: Mapping[Any, Any]) -> str:
@@ -374,7 +375,7 @@ def find_images(fields: Mapping[str, Any], column: str | None) -> list[Any]:
     if key != "images" and not isinstance(value, list):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(item, str | bytes | Mapping) for item in value):
-        raise ValueError(f"{key}: expected a list of strings (paths), or of images with their bytes")
+        raise Mistake(f"{key}: expected a list of strings (paths), or of images with their bytes")
     return value
 
 
@@ -384,7 +385,7 @@ def text_of(fields: Mapping[str, Any], given: str | None, known: Sequence[str]) 
     if key not in fields:
         return key, None
     if not isinstance(fields[key], str | int | float):
-        raise ValueError(f"{key}: expected a text or a number")
+        raise Mistake(f"{key}: expected a text or a number")
     return key, str(fields[key])
 
 
@@ -392,7 +393,7 @@ def strings(fields: Mapping[str, Any], key: str) -> list[str]:
     """A field that is a list of strings, or none at all."""
     value = fields.get(key, [])
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"{key}: expected a list of strings")
+        raise Mistake(f"{key}: expected a list of strings")
     return value
 
 
@@ -406,7 +407,7 @@ def without_marks(text: str, images: int, must_have: bool) -> str:
     while rest.lstrip().startswith(IMAGE_PLACEHOLDER):
         count, rest = count + 1, rest.lstrip().removeprefix(IMAGE_PLACEHOLDER)
     if IMAGE_PLACEHOLDER in rest or (count != images and (must_have or count)):
-        raise ValueError(
+        raise Mistake(
             f"{text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} marks for {images} images; "
             "expected one mark an image, all of them in front of the question"
         )
@@ -423,7 +424,7 @@ def from_parts(parts: list[Any], form: str) -> tuple[str, list[Any]]:
             case {"type": "text", "text": str(text)} if IMAGE_PLACEHOLDER not in text:
                 texts.append(text)
             case _:
-                raise ValueError(
+                raise Mistake(
                     f"{form}: cannot read the part {str(part)[:80]}; expected images "
                     '{"type": "image", "image": ...} and after them texts {"type": "text", "text": ...}'
                 )
@@ -436,10 +437,10 @@ def locate(reference: Any, folder: Path, must_exist: bool = True) -> Any:
         return reference
     text = reference.get("path") if isinstance(reference, Mapping) else reference
     if not text:
-        raise ValueError("an image without bytes and without a path")
+        raise Mistake("an image without bytes and without a path")
     if text.startswith(("http://", "https://")):
-        raise ValueError(f"image {text}: download it first and name the file")
+        raise Mistake(f"image {text}: download it first and name the file")
     path = folder / local_path(text)
     if must_exist and not path.is_file():
-        raise FileNotFoundError(f"no image {path}" + (", that is a folder" if path.is_dir() else ""))
+        raise MissingFile(f"no image {path}" + (", that is a folder" if path.is_dir() else ""))
     return str(path)

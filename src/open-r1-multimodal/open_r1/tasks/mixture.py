@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from open_r1.base.errors import MissingFile, Mistake
 from open_r1.tasks.examples import Columns, is_local, iter_rows, meant, one_line, read_records
 
 SUFFIXES = (".yaml", ".yml")
@@ -60,36 +61,36 @@ def parts_of(
         return [alone]
     file = Path(source)
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file{meant(file)}")
+        raise MissingFile(f"{file}: no such file{meant(file)}")
     try:
         content = yaml.safe_load(file.read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not YAML ({one_line(error)})") from error
+        raise Mistake(f"{file}: not YAML ({one_line(error)})") from error
     listed = content.get("datasets") if isinstance(content, dict) and len(content) == 1 else None
     if not isinstance(listed, list) or not listed:
-        raise ValueError(f"{file}: expected datasets, a list with path and fraction of each, and nothing else")
+        raise Mistake(f"{file}: expected datasets, a list with path and fraction of each, and nothing else")
     parts = [read_part(entry, alone, file.parent, f"{file}: datasets {n}") for n, entry in enumerate(listed, start=1)]
     if len({part.fraction is None for part in parts}) > 1:
-        raise ValueError(f"{file}: fraction: give it for each of the datasets or for none")
+        raise Mistake(f"{file}: fraction: give it for each of the datasets or for none")
     return parts
 
 
 def read_part(entry: Any, default: Part, folder: Path, where: str) -> Part:
     """One entry of the list -> a data set; raises what `parts_of` raises, and names `where`."""
     if not isinstance(entry, dict) or "path" not in entry:
-        raise ValueError(f"{where}: expected path and fraction of a data set")
+        raise Mistake(f"{where}: expected path and fraction of a data set")
     if unknown := [str(key) for key in entry if key not in KEYS]:
-        raise ValueError(f"{where}: unknown {unknown[0]!a}; known are {', '.join(KEYS)}")
+        raise Mistake(f"{where}: unknown {unknown[0]!a}; known are {', '.join(KEYS)}")
     for key in TEXTS:
         if key in entry and not (isinstance(entry[key], str) and entry[key].strip()):
-            raise ValueError(f"{where}: {key}: expected a text, not {entry[key]!r}")
+            raise Mistake(f"{where}: {key}: expected a text, not {entry[key]!r}")
     fraction = entry.get("fraction")
     is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
     if fraction is not None and not (is_number and math.isfinite(fraction) and fraction > 0):
-        raise ValueError(f"{where}: fraction {fraction!r}: expected a number above 0")
+        raise Mistake(f"{where}: fraction {fraction!r}: expected a number above 0")
     path = folder / entry["path"]
     if not path.exists() and is_local(entry["path"]):
-        raise FileNotFoundError(f"{where}: path: no file or folder {path}{meant(path)}")
+        raise MissingFile(f"{where}: path: no file or folder {path}{meant(path)}")
     own = {column: entry[f"{column}_column"] for column in asdict(Columns()) if f"{column}_column" in entry}
     return Part(
         path=str(path) if path.exists() else entry["path"],
@@ -132,7 +133,7 @@ def iter_mixture(
         counts = rows_of_each(sizes, [part.fraction for part in parts])
         for part, size, count in zip(parts, sizes, counts, strict=True):
             if not count:
-                raise ValueError(f"{part.path}: fraction {part.fraction} takes none of its {size} rows")
+                raise Mistake(f"{part.path}: fraction {part.fraction} takes none of its {size} rows")
     for part, count in zip(parts, counts, strict=True):
         examples = iter_rows(part.path, part.columns, part.name, part.split, must_exist)
         for row, (example, unshown) in enumerate(islice(examples, count)):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from trl.trainer.utils import nanstd
 
+from open_r1.base.errors import Mistake
+
 
 class NamedEvaluationMixin:
     """Logs TRL's metrics of an evaluation under the evaluation's own prefix, where TRL's trainers have `eval_` for all.
@@ -46,7 +48,7 @@ def check_best(metric: str | None, eval_dataset: Any) -> None:
         figure = metric.removeprefix("eval_")
         if not any(figure.startswith(f"{name}_") for name in eval_dataset):
             known = " or ".join(f"eval_{name}_{figure}" for name in eval_dataset)
-            raise ValueError(f"metric_for_best_model: {metric} is of no evaluation set; {known} would be")
+            raise Mistake(f"metric_for_best_model: {metric} is of no evaluation set; {known} would be")
 
 
 def mean(values: Sequence[float]) -> float | None:

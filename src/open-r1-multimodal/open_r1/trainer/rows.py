@@ -4,6 +4,7 @@ from typing import Any
 
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
+from open_r1.base.errors import Mistake
 from open_r1.base.images import ImageSource
 
 
@@ -37,14 +38,12 @@ def with_images_inside(row: dict[str, Any]) -> dict[str, Any]:
     images = row_images(row)
     if not is_conversational(row):
         if images:
-            raise ValueError("prompt: a text has no place for images; give a conversation ([{role, content}])")
+            raise Mistake("prompt: a text has no place for images; give a conversation ([{role, content}])")
         return row
     prompt = prepare_multimodal_messages(row["prompt"], images=images)
     kinds = {part["type"] for message in prompt for part in message.get("content") or []}
     if others := sorted(kinds - {"image", "text"}):
-        raise ValueError(
-            f"prompt: a part of type {others[0]} is not shown to the model; of a video give frames as images"
-        )
+        raise Mistake(f"prompt: a part of type {others[0]} is not shown to the model; of a video give frames as images")
     return {**{name: value for name, value in row.items() if name not in ("image", "images")}, "prompt": prompt}
 
 

@@ -39,7 +39,7 @@ from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import get_config_model_id, pad, split_tensor_dict, use_adapter
 
 from open_r1.answers.reflection import reflection_shares
-from open_r1.base.errors import Mistake, printable
+from open_r1.base.errors import Mistake, printable, settings_of
 from open_r1.base.files import keep_rows
 from open_r1.base.images import BrokenImage, ImageSource, image_name, open_image
 from open_r1.base.plugins import import_named
@@ -266,7 +266,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         else:
             end, ban, engines = "eos_token_id", {"suppress_tokens": never}, nullcontext()
         args.generation_kwargs = with_tokens(args.generation_kwargs, end, end_token_ids(processing_class), ban)
-        with engines:
+        with engines, settings_of("trl", "transformers", "accelerate", "peft"):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *more, **kwargs)
         if self.use_vllm and is_peft_model(self.vllm_generation.model):
             check_adapter(self.vllm_generation.model)
