@@ -72,7 +72,7 @@ def naming_model() -> Iterator[None]:
     """In the block, what is wrong with the model of a recipe is told with the settings that name it; an OSError."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, Mistake) as error:
         raise FileMistake(f"MODEL, model_name_or_path: {error}") from error
 
 
@@ -122,7 +122,7 @@ def family_of_folder(folder: Path) -> Family:
         raise FileMistake(f"{folder / 'config.json'}: names no model_type")
     try:
         return find_family(model_type)
-    except ValueError as error:
+    except Mistake as error:
         raise Mistake(f"{folder} is {error}") from error
 
 
