@@ -11,8 +11,7 @@ from trl import GRPOTrainer
 
 from open_r1.base.errors import Mistake
 from open_r1.trainer.advantages import ADVANTAGES, checked, group_advantages, leave_one_out, spread
-from open_r1.trainer.recorder import Rollout
-from open_r1.trainer.trainer import Rows
+from open_r1.trainer.recorder import Rollout, Rows
 from support import make_trainer, read_jsonl, vowel_share
 
 trls_step = GRPOTrainer._generate_and_score_completions

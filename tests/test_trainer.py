@@ -23,10 +23,11 @@ from open_r1.rewards import accuracy_reward
 from open_r1.running.checkpoints import LoadWeightsMixin
 from open_r1.running.data import count_prompt_tokens, load_dataset
 from open_r1.tasks.examples import read_examples
+from open_r1.trainer.callbacks import AskBlind
 from open_r1.trainer.finite import FiniteMixin
 from open_r1.trainer.heldout import NamedEvaluationMixin
 from open_r1.trainer.rows import without_images
-from open_r1.trainer.trainer import AskBlind, Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
+from open_r1.trainer.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 from support import falling, families, load_weights, make_config, make_trainer, read_jsonl, vowel_share, write_examples
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from open_r1.trainer.trainer import CheckEngine
+from open_r1.trainer.callbacks import CheckEngine
 from support import Scripted, fake_completions, pretend_vllm
 from test_lora import make_trainer
 

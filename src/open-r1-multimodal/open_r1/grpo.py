@@ -24,7 +24,8 @@ from open_r1.running.callbacks import has_begun
 from open_r1.running.data import load_datasets_from_args, load_processor_from_args, opens_think
 from open_r1.running.entry import Command, run
 from open_r1.settings.generation import check_generation
-from open_r1.trainer.trainer import AskBlind, Qwen2VLGRPOTrainer
+from open_r1.trainer.callbacks import AskBlind
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 
 
 def prepare(

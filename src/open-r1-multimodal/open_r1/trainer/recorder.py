@@ -6,7 +6,7 @@ takes figures of them.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -56,6 +56,22 @@ class Rollout:
     ids: list[list[int]] = field(default_factory=list)
     rewards: list[list[float]] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
+
+
+class Rows(list):
+    """The rows of a generation step with its record, on their way through TRL to the reward functions."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]], rollout: Rollout):
+        super().__init__(rows)
+        self.rollout = rollout
+        self.given = [dict(row) for row in self]
+
+    def as_given(self) -> list[dict[str, Any]]:
+        """The rows as the dataset has them, with what was added to these on the way."""
+        return [
+            {**row, **{name: now[name] for name in now if name not in given or now[name] is not given[name]}}
+            for row, given, now in zip(self.rollout.rows, self.given, self, strict=True)
+        ]
 
 
 class Recorder:

@@ -25,11 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
 )
-from transformers.trainer_utils import has_length
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.extras.profiling import profiling_context
@@ -40,7 +36,6 @@ from trl.trainer.utils import get_config_model_id, pad, split_tensor_dict, use_a
 
 from open_r1.answers.reflection import reflection_shares
 from open_r1.base.errors import Mistake, printable, settings_of
-from open_r1.base.files import keep_rows
 from open_r1.base.images import BrokenImage, ImageSource, image_name, open_image
 from open_r1.base.plugins import import_named
 from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_settings, check_shared_prefix
@@ -67,9 +62,9 @@ from open_r1.models.loading import (
 from open_r1.rewards import guarded, told_apart
 from open_r1.running.checkpoints import LoadWeightsMixin
 from open_r1.running.data import ROTATION_OF, most_broken, warn_of_unshown
-from open_r1.running.machines import decide_once
 from open_r1.settings.generation import check_generation, with_tokens
 from open_r1.trainer.advantages import ADVANTAGES, Advantage, checked, group_advantages, reward_figures
+from open_r1.trainer.callbacks import CheckEngine, ContinueRollouts, RememberPassRates
 from open_r1.trainer.finite import FiniteMixin
 from open_r1.trainer.heldout import NamedEvaluationMixin, check_best, held_out_figures
 from open_r1.trainer.perception import (
@@ -81,7 +76,7 @@ from open_r1.trainer.perception import (
     seeded,
     split_halves,
 )
-from open_r1.trainer.recorder import Recorder, Rollout
+from open_r1.trainer.recorder import Recorder, Rollout, Rows
 from open_r1.trainer.rows import put_images, row_images, with_images_inside, without_images
 from open_r1.trainer.sampling import (
     ROW,
@@ -94,97 +89,6 @@ from open_r1.trainer.trackers import LogRollouts, as_text
 
 TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's metrics, never logged
 PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
-
-
-def micro_batches(steps: int, args: GRPOConfig, dataloader: DataLoader | None) -> int:
-    """How many micro-batches a process has trained on after so many optimiser steps.
-
-    The last step of an epoch has what is left of it, which may be fewer than `gradient_accumulation_steps`.
-    """
-    if not has_length(dataloader):  # of a stream
-        return steps * args.gradient_accumulation_steps
-    epochs, rest = divmod(steps, max(math.ceil(len(dataloader) / args.gradient_accumulation_steps), 1))
-    return epochs * len(dataloader) + rest * args.gradient_accumulation_steps
-
-
-class ContinueRollouts(TrainerCallback):
-    """At the start of a run, resumed or not, put the rollouts where the checkpoint's step says they are."""
-
-    def __init__(self, trainer: "Qwen2VLGRPOTrainer"):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Count from the checkpoint's step, and drop the trajectories of steps that are about to be repeated."""
-        # TRL counts micro-batches from 0 after a resume, and would then take the wrong slice of a rollout
-        # whenever one rollout serves several steps.
-        self.trainer._step = micro_batches(state.global_step, args, kwargs.get("train_dataloader"))
-        if not state.is_world_process_zero:
-            return
-        window = args.steps_per_generation * args.num_iterations
-        if used := self.trainer._step % window:
-            print(
-                f"warning: a rollout serves {window} micro-batches, and this run goes on after {used} of them. A "
-                "checkpoint does not hold the rest: its prompts are asked anew, and what follows differs from what an "
-                "undisturbed run would have done (save_steps that end with a rollout avoid it)",
-                file=sys.stderr,
-            )
-        for path in sorted(self.trainer.recorder.folder.glob("*.jsonl")):
-            if dropped := keep_rows(path, lambda row: row["step"] <= state.global_step):
-                print(f"{path}: dropped {dropped} lines after step {state.global_step}, which this run repeats")
-
-
-class RememberPassRates(TrainerCallback):
-    """Start a run, resumed or not, with the pass rates of its step; leave them beside checkpoints and at the end."""
-
-    def __init__(self, trainer: "Qwen2VLGRPOTrainer"):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        folder = Path(args.output_dir)
-        self.trainer.pass_rates = decide_once(lambda: PassRates.of_run(folder, state.global_step))
-
-    def on_save(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if state.is_world_process_zero:
-            self.trainer.pass_rates.save(Path(args.output_dir), state.global_step)
-
-    on_train_end = on_save
-
-
-class CheckEngine(TrainerCallback):
-    """Before the first step, resumed or not, see that an engine beside the policy samples from it."""
-
-    def __init__(self, trainer: "Qwen2VLGRPOTrainer"):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.trainer.check_engine()
-
-
-class AskBlind(TrainerCallback):
-    """After the last step, ask the held-out questions once without their images, for the report to compare."""
-
-    def __init__(self, trainer: "Qwen2VLGRPOTrainer"):
-        self.trainer = trainer
-
-    def on_train_end(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self.trainer.eval_dataset is not None and args.eval_strategy != "no":
-            self.trainer.evaluate_blind()
-
-
-class Rows(list):
-    """The rows of a generation step with its record, on their way through TRL to the reward functions."""
-
-    def __init__(self, rows: Iterable[dict[str, Any]], rollout: Rollout):
-        super().__init__(rows)
-        self.rollout = rollout
-        self.given = [dict(row) for row in self]
-
-    def as_given(self) -> list[dict[str, Any]]:
-        """The rows as the dataset has them, with what was added to these on the way."""
-        return [
-            {**row, **{name: now[name] for name in now if name not in given or now[name] is not given[name]}}
-            for row, given, now in zip(self.rollout.rows, self.given, self, strict=True)
-        ]
 
 
 @dataclass(eq=False)
