@@ -163,7 +163,7 @@ def paired_table(benchmark: str, names: Sequence[str], results: Sequence[Result]
     """How the results of a benchmark differ from the first one."""
     first, *others = (outcomes(result["results"]) for result in results)
     lines = [
-        f"| {benchmark}, against {names[0]} | {TOTAL} in points | it alone right | not it | shared | McNemar p |",
+        f"| {benchmark}, against {names[0]} | {TOTAL} in points | right, and the first wrong | wrong, and the first right | questions of both | McNemar p |",
         "|:-|-:|-:|-:|-:|-:|",
     ]
     return "\n".join(
@@ -265,7 +265,7 @@ def main() -> None:
         ]
         for benchmark in benchmarks
     }
-    explained = "accuracy in % (95 % interval) [if every response that could not be read were wrong - right]"
+    explained = "accuracy in % (95 % interval) [bounds: all unread answers wrong, all right]"
     if len(benchmarks) == 1:
         print(f"{score_table(names, results)}\n{explained}\n\n{detail_table(names, results)}")
         columns = [(benchmarks[0], label, label) for label in results[0]["scores"]]

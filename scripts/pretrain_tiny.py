@@ -1,4 +1,4 @@
-"""Pre-train the tiny base of the quick start: a model organism of the aha moment, made so that looking again pays.
+"""Pre-train the tiny base of the quick start: a toy model built so that checking an answer pays.
 
     python scripts/pretrain_tiny.py --output configs/tiny/base
 

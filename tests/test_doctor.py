@@ -467,7 +467,7 @@ def first_word(completions: list, **kwargs: object) -> list[str]:
 @pytest.mark.parametrize(
     "reward, verdict, pattern",
     [
-        (accuracy_reward, Verdict.PASS, "1 for 20 dresses of a right answer, 0 for wrong, hedged and none"),
+        (accuracy_reward, Verdict.PASS, "1 for 20 forms of a right answer, 0 for wrong, hedged and none"),
         (bare_accuracy_reward, Verdict.PASS, "accuracy_reward: 0 to 1 over"),
         (repetition_reward, Verdict.PASS, r"repetition_reward: -0\.\d+ to 0 over"),
         (

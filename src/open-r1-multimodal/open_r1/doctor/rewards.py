@@ -131,7 +131,7 @@ def examine(reward: Reward, samples: Sequence[Sample], tokenizer: Any) -> Findin
         return warned(f"{name} takes {seconds * 1000:.0f} ms a completion", "every step waits for it: make it faster")
     extent = f"{known[0]:g} to {known[-1]:g} over {len(samples)} completions"
     if reward is accuracy_reward:
-        extent = f"1 for {len(DRESSES)} dresses of a right answer, 0 for wrong, hedged and none"
+        extent = f"1 for {len(DRESSES)} forms of a right answer, 0 for wrong, hedged and none"
     return passed(f"{name}: {extent}, {seconds * 1000:.1f} ms each")
 
 

@@ -1,4 +1,4 @@
-"""Callbacks at the start and end of a GRPO run: where its rollouts go on, whether its engine is right, a last evaluation."""
+"""Callbacks of a GRPO run: where its rollouts go on, whether its engine samples from the policy, a last evaluation."""
 
 import math
 import sys
