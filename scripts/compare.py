@@ -163,7 +163,8 @@ def paired_table(benchmark: str, names: Sequence[str], results: Sequence[Result]
     """How the results of a benchmark differ from the first one."""
     first, *others = (outcomes(result["results"]) for result in results)
     lines = [
-        f"| {benchmark}, against {names[0]} | {TOTAL} in points | right, and the first wrong | wrong, and the first right | questions of both | McNemar p |",
+        f"| {benchmark}, against {names[0]} | {TOTAL} in points | right where the first is wrong "
+        "| wrong where the first is right | questions of both | McNemar p |",
         "|:-|-:|-:|-:|-:|-:|",
     ]
     return "\n".join(
