@@ -140,6 +140,19 @@ def test_a_policy_is_compared_and_nothing_stays(tiny_model, examples_json, tmp_p
     assert not any(trainer._metrics.values())
 
 
+def test_dropout_is_no_difference(tiny_model, examples_json, tmp_path):
+    """An adapter's is on in a model that was never told to evaluate."""
+    trainer = make_trainer(tiny_model, examples_json, tmp_path)
+    trainer.vllm_generation, trainer.backend = Mock(), Engine(trainer)
+    trainer.model.train()
+    modes, score = [], trainer._get_per_token_logps_and_entropies
+    trainer._get_per_token_logps_and_entropies = lambda model, *args: (
+        modes.append(model.training) or score(model, *args)
+    )
+    trainer.check_engine()
+    assert modes == [False] and trainer.model.training
+
+
 def test_an_engine_that_is_asked_something_else_is_found_out(tiny_model, examples_json, tmp_path):
     """What the engine made of a prompt may be the mistake: the policy scores its own."""
     trainer = make_trainer(tiny_model, examples_json, tmp_path)
