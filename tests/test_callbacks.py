@@ -17,6 +17,7 @@ from transformers import TrainerControl, TrainerState
 from trl import ModelConfig
 
 from open_r1.answers.reflection import find_reflections
+from open_r1.base.errors import Mistake
 from open_r1.report import page
 from open_r1.rewards import accuracy_reward, format_reward
 from open_r1.running import callbacks, entry
@@ -469,10 +470,14 @@ def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, caps
     entry.report(str(tmp_path))
 
     def fail(run):
-        raise ValueError(f"{run}: log.jsonl: line 3: not JSON")
+        raise errors.pop()
 
     monkeypatch.setattr(page, "write_report", fail)
+    errors = [KeyError("of ours"), Mistake(f"{tmp_path}: log.jsonl: line 3: not JSON")]
     entry.report(str(tmp_path))
     captured = capsys.readouterr()
     assert captured.out == f"report: {tmp_path}/report.html\n"
-    assert captured.err == f"no report: {tmp_path}: log.jsonl: line 3: not JSON\n"
+    assert captured.err == f"no report: error: {tmp_path}: log.jsonl: line 3: not JSON\n"
+    entry.report(str(tmp_path))  # a bug of ours, which keeps its traceback
+    told = capsys.readouterr().err
+    assert told.startswith("no report: Traceback") and told.endswith("KeyError: 'of ours'\n")

@@ -521,7 +521,7 @@ def test_a_survey_goes_on_after_what_is_wrong(tmp_path, monkeypatch):
 
     def check(row: dict) -> None:
         if row["solution"] == "red":
-            raise ValueError("no red")
+            raise Mistake("no red")
 
     found = survey(iter_examples(data), check)
     assert (found.rows, found.images, found.decoded) == (8, 8, 8)

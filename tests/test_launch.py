@@ -570,7 +570,7 @@ def test_a_gpu_run_without_vllm_is_told_once_what_it_saves(card, monkeypatch, ca
 
     card((9, 0))
     given = {"use_vllm": False, "use_cpu": False, "load_in_4bit": False, "is_installed": True, **changes}
-    settings = SimpleNamespace(**given, freeze_vision=False, freeze_llm=False, freeze_merger=None)
+    settings = SimpleNamespace(**given, trainer=None, freeze_vision=False, freeze_llm=False, freeze_merger=None)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, find=importlib.util.find_spec: settings.is_installed or None
     )

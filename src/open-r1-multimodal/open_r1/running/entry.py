@@ -15,7 +15,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from transformers import Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
-from open_r1.base.errors import Mistake, take_traceback_option
+from open_r1.base.errors import Mistake, account, take_traceback_option
 from open_r1.base.locks import check_free, owned
 from open_r1.configs import check_attention, check_bfloat16
 from open_r1.models.loading import check_weights, parameter_table
@@ -271,5 +271,5 @@ def report(output_dir: str) -> None:
         from open_r1.report.page import write_report  # loads matplotlib, which training does without
 
         print(f"report: {write_report(Path(output_dir))}")
-    except (OSError, Mistake, ImportError) as error:
-        print(f"no report: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"no report: {account(error)}", end="", file=sys.stderr)
