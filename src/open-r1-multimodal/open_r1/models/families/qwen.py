@@ -30,7 +30,7 @@ class QwenVL(Family):
     """What the Qwen families share: patches in rows of one tensor, a grid an image, M-RoPE."""
 
     has_image_rows = True
-    video_processor = Qwen2VLVideoProcessor
+    video_processor = Qwen2VLVideoProcessor  # this and the side of a patch in pixels: of a tiny processor
     patch_size = 14
 
     def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
