@@ -1,6 +1,7 @@
 """A model family is one entry, and who generates is one class: made-up ones, which only this file knows, train."""
 
 import json
+import re
 import shutil
 from unittest.mock import Mock
 
@@ -25,24 +26,26 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from open_r1.base.prompts import load_chat_template
+from fake_run import row, write_lines
+from open_r1.base.prompts import REPO_ROOT, load_chat_template
 from open_r1.configs import FreezeArguments
 from open_r1.engines.vllm_backends import TrainerVLLMBackend, engine_settings
 from open_r1.models.families import (
     FAMILIES,
     PARTS,
-    QwenVL,
-    Tiled,
     end_token_ids,
     family_of,
     find_family,
     vision_token_ids,
 )
+from open_r1.models.families.qwen import QwenVL
+from open_r1.models.families.tiled import TILE, TILE_TOKENS, Tiled
 from open_r1.models.loading import freeze, get_adapter_config, load_model, load_processor, parameter_table
 from open_r1.models.memory import Launch, Load, count_memory
+from open_r1.report.runs import scan_trajectories
 from open_r1.running.data import count_prompt_tokens, load_dataset
-from open_r1.tiny import TILE, TILE_TOKENS, make_tokenizer
 from open_r1.tiny import make_config as make_model_config
+from open_r1.tiny import make_processor, make_tokenizer
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import Scripted, make_config, read_jsonl, vowel_share
 
@@ -101,7 +104,7 @@ def made_up(tiny_models):
         **{
             **vars(qwen),
             "model_type": NAME,
-            "processor": MadeUpProcessor.__name__,
+            "processor": MadeUpProcessor,
             "end_tokens": ("<|endoftext|>", "<|done|>"),
             "vision_tokens": tuple(RENAMED.get(token, token) for token in qwen.vision_tokens),
             "config_tokens": {name: RENAMED.get(token, token) for name, token in qwen.config_tokens.items()},
@@ -328,6 +331,44 @@ def test_a_token_that_is_never_read_needs_no_place(tiny_models, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="they are of different models"):
         load_processor(folder)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("template", ["base", "instruct"])
+def test_a_report_shows_a_question_without_the_marks_of_its_images(model_type, template, tmp_path):
+    """However many images a prompt has: marks are no part of what the prompts share, nor of a question."""
+    processor = make_processor(make_tokenizer(model_type=model_type), model_type, template)
+    marks = FAMILIES[model_type].vision_tokens
+    questions = ["Is it red?", "Where is the box?", "How many?"]
+    prompts = []
+    for images, question in enumerate(questions):
+        parts = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        message = [{"role": "user", "content": parts}]
+        prompts.append(
+            processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True, style="reasoning")
+        )
+    prompts[0] = "".join(marks) + prompts[0]
+    with scan_trajectories(write_lines(tmp_path / "train.jsonl", [row(prompt=text) for text in prompts])) as train:
+        for prompt, question in zip(prompts, questions, strict=True):
+            shown = train.question(prompt)
+            assert question in shown[1] and not [mark for mark in marks if mark in "".join(shown)]
+            if template == "base":
+                assert "Assistant" in shown[0] and "<think>" in shown[2]
+
+
+def test_no_other_file_of_the_package_knows_a_family():
+    """But `published.py`, which makes two models by name. A default family is Qwen2-VL."""
+    package = REPO_ROOT / "src/open-r1-multimodal/open_r1"
+    others = "|".join(name for name in FAMILIES if name not in (NAME, "qwen2_vl"))
+    known = re.compile(rf"\bvisual\b|image_grid_thw|<\|vision|IMG_CONTEXT|['\"](?:{others})['\"]")
+    own = {"models/image_tags.py", "models/published.py"}
+    found = {
+        str(path.relative_to(package)): match[0]
+        for path in package.rglob("*.py")
+        if path.parent.name != "families" and str(path.relative_to(package)) not in own
+        for match in known.finditer(path.read_text())
+    }
+    assert found == {}
 
 
 def test_a_family_that_nobody_knows_is_one_line():

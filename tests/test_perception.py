@@ -14,7 +14,8 @@ from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import LOSS_TYPES, check_settings
 from open_r1.engines.backends import Completions
 from open_r1.engines.shared_prefix import images_of
-from open_r1.models.families import FAMILIES, Tiled
+from open_r1.models.families import FAMILIES
+from open_r1.models.families.tiled import Tiled
 from open_r1.models.loading import freeze, load_model, load_processor
 from open_r1.settings.limits import check_values
 from open_r1.trainer.perception import (

@@ -8,7 +8,8 @@ from PIL import Image
 
 from open_r1.base.prompts import check_text, join_options, load_chat_template, sat_question
 from open_r1.evaluate.answering import check_prompts
-from open_r1.models.families import QWEN_TOKENS, control_tokens
+from open_r1.models.families import control_tokens
+from open_r1.models.families.qwen import QWEN_TOKENS
 from open_r1.running.data import opens_think
 from open_r1.tasks.benchmarks import Item
 from open_r1.tiny import make_processor, make_tokenizer

@@ -17,7 +17,7 @@ from PIL import Image
 
 from open_r1.base.images import TOO_LARGE, TOO_LONG, open_image
 from open_r1.base.prompts import sat_question
-from open_r1.models.families import QWEN_TOKENS
+from open_r1.models.families.qwen import QWEN_TOKENS
 from open_r1.models.loading import load_processor
 from open_r1.rewards import check_gold
 from open_r1.running.data import DataArguments, load_dataset, load_datasets_from_args

@@ -40,13 +40,22 @@ def caption(path: Path) -> str:
     return f"- `{path.name}`: {docstring(path).splitlines()[0]}"
 
 
+def captions(folder: Path) -> list[str]:
+    """The lines of a folder's files, and under the name of each folder in it the lines of that one's."""
+    lines = [(path.name, [caption(path)]) for path in folder.glob("*.py") if path.name != "__init__.py"]
+    for path in folder.glob("*/__init__.py"):
+        first = docstring(path).splitlines()[0]
+        inside = [f"  {line}" for line in captions(path.parent)]
+        lines.append((path.parent.name, [f"- `{path.parent.name}/`: {first}", *inside]))
+    return [line for _, part in sorted(lines) for line in part]
+
+
 def write_map() -> str:
     """The map as Markdown."""
     parts = [HEAD]
     for room in ROOMS:
-        files = sorted(path for path in (PACKAGE / room).glob("*.py") if path.name != "__init__.py")
         about = " ".join(docstring(PACKAGE / room / "__init__.py").split())
-        parts.append("\n".join([f"## {room}/", "", about, "", *map(caption, files), ""]))
+        parts.append("\n".join([f"## {room}/", "", about, "", *captions(PACKAGE / room), ""]))
     files = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
     parts.append("\n".join(["## Beside the rooms", "", *map(caption, files), ""]))
     return "\n".join(parts)

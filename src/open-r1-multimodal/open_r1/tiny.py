@@ -10,7 +10,6 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -18,26 +17,10 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     GenerationConfig,
-    GotOcr2ImageProcessor,
-    GPT2Tokenizer,
-    Idefics3ImageProcessor,
-    Idefics3Processor,
-    InternVLProcessor,
-    InternVLVideoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    Qwen2_5_VLProcessor,
-    Qwen2Tokenizer,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-    SmolVLMImageProcessor,
-    SmolVLMProcessor,
-    SmolVLMVideoProcessor,
     set_seed,
 )
 
@@ -46,9 +29,6 @@ from open_r1.base.files import check_new_folder
 from open_r1.base.prompts import load_chat_template
 from open_r1.models.families import FAMILIES
 from open_r1.tasks.examples import read_examples
-
-# The tiles of those families that have some: 4 x 4 patches, 4 tokens.
-TILE, PATCH, TILE_TOKENS = 32, 8, 4
 
 
 def make_tokenizer(
@@ -74,21 +54,10 @@ def build_tokenizer(
     vocab: dict[str, int], merges: list[tuple[str, str]], model_type: str = "qwen2_vl"
 ) -> PreTrainedTokenizerBase:
     """The family's tokenizer from a byte-level vocabulary and its merges; the special tokens get the ids behind it."""
-    special = FAMILIES[model_type].special_tokens
-    vocab = vocab | {token: len(vocab) + i for i, token in enumerate(special)}
-    tokenizer_class, roles = Qwen2Tokenizer, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    if model_type in ("idefics3", "smolvlm"):
-        tokenizer_class = GPT2Tokenizer
-        roles = {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"}
-    if model_type == "internvl":  # what its processor asks the tokenizer for
-        roles["extra_special_tokens"] = {
-            "start_image_token": "<img>",
-            "end_image_token": "</img>",
-            "context_image_token": "<IMG_CONTEXT>",
-            "video_token": "<video>",
-        }
-    tokenizer = tokenizer_class(vocab=vocab, merges=merges, **roles)
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    family = FAMILIES[model_type]
+    vocab = vocab | {token: len(vocab) + i for i, token in enumerate(family.special_tokens)}
+    tokenizer = family.tokenizer_class(vocab=vocab, merges=merges, **family.tokenizer_roles)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in family.special_tokens])
     return tokenizer
 
 
@@ -96,23 +65,8 @@ def make_processor(
     tokenizer: PreTrainedTokenizerBase, model_type: str = "qwen2_vl", chat_template: str = "base"
 ) -> ProcessorMixin:
     """The processor of the family, with images up to 112x112 pixels: 16 tokens of 28x28, or up to 12 tiles of 32x32."""
-    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
-    template = load_chat_template(chat_template, FAMILIES[model_type].templates)
-    tiles = {"size": {"longest_edge": 3 * TILE}, "max_image_size": {"longest_edge": TILE}}
-    if model_type == "idefics3":
-        return Idefics3Processor(Idefics3ImageProcessor(**tiles), tokenizer, TILE_TOKENS, chat_template=template)
-    if model_type == "smolvlm":
-        images, videos = SmolVLMImageProcessor(**tiles), SmolVLMVideoProcessor(**tiles, num_frames=1, fps=1)
-        return SmolVLMProcessor(images, tokenizer, videos, TILE_TOKENS, chat_template=template)
-    if model_type == "internvl":
-        images = GotOcr2ImageProcessor(size={"height": TILE, "width": TILE}, crop_to_patches=True, max_patches=11)
-        return InternVLProcessor(images, tokenizer, InternVLVideoProcessor(), TILE_TOKENS, chat_template=template)
-    if model_type in ("qwen3_vl", "qwen3_5"):
-        images, videos = Qwen2VLImageProcessor(patch_size=16, size=size), Qwen3VLVideoProcessor()
-        return Qwen3VLProcessor(images, tokenizer, videos, chat_template=template)
-    processor_class = Qwen2VLProcessor if model_type == "qwen2_vl" else Qwen2_5_VLProcessor
-    images, videos = Qwen2VLImageProcessor(size=size), Qwen2VLVideoProcessor()
-    return processor_class(images, tokenizer, videos, chat_template=template)
+    family = FAMILIES[model_type]
+    return family.tiny_processor(tokenizer, load_chat_template(chat_template, family.templates))
 
 
 def vision_token_arguments(tokenizer: PreTrainedTokenizerBase, model_type: str = "qwen2_vl") -> dict[str, int]:
@@ -141,7 +95,6 @@ def make_config(
 
     The language model's layers are twice as wide inside as outside, or of `intermediate_size`.
     """
-    rope = {"rope_type": "default", "rope_theta": 1e6}
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
@@ -150,66 +103,14 @@ def make_config(
         "num_attention_heads": hidden_size // head_dim,
         "num_key_value_heads": hidden_size // (2 * head_dim),
         "max_position_embeddings": 4096,
-        "rope_parameters": rope,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         **text_token_arguments(tokenizer),
     }
-    if model_type.startswith("qwen"):
-        text, vision = fit_qwen(model_type, text, vision_size, vision_layers, head_dim)
-        others = {"tie_word_embeddings": True}
-    else:
-        text, vision, others = fit_tiles(model_type, text, vision_size, vision_layers)
     return AutoConfig.for_model(
         model_type,
-        text_config=text,
-        vision_config=vision | FAMILIES[model_type].tiny_vision,
-        **others,
+        **FAMILIES[model_type].tiny_config(text, vision_size, vision_layers),
         **vision_token_arguments(tokenizer, model_type),
     )
-
-
-def fit_qwen(
-    model_type: str, text: dict[str, Any], vision_size: int, vision_layers: int, head_dim: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The text configuration as a Qwen family has it, and that of its vision tower."""
-    section = [head_dim // 8, 3 * head_dim // 16, 3 * head_dim // 16]  # time, height, width: half of a head
-    rope = {**text["rope_parameters"], "mrope_section": section}
-    vision = {"depth": vision_layers, "num_heads": vision_size // 16}
-    if model_type == "qwen2_vl":
-        return {**text, "rope_parameters": rope}, {
-            **vision,
-            "embed_dim": vision_size,
-            "hidden_size": text["hidden_size"],
-        }
-    sizes = {"hidden_size": vision_size, "intermediate_size": 2 * vision_size, "out_hidden_size": text["hidden_size"]}
-    if model_type == "qwen3_vl":
-        text = {**text, "head_dim": head_dim}
-        rope["mrope_interleaved"] = True
-    if model_type == "qwen3_5":  # every fourth layer attends, or the last of fewer; half of a head is rotated
-        heads, section = text["hidden_size"] // head_dim, [head_dim // 8, head_dim // 16, head_dim // 16]
-        text = {**text, "head_dim": head_dim, "full_attention_interval": min(text["num_hidden_layers"], 4)}
-        text |= {"linear_num_key_heads": heads // 2, "linear_num_value_heads": heads}
-        text |= {"linear_key_head_dim": head_dim, "linear_value_head_dim": head_dim}
-        rope |= {"mrope_section": section, "partial_rotary_factor": 0.5}
-    return {**text, "rope_parameters": rope}, vision | sizes
-
-
-def fit_tiles(
-    model_type: str, text: dict[str, Any], vision_size: int, vision_layers: int
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The text configuration as a family with tiles has it, that of its vision tower, and what both share."""
-    vision = {
-        "hidden_size": vision_size,
-        "intermediate_size": 2 * vision_size,
-        "num_hidden_layers": vision_layers,
-        "num_attention_heads": vision_size // 16,
-        "image_size": TILE,
-        "patch_size": PATCH,
-    }
-    if model_type == "internvl":
-        others = {"downsample_ratio": 0.5, "image_seq_length": TILE_TOKENS, "tie_word_embeddings": False}
-        return {**text, "model_type": "qwen2"}, {**vision, "attention_bias": True}, others
-    others = {"scale_factor": 2, "pad_token_id": text["pad_token_id"], "tie_word_embeddings": False}
-    return {**text, "model_type": "llama"}, vision, others
 
 
 def make_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:

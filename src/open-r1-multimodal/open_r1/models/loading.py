@@ -287,8 +287,8 @@ def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | 
 def restore_weights(model: nn.Module, folder: str | Path) -> None:
     """Put the weights that a run saved back into its model, in place: all of them, or those of its adapters.
 
-    transformers 5.17 saves some families under their Hub names (visual.*) and its `Trainer` loads by the names in
-    memory (model.visual.*), without an error when none matches. `from_pretrained` knows both.
+    transformers 5.17 saves some families under the names that their weights have on the Hub, and its `Trainer` loads by
+    the names in memory, without an error when none matches. `from_pretrained` knows both.
 
     Args:
         model: the policy, not wrapped, and not split as by ZeRO-3.
@@ -393,9 +393,10 @@ def load_processor(
     with reading(folder, "processor or tokenizer"):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, padding_side="left")
     known = dict.fromkeys(family.processor for family in FAMILIES.values())
-    if type(processor).__name__ not in known:
+    if type(processor) not in known:
+        names = ", ".join(each.__name__ for each in known)
         raise FileMistake(
-            f"{folder} holds no processor for images and text ({', '.join(known)}) but a {type(processor).__name__}; "
+            f"{folder} holds no processor for images and text ({names}) but a {type(processor).__name__}; "
             "copy the processor's and tokenizer's files of the model that it was made from"
         )
     if family is not None:

@@ -21,6 +21,7 @@ from open_r1.base.fields import TEXT, Check, Fields, check, is_count, is_integer
 from open_r1.base.files import read_json
 from open_r1.base.images import local_path
 from open_r1.base.trajectories import NUMBERS, OPTIONAL, REQUIRED
+from open_r1.models.image_tags import IMAGE_TAGS
 from open_r1.tasks.examples import read_list
 from open_r1.tasks.mixture import parts_of
 
@@ -28,7 +29,7 @@ ACCURACY, FORMAT = "accuracy_reward", "format_reward"  # as the trainer logs the
 MAX_REWARDS = 32  # a run has a handful; more is a damaged file, and each is a column
 MAX_PATH = 4096  # characters, as Linux has it
 _YEAR_10000 = 253402300800  # in seconds since 1970
-_IMAGE_TAGS = re.compile(r"(?:<\|?\w*(?:image|vision|video)\w*\|?>)+")  # what stands for images in any family's prompt
+_IMAGE_TAGS = re.compile("|".join(map(re.escape, IMAGE_TAGS)))
 # A place where a template's own text may end and a question begin, and the other way round.
 _QUESTION_STARTS = re.compile(r"\n|[.:?!] ")
 _QUESTION_ENDS = re.compile(r"\n|  |<\|")

@@ -1,0 +1,203 @@
+"""What a model family is: all that the rest of the package asks about one, with what most families share."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Qwen2Tokenizer
+
+ImageInputs = dict[str, torch.Tensor]  # what a processor makes of images, by the names of the model's arguments
+Size = tuple[int, int]  # height and width in pixels
+
+PARTS = ("vision tower", "merger", "language model", "adapter")
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """A model family.
+
+    Attributes:
+        model_type: in its configuration.
+        processor: the class of its processor.
+        end_tokens: each ends a completion, whatever the checkpoint says: a base model writes one, a chat model another.
+        vision_tokens: sampling one would announce an image that is not there and break the next forward pass.
+        config_tokens: the names of tokens' ids in its configuration, and the tokens.
+        special_tokens: of a tiny tokenizer, behind its bytes.
+        tokenizer_roles: which of them the tokenizer's class takes as what, by the names of its arguments.
+        unread_tokens: of the published tokenizer that neither this project nor the processor writes; the model need
+            have no place for them.
+        image_inputs: the model's arguments that hold images, in the order that its `get_image_features` takes them.
+        tower, merger: patterns in the names of the vision tower's modules, and of the layers between it and the
+            language model.
+        published_pixels: as large an area as the published checkpoints let an image have, or more: no recipe's prompt
+            has room for it, and nothing was trained at it here.
+        templates: the folder below `configs/chat_templates` with its `base` and `instruct`.
+        has_vllm: whether vLLM can be told to bound its images as the processor does.
+        tokenizer_class: of a tiny tokenizer.
+    """
+
+    model_type: str
+    processor: type[ProcessorMixin]
+    end_tokens: tuple[str, ...]
+    vision_tokens: tuple[str, ...]
+    config_tokens: Mapping[str, str]
+    special_tokens: tuple[str, ...]
+    tokenizer_roles: Mapping[str, Any]
+    image_inputs: tuple[str, ...]
+    tower: str
+    merger: str
+    published_pixels: int
+    templates: str = ""
+    has_vllm: bool = True
+    tokenizer_class: type[PreTrainedTokenizerBase] = Qwen2Tokenizer
+    unread_tokens: tuple[str, ...] = ()
+
+    image_axis = 0  # of the image inputs, along which those of several prompts are joined
+    has_image_rows = False  # whether the vision tower takes the patches of all images in one row, and where each ends
+
+    # ---- parts of a model
+
+    def part_of(self, name: str) -> str:
+        """The one of `PARTS` that a parameter or module belongs to, by its name in `named_parameters`."""
+        if "lora_" in name:
+            return "adapter"
+        if re.search(self.merger, name):
+            return "merger"
+        return "vision tower" if re.search(self.tower, name) else "language model"
+
+    def modules_of(self, part: str) -> str:
+        """A pattern of the whole names of modules that belong to one of `PARTS`, but for the adapter's."""
+        return {
+            "vision tower": rf"(?!.*{self.merger}).*{self.tower}.*",
+            "merger": rf".*{self.merger}.*",
+            "language model": rf"(?!.*{self.merger})(?!.*{self.tower}).*",
+        }[part]
+
+    def trains_vision(self, model: nn.Module) -> bool:
+        """Whether gradients go into a model's vision tower or merger, or into an adapter there."""
+        return any(
+            re.search(f"{self.tower}|{self.merger}", name) and parameter.requires_grad
+            for name, parameter in model.named_parameters()
+        )
+
+    def mend(self, model: PreTrainedModel) -> None:
+        """Mend, in a model that is about to run, what transformers does wrong with this family."""
+        return None
+
+    # ---- images as a model takes them
+
+    def images_of(self, inputs: Mapping[str, Any]) -> ImageInputs:
+        """The image inputs among a processor's outputs or a model's arguments; empty where there is no image."""
+        images = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
+        return images if all(len(values) for values in images.values()) else {}
+
+    def encode_images(self, model: PreTrainedModel, images: ImageInputs) -> Any:
+        """What the vision tower makes of images, as `join_features` and `image_features` of a packed batch take it."""
+        return model.base_model.get_image_features(*(images[name].to(model.device) for name in self.image_inputs))
+
+    def join_images(self, images: Sequence[ImageInputs], device: torch.device) -> ImageInputs:
+        """The image inputs of several prompts as one, in their order; empty for none."""
+        images = [each for each in images if each]
+        if not images:
+            return {}
+        joined = {name: torch.cat([each[name] for each in images], dim=self.image_axis) for name in self.image_inputs}
+        return {name: values.to(device) for name, values in joined.items()}
+
+    def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
+        """What TRL's own scoring takes beside the images of B prompts; `is_image` (B, T) is 1 at their tokens."""
+        return {}
+
+    @abstractmethod
+    def join_features(self, features: Sequence[Any]) -> Any:
+        """The vision tower's outputs for several prompts as one."""
+
+    @abstractmethod
+    def feature_tensors(self, features: Any) -> list[torch.Tensor]:
+        """Every tensor in the vision tower's output."""
+
+    @abstractmethod
+    def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
+        """The smallest image that the model takes, of one colour."""
+
+    @abstractmethod
+    def blacken(
+        self, images: ImageInputs, processor: ProcessorMixin, share: float, rng: np.random.Generator
+    ) -> ImageInputs:
+        """The images with each patch black with probability `share`."""
+
+    @abstractmethod
+    def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Positions (P,), or of M-RoPE (3, P), of a prompt: what a processor made of it, one row."""
+
+    @abstractmethod
+    def count_image_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
+        """Tokens of images of these sizes, all together; no pixel is touched."""
+
+    def count_frame_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
+        """Tokens that the processor writes around those of images of these sizes, all together."""
+        return 0
+
+    @abstractmethod
+    def bound_images(
+        self, processor: ProcessorMixin, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> None:
+        """Let a processor enlarge smaller images and shrink larger ones to these areas; None keeps its own.
+
+        Raises:
+            ValueError: no image has a size within the bounds.
+        """
+
+    @abstractmethod
+    def pixel_bounds(self, processor: ProcessorMixin) -> tuple[int, int]:
+        """The smallest and the largest area that its processor gives an image."""
+
+    # ---- for the memory count: a model's parts on torch's `meta` device
+
+    @abstractmethod
+    def vision_tower(self, model: nn.Module) -> nn.Module:
+        """The vision tower of a policy, with or without an adapter."""
+
+    @abstractmethod
+    def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
+        """Its layers."""
+
+    @abstractmethod
+    def count_patches(self, config: PreTrainedConfig, pixels: int) -> int:
+        """Patches of an image of this area."""
+
+    @abstractmethod
+    def run_tower(self, model: nn.Module, patches: int, dtype: torch.dtype) -> torch.Tensor:
+        """A forward pass over patches without numbers, merger included; the last layer's states (patches, width)."""
+
+    # ---- a tiny model, for `open_r1.tiny`
+
+    @abstractmethod
+    def tiny_processor(self, tokenizer: PreTrainedTokenizerBase, chat_template: str) -> ProcessorMixin:
+        """A processor with room for images of 112x112 pixels."""
+
+    @abstractmethod
+    def tiny_config(self, text: Mapping[str, Any], vision_size: int, vision_layers: int) -> dict[str, Any]:
+        """The arguments of a tiny configuration, but for the ids of `config_tokens`.
+
+        Args:
+            text: the text configuration, as far as all families have the same.
+            vision_size: width of the vision tower, whose heads have 16 dimensions.
+            vision_layers: of the vision tower.
+        """
+
+
+def find_module(model: nn.Module, ending: str) -> nn.Module:
+    """The outermost module whose name ends so, with or without an adapter around the model."""
+    return next(module for name, module in model.named_modules() if name.endswith(ending))
+
+
+def black_pixel(processor: ProcessorMixin, dtype: torch.dtype) -> torch.Tensor:
+    """Black as the processor hands it to the model, (channels,)."""
+    images = processor.image_processor
+    mean, std = (torch.tensor(values, dtype=dtype) for values in (images.image_mean, images.image_std))
+    return -mean / std
