@@ -31,6 +31,7 @@ from open_r1.doctor.subject import Patient, planned
 from open_r1.models.memory import Count, Launch, count_run
 from open_r1.running.checkpoints import Layout
 from open_r1.running.entry import Command, prepare_process
+from open_r1.running.launch_settings import ON_CPU
 from open_r1.settings.recipes import merge_recipes, read_recipe
 
 LAUNCH_CONFIGS = REPO_ROOT / "src/open-r1-multimodal/configs"
@@ -71,8 +72,8 @@ def format_count(count: Count) -> str:
 
 
 def defaults() -> list[str]:
-    """What launch.sh sets where nobody else does."""
-    return [] if torch.cuda.is_available() else ["--use_cpu", "true", "--bf16", "false", "--dtype", "float32"]
+    """What a launch sets where nobody else does."""
+    return [] if torch.cuda.is_available() else ON_CPU
 
 
 def show(patient: Patient, as_json: bool) -> None:

@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only
 
 import sys
 
-if os.access(sys.prefix, os.W_OK):  # as launch.sh does, so that DeepSpeed's code for the CPU is compiled once
+if os.access(sys.prefix, os.W_OK):  # as a launch does, so that DeepSpeed's code for the CPU is compiled once
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
 
 import subprocess

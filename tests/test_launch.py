@@ -19,9 +19,11 @@ import torch
 from transformers import get_scheduler
 from trl import ModelConfig
 
+from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.grpo import GRPOScriptArguments
 from open_r1.running.entry import resolve_report_to
+from open_r1.running.launch_settings import LaunchSettings, listed_gpus, read_launch
 from open_r1.settings.recipes import default_output, merge_recipes, read_recipe
 from open_r1.trainer.trainer import Qwen2VLGRPOConfig
 from support import hear_signals, launch_env, load_weights, read_jsonl, run_grpo
@@ -67,21 +69,42 @@ def test_the_papers_recipe(tmp_path):
 
 
 @pytest.fixture
-def launched(tmp_path):
-    """What run_grpo_SAT.sh passes on, from tmp_path, to a Python that only lists it."""
+def launched(tmp_path, monkeypatch):
+    """What a launch of run_grpo_SAT.sh gives accelerate on a machine without GPUs, from tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def launch(*arguments: str, **env: str) -> list[str]:
+        return read_launch("grpo", "grpo_sat", arguments, {"CUDA_VISIBLE_DEVICES": "-1", **env}).for_accelerate()
+
+    return launch
+
+
+@pytest.fixture
+def passed_on(tmp_path):
+    """What run_grpo_SAT.sh passes on to a Python that only lists it, line by line."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\n[ "$1" = -c ] || printf "%s\\n" "$@"\n')
     python.chmod(0o755)
-    env = {name: value for name, value in os.environ.items() if name not in ("CONFIG", "OUTPUT", "MODEL", "DATA")}
 
-    def launch(*arguments: str, **changes: str) -> subprocess.CompletedProcess:
-        script = str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh")
-        env_of_launch = {**env, "PYTHON": str(python), **changes}
-        return subprocess.run(
-            ["sh", script, *arguments], env=env_of_launch, cwd=tmp_path, capture_output=True, text=True
-        )
+    def launch(*arguments: str, shell: str = "sh") -> list[str]:
+        command = [shell, str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh"), *arguments]
+        return subprocess.check_output(
+            command, env={**os.environ, "PYTHON": str(python)}, cwd=tmp_path, text=True
+        ).splitlines()
 
     return launch
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_the_shell_passes_arguments_on_as_they_are(passed_on, shell):
+    launcher = str(REPO_ROOT / "src/open-r1-multimodal/open_r1/running/launch.py")
+    arguments = ["--run_name", "a  b", "*", "--doctor"]
+    assert passed_on(*arguments, shell=shell) == [launcher, "grpo", "grpo_sat", *arguments]
+
+
+def test_what_is_wrong_with_a_launch_is_told_before_torch_is_imported():
+    code = "import sys, open_r1.running.launch; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +121,7 @@ def launched(tmp_path):
 def test_config_names_recipes(launched, tmp_path, config, recipes, output):
     for name in ("my recipe.yaml", "mine.yaml"):
         (tmp_path / name).write_text("beta: 0\n")
-    result = launched("--max_steps", "1", CONFIG=config)
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    lines = launched("--max_steps", "1", CONFIG=config)
     assert [lines[at + 1] for at, line in enumerate(lines) if line == "--config"] == (recipes or config.split())
     assert (
         lines[lines.index("--max_steps") + 1] == "1" and "--output_dir" not in lines and "--dataset_name" not in lines
@@ -110,7 +131,7 @@ def test_config_names_recipes(launched, tmp_path, config, recipes, output):
 
 def test_what_the_environment_names_goes_before_the_recipe_and_after_arguments(launched):
     places = {"MODEL": "a model", "DATA": "my data.json", "OUTPUT": "out here"}
-    lines = launched("--dataset_name", "another.json", **places).stdout.splitlines()
+    lines = launched("--dataset_name", "another.json", **places)
     for name, value in zip(("model_name_or_path", "dataset_name", "output_dir"), places.values(), strict=True):
         assert lines[lines.index(f"--{name}") + 1] == value
     assert [lines[at + 1] for at, line in enumerate(lines) if line == "--dataset_name"] == [
@@ -121,8 +142,111 @@ def test_what_the_environment_names_goes_before_the_recipe_and_after_arguments(l
 
 @pytest.mark.parametrize("argument", [["--config", "mine.yaml"], ["--config=mine.yaml"]])
 def test_recipes_are_named_in_config_alone(launched, argument):
-    result = launched("--max_steps", "1", *argument)
-    assert (result.returncode, result.stderr) == (2, "error: --config: name the recipes in CONFIG\n")
+    with pytest.raises(Mistake, match=r"^--config: name the recipes in CONFIG$"):
+        launched("--max_steps", "1", *argument)
+
+
+@pytest.fixture
+def smi(tmp_path, monkeypatch):
+    """Makes a machine whose nvidia-smi does this."""
+
+    def write(does: str) -> None:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin/nvidia-smi").write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin/nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+
+    return write
+
+
+FOUR_GPUS = "\n".join(f"echo 'GPU {number}: NVIDIA H100 (UUID: GPU-{number})'" for number in range(4))
+
+
+@pytest.mark.parametrize(
+    "name, env, processes, strategy",
+    [
+        ("grpo", {}, 4, "zero2"),
+        ("grpo", {"CUDA_VISIBLE_DEVICES": "1,3"}, 2, "zero2"),
+        ("grpo", {"CUDA_VISIBLE_DEVICES": ""}, 2, "cpu"),
+        ("grpo", {"NUM_PROCESSES": "3"}, 3, "zero2"),
+        ("sft", {"ACCELERATE_CONFIG": "zero3"}, 4, "zero3"),  # as run_sft.sh sets it
+    ],
+)
+def test_a_launch_takes_the_gpus_that_it_sees(smi, name, env, processes, strategy):
+    """And without any, it goes in float32 on the CPU, which DeepSpeed and torch are told in the environment."""
+    smi(FOUR_GPUS)
+    environ = dict(env)
+    launch = read_launch(name, f"{name}_sat", ["--beta", "0"], environ)
+    assert listed_gpus() == ["NVIDIA H100"] * 4
+    assert (launch.script.name, launch.num_processes) == (f"{name}.py", processes)
+    assert launch.config_file == str(REPO_ROOT / f"src/open-r1-multimodal/configs/{strategy}.yaml")
+    on_cpu = strategy == "cpu"
+    assert launch.arguments[:2] == (["--use_cpu", "true"] if on_cpu else ["--beta", "0"])
+    assert environ == env if not on_cpu else environ["DS_ACCELERATOR"] == "cpu" and int(environ["OMP_NUM_THREADS"]) > 0
+
+
+@pytest.mark.parametrize(
+    "given, processes, threads",
+    [({}, 3, "3"), ({"OMP_NUM_THREADS": "5"}, 2, "5"), ({"OMP_NUM_THREADS": "many"}, 4, "2")],
+)
+def test_threads_of_processes_on_the_cpu(launched, monkeypatch, given, processes, threads):
+    """The cores are shared out, unless a number of threads is given."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    environ = {"CUDA_VISIBLE_DEVICES": "-1", "NUM_PROCESSES": str(processes), **given}
+    read_launch("grpo", "grpo_sat", [], environ)
+    assert environ["OMP_NUM_THREADS"] == threads
+
+
+@pytest.mark.parametrize("given", [{}, {"TORCH_EXTENSIONS_DIR": "/mine"}])
+@pytest.mark.parametrize("is_writable", [True, False])
+def test_what_deepspeed_compiles_goes_into_the_environment(monkeypatch, given, is_writable):
+    monkeypatch.setattr("os.access", lambda path, mode: is_writable)
+    environ = {"CUDA_VISIBLE_DEVICES": "-1", **given}
+    read_launch("grpo", "grpo_sat", [], environ)
+    own = f"{sys.prefix}/torch_extensions" if is_writable else None
+    assert environ.get("TORCH_EXTENSIONS_DIR") == given.get("TORCH_EXTENSIONS_DIR", own)
+
+
+def test_the_doctor_looks_at_what_would_be_started(monkeypatch):
+    """In the launcher's place, with `--traceback` for it too; nothing of a launch is set up."""
+    from open_r1.running import launch
+
+    class Replaced(Exception):
+        pass
+
+    def replace(python, command):
+        raise Replaced(python, *command)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setattr(launch.os, "execv", replace)
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    arguments = ["--max_steps", "3", "--doctor", "--traceback"]
+    monkeypatch.setattr(sys, "argv", ["launch.py", "sft", "sft_sat", *arguments])
+    with pytest.raises(Replaced) as found:
+        launch.main()
+    python, *command = found.value.args
+    assert python == sys.executable and command[:4] == [python, str(REPO_ROOT / "scripts/doctor.py"), "--script", "sft"]
+    assert command[-4:] == ["--max_steps", "3", "--config", str(REPO_ROOT / "configs/sft_sat.yaml")]
+    assert os.environ["OPEN_R1_TRACEBACK"] == "1" and "OPEN_R1_LAUNCHER" not in os.environ
+
+
+def test_a_signal_while_nvidia_smi_is_asked_is_told(smi, tmp_path):
+    smi(f"touch {tmp_path}/asked; exec sleep 60")
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    launcher = subprocess.Popen(
+        ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh")],
+        env={**env, "PYTHON": sys.executable},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_signals,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "asked").exists():
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=20) == 128 + signal.SIGINT
+    assert launcher.stderr.read() == "\nstopped by SIGINT; nothing has started\n"
 
 
 def test_reports_never_wait_for_an_answer(monkeypatch, tmp_path):
@@ -271,7 +395,7 @@ def launching(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPO_ROOT / "src/open-r1-multimodal/open_r1"))  # as when launch.py is run
     from open_r1.running import launch
 
-    monkeypatch.setattr(launch.sys, "argv", ["launch.py", "--config_file=x", "--num_processes=1", "grpo.py"])
+    monkeypatch.setattr(launch.sys, "argv", ["launch.py", "grpo", "grpo_sat"])
 
     def main(hangup) -> None:
         hear_signals()
@@ -425,15 +549,16 @@ def test_bfloat16_on_a_gpu_without_it_is_told(card, monkeypatch, tmp_path, recip
 
 
 @pytest.mark.parametrize("value", ["a --help b", "-h --help", "--config x"])
-def test_a_value_that_holds_an_option_is_a_value(launched, value):
-    result = launched("--run_name", value)
-    assert result.returncode == 0 and value in result.stdout.splitlines()
+def test_a_value_that_holds_an_option_is_a_value(passed_on, launched, value):
+    assert passed_on("--run_name", value)[-1] == value
+    assert value in launched("--run_name", value)
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
-def test_help_is_for_an_argument_of_its_own(launched, option):
-    result = launched("--max_steps", "3", option)
-    assert result.returncode == 0 and result.stdout.startswith("Start a training script on every GPU")
+def test_help_is_for_an_argument_of_its_own(passed_on, option):
+    lines = passed_on("--max_steps", "3", option)
+    assert lines[0].startswith("Start a training script on every GPU") and "  NUM_PROCESSES  " in "\n".join(lines)
+    assert lines[-2:] == [str(REPO_ROOT / "src/open-r1-multimodal/open_r1/grpo.py"), "--help"]
 
 
 def test_a_killed_compiler_does_not_make_the_next_launch_wait(tmp_path):
@@ -504,9 +629,8 @@ def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp
         arguments = [part for recipe in recipes.split() for part in ("--config", recipe)]
         arguments += ["--dataset_name", "x", "--output_dir", str(tmp_path), "--report_to", "none", *changes.split()]
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["launch.py", "--config_file", config_file, "--num_processes", "2"])
-            sys.argv += [f"{command}.py", *arguments]
-            launch.start(launch.parse(), multiprocessing.get_context("fork").SimpleQueue())
+            settings = LaunchSettings(Path(f"{command}.py"), arguments, config_file, 2)
+            launch.start(settings, multiprocessing.get_context("fork").SimpleQueue())
             for name, value in environments[-1].items():
                 if name.startswith("ACCELERATE_"):
                     patch.setenv(name, value)
@@ -521,7 +645,7 @@ def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp
 
 def test_on_a_cpu_a_dtype_of_the_command_line_is_taken(launched):
     """What the launch sets there, float32, goes before: the last of two counts."""
-    lines = launched("--dtype", "bfloat16", "--bf16", "true", CUDA_VISIBLE_DEVICES="-1").stdout.splitlines()
+    lines = launched("--dtype", "bfloat16", "--bf16", "true")
     for name, values in (("--dtype", ["float32", "bfloat16"]), ("--bf16", ["false", "true"])):
         assert [lines[at + 1] for at, line in enumerate(lines) if line == name] == values
 

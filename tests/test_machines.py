@@ -19,6 +19,7 @@ from open_r1.base.errors import Mistake
 from open_r1.base.locks import holder, owned
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.running import machines
+from open_r1.running.launch_settings import LaunchSettings, read_launch
 from support import launch_env, load_weights, read_jsonl
 
 RUN = str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh")
@@ -118,30 +119,22 @@ def test_who_ends_a_run_is_told_on_its_machine(tmp_path, start):
     assert told(tmp_path, 0) == f"error: MASTER_PORT: {port} is in use; choose another, on all machines\n"
 
 
-def launches(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
-    """What run_grpo_SAT.sh passes on to a Python that only lists it."""
-    python = folder / "python"
-    python.write_text('#!/bin/sh\n[ "$1" = -c ] || printf "%s\\n" "$@"\n')
-    python.chmod(0o755)
-    named = ("NUM_MACHINES", "MACHINE_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in named}
-    env = {**kept, "CUDA_VISIBLE_DEVICES": "-1", "PYTHON": str(python), **env}
-    return subprocess.run(["sh", RUN, *arguments], env=env, cwd=folder, capture_output=True, text=True)
+def launches(**env: str) -> LaunchSettings:
+    """How run_grpo_SAT.sh launches on a machine without GPUs."""
+    return read_launch("grpo", "grpo_sat", [], {"CUDA_VISIBLE_DEVICES": "-1", **env})
 
 
-def test_every_machine_meets_at_one_port(tmp_path):
+def test_every_machine_meets_at_one_port():
     env = {"NUM_MACHINES": "3", "MACHINE_RANK": "2", "MASTER_ADDR": "node-a", "NUM_PROCESSES": "4"}
     for port, given in (("29500", {}), ("31000", {"MASTER_PORT": "31000"})):
-        result = launches(tmp_path, "--max_steps", "1", **env, **given)
-        assert result.returncode == 0, result.stderr
-        told = result.stdout.split("\n")
-        options = {told[at]: told[at + 1] for at, line in enumerate(told[:-1]) if line.startswith("--")}
+        told = launches(**env, **given).for_accelerate()
+        options = dict(zip(told[::2], told[1::2], strict=False))
         assert options["--num_processes"] == "12"  # of all machines, as accelerate counts
         assert (options["--num_machines"], options["--machine_rank"]) == ("3", "2")
         assert (options["--main_process_ip"], options["--main_process_port"]) == ("node-a", port)
-    alone = launches(tmp_path, MASTER_ADDR="node-a", MASTER_PORT="31000").stdout  # a cluster sets them for one, too
+    alone = launches(MASTER_ADDR="node-a", MASTER_PORT="31000").for_accelerate()  # a cluster sets them for one, too
     assert "--num_machines" not in alone and "node-a" not in alone
-    doctor = launches(tmp_path, "--doctor", **env).stdout.split("\n")
+    doctor = launches(**env).for_doctor()
     assert doctor[doctor.index("--num_processes") + 1] == "12" and doctor[doctor.index("--num_machines") + 1] == "3"
 
 
@@ -162,9 +155,16 @@ TWO = {"NUM_MACHINES": "2", "MACHINE_RANK": "1", "MASTER_ADDR": "node-a"}
         ({**TWO, "MASTER_PORT": "ssh"}, "MASTER_PORT: 'ssh' is not a port, 1 to 65535"),
     ],
 )
-def test_what_a_machine_is_not_told_right_is_one_line(tmp_path, env, reason):
-    result = launches(tmp_path, **env)
-    assert result.returncode == 2 and result.stderr.startswith(f"error: {reason}") and result.stderr.count("\n") == 1
+def test_what_a_machine_is_not_told_right_is_one_line(env, reason):
+    with pytest.raises(Mistake, match=f"^{re.escape(reason)}"):
+        launches(**env)
+
+
+def test_the_script_tells_what_a_machine_is_not_told_right(tmp_path):
+    env = {**os.environ, **TWO, "MASTER_ADDR": "a b", "CUDA_VISIBLE_DEVICES": "-1", "PYTHON": sys.executable}
+    result = subprocess.run(["sh", RUN], env=env, cwd=tmp_path, capture_output=True, text=True)
+    line = "error: MASTER_ADDR: 'a b' is not the name or IPv4 address of machine 0, which every machine needs\n"
+    assert (result.returncode, result.stderr) == (2, line)
 
 
 def test_another_folder_of_the_same_name_is_told(tmp_path, monkeypatch):

@@ -433,6 +433,7 @@ def test_two_processes_under_zero2_killed_at_two_moments(tmp_path, tiny_model, e
         if is_saved:  # a first kill may come before the first checkpoint, and then there is nothing to go on from
             wait_until(lambda: last_complete_checkpoint(tmp_path / "killed") is not None, process)
         time.sleep(rng.uniform(0, duration / 4))
+        process.kill()
         kill_processes_naming(str(tmp_path / "killed"))
         assert process.wait() == -signal.SIGKILL
     assert start(tmp_path / "killed").wait() == 0, (tmp_path / "log").read_text()[-3000:]
@@ -573,7 +574,7 @@ def test_the_best_model_is_the_one_at_the_end_of_a_launch(how, lora, tmp_path, t
 
 
 def kill_processes_naming(path: str) -> None:
-    """SIGKILL for the launcher and its workers, which are in sessions of their own: all that name the test's folder."""
+    """SIGKILL for the workers of a launcher, which are in sessions of their own: all that name the test's folder."""
     for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it ended while we looked
             if path.encode() in cmdline.read_bytes():

@@ -245,11 +245,12 @@ def test_what_is_no_run_of_a_sweep(tmp_path):
 
 # --- the script -------------------------------------------------------------------------------------------------
 
-# Stands for the Python of a sweep: it writes down what it is asked, and a training leaves the settings of its recipes.
+# Stands for the Python of a sweep: it writes down what it is asked, behind what a training finds in its environment,
+# and a training leaves the settings of its recipes.
 STUB = r"""#!/bin/sh
 [ "$1" != -c ] || exit 0
-echo "$@" >>"$CALLS"
-case "$*" in
+echo "NUM_PROCESSES=$NUM_PROCESSES CONFIG=$CONFIG $*" >>"$CALLS"
+case "$* $OUTPUT $CONFIG" in
     *launch.py*"$BAD"*) exit 3 ;;
     *launch.py*no_think*) echo '{"chat_template_kwargs": {"style": "direct"}}' >"$OUTPUT/run.json" ;;
     *launch.py*) echo '{"chat_template_kwargs": null}' >"$OUTPUT/run.json" ;;
@@ -291,9 +292,9 @@ def test_a_sweep_runs_every_recipe_with_every_seed_and_compares(clone):
     done, calls = sweep(clone, "--overlays", "none dapo+no_think", "--seeds", "0 3", "--steps", "2", "--jobs", "2")
     assert done.returncode == 0, done.stderr
     trained = sorted(call for call in calls if "launch.py" in call)
-    assert len(trained) == 4 and all("--num_processes 1 " in call and "--max_steps 2" in call for call in trained)
-    recipes = "--config configs/tiny/grpo.yaml {}--config configs/overlays/tiny.yaml"
-    overlays = "--config configs/overlays/dapo.yaml --config configs/overlays/no_think.yaml "
+    assert len(trained) == 4 and all("NUM_PROCESSES=1 " in call and "--max_steps 2" in call for call in trained)
+    recipes = "CONFIG=configs/tiny/grpo.yaml {}configs/overlays/tiny.yaml "
+    overlays = "configs/overlays/dapo.yaml configs/overlays/no_think.yaml "
     assert sum(recipes.format("") in call for call in trained) == 2
     assert sum(recipes.format(overlays) in call for call in trained) == 2
     assert sum("--seed 3 " in call for call in trained) == 2

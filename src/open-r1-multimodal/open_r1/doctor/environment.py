@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,9 +17,9 @@ from open_r1.base.prompts import REPO_ROOT
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
 from open_r1.doctor.subject import Patient
 from open_r1.running.launch import OTHER_TORCH, gpu_without_kernels
+from open_r1.running.launch_settings import listed_gpus
 
 SHARED_MEMORY = 10**9  # bytes that NCCL and the workers of a few processes need
-NVIDIA_SMI_SECONDS = 30
 
 
 def versions(patient: Patient) -> Iterator[Finding]:
@@ -53,7 +52,7 @@ def python(patient: Patient) -> Iterator[Finding]:
 
 def gpus(patient: Patient) -> Iterator[Finding]:
     """What the driver lists against what torch can use."""
-    listed, usable = listed_gpus(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    listed, usable = listed_gpus() or [], torch.cuda.device_count() if torch.cuda.is_available() else 0
     if usable and (old := gpu_without_kernels()):
         yield failed(old, OTHER_TORCH)
     elif usable:
@@ -67,18 +66,6 @@ def gpus(patient: Patient) -> Iterator[Finding]:
     else:
         hidden = f" of {len(listed)} in CUDA_VISIBLE_DEVICES" if listed else ""
         yield passed(f"none{hidden}: CPU processes in float32")
-
-
-def listed_gpus() -> list[str]:
-    """The GPUs that nvidia-smi lists; none where it is missing, fails or hangs."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    try:
-        result = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line for line in result.stdout.splitlines() if line.startswith("GPU ")]
 
 
 def shared_memory(patient: Patient) -> Iterator[Finding]:

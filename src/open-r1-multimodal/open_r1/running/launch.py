@@ -1,14 +1,13 @@
 """Starts a training command in several processes: one check first, then accelerate's launcher.
 
-    python launch.py --config_file ACCELERATE.yaml --num_processes N
-        [--num_machines M --machine_rank R --main_process_ip ADDRESS --main_process_port PORT] SCRIPT.py ARGUMENTS
+    python launch.py SCRIPT RECIPE [ARGUMENTS]
 
-`launch.sh` calls it, on each of several machines; N counts the processes of all. What one process can find wrong is
-told in one line before the others start (exit code 2). Of processes that fail, the first tells why; the last line names
-its rank. A signal (Ctrl-C, SIGTERM, SIGHUP) ends them all in one line that says where the same command continues.
+`launch.sh` calls it, on each of several machines, and tells what it takes from the environment. What is wrong there is
+told at once, and what one process can find wrong before the others start, in one line (exit code 2). Of processes that
+fail, the first tells why; the last line names its rank. A signal (Ctrl-C, SIGTERM, SIGHUP) ends them all in one line
+that says where the same command continues.
 """
 
-import argparse
 import contextlib
 import importlib
 import logging
@@ -31,7 +30,9 @@ if str(Path(__file__).parent) in sys.path:  # where Python looks first; open_r1'
     sys.path.remove(str(Path(__file__).parent))
 
 from open_r1.base.errors import STOPS, Mistake, Stopped, first_line, take_traceback_option
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.running.failures import continues, ended_by, last_word, told_once
+from open_r1.running.launch_settings import LaunchSettings, read_launch
 from open_r1.running.orphans import follow_launcher, lead
 
 if TYPE_CHECKING:  # which imports torch: the launcher does so beside the check
@@ -44,25 +45,11 @@ OTHER_TORCH = (
 HANDLED_SECONDS = 1  # after which a handler has run, if it can
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("--config_file", required=True)
-    parser.add_argument("--num_processes", type=int, required=True)
-    parser.add_argument("--num_machines", type=int, default=1)
-    parser.add_argument("--machine_rank", type=int, default=0)
-    parser.add_argument("--main_process_ip")
-    parser.add_argument("--main_process_port", type=int, default=0)
-    parser.add_argument("script", type=Path)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    return parser.parse_args()
-
-
-def check(launch: argparse.Namespace, told: SimpleQueue, precision: SimpleQueue) -> None:
+def check(launch: LaunchSettings, told: SimpleQueue, precision: SimpleQueue) -> None:
     """Everything that the processes would find wrong before they load weights; tells where they will leave what.
 
     Args:
-        launch: the command line.
+        launch: what is going to run.
         told: gets the output folder, and whether the same command goes on there.
         precision: gets what the run computes in.
     """
@@ -72,10 +59,10 @@ def check(launch: argparse.Namespace, told: SimpleQueue, precision: SimpleQueue)
             signal.signal(number, signal.SIG_DFL)
     with told_once():
         if os.environ.get("DS_ACCELERATOR") != "cpu":
-            check_gpus(launch.num_processes // launch.num_machines)
+            check_gpus(launch.num_processes // launch.machine.count)
         entry = importlib.import_module("open_r1.running.entry")
         command = importlib.import_module(f"open_r1.{launch.script.stem}").COMMAND
-        args = entry.check(command, launch.arguments, launch.config_file, launch.num_processes, launch.machine_rank)
+        args = entry.check(command, launch.arguments, launch.config_file, launch.num_processes, launch.machine.rank)
         told.put((args.output_dir, args.resume_from_checkpoint == "auto"))
         precision.put(mixed_precision(args))
 
@@ -186,11 +173,11 @@ def end_children() -> None:
         process.kill()
 
 
-def start(launch: argparse.Namespace, told: SimpleQueue) -> None:
+def start(launch: LaunchSettings, told: SimpleQueue) -> None:
     """Check in a process of its own, which takes what it read along, and launch.
 
     Args:
-        launch: the command line.
+        launch: what to start.
         told: what `check` tells.
 
     Raises:
@@ -214,22 +201,22 @@ def start(launch: argparse.Namespace, told: SimpleQueue) -> None:
     # accelerate gives processes under DeepSpeed the current folder, where a random.py would go before Python's.
     settings_of_launch.env_var_path_add = lambda name, _: os.environ.get(name, "")
     logging.disable(logging.ERROR)  # in this process: what torch's launcher says of failures is in the last word
-    machine = f"machine {launch.machine_rank} of {launch.num_machines}"
-    meeting = f"{launch.main_process_ip}:{launch.main_process_port}"
-    if launch.num_machines > 1:
+    machine = f"machine {launch.machine.rank} of {launch.machine.count}"
+    meeting = f"{launch.machine.address}:{launch.machine.port}"
+    if launch.machine.count > 1:
         print(f"{machine}: meets the others at {meeting}", flush=True)
         hear_signals(told)
     # A free port, unless machines meet at one; and each starts its own processes, none by pdsh on others.
     defaults = ["--main_process_port", "0", "--deepspeed_multinode_launcher", "standard"]
     defaults += ["--mixed_precision", precision.get()]
     try:
-        launch_command(launch_command_parser().parse_args([*defaults, *sys.argv[1:]]))
+        launch_command(launch_command_parser().parse_args([*defaults, *launch.for_accelerate()]))
     except ChildFailedError as error:
         code, line = last_word(error.failures, launch.num_processes)
     except subprocess.CalledProcessError as error:  # of the one process of a launch that is not distributed
         code, line = (error.returncode, "") if error.returncode > 0 else ended_by("the process", -error.returncode)
     except ConnectionError:  # accelerate's, of machine 0
-        code, line = 2, f"error: MASTER_PORT: {launch.main_process_port} is in use; choose another, on all machines"
+        code, line = 2, f"error: MASTER_PORT: {launch.machine.port} is in use; choose another, on all machines"
     except DistError as error:
         every = "start every machine with the same NUM_MACHINES, MASTER_ADDR and MASTER_PORT, within ten minutes"
         code, line = 1, f"error: {machine} did not meet the others at {meeting} ({first_line(error)}); {every}"
@@ -242,16 +229,19 @@ def start(launch: argparse.Namespace, told: SimpleQueue) -> None:
 
 
 def main() -> None:
-    """Launch, and end every process when a signal asks for it."""
+    """Launch or have the doctor look at it, and end every process when a signal asks for it."""
     take_traceback_option()
-    launch = parse()
-    lead()
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under `nohup`
             signal.signal(number, stop)
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's --signals_to_handle: `stop` handles the others
     told = multiprocessing.get_context("fork").SimpleQueue()
     try:
+        with told_once():
+            launch = read_launch(sys.argv[1], sys.argv[2], sys.argv[3:], os.environ)
+        if launch.is_examined:
+            os.execv(sys.executable, [sys.executable, str(REPO_ROOT / "scripts/doctor.py"), *launch.for_doctor()])
+        lead()
+        os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's --signals_to_handle: `stop` handles the others
         start(launch, told)
     except Stopped as stopped:
         end_children()
