@@ -233,10 +233,10 @@ WRITERS = [
     ("sweep", "run/seed0 --output there", "there/sweep.svg"),
     ("benchmark", "--json {} data", "r.json"),
     ("gpu_check", "--rehearsal --output there", "there/gpu_check.md"),
-    ("rehearse", "--output there", "there/rehearsal.json"),
+    ("dev/rehearse", "--output there", "there/rehearsal.json"),
     ("open_r1.tiny", "--output there", "there/model.safetensors"),
-    ("open_r1.models.published", "--output there", "there/config.json"),
-    ("pretrain_tiny", "--output there", "there/thesis.tex"),
+    ("benchmarks.published", "--output there", "there/config.json"),
+    ("dev/pretrain_tiny", "--output there", "there/thesis.tex"),
     ("export", "--adapter run --output there", "there/config.json"),
 ]
 
