@@ -204,7 +204,6 @@ def command(tmp_path, monkeypatch):
     write_run(tmp_path / "run/seed0", rows, events=fake_events(2), max_steps=2)
     write_result(tmp_path / "r.json", make_scored())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(REPO_ROOT / "scripts")  # of benchmarks/
 
     def run(name: str, *arguments: str) -> str | None:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
