@@ -1,5 +1,6 @@
 """What the commands `grpo.py` and `sft.py` share: read a recipe, start or resume, train, save."""
 
+import importlib
 import logging
 import os
 import signal
@@ -72,6 +73,9 @@ def quiet() -> None:
     for name, part in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        # Each process says that a helper is built, and each time; nothing else in this file of DeepSpeed's prints.
+        importlib.import_module("deepspeed.comm.torch").print = lambda *_: None
     warnings.filterwarnings("ignore", "Both num_training_steps and num_stable_steps are specified")  # as it should be
     downloads_are_shown = not are_progress_bars_disabled()
     disable_progress_bar()  # of loading and writing weights; it takes the bars of downloads along
