@@ -273,7 +273,7 @@ def rehearse(folder: Path, model: str | None, size: str = "qwen2_vl_2b") -> list
     if model is None:
         model = str(folder / "model")
         if not (folder / "model/processor_config.json").is_file():  # written last
-            code = "from benchmarks import published; published.main()"
+            code = "from open_r1.base.errors import run; from benchmarks import published; run(published.main)"
             build = [sys.executable, "-c", code, "--model", size, "--output", model]
             do(Phase("build the model", build, {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(PACKAGE)])}))
     for phase in prepare(folder):
