@@ -276,7 +276,7 @@ def measure(name: str, folder: Path, is_toy: bool, limit: float) -> Outcome:
     print(f"== {name}", file=sys.stderr, flush=True)
     path = folder / "outcome.json"
     path.unlink(missing_ok=True)
-    code = "from benchmarks import gpu; gpu.main()"
+    code = "import open_r1; from benchmarks import gpu; gpu.main()"  # open_r1 first: it silences libraries
     command = [sys.executable, "-c", code, name, folder, "toy" if is_toy else "gpu", path]
     # its output goes to the terminal's errors: the table alone is this command's output
     process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)

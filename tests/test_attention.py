@@ -422,7 +422,6 @@ def benchmark(model, data, output, way="ours"):
 )
 def test_cudnn_attends_in_no_model(run, cudnn, tiny_model, examples_json, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.syspath_prepend(REPO_ROOT / "scripts")
     run(tiny_model, examples_json, tmp_path)
     assert len(cudnn) > 1 and not any(cudnn)
 

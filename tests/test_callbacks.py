@@ -1,13 +1,17 @@
 """What a run shows and leaves behind: reflections in rows and log, run.json, log.jsonl, lines of progress, rollouts."""
 
+import ast
 import contextlib
+import importlib
 import io
 import json
 import logging
 import re
 import struct
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -18,6 +22,7 @@ from trl import ModelConfig
 
 from open_r1.answers.reflection import find_reflections
 from open_r1.base.errors import Mistake
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.report import page
 from open_r1.rewards import accuracy_reward, format_reward
 from open_r1.running import callbacks, entry
@@ -463,6 +468,32 @@ def test_only_the_noise_is_silenced(name, part, monkeypatch):
     logger.warning("[RANK 0] %s, says a library", part)
     logger.warning("something else")
     assert messages == ["something else"]
+
+
+def test_deepspeed_says_nothing_of_its_helpers_and_keeps_them(monkeypatch, capsys):
+    """It has no logger and no option for that; where this fails, it has found another way to say so, or stopped to."""
+    comm = importlib.import_module("deepspeed.comm.torch")
+    helper = SimpleNamespace(NAME="helper", load=lambda: "loaded", absolute_name=lambda: "a.helper")
+    accelerator = SimpleNamespace(create_op_builder=lambda name: helper)
+    monkeypatch.setattr(comm, "get_accelerator", lambda: accelerator)
+    monkeypatch.setitem(comm.deepspeed.ops.__compatible_ops__, "helper", True)
+    monkeypatch.setattr(comm, "print", print, raising=False)
+    capsys.readouterr()  # what DeepSpeed says when it is imported without a GPU or a choice
+    comm.build_shm_op()
+    assert capsys.readouterr().out == "DeepSpeed a.helper built successfully\n"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    entry.quiet()
+    assert comm.build_shm_op() == "loaded" and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("command", ["grpo", "sft"])
+def test_a_command_silences_libraries_before_it_imports_them(command):
+    """As a script; what bitsandbytes says when it is imported, it says on processors with AVX512-bf16 alone."""
+    tree = ast.parse((REPO_ROOT / f"src/open-r1-multimodal/open_r1/{command}.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = [getattr(node, "module", None) or node.names[0].name for node in imports]
+    others = [module for module in modules if module.partition(".")[0] not in sys.stdlib_module_names]
+    assert others[0] == "open_r1.base.errors"
 
 
 def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, capsys):

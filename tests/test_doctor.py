@@ -665,7 +665,6 @@ def test_machines_have_as_many_processes_each(monkeypatch):
 
 
 def doctor_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.syspath_prepend(str(REPO_ROOT / "scripts"))
     import doctor
 
     monkeypatch.setattr(sys, "argv", ["doctor.py", *map(str, arguments)])

@@ -204,7 +204,6 @@ def command(tmp_path, monkeypatch):
     write_run(tmp_path / "run/seed0", rows, events=fake_events(2), max_steps=2)
     write_result(tmp_path / "r.json", make_scored())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(REPO_ROOT / "scripts")  # of benchmarks/
 
     def run(name: str, *arguments: str) -> str | None:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
@@ -233,10 +232,10 @@ WRITERS = [
     ("sweep", "run/seed0 --output there", "there/sweep.svg"),
     ("benchmark", "--json {} data", "r.json"),
     ("gpu_check", "--rehearsal --output there", "there/gpu_check.md"),
-    ("rehearse", "--output there", "there/rehearsal.json"),
+    ("dev/rehearse", "--output there", "there/rehearsal.json"),
     ("open_r1.tiny", "--output there", "there/model.safetensors"),
-    ("open_r1.models.published", "--output there", "there/config.json"),
-    ("pretrain_tiny", "--output there", "there/thesis.tex"),
+    ("benchmarks.published", "--output there", "there/config.json"),
+    ("dev/pretrain_tiny", "--output there", "there/thesis.tex"),
     ("export", "--adapter run --output there", "there/config.json"),
 ]
 

@@ -27,7 +27,6 @@ SCRIPT = REPO_ROOT / "scripts/gpu_check.sh"
 @pytest.fixture(scope="module")
 def check():
     """The command as a module."""
-    sys.path.insert(0, str(REPO_ROOT / "scripts"))
     import gpu_check
 
     return gpu_check

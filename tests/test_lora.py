@@ -111,7 +111,6 @@ def test_the_best_adapter_is_the_one_at_the_end(run, tiny_model, examples_json, 
 
 def test_export_is_the_adapted_model(run, tiny_model, examples_json, tmp_path, monkeypatch):
     *_, output = run
-    sys.path.insert(0, str(REPO_ROOT / "scripts"))
     import export
 
     def run_export(adapter, output, *options):

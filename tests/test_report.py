@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -305,7 +305,7 @@ def test_a_killed_run_with_half_a_line(tmp_path):
             file.write('{"step": 3, "promp')
     page = make(run)
     assert "stopped at step 2 or still running" in page.text and len(page.completions()) == 2
-    assert f"last logged {utc(datetime.fromtimestamp(STARTED + 40, timezone.utc))}" in page.text
+    assert f"last logged {utc(datetime.fromtimestamp(STARTED + 40, UTC))}" in page.text
 
 
 def test_zeros_behind_the_last_line(tmp_path):

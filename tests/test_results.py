@@ -323,7 +323,6 @@ def test_a_line_of_vsr_that_is_something_else(tmp_path, line, message):
 )
 def test_a_wrong_option_is_seen_first(tmp_path, monkeypatch, capsys, run, arguments, message):
     monkeypatch.setattr(sys, "argv", ["", *arguments.format(folder=tmp_path).split()])
-    monkeypatch.syspath_prepend(REPO_ROOT / "scripts")  # of benchmarks/
     with pytest.raises(SystemExit) as left:
         (load_script(REPO_ROOT / run).main if isinstance(run, str) else run)()
     assert left.value.code == 2 and message.format(folder=tmp_path) in capsys.readouterr().err

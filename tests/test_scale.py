@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from trl import ModelConfig
 
+from benchmarks.published import TEXT, VISION, make_2b_config
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import FreezeArguments
@@ -14,7 +15,6 @@ from open_r1.engines import shared_prefix
 from open_r1.engines.decoding import generate
 from open_r1.models.families import family_of
 from open_r1.models.memory import Launch, build_model
-from open_r1.models.published import TEXT, VISION, make_2b_config
 from open_r1.settings.recipes import merge_recipes
 from open_r1.tiny import make_tokenizer
 

@@ -5,10 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import Distribution
+import tomllib
+from importlib.metadata import Distribution, packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from fresh import SYSTEM_PATH, clone, new_shell
 from open_r1.base.errors import ROOT as FRONT_DOOR_ROOT
@@ -31,6 +36,7 @@ LIGHT = {
     "test_qwen2vl_CVBench.py",
 }  # no torch for --help
 OURS = {"benchmark.py", "pretrain_tiny.py", "rehearse.py"}  # what only the authors start
+RANGES = {"numpy<2.5,>=2.3"}  # one version does not fit every Python beside vLLM
 H100 = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1c2d)"
 NEW_CARD = "580.65.06, 9.0, NVIDIA H100 80GB HBM3"
 
@@ -235,7 +241,50 @@ def test_the_package_declares_what_setup_installs(tmp_path):
     declared = Distribution.at(metadata).requires
     for name, suffix in (("requirements.txt", ""), ("requirements-test.txt", '; extra == "test"')):
         pins = [line for line in (REPO_ROOT / name).read_text().splitlines() if not line.startswith("#")]
-        assert pins and all("==" in pin and f"{pin}{suffix}" in declared for pin in pins)
+        assert pins and all(("==" in pin or pin in RANGES) and f"{pin}{suffix}" in declared for pin in pins)
+
+
+@pytest.mark.parametrize(
+    "pattern, files",
+    [
+        ("src/**/*.py", "requirements.txt requirements-gpu.txt"),
+        ("scripts/*.py", "requirements.txt"),
+        ("scripts/**/*.py", "requirements.txt requirements-test.txt"),
+    ],
+)
+def test_what_is_imported_is_declared(pattern, files):
+    """Also what another package brings along today."""
+    imported = set()
+    for path in REPO_ROOT.glob(pattern):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {name.name.partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.partition(".")[0])
+    modules, distributions = imported - {*sys.stdlib_module_names, "open_r1", "benchmarks"}, packages_distributions()
+    needed = {canonicalize_name(name) for module in modules for name in distributions.get(module, [module])}
+    lines = [line for name in files.split() for line in (REPO_ROOT / name).read_text().splitlines()]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines if not line.startswith("#")}
+    assert len(needed) > 3 and needed - declared == set()
+
+
+def test_the_workflow_runs_each_suite_within_a_limit_of_its_own():
+    jobs = yaml.safe_load((REPO_ROOT / ".github/workflows/test.yml").read_text())["jobs"]
+    told = {name: (job["steps"][-1]["run"], job["timeout-minutes"]) for name, job in jobs.items()}
+    assert told == {
+        "quick": ("bash scripts/test.sh", 20),
+        "all": ("bash scripts/test.sh --all", 90),
+        "nightly": ("bash scripts/test.sh -m nightly", 180),
+    }
+    supported = SpecifierSet(tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]["requires-python"])
+    pythons = [f"3.{minor}" for minor in range(30) if supported.contains(f"3.{minor}")]
+    assert jobs["quick"]["strategy"]["matrix"]["python-version"] == pythons
+
+
+def test_ruff_reads_the_oldest_python_that_is_supported():
+    settings = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())
+    oldest = settings["project"]["requires-python"].removeprefix(">=").partition(",")[0]
+    assert settings["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
 
 
 @pytest.mark.slow

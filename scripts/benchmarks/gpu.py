@@ -28,6 +28,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig, ProcessorMixin
 
+from benchmarks.published import save_random_2b
 from benchmarks.step import (
     PRESETS,
     ROWS,
@@ -65,7 +66,6 @@ from open_r1.evaluate.answering import (
     make_batches,
 )
 from open_r1.evaluate.answering import messages as with_images
-from open_r1.models.published import save_random_2b
 from open_r1.running.entry import quiet
 from open_r1.settings.recipes import read_recipe
 from open_r1.tasks.benchmarks import BENCHMARKS, read

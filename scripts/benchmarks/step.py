@@ -35,6 +35,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
+from benchmarks.published import TEXT, VISION, make_2b_config
 from open_r1.base.errors import positive
 from open_r1.base.files import FIGURE_MARK, check_replaceable
 from open_r1.base.prompts import load_chat_template
@@ -42,7 +43,6 @@ from open_r1.engines.backends import Completions
 from open_r1.models.families import FAMILIES, family_of
 from open_r1.models.loading import load_model, load_processor
 from open_r1.models.memory import load_config
-from open_r1.models.published import TEXT, VISION, make_2b_config
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
 from open_r1.trainer.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 

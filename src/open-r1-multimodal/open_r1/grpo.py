@@ -6,9 +6,12 @@ Launch it with `run_grpo_SAT.sh`, or by hand: `accelerate launch open_r1/grpo.py
 
 from typing import Any
 
+from open_r1.base.errors import Mistake
+
+# Above the libraries, since the package silences what they say when they are imported
+# isort: split
 from trl import ModelConfig
 
-from open_r1.base.errors import Mistake
 from open_r1.base.plugins import import_named
 from open_r1.configs import (
     GRPOScriptArguments,

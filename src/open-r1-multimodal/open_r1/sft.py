@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+from open_r1.base.errors import Mistake, printable, settings_of
+
+# Above the libraries, since the package silences what they say when they are imported
+# isort: split
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -17,7 +21,6 @@ from transformers import ProcessorMixin
 from trl import ModelConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from open_r1.base.errors import Mistake, printable, settings_of
 from open_r1.base.images import BrokenImage, open_image
 from open_r1.configs import Qwen2VLSFTConfig, SFTScriptArguments
 from open_r1.engines.shared_prefix import prepare_model

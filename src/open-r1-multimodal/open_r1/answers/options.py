@@ -7,7 +7,7 @@ answer and nothing else (`exact`), as a line that begins with one (`stated`), as
 
 import re
 from collections.abc import Iterator, Sequence
-from enum import Enum
+from enum import StrEnum
 from functools import lru_cache
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from open_r1.base.errors import Mistake
 Answer = int | str  # the index of an option; without options, the answer as it stands
 
 
-class Unread(str, Enum):
+class Unread(StrEnum):
     """Why no answer could be read."""
 
     REFUSED = "refused"  # the response says that it cannot tell, or that no option is right

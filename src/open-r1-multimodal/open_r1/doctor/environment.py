@@ -3,11 +3,11 @@
 import os
 import platform
 import shutil
+import tomllib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import tomllib
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +153,10 @@ def summary(run: Run, train: Trajectories, held_out: Trajectories) -> dict[str, 
         "steps": done,
         "max_steps": run.max_steps,
         "state": state,
-        "last_time": None if run.last_time is None else utc(datetime.fromtimestamp(run.last_time, timezone.utc)),
+        "last_time": None if run.last_time is None else utc(datetime.fromtimestamp(run.last_time, UTC)),
         "completions": len(train),
         "held_out_completions": len(held_out),
-        "made": utc(datetime.now(timezone.utc)),
+        "made": utc(datetime.now(UTC)),
     }
 
 

@@ -1,5 +1,6 @@
 """What the commands `grpo.py` and `sft.py` share: read a recipe, start or resume, train, save."""
 
+import importlib
 import logging
 import os
 import signal
@@ -72,6 +73,9 @@ def quiet() -> None:
     for name, part in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        # Each process says that a helper is built, and each time; nothing else in this file of DeepSpeed's prints.
+        importlib.import_module("deepspeed.comm.torch").print = lambda *_: None
     warnings.filterwarnings("ignore", "Both num_training_steps and num_stable_steps are specified")  # as it should be
     downloads_are_shown = not are_progress_bars_disabled()
     disable_progress_bar()  # of loading and writing weights; it takes the bars of downloads along
@@ -152,6 +156,8 @@ def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, Trai
         )
     check_bfloat16(args, model_args)
     check_attention(model_args)
+    if args.eval_strategy == "no":
+        args.eval_on_start = False  # transformers would ask for an evaluation set all the same
     args.report_to = resolve_report_to(args.report_to)
     return script_args, args, model_args
 

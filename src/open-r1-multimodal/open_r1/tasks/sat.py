@@ -7,7 +7,7 @@ Every function here is pure; `open_r1.tasks.examples` reads the records back. So
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from open_r1.base.images import CORRUPT, EXTENSIONS, TOO_LARGE, TOO_LONG, BrokenImage, opened
@@ -20,7 +20,7 @@ FOLDS = ("train", "static", "val", "test")
 CONTROL_MARKS = (IMAGE_PLACEHOLDER, "<|")
 
 
-class Skip(str, Enum):
+class Skip(StrEnum):
     """Why a row is not kept; the value is what the user reads."""
 
     NULL = "null or empty field"

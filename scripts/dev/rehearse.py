@@ -1,4 +1,4 @@
-"""Run the shipped recipes at Qwen2-VL-2B's size, a step each, as `scripts/rehearse.sh` starts it; or a smaller one's.
+"""Run the shipped recipes at Qwen2-VL-2B's size or a smaller one's, a step each; `scripts/dev/rehearse.sh` starts it.
 
 Each phase is a command as a user types it. Seconds are of the whole command; peak memory is that of its largest process
 (on a GPU: of the fullest card), and the forecast is the doctor's for the same recipe and lengths, with what the
@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
+SCRIPTS = Path(__file__).resolve().parents[1]
+PACKAGE = SCRIPTS.parent / "src/open-r1-multimodal"
+sys.path[:0] = [str(PACKAGE), str(SCRIPTS)]
 from open_r1.base.errors import Mistake, run, use_environment
 
 use_environment()
@@ -29,15 +31,14 @@ import psutil
 import torch
 from PIL import Image
 
+from benchmarks.published import MODELS
 from open_r1.base.files import MADE_BY, check_replaceable, replace_file
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.models.loading import load_processor
 from open_r1.models.memory import free_memory
-from open_r1.models.published import MODELS
 from open_r1.running.data import count_prompt_tokens
 from open_r1.tasks.examples import read_examples
 
-TRAINING = REPO_ROOT / "src/open-r1-multimodal"
 # Without a GPU: one process, short completions and one prompt a step. Everything else is the recipe's.
 CPU_LENGTHS = {
     "grpo": ["--max_completion_length", "24", "--completions_per_step", "8"],
@@ -214,7 +215,7 @@ def training(folder: Path, model: str, sizes: Sequence[str], size: str = "qwen2_
         counted += ["--accelerate_config", launch or "zero2"] + ([] if on_gpu else ["--cpu"])
         return Phase(
             name,
-            ["sh", TRAINING / script, "--max_steps", str(steps), "--save_steps", "1", *overrides],
+            ["sh", PACKAGE / script, "--max_steps", str(steps), "--save_steps", "1", *overrides],
             {key: str(value) for key, value in env.items()},
             output,
             [str(part) for part in counted],
@@ -272,8 +273,9 @@ def rehearse(folder: Path, model: str | None, size: str = "qwen2_vl_2b") -> list
     if model is None:
         model = str(folder / "model")
         if not (folder / "model/processor_config.json").is_file():  # written last
-            build = [sys.executable, "-m", "open_r1.models.published", "--model", size, "--output", model]
-            do(Phase("build the model", build, {}))
+            code = "from open_r1.base.errors import run; from benchmarks import published; run(published.main)"
+            build = [sys.executable, "-c", code, "--model", size, "--output", model]
+            do(Phase("build the model", build, {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(PACKAGE)])}))
     for phase in prepare(folder):
         do(phase)
     earlier = (path for name in ("grpo_*", "sft_*", "smolvlm_*", "merged", "results") for path in folder.glob(name))

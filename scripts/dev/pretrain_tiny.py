@@ -1,6 +1,6 @@
 """Pre-train the tiny base of the quick start: a toy model built so that checking an answer pays.
 
-    python scripts/pretrain_tiny.py --output configs/tiny/base
+    python scripts/dev/pretrain_tiny.py --output configs/tiny/base
 
 A Qwen2-VL of 1.6 M parameters learns the easy level of `open_r1.world` in stages: the vision tower tells what is in
 each image token's cell (under a linear probe that is thrown away), the whole model describes scenes, finds what a text
@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src/open-r1-multimodal"))
 from open_r1.base.errors import run, use_environment
 
 use_environment()
