@@ -1,4 +1,4 @@
-"""Saves, finds and checks checkpoints: a run resumes only from one that is whole and its own."""
+"""Saves, finds and checks checkpoints: a run resumes only from one that is whole, and no file of it runs code."""
 
 import functools
 import json
