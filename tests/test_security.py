@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import TrainerState
 
 from fake_run import row, write_lines, write_run
 from open_r1 import grpo
@@ -29,7 +30,14 @@ from open_r1.report.page import write_report
 from open_r1.report.runs import KnownImages, read_run
 from open_r1.rewards import get_reward_funcs
 from open_r1.running import entry
-from open_r1.running.checkpoints import check_unused, deepspeed_classes, loading_no_code, resolve_checkpoint, seal
+from open_r1.running.checkpoints import (
+    LoadWeightsMixin,
+    check_unused,
+    deepspeed_classes,
+    loading_no_code,
+    resolve_checkpoint,
+    seal,
+)
 from open_r1.running.entry import check
 from open_r1.running.orphans import LAUNCHER
 from support import make_trainer, run_grpo
@@ -108,6 +116,25 @@ def test_deepspeed_loads_objects_of_its_own_and_no_others(tmp_path):
     assert mark.exists()
 
 
+@pytest.mark.parametrize(
+    "name, arguments", [("_prepare_for_training", [2, [], "x"]), ("_load_rng_state", ["x"]), ("_load_best_model", [])]
+)
+def test_wherever_a_trainer_loads_states_under_deepspeed_none_runs_code(name, arguments, tmp_path):
+    """Also in the end, from the best checkpoint. The trainer's own methods ask for the unsafe unpickler here."""
+    planted, mark = tmp_path / "states.pt", tmp_path / "it_ran"
+    torch.save(Hostile(mark), planted)
+
+    class Unsafe:
+        is_deepspeed_enabled, is_fsdp_enabled = True, False
+        state = TrainerState(best_model_checkpoint="x")
+
+    setattr(Unsafe, name, lambda self, *arguments: torch.load(str(planted), weights_only=False))
+    trainer = type("Guarded", (LoadWeightsMixin, Unsafe), {})()
+    with pytest.raises(Mistake, match=f"^{refusal(planted)}$"):
+        getattr(trainer, name)(*arguments)
+    assert not mark.exists()
+
+
 SHORT = {"max_completion_length": 2, "disable_tqdm": True, "save_strategy": "steps", "save_steps": 1}
 
 
@@ -142,30 +169,25 @@ def test_a_checkpoint_that_an_earlier_version_signed_is_continued(checkpoint, ti
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("how, lora", [("cpu", False), ("zero3", True)])
+@pytest.mark.parametrize("how, states", [("cpu", "model_states"), ("zero3", "optim_states")])
 def test_a_launch_under_zero_ends_at_a_file_that_would_run_code(
-    how, lora, tmp_path, tiny_model, examples_json, quick_python
+    how, states, tmp_path, tiny_model, examples_json, quick_python
 ):
-    """In one line and wherever it is planted; with its own files it goes on. `cpu` is ZeRO-2."""
+    """`cpu` is ZeRO-2. That both go on with files of their own is held by test_recipes.py."""
     arguments = ["--save_steps", "1", "--reward_funcs", "support:vowel_share", "--max_completion_length", "4"]
-    arguments += ["--use_peft", "true", "--lora_target_modules", "all-linear"] if lora else []
     env = {"ACCELERATE_CONFIG": how, "PYTHON": str(quick_python), "OMP_NUM_THREADS": "1"}
 
     def launch(steps: int) -> subprocess.CompletedProcess:
         return run_grpo(tiny_model, examples_json, tmp_path / "out", *arguments, "--max_steps", str(steps), **env)
 
     assert launch(1).returncode == 0
-    folder, kept = tmp_path / "out/checkpoint-1", tmp_path / "kept"
-    shutil.copytree(folder, kept)
-    for file in (min(folder.glob("global_step1/*model_states.pt")), max(folder.glob("global_step1/*optim_states.pt"))):
-        torch.save(Hostile(tmp_path / "it_ran"), file)
-        seal(folder)
-        result = launch(2)
-        assert result.returncode == 2 and re.fullmatch(f"error: {refusal(file)}\n", result.stderr), result.stderr
-        assert not (tmp_path / "it_ran").exists()
-        shutil.copytree(kept, folder, dirs_exist_ok=True)
+    planted = max(tmp_path.glob(f"out/checkpoint-1/global_step1/*{states}.pt"))  # of the last process that has one
+    torch.save(Hostile(tmp_path / "it_ran"), planted)
+    seal(tmp_path / "out/checkpoint-1")
     result = launch(2)
-    assert result.returncode == 0 and f"resuming from {folder}" in result.stdout, result.stderr[-3000:]
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert re.fullmatch(f"error: {refusal(planted)}", result.stderr.splitlines()[-1])
+    assert not (tmp_path / "it_ran").exists()
 
 
 # --- a new run over an old one ----------------------------------------------------------------------------------
