@@ -33,12 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -of_file[item.path])
 
 
-@pytest.fixture(scope="session", autouse=True)
-def key_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Checkpoints are signed with a key that is not the user's."""
-    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
-
-
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
     """What a test, or what it runs in this process, sets in the environment is gone at its end."""

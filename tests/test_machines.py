@@ -33,7 +33,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def start(tmp_path, tiny_model, examples_json, quick_python):
-    """Starts the launchers of a run, one a machine, each with a home of its own; what is left of them is killed."""
+    """Starts the launchers of a run, one a machine; what is left of them is killed."""
     started: list[subprocess.Popen] = []
 
     def launch(output: Path, *arguments: str, count: int = 2, processes: int = 2, **env: str) -> list[subprocess.Popen]:
@@ -42,11 +42,10 @@ def start(tmp_path, tiny_model, examples_json, quick_python):
         shared = {"NUM_MACHINES": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         shared |= {"NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "1", "PYTHON": str(quick_python), **env}
         for rank in range(count):
-            own = {"MACHINE_RANK": str(rank), "XDG_STATE_HOME": str(tmp_path / f"home_{rank}")}
             started.append(
                 subprocess.Popen(
                     ["sh", RUN, "--reward_funcs", "support:vowel_share", *settings],
-                    env=launch_env(tiny_model, examples_json, output, **shared, **own),
+                    env=launch_env(tiny_model, examples_json, output, **shared, MACHINE_RANK=str(rank)),
                     cwd=tmp_path,
                     stdout=(tmp_path / f"stdout_{rank}").open("w"),
                     stderr=(tmp_path / f"stderr_{rank}").open("w"),

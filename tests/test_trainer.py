@@ -375,7 +375,9 @@ SEAMS = {
     "log": ["logs", "start_time"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "save_model": ["output_dir", "_internal_call"],
+    "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
+    "_load_rng_state": ["checkpoint"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_best_model": [],
 }

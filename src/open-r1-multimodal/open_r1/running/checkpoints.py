@@ -1,30 +1,34 @@
-"""Saves, finds and checks checkpoints: a run resumes only from one that is whole and its own."""
+"""Saves, finds and checks checkpoints: a run resumes only from one that is whole, and no file of it runs code."""
 
 import functools
 import json
 import os
+import pickle
 import re
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import yaml
 from accelerate import DistributedType, PartialState
 from accelerate.commands.config import load_config_from_file
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, patch_environment
 from torch import nn
-from torch.serialization import register_package
+from torch.serialization import load, register_package, safe_globals
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from open_r1.base.errors import MissingFile, Mistake
 from open_r1.base.files import MANIFEST, delete, replacing
 from open_r1.models.loading import adapter_folder, check_adapter, restore_weights
-from open_r1.running.signatures import SIGNATURE, check_origin, sign
 
 NO_MANIFEST = f"{MANIFEST} lists no files"
 # What a checkpoint holds for resuming alone. The rest is the model, as `save_model` writes it.
-RESUME_FILES = ("optimizer*", "scheduler*", "rng_state*", "global_step*", "latest", "zero_to_*", MANIFEST, SIGNATURE)
+RESUME_FILES = ("optimizer*", "scheduler*", "rng_state*", "global_step*", "latest", "zero_to_*", MANIFEST)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
@@ -51,8 +55,7 @@ def remove(checkpoint: Path) -> None:
 
 
 def seal(checkpoint: Path) -> None:
-    """Sign a checkpoint and declare it complete: its manifest, {file: size in bytes}, appears at once and last."""
-    sign(checkpoint, but=[MANIFEST])
+    """Declare a checkpoint complete: its manifest, {file: size in bytes}, appears at once and last."""
     with replacing(checkpoint / MANIFEST) as temporary:  # what a killed run left of one is no file of the checkpoint
         files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
         temporary.write_text(json.dumps({str(path.relative_to(checkpoint)): path.stat().st_size for path in files}))
@@ -104,17 +107,12 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
-def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str, has_key: bool = True) -> str | None:
+def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> str | None:
     """`auto`: the newest complete checkpoint of the output folder, if it has one; `none`: start anew; else the path.
-
-    Args:
-        resume_from_checkpoint, output_dir: of the run.
-        has_key: whether this process can tell who wrote a checkpoint; another then has to.
 
     Raises:
         FileNotFoundError: when the path is no folder, or one that a run cannot continue from.
-        ValueError: a checkpoint that no run of this user's wrote; or there is none, and an earlier run's work, which
-            a new run would write over.
+        ValueError: there is no checkpoint, and an earlier run's work, which a new run would write over.
     """
     if resume_from_checkpoint == "auto":
         checkpoint = last_complete_checkpoint(output_dir)
@@ -124,9 +122,6 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str, has_
         checkpoint = named_checkpoint(resume_from_checkpoint)
     if checkpoint is None:
         check_unused(output_dir, resume_from_checkpoint)
-        return None
-    if has_key:
-        check_origin(checkpoint, but=[MANIFEST])
     return checkpoint
 
 
@@ -312,8 +307,41 @@ def know_the_first_cpu() -> None:
     register_package(0, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None)
 
 
+def deepspeed_classes() -> list[type]:
+    """What DeepSpeed's states hold beside tensors, numbers and containers: classes of a few numbers each."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]
+
+
+@contextmanager
+def loading_no_code(classes: Sequence[type] = ()) -> Iterator[None]:
+    """In the block `torch.load` builds tensors, numbers, containers and these classes, and calls nothing else.
+
+    A pickle can call any function when it is loaded. transformers has its files loaded with `weights_only=True`;
+    DeepSpeed asks for `weights_only=False`, which torch's environment variable overrules.
+
+    Raises:
+        Mistake: a file asks for more, or is damaged; the line names it.
+    """
+    try:
+        with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD=1), safe_globals(list(classes)):
+            yield
+    except pickle.UnpicklingError as error:
+        # torch names no file in its error, but its frame has it
+        *_, file = (frame.f_locals["f"] for frame, _ in walk_tb(error.__traceback__) if frame.f_code is load.__code__)
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {asked[1]}, and could run code" if asked else "it is damaged, or no run saved it"
+        raise Mistake(
+            f"{file}: not loaded: {reason}; resume from another checkpoint, or start anew in another OUTPUT"
+        ) from error
+
+
 class LoadWeightsMixin:
-    """In front of a `Trainer`: the weights that come back are all there, when a run goes on and when it ends.
+    """In front of a `Trainer`: the weights that come back are all there, when a run goes on and when it ends, and no
+    file of a checkpoint runs code.
 
     Outside DeepSpeed `restore_weights` loads them, for a resume and for `load_best_model_at_end`. DeepSpeed loads its
     own files, which are parts of this process's memory; an adapter, of which it accepts any share, is compared.
@@ -330,6 +358,20 @@ class LoadWeightsMixin:
         elif self.args.should_save:
             self._save(output_dir)
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        """The trainer's: here it loads all states of a checkpoint but that of random numbers."""
+        with self._loading_states():
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self._loading_states():
+            super()._load_rng_state(checkpoint)
+
+    def _loading_states(self) -> AbstractContextManager[None]:
+        return loading_no_code(deepspeed_classes() if self.is_deepspeed_enabled else [])
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -341,7 +383,8 @@ class LoadWeightsMixin:
         if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             restore_weights(self.model, best)
             return
-        super()._load_best_model()
+        with self._loading_states():
+            super()._load_best_model()
         if self.is_deepspeed_enabled:
             self._check_adapters(best)
 

@@ -100,9 +100,7 @@ class Command:
     build_trainer: Callable[..., Trainer]
 
 
-def check(
-    command: Command, arguments: Sequence[str], config_file: str, processes: int, machine_rank: int = 0
-) -> TrainingArguments:
+def check(command: Command, arguments: Sequence[str], config_file: str, processes: int) -> TrainingArguments:
     """Find, in one process and without weights, what would end a run before its first step.
 
     Args:
@@ -110,7 +108,6 @@ def check(
         arguments: of its command line.
         config_file: accelerate's, of the launch.
         processes: that are going to run, on all machines.
-        machine_rank: of this machine.
 
     Returns:
         How each of them is going to train.
@@ -124,8 +121,7 @@ def check(
         layout = Layout.of_config(config_file, processes)
         settings = read_settings(command, arguments)
         check_free(settings[1].output_dir)
-        # The key of signatures is the main process's: another machine may have another home.
-        checkpoint = find_checkpoint(command, settings, layout, has_key=machine_rank == 0)
+        checkpoint = find_checkpoint(command, settings, layout)
         if not (checkpoint and is_finished(checkpoint, settings[1])):
             prepared = command.prepare(*settings)
             if checkpoint:
@@ -162,16 +158,14 @@ def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, Trai
     return script_args, args, model_args
 
 
-def find_checkpoint(
-    command: Command, settings: tuple[Any, TrainingArguments, Any], layout: Layout, has_key: bool = True
-) -> str | None:
-    """Where the run continues, if anywhere; `has_key`: see `resolve_checkpoint`.
+def find_checkpoint(command: Command, settings: tuple[Any, TrainingArguments, Any], layout: Layout) -> str | None:
+    """Where the run continues, if anywhere.
 
     Raises:
         ValueError, OSError: when it cannot continue there as it is launched.
     """
     args = settings[1]
-    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir, has_key)
+    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if checkpoint and args.resume_from_checkpoint == "auto":
         check_same_run(args.output_dir, describe_settings(command, settings, layout.processes))
     if checkpoint and not is_finished(checkpoint, args) and not args.deepspeed:

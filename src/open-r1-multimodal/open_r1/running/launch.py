@@ -62,7 +62,7 @@ def check(launch: LaunchSettings, told: SimpleQueue, precision: SimpleQueue) -> 
             check_gpus(launch.num_processes // launch.machine.count)
         entry = importlib.import_module("open_r1.running.entry")
         command = importlib.import_module(f"open_r1.{launch.script.stem}").COMMAND
-        args = entry.check(command, launch.arguments, launch.config_file, launch.num_processes, launch.machine.rank)
+        args = entry.check(command, launch.arguments, launch.config_file, launch.num_processes)
         told.put((args.output_dir, args.resume_from_checkpoint == "auto"))
         precision.put(mixed_precision(args))
 
