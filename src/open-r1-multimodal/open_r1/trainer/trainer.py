@@ -261,7 +261,7 @@ class Qwen2VLGRPOTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, GR
         return batch
 
     # In place of TRL's own body, which runs every prompt through processor and model once a completion. Its numbers,
-    # and what it logs, are TRL's (tests/test_shared_prefix.py); tests/test_trainer.py fails when TRL's body changes.
+    # and what it logs, are TRL's (tests/test_shared_prefix.py); tests/test_advantages.py fails when TRL's body changes.
     def _take_step(self, rollout: Rollout) -> dict[str, Any]:
         """A generation step of this process, which fills its record.
 
