@@ -38,7 +38,7 @@ from open_r1.running.checkpoints import (
 )
 from open_r1.running.data import DataArguments
 from open_r1.running.provenance import all_arguments, check_same_run
-from open_r1.trainer import trainer as trainer_module
+from open_r1.trainer import recorder
 from support import (
     launch_env,
     load_weights,
@@ -339,7 +339,7 @@ class DieInStep(TrainerCallback):
 def train(model: Path, data: Path, output: Path, place: str | None = None, count: int = 1) -> None:
     """Start or continue a run of `STEPS` steps that saves after every second; it dies at the count-th `place`."""
     moments = DieInStep(place or "", count)
-    write_file, write_rows, write_seal = torch.save, trainer_module.append_rows, seal
+    write_file, write_rows, write_seal = torch.save, recorder.append_rows, seal
 
     def save_half(value, path, *args, **kwargs):
         write_file(value, path, *args, **kwargs)
@@ -360,7 +360,7 @@ def train(model: Path, data: Path, output: Path, place: str | None = None, count
         moments.reached("reward")
         return vowel_share(completions)
 
-    torch.save, trainer_module.append_rows = save_half, append_half
+    torch.save, recorder.append_rows = save_half, append_half
     checkpoints.seal = lambda checkpoint: (moments.reached("seal"), write_seal(checkpoint))
     saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
     trainer = make_trainer(
