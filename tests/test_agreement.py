@@ -145,10 +145,8 @@ def test_dropout_is_no_difference(tiny_model, examples_json, tmp_path):
     trainer = make_trainer(tiny_model, examples_json, tmp_path)
     trainer.vllm_generation, trainer.backend = Mock(), Engine(trainer)
     trainer.model.train()
-    modes, score = [], trainer._get_per_token_logps_and_entropies
-    trainer._get_per_token_logps_and_entropies = lambda model, *args: (
-        modes.append(model.training) or score(model, *args)
-    )
+    modes, score = [], trainer._score
+    trainer._score = lambda model, *args: modes.append(model.training) or score(model, *args)
     trainer.check_engine()
     assert modes == [False] and trainer.model.training
 
