@@ -261,7 +261,6 @@ def evaluate(args: argparse.Namespace) -> None:
             answer(Answerer(backend, processor, args.max_new_tokens), missing, args.bs, partial, state)
         except torch.OutOfMemoryError as error:
             raise Mistake(f"--bs {args.bs}: out of memory; a smaller one continues where this was") from error
-        state.wait_for_everyone()
     if not state.is_main_process:
         return
 
@@ -290,7 +289,11 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def answer(answerer: "Answerer", items: Sequence[Item], batch_size: int, partial: Path, state: "PartialState") -> None:
-    """Answer this process's share of the items; each batch is on disk before the next one starts."""
+    """Answer this process's share of the items; each batch is on disk before the next one starts.
+
+    Returns when all processes have answered theirs.
+    """
+    from accelerate.utils import gather_object
     from tqdm import tqdm
 
     from open_r1.evaluate.answering import answer_batches, make_batches
@@ -302,4 +305,7 @@ def answer(answerer: "Answerer", items: Sequence[Item], batch_size: int, partial
             append_rows(partial, [{**item.to_row(), **response.to_row()} for item, response in answered])
             bar.update(len(answered))
     seconds = time.perf_counter() - start
-    print(f"process {state.process_index}: {count} questions in {seconds:.1f} s, {count / seconds:.2f} a second")
+    rate = f"{count} questions in {seconds:.1f} s, {count / seconds:.2f} a second"
+    told = gather_object([f"process {state.process_index}: {rate}"])
+    if state.is_main_process:  # whose bar is gone: a line of another process could run into it
+        print("\n".join(told))
