@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from open_r1.base.errors import Mistake, UserCodeError, first_line
+from open_r1.base.errors import Mistake, first_line
 
 
 def import_here(name: str) -> ModuleType:
@@ -53,7 +53,7 @@ def import_named(option: str, kind: str, name: str, known: Iterable[str] = ()) -
             raise Mistake(
                 f"{option}: no module {module_name!r} for {kind} {name!r} on PYTHONPATH or in this folder"
             ) from error
-        raise UserCodeError(f"{option}: module {module_name!r} cannot be imported: {describe(error)}") from error
+        raise Mistake(f"{option}: module {module_name!r} cannot be imported: {describe(error)}") from error
     value = getattr(module, attribute, None)
     if not callable(value):
         where = getattr(module, "__file__", None) or "built in"
