@@ -21,7 +21,7 @@ FIGURE_MARK = {
 MARKED_BYTES = 65536  # of a file's start and of its end, where the mark is looked for
 
 
-class DamagedError(Mistake, ValueError):
+class DamagedError(Mistake):
     """A line of a file that is none of those which were written there; a run that meets it ends in this one line."""
 
 

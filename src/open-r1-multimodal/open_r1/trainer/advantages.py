@@ -61,6 +61,19 @@ def normalize_each(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     return torch.stack(columns, dim=1)
 
 
+def combined_rewards(
+    rewards: torch.Tensor, weights: torch.Tensor, group_size: int, aggregation: str = "sum_then_normalize"
+) -> torch.Tensor:
+    """The one number (B,) by which completions are compared: the rewards of all functions, added up.
+
+    NaN where no function says anything. Arguments: see `group_advantages`.
+    """
+    if aggregation == "sum_then_normalize":
+        return total_rewards(rewards, weights)
+    total = total_rewards(normalize_each(rewards, group_size), weights)
+    return total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+
 def spread(
     rewards: torch.Tensor,
     weights: torch.Tensor,
@@ -72,11 +85,9 @@ def spread(
 
     With `scale_rewards` "none" nothing is divided, and it is the group's. Arguments: see `group_advantages`.
     """
-    if aggregation == "normalize_then_sum":
-        total = total_rewards(normalize_each(rewards, group_size), weights)
-        return batch_std(total.masked_fill(rewards.isnan().all(dim=1), torch.nan))
-    total = total_rewards(rewards, weights)
-    return batch_std(total) if scale_rewards == "batch" else group_std(total, group_size)
+    total = combined_rewards(rewards, weights, group_size, aggregation)
+    is_of_batch = scale_rewards == "batch" or aggregation == "normalize_then_sum"
+    return batch_std(total) if is_of_batch else group_std(total, group_size)
 
 
 def group_advantages(
@@ -109,16 +120,12 @@ def group_advantages(
         >>> group_advantages(rewards, torch.ones(1), group_size=4)  # divided by the standard deviation, 0.577
         tensor([ 0.8659, -0.8659, -0.8659,  0.8659])
     """
-    if aggregation == "normalize_then_sum":
-        total = total_rewards(normalize_each(rewards, group_size), weights)
-        total = total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
-        centred = total - total.nanmean()
-    else:
-        total = total_rewards(rewards, weights)
-        centred = total - group_mean(total, group_size)
-        if scale_rewards == "none":
-            return centred.nan_to_num(nan=0.0)
-    return (centred / (spread(rewards, weights, group_size, scale_rewards, aggregation) + EPSILON)).nan_to_num(nan=0.0)
+    total = combined_rewards(rewards, weights, group_size, aggregation)
+    sums_first = aggregation == "sum_then_normalize"
+    advantages = total - (group_mean(total, group_size) if sums_first else total.nanmean())
+    if not (sums_first and scale_rewards == "none"):
+        advantages = advantages / (spread(rewards, weights, group_size, scale_rewards, aggregation) + EPSILON)
+    return advantages.nan_to_num(nan=0.0)
 
 
 def leave_one_out(rewards: torch.Tensor, weights: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from trl.trainer.utils import nanstd
 
 from open_r1.base.errors import Mistake
+from open_r1.trainer.advantages import total_rewards
 
 
 class NamedEvaluationMixin:
@@ -71,8 +72,7 @@ def held_out_figures(
     rewards = torch.tensor(
         [[float("nan") if row["rewards"][name] is None else row["rewards"][name] for name in names] for row in rows]
     )  # (N, functions); NaN where a function says nothing
-    total = (rewards * torch.tensor(weights)).nansum(dim=1)  # (N,)
-    total[rewards.isnan().all(dim=1)] = float("nan")
+    total = total_rewards(rewards, torch.tensor(weights))  # (N,)
     groups = total[: len(total) // group_size * group_size].view(-1, group_size)
     spread = groups.std(dim=1) if group_size > 1 else torch.zeros(len(groups))
     figures = {
