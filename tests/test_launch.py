@@ -23,7 +23,7 @@ from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.grpo import GRPOScriptArguments
 from open_r1.running.entry import resolve_report_to
-from open_r1.running.launch_settings import LaunchSettings, listed_gpus, read_launch
+from open_r1.running.launch_settings import LaunchSettings, count_gpus, listed_gpus, read_launch
 from open_r1.settings.recipes import default_output, merge_recipes, read_recipe
 from open_r1.trainer.trainer import Qwen2VLGRPOConfig
 from support import hear_signals, launch_env, load_weights, read_jsonl, run_grpo
@@ -33,11 +33,11 @@ SCRIPTS = sorted(
 )
 
 
-@pytest.mark.parametrize("shell", ["bash", "sh"])
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_parse(shell, script):
-    subprocess.run([shell, "-n", str(script)], check=True)
-    assert "conda activate" not in script.read_text()  # fails in a non-interactive shell
+def test_scripts_parse():
+    for script in SCRIPTS:
+        for shell in ("bash", "sh"):
+            subprocess.run([shell, "-n", str(script)], check=True)
+        assert "conda activate" not in script.read_text()  # fails in a non-interactive shell
 
 
 def test_the_papers_recipe(tmp_path):
@@ -74,7 +74,7 @@ def launched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def launch(*arguments: str, **env: str) -> list[str]:
-        return read_launch("grpo", "grpo_sat", arguments, {"CUDA_VISIBLE_DEVICES": "-1", **env}).for_accelerate()
+        return read_launch("grpo", "grpo_sat", arguments, {"CUDA_VISIBLE_DEVICES": "-1", **env}).for_accelerate("no")
 
     return launch
 
@@ -112,8 +112,6 @@ def test_what_is_wrong_with_a_launch_is_told_before_torch_is_imported():
     [
         ("", [str(REPO_ROOT / "configs/grpo_sat.yaml")], "grpo_sat"),
         ("configs/grpo_sat.yaml  configs/overlays/lora.yaml", None, "grpo_sat_lora"),
-        ("configs/grpo_sat.yaml configs/overlays/qlora.yaml", None, "grpo_sat_qlora"),
-        ("configs/grpo_sat_lora.yaml", None, "grpo_sat_lora"),
         ("my recipe.yaml", ["my recipe.yaml"], "my recipe"),
         ("configs/grpo_sat.yaml mine.yaml", None, "grpo_sat_mine"),
     ],
@@ -140,10 +138,32 @@ def test_what_the_environment_names_goes_before_the_recipe_and_after_arguments(l
     ]
 
 
-@pytest.mark.parametrize("argument", [["--config", "mine.yaml"], ["--config=mine.yaml"]])
-def test_recipes_are_named_in_config_alone(launched, argument):
+TWO_MACHINES = {"NUM_MACHINES": "2", "MACHINE_RANK": "1", "MASTER_ADDR": "node-a"}
+
+
+@pytest.mark.parametrize(
+    "env, reason",
+    [
+        ({"CONFIG": " "}, "CONFIG: names no recipe"),
+        ({"ACCELERATE_CONFIG": "zero9"}, "ACCELERATE_CONFIG: no file .*/configs/zero9.yaml"),
+        ({"NUM_PROCESSES": "0"}, "NUM_PROCESSES: '0' is not a number of processes"),
+        ({"NUM_PROCESSES": "1.5"}, "NUM_PROCESSES: '1.5' is not a number of processes"),
+        ({"NUM_PROCESSES": "99999"}, "NUM_PROCESSES: '99999' is not a number of processes"),
+        ({"NUM_MACHINES": "two"}, "NUM_MACHINES: 'two' is not a number of machines"),
+        ({"MACHINE_RANK": "1"}, "MACHINE_RANK: '1' is not the number of a machine, of NUM_MACHINES=1 "),
+        ({**TWO_MACHINES, "MACHINE_RANK": ""}, "MACHINE_RANK: '' is not the number of a machine, of NUM_"),
+        ({**TWO_MACHINES, "MASTER_ADDR": "a b"}, "MASTER_ADDR: 'a b' is not the name or IPv4 address of "),
+        ({**TWO_MACHINES, "MASTER_PORT": "70000"}, "MASTER_PORT: '70000' is not a port, 1 to 65535"),
+    ],
+)
+def test_a_variable_that_means_nothing_is_one_line(launched, env, reason):
+    with pytest.raises(Mistake, match=f"^{reason}"):
+        launched(**env)
+
+
+def test_recipes_are_named_in_config_alone(launched):
     with pytest.raises(Mistake, match=r"^--config: name the recipes in CONFIG$"):
-        launched("--max_steps", "1", *argument)
+        launched("--max_steps", "1", "--config=mine.yaml")
 
 
 @pytest.fixture
@@ -186,25 +206,48 @@ def test_a_launch_takes_the_gpus_that_it_sees(smi, name, env, processes, strateg
 
 
 @pytest.mark.parametrize(
+    "lists, visible, gpus",
+    [
+        ("echo 'NVIDIA-SMI has failed: no driver.'; exit 9", None, 0),
+        ("echo 'No devices were found'", None, 0),
+        ("exec sleep 60", "-1", 0),  # not asked
+        (FOUR_GPUS, "", 0),
+        (FOUR_GPUS, "NoDevFiles", 0),
+        (FOUR_GPUS, "1,GPU-a", 2),
+        (FOUR_GPUS, "0,-1,1", 1),  # as CUDA reads it
+        (FOUR_GPUS, "0,4", "CUDA_VISIBLE_DEVICES: there is no GPU 4; this machine's are 0 to 3"),
+        ("exec sleep 60", None, "nvidia-smi does not answer within 0.1 s; restart the machine, or "),
+    ],
+)
+def test_a_gpu_is_one_that_can_be_listed_and_is_visible(smi, monkeypatch, lists, visible, gpus):
+    smi(lists)
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    if isinstance(gpus, int):
+        assert count_gpus(environ) == gpus
+        return
+    monkeypatch.setattr("open_r1.running.launch_settings.NVIDIA_SMI_SECONDS", 0.1 if visible is None else 10)
+    with pytest.raises(Mistake, match=f"^{gpus}"):
+        count_gpus(environ)
+
+
+def test_more_processes_than_gpus(smi):
+    smi(FOUR_GPUS)
+    with pytest.raises(Mistake, match=r"^NUM_PROCESSES: 5 is more than the 4 GPUs of this machine$"):
+        read_launch("grpo", "grpo_sat", [], {"NUM_PROCESSES": "5"})
+
+
+@pytest.mark.parametrize(
     "given, processes, threads",
     [({}, 3, "3"), ({"OMP_NUM_THREADS": "5"}, 2, "5"), ({"OMP_NUM_THREADS": "many"}, 4, "2")],
 )
-def test_threads_of_processes_on_the_cpu(launched, monkeypatch, given, processes, threads):
-    """The cores are shared out, unless a number of threads is given."""
+def test_what_processes_on_the_cpu_are_told(monkeypatch, capsys, given, processes, threads):
+    """The cores are shared out, unless a number is given; DeepSpeed compiles into the environment."""
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     environ = {"CUDA_VISIBLE_DEVICES": "-1", "NUM_PROCESSES": str(processes), **given}
     read_launch("grpo", "grpo_sat", [], environ)
     assert environ["OMP_NUM_THREADS"] == threads
-
-
-@pytest.mark.parametrize("given", [{}, {"TORCH_EXTENSIONS_DIR": "/mine"}])
-@pytest.mark.parametrize("is_writable", [True, False])
-def test_what_deepspeed_compiles_goes_into_the_environment(monkeypatch, given, is_writable):
-    monkeypatch.setattr("os.access", lambda path, mode: is_writable)
-    environ = {"CUDA_VISIBLE_DEVICES": "-1", **given}
-    read_launch("grpo", "grpo_sat", [], environ)
-    own = f"{sys.prefix}/torch_extensions" if is_writable else None
-    assert environ.get("TORCH_EXTENSIONS_DIR") == given.get("TORCH_EXTENSIONS_DIR", own)
+    assert environ["TORCH_EXTENSIONS_DIR"] == f"{sys.prefix}/torch_extensions"
+    assert ("'many' is not a number of threads, and left out" in capsys.readouterr().err) == (threads == "2")
 
 
 def test_the_doctor_looks_at_what_would_be_started(monkeypatch):
@@ -228,25 +271,6 @@ def test_the_doctor_looks_at_what_would_be_started(monkeypatch):
     assert python == sys.executable and command[:4] == [python, str(REPO_ROOT / "scripts/doctor.py"), "--script", "sft"]
     assert command[-4:] == ["--max_steps", "3", "--config", str(REPO_ROOT / "configs/sft_sat.yaml")]
     assert os.environ["OPEN_R1_TRACEBACK"] == "1" and "OPEN_R1_LAUNCHER" not in os.environ
-
-
-def test_a_signal_while_nvidia_smi_is_asked_is_told(smi, tmp_path):
-    smi(f"touch {tmp_path}/asked; exec sleep 60")
-    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    launcher = subprocess.Popen(
-        ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh")],
-        env={**env, "PYTHON": sys.executable},
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_signals,
-    )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "asked").exists():
-        assert time.monotonic() < deadline and launcher.poll() is None
-        time.sleep(0.05)
-    launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(timeout=20) == 128 + signal.SIGINT
-    assert launcher.stderr.read() == "\nstopped by SIGINT; nothing has started\n"
 
 
 def test_reports_never_wait_for_an_answer(monkeypatch, tmp_path):
@@ -298,15 +322,8 @@ def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, example
     logs = {}
     for processes in ("1", "2"):
         output = tmp_path / processes
-        arguments = [
-            "--max_steps",
-            "3",
-            "--reward_funcs",
-            "accuracy",
-            "planting:zero",
-            "--max_completion_length",
-            "128",
-        ]
+        arguments = ["--max_steps", "3", "--reward_funcs", "accuracy", "planting:zero"]
+        arguments += ["--max_completion_length", "128"]
         arguments += ["--eval_dataset_name", str(examples_json), "--eval_strategy", "steps", "--eval_steps", "3"]
         arguments += ["--per_device_eval_batch_size", "4"]
         env = {"NUM_PROCESSES": processes, "PYTHON": str(quick_python)}
@@ -336,10 +353,10 @@ def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, example
     "stop, launch",
     [
         (signal.SIGINT, {}),
-        (signal.SIGTERM, {}),
-        (signal.SIGHUP, {}),
         (signal.SIGKILL, {}),
-        (signal.SIGTERM, {"ACCELERATE_CONFIG": "ddp", "NUM_PROCESSES": "1"}),  # accelerate starts it without torch's
+        (signal.SIGTERM, {"ACCELERATE_CONFIG": "ddp", "NUM_PROCESSES": "1"}),  # without torch's launcher
+        pytest.param(signal.SIGTERM, {}, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGHUP, {}, marks=pytest.mark.nightly),
     ],
 )
 def test_a_signal_ends_every_process_in_one_line(tmp_path, tiny_model, examples_json, quick_python, stop, launch):
@@ -413,14 +430,13 @@ def launching(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
-    "steps, resumes, state",
+    "stop, steps, resumes, state",
     [
-        (None, True, "nothing has started"),
-        ([], True, "the same command starts from the beginning"),
-        ([3, 20, 100], True, "the same command continues at step 100"),
-        ([3], False, "the same command starts from the beginning"),
+        (signal.SIGINT, None, True, "nothing has started"),
+        (signal.SIGHUP, [], True, "the same command starts from the beginning"),
+        (signal.SIGTERM, [3, 20, 100], True, "the same command continues at step 100"),
+        (signal.SIGTERM, [3], False, "the same command starts from the beginning"),
     ],
 )
 def test_a_launch_says_what_stopped_it(launching, tmp_path, stop, steps, resumes, state):
@@ -430,11 +446,11 @@ def test_a_launch_says_what_stopped_it(launching, tmp_path, stop, steps, resumes
         (tmp_path / f"checkpoint-{step}/complete.json").touch()
     (tmp_path / "checkpoint-200").mkdir()  # half-written
 
-    def start(launch, told):
+    def start(launch, run):
         child = subprocess.Popen(["sleep", "60"])
         (tmp_path / "child").write_text(str(child.pid))
         if steps is not None:
-            told.put((str(tmp_path), resumes))
+            run += [str(tmp_path), resumes]
         try:
             os.kill(os.getpid(), stop)
             time.sleep(60)
@@ -481,28 +497,22 @@ TOO_OLD = (
 
 @pytest.mark.parametrize(
     "count, driver, usable, reason",
-    [
-        (1, "", 1, ""),
-        (0, "no driver\nand more", 0, " (no driver)"),
-        (2, TOO_OLD, 0, " (The NVIDIA driver on your system is too old (found version 12040))"),
-    ],
+    [(1, "", 1, ""), (2, TOO_OLD, 0, " (The NVIDIA driver on your system is too old (found version 12040))")],
 )
 def test_gpus_that_torch_cannot_use_are_told(card, count, driver, usable, reason):
-    from open_r1.running.launch import Mistake, check_gpus
+    from open_r1.running.launch import check_gpus
 
     card((9, 0), count=count, driver=driver)
     check_gpus(usable)
-    told = f"2 processes need a GPU each, and torch {torch.__version__} can use {usable}{reason}; update the driver "
-    with pytest.raises(
-        Mistake, match=rf"^{re.escape(told)}\(CUDA 13 needs 580 or newer\), install torch for CUDA 12.6"
-    ):
+    told = f"2 processes need a GPU each, and torch {torch.__version__} can use {usable}{reason}; update the "
+    with pytest.raises(Mistake, match=rf"^{re.escape(told)}.*\(CUDA 13 needs 580 or newer\), install torch for"):
         check_gpus(2)
 
 
-@pytest.mark.parametrize("capability, works", [((7, 0), False), ((6, 1), False), ((7, 5), True), ((12, 1), True)])
+@pytest.mark.parametrize("capability, works", [((7, 0), False), ((7, 5), True)])
 def test_a_gpu_that_torch_has_no_kernels_for_is_told(card, capability, works):
     from open_r1.doctor.environment import gpus
-    from open_r1.running.launch import Mistake, check_gpus
+    from open_r1.running.launch import check_gpus
 
     card(capability, "Tesla V100")
     if works:
@@ -522,7 +532,6 @@ def test_a_gpu_that_torch_has_no_kernels_for_is_told(card, capability, works):
         ("grpo_sat", [], (7, 5), "bf16, dtype"),
         ("sft_sat", ["--bf16", "false"], (7, 5), "dtype"),
         ("grpo_sat", ["--dtype", "float32"], (7, 5), "bf16"),
-        ("grpo_sat", ["--bf16", "false", "--dtype", "float32"], (7, 5), None),
         ("grpo_sat", ["--use_cpu", "true"], (7, 5), None),
         ("smolvlm_256m", [], (7, 5), None),
         ("grpo_sat", [], (8, 0), None),
@@ -548,15 +557,10 @@ def test_bfloat16_on_a_gpu_without_it_is_told(card, monkeypatch, tmp_path, recip
         entry.read_settings(command, arguments)
 
 
-@pytest.mark.parametrize("value", ["a --help b", "-h --help", "--config x"])
-def test_a_value_that_holds_an_option_is_a_value(passed_on, launched, value):
-    assert passed_on("--run_name", value)[-1] == value
-    assert value in launched("--run_name", value)
-
-
-@pytest.mark.parametrize("option", ["-h", "--help"])
-def test_help_is_for_an_argument_of_its_own(passed_on, option):
-    lines = passed_on("--max_steps", "3", option)
+def test_help_is_for_an_argument_of_its_own(passed_on, launched):
+    assert passed_on("--run_name", "a --help b")[-1] == "a --help b"
+    assert "--config x" in launched("--run_name", "--config x")
+    lines = passed_on("--max_steps", "3", "--help")
     assert lines[0].startswith("Start a training script on every GPU") and "  NUM_PROCESSES  " in "\n".join(lines)
     assert lines[-2:] == [str(REPO_ROOT / "src/open-r1-multimodal/open_r1/grpo.py"), "--help"]
 
@@ -591,7 +595,10 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3", "ddp", "a file of one's own"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["zero2", "a file of one's own", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("zero3", "ddp"))],
+)
 def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp_path):
     """What accelerate and DeepSpeed are told on a machine with GPUs, from the launcher to a process's settings.
 
@@ -630,7 +637,7 @@ def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp
         arguments += ["--dataset_name", "x", "--output_dir", str(tmp_path), "--report_to", "none", *changes.split()]
         with monkeypatch.context() as patch:
             settings = LaunchSettings(Path(f"{command}.py"), arguments, config_file, 2)
-            launch.start(settings, multiprocessing.get_context("fork").SimpleQueue())
+            launch.start(settings, [])
             for name, value in environments[-1].items():
                 if name.startswith("ACCELERATE_"):
                     patch.setenv(name, value)
@@ -659,22 +666,12 @@ def test_flash_attn_by_name_is_told_where_it_is_missing(monkeypatch, tmp_path, i
     found, find = object() if is_installed else None, importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: found if name == "flash_attn" else find(name))
     arguments = ["--config", "configs/grpo_sat.yaml", "--dataset_name", "x", "--output_dir", str(tmp_path)]
-    arguments += [
-        "--use_cpu",
-        "true",
-        "--bf16",
-        "false",
-        "--attn_implementation",
-        "flash_attention_2",
-        "--report_to",
-        "none",
-    ]
+    arguments += ["--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
+    arguments += ["--attn_implementation", "flash_attention_2"]
     if is_installed:
         assert entry.read_settings(grpo.COMMAND, arguments)[2].attn_implementation == "flash_attention_2"
         return
-    with pytest.raises(
-        ValueError, match=r"^attn_implementation: flash_attention_2 needs flash-attn, which is not inst"
-    ):
+    with pytest.raises(Mistake, match=r"^attn_implementation: flash_attention_2 needs flash-attn, which is not"):
         entry.read_settings(grpo.COMMAND, arguments)
 
 
@@ -684,7 +681,6 @@ def test_flash_attn_by_name_is_told_where_it_is_missing(monkeypatch, tmp_path, i
         ({}, True, True),
         ({}, False, False),
         ({"use_vllm": True}, True, False),
-        ({"use_cpu": True}, True, False),
         ({"load_in_4bit": True}, True, False),  # vLLM gets the weights of a run, and takes no 4-bit ones
         ({"is_installed": False}, True, False),
     ],
@@ -733,8 +729,7 @@ def test_a_run_tells_deepspeed_how_to_add_gradients_up(monkeypatch, stage, given
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("precision, dtype", [("bf16", "bfloat16"), ("no", "float32")])
+@pytest.mark.parametrize("stage, precision, dtype", [(2, "bf16", "bfloat16"), (3, "no", "float32")])
 def test_deepspeed_adds_gradients_up_in_float32(tmp_path, quick_python, stage, precision, dtype):
     """In a model that is bfloat16, too; and without bf16 the weights stay float32."""
     deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}

@@ -37,7 +37,7 @@ def prepare(
     """What the trainer takes beside the weights.
 
     Raises:
-        ValueError, OSError, ImportError, Mistake: for a model, rewards or data that no run can start with.
+        Mistake: for a model, rewards or data that no run can start with.
     """
     choose_trainer(script_args.trainer)
     check_settings(training_args, training_args.shared_prefix)

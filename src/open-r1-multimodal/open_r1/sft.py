@@ -104,13 +104,13 @@ class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, SFT
 
 
 def check_answer(row: Row) -> None:
-    """Raise ValueError for a row that says nothing to learn."""
+    """Raise Mistake for a row that says nothing to learn."""
     if row["solution"] is None:
         raise Mistake("no answer to train on (--answer_column names its field)")
 
 
 def check_thought(row: Row, think_prefilled: bool) -> None:
-    """Raise ValueError for an answer that GRPO's format reward would not pay, behind a prompt that asks for a thought.
+    """Raise Mistake for an answer that GRPO's format reward would not pay, behind a prompt that asks for a thought.
 
     Args:
         row: with a `solution`.
@@ -136,7 +136,7 @@ def prepare(
     """What the trainer takes beside the weights.
 
     Raises:
-        ValueError, OSError, ImportError: for a model or data that no run can start with.
+        Mistake: for a model or data that no run can start with.
     """
     check_options(training_args)
     peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))

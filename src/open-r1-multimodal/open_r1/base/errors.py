@@ -7,7 +7,6 @@ installed.
 
 import argparse
 import importlib.util
-import json
 import os
 import signal
 import sys
@@ -22,9 +21,8 @@ ROOT = Path(__file__).resolve().parents[4]
 PROBE = "trl"  # nothing else brings it: whoever has it has what setup.sh installs
 CHOSEN = "OPEN_R1_PYTHON"  # environment variable: the Python that the script was started anew with
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FIRST = "first_failure"
 TRACEBACK, TRACEBACK_OPTION = "OPEN_R1_TRACEBACK", "--traceback"
-PAUSE = 1.0  # seconds
+PAUSE = 1  # seconds
 
 
 class Mistake(ValueError):
@@ -171,8 +169,7 @@ def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
-        if not is_first(error):
-            sys.exit(1)
+        let_one_tell()
         if not is_mistake(error):
             raise
         *shown, line = account(error).splitlines()
@@ -184,24 +181,16 @@ def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
         sys.exit(128 + number)
 
 
-def is_first(error: Exception) -> bool:
-    """Whether this process is the first of its launch to fail, and the one to tell; alone it is.
+def let_one_tell() -> None:
+    """Wait, in a process of several that fails, so that one of them alone tells why.
 
-    Under torch's launcher it says so in the folder where that lets its processes leave their errors.
+    Torch's launcher ends all others by SIGTERM as soon as one has ended: where all fail alike local rank 0 tells, where
+    one was killed the launcher does.
     """
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return True
-    path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])  # {folder of the launch}/{rank}/error.json
-    path.write_text(json.dumps({"message": f"{type(error).__name__}: {error}", "timestamp": int(time.time())}))
-    try:
-        file = (path.parent.parent / FIRST).open("x")
-    except FileExistsError:
-        time.sleep(2 * PAUSE)  # the launcher ends the others with the first that leaves
-        return False
-    time.sleep(PAUSE)  # if what failed here is that another process was killed, the launcher ends this one now
-    with file:
-        file.write(os.environ["RANK"])
-    return True
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(PAUSE if os.environ["LOCAL_RANK"] == "0" else 3 * PAUSE)
 
 
 def first_line(error: BaseException) -> str:

@@ -51,13 +51,9 @@ def resolve_report_to(report_to: list[str]) -> list[str]:
     """`auto`: wandb when a key or an offline mode is set, else tensorboard, so that no prompt ever blocks a run."""
     if report_to != ["auto"]:
         return report_to
-    has_key = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in read_text(Path("~/.netrc").expanduser())
+    netrc = Path("~/.netrc").expanduser()
+    has_key = "WANDB_API_KEY" in os.environ or (netrc.is_file() and "api.wandb.ai" in netrc.read_text())
     return ["wandb" if has_key or os.environ.get("WANDB_MODE") == "offline" else "tensorboard"]
-
-
-def read_text(path: Path) -> str:
-    """The file's text, or nothing when there is no such file."""
-    return path.read_text() if path.is_file() else ""
 
 
 def prepare_process() -> None:
@@ -81,6 +77,9 @@ def quiet() -> None:
     disable_progress_bar()  # of loading and writing weights; it takes the bars of downloads along
     if downloads_are_shown:
         enable_progress_bars()
+
+
+Settings = tuple[Any, TrainingArguments, Any]  # script, trainer and model arguments
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,6 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
         config_file: accelerate's, of the launch.
         processes: that are going to run, on all machines.
 
-    Returns:
-        How each of them is going to train.
-
     Raises:
         Mistake: for the first thing found.
     """
@@ -124,10 +120,9 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
         checkpoint = find_checkpoint(command, settings, layout)
         if not (checkpoint and is_finished(checkpoint, settings[1])):
             prepared = command.prepare(*settings)
-            if checkpoint:
+            if checkpoint:  # the data of the run that it is of
                 describe_data(settings[1], prepared, checkpoint)
-            model_args = settings[2]
-            check_weights(model_args.model_name_or_path, model_args.model_revision)
+            check_weights(settings[2].model_name_or_path, settings[2].model_revision)
     return settings[1]
 
 
@@ -138,11 +133,11 @@ def silence() -> Iterator[None]:
         yield
 
 
-def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, TrainingArguments, Any]:
+def read_settings(command: Command, arguments: Sequence[str]) -> Settings:
     """Script, trainer and model arguments of a command line.
 
     Raises:
-        ValueError, OSError, ImportError: for a setting with which nothing would be trained.
+        Mistake: for a setting with which nothing would be trained.
     """
     script_args, args, model_args = read_recipe(command.arguments, arguments)
     if args.eval_strategy != "no" and script_args.eval_dataset_name is None:
@@ -158,11 +153,11 @@ def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, Trai
     return script_args, args, model_args
 
 
-def find_checkpoint(command: Command, settings: tuple[Any, TrainingArguments, Any], layout: Layout) -> str | None:
+def find_checkpoint(command: Command, settings: Settings, layout: Layout) -> str | None:
     """Where the run continues, if anywhere.
 
     Raises:
-        ValueError, OSError: when it cannot continue there as it is launched.
+        Mistake: it cannot continue there as it is launched.
     """
     args = settings[1]
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
@@ -173,7 +168,7 @@ def find_checkpoint(command: Command, settings: tuple[Any, TrainingArguments, An
     return checkpoint
 
 
-def describe_settings(command: Command, settings: tuple[Any, TrainingArguments, Any], processes: int) -> dict[str, Any]:
+def describe_settings(command: Command, settings: Settings, processes: int) -> dict[str, Any]:
     """What `run.json` holds of a launch's settings, as they were given."""
     return {"command": command.name, "world_size": processes, "arguments": all_arguments(*settings)}
 
@@ -182,7 +177,7 @@ def describe_data(args: TrainingArguments, prepared: dict[str, Any], checkpoint:
     """What `run.json` holds of what `Command.prepare` returned.
 
     Raises:
-        ValueError: the run goes on by itself, and began with other data.
+        Mistake: the run goes on by itself, and began with other data.
     """
     data = describe_inputs(prepared["train_dataset"], prepared["eval_dataset"], prepared["processing_class"])
     if checkpoint and args.resume_from_checkpoint == "auto":
@@ -202,15 +197,12 @@ def run(command: Command) -> None:
 
 
 def train(command: Command, arguments: Sequence[str]) -> None:
-    """Train as the command line says.
-
-    Raises:
-        Mistake: for what a user can mend.
-    """
+    """Train as the command line says, in an output folder that is this run's own meanwhile."""
     settings = read_settings(command, arguments)
-    os.makedirs(settings[1].output_dir, exist_ok=True)
-    with owned(settings[1].output_dir):
-        check_shared(settings[1].output_dir)
+    output_dir = settings[1].output_dir
+    os.makedirs(output_dir, exist_ok=True)
+    with owned(output_dir):
+        check_shared(output_dir)
         train_with(command, settings, arguments)
 
 
@@ -225,21 +217,21 @@ def accumulate_in_float32(args: TrainingArguments) -> None:
         plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
-def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], arguments: Sequence[str]) -> None:
+def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -> None:
     """`train`, with the settings read and the output folder its own."""
+    script_args, args, model_args = settings
     layout = Layout.of_this_process()
     checkpoint = decide_once(lambda: find_checkpoint(command, settings, layout))
+    is_done = checkpoint is not None and is_finished(checkpoint, args)
     record = describe_settings(command, settings, layout.processes)  # before the trainer fills them in
-    script_args, args, model_args = settings
     accumulate_in_float32(args)
     prepared = command.prepare(*settings)
-    if not (checkpoint and is_finished(checkpoint, args)):
+    if not is_done:
         record["data"] = decide_once(lambda: describe_data(args, prepared, checkpoint))
     trainer = command.build_trainer(*settings, prepared)
     say = print if trainer.is_world_process_zero() else (lambda *_: None)
     say(parameter_table(trainer.model))
-    # A trainer that resumes at its last step would take one step more.
-    if checkpoint and is_finished(checkpoint, args):
+    if is_done:  # a trainer that resumes at its last step would take one step more
         say(f"{checkpoint}: nothing left to do, max_steps is {args.max_steps}")
         if trainer.is_world_process_zero():
             copy_model(checkpoint, args.output_dir)
@@ -255,9 +247,9 @@ def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], a
     add_run_callbacks(trainer, command.name, script_args, model_args, recipes, record, continued)
     with full_disk(args.output_dir):
         trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step == steps_before:
-        raise Mistake(f"{script_args.dataset_name}: too few examples for a step; nothing was trained, nothing saved")
-    with full_disk(args.output_dir):
+        if trainer.state.global_step == steps_before:
+            data = script_args.dataset_name
+            raise Mistake(f"{data}: too few examples for a step; nothing was trained, nothing saved")
         trainer.save_model(args.output_dir)
         trainer.save_state()
     say(f"saved {args.output_dir}")

@@ -2,10 +2,11 @@
 
     python launch.py SCRIPT RECIPE [ARGUMENTS]
 
-`launch.sh` calls it, on each of several machines, and tells what it takes from the environment. What is wrong there is
-told at once, and what one process can find wrong before the others start, in one line (exit code 2). Of processes that
-fail, the first tells why; the last line names its rank. A signal (Ctrl-C, SIGTERM, SIGHUP) ends them all in one line
-that says where the same command continues.
+`launch.sh` calls it, on each of several machines, and tells what it takes from the environment.
+What is wrong there, and what one process can find wrong before the others start, is told in one
+line (exit code 2). Of processes that fail, one tells why; the last line names the first to fail.
+A signal (Ctrl-C, SIGTERM, SIGHUP) ends them all in one line that says where the same command
+continues.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import time
 import warnings
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
@@ -35,9 +36,6 @@ from open_r1.running.failures import continues, ended_by, last_word, told_once
 from open_r1.running.launch_settings import LaunchSettings, read_launch
 from open_r1.running.orphans import follow_launcher, lead
 
-if TYPE_CHECKING:  # which imports torch: the launcher does so beside the check
-    from transformers import TrainingArguments
-
 STALE_SECONDS = 60
 OTHER_TORCH = (
     "install torch for CUDA 12.6 (UV_TORCH_BACKEND=cu126 bash setup.sh), or train on the CPU: CUDA_VISIBLE_DEVICES=-1"
@@ -45,13 +43,14 @@ OTHER_TORCH = (
 HANDLED_SECONDS = 1  # after which a handler has run, if it can
 
 
-def check(launch: LaunchSettings, told: SimpleQueue, precision: SimpleQueue) -> None:
-    """Everything that the processes would find wrong before they load weights; tells where they will leave what.
+def check(launch: LaunchSettings, plan: SimpleQueue) -> None:
+    """Find everything that the processes would find wrong before they load weights.
 
     Args:
         launch: what is going to run.
-        told: gets the output folder, and whether the same command goes on there.
-        precision: gets what the run computes in.
+        plan: gets the output folder, whether the same command goes on there, and accelerate's name of the precision
+            that the settings ask for. accelerate is told it whatever the launch's own file says: with neither bf16 nor
+            fp16, transformers would take that file's word, and DeepSpeed would cast the float32 weights of the recipe.
     """
     follow_launcher()
     for number in STOPS:
@@ -63,17 +62,8 @@ def check(launch: LaunchSettings, told: SimpleQueue, precision: SimpleQueue) -> 
         entry = importlib.import_module("open_r1.running.entry")
         command = importlib.import_module(f"open_r1.{launch.script.stem}").COMMAND
         args = entry.check(command, launch.arguments, launch.config_file, launch.num_processes)
-        told.put((args.output_dir, args.resume_from_checkpoint == "auto"))
-        precision.put(mixed_precision(args))
-
-
-def mixed_precision(args: "TrainingArguments") -> str:
-    """What accelerate calls the precision that a run's settings ask for.
-
-    It is handed to accelerate whatever the launch's own file says: with neither bf16 nor fp16, transformers would take
-    that file's word, and DeepSpeed would cast the float32 weights of the recipe.
-    """
-    return "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
+        precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
+        plan.put((args.output_dir, args.resume_from_checkpoint == "auto", precision))
 
 
 def check_gpus(processes: int) -> None:
@@ -82,7 +72,8 @@ def check_gpus(processes: int) -> None:
     Raises:
         Mistake: when it cannot.
     """
-    torch = importlib.import_module("torch")
+    import torch
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's paragraphs about the same
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -103,7 +94,8 @@ def check_gpus(processes: int) -> None:
 
 def gpu_without_kernels() -> str | None:
     """The first GPU that is older than all that torch was built for, and what it was built for; None: there is none."""
-    torch = importlib.import_module("torch")
+    import torch
+
     built_for = [int(found[1]) for name in torch.cuda.get_arch_list() if (found := re.match(r"sm_(\d+)", name))]
     for device in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(device)
@@ -120,14 +112,10 @@ def clear_stale_builds(folder: Path) -> None:
 
     A lock is stale when it is a minute old and nobody compiles beside it (ninja works in the extension's folder).
     """
+    working_in = {process.info["cwd"] for process in psutil.process_iter(["cwd"])}
     for lock in folder.glob("*/lock"):
-        if time.time() - lock.stat().st_mtime > STALE_SECONDS and str(lock.parent) not in working_folders():
+        if time.time() - lock.stat().st_mtime > STALE_SECONDS and str(lock.parent) not in working_in:
             lock.unlink(missing_ok=True)
-
-
-def working_folders() -> set[str]:
-    """The current folders of all processes that this user may look at."""
-    return {process.info["cwd"] for process in psutil.process_iter(["cwd"])}
 
 
 def stop(number: int, _: Any = None) -> None:
@@ -141,13 +129,13 @@ def stop(number: int, _: Any = None) -> None:
     raise Stopped(number)
 
 
-def say_stopped(number: int, told: SimpleQueue) -> None:
-    """The last line of a launch that a signal ends."""
-    state = "nothing has started" if told.empty() else continues(*told.get())
+def say_stopped(number: int, run: list) -> None:
+    """The last line of a launch that a signal ends; `run` is empty until the check is done."""
+    state = continues(*run) if run else "nothing has started"
     print(f"\nstopped by {signal.Signals(number).name}; {state}", file=sys.stderr, flush=True)
 
 
-def hear_signals(told: SimpleQueue) -> None:
+def hear_signals(run: list) -> None:
     """End by a signal also while torch waits for other machines: its C++ lets no handler of Python's run meanwhile."""
     heard, tell = os.pipe()
     os.set_blocking(tell, False)
@@ -157,7 +145,7 @@ def hear_signals(told: SimpleQueue) -> None:
         while number := os.read(heard, 1)[0]:
             time.sleep(HANDLED_SECONDS)
             if signal.getsignal(number) is stop and not psutil.Process().children():  # `stop` did not run
-                say_stopped(number, told)
+                say_stopped(number, run)
                 os._exit(128 + number)
 
     threading.Thread(target=listen, daemon=True).start()
@@ -173,19 +161,19 @@ def end_children() -> None:
         process.kill()
 
 
-def start(launch: LaunchSettings, told: SimpleQueue) -> None:
+def start(launch: LaunchSettings, run: list) -> None:
     """Check in a process of its own, which takes what it read along, and launch.
 
     Args:
         launch: what to start.
-        told: what `check` tells.
+        run: gets the output folder and whether the same command goes on there, once the check is done.
 
     Raises:
         SystemExit: when the check or a process of the launch fails.
     """
     fork = multiprocessing.get_context("fork")
-    precision = fork.SimpleQueue()
-    checking = fork.Process(target=check, args=[launch, told, precision], daemon=True)
+    plan = fork.SimpleQueue()
+    checking = fork.Process(target=check, args=[launch, plan], daemon=True)
     checking.start()
     # Imports torch, as the check does meanwhile.
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -196,6 +184,8 @@ def start(launch: LaunchSettings, told: SimpleQueue) -> None:
     checking.join()
     if checking.exitcode:
         sys.exit(checking.exitcode if checking.exitcode > 0 else f"error: signal {-checking.exitcode} ended the check")
+    *place, precision = plan.get()
+    run += place
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         clear_stale_builds(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
     # accelerate gives processes under DeepSpeed the current folder, where a random.py would go before Python's.
@@ -205,12 +195,9 @@ def start(launch: LaunchSettings, told: SimpleQueue) -> None:
     meeting = f"{launch.machine.address}:{launch.machine.port}"
     if launch.machine.count > 1:
         print(f"{machine}: meets the others at {meeting}", flush=True)
-        hear_signals(told)
-    # A free port, unless machines meet at one; and each starts its own processes, none by pdsh on others.
-    defaults = ["--main_process_port", "0", "--deepspeed_multinode_launcher", "standard"]
-    defaults += ["--mixed_precision", precision.get()]
+        hear_signals(run)
     try:
-        launch_command(launch_command_parser().parse_args([*defaults, *launch.for_accelerate()]))
+        launch_command(launch_command_parser().parse_args(launch.for_accelerate(precision)))
     except ChildFailedError as error:
         code, line = last_word(error.failures, launch.num_processes)
     except subprocess.CalledProcessError as error:  # of the one process of a launch that is not distributed
@@ -223,7 +210,7 @@ def start(launch: LaunchSettings, told: SimpleQueue) -> None:
     else:
         return
     if code > 128:  # a signal's: nothing is wrong with the run itself
-        line += f"; {continues(*told.get())}"
+        line += f"; {continues(*run)}"
     print(line, end="\n" if line else "", file=sys.stderr)
     sys.exit(code)
 
@@ -234,7 +221,7 @@ def main() -> None:
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under `nohup`
             signal.signal(number, stop)
-    told = multiprocessing.get_context("fork").SimpleQueue()
+    run: list = []
     try:
         with told_once():
             launch = read_launch(sys.argv[1], sys.argv[2], sys.argv[3:], os.environ)
@@ -242,10 +229,10 @@ def main() -> None:
             os.execv(sys.executable, [sys.executable, str(REPO_ROOT / "scripts/doctor.py"), *launch.for_doctor()])
         lead()
         os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's --signals_to_handle: `stop` handles the others
-        start(launch, told)
+        start(launch, run)
     except Stopped as stopped:
         end_children()
-        say_stopped(stopped.number, told)
+        say_stopped(stopped.number, run)
         sys.exit(128 + stopped.number)
 
 

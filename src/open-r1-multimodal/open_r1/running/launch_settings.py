@@ -9,14 +9,13 @@
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from open_r1.base.errors import MissingFile, Mistake
+from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 
 FOLDER = REPO_ROOT / "src/open-r1-multimodal"
@@ -29,7 +28,7 @@ NVIDIA_SMI_SECONDS = 10
 
 @dataclass(frozen=True)
 class Machine:
-    """This machine among those of a launch, and where they meet: an address and port of machine 0."""
+    """This machine among those of a launch, and where they meet: an address and port of machine 0 (0: a free one)."""
 
     rank: int = 0
     count: int = 1
@@ -57,12 +56,15 @@ class LaunchSettings:
     machine: Machine = Machine()
     is_examined: bool = False
 
-    def for_accelerate(self) -> list[str]:
-        """The arguments of `accelerate launch`."""
-        arguments = ["--config_file", self.config_file, "--num_processes", str(self.num_processes)]
+    def for_accelerate(self, precision: str) -> list[str]:
+        """The arguments of `accelerate launch`; its name for bfloat16 is "bf16", and "no" for float32."""
+        options = {"config_file": self.config_file, "num_processes": self.num_processes, "mixed_precision": precision}
+        options |= {"main_process_port": self.machine.port}
         if self.machine.count > 1:
-            arguments += ["--num_machines", str(self.machine.count), "--machine_rank", str(self.machine.rank)]
-            arguments += ["--main_process_ip", self.machine.address, "--main_process_port", str(self.machine.port)]
+            options |= {"num_machines": self.machine.count, "machine_rank": self.machine.rank}
+            options |= {"main_process_ip": self.machine.address}
+            options |= {"deepspeed_multinode_launcher": "standard"}  # each starts its own processes, none by pdsh
+        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         return [*arguments, str(self.script), *self.arguments]
 
     def for_doctor(self) -> list[str]:
@@ -84,21 +86,27 @@ def read_launch(name: str, recipe: str, arguments: Sequence[str], environ: Mutab
     Raises:
         Mistake: for the first that cannot be.
     """
-    of_script = script_arguments(recipe, [argument for argument in arguments if argument != "--doctor"], environ)
+    for_script = script_arguments(recipe, [argument for argument in arguments if argument != "--doctor"], environ)
     gpus = count_gpus(environ)
-    processes = read_number(environ, "NUM_PROCESSES", str(gpus or 2), 1, 9999, "is not a number of processes")
+    processes = read_number(environ, "NUM_PROCESSES", str(gpus or 2), range(1, 10_000), "is not a number of processes")
     machine = read_machine(environ)
-    drop_bad_threads(environ)
+    if not re.fullmatch("[1-9][0-9]*", environ.get("OMP_NUM_THREADS") or "1"):  # accelerate would end in a traceback
+        threads = environ.pop("OMP_NUM_THREADS")
+        print(f"OMP_NUM_THREADS: '{threads}' is not a number of threads, and left out", file=sys.stderr)
     if gpus and processes > gpus:
         raise Mistake(f"NUM_PROCESSES: {processes} is more than the {gpus} GPUs of this machine")
     if not gpus:
         print("no GPU found: training on CPU processes in float32", flush=True)
         prepare_cpu(environ, processes)
-        of_script = [*ON_CPU, *of_script]
+        for_script = [*ON_CPU, *for_script]
+    strategy = environ.get("ACCELERATE_CONFIG") or ("zero2" if gpus else "cpu")
+    config_file = strategy if os.path.isfile(strategy) else f"{FOLDER}/configs/{strategy}.yaml"
+    if not os.path.isfile(config_file):
+        raise Mistake(f"ACCELERATE_CONFIG: no file {config_file}")
     return LaunchSettings(
         script=FOLDER / f"open_r1/{name}.py",
-        arguments=of_script,
-        config_file=find_config(environ.get("ACCELERATE_CONFIG") or ("zero2" if gpus else "cpu")),
+        arguments=for_script,
+        config_file=config_file,
         num_processes=processes * machine.count,
         machine=machine,
         is_examined="--doctor" in arguments,
@@ -118,18 +126,18 @@ def script_arguments(recipe: str, arguments: Sequence[str], environ: Mapping[str
     recipes = [named] if is_one else named.split()
     if not recipes:
         raise Mistake("CONFIG: names no recipe")
-    given = [(option, environ[variable]) for variable, option in VARIABLES.items() if environ.get(variable)]
-    return [*sum(given, ()), *arguments, *(part for path in recipes for part in ("--config", path))]
+    variables = [(option, environ[name]) for name, option in VARIABLES.items() if environ.get(name)]
+    return [*sum(variables, ()), *arguments, *(part for path in recipes for part in ("--config", path))]
 
 
-def read_number(environ: Mapping[str, str], name: str, default: str, lowest: int, highest: int, complaint: str) -> int:
-    """A variable that is a whole number in these bounds.
+def read_number(environ: Mapping[str, str], name: str, default: str, allowed: range, complaint: str) -> int:
+    """A variable that is a whole number among those allowed.
 
     Raises:
         Mistake: it is not; `complaint` says what is missing.
     """
     text = environ.get(name) or default
-    if not re.fullmatch("0|[1-9][0-9]{0,4}", text) or not lowest <= int(text) <= highest:
+    if not re.fullmatch("0|[1-9][0-9]{0,4}", text) or int(text) not in allowed:
         raise Mistake(f"{name}: '{text}' {complaint}")
     return int(text)
 
@@ -140,25 +148,18 @@ def read_machine(environ: Mapping[str, str]) -> Machine:
     Raises:
         Mistake: a variable says what cannot be.
     """
-    count = read_number(environ, "NUM_MACHINES", "1", 1, 9999, "is not a number of machines")
+    count = read_number(environ, "NUM_MACHINES", "1", range(1, 10_000), "is not a number of machines")
     complaint = f"is not the number of a machine, of NUM_MACHINES={count} from 0 on"
-    rank = read_number(environ, "MACHINE_RANK", "" if count > 1 else "0", 0, count - 1, complaint)
+    rank = read_number(environ, "MACHINE_RANK", "" if count > 1 else "0", range(count), complaint)
     if count == 1:
         return Machine()
-    port = read_number(environ, "MASTER_PORT", "29500", 1, 65535, "is not a port, 1 to 65535")
+    port = read_number(environ, "MASTER_PORT", "29500", range(1, 65536), "is not a port, 1 to 65535")
     address = environ.get("MASTER_ADDR", "")
     if not re.fullmatch(r"[0-9A-Za-z._-]+", address):
         raise Mistake(
             f"MASTER_ADDR: '{address}' is not the name or IPv4 address of machine 0, which every machine needs"
         )
     return Machine(rank, count, address, port)
-
-
-def drop_bad_threads(environ: MutableMapping[str, str]) -> None:
-    """Leave out an OMP_NUM_THREADS that is no number of threads: libraries would take it in different ways."""
-    if not re.fullmatch("[1-9][0-9]*", environ.get("OMP_NUM_THREADS") or "1"):
-        threads = environ.pop("OMP_NUM_THREADS")
-        print(f"OMP_NUM_THREADS: '{threads}' is not a number of threads, and left out", file=sys.stderr)
 
 
 def prepare_cpu(environ: MutableMapping[str, str], processes: int) -> None:
@@ -171,18 +172,6 @@ def prepare_cpu(environ: MutableMapping[str, str], processes: int) -> None:
         environ["OMP_NUM_THREADS"] = str(math.ceil((os.cpu_count() or 1) / processes))
 
 
-def find_config(name: str) -> str:
-    """accelerate's configuration: a file, or the name of one of this project's.
-
-    Raises:
-        Mistake: there is none.
-    """
-    path = name if os.path.isfile(name) else f"{FOLDER}/configs/{name}.yaml"
-    if not os.path.isfile(path):
-        raise MissingFile(f"ACCELERATE_CONFIG: no file {path}")
-    return path
-
-
 def count_gpus(environ: Mapping[str, str]) -> int:
     """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves visible.
 
@@ -192,13 +181,7 @@ def count_gpus(environ: Mapping[str, str]) -> int:
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and (not visible or visible.startswith("-1")):
         return 0  # without asking nvidia-smi, which may wait for a GPU that hangs
-    names = listed_gpus()
-    if names is None:
-        raise Mistake(
-            f"nvidia-smi does not answer within {NVIDIA_SMI_SECONDS} s; restart the machine, or go on without its GPU: "
-            "CUDA_VISIBLE_DEVICES=-1"
-        )
-    listed = len(names)
+    listed = len(listed_gpus())
     if visible is None or not listed:
         return listed
     count = 0
@@ -211,19 +194,30 @@ def count_gpus(environ: Mapping[str, str]) -> int:
     return count
 
 
-def listed_gpus() -> list[str] | None:
-    """The names of the NVIDIA GPUs of this machine; none where nvidia-smi is missing or fails.
+def listed_gpus() -> list[str]:
+    """The names of the NVIDIA GPUs of this machine; none where nvidia-smi is missing, or fails as the driver is broken.
 
-    With a broken driver it prints its error where else it lists them. None when it does not answer: there is a GPU
-    then, and it hangs.
+    Raises:
+        Mistake: nvidia-smi does not answer; there is a GPU then, and it hangs.
     """
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
     try:
-        listing = subprocess.run([command, "--list-gpus"], capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS)
-    except subprocess.TimeoutExpired:
-        return None
+        listing = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, errors="replace", timeout=NVIDIA_SMI_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Mistake(
+            f"nvidia-smi does not answer within {NVIDIA_SMI_SECONDS} s; restart the machine, or go on without its GPU: "
+            "CUDA_VISIBLE_DEVICES=-1"
+        ) from error
     except OSError:
         return []
     return [] if listing.returncode else LISTED_GPU.findall(listing.stdout)
+
+
+def print_gpu() -> None:
+    """What `setup.sh`, which has no packages yet, asks: the name of the first GPU if a launch would use one."""
+    try:
+        if count_gpus(os.environ):
+            print(listed_gpus()[0])
+    except Mistake as mistake:
+        sys.exit(f"error: {mistake}")

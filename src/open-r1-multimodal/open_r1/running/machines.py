@@ -16,19 +16,11 @@ T = TypeVar("T")
 SEEN_SECONDS = 60  # after which a network file system shows a new file to all of its machines (NFS: acdirmax)
 
 
-def count_machines() -> int:
-    """How many launchers torch's launcher has brought together."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", 1))
-
-
 def decide_once(decide: Callable[[], T]) -> T:
     """What the main process decides or raises, in every process: of a shared folder each may see another state.
 
-    Args:
-        decide: called in the main process alone; all others wait for it.
-
     Raises:
-        Mistake: in all processes, for what `decide` raises as Mistake or OSError.
+        Mistake: in all processes, for what `decide` raises as Mistake or OSError in the main one.
     """
     outcome: list = [None]
     if PartialState().is_main_process:
@@ -48,7 +40,7 @@ def check_shared(folder: str) -> None:
     Raises:
         Mistake: in all processes; it names a machine on which it is another.
     """
-    if count_machines() == 1:
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:  # launchers that torch has brought together
         return
     owner, main = decide_once(lambda: (holder(folder), platform.node()))
     deadline = time.monotonic() + SEEN_SECONDS

@@ -42,7 +42,7 @@ def serve_arguments(
         more: vLLM's own arguments; they win.
 
     Raises:
-        OSError, ValueError: no such model, or none that this project was tested with.
+        Mistake: no such model, or none that this project was tested with.
     """
     name, revision = model_args.model_name_or_path, model_args.model_revision
     dtype = model_args.dtype
