@@ -75,7 +75,7 @@ is_supported "$PYTHON" ||
 prefix=$(PYTHONSAFEPATH=1 "$PYTHON" -c 'import sys; print(sys.prefix)')
 
 # The GPU that a launch would find, if any; an error when nvidia-smi hangs
-gpu=$(PYTHONSAFEPATH=1 PYTHONPATH="$ROOT/src/open-r1-multimodal" "$PYTHON" -B -c \
+gpu=$(PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$ROOT/src/open-r1-multimodal" "$PYTHON" -c \
     'from open_r1.running.launch_settings import print_gpu; print_gpu()') || exit 1
 
 # Nothing changed since the last time: say so and stop

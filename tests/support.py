@@ -1,5 +1,6 @@
 """What several tests share: rendered examples, a reward that a random model can earn, training runs, slow attention."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -232,6 +233,16 @@ def launch_env(model: Path, data: Path, output: Path, **env: str) -> dict[str, s
         "HF_HUB_OFFLINE": "1",
         **env,
     }
+
+
+def processes_naming(text: str) -> list[int]:
+    """The processes whose command line holds a text, as a test's folder is one."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended while we looked
+            if text.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
 
 
 def enlarge(model: torch.nn.Module) -> None:

@@ -21,12 +21,13 @@ from trl import ModelConfig
 
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
+from open_r1.configs import unused_vllm
 from open_r1.grpo import GRPOScriptArguments
 from open_r1.running.entry import resolve_report_to
 from open_r1.running.launch_settings import LaunchSettings, count_gpus, listed_gpus, read_launch
-from open_r1.settings.recipes import default_output, merge_recipes, read_recipe
+from open_r1.settings.recipes import default_output, read_recipe
 from open_r1.trainer.trainer import Qwen2VLGRPOConfig
-from support import hear_signals, launch_env, load_weights, read_jsonl, run_grpo
+from support import hear_signals, launch_env, load_weights, processes_naming, read_jsonl, run_grpo
 
 SCRIPTS = sorted(
     path for path in REPO_ROOT.rglob("*.sh") if not {".venv", "outputs"} & set(path.relative_to(REPO_ROOT).parts)
@@ -379,7 +380,7 @@ def test_a_signal_ends_every_process_in_one_line(tmp_path, tiny_model, examples_
     told = stop != signal.SIGKILL
     assert launcher.wait(timeout=120) == (128 + stop if told else -stop)
     deadline = time.monotonic() + 30
-    while (left := _processes_naming(str(tmp_path))) and time.monotonic() < deadline:
+    while (left := processes_naming(str(tmp_path))) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert left == []
     said = launcher.stderr.read()
@@ -389,18 +390,6 @@ def test_a_signal_ends_every_process_in_one_line(tmp_path, tiny_model, examples_
     whole = [path.parent.name for path in tmp_path.glob("out/checkpoint-*/complete.json")]
     step = max(int(name.removeprefix("checkpoint-")) for name in whole)
     assert said.splitlines()[-1] == f"stopped by {stop.name}; the same command continues at step {step}"
-
-
-def _processes_naming(text: str) -> list[str]:
-    commands = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:  # it ended while we looked
-            continue
-        if text in command:
-            commands.append(command)
-    return commands
 
 
 @pytest.fixture
@@ -582,12 +571,10 @@ def test_a_killed_compiler_does_not_make_the_next_launch_wait(tmp_path):
 
 
 BF16, FP16, FP32 = ("bf16", True, False), ("fp16", False, True), ("no", False, False)
-# recipes and arguments -> what accelerate and DeepSpeed must be told; every shipped recipe by what its file says
+# recipes and arguments -> what accelerate and DeepSpeed must be told
 PRECISIONS = {
-    (recipe, ""): BF16 if merge_recipes([recipe]).get("bf16", True) else FP32
-    for recipe in sorted(str(path) for glob in ("*.yaml", "tiny/*.yaml") for path in (REPO_ROOT / "configs").glob(glob))
-} | {
-    ("configs/grpo_sat.yaml configs/overlays/lora.yaml", ""): BF16,
+    ("configs/grpo_sat.yaml", ""): BF16,
+    ("configs/sft_sat.yaml", ""): BF16,
     ("configs/grpo_sat.yaml configs/overlays/tiny.yaml", ""): FP32,
     ("configs/grpo_sat.yaml", "--bf16 false --dtype float32"): FP32,
     ("configs/grpo_sat.yaml", "--bf16 false --fp16 true"): FP16,
@@ -675,33 +662,20 @@ def test_flash_attn_by_name_is_told_where_it_is_missing(monkeypatch, tmp_path, i
         entry.read_settings(grpo.COMMAND, arguments)
 
 
-@pytest.mark.parametrize(
-    "changes, is_main, said",
-    [
-        ({}, True, True),
-        ({}, False, False),
-        ({"use_vllm": True}, True, False),
-        ({"load_in_4bit": True}, True, False),  # vLLM gets the weights of a run, and takes no 4-bit ones
-        ({"is_installed": False}, True, False),
-    ],
-)
-def test_a_gpu_run_without_vllm_is_told_once_what_it_saves(card, monkeypatch, capsys, changes, is_main, said):
-    from open_r1 import grpo
-
+def test_a_gpu_run_without_vllm_is_told_what_it_saves(card, monkeypatch):
     card((9, 0))
-    given = {"use_vllm": False, "use_cpu": False, "load_in_4bit": False, "is_installed": True, **changes}
-    settings = SimpleNamespace(**given, trainer=None, freeze_vision=False, freeze_llm=False, freeze_merger=None)
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, find=importlib.util.find_spec: settings.is_installed or None
-    )
-    trainer = SimpleNamespace(add_callback=lambda callback: None, is_world_process_zero=lambda: is_main)
-    for name, made in {"load_model_from_args": None, "freeze": None, "Qwen2VLGRPOTrainer": trainer}.items():
-        monkeypatch.setattr(grpo, name, lambda *args, made=made, **kwargs: made)
-    monkeypatch.setattr(grpo, "AskBlind", lambda trainer: None)
-    assert grpo.build_trainer(settings, settings, settings, {"train_dataset": []}) is trainer
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == said
-    assert not lines or ("configs/overlays/vllm.yaml" in lines[0] and lines[0].endswith("(computed, not measured)"))
+    installed = {"vllm": object()}
+    monkeypatch.setattr("open_r1.configs.importlib.util.find_spec", installed.get)
+
+    def line(**changes: bool) -> str | None:
+        args = {"use_vllm": False, "use_cpu": False, "load_in_4bit": False, **changes}
+        return unused_vllm(SimpleNamespace(**args), SimpleNamespace(**args))
+
+    assert "configs/overlays/vllm.yaml" in line() and line().endswith("(computed, not measured)")
+    # vLLM gets the weights of a run, and takes no 4-bit ones
+    assert line(use_vllm=True) is line(use_cpu=True) is line(load_in_4bit=True) is None
+    installed.clear()
+    assert line() is None
 
 
 FP16_SUMS = {"data_types": {"grad_accum_dtype": "fp16"}}

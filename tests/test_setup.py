@@ -5,14 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
 from importlib.metadata import Distribution, packages_distributions
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from fresh import SYSTEM_PATH, clone, new_shell
@@ -26,18 +23,12 @@ FRONT_DOORS = sorted(
     for path in (REPO_ROOT / folder).rglob("*.py")
     if "__main__" in path.read_text() and path.name != "map.py"  # which needs nothing that setup.sh installs
 )
-LIGHT = {
-    "report.py",
-    "compare.py",
-    "gpu_check.py",
-    "sweep.py",
-    "world.py",
-    "process_dataset.py",
-    "test_qwen2vl_CVBench.py",
-}  # no torch for --help
+LIGHT = {"report.py", "compare.py", "gpu_check.py", "sweep.py", "world.py", "process_dataset.py"}
+LIGHT |= {"test_qwen2vl_CVBench.py"}  # no torch for --help
 OURS = {"benchmark.py", "pretrain_tiny.py", "rehearse.py"}  # what only the authors start
 RANGES = {"numpy<2.5,>=2.3"}  # one version does not fit every Python beside vLLM
 H100 = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1c2d)"
+ENOUGH_DISK = 'echo head\necho "disk 0 0 99999999"'
 NEW_CARD = "580.65.06, 9.0, NVIDIA H100 80GB HBM3"
 
 
@@ -65,17 +56,15 @@ def run_setup(root: Path = REPO_ROOT, path: str = SYSTEM_PATH, **env: str) -> su
 # --- setup.sh -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("minor", [9, 10, 15])
+@pytest.mark.parametrize("minor", [10, 15])
 def test_setup_refuses_an_unsupported_python(tmp_path, minor):
     python = fake_python(tmp_path / "bin/python", minor)
     result = run_setup(PYTHON=str(python))
-    assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.strip() == (
-        f"error: Python 3.{minor}.0 in {python} is not supported; use Python 3.11, 3.12, 3.13 or 3.14"
-    )
+    line = f"error: Python 3.{minor}.0 in {python} is not supported; use Python 3.11, 3.12, 3.13 or 3.14\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", line)
 
 
-@pytest.mark.parametrize("minor", [11, 12, 13, 14])
+@pytest.mark.parametrize("minor", [11, 14])
 def test_setup_takes_a_supported_python(tmp_path, minor):
     """Up to the next thing that is missing: a pip that gets uv."""
     result = run_setup(PYTHON=str(fake_python(tmp_path / "bin/python", minor)))
@@ -84,34 +73,15 @@ def test_setup_takes_a_supported_python(tmp_path, minor):
     assert not (tmp_path / ".setup-stamp").exists()
 
 
-@pytest.mark.slow
-def test_setup_without_a_network_says_so(tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_RETRIES": "0"}
-    python = str(tmp_path / "venv/bin/python")
-    result = run_setup(PYTHON=python, PIP_CONFIG_FILE=os.devnull, PIP_FIND_LINKS="", **nowhere)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith(
-        "error: could not get uv from the package index; check the network"
-    )
-    assert not (tmp_path / "venv/.setup-stamp").exists()
-
-
 @pytest.mark.parametrize(
     ("listing", "status", "found"),
-    [
-        (H100, 0, True),
-        ("Failed to initialize NVML: Driver/library version mismatch", 18, False),
-        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 9, False),
-        ("No devices were found", 0, False),
-        (H100, 15, False),  # one GPU of several is lost
-        ("GPU access blocked by the operating system", 0, False),
-    ],
+    [(H100, 0, True), ("NVIDIA-SMI has failed because of the driver.", 9, False)],
 )
 def test_setup_installs_vllm_where_nvidia_smi_lists_a_gpu(tmp_path, listing, status, found):
+    """Which are visible, and listed at all: test_launch.py."""
     python = fake_python(tmp_path / "env/bin/python", 12)
     write_script(tmp_path / "bin/nvidia-smi", f'echo "{listing}"\nexit {status}')
-    write_script(tmp_path / "bin/df", 'echo head\necho "disk 0 0 99999999"')
+    write_script(tmp_path / "bin/df", ENOUGH_DISK)
     write_script(tmp_path / "bin/uv", f'echo "$@" >>{tmp_path}/asked')
     result = run_setup(path=f"{tmp_path}/bin:{SYSTEM_PATH}", PYTHON=str(python))
     assert result.returncode == 0, result.stderr
@@ -121,6 +91,12 @@ def test_setup_installs_vllm_where_nvidia_smi_lists_a_gpu(tmp_path, listing, sta
     assert ("no NVIDIA GPU found" in result.stdout) != found
 
 
+def test_setup_tells_a_gpu_that_is_not_there(tmp_path):
+    result, asked = setup_on_a_gpu(tmp_path, NEW_CARD, CUDA_VISIBLE_DEVICES="1")
+    line = "error: CUDA_VISIBLE_DEVICES: there is no GPU 1; this machine's are 0 to 0\n"
+    assert (result.returncode, result.stderr, asked) == (1, line, "")
+
+
 def setup_on_a_gpu(folder: Path, cards: str, uv: str = "", **env: str) -> tuple[subprocess.CompletedProcess, str]:
     """setup.sh beside cards of which nvidia-smi says this; what it said, and what it asked uv for."""
     python = fake_python(folder / "env/bin/python", 12)
@@ -128,7 +104,7 @@ def setup_on_a_gpu(folder: Path, cards: str, uv: str = "", **env: str) -> tuple[
     write_script(
         folder / "bin/nvidia-smi", f"case $1 in --list-gpus) echo '{listed}' ;; --query-gpu=*) echo '{cards}' ;; esac"
     )
-    write_script(folder / "bin/df", 'echo head\necho "disk 0 0 99999999"')
+    write_script(folder / "bin/df", ENOUGH_DISK)
     write_script(folder / "bin/uv", f'echo "$@" >>{folder}/asked\n{uv}')
     result = run_setup(path=f"{folder}/bin:{SYSTEM_PATH}", PYTHON=str(python), **env)
     asked = folder / "asked"
@@ -161,7 +137,6 @@ def test_setup_tells_an_old_card_or_driver_before_it_downloads(tmp_path, cards):
     "cards",
     [
         "580.65.06, 7.5, Tesla T4",
-        "590.44, 10.3, NVIDIA B300",
         "580.1, 6.1, Quadro P400\n580.1, 8.9, NVIDIA L4",  # the one is for the screen
         'Field "compute_cap" is not a valid field to query.',
     ],
@@ -179,24 +154,17 @@ def test_the_torch_that_setup_installs_is_the_one_whose_needs_it_knows():
     assert torch.version.cuda is None or torch.version.cuda.startswith("13.")
 
 
+WHEEL, BUILD = "--only-binary flash-attn flash-attn", "--no-build-isolation flash-attn=="
+NO_WHEEL = 'case "$*" in *flash-attn*) exit 1 ;; esac'
+SDPA = "attention: torch's SDPA (no wheel of flash-attn found; FLASH_ATTN=build bash setup.sh compiles it, "
+
+
 @pytest.mark.parametrize(
     "flash_attn, uv, said, asked_for, asked_not",
     [
-        (
-            "",
-            "",
-            "attention: flash-attn, from a wheel; ",
-            "--only-binary flash-attn flash-attn",
-            "--no-build-isolation",
-        ),
-        (
-            "",
-            'case "$*" in *flash-attn*) exit 1 ;; esac',
-            "attention: torch's SDPA (no wheel of flash-attn found; FLASH_ATTN=build bash setup.sh compiles it, ",
-            "--only-binary flash-attn flash-attn",
-            "--no-build-isolation",
-        ),
-        ("build", "", "attention: flash-attn, built here", "--no-build-isolation flash-attn==", "--only-binary"),
+        ("", "", "attention: flash-attn, from a wheel; ", WHEEL, BUILD),
+        ("", NO_WHEEL, SDPA, WHEEL, BUILD),
+        ("build", "", "attention: flash-attn, built here", BUILD, WHEEL),
     ],
 )
 def test_flash_attn_is_built_only_where_that_is_asked(tmp_path, flash_attn, uv, said, asked_for, asked_not):
@@ -206,22 +174,18 @@ def test_flash_attn_is_built_only_where_that_is_asked(tmp_path, flash_attn, uv, 
     assert asked_for in asked and asked_not not in asked
 
 
-@pytest.mark.skipif(shutil.which("nvcc", path=SYSTEM_PATH) is not None, reason="the system has a CUDA compiler")
+@pytest.mark.skipif(shutil.which("nvcc", path=SYSTEM_PATH) is not None, reason="there is a CUDA compiler")
 def test_flash_attn_is_not_built_without_a_compiler(tmp_path):
     result, _ = setup_on_a_gpu(tmp_path, NEW_CARD, FLASH_ATTN="build")
-    assert (result.returncode, result.stderr) == (
-        1,
-        "error: FLASH_ATTN=build: there is no CUDA compiler (nvcc) to build it with\n",
-    )
+    line = "error: FLASH_ATTN=build: there is no CUDA compiler (nvcc) to build it with\n"
+    assert (result.returncode, result.stderr) == (1, line)
 
 
-@pytest.mark.parametrize(
-    "changed", ["requirements.txt", "requirements-test.txt", "requirements-gpu.txt", "pyproject.toml", "setup.sh"]
-)
+@pytest.mark.parametrize("changed", ["requirements-gpu.txt", "setup.sh"])
 def test_setup_runs_again_when_what_it_installs_changed(tmp_path, changed):
     root, python = clone(tmp_path / "clone"), fake_python(tmp_path / "env/bin/python", 12)
     write_script(tmp_path / "bin/nvidia-smi", "exit 9")
-    write_script(tmp_path / "bin/df", 'echo head\necho "disk 0 0 99999999"')
+    write_script(tmp_path / "bin/df", ENOUGH_DISK)
     write_script(tmp_path / "bin/uv", f'echo "$@" >>{tmp_path}/asked')
     setups = []
     for _ in range(2):
@@ -266,35 +230,6 @@ def test_what_is_imported_is_declared(pattern, files):
     lines = [line for name in files.split() for line in (REPO_ROOT / name).read_text().splitlines()]
     declared = {canonicalize_name(Requirement(line).name) for line in lines if not line.startswith("#")}
     assert len(needed) > 3 and needed - declared == set()
-
-
-def test_the_workflow_runs_each_suite_within_a_limit_of_its_own():
-    jobs = yaml.safe_load((REPO_ROOT / ".github/workflows/test.yml").read_text())["jobs"]
-    told = {name: (job["steps"][-1]["run"], job["timeout-minutes"]) for name, job in jobs.items()}
-    assert told == {
-        "quick": ("bash scripts/test.sh", 20),
-        "all": ("bash scripts/test.sh --all", 90),
-        "nightly": ("bash scripts/test.sh -m nightly", 180),
-    }
-    supported = SpecifierSet(tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]["requires-python"])
-    pythons = [f"3.{minor}" for minor in range(30) if supported.contains(f"3.{minor}")]
-    assert jobs["quick"]["strategy"]["matrix"]["python-version"] == pythons
-
-
-def test_ruff_reads_the_oldest_python_that_is_supported():
-    settings = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())
-    oldest = settings["project"]["requires-python"].removeprefix(">=").partition(",")[0]
-    assert settings["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shell", ["sh", pytest.param("bash", marks=pytest.mark.nightly)])
-def test_an_nvidia_smi_that_hangs_does_not_hang_the_script(tmp_path, shell):
-    write_script(tmp_path / "nvidia-smi", f'trap "" TERM\necho "{H100}"\nwhile :; do sleep 1; done')
-    command = f"set -eu; ROOT={REPO_ROOT}; . {REPO_ROOT}/scripts/env.sh; gpu_names || echo hangs"
-    env = {"PATH": f"{tmp_path}:{SYSTEM_PATH}"}
-    result = subprocess.run([shell, "-c", command], env=env, capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stdout) == (0, "hangs\n")
 
 
 def tools(folder: Path, *names: str) -> str:
@@ -417,41 +352,11 @@ def test_without_an_environment_one_line_says_setup(tmp_path, bare_python):
     assert shell.stderr == f"error: python3 does not have this repository's packages; run `bash setup.sh` in {root}\n"
 
 
-def test_a_check_of_a_gpu_says_itself_what_is_missing(doors, bare_python, tmp_path):
-    """It can bring most of that; but for `--wheels` it takes what setup.sh made, as all do."""
-    root = clone(tmp_path / "clone")
-    result = start(bare_python, root / "scripts/gpu_check.py", "--output", str(tmp_path / "out"))
-    assert result.returncode == 1 and not (tmp_path / "out").exists()
-    assert result.stderr.startswith(
-        f"gpu_check: error: {bare_python} has no torch, torchvision, transformers, accelerate, peft: run `bash setup"
-    )
-
-
-@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
-def test_the_active_environment_wins(doors, bare_python, tmp_path, variable):
-    """Also when it lacks the packages: `bash setup.sh` would install into it."""
-    script = doors / "scripts/report.py"
-    other = bare_python.parents[1]
-    result = start(bare_python, script, "--help", **{variable: str(other)})
-    assert result.returncode == 1
-    assert result.stderr.startswith(f"error: {other}/bin/python does not have this repository's packages")
-    (doors / ".venv").rename(doors / "elsewhere")
-    try:
-        assert start(bare_python, script, "--help", **{variable: str(doors / "elsewhere")}).returncode == 0
-    finally:
-        (doors / "elsewhere").rename(doors / ".venv")
-
-
 def test_python_and_shell_choose_alike(doors, bare_python):
-    """scripts/env.sh and front_door.py hold the same order."""
+    """scripts/env.sh and open_r1/base/errors.py hold the same order: PYTHON, the active one, .venv."""
     bare = {"CONDA_PREFIX": str(bare_python.parents[1])}
-    for env in (
-        {},
-        {"VIRTUAL_ENV": "/nowhere"},
-        bare,
-        {"PYTHON": str(bare_python)},
-        {**bare, "PYTHON": sys.executable},
-    ):
+    chosen = {"PYTHON": str(bare_python)}
+    for env in ({}, {"VIRTUAL_ENV": "/nowhere"}, bare, chosen, {**bare, "PYTHON": sys.executable}):
         env = new_shell(**env)
         command = f'ROOT="{doors}"; . "$ROOT/scripts/env.sh"; printf %s "$PYTHON"'
         shell = subprocess.run(["sh", "-c", command], env=env, capture_output=True, text=True).stdout
@@ -463,8 +368,7 @@ def test_python_and_shell_choose_alike(doors, bare_python):
         assert subprocess.run(command, env=env, capture_output=True, text=True).stdout == shell
 
 
-def test_arguments_and_interpreter_options_survive(doors, bare_python, tmp_path):
-    """An argument with spaces, and `-X dev`, reach the script that runs in the end."""
+def test_an_argument_with_spaces_survives(doors, bare_python, tmp_path):
     run = tmp_path / "no such run"
     result = start(bare_python, doors / "scripts/report.py", str(run))
     assert result.returncode == 1 and str(run) in result.stderr and result.stderr.count("\n") == 1
