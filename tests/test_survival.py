@@ -81,13 +81,12 @@ def test_half_written_checkpoints_are_reported_and_passed_over(tmp_path, capsys)
     ]
 
 
-def test_a_manifest_that_a_full_disk_left_is_none(tmp_path):
-    (make_checkpoint(tmp_path, 3) / MANIFEST).write_text("\0\0")
+def test_a_manifest_that_lists_no_files(tmp_path):
+    """An empty one is what a full disk leaves; one of another kind ends the run before it starts anew."""
+    checkpoint = make_checkpoint(tmp_path, 3)
+    (checkpoint / MANIFEST).write_text("\0\0")
     assert resolve_checkpoint("auto", str(tmp_path)) is None
-
-
-def test_a_manifest_of_another_kind_ends_the_run_before_it_starts_anew(tmp_path):
-    (make_checkpoint(tmp_path, 3) / MANIFEST).write_text("[1]")
+    (checkpoint / MANIFEST).write_text("[1]")
     with pytest.raises(Mistake, match=f"checkpoint-3: {MANIFEST} lists no files; delete the folder"):
         resolve_checkpoint("auto", str(tmp_path))
 
@@ -95,13 +94,14 @@ def test_a_manifest_of_another_kind_ends_the_run_before_it_starts_anew(tmp_path)
 def test_a_checkpoint_that_is_named_must_be_one(tmp_path):
     checkpoint = make_checkpoint(tmp_path, 3)
     assert resolve_checkpoint(str(checkpoint), "elsewhere") == str(checkpoint)
-    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint: no folder nowhere"):
-        resolve_checkpoint("nowhere", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint: .* is no checkpoint of a run"):
-        resolve_checkpoint(str(tmp_path), str(tmp_path))
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint: .*3: model\.safetensors is missing"):
-        resolve_checkpoint(str(checkpoint), str(tmp_path))
+    for name, reason in (
+        ("nowhere", "no folder nowhere"),
+        (str(tmp_path), ".* is no checkpoint of a run"),
+        (str(checkpoint), r".*3: model\.safetensors is missing"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"^resume_from_checkpoint: {reason}"):
+            resolve_checkpoint(name, str(tmp_path))
 
 
 def test_a_launch_loads_only_what_it_would_have_written(tmp_path):
@@ -122,12 +122,7 @@ def test_a_launch_loads_only_what_it_would_have_written(tmp_path):
             (tmp_path / folder / name).touch()
     layouts = {folder: Layout.of_checkpoint(tmp_path / folder) for folder in files}
     assert layouts == {"alone": None, "ddp": Layout(0, 0), "zero2": Layout(2, 1), "zero3": Layout(3, 2)}
-    for folder, launch in (
-        ("ddp", Layout(0, 1)),
-        ("ddp", Layout(0, 4)),
-        ("zero2", Layout(2, 1)),
-        ("zero3", Layout(3, 2)),
-    ):
+    for folder, launch in (("ddp", Layout(0, 4)), ("zero2", Layout(2, 1)), ("zero3", Layout(3, 2))):
         check_layout(str(tmp_path / folder), launch)
     for folder, launch, reason in (
         ("alone", Layout(0, 1), "holds the model without optimizer and schedule"),
@@ -195,7 +190,9 @@ def test_a_run_of_epochs_is_finished_too(tmp_path):
     assert not is_finished(str(checkpoint), make_config(tmp_path, max_steps=7))
 
 
-def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path):
+def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
+    """Of the best one the folder may have been named in other words."""
+    monkeypatch.chdir(tmp_path.parent)
     args = make_config(tmp_path, save_total_limit=2)
     callback = CompleteCheckpoints(args)
     assert args.save_total_limit is None  # the trainer itself deletes nothing
@@ -205,21 +202,10 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path):
     assert find_defect(tmp_path / "checkpoint-5")  # this run is going to write over it
     make_checkpoint(tmp_path, 4, is_complete=False)
     state = TrainerState(global_step=4, is_world_process_zero=True)
-    state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    state.best_model_checkpoint = f"{tmp_path.name}/checkpoint-1"
     callback.on_save(args, state, TrainerControl())
     left = {path.name: find_defect(path) is None for path in tmp_path.glob("checkpoint-*")}
     assert left == {"checkpoint-1": True, "checkpoint-2": True, "checkpoint-4": True, "checkpoint-5": False}
-
-
-def test_the_best_checkpoint_is_kept_in_whatever_words_its_folder_was_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = make_config(tmp_path / "out", save_total_limit=1)
-    callback = CompleteCheckpoints(args)
-    for step in (1, 2, 3):
-        make_checkpoint(tmp_path / "out", step, is_complete=step != 3)
-    state = TrainerState(global_step=3, is_world_process_zero=True, best_model_checkpoint="out/checkpoint-1")
-    callback.on_save(args, state, TrainerControl())
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-1", "checkpoint-3"}
 
 
 @pytest.fixture
@@ -361,19 +347,17 @@ def test_two_processes_under_zero2_killed_after_a_checkpoint(tmp_path, tiny_mode
 # What ends a run of `faulty:reward`, in order: a pattern of its last line.
 ENDS = (
     r"",  # the launcher: nobody is left to tell
-    r"error: rank 1 of 2 was ended by SIGKILL",
+    r"error: rank 0 of 2 was ended by SIGKILL",
     r"error: .*: takes no more, is the disk full\? \(.*File too large: .*train\.jsonl",
     r"error: .*: takes no more, is the disk full\? ",
-    r"error: reward_funcs: faulty:reward returned nan ",
-    r"error: rank 0 of 2 was ended by SIGKILL",
 )
 
 
 @pytest.mark.nightly
-def test_300_steps_with_seven_faults(tmp_path, tiny_model, quick_python):
+def test_150_steps_with_five_faults(tmp_path, tiny_model, quick_python):
     """The same command, started again after every end: each step's completions are there once, and a model."""
     data, output = write_examples(tmp_path / "data"), tmp_path / "run"
-    arguments = ["--max_steps", "300", "--save_steps", "20", "--save_total_limit", "2", "--logging_steps", "1"]
+    arguments = ["--max_steps", "150", "--save_steps", "20", "--save_total_limit", "2", "--logging_steps", "1"]
     arguments += ["--reward_funcs", "faulty:reward", "--max_completion_length", "4", "--completions_per_step", "8"]
     lines, printed = [], ""
     for end in (*ENDS, None):
@@ -385,14 +369,14 @@ def test_300_steps_with_seven_faults(tmp_path, tiny_model, quick_python):
         lines.append(result.stderr.strip().splitlines()[-1] if end else "")
         printed += result.stdout + result.stderr
     assert all(re.match(end, line) for end, line in zip(ENDS, lines[:-1], strict=True)), lines
-    assert len(list((tmp_path / "faults").iterdir())) == 7
+    assert len(list((tmp_path / "faults").iterdir())) == 5
     assert printed.count("resuming from") == len(ENDS)
     rows = read_jsonl(output / "trajectories/train.jsonl")
-    assert [row["step"] for row in rows] == [step for step in range(1, 301) for _ in range(8)]
-    assert [log["step"] for log in read_jsonl(output / "log.jsonl") if "loss" in log] == list(range(1, 301))
+    assert [row["step"] for row in rows] == [step for step in range(1, 151) for _ in range(8)]
+    assert [log["step"] for log in read_jsonl(output / "log.jsonl") if "loss" in log] == list(range(1, 151))
     damaged = [row for row in rows if row["images"] == [str(data.parent / "images/5_0.png")]]
-    assert {row["step"] > 230 for row in damaged if row["rewards"] == {"reward": None}} == {True}
-    assert all(row["advantage"] == 0 for row in damaged if row["step"] > 232)
+    assert {row["step"] > 130 for row in damaged if row["rewards"] == {"reward": None}} == {True}
+    assert all(row["advantage"] == 0 for row in damaged if row["step"] > 132)
     assert "images/5_0.png: corrupt image; completions about it earn nothing" in printed
     assert all(weights.isfinite().all() for weights in load_weights(output).values())
 
@@ -460,8 +444,7 @@ def test_a_finished_run_takes_no_further_step(tmp_path, tiny_model, examples_jso
 
 @pytest.mark.nightly
 @pytest.mark.distributed
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("how", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("how, lora", [("ddp", False), ("zero2", True), ("zero3", False)])
 def test_the_best_model_is_the_one_at_the_end_of_a_launch(how, lora, tmp_path, tiny_model, examples_json, quick_python):
     """Also when the launch was stopped in between, so that DeepSpeed's files came back before."""
     arguments = ["--reward_funcs", "support:falling", "--learning_rate", "1e-2", "--eval_dataset_name"]

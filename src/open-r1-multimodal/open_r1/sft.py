@@ -133,11 +133,7 @@ def answer_checks(processor: ProcessorMixin, **template_kwargs: str) -> list[Cal
 def prepare(
     script_args: SFTScriptArguments, training_args: Qwen2VLSFTConfig, model_args: ModelConfig
 ) -> dict[str, Any]:
-    """What the trainer takes beside the weights.
-
-    Raises:
-        Mistake: for a model or data that no run can start with.
-    """
+    """What the trainer takes beside the weights; Mistake for what no run can start with."""
     check_options(training_args)
     peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}

@@ -53,22 +53,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def positive(text: str) -> int:
-    """A command line's number above 0, for argparse.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
+    """A command line's number above 0, for argparse."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a number above 0, not {printable(text)!r}")
     return int(text)
 
 
 def given(text: str) -> str:
-    """A command line's text that says something, for argparse: an unset variable in quotes is no default.
-
-    Raises:
-        argparse.ArgumentTypeError: it is empty or blank.
-    """
+    """A command line's text that says something, for argparse: an unset variable in quotes is no default."""
     if not text.strip():
         raise argparse.ArgumentTypeError("expected a value, got none; leave the option out for its default")
     return text
@@ -135,23 +127,18 @@ def printable(text: Any) -> str:
 
 
 def stop(number: int, _: Any = None) -> None:
-    """Signal handler: unwind, so that files are closed and temporary ones removed.
-
-    Raises:
-        Stopped: always.
-    """
+    """Signal handler: unwind, so that files are closed and temporary ones removed."""
     raise Stopped(number)
 
 
 def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
     """Run a command, and end it in one line where it cannot go on: on what a user can mend, or when it is stopped.
 
+    The exit code is 1 for an error, 128 and its number for a signal.
+
     Args:
         main: the command.
         stopped: what an interrupted command leaves, and what continues it.
-
-    Raises:
-        SystemExit: 1 for an error, 128 and its number for a signal.
     """
     os.environ["PYTHONSAFEPATH"] = "1"  # of Pythons started from here: `-c` and `-m` would look in the current folder
     path = Path(sys.argv[0])
@@ -202,13 +189,7 @@ def use_environment(is_needed: bool = True) -> None:
     """Go on when this Python has the packages; else start the script anew with the environment's Python.
 
     PYTHON wins over the active environment (virtual or conda), and that over the `.venv` of `setup.sh`, as in
-    `scripts/env.sh`.
-
-    Args:
-        is_needed: whether a script cannot go on without the packages.
-
-    Raises:
-        SystemExit: no environment, or one without the packages, which are needed; in one line.
+    `scripts/env.sh`. Without one the script ends in one line, if the packages are needed.
     """
     started = os.environ.pop(CHOSEN, None)
     if importlib.util.find_spec(PROBE):

@@ -107,9 +107,6 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
         arguments: of its command line.
         config_file: accelerate's, of the launch.
         processes: that are going to run, on all machines.
-
-    Raises:
-        Mistake: for the first thing found.
     """
     prepare_process()
     os.environ[PLANNED_PROCESSES] = str(processes)
@@ -134,11 +131,7 @@ def silence() -> Iterator[None]:
 
 
 def read_settings(command: Command, arguments: Sequence[str]) -> Settings:
-    """Script, trainer and model arguments of a command line.
-
-    Raises:
-        Mistake: for a setting with which nothing would be trained.
-    """
+    """Script, trainer and model arguments of a command line; Mistake where nothing would be trained with them."""
     script_args, args, model_args = read_recipe(command.arguments, arguments)
     if args.eval_strategy != "no" and script_args.eval_dataset_name is None:
         raise Mistake(
@@ -154,11 +147,7 @@ def read_settings(command: Command, arguments: Sequence[str]) -> Settings:
 
 
 def find_checkpoint(command: Command, settings: Settings, layout: Layout) -> str | None:
-    """Where the run continues, if anywhere.
-
-    Raises:
-        Mistake: it cannot continue there as it is launched.
-    """
+    """Where the run continues, if anywhere; Mistake if it cannot continue there as it is launched."""
     args = settings[1]
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if checkpoint and args.resume_from_checkpoint == "auto":
@@ -174,11 +163,7 @@ def describe_settings(command: Command, settings: Settings, processes: int) -> d
 
 
 def describe_data(args: TrainingArguments, prepared: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
-    """What `run.json` holds of what `Command.prepare` returned.
-
-    Raises:
-        Mistake: the run goes on by itself, and began with other data.
-    """
+    """What `run.json` holds of what `Command.prepare` returned; Mistake if the run began with other data."""
     data = describe_inputs(prepared["train_dataset"], prepared["eval_dataset"], prepared["processing_class"])
     if checkpoint and args.resume_from_checkpoint == "auto":
         check_same_run(args.output_dir, {"data": data})

@@ -45,14 +45,11 @@ def told_once() -> Iterator[None]:
 
 
 def last_word(failures: Mapping[int, Any], processes: int) -> tuple[int, str]:
-    """How a launch ends that failed.
+    """The exit code of a launch that failed, and one line that names the rank; none where a `Mistake` said it all.
 
     Args:
         failures: rank -> torch's `ProcessFailure`; behind the first to fail are those that the launcher ended.
         processes: of the launch.
-
-    Returns:
-        The exit code, and one line that names the rank; empty where a `Mistake` is all there is to say.
     """
     rank, failure = next(iter(failures.items()))
     name = f"rank {rank} of {processes}"
@@ -71,12 +68,7 @@ def ended_by(name: str, number: int) -> tuple[int, str]:
 
 
 def continues(output_dir: str, resumes: bool) -> str:
-    """Where a run that was stopped goes on: at its last whole checkpoint, if it is told to resume.
-
-    Args:
-        output_dir: of the run.
-        resumes: whether `resume_from_checkpoint` is `auto`.
-    """
+    """Where a run that was stopped goes on: at its last whole checkpoint, if `resume_from_checkpoint` is `auto`."""
     manifests = Path(output_dir).glob(f"checkpoint-*/{MANIFEST}") if resumes else []
     steps = [int(path.parent.name.partition("-")[2]) for path in manifests]
     return f"the same command continues at step {max(steps)}" if steps else "the same command starts from the beginning"

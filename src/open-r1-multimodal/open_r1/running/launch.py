@@ -67,11 +67,7 @@ def check(launch: LaunchSettings, plan: SimpleQueue) -> None:
 
 
 def check_gpus(processes: int) -> None:
-    """See that torch can use a GPU for every process; a driver may list them that are too old, or is too old itself.
-
-    Raises:
-        Mistake: when it cannot.
-    """
+    """See that torch can use a GPU for every process; a driver may list them that are too old, or is too old itself."""
     import torch
 
     with warnings.catch_warnings():
@@ -119,11 +115,7 @@ def clear_stale_builds(folder: Path) -> None:
 
 
 def stop(number: int, _: Any = None) -> None:
-    """Signal handler: unwind, once.
-
-    Raises:
-        Stopped: always.
-    """
+    """Signal handler: unwind, once."""
     for other in STOPS:
         signal.signal(other, signal.SIG_IGN)
     raise Stopped(number)
@@ -152,7 +144,6 @@ def hear_signals(run: list) -> None:
 
 
 def end_children() -> None:
-    """Leave no process behind."""
     children = psutil.Process().children(recursive=True)
     for process in children:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -162,14 +153,11 @@ def end_children() -> None:
 
 
 def start(launch: LaunchSettings, run: list) -> None:
-    """Check in a process of its own, which takes what it read along, and launch.
+    """Check in a process of its own, which takes what it read along, and launch; exit if either fails.
 
     Args:
         launch: what to start.
         run: gets the output folder and whether the same command goes on there, once the check is done.
-
-    Raises:
-        SystemExit: when the check or a process of the launch fails.
     """
     fork = multiprocessing.get_context("fork")
     plan = fork.SimpleQueue()

@@ -38,23 +38,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """A launch, of which this machine starts its part.
-
-    Args:
-        script: the training script.
-        arguments: what it is given.
-        config_file: accelerate's, which says how to launch.
-        num_processes: on all machines.
-        machine: this one.
-        is_examined: whether the doctor looks at it, and nothing starts.
-    """
+    """A launch, of which this machine starts its part."""
 
     script: Path
-    arguments: list[str]
-    config_file: str
-    num_processes: int
+    arguments: list[str]  # of the script
+    config_file: str  # accelerate's
+    num_processes: int  # on all machines
     machine: Machine = Machine()
-    is_examined: bool = False
+    is_examined: bool = False  # the doctor looks at it, and nothing starts
 
     def for_accelerate(self, precision: str) -> list[str]:
         """The arguments of `accelerate launch`; its name for bfloat16 is "bf16", and "no" for float32."""
@@ -82,9 +73,6 @@ def read_launch(name: str, recipe: str, arguments: Sequence[str], environ: Mutab
         recipe: the name of its recipe, for an environment that names none.
         arguments: of the command.
         environ: the environment variables; what the processes of the launch need is set in them.
-
-    Raises:
-        Mistake: for the first that cannot be.
     """
     for_script = script_arguments(recipe, [argument for argument in arguments if argument != "--doctor"], environ)
     gpus = count_gpus(environ)
@@ -114,11 +102,7 @@ def read_launch(name: str, recipe: str, arguments: Sequence[str], environ: Mutab
 
 
 def script_arguments(recipe: str, arguments: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """What the training script is given: arguments win over DATA, OUTPUT and MODEL, and all of them over the recipes.
-
-    Raises:
-        Mistake: recipes are named elsewhere than in CONFIG, or not at all.
-    """
+    """What the training script gets: arguments win over DATA, OUTPUT and MODEL, all of them over recipes."""
     if any(argument.partition("=")[0] == "--config" for argument in arguments):
         raise Mistake("--config: name the recipes in CONFIG")
     named = environ.get("CONFIG") or f"{REPO_ROOT}/configs/{recipe}.yaml"
@@ -131,11 +115,6 @@ def script_arguments(recipe: str, arguments: Sequence[str], environ: Mapping[str
 
 
 def read_number(environ: Mapping[str, str], name: str, default: str, allowed: range, complaint: str) -> int:
-    """A variable that is a whole number among those allowed.
-
-    Raises:
-        Mistake: it is not; `complaint` says what is missing.
-    """
     text = environ.get(name) or default
     if not re.fullmatch("0|[1-9][0-9]{0,4}", text) or int(text) not in allowed:
         raise Mistake(f"{name}: '{text}' {complaint}")
@@ -143,11 +122,7 @@ def read_number(environ: Mapping[str, str], name: str, default: str, allowed: ra
 
 
 def read_machine(environ: Mapping[str, str]) -> Machine:
-    """Which machine this is, and where several meet; of one alone a cluster may set the address all the same.
-
-    Raises:
-        Mistake: a variable says what cannot be.
-    """
+    """Which machine this is, and where several meet; of one alone a cluster may set the address all the same."""
     count = read_number(environ, "NUM_MACHINES", "1", range(1, 10_000), "is not a number of machines")
     complaint = f"is not the number of a machine, of NUM_MACHINES={count} from 0 on"
     rank = read_number(environ, "MACHINE_RANK", "" if count > 1 else "0", range(count), complaint)
@@ -173,11 +148,7 @@ def prepare_cpu(environ: MutableMapping[str, str], processes: int) -> None:
 
 
 def count_gpus(environ: Mapping[str, str]) -> int:
-    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves visible.
-
-    Raises:
-        Mistake: it names one that is not there, or a GPU hangs.
-    """
+    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves visible."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and (not visible or visible.startswith("-1")):
         return 0  # without asking nvidia-smi, which may wait for a GPU that hangs

@@ -40,9 +40,6 @@ def serve_arguments(
     Args:
         script_args, args, model_args: of the recipe.
         more: vLLM's own arguments; they win.
-
-    Raises:
-        Mistake: no such model, or none that this project was tested with.
     """
     name, revision = model_args.model_name_or_path, model_args.model_revision
     dtype = model_args.dtype
@@ -59,11 +56,7 @@ def serve_arguments(
 
 
 def main() -> None:
-    """Become the server.
-
-    Raises:
-        Mistake: vLLM is not installed.
-    """
+    """Become the server."""
     recipe = read_recipe((GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig), [*UNUSED, *sys.argv[1:]])
     arguments = serve_arguments(*recipe, more=shlex.split(os.environ.get("VLLM_ARGUMENTS", "")))
     if os.environ.get("DRY_RUN"):
