@@ -235,6 +235,14 @@ def launch_env(model: Path, data: Path, output: Path, **env: str) -> dict[str, s
     }
 
 
+def write_script(path: Path, text: str) -> Path:
+    """A shell script that can be called."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
 def processes_naming(text: str) -> list[int]:
     """The processes whose command line holds a text, as a test's folder is one."""
     found = []

@@ -28,7 +28,7 @@ from open_r1.running.failures import continues
 from open_r1.running.launch_settings import LaunchSettings, count_gpus, listed_gpus, read_launch
 from open_r1.settings.recipes import default_output, merge_recipes, read_recipe
 from open_r1.trainer.trainer import Qwen2VLGRPOConfig
-from support import hear_signals, launch_env, load_weights, processes_naming, read_jsonl, run_grpo
+from support import hear_signals, launch_env, load_weights, processes_naming, read_jsonl, run_grpo, write_script
 
 SCRIPTS = sorted(
     path for path in REPO_ROOT.rglob("*.sh") if not {".venv", "outputs"} & set(path.relative_to(REPO_ROOT).parts)
@@ -77,9 +77,7 @@ def launched(tmp_path, monkeypatch):
 @pytest.fixture
 def passed_on(tmp_path):
     """What run_grpo_SAT.sh passes on to a Python that only lists it, line by line."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\n[ "$1" = -c ] || printf "%s\\n" "$@"\n')
-    python.chmod(0o755)
+    python = write_script(tmp_path / "python", '[ "$1" = -c ] || printf "%s\\n" "$@"')
 
     def launch(*arguments: str, shell: str = "sh") -> list[str]:
         command = [shell, str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh"), *arguments]
@@ -164,9 +162,7 @@ def smi(tmp_path, monkeypatch):
     """Makes a machine whose nvidia-smi does this."""
 
     def write(does: str) -> None:
-        (tmp_path / "bin").mkdir()
-        (tmp_path / "bin/nvidia-smi").write_text(f"#!/bin/sh\n{does}\n")
-        (tmp_path / "bin/nvidia-smi").chmod(0o755)
+        write_script(tmp_path / "bin/nvidia-smi", does)
         monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
 
     return write

@@ -20,7 +20,7 @@ from open_r1.base.locks import check_free, holder, owned
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.running import machines, serving
 from open_r1.running.launch_settings import LaunchSettings, read_launch
-from support import launch_env, load_weights, read_jsonl
+from support import launch_env, load_weights, read_jsonl, write_script
 
 RUN = str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh")
 
@@ -172,12 +172,6 @@ def test_launchers_that_look_at_a_time_do_not_refuse_each_other(tmp_path):
 # --- SLURM --------------------------------------------------------------------------------------------------
 
 JOB = REPO_ROOT / "scripts/slurm.sbatch"
-
-
-def write_script(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
 
 
 def test_a_jobs_dry_run_prints_the_command_of_each_node(tmp_path):

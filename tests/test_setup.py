@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 from fresh import SYSTEM_PATH, clone, new_shell
 from open_r1.base.errors import ROOT as FRONT_DOOR_ROOT
 from open_r1.base.prompts import REPO_ROOT
+from support import write_script
 
 SYSTEM_TOOLS = "sh bash cat cksum dirname date df awk head grep sed rm git c++ cc timeout env uname"
 FRONT_DOORS = sorted(
@@ -30,13 +31,6 @@ RANGES = {"numpy<2.5,>=2.3"}  # one version does not fit every Python beside vLL
 H100 = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1c2d)"
 ENOUGH_DISK = 'echo head\necho "disk 0 0 99999999"'
 NEW_CARD = "580.65.06, 9.0, NVIDIA H100 80GB HBM3"
-
-
-def write_script(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 def fake_python(path: Path, minor: int) -> Path:
