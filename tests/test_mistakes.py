@@ -22,7 +22,7 @@ from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import LOSS_TYPES
 from open_r1.running import entry
 from open_r1.running.entry import Command, check, train
-from open_r1.running.failures import Mistake, full_disk, last_word, told_once
+from open_r1.running.failures import Mistake, exit_on_error, full_disk, last_word
 from open_r1.settings.limits import CHOICES, LIMITS, NEEDED
 from open_r1.settings.recipes import PLANNED_PROCESSES
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
@@ -271,7 +271,7 @@ def test_a_bug_is_told_with_file_and_line(place, arguments, tiny_model, examples
         monkeypatch.setattr(place, importlib.import_module("planted_bug").unpack)
     command = ["--config", str(REPO_ROOT / "tests/data/grpo.yaml"), "--use_cpu", "true", "--max_steps", "1"]
     command += ["--model_name_or_path", str(tiny_model), "--dataset_name", str(examples_json), *arguments]
-    with pytest.raises(SystemExit), told_once():
+    with pytest.raises(SystemExit), exit_on_error():
         train(grpo.COMMAND, [*command, "--output_dir", str(tmp_path / "out")])
     told = capsys.readouterr().err
     assert f'File "{tmp_path}/planted_bug.py", line 4, in unpack' in told and "not enough values to unpack" in told
@@ -290,7 +290,7 @@ def test_what_a_library_refuses_is_a_line_and_its_cause_is_there_on_request(
     command += ["--load_best_model_at_end", "true", "--eval_strategy", "no"]  # transformers refuses
     for shown in ("0", "1"):
         monkeypatch.setenv("OPEN_R1_TRACEBACK", shown)
-        with pytest.raises(SystemExit) as left, told_once():
+        with pytest.raises(SystemExit) as left, exit_on_error():
             train(grpo.COMMAND, command)
         told = capsys.readouterr().err
         assert left.value.code == 2 and told.splitlines()[-1].startswith("error: ")
@@ -368,7 +368,7 @@ def test_a_process_alone_tells_and_leaves(monkeypatch, capsys):
         (OSError(28, "full"), 2, "error: [Errno 28] full"),
         (KeyError("of mine"), 1, "KeyError: 'of mine'"),
     ):
-        with pytest.raises(SystemExit) as left, told_once():
+        with pytest.raises(SystemExit) as left, exit_on_error():
             raise error
         told = capsys.readouterr().err.splitlines()
         assert left.value.code == code and told[-1] == last and (len(told) == 1) == (code == 2)

@@ -60,14 +60,15 @@ def positive(text: str) -> int:
 
 
 def given(text: str) -> str:
-    """A command line's text that says something, for argparse: an unset variable in quotes is no default."""
+    """A command line's text that is not blank, for argparse: an unset variable in quotes is."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("expected a value, got none; leave the option out for its default")
+        reason = "expected a value, got none; leave the option out for its default"
+        raise argparse.ArgumentTypeError(reason)
     return text
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether one line says all that a user needs: a `Mistake`, or what the operating system says about a file.
+    """Whether one line says all that a user needs: a `Mistake`, or the system's error about a file.
 
     Everything else is a bug, ours or in a user's code, and keeps its traceback.
     """
@@ -75,18 +76,16 @@ def is_mistake(error: BaseException) -> bool:
 
 
 def take_traceback_option() -> None:
-    """Take `--traceback` from the command line: it shows tracebacks of mistakes too, as `OPEN_R1_TRACEBACK=1` does.
-
-    Processes that are started from here show them as well.
-    """
+    """Take `--traceback` from the command line, which means OPEN_R1_TRACEBACK=1: mistakes show theirs, too."""
     if TRACEBACK_OPTION in sys.argv:
         sys.argv.remove(TRACEBACK_OPTION)
         os.environ[TRACEBACK] = "1"
 
 
 def account(error: BaseException) -> str:
-    """What is printed of an error that ends a command: the traceback where it tells something, then one line."""
-    line = f"error: {printable(first_line(error) if is_mistake(error) else f'{type(error).__name__}: {error}')}\n"
+    """What is printed of an error that ends a command: a traceback where it helps, then one line."""
+    reason = first_line(error) if is_mistake(error) else f"{type(error).__name__}: {error}"
+    line = f"error: {printable(reason)}\n"
     if isinstance(error, UserCodeError) and error.__cause__ is not None:
         return "".join(traceback.format_exception(error.__cause__)) + line
     if is_mistake(error) and os.environ.get(TRACEBACK, "0") == "0":
@@ -96,15 +95,16 @@ def account(error: BaseException) -> str:
 
 @contextmanager
 def settings_of(*libraries: str) -> Iterator[None]:
-    """In the block, settings of the user's go to libraries: what these refuse themselves is told in their line.
+    """In the block, a ValueError or ImportError raised by these libraries becomes a Mistake.
 
-    A ValueError from any other code is a bug, and stays what it is.
+    For where a user's settings go to them. A ValueError from any other code is a bug, and stays one.
     """
     try:
         yield
     except (ValueError, ImportError) as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if isinstance(error, Mistake) or not any(f"/site-packages/{name}/" in raised_in for name in libraries):
+        is_theirs = any(f"/site-packages/{name}/" in raised_in for name in libraries)
+        if isinstance(error, Mistake) or not is_theirs:
             raise
         raise Mistake(error) from error
 
@@ -119,10 +119,7 @@ def naming_option(option: str) -> Iterator[None]:
 
 
 def printable(text: Any) -> str:
-    """Text for a terminal: what would move its cursor, colour it or hide a part is shown as an escape.
-
-    Line ends and tabs stay.
-    """
+    """Text for a terminal, with escapes for control characters but line ends and tabs."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in str(text))
 
 
@@ -132,7 +129,7 @@ def stop(number: int, _: Any = None) -> None:
 
 
 def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
-    """Run a command, and end it in one line where it cannot go on: on what a user can mend, or when it is stopped.
+    """Run a command; what a user can mend, and a signal, end it in one line.
 
     The exit code is 1 for an error, 128 and its number for a signal.
 
@@ -140,7 +137,7 @@ def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
         main: the command.
         stopped: what an interrupted command leaves, and what continues it.
     """
-    os.environ["PYTHONSAFEPATH"] = "1"  # of Pythons started from here: `-c` and `-m` would look in the current folder
+    os.environ["PYTHONSAFEPATH"] = "1"  # for Pythons started from here with `-c` and `-m`
     path = Path(sys.argv[0])
     name = path.parent.name if path.stem == "__main__" else path.stem
     for number in STOPS[1:]:
@@ -171,8 +168,8 @@ def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
 def let_one_tell() -> None:
     """Wait, in a process of several that fails, so that one of them alone tells why.
 
-    Torch's launcher ends all others by SIGTERM as soon as one has ended: where all fail alike local rank 0 tells, where
-    one was killed the launcher does.
+    Torch's launcher ends all others by SIGTERM as soon as one has ended. So where all fail alike
+    local rank 0 tells, and where one was killed the launcher does.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return

@@ -14,16 +14,16 @@ from filelock import FileLock, Timeout
 from open_r1.base.errors import Mistake
 
 IN_USE = ".in_use"
-LOOK_SECONDS = 1  # after which a lock is not one that another process only looks at
+LOOK_SECONDS = 1  # `check_free` of another process holds a lock for less
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
 def owned(target: str | Path, is_file: bool = False) -> Iterator[None]:
-    """Be the only one that writes a folder or a file inside the block; of a launch's processes the main one is it.
+    """Be the only one that writes a folder or file in the block; the main process locks for its launch.
 
     Args:
-        target: a folder, which is there and holds the lock, or a file, beside which it lies.
+        target: an existing folder, which holds the lock, or a file, beside which the lock lies.
         is_file: which of them.
 
     Raises:
@@ -36,7 +36,8 @@ def owned(target: str | Path, is_file: bool = False) -> Iterator[None]:
     if is_file:
         path = path.parent.with_name(f".{path.parent.name}{IN_USE}")
     lock = _lock(path, target)
-    path.write_text(f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+    now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+    path.write_text(f"process {os.getpid()} on {platform.node()} since {now}")
     try:
         yield
     finally:
@@ -45,11 +46,7 @@ def owned(target: str | Path, is_file: bool = False) -> Iterator[None]:
 
 
 def check_free(folder: str | Path) -> None:
-    """See that nobody writes a folder now. Several may look at a time, as the launchers of several machines do.
-
-    Raises:
-        Mistake: somebody does.
-    """
+    """Raise Mistake if a process writes the folder. Launchers of several machines may look at a time."""
     path = Path(folder) / IN_USE
     if path.exists():
         _lock(path, folder).release()
@@ -70,9 +67,11 @@ def _lock(path: Path, target: str | Path) -> FileLock:
         lock.acquire(timeout=LOOK_SECONDS)
     except Timeout as error:
         name = _signature(path) or "another process"  # which has not signed yet
-        raise Mistake(f"{target}: in use by {name}; wait until it ends, or choose another place") from error
+        reason = f"in use by {name}; wait until it ends, or choose another place"
+        raise Mistake(f"{target}: {reason}") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        print(f"{target}: nothing keeps a second run out, no lock can be had here: {error}", file=sys.stderr)
+        warning = f"nothing keeps a second run out, no lock can be had here: {error}"
+        print(f"{target}: {warning}", file=sys.stderr)
     return lock

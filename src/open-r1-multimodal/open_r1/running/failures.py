@@ -1,4 +1,4 @@
-"""Tells how a run fails: a line for what a user can mend, else a traceback, and the launcher's last line."""
+"""How a run fails: one line for what a user can mend, else a traceback; and the launcher's last line."""
 
 import re
 import signal
@@ -27,14 +27,14 @@ def full_disk(folder: str) -> Iterator[None]:
         # torch's RuntimeError is an assertion, which tells a user nothing
         reason = "half a file was written" if isinstance(error, RuntimeError) else first_line(error)
         raise Mistake(
-            f"{folder}: takes no more, is the disk full? ({reason}); make room, and the same command goes on from the "
-            "newest whole checkpoint"
+            f"{folder}: takes no more, is the disk full? ({reason}); make room, and the same command "
+            "goes on from the newest whole checkpoint"
         ) from error
 
 
 @contextmanager
-def told_once() -> Iterator[None]:
-    """Tell what goes wrong inside, in one of the processes of a launch, and exit."""
+def exit_on_error() -> Iterator[None]:
+    """Print what goes wrong inside, in one of the processes of a launch, and exit."""
     try:
         yield
     except Exception as error:
@@ -45,11 +45,12 @@ def told_once() -> Iterator[None]:
 
 
 def last_word(failures: Mapping[int, Any], processes: int) -> tuple[int, str]:
-    """The exit code of a launch that failed, and one line that names the rank; none where a `Mistake` said it all.
+    """The exit code of a failed launch, and a line that names the rank (empty after a `Mistake`).
 
     Args:
-        failures: rank -> torch's `ProcessFailure`; behind the first to fail are those that the launcher ended.
-        processes: of the launch.
+        failures: rank -> torch's `ProcessFailure`; the first entry failed first, and the launcher
+            ended the others.
+        processes: number of processes of the launch.
     """
     rank, failure = next(iter(failures.items()))
     name = f"rank {rank} of {processes}"
@@ -68,7 +69,8 @@ def ended_by(name: str, number: int) -> tuple[int, str]:
 
 
 def continues(output_dir: str, resumes: bool) -> str:
-    """Where a run that was stopped goes on: at its last whole checkpoint, if `resume_from_checkpoint` is `auto`."""
+    """Where a stopped run goes on: at its last whole checkpoint, if it resumes by itself."""
     manifests = Path(output_dir).glob(f"checkpoint-*/{MANIFEST}") if resumes else []
     steps = [int(path.parent.name.partition("-")[2]) for path in manifests]
-    return f"the same command continues at step {max(steps)}" if steps else "the same command starts from the beginning"
+    where = f"continues at step {max(steps)}" if steps else "starts from the beginning"
+    return f"the same command {where}"

@@ -27,12 +27,12 @@ from typing import Any
 
 import psutil
 
-if str(Path(__file__).parent) in sys.path:  # where Python looks first; open_r1's modules are no top-level ones
+if str(Path(__file__).parent) in sys.path:  # the script's folder, whose modules are open_r1's
     sys.path.remove(str(Path(__file__).parent))
 
 from open_r1.base.errors import STOPS, Mistake, Stopped, first_line, take_traceback_option
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.running.failures import continues, ended_by, last_word, told_once
+from open_r1.running.failures import continues, ended_by, exit_on_error, last_word
 from open_r1.running.launch_settings import LaunchSettings, read_launch
 from open_r1.running.orphans import follow_launcher, lead
 
@@ -48,15 +48,16 @@ def check(launch: LaunchSettings, plan: SimpleQueue) -> None:
 
     Args:
         launch: what is going to run.
-        plan: gets the output folder, whether the same command goes on there, and accelerate's name of the precision
-            that the settings ask for. accelerate is told it whatever the launch's own file says: with neither bf16 nor
-            fp16, transformers would take that file's word, and DeepSpeed would cast the float32 weights of the recipe.
+        plan: receives the output folder, whether the same command continues there, and the precision
+            that the settings ask for, by accelerate's name. accelerate gets it whatever its own
+            configuration file says: with neither bf16 nor fp16 transformers would follow that file,
+            and DeepSpeed would cast the float32 weights of the recipe.
     """
     follow_launcher()
     for number in STOPS:
         if signal.getsignal(number) is stop:  # its parent's, who speaks for it
             signal.signal(number, signal.SIG_DFL)
-    with told_once():
+    with exit_on_error():
         if os.environ.get("DS_ACCELERATOR") != "cpu":
             check_gpus(launch.num_processes // launch.machine.count)
         entry = importlib.import_module("open_r1.running.entry")
@@ -67,7 +68,7 @@ def check(launch: LaunchSettings, plan: SimpleQueue) -> None:
 
 
 def check_gpus(processes: int) -> None:
-    """See that torch can use a GPU for every process; a driver may list them that are too old, or is too old itself."""
+    """Raise Mistake unless torch can use a GPU for each process: one of them or the driver may be too old."""
     import torch
 
     with warnings.catch_warnings():
@@ -81,36 +82,38 @@ def check_gpus(processes: int) -> None:
         old = gpu_without_kernels() if found else None
     if found < processes:
         raise Mistake(
-            f"{processes} processes need a GPU each, and torch {torch.__version__} can use {found}{reason}; "
-            f"update the driver (CUDA 13 needs 580 or newer), {OTHER_TORCH}"
+            f"{processes} processes need a GPU each, and torch {torch.__version__} can use "
+            f"{found}{reason}; update the driver (CUDA 13 needs 580 or newer), {OTHER_TORCH}"
         )
     if old:
         raise Mistake(f"{old}; {OTHER_TORCH}")
 
 
 def gpu_without_kernels() -> str | None:
-    """The first GPU that is older than all that torch was built for, and what it was built for; None: there is none."""
+    """In words, the first GPU that is older than all that torch was built for; None if there is none."""
     import torch
 
-    built_for = [int(found[1]) for name in torch.cuda.get_arch_list() if (found := re.match(r"sm_(\d+)", name))]
+    names = (re.match(r"sm_(\d+)", name) for name in torch.cuda.get_arch_list())
+    built_for = [int(name[1]) for name in names if name]
     for device in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(device)
         if built_for and 10 * major + minor < min(built_for):
             return (
-                f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and torch "
-                f"{torch.__version__} was built for {min(built_for) / 10} and newer"
+                f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and "
+                f"torch {torch.__version__} was built for {min(built_for) / 10} and newer"
             )
     return None
 
 
 def clear_stale_builds(folder: Path) -> None:
-    """Delete the locks that a killed compiler left in torch's folder of extensions: torch would wait for ever.
+    """Delete locks that a killed compiler left in torch's folder of extensions: torch would wait for ever.
 
-    A lock is stale when it is a minute old and nobody compiles beside it (ninja works in the extension's folder).
+    A lock is stale when it is a minute old and no process (ninja) works in the folder that holds it.
     """
     working_in = {process.info["cwd"] for process in psutil.process_iter(["cwd"])}
     for lock in folder.glob("*/lock"):
-        if time.time() - lock.stat().st_mtime > STALE_SECONDS and str(lock.parent) not in working_in:
+        is_old = time.time() - lock.stat().st_mtime > STALE_SECONDS
+        if is_old and str(lock.parent) not in working_in:
             lock.unlink(missing_ok=True)
 
 
@@ -128,7 +131,7 @@ def say_stopped(number: int, run: list) -> None:
 
 
 def hear_signals(run: list) -> None:
-    """End by a signal also while torch waits for other machines: its C++ lets no handler of Python's run meanwhile."""
+    """End by a signal also while torch's C++ waits for other machines, and no handler of Python's runs."""
     heard, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell)
@@ -136,7 +139,8 @@ def hear_signals(run: list) -> None:
     def listen() -> None:
         while number := os.read(heard, 1)[0]:
             time.sleep(HANDLED_SECONDS)
-            if signal.getsignal(number) is stop and not psutil.Process().children():  # `stop` did not run
+            has_begun = psutil.Process().children()
+            if signal.getsignal(number) is stop and not has_begun:  # `stop` did not run
                 say_stopped(number, run)
                 os._exit(128 + number)
 
@@ -153,11 +157,11 @@ def end_children() -> None:
 
 
 def start(launch: LaunchSettings, run: list) -> None:
-    """Check in a process of its own, which takes what it read along, and launch; exit if either fails.
+    """Check in a process of its own, whose memory goes with it, and launch; exit if either fails.
 
     Args:
         launch: what to start.
-        run: gets the output folder and whether the same command goes on there, once the check is done.
+        run: receives the arguments of `continues` once the check is done.
     """
     fork = multiprocessing.get_context("fork")
     plan = fork.SimpleQueue()
@@ -171,14 +175,15 @@ def start(launch: LaunchSettings, run: list) -> None:
 
     checking.join()
     if checking.exitcode:
-        sys.exit(checking.exitcode if checking.exitcode > 0 else f"error: signal {-checking.exitcode} ended the check")
+        number = -checking.exitcode
+        sys.exit(f"error: signal {number} ended the check" if number > 0 else checking.exitcode)
     *place, precision = plan.get()
     run += place
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         clear_stale_builds(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
-    # accelerate gives processes under DeepSpeed the current folder, where a random.py would go before Python's.
+    # Under DeepSpeed accelerate puts the current folder on PYTHONPATH: a random.py there would be imported.
     settings_of_launch.env_var_path_add = lambda name, _: os.environ.get(name, "")
-    logging.disable(logging.ERROR)  # in this process: what torch's launcher says of failures is in the last word
+    logging.disable(logging.ERROR)  # in this process: `last_word` says what torch's launcher would
     machine = f"machine {launch.machine.rank} of {launch.machine.count}"
     meeting = f"{launch.machine.address}:{launch.machine.port}"
     if launch.machine.count > 1:
@@ -188,13 +193,19 @@ def start(launch: LaunchSettings, run: list) -> None:
         launch_command(launch_command_parser().parse_args(launch.for_accelerate(precision)))
     except ChildFailedError as error:
         code, line = last_word(error.failures, launch.num_processes)
-    except subprocess.CalledProcessError as error:  # of the one process of a launch that is not distributed
-        code, line = (error.returncode, "") if error.returncode > 0 else ended_by("the process", -error.returncode)
+    except subprocess.CalledProcessError as error:  # of one process, without torch's launcher
+        code, line = error.returncode, ""
+        if code < 0:
+            code, line = ended_by("the process", -code)
     except ConnectionError:  # accelerate's, of machine 0
-        code, line = 2, f"error: MASTER_PORT: {launch.machine.port} is in use; choose another, on all machines"
+        port = launch.machine.port
+        code, line = 2, f"error: MASTER_PORT: {port} is in use; choose another, on all machines"
     except DistError as error:
-        every = "start every machine with the same NUM_MACHINES, MASTER_ADDR and MASTER_PORT, within ten minutes"
-        code, line = 1, f"error: {machine} did not meet the others at {meeting} ({first_line(error)}); {every}"
+        code = 1
+        line = (
+            f"error: {machine} did not meet the others at {meeting} ({first_line(error)}); start "
+            "every machine with the same NUM_MACHINES, MASTER_ADDR and MASTER_PORT, within ten minutes"
+        )
     else:
         return
     if code > 128:  # a signal's: nothing is wrong with the run itself
@@ -211,12 +222,14 @@ def main() -> None:
             signal.signal(number, stop)
     run: list = []
     try:
-        with told_once():
+        with exit_on_error():
             launch = read_launch(sys.argv[1], sys.argv[2], sys.argv[3:], os.environ)
         if launch.is_examined:
-            os.execv(sys.executable, [sys.executable, str(REPO_ROOT / "scripts/doctor.py"), *launch.for_doctor()])
+            doctor = str(REPO_ROOT / "scripts/doctor.py")
+            os.execv(sys.executable, [sys.executable, doctor, *launch.for_doctor()])
         lead()
-        os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's --signals_to_handle: `stop` handles the others
+        # torchrun's --signals_to_handle: `stop` handles the others
+        os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
         start(launch, run)
     except Stopped as stopped:
         end_children()

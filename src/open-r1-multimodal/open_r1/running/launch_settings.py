@@ -1,9 +1,10 @@
-"""Reads from environment variables and arguments how a training is launched: recipes, GPUs, processes, machines.
+"""Reads from environment variables and arguments how a run is launched: recipes, GPUs, processes, machines.
 
-`launch.sh` says at its head what each variable means. Nothing here needs torch, so that a mistake is told at once.
+`launch.sh` says at its head what each variable means. Nothing here imports torch, so that an error
+is printed at once.
 
     read_launch("grpo", "grpo_sat", ["--beta", "0"], {"NUM_PROCESSES": "4", "OUTPUT": "out"})
-    -> 4 processes of grpo.py --output_dir out --beta 0 --config .../configs/grpo_sat.yaml, on 4 or more GPUs
+    -> 4 processes of grpo.py --output_dir out --beta 0 --config .../configs/grpo_sat.yaml
 """
 
 import math
@@ -20,20 +21,21 @@ from open_r1.base.prompts import REPO_ROOT
 
 FOLDER = REPO_ROOT / "src/open-r1-multimodal"
 VARIABLES = {"DATA": "--dataset_name", "OUTPUT": "--output_dir", "MODEL": "--model_name_or_path"}
-# use_cpu goes to the trainer alone: told of it, accelerate would put plain DDP in DeepSpeed's place.
+# use_cpu goes to the trainer alone: accelerate would put plain DDP in DeepSpeed's place.
 ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--dtype", "float32"]
 LISTED_GPU = re.compile(r"^GPU [0-9]+: (.*) \(UUID: GPU-.*\)$", re.MULTILINE)
 NVIDIA_SMI_SECONDS = 10
+COUNTS = range(1, 10_000)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """This machine among those of a launch, and where they meet: an address and port of machine 0 (0: a free one)."""
+    """This machine among those of a launch."""
 
     rank: int = 0
     count: int = 1
-    address: str = ""
-    port: int = 0
+    address: str = ""  # of machine 0, where all meet
+    port: int = 0  # 0: any free one
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,22 @@ class LaunchSettings:
     is_examined: bool = False  # the doctor looks at it, and nothing starts
 
     def for_accelerate(self, precision: str) -> list[str]:
-        """The arguments of `accelerate launch`; its name for bfloat16 is "bf16", and "no" for float32."""
-        options = {"config_file": self.config_file, "num_processes": self.num_processes, "mixed_precision": precision}
-        options |= {"main_process_port": self.machine.port}
+        """The arguments of `accelerate launch`, for precision "bf16", "fp16" or (float32) "no"."""
+        options = {"config_file": self.config_file, "num_processes": self.num_processes}
+        options |= {"mixed_precision": precision, "main_process_port": self.machine.port}
         if self.machine.count > 1:
             options |= {"num_machines": self.machine.count, "machine_rank": self.machine.rank}
             options |= {"main_process_ip": self.machine.address}
-            options |= {"deepspeed_multinode_launcher": "standard"}  # each starts its own processes, none by pdsh
+            # Each machine starts its own processes, none of another by pdsh.
+            options |= {"deepspeed_multinode_launcher": "standard"}
         arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         return [*arguments, str(self.script), *self.arguments]
 
     def for_doctor(self) -> list[str]:
         """The arguments of `scripts/doctor.py`."""
         arguments = ["--script", self.script.stem, "--accelerate_config", self.config_file]
-        arguments += ["--num_processes", str(self.num_processes), "--num_machines", str(self.machine.count)]
+        arguments += ["--num_processes", str(self.num_processes)]
+        arguments += ["--num_machines", str(self.machine.count)]
         return [*arguments, *self.arguments]
 
 
@@ -74,13 +78,15 @@ def read_launch(name: str, recipe: str, arguments: Sequence[str], environ: Mutab
         arguments: of the command.
         environ: the environment variables; what the processes of the launch need is set in them.
     """
-    for_script = script_arguments(recipe, [argument for argument in arguments if argument != "--doctor"], environ)
+    without_doctor = [argument for argument in arguments if argument != "--doctor"]
+    for_script = script_arguments(recipe, without_doctor, environ)
     gpus = count_gpus(environ)
-    processes = read_number(environ, "NUM_PROCESSES", str(gpus or 2), range(1, 10_000), "is not a number of processes")
+    processes = read_number(environ, "NUM_PROCESSES", str(gpus or 2), COUNTS, "a number of processes")
     machine = read_machine(environ)
-    if not re.fullmatch("[1-9][0-9]*", environ.get("OMP_NUM_THREADS") or "1"):  # accelerate would end in a traceback
-        threads = environ.pop("OMP_NUM_THREADS")
-        print(f"OMP_NUM_THREADS: '{threads}' is not a number of threads, and left out", file=sys.stderr)
+    threads = environ.get("OMP_NUM_THREADS") or "1"
+    if not re.fullmatch("[1-9][0-9]*", threads):  # accelerate would end in a traceback
+        del environ["OMP_NUM_THREADS"]
+        print(f"OMP_NUM_THREADS: {threads!r} is not a number of threads, and left out", file=sys.stderr)
     if gpus and processes > gpus:
         raise Mistake(f"NUM_PROCESSES: {processes} is more than the {gpus} GPUs of this machine")
     if not gpus:
@@ -102,33 +108,35 @@ def read_launch(name: str, recipe: str, arguments: Sequence[str], environ: Mutab
 
 
 def script_arguments(recipe: str, arguments: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """What the training script gets: arguments win over DATA, OUTPUT and MODEL, all of them over recipes."""
+    """The training script's: arguments win over DATA, OUTPUT and MODEL, and all of them over recipes."""
     if any(argument.partition("=")[0] == "--config" for argument in arguments):
         raise Mistake("--config: name the recipes in CONFIG")
     named = environ.get("CONFIG") or f"{REPO_ROOT}/configs/{recipe}.yaml"
-    is_one = os.path.isfile(named) or os.path.isfile(REPO_ROOT / named)  # which may have blanks in its name
+    # One file, which may have blanks in its name, or several
+    is_one = os.path.isfile(named) or os.path.isfile(REPO_ROOT / named)
     recipes = [named] if is_one else named.split()
     if not recipes:
         raise Mistake("CONFIG: names no recipe")
     variables = [(option, environ[name]) for name, option in VARIABLES.items() if environ.get(name)]
-    return [*sum(variables, ()), *arguments, *(part for path in recipes for part in ("--config", path))]
+    configs = [part for path in recipes for part in ("--config", path)]
+    return [*sum(variables, ()), *arguments, *configs]
 
 
-def read_number(environ: Mapping[str, str], name: str, default: str, allowed: range, complaint: str) -> int:
+def read_number(environ: Mapping[str, str], name: str, default: str, allowed: range, meaning: str) -> int:
     text = environ.get(name) or default
     if not re.fullmatch("0|[1-9][0-9]{0,4}", text) or int(text) not in allowed:
-        raise Mistake(f"{name}: '{text}' {complaint}")
+        raise Mistake(f"{name}: '{text}' is not {meaning}")
     return int(text)
 
 
 def read_machine(environ: Mapping[str, str]) -> Machine:
-    """Which machine this is, and where several meet; of one alone a cluster may set the address all the same."""
-    count = read_number(environ, "NUM_MACHINES", "1", range(1, 10_000), "is not a number of machines")
-    complaint = f"is not the number of a machine, of NUM_MACHINES={count} from 0 on"
-    rank = read_number(environ, "MACHINE_RANK", "" if count > 1 else "0", range(count), complaint)
+    """Which machine this is, and where several meet; for one alone a cluster may set an address too."""
+    count = read_number(environ, "NUM_MACHINES", "1", COUNTS, "a number of machines")
+    meaning = f"the number of a machine, of NUM_MACHINES={count} from 0 on"
+    rank = read_number(environ, "MACHINE_RANK", "" if count > 1 else "0", range(count), meaning)
     if count == 1:
         return Machine()
-    port = read_number(environ, "MASTER_PORT", "29500", range(1, 65536), "is not a port, 1 to 65535")
+    port = read_number(environ, "MASTER_PORT", "29500", range(1, 65536), "a port, 1 to 65535")
     address = environ.get("MASTER_ADDR", "")
     if not re.fullmatch(r"[0-9A-Za-z._-]+", address):
         raise Mistake(
@@ -140,7 +148,7 @@ def read_machine(environ: Mapping[str, str]) -> Machine:
 def prepare_cpu(environ: MutableMapping[str, str], processes: int) -> None:
     """Set what DeepSpeed and torch need to know in processes on the CPU."""
     environ["DS_ACCELERATOR"] = "cpu"
-    # What DeepSpeed compiles for the CPU belongs to this environment: others would compile it again, every time.
+    # What DeepSpeed compiles for the CPU fits this environment alone.
     if not environ.get("TORCH_EXTENSIONS_DIR") and os.access(sys.prefix, os.W_OK):
         environ["TORCH_EXTENSIONS_DIR"] = f"{sys.prefix}/torch_extensions"
     if not environ.get("OMP_NUM_THREADS"):
@@ -156,8 +164,8 @@ def count_gpus(environ: Mapping[str, str]) -> int:
     if visible is None or not listed:
         return listed
     count = 0
-    for device in visible.replace(",", " ").split():  # as CUDA reads it: numbers or UUIDs, up to the first that is none
-        if not re.fullmatch("(GPU|MIG)-.*|[0-9]+", device):
+    for device in visible.replace(",", " ").split():
+        if not re.fullmatch("(GPU|MIG)-.*|[0-9]+", device):  # where CUDA stops reading, too
             break
         if device.isdecimal() and int(device) >= listed:
             raise Mistake(f"CUDA_VISIBLE_DEVICES: there is no GPU {device}; this machine's are 0 to {listed - 1}")
@@ -166,19 +174,18 @@ def count_gpus(environ: Mapping[str, str]) -> int:
 
 
 def listed_gpus() -> list[str]:
-    """The names of the NVIDIA GPUs of this machine; none where nvidia-smi is missing, or fails as the driver is broken.
+    """The names of this machine's NVIDIA GPUs; none where nvidia-smi is missing or finds no driver.
 
     Raises:
         Mistake: nvidia-smi does not answer; there is a GPU then, and it hangs.
     """
+    command, seconds = ["nvidia-smi", "--list-gpus"], NVIDIA_SMI_SECONDS
     try:
-        listing = subprocess.run(
-            ["nvidia-smi", "--list-gpus"], capture_output=True, errors="replace", timeout=NVIDIA_SMI_SECONDS
-        )
+        listing = subprocess.run(command, capture_output=True, errors="replace", timeout=seconds)
     except subprocess.TimeoutExpired as error:
         raise Mistake(
-            f"nvidia-smi does not answer within {NVIDIA_SMI_SECONDS} s; restart the machine, or go on without its GPU: "
-            "CUDA_VISIBLE_DEVICES=-1"
+            f"nvidia-smi does not answer within {seconds} s; restart the machine, or go on without "
+            "its GPU: CUDA_VISIBLE_DEVICES=-1"
         ) from error
     except OSError:
         return []
@@ -186,7 +193,7 @@ def listed_gpus() -> list[str]:
 
 
 def print_gpu() -> None:
-    """What `setup.sh`, which has no packages yet, asks: the name of the first GPU if a launch would use one."""
+    """For `setup.sh`, which has no packages yet: print the first GPU's name if a launch would use one."""
     try:
         if count_gpus(os.environ):
             print(listed_gpus()[0])
