@@ -225,7 +225,7 @@ def launch_env(model: Path, data: Path, output: Path, **env: str) -> dict[str, s
     return {
         **os.environ,
         "PYTHON": sys.executable,
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
         "CONFIG": str(REPO_ROOT / "tests/data/grpo.yaml"),
         "MODEL": str(model),
         "DATA": str(data),

@@ -392,7 +392,7 @@ def test_of_several_processes_of_a_command_one_tells(tmp_path, ranks, told):
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "command.py", ranks]
     command = [sys.executable, "-m", *launcher]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("command: ")]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("command: error")]
     assert result.returncode == 1 and lines == [f"command: error: {told}"], result.stderr
 
 
