@@ -110,6 +110,7 @@ MISTAKES = [
     ("--reward_funcs acuracy", "reward_funcs: unknown reward 'acuracy'"),
     ("--reward_funcs no_such_module:f", "reward_funcs: no module 'no_such_module'"),
     ("--resume_from_checkpoint /no", "resume_from_checkpoint: no folder /no"),
+    ("--output_dir {data}", "{data} is a file; name a folder"),
     ("--dataset_name /no.json", "/no.json: no such file"),
     ("--dataset_name {model}", "{model} is the folder of a model; name the data (DATA and MODEL may be swapped)"),
     (

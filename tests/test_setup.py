@@ -28,9 +28,7 @@ LIGHT = {"report.py", "compare.py", "gpu_check.py", "sweep.py", "world.py", "pro
 LIGHT |= {"test_qwen2vl_CVBench.py"}  # no torch for --help
 OURS = {"benchmark.py", "pretrain_tiny.py", "rehearse.py"}  # what only the authors start
 RANGES = {"numpy<2.5,>=2.3"}  # one version does not fit every Python beside vLLM
-H100 = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1c2d)"
 ENOUGH_DISK = 'echo head\necho "disk 0 0 99999999"'
-NEW_CARD = "580.65.06, 9.0, NVIDIA H100 80GB HBM3"
 
 
 def fake_python(path: Path, minor: int) -> Path:
@@ -67,112 +65,76 @@ def test_setup_takes_a_supported_python(tmp_path, minor):
     assert not (tmp_path / ".setup-stamp").exists()
 
 
-@pytest.mark.parametrize(
-    ("listing", "status", "found"),
-    [(H100, 0, True), ("NVIDIA-SMI has failed because of the driver.", 9, False)],
-)
-def test_setup_installs_vllm_where_nvidia_smi_lists_a_gpu(tmp_path, listing, status, found):
-    """Which are visible, and listed at all: test_launch.py."""
-    python = fake_python(tmp_path / "env/bin/python", 12)
-    write_script(tmp_path / "bin/nvidia-smi", f'echo "{listing}"\nexit {status}')
-    write_script(tmp_path / "bin/df", ENOUGH_DISK)
-    write_script(tmp_path / "bin/uv", f'echo "$@" >>{tmp_path}/asked')
-    result = run_setup(path=f"{tmp_path}/bin:{SYSTEM_PATH}", PYTHON=str(python))
-    assert result.returncode == 0, result.stderr
-    asked = (tmp_path / "asked").read_text()
-    assert "requirements.txt" in asked and ("requirements-gpu.txt" in asked) == found
-    assert ("NVIDIA H100 80GB HBM3: vLLM; attention: " in result.stdout) == found
-    assert ("no NVIDIA GPU found" in result.stdout) != found
+@pytest.fixture
+def set_up(tmp_path):
+    """Runs setup.sh beside cards of which nvidia-smi says this: the result, and what it asked uv for."""
+
+    def run(cards: str | None, uv: str = "", **env: str) -> tuple[subprocess.CompletedProcess, str]:
+        python = fake_python(tmp_path / "env/bin/python", 12)
+        count = 0 if cards is None else cards.count("\n") + 1
+        listed = "\n".join(f"GPU {at}: A card (UUID: GPU-{at})" for at in range(count))
+        answers = f"case $1 in --list-gpus) echo '{listed}' ;; --query-gpu=*) echo '{cards}' ;; esac"
+        write_script(tmp_path / "bin/nvidia-smi", answers if count else "exit 9")
+        write_script(tmp_path / "bin/df", ENOUGH_DISK)
+        write_script(tmp_path / "bin/uv", f'echo "$@" >>{tmp_path}/asked\n{uv}')
+        result = run_setup(path=f"{tmp_path}/bin:{SYSTEM_PATH}", PYTHON=str(python), **env)
+        asked = tmp_path / "asked"
+        return result, asked.read_text() if asked.exists() else ""
+
+    return run
 
 
-def test_setup_tells_a_gpu_that_is_not_there(tmp_path):
-    result, asked = setup_on_a_gpu(tmp_path, NEW_CARD, CUDA_VISIBLE_DEVICES="1")
-    line = "error: CUDA_VISIBLE_DEVICES: there is no GPU 1; this machine's are 0 to 0\n"
-    assert (result.returncode, result.stderr, asked) == (1, line, "")
-
-
-def setup_on_a_gpu(folder: Path, cards: str, uv: str = "", **env: str) -> tuple[subprocess.CompletedProcess, str]:
-    """setup.sh beside cards of which nvidia-smi says this; what it said, and what it asked uv for."""
-    python = fake_python(folder / "env/bin/python", 12)
-    listed = "\n".join(f"GPU {at}: A card (UUID: GPU-{at})" for at in range(cards.count("\n") + 1))
-    write_script(
-        folder / "bin/nvidia-smi", f"case $1 in --list-gpus) echo '{listed}' ;; --query-gpu=*) echo '{cards}' ;; esac"
-    )
-    write_script(folder / "bin/df", ENOUGH_DISK)
-    write_script(folder / "bin/uv", f'echo "$@" >>{folder}/asked\n{uv}')
-    result = run_setup(path=f"{folder}/bin:{SYSTEM_PATH}", PYTHON=str(python), **env)
-    asked = folder / "asked"
-    return result, asked.read_text() if asked.exists() else ""
-
-
-OLD_CARDS = {
-    "580.65.06, 7.0, Tesla V100-SXM2-16GB": "Tesla V100-SXM2-16GB: torch for CUDA 13 has no kernels for compute "
-    "capability 7.0; install torch for CUDA 12.6, without vLLM: UV_TORCH_BACKEND=cu126 bash setup.sh, or go on without "
-    "GPUs: CUDA_VISIBLE_DEVICES=-1 bash setup.sh",
-    "535.183.01, 8.0, NVIDIA A100": "NVIDIA A100: torch for CUDA 13 needs a driver from 580 on, and this is "
-    "535.183.01; update it, install torch for CUDA 12.6, without vLLM: UV_TORCH_BACKEND=cu126 bash setup.sh, or go on "
-    "without GPUs: CUDA_VISIBLE_DEVICES=-1 bash setup.sh",
-    "570.1, 10.0, NVIDIA B200": "NVIDIA B200: torch for CUDA 13 needs a driver from 580 on, and this is 570.1; update "
-    "it or go on without GPUs: CUDA_VISIBLE_DEVICES=-1 bash setup.sh",
-}
-
-
-@pytest.mark.parametrize("cards", OLD_CARDS)
-def test_setup_tells_an_old_card_or_driver_before_it_downloads(tmp_path, cards):
-    result, asked = setup_on_a_gpu(tmp_path, cards)
-    assert (result.returncode, result.stderr, asked) == (1, f"error: {OLD_CARDS[cards]}\n", "")
-    if "cu126" in OLD_CARDS[cards]:  # what it says to do
-        result, asked = setup_on_a_gpu(tmp_path, cards, UV_TORCH_BACKEND="cu126")
-        assert result.returncode == 0 and "requirements-gpu.txt" not in asked, result.stderr
-        assert "no vLLM, whose wheel is for PyPI's torch and not for cu126; " in result.stdout
+NEW_CARD, V100 = "580.65.06, 9.0, NVIDIA H100 80GB HBM3", "580.65.06, 7.0, Tesla V100-SXM2-16GB"
+WITH_SCREEN = "580.1, 6.1, Quadro P400\n580.1, 8.9, NVIDIA L4"  # of which the first is for the screen
+ODD_ANSWER = 'Field "compute_cap" is not a valid field to query.'
+OTHER = "install torch for CUDA 12.6, without vLLM: UV_TORCH_BACKEND=cu126 bash setup.sh"
+CPU = "or go on without GPUs: CUDA_VISIBLE_DEVICES=-1 bash setup.sh"
+DRIVER = "torch for CUDA 13 needs a driver from 580 on, and this is"
+VLLM, WHEEL, BUILD = "requirements-gpu.txt", "--only-binary flash-attn flash-attn", "--no-build-isolation"
+NO_WHEEL = 'case "$*" in *flash-attn*) exit 1 ;; esac'
+CU126 = {"UV_TORCH_BACKEND": "cu126"}
 
 
 @pytest.mark.parametrize(
-    "cards",
+    "cards, env, uv, said, wanted, unwanted",
     [
-        "580.65.06, 7.5, Tesla T4",
-        "580.1, 6.1, Quadro P400\n580.1, 8.9, NVIDIA L4",  # the one is for the screen
-        'Field "compute_cap" is not a valid field to query.',
+        (None, {}, "", "no NVIDIA GPU found: without vLLM and ", "requirements.txt", VLLM),
+        (NEW_CARD, {"CUDA_VISIBLE_DEVICES": ""}, "", "no NVIDIA GPU found: ", "requirements.txt", VLLM),
+        (NEW_CARD, {}, "", "A card: vLLM; attention: flash-attn, from a wheel; ", VLLM, BUILD),
+        (NEW_CARD, {}, NO_WHEEL, "attention: torch's SDPA (no wheel of flash-attn found; ", WHEEL, BUILD),
+        (NEW_CARD, {"FLASH_ATTN": "build"}, "", "attention: flash-attn, built here", BUILD, WHEEL),
+        (WITH_SCREEN, {}, "", "A card: vLLM; ", VLLM, BUILD),
+        (ODD_ANSWER, {}, "", "A card: vLLM; ", VLLM, BUILD),
+        (V100, CU126, "", "no vLLM, whose wheel is for PyPI's torch and not for cu126; ", WHEEL, VLLM),
     ],
 )
-def test_setup_goes_on_with_a_card_that_is_new_enough(tmp_path, cards):
-    result, asked = setup_on_a_gpu(tmp_path, cards)
-    assert result.returncode == 0 and "requirements-gpu.txt" in asked, result.stderr
+def test_what_setup_installs_beside_a_card(tmp_path, set_up, cards, env, uv, said, wanted, unwanted):
+    write_script(tmp_path / "bin/nvcc", "exit 0")
+    result, asked = set_up(cards, uv, **env)
+    assert result.returncode == 0 and said in result.stdout.splitlines()[-1], result.stderr
+    assert wanted in asked and unwanted not in asked
+
+
+@pytest.mark.parametrize(
+    "cards, env, reason",
+    [
+        (V100, {}, f"{V100[16:]}: torch for CUDA 13 has no kernels for compute capability 7.0; {OTHER}, {CPU}"),
+        ("535.1, 8.0, NVIDIA A100", {}, f"NVIDIA A100: {DRIVER} 535.1; update it, {OTHER}, {CPU}"),
+        ("570.1, 10.0, NVIDIA B200", {}, f"NVIDIA B200: {DRIVER} 570.1; update it {CPU}"),
+        (NEW_CARD, {"CUDA_VISIBLE_DEVICES": "1"}, "CUDA_VISIBLE_DEVICES: there is no GPU 1; this machine's are 0 to 0"),
+    ],
+)
+def test_setup_refuses_a_card_before_it_downloads(set_up, cards, env, reason):
+    result, asked = set_up(cards, **env)
+    assert (result.returncode, result.stderr, asked) == (1, f"error: {reason}\n", "")
 
 
 def test_the_torch_that_setup_installs_is_the_one_whose_needs_it_knows():
-    """PyPI's torch is built for CUDA 13; what it needs stands in scripts/env.sh and changes with the pin."""
+    """PyPI's torch is built for CUDA 13; what it needs stands in setup.sh and changes with the pin."""
     import torch
 
     assert "torch==2.13.0\n" in (REPO_ROOT / "requirements.txt").read_text()
     assert torch.version.cuda is None or torch.version.cuda.startswith("13.")
-
-
-WHEEL, BUILD = "--only-binary flash-attn flash-attn", "--no-build-isolation flash-attn=="
-NO_WHEEL = 'case "$*" in *flash-attn*) exit 1 ;; esac'
-SDPA = "attention: torch's SDPA (no wheel of flash-attn found; FLASH_ATTN=build bash setup.sh compiles it, "
-
-
-@pytest.mark.parametrize(
-    "flash_attn, uv, said, asked_for, asked_not",
-    [
-        ("", "", "attention: flash-attn, from a wheel; ", WHEEL, BUILD),
-        ("", NO_WHEEL, SDPA, WHEEL, BUILD),
-        ("build", "", "attention: flash-attn, built here", BUILD, WHEEL),
-    ],
-)
-def test_flash_attn_is_built_only_where_that_is_asked(tmp_path, flash_attn, uv, said, asked_for, asked_not):
-    write_script(tmp_path / "bin/nvcc", "exit 0")
-    result, asked = setup_on_a_gpu(tmp_path, NEW_CARD, uv, FLASH_ATTN=flash_attn)
-    assert result.returncode == 0 and said in result.stdout.splitlines()[-1], result.stderr
-    assert asked_for in asked and asked_not not in asked
-
-
-@pytest.mark.skipif(shutil.which("nvcc", path=SYSTEM_PATH) is not None, reason="there is a CUDA compiler")
-def test_flash_attn_is_not_built_without_a_compiler(tmp_path):
-    result, _ = setup_on_a_gpu(tmp_path, NEW_CARD, FLASH_ATTN="build")
-    line = "error: FLASH_ATTN=build: there is no CUDA compiler (nvcc) to build it with\n"
-    assert (result.returncode, result.stderr) == (1, line)
 
 
 @pytest.mark.parametrize("changed", ["requirements-gpu.txt", "setup.sh"])

@@ -48,8 +48,13 @@ def owned(target: str | Path, is_file: bool = False) -> Iterator[None]:
 def check_free(folder: str | Path) -> None:
     """Raise Mistake if a process writes the folder. Launchers of several machines may look at a time."""
     path = Path(folder) / IN_USE
-    if path.exists():
-        _lock(path, folder).release()
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise Mistake(f"{folder} is a file; name a folder") from error
+    _lock(path, folder).release()
 
 
 def holder(folder: str | Path) -> str | None:
