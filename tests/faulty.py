@@ -42,7 +42,7 @@ def reward(completions, trainer_state, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     if happens("disk full of rows", step, at=105, rank=0):
         fill_disk((RUN / "trajectories/train.jsonl").stat().st_size + 500)  # less than a row more
-    if happens("image damaged", step, at=130, rank=0):
+    if happens("image damaged", step, at=170, rank=0):
         IMAGE.write_bytes(IMAGE.read_bytes()[:60])
     return vowel_share(completions)
 
@@ -52,7 +52,7 @@ save_checkpoint = Qwen2VLGRPOTrainer._save_checkpoint
 
 def save_on_a_full_disk(self, *args, **kwargs):
     """A checkpoint, of which half fits."""
-    if happens("disk full of checkpoints", self.state.global_step, at=120, rank=0):
+    if happens("disk full of checkpoints", self.state.global_step, at=160, rank=0):
         fill_disk(50_000)
     save_checkpoint(self, *args, **kwargs)
 

@@ -354,10 +354,10 @@ ENDS = (
 
 
 @pytest.mark.nightly
-def test_150_steps_with_five_faults(tmp_path, tiny_model, quick_python):
+def test_200_steps_with_five_faults(tmp_path, tiny_model, quick_python):
     """The same command, started again after every end: each step's completions are there once, and a model."""
     data, output = write_examples(tmp_path / "data"), tmp_path / "run"
-    arguments = ["--max_steps", "150", "--save_steps", "20", "--save_total_limit", "2", "--logging_steps", "1"]
+    arguments = ["--max_steps", "200", "--save_steps", "20", "--save_total_limit", "2", "--logging_steps", "1"]
     arguments += ["--reward_funcs", "faulty:reward", "--max_completion_length", "4", "--completions_per_step", "8"]
     lines, printed = [], ""
     for end in (*ENDS, None):
@@ -372,11 +372,11 @@ def test_150_steps_with_five_faults(tmp_path, tiny_model, quick_python):
     assert len(list((tmp_path / "faults").iterdir())) == 5
     assert printed.count("resuming from") == len(ENDS)
     rows = read_jsonl(output / "trajectories/train.jsonl")
-    assert [row["step"] for row in rows] == [step for step in range(1, 151) for _ in range(8)]
-    assert [log["step"] for log in read_jsonl(output / "log.jsonl") if "loss" in log] == list(range(1, 151))
+    assert [row["step"] for row in rows] == [step for step in range(1, 201) for _ in range(8)]
+    assert [log["step"] for log in read_jsonl(output / "log.jsonl") if "loss" in log] == list(range(1, 201))
     damaged = [row for row in rows if row["images"] == [str(data.parent / "images/5_0.png")]]
-    assert {row["step"] > 130 for row in damaged if row["rewards"] == {"reward": None}} == {True}
-    assert all(row["advantage"] == 0 for row in damaged if row["step"] > 132)
+    assert {row["step"] > 170 for row in damaged if row["rewards"] == {"reward": None}} == {True}
+    assert all(row["advantage"] == 0 for row in damaged if row["step"] > 172)
     assert "images/5_0.png: corrupt image; completions about it earn nothing" in printed
     assert all(weights.isfinite().all() for weights in load_weights(output).values())
 
