@@ -66,20 +66,21 @@ def test_nothing_is_wrong_with_the_papers_recipe(find_mistake, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-RECIPE_FILE = "{folder}/recipe.yaml"
+RECIPE_FILE, NO_RECIPE = "{folder}/recipe.yaml", "CONFIG, --config: no recipe"
+MODEL = "MODEL, model_name_or_path"
 # What is wrong, in the recipe or as an argument -> how its line begins; rows differ in kind.
 MISTAKES = [
-    ({"num_generation": 4}, f"{RECIPE_FILE}: unknown setting 'num_generation'; did you mean num_generations?"),
+    ({"num_generation": 4}, f"{RECIPE_FILE}: unknown setting 'num_generation'; did you mean num_"),
     ({"num_generations": "eight"}, f"{RECIPE_FILE}: num_generations: invalid int value: 'eight'"),
     ({"num_generations": [8]}, f"{RECIPE_FILE}: num_generations: expected one value, not [8]"),
     ({"learning_rate": None}, f"{RECIPE_FILE}: learning_rate: needs a value"),
     ({"optim": "adamw_foo"}, f"{RECIPE_FILE}: optim: 'adamw_foo' is none of adamw_torch, "),
-    ({"reward_funcs": "accuracy format"}, f"{RECIPE_FILE}: reward_funcs: expected a list, [accuracy, format]"),
+    ({"reward_funcs": "accuracy format"}, f"{RECIPE_FILE}: reward_funcs: expected a list, [acc"),
     ({"reward_funcs": []}, "reward_funcs: needs a value"),
-    ({"rotate_options": True, "num_generations": 32}, "rotate_options: a process asks both orders "),
-    ({"generation_kwargs": {"num_beams": 3}}, "generation_kwargs: num_beams: completions are sampled"),
+    ({"rotate_options": True, "num_generations": 32}, "rotate_options: a process asks both "),
+    ({"generation_kwargs": {"num_beams": 3}}, "generation_kwargs: num_beams: "),
     ("--use_vllm true --shared_prefix false", "shared_prefix: with use_vllm it must be true"),
-    ("--freeze_vision true --freeze_llm true", "freeze_vision, freeze_merger, freeze_llm: nothing is left"),
+    ("--freeze_vision true --freeze_llm true", "freeze_vision, freeze_merger, freeze_llm: nothing "),
     ("--load_in_4bit true", "load_in_4bit, load_in_8bit: weights that bitsandbytes quantised"),
     ("--torch_compile true", "torch_compile: "),
     ("--eval_strategy steps", "eval_strategy steps: there are no held-out examples"),
@@ -91,19 +92,19 @@ MISTAKES = [
     ("--num_generations 1", "num_generations 1: expected a number of at least 2; "),
     ("--num_generations 6", "num_generations 6: a rollout of 64 completions "),
     ("--loss_type gpro", "loss_type: 'gpro' is none of grpo, "),
-    ("--reward_weights 1 2 3", "reward_weights: 3 for 2 reward_funcs (accuracy, format); give one for"),
+    ("--reward_weights 1 2 3", "reward_weights: 3 for 2 reward_funcs (accuracy, format); "),
     ("--max_pixels 1", "max_pixels 1: expected a number of at least 784; "),
-    ("--max_pixels 3000", "min_pixels 3136 is more than max_pixels 3000; min_pixels: 3000 would fit"),
+    ("--max_pixels 3000", "min_pixels 3136 is more than max_pixels 3000; min_pixels: "),
     ("--per_device_train_batch_size 0", "per_device_train_batch_size 0: "),
     ("--max_steps -5", "max_steps -5: expected a number of at least 1, or -1; "),
-    ("--save_steps 0", "save_steps 0.0: expected a number above 0; save_strategy: no saves nothing"),
+    ("--save_steps 0", "save_steps 0.0: expected a number above 0; save_strategy: no "),
     ("--max_steps many", "--max_steps/--max-steps: invalid int value: 'many'"),
     ("--max_step 1", "unknown argument '--max_step'; did you mean max_steps?"),  # no abbreviations
     ("quickly", "unknown argument 'quickly'"),
-    ("--config dr-grpo.yaml", "CONFIG, --config: no recipe dr-grpo.yaml; did you mean configs/overlays/dr_grpo.yaml?"),
-    ("--config papo", "CONFIG, --config: no recipe papo; did you mean configs/overlays/papo.yaml?"),
-    ("--config {folder}/recip.yaml", "CONFIG, --config: no recipe {folder}/recip.yaml; did you mean {folder}/recipe"),
-    ("--config zzz.yaml", "CONFIG, --config: no recipe zzz.yaml; configs/README.md lists them"),
+    ("--config dr-grpo.yaml", f"{NO_RECIPE} dr-grpo.yaml; did you mean configs/overlays/dr_grpo.yaml?"),
+    ("--config papo", f"{NO_RECIPE} papo; did you mean configs/overlays/papo.yaml?"),
+    ("--config {folder}/recip.yaml", NO_RECIPE + " {folder}/recip.yaml; did you mean {folder}/rec"),
+    ("--config zzz.yaml", f"{NO_RECIPE} zzz.yaml; configs/README.md lists them"),
     ("--chat_template lama", "chat_template: no file 'lama'"),
     ("--chat_template {folder}/broken.jinja", "chat_template: "),
     ("--reward_funcs accuracy order_consistency", "reward_funcs: order_consistency "),
@@ -112,14 +113,11 @@ MISTAKES = [
     ("--resume_from_checkpoint /no", "resume_from_checkpoint: no folder /no"),
     ("--output_dir {data}", "{data} is a file; name a folder"),
     ("--dataset_name /no.json", "/no.json: no such file"),
-    ("--dataset_name {model}", "{model} is the folder of a model; name the data (DATA and MODEL may be swapped)"),
-    (
-        "--dataset_name {few}",
-        "{few}: a step asks 8 different prompts (64 completions / num_generations), and there are 7",
-    ),
-    ("--model_name_or_path /no/model", "MODEL, model_name_or_path: /no/model: no such file or folder"),
-    ("--model_name_or_path no/model", "MODEL, model_name_or_path: no/model: neither here nor to be had"),
-    ("--model_name_or_path {data}", "MODEL, model_name_or_path: {data} is a file; name the folder of a model"),
+    ("--dataset_name {model}", "{model} is the folder of a model; name the data (DATA and MODEL "),
+    ("--dataset_name {few}", "{few}: a step asks 8 different prompts (64 completions / "),
+    ("--model_name_or_path /no/model", f"{MODEL}: /no/model: no such file or folder"),
+    ("--model_name_or_path no/model", f"{MODEL}: no/model: neither here nor to be had"),
+    ("--model_name_or_path {data}", MODEL + ": {data} is a file; name the folder of a model"),
 ]
 
 
