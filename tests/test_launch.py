@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands import launch as accelerate
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from transformers import get_scheduler
 from trl import ModelConfig
@@ -534,6 +534,12 @@ def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp
     monkeypatch.setattr(launch, "check_gpus", lambda processes: None)
     monkeypatch.setattr(entry, "check", lambda command, arguments, *_: read_recipe(command.arguments, arguments)[1])
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    environments = []  # of the processes that accelerate would start
+    for name, prepare in (
+        ("deepspeed_launcher", lambda args: prepare_deepspeed_cmd_env(args)[1]),
+        ("multi_gpu_launcher", prepare_multi_gpu_env),
+    ):
+        monkeypatch.setattr(accelerate, name, lambda args, prepare=prepare: environments.append(prepare(args)))
     config_file = str(REPO_ROOT / f"src/open-r1-multimodal/configs/{strategy}.yaml")
     if not os.path.isfile(config_file):  # as `accelerate config` writes it
         config_file = str(tmp_path / "own.yaml")
@@ -546,10 +552,10 @@ def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp
         settings = LaunchSettings(Path(f"{command}.py"), arguments, config_file, 2)
         plan = multiprocessing.get_context("fork").SimpleQueue()
         launch.check(settings, plan)
-        parsed = launch_command_parser().parse_args(settings.for_accelerate(plan.get()[-1]))
-        parsed, _, _ = _validate_launch_command(parsed)
-        deepspeed = prepare_deepspeed_cmd_env(parsed)[1] if parsed.use_deepspeed else None
-        environment = deepspeed or prepare_multi_gpu_env(parsed)
+        arguments_of_launch = settings.for_accelerate(plan.get()[-1])
+        accelerate.launch_command(accelerate.launch_command_parser().parse_args(arguments_of_launch))
+        environment = environments.pop()
+        deepspeed = "ACCELERATE_USE_DEEPSPEED" in environment
         with monkeypatch.context() as patch:
             for name, value in environment.items():
                 if name.startswith("ACCELERATE_"):
@@ -558,7 +564,7 @@ def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp
             config = args.deepspeed_plugin.deepspeed_config if deepspeed else {}
             enabled = [config[name]["enabled"] for name in ("bf16", "fp16")] if deepspeed else [args.bf16, args.fp16]
         assert environment["ACCELERATE_MIXED_PRECISION"] == args.mixed_precision
-        assert bool(deepspeed) == strategy.startswith("zero")
+        assert deepspeed == strategy.startswith("zero")
         told[recipes, changes] = (args.mixed_precision, *enabled)
     assert told == PRECISIONS
 
