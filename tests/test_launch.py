@@ -23,7 +23,7 @@ from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import check_attention, check_bfloat16, unused_vllm
 from open_r1.grpo import GRPOScriptArguments
-from open_r1.running.entry import resolve_report_to
+from open_r1.running.entry import accumulate_in_float32, resolve_report_to
 from open_r1.running.failures import continues
 from open_r1.running.launch_settings import LaunchSettings, count_gpus, listed_gpus, read_launch
 from open_r1.settings.recipes import default_output, merge_recipes, read_recipe
@@ -238,27 +238,12 @@ def test_what_processes_on_the_cpu_are_told(monkeypatch, capsys, given, processe
     assert ("'many' is not a number of threads, and left out" in capsys.readouterr().err) == (threads == "2")
 
 
-def test_the_doctor_looks_at_what_would_be_started(monkeypatch):
-    """In the launcher's place, with `--traceback` for it too; nothing of a launch is set up."""
-    from open_r1.running import launch
-
-    class Replaced(Exception):
-        pass
-
-    def replace(python, command):
-        raise Replaced(python, *command)
-
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    monkeypatch.setattr(launch.os, "execv", replace)
-    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
-    arguments = ["--max_steps", "3", "--doctor", "--traceback"]
-    monkeypatch.setattr(sys, "argv", ["launch.py", "sft", "sft_sat", *arguments])
-    with pytest.raises(Replaced) as found:
-        launch.main()
-    python, *command = found.value.args
-    assert python == sys.executable and command[:4] == [python, str(REPO_ROOT / "scripts/doctor.py"), "--script", "sft"]
-    assert command[-4:] == ["--max_steps", "3", "--config", str(REPO_ROOT / "configs/sft_sat.yaml")]
-    assert os.environ["OPEN_R1_TRACEBACK"] == "1" and "OPEN_R1_LAUNCHER" not in os.environ
+def test_the_doctor_looks_at_what_would_be_started():
+    """test_doctor.py runs it so."""
+    arguments = ["--max_steps", "3", "--doctor"]
+    launch = read_launch("sft", "sft_sat", arguments, {"CUDA_VISIBLE_DEVICES": "-1"})
+    assert launch.is_examined and launch.for_doctor()[:2] == ["--script", "sft"]
+    assert launch.for_doctor()[-4:] == ["--max_steps", "3", "--config", str(REPO_ROOT / "configs/sft_sat.yaml")]
 
 
 def test_reports_never_wait_for_an_answer(monkeypatch, tmp_path):
@@ -595,28 +580,13 @@ def test_a_gpu_run_without_vllm_is_told_what_it_saves(card, monkeypatch):
     assert line() is None
 
 
-FP16_SUMS = {"data_types": {"grad_accum_dtype": "fp16"}}
-
-
-@pytest.mark.parametrize(
-    "stage, given, told", [(2, {}, "fp32"), (3, {}, "fp32"), (1, {}, None), (2, FP16_SUMS, "fp16")]
-)
-def test_a_run_tells_deepspeed_how_to_add_gradients_up(monkeypatch, stage, given, told):
-    """Before its model and trainer are made; what a file of DeepSpeed's own says stays."""
-    from open_r1.running import entry
-
-    class Prepared(Exception):
-        pass
-
-    def prepare(script_args, args, model_args):
-        raise Prepared(args.deepspeed_plugin.deepspeed_config.get("data_types", {}).get("grad_accum_dtype"))
-
-    args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage, deepspeed_config={**given}))
-    monkeypatch.setattr(entry, "find_checkpoint", lambda *_: None)
-    monkeypatch.setattr(entry, "describe_settings", lambda *_: {})
-
-    with pytest.raises(Prepared, match=f"^{told}$"):
-        entry.train_with(entry.Command("grpo", (), prepare, None), (None, args, None), [])
+def test_a_run_tells_deepspeed_how_to_add_gradients_up():
+    """What a file of DeepSpeed's own says stays."""
+    fp16 = {"data_types": {"grad_accum_dtype": "fp16"}}
+    for stage, config, dtype in ((2, {}, "fp32"), (3, {}, "fp32"), (1, {}, None), (2, fp16, "fp16")):
+        plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=config)
+        accumulate_in_float32(SimpleNamespace(deepspeed_plugin=plugin))
+        assert plugin.deepspeed_config.get("data_types", {}).get("grad_accum_dtype") == dtype
 
 
 @pytest.mark.slow
