@@ -73,17 +73,17 @@ def check_gpus(processes: int) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's paragraphs about the same
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
         reason = ""
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:
             reason = f" ({first_line(error).partition('. ')[0].rstrip('.')})"
-        old = gpu_without_kernels() if found else None
-    if found < processes:
+        old = gpu_without_kernels() if usable else None
+    if usable < processes:
         raise Mistake(
             f"{processes} processes need a GPU each, and torch {torch.__version__} can use "
-            f"{found}{reason}; update the driver (CUDA 13 needs 580 or newer), {OTHER_TORCH}"
+            f"{usable}{reason}; update the driver (CUDA 13 needs 580 or newer), {OTHER_TORCH}"
         )
     if old:
         raise Mistake(f"{old}; {OTHER_TORCH}")
