@@ -2,16 +2,25 @@
 
 import math
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
 from trl import GRPOConfig, GRPOTrainer
 
 from open_r1.base.files import keep_rows
+from open_r1.base.images import open_image
+from open_r1.engines import agreement
+from open_r1.engines.shared_prefix import encode_prompt, images_of, score_completions
+from open_r1.engines.vllm_backends import engine_dtype
 from open_r1.running.machines import decide_once
+from open_r1.trainer.metrics import BLIND
+from open_r1.trainer.rows import put_images, with_images_inside
 from open_r1.trainer.sampling import PassRates
 
 
@@ -64,7 +73,7 @@ class RememberPassRates(TrainerCallback):
 
     def on_save(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if state.is_world_process_zero:
-            self.trainer.pass_rates.save(Path(args.output_dir), state.global_step)
+            self.trainer.pass_rates.save(Path(args.output_dir))
 
     on_train_end = on_save
 
@@ -76,15 +85,61 @@ class CheckEngine(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.trainer.check_engine()
+        check_engine(self.trainer)
+
+
+@torch.no_grad()
+def check_engine(trainer: GRPOTrainer) -> None:
+    """Compare an engine's log-probabilities of a few completions with the policy's; see `agreement`.
+
+    Raises:
+        Mistake: they differ.
+    """
+    trainer.vllm_generation.sync_weights()  # a resumed policy is not the one that the engine has loaded
+    policy, device, group = trainer.plain_model(), trainer.accelerator.device, trainer._group_size()
+    encoded, prompts = [], []
+    for row in islice(trainer.train_dataset, agreement.PROMPTS):
+        prompt = with_images_inside(row)["prompt"]
+        if not isinstance(prompt, str):
+            prompt = put_images(prompt, [open_image(image) for image in images_of(prompt)])
+        encoded.append(trainer.backend.encode(prompt))
+        # encoded once more, by the policy's processor: the backend's own may be the mistake
+        own = encode_prompt(policy, trainer.processing_class, prompt, **trainer.chat_template_kwargs)
+        prompts += [own] * group
+    longest = min(agreement.TOKENS, trainer.max_completion_length)
+    settings = GenerationConfig(max_new_tokens=longest, eos_token_id=trainer.eos_token_ids)
+    answer = trainer.backend.generate(encoded, [group] * len(encoded), settings)
+    rows = [torch.tensor(ids, device=device) for ids in answer.ids]
+    ids = pad_sequence(rows, batch_first=True)  # (B, C)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+
+    was_training, dtype = trainer.model.training, engine_dtype(trainer.args, policy.dtype)
+    trainer.model.eval()  # dropout is no rounding
+    with trainer.accelerator.autocast():
+        scored, *_ = score_completions(trainer.model, trainer.family, prompts, ids, mask, len(prompts))
+    exact = scored
+    if dtype != "float32":
+        with trainer.borrow_model() as model, agreement.InFloat32(device):
+            exact, *_ = score_completions(model, trainer.family, prompts, ids, mask, len(prompts))
+    trainer.model.train(was_training)
+    for metrics in trainer._metrics.values():  # none of it is a step's or an evaluation's
+        metrics.clear()
+    known = [row[: len(ids)] for row, ids in zip(scored.tolist(), answer.ids, strict=True)]
+    sums = torch.cat([agreement.difference(logps, exact) for logps in (answer.logprobs, known)])  # (4,)
+    sums = trainer.accelerator.reduce(sums.to(device), reduction="sum").tolist()
+    mean, rounding = (total / max(count, 1) for total, count in (sums[:2], sums[2:]))
+    agreement.check_agreement(mean, rounding, dtype)
 
 
 class AskBlind(TrainerCallback):
-    """After the last step, ask the held-out questions once without their images, for the report to compare."""
+    """After the last step, ask the held-out questions once without their images, for the report to compare.
+
+    Logged as `blind_...`, and written to `blind.jsonl`.
+    """
 
     def __init__(self, trainer: GRPOTrainer):
         self.trainer = trainer
 
     def on_train_end(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.trainer.eval_dataset is not None and args.eval_strategy != "no":
-            self.trainer.evaluate_blind()
+            self.trainer.evaluate(metric_key_prefix=BLIND)
