@@ -19,8 +19,6 @@ from open_r1.trainer.sampling import (
     PassRates,
     draw_prompts,
     find_signal,
-    find_swaps,
-    merge_rollouts,
     replace_prompts,
 )
 from open_r1.trainer.trainer import ROW, Qwen2VLGRPOTrainer
@@ -68,41 +66,6 @@ def test_a_group_has_signal_when_its_known_rewards_differ():
     # the last two: one completion of a group without a reward is no difference to the other
     advantages = torch.tensor([0.7, -0.7, 1e-4, 1e-4, 0, 0, 1e-4, 0])
     assert find_signal(advantages, torch.tensor(rewards), 2).tolist() == [True, False, False, False]
-
-
-def test_groups_without_signal_give_way_in_order():
-    assert find_swaps([False, True, False, False], [True, False, True, False]) == {0: 0, 2: 2}
-    assert find_swaps([True, True], [True, True]) == {} == find_swaps([False, False], [False, False])
-
-
-def test_a_merged_rollout_keeps_its_rows_and_widens():
-    def rollout(first: int, prompt_width: int, width: int) -> dict:
-        ids = torch.arange(first, first + 4).unsqueeze(1)
-        return {
-            "prompts": [f"prompt {(first + k) // 2}" for k in range(4)],
-            "prompt_ids": ids.expand(4, prompt_width),
-            "prompt_mask": torch.ones(4, prompt_width, dtype=torch.long),
-            "completion_ids": ids.expand(4, width),
-            "completion_mask": torch.ones(4, width, dtype=torch.long),
-            "ref_per_token_logps": -ids.expand(4, width).float(),
-            "importance_sampling_ratio": ids.float(),  # one a sequence
-            "advantages": ids.squeeze(1).float(),
-            "num_items_in_batch": torch.tensor(4 * width),
-        }
-
-    one, other = rollout(0, 3, 2), rollout(10, 2, 3)
-    merged = merge_rollouts(one, other, {0: 1}, 2, pad_id=99)
-    assert list(merged) == list(one)
-    assert merged["prompts"] == ["prompt 6", "prompt 6", "prompt 1", "prompt 1"]
-    assert merged["advantages"].tolist() == [12, 13, 2, 3]
-    assert merged["importance_sampling_ratio"].tolist() == [[12], [13], [2], [3]]
-    assert merged["prompt_ids"].tolist() == [[99, 12, 12], [99, 13, 13], [2, 2, 2], [3, 3, 3]]
-    assert merged["prompt_mask"].tolist() == [[0, 1, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]]
-    assert merged["completion_ids"].tolist() == [[12, 12, 12], [13, 13, 13], [2, 2, 99], [3, 3, 99]]
-    assert merged["completion_mask"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0]]
-    assert merged["ref_per_token_logps"].tolist() == [[-12] * 3, [-13] * 3, [-2, -2, 0], [-3, -3, 0]]
-    for name, values in merge_rollouts(one, other, {}, 2, pad_id=99).items():
-        assert torch.equal(values, one[name]) if isinstance(values, torch.Tensor) else values == one[name]
 
 
 def test_fresh_prompts_come_first_and_there_are_always_enough():

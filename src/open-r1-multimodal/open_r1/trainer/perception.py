@@ -26,11 +26,6 @@ KEPT = np.cumprod(1 - (1e-5 + (0.5e-2 - 1e-5) / (1 + np.exp(-np.linspace(-6, 6, 
 MIDDLE, STEEPNESS = 2 / 3, 30
 
 
-def seeded(*numbers: int) -> np.random.Generator:
-    """Random numbers that follow from these, none of them negative."""
-    return np.random.default_rng(numbers)
-
-
 def mask_prompts(
     prompts: Sequence[Prompt],
     family: Family,

@@ -41,7 +41,7 @@ from open_r1.trainer.advantages import choose_advantage, spread
 from open_r1.trainer.callbacks import CheckEngine, ContinueRollouts, RememberPassRates
 from open_r1.trainer.finite import FiniteMixin
 from open_r1.trainer.metrics import TOKENS, MetricsMixin, check_best, reward_figures
-from open_r1.trainer.perception import add_noise, mask_prompts, noise_step, perception_gain, seeded, split_halves
+from open_r1.trainer.perception import add_noise, mask_prompts, noise_step, perception_gain, split_halves
 from open_r1.trainer.recorder import Recorder, Rollout, Rows
 from open_r1.trainer.rows import ImageReader, prompts_with_images, put_images, without_images
 from open_r1.trainer.sampling import ROW, PassRates, PromptSamplingMixin, shuffle_groups
@@ -51,7 +51,7 @@ from open_r1.trainer.trackers import LogRollouts
 
 @dataclass(eq=False)
 class Scored:
-    """The prompts of the rows that are scored together, and what came of it: log-probabilities (B, C)."""
+    """The prompts of rows that are scored together, and what came of it: log-probabilities (B, C)."""
 
     prompts: Sequence[Prompt]
     logps: torch.Tensor | None = None
@@ -65,7 +65,7 @@ class Qwen2VLGRPOTrainer(
     StockStepMixin,
     GRPOTrainer,
 ):
-    """TRL's `GRPOTrainer` for the models of `open_r1.models.families`, with the same signature, defaults and datasets.
+    """TRL's `GRPOTrainer` for the models of `open_r1.models.families`; same signature and defaults.
 
     A dataset row holds `prompt`, conversational or (without images) a text; `images` or `image`, if
     any, as whatever `open_r1.base.images` opens, which go in front of the text; and whatever else
@@ -126,7 +126,7 @@ class Qwen2VLGRPOTrainer(
             own = (args.model_init_kwargs or {}).get("dtype", "float32") if isinstance(model, str) else model.dtype
             end, ban = "stop_token_ids", {"logit_bias": vllm_backends.banned(never)}
             settings = vllm_backends.engine_settings(processing_class, vllm_backends.engine_dtype(args, own))
-            # TRL would quantise it where the policy is, but it is handed whole weights (`adapted_weights`).
+            # TRL would quantise it with the policy, but it is handed whole weights (`adapted_weights`).
             engines = vllm_backends.engines_with(quantization=None, **settings)
         else:
             end, ban, engines = "eos_token_id", {"suppress_tokens": never}, nullcontext()
@@ -161,7 +161,7 @@ class Qwen2VLGRPOTrainer(
         check_shared_prefix(args, self.shared_prefix)
         encodes_once = self.shared_prefix and not self.use_vllm and not self.family.trains_vision(policy)
         if self.papo_coef and self.accelerator.num_processes > 1:
-            encodes_once = False  # masked images run the tower, and then all processes must in every pass
+            encodes_once = False  # masked images run the tower, and all processes must together
         if self.shared_prefix:
             self.backend = self.make_backend(keep_features=encodes_once)
             self.rollout_func = self._roll_out  # TRL's seam for those who generate otherwise
@@ -182,8 +182,8 @@ class Qwen2VLGRPOTrainer(
             self.add_callback(CheckEngine(self))
         self.add_callback(LogRollouts(self))
 
-    # ---- One generation step: sample -> reward -> advantages -> score -> record. `_compute_loss` then packs and scores
-    # ---- its micro-batches, and TRL's loss is taken of them.
+    # ---- One generation step: sample -> reward -> advantages -> score -> record. `_compute_loss`
+    # ---- then packs and scores its micro-batches, and TRL's loss is taken of them.
 
     # TRL has no public hook that sees prompts, completions, rewards and advantages together.
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]], refill: int = 0) -> dict[str, Any]:
@@ -194,8 +194,9 @@ class Qwen2VLGRPOTrainer(
         self._record(rollout, batch)
         return batch
 
-    # In place of TRL's own body, which runs every prompt through processor and model once a completion. Its numbers,
-    # and what it logs, are TRL's (tests/test_shared_prefix.py); tests/test_trainer.py fails when TRL's body changes.
+    # In place of TRL's own body, which runs every prompt through processor and model once a
+    # completion. Its numbers, and what it logs, are TRL's (tests/test_shared_prefix.py);
+    # tests/test_trainer.py fails when TRL's body changes.
     def _take_step(self, rollout: Rollout) -> dict[str, Any]:
         """A generation step of this process, which fills its record.
 
@@ -213,10 +214,12 @@ class Qwen2VLGRPOTrainer(
         batch = self._pad(prompt_ids, ids, logprobs)
         batch["prompts"] = extra["encoded"]
 
-        rewards = self._calculate_rewards(Rows(rollout.rows, rollout), conversations, completions, ids)  # (all B, F)
+        rows = Rows(rollout.rows, rollout)
+        rewards = self._calculate_rewards(rows, conversations, completions, ids)  # (all B, F)
         weights, group_size = self.reward_weights.to(rewards.device), self._group_size()
         advantages = self.advantage(rewards, weights, group_size)  # (all B,)
-        mine = slice(self.accelerator.process_index * len(ids), (self.accelerator.process_index + 1) * len(ids))
+        first = self.accelerator.process_index * len(ids)
+        mine = slice(first, first + len(ids))
         batch["rewards"], batch["advantages"] = rewards[mine], advantages[mine]
         rollout.advantages = batch["advantages"].tolist()
 
@@ -228,7 +231,7 @@ class Qwen2VLGRPOTrainer(
         return batch
 
     def _roll_out(self, prompts: list[Any], _: GRPOTrainer) -> dict[str, Any]:
-        """TRL's `rollout_func`: images are opened, encoded and prefilled once for all neighbours of one prompt.
+        """TRL's `rollout_func`: images are opened, encoded and prefilled once for a prompt's rows.
 
         With `rollout_noise` the second half of a group is sampled from noisy images; what is
         returned, and scored, is the prompt with the clean ones.
@@ -237,7 +240,8 @@ class Qwen2VLGRPOTrainer(
         if self.rollout_noise and self.model.training:
             noise = noise_step(self.rollout_noise, self.state.global_step / max(self.state.max_steps, 1))
         row = self.accelerator.process_index * len(prompts)  # of all processes' rows
-        encoded, repeats, scored = [], [], []  # what is asked, how often, and the index of what is scored for it
+        # what is asked, how often, and the index of what is scored for it
+        encoded, repeats, scored = [], [], []
         is_broken: list[bool] = []
         for prompt, same in groupby(prompts):
             count, images, has_broken = len(list(same)), [], False
@@ -269,8 +273,8 @@ class Qwen2VLGRPOTrainer(
         }
 
     def _seeded(self, group: int) -> np.random.Generator:
-        """Random numbers of a group of this step, counted over all processes; the same after a resume."""
-        return seeded(self.args.seed, self.state.global_step, group)
+        """Random numbers of a group (counted over all processes) of this step."""
+        return np.random.default_rng((self.args.seed, self.state.global_step, group))
 
     def _pad(
         self, prompt_ids: list[list[int]], ids: list[list[int]], logprobs: list[list[float | None]] | None
@@ -296,7 +300,7 @@ class Qwen2VLGRPOTrainer(
             batch["sampling_per_token_logps"] = join(numbers, "right", 0.0)
         return batch
 
-    # Reward functions see the rows as the dataset has them, and what a rollout function of the user's added to them.
+    # Reward functions see the rows as the dataset has them, and what the user's rollout function added.
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rollout, given = inputs.rollout, self.reward_funcs  # which stay what the user gave
         self.reward_funcs = [
@@ -321,7 +325,7 @@ class Qwen2VLGRPOTrainer(
         return rewards
 
     def _score_rollout(self, batch: dict[str, Any]) -> None:
-        """Add the log-probabilities that the loss compares with: of the policy that sampled, and of the reference."""
+        """Add the log-probabilities that the loss compares with: of the policy, and of the reference."""
         args, scored = self.args, Scored(batch["prompts"])
         ids, mask = (
             torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
@@ -336,7 +340,7 @@ class Qwen2VLGRPOTrainer(
             return logps
 
         corrects = self.use_vllm and self.vllm_importance_sampling_correction
-        # A rollout that ends with its optimiser step is scored by the weights that sampled it: nothing to compare.
+        # A rollout that ends with its optimiser step is scored by the weights that sampled it.
         if corrects or args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations):
             batch["old_per_token_logps"] = score(self.model)
         if corrects:
@@ -347,7 +351,7 @@ class Qwen2VLGRPOTrainer(
             self._log(agreement.sampling_figures(difference, ratio, mask, mode, self.accelerator.gather))
         if self.beta and self.ref_model is not None:
             batch["ref_per_token_logps"] = score(self.ref_model)
-        elif self.beta:  # the base below the adapter, or the adapter that training goes on from, which TRL calls "ref"
+        elif self.beta:  # the base below the adapter, or the adapter at the start, TRL's "ref"
             model = self.accelerator.unwrap_model(self.model)
             with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
                 batch["ref_per_token_logps"] = score(self.model)
@@ -390,8 +394,9 @@ class Qwen2VLGRPOTrainer(
         self._log({"papo/kl": total / max(count, 1)})
         return loss - self.papo_coef * gain / self.current_gradient_accumulation_steps
 
-    # TRL's runs the prompt through the model once a completion, padded on both sides. Its callers hand on what a
-    # prompt's images became, as `pixel_values`; on the shared path that is the prompts, encoded once.
+    # TRL's runs the prompt through the model once a completion, padded on both sides. Its callers
+    # hand on what a prompt's images became, as `pixel_values`; on the shared path that is the
+    # prompts, encoded once.
     def _get_per_token_logps_and_entropies(
         self,
         model,
@@ -446,7 +451,7 @@ class Qwen2VLGRPOTrainer(
         profile, engine = partial(profiling_context, self, "vLLM.generate"), self.vllm_generation
         return vllm_backends.TrainerVLLMBackend(model, processor, engine, self._group_size, profile, **template)
 
-    # TRL sends an engine beside the policy the weights of a new step, and these belong to an old one.
+    # TRL sends an engine the weights of a new step, and these belong to an old one.
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._last_loaded_step = -1
