@@ -345,10 +345,12 @@ class Qwen2VLGRPOTrainer(
             batch["old_per_token_logps"] = score(self.model)
         if corrects:
             difference = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]
-            mask, mode = batch["completion_mask"], self.vllm_importance_sampling_mode
+            settings = batch["completion_mask"], self.vllm_importance_sampling_mode
             bounds = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-            batch["importance_sampling_ratio"] = ratio = agreement.importance_ratio(difference, mask, mode, *bounds)
-            self._log(agreement.sampling_figures(difference, ratio, mask, mode, self.accelerator.gather))
+            ratio = agreement.importance_ratio(difference, *settings, *bounds)
+            batch["importance_sampling_ratio"] = ratio
+            gather = self.accelerator.gather
+            self._log(agreement.sampling_figures(difference, ratio, *settings, gather))
         if self.beta and self.ref_model is not None:
             batch["ref_per_token_logps"] = score(self.ref_model)
         elif self.beta:  # the base below the adapter, or the adapter at the start, TRL's "ref"
