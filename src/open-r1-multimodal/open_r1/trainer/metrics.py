@@ -206,7 +206,7 @@ class MetricsMixin(NamedEvaluationMixin):
         self._log({"completions/identical_groups": identical, **reflection_shares(rows)})
 
     def offending_batch(self) -> list[dict[str, Any]]:
-        """The newest rollout: prompts, completions, rewards and all else of its trajectories."""
+        """In place of `FiniteMixin`'s: the newest rollout, with rewards and all of its trajectories."""
         return self.recorder.newest
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:

@@ -58,9 +58,9 @@ class Scored:
 
 
 class Qwen2VLGRPOTrainer(
+    MetricsMixin,
     FiniteMixin,
     LoadWeightsMixin,
-    MetricsMixin,
     PromptSamplingMixin,
     StockStepMixin,
     GRPOTrainer,
