@@ -20,7 +20,9 @@ from open_r1.models.loading import load_model, load_processor
 from open_r1.running.data import load_dataset
 from open_r1.sft import AnswerCollator
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
-from open_r1.trainer.trainer import put_images
+from open_r1.trainer import callbacks
+from open_r1.trainer.callbacks import check_engine
+from open_r1.trainer.rows import put_images
 from support import make_trainer
 
 
@@ -133,21 +135,22 @@ def test_a_policy_is_compared_and_nothing_stays(tiny_model, examples_json, tmp_p
     trainer.vllm_generation, trainer.backend = Mock(), Engine(trainer, error)
     if error:
         with pytest.raises(Mistake, match=r"differ by 0\.006 in the mean .* .at most 0\.005; the policy"):
-            trainer.check_engine()
+            check_engine(trainer)
     else:
-        trainer.check_engine()
+        check_engine(trainer)
     trainer.vllm_generation.sync_weights.assert_called_once()
     assert not any(trainer._metrics.values())
 
 
-def test_dropout_is_no_difference(tiny_model, examples_json, tmp_path):
+def test_dropout_is_no_difference(tiny_model, examples_json, tmp_path, monkeypatch):
     """An adapter's is on in a model that was never told to evaluate."""
     trainer = make_trainer(tiny_model, examples_json, tmp_path)
     trainer.vllm_generation, trainer.backend = Mock(), Engine(trainer)
     trainer.model.train()
-    modes, score = [], trainer._score
-    trainer._score = lambda model, *args: modes.append(model.training) or score(model, *args)
-    trainer.check_engine()
+    modes, score = [], callbacks.score_completions
+    spy = lambda model, *args: modes.append(model.training) or score(model, *args)  # noqa: E731
+    monkeypatch.setattr(callbacks, "score_completions", spy)
+    check_engine(trainer)
     assert modes == [False] and trainer.model.training
 
 
@@ -157,7 +160,7 @@ def test_an_engine_that_is_asked_something_else_is_found_out(tiny_model, example
     trainer.vllm_generation, trainer.backend = Mock(), Engine(trainer)
     trainer.backend.encode = lambda prompt: trainer.backend.own.encode([{"role": "user", "content": "Another one?"}])
     with pytest.raises(Mistake, match=r"^use_vllm: "):
-        trainer.check_engine()
+        check_engine(trainer)
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +222,11 @@ def test_a_right_engine_may_round_as_the_policy_does(
     trainer.vllm_generation, trainer.backend = Mock(), engine
     weights = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     if fault is None:
-        trainer.check_engine()
+        check_engine(trainer)
     else:
         fault(engine)
         with pytest.raises(Mistake, match=r"^use_vllm: the engine samples from something else .* in bfloat16 differ"):
-            trainer.check_engine()
+            check_engine(trainer)
     ((mean, rounding, dtype),) = seen
     assert dtype == "bfloat16" and rounding > 0.05  # by so much a right engine in float32 differs from the policy
     if fault is None:

@@ -36,7 +36,8 @@ from open_r1.models.families import FAMILIES
 from open_r1.models.loading import freeze
 from open_r1.models.memory import Launch
 from open_r1.settings.recipes import read_recipe
-from open_r1.trainer.trainer import Qwen2VLGRPOTrainer, put_images, with_images_inside
+from open_r1.trainer.rows import put_images, with_images_inside
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import (
     attend_plainly,
     enlarge,

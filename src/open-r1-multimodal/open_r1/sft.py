@@ -47,7 +47,7 @@ from open_r1.running.data import (
 from open_r1.running.entry import Command, run
 from open_r1.settings.options import check_options
 from open_r1.trainer.finite import FiniteMixin
-from open_r1.trainer.heldout import NamedEvaluationMixin
+from open_r1.trainer.metrics import NamedEvaluationMixin
 
 
 def after_prompt(answer: str, think_prefilled: bool) -> str:

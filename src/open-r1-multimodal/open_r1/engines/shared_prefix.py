@@ -241,6 +241,41 @@ def pack(
     return PackedBatch(model_inputs, torch.cat(labels)[None], completion_mask)
 
 
+def score_completions(
+    model: nn.Module,
+    family: Family,
+    prompts: Sequence[Prompt],
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    batch_size: int,
+    with_entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """Score completions, the prompt of neighbours once.
+
+    Args:
+        model: prepared by `enable_grouping`, also behind the wrappers of a trainer.
+        family: of the model.
+        prompts: of each of the B rows; neighbours that are one object share it.
+        completion_ids, completion_mask: (B, C), padded on the right.
+        batch_size: rows of one forward pass.
+        with_entropy: whether the entropies are wanted, too.
+
+    Returns:
+        Log-probabilities (B, C), entropies (B, C) or None, and how many tokens went through the model.
+    """
+    logps, entropies, tokens = [], [], 0
+    # One forward a micro-batch, however many prompts it holds: under ZeRO-3 all ranks must run as many.
+    for start in range(0, len(completion_ids), batch_size):
+        rows = slice(start, start + batch_size)
+        batch = pack(family, prompts[rows], completion_ids[rows], completion_mask[rows])
+        outputs = model(**batch.model_inputs, shift_labels=batch.labels, fused_lm_head=True)
+        logps.append(batch.unpack(outputs.log_probs))  # (b, C)
+        if with_entropy:
+            entropies.append(batch.unpack(outputs.entropy))
+        tokens += batch.model_inputs["input_ids"].numel()
+    return torch.cat(logps), torch.cat(entropies) if with_entropy else None, tokens
+
+
 def locate_group(start: int, prefix: int, branch_lengths: Sequence[int], device: torch.device) -> Group:
     """The group of a prefix at `start` and the branches behind it."""
     lengths = torch.tensor(branch_lengths, dtype=torch.long, device=device)  # (G,)
