@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from functools import lru_cache
-from typing import Protocol
 
 from open_r1.answers.values import is_blank, is_quantity, normalize, same_value, tidy
 from open_r1.base.errors import Mistake
@@ -34,31 +33,7 @@ def is_answer(outcome: Outcome) -> bool:
     return outcome is not None and not isinstance(outcome, Unread)
 
 
-class Question(Protocol):
-    """What was asked, and so what an answer looks like."""
-
-    ends_with_answer: bool  # a choice may be named first and then defended; a computation starts from what is given
-
-    def exact(self, text: str) -> Outcome:
-        """The answer that the text is, read strictly."""
-
-    def stated(self, line: str) -> Outcome:
-        """The answer that a line begins with or is."""
-
-    def declared(self, clause: str) -> Outcome:
-        """The answer in a clause that is said to hold it."""
-
-    def named(self, passages: Sequence[str]) -> Outcome:
-        """The only answer that running text names."""
-
-    def label(self, answer: Answer) -> str:
-        """What a verdict calls the answer."""
-
-    def is_right(self, answer: Answer) -> bool:
-        """Whether it is the gold answer."""
-
-
-def make_question(gold: str, options: Sequence[str] | None, lettered: bool | None) -> Question:
+def make_question(gold: str, options: Sequence[str] | None, lettered: bool | None) -> "Question":
     if not options:
         return Open(gold)
     for letters in (False, True) if lettered is None else (lettered,):
@@ -116,13 +91,14 @@ _REASON = re.compile(
 class Choice:
     """A question with options."""
 
-    ends_with_answer = False
+    ends_with_answer = False  # a choice may be named first and then defended
 
     def __init__(self, options: tuple[str, ...], lettered: bool) -> None:
         self.options, self.lettered, self.gold = options, lettered, 0
         self.texts, self.labels = _texts(options), _labels(options)
 
     def label(self, answer: Answer) -> str:
+        """What a verdict calls the answer."""
         return f"({chr(ord('A') + answer)})" if self.lettered else self.options[answer]
 
     def is_right(self, answer: Answer) -> bool:
@@ -130,6 +106,7 @@ class Choice:
         return self.texts[answer] == self.texts[self.gold]
 
     def exact(self, text: str) -> Outcome:
+        """The answer that the text is, read strictly."""
         if is_blank(text):  # an option may be blank; no answer is
             return None
         index = self.equal(text)
@@ -159,6 +136,7 @@ class Choice:
         return text == own or bool(text and shortened and text not in self.texts)
 
     def stated(self, line: str) -> Outcome:
+        """The answer that a line begins with or is."""
         index = self.equal(_TRANSLATED.get(line.strip(" .。"), line))
         found = _LEADING.match(line) if self.lettered and index is None else None
         if not found:
@@ -172,9 +150,11 @@ class Choice:
         return Unread.CONFLICT if begun and self.texts[index] != max(begun, key=len) else index
 
     def declared(self, clause: str) -> Outcome:
+        """The answer in a clause that is said to hold it."""
         return self.named([clause])
 
     def named(self, passages: Sequence[str]) -> Outcome:
+        """The only answer that running text names."""
         letters, texts = set(), set()
         for passage in passages:
             clause = _main_clause(passage)
@@ -301,9 +281,9 @@ _SURROUNDINGS = " \t.,:;$*"
 
 
 class Open:
-    """A question without options."""
+    """A question without options; its methods are those of `Choice`."""
 
-    ends_with_answer = True
+    ends_with_answer = True  # a computation starts from what is given
 
     def __init__(self, gold: str) -> None:
         self.gold = gold
@@ -340,3 +320,6 @@ class Open:
         if len(figures) > 1:
             return Unread.SEVERAL
         return next(iter(figures), None)
+
+
+Question = Choice | Open

@@ -4,6 +4,7 @@ Model output is untrusted text: every step is linear in its length or works on a
 evaluated, and math-verify sees only short arithmetic that cannot blow up.
 """
 
+import cmath
 import html
 import math
 import re
@@ -16,8 +17,9 @@ from open_r1.answers.latex import undressed
 MAX_TEXT_CHARS = 8_192  # of a longer text, the end counts
 MAX_EXPRESSION_CHARS = 64
 MAX_DRESSED_CHARS = 1_000  # of an expression with the LaTeX around it
-SYMBOLIC_TIMEOUT_S = 1
+PARSING_TIMEOUT_S = 1
 RELATIVE_TOLERANCE = 1e-7  # of 1.3333333 to 4/3
+ROUNDING = 1e-15  # what may be left of 1 - 1
 
 
 def normalize(text: str) -> str:
@@ -42,26 +44,30 @@ def same_value(gold: str, answer: str) -> bool:
     if _NUMBER.fullmatch(gold) and _NUMBER.fullmatch(answer):
         return False
 
-    from math_verify import parse, verify  # imports sympy: a second that plain answers need not wait for
+    from math_verify import parse  # imports sympy: a second that plain answers need not wait for
 
-    # Its timeout is a signal, which only the main thread can take; elsewhere the grammar above is the bound.
-    timeout = SYMBOLIC_TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
+    # Its timeout is a signal, which only the main thread can take; elsewhere the grammar below is the bound.
+    timeout = PARSING_TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
     parsed = [parse(f"${text}$", parsing_timeout=timeout) for text in (gold, answer)]
     at_points = [_evaluate(expressions) for expressions in parsed]
-    if all(at_points):  # simplifying the difference symbolically can take seconds
-        return all(math.isclose(*values, rel_tol=RELATIVE_TOLERANCE) for values in zip(*at_points, strict=True))
-    return bool(verify(*parsed, timeout_seconds=timeout))
+    return all(at_points) and all(
+        cmath.isclose(value, other, rel_tol=RELATIVE_TOLERANCE, abs_tol=ROUNDING)
+        for value, other in zip(*at_points, strict=True)
+    )
 
 
-def _evaluate(parsed: list[Any]) -> list[float]:
-    """An expression's value with its letters at two points in general position; empty when it has none there."""
+def _evaluate(parsed: list[Any]) -> list[complex]:
+    """An expression's value with its letters at two points in general position; empty when it has none there.
+
+    To simplify the difference of two symbolically could take seconds.
+    """
     if not parsed or not hasattr(parsed[0], "evalf"):
         return []
     values = []
     for seed in (1.2345, 0.6789):
         point = {letter: math.sqrt(seed + ord(letter.name[0])) for letter in parsed[0].free_symbols}
         values.append(parsed[0].evalf(subs=point))
-    return [float(value) for value in values] if all(value.is_Float for value in values) else []
+    return [complex(value) for value in values] if all(value.is_number and value.is_finite for value in values) else []
 
 
 def is_quantity(text: str) -> bool:

@@ -26,6 +26,10 @@ COLOURS = {
 }
 
 
+class Unclear(Exception):
+    """A scene in which a question has no answer beyond doubt, or that has no room for its objects."""
+
+
 @dataclass(frozen=True)
 class Level:
     """What a scene looks like; lengths in metres, focal length and image size in pixels."""
@@ -179,8 +183,8 @@ def mark_box(level: Level, x: float, z: float) -> Box:
     return u - half, v - half, u + half, v + half
 
 
-def place(rng: random.Random, level: Level, kinds: Sequence[str]) -> list[Seen] | None:
-    """Objects of these kinds, each of another colour, standing apart and in clear view; None if it fails."""
+def place(rng: random.Random, level: Level, kinds: Sequence[str]) -> list[Seen]:
+    """Objects of these kinds, each of another colour, standing apart and in clear view; unclear if there is no room."""
     scene: list[Seen] = []
     for kind, colour in zip(kinds, rng.sample(list(COLOURS), len(kinds)), strict=True):
         for _ in range(20):
@@ -193,9 +197,5 @@ def place(rng: random.Random, level: Level, kinds: Sequence[str]) -> list[Seen] 
                 scene = candidate
                 break
         else:
-            return None
+            raise Unclear
     return scene
-
-
-def any_kinds(rng: random.Random, level: Level, fewest: int) -> list[str]:
-    return rng.choices(level.kinds, k=rng.randint(fewest, level.most))
