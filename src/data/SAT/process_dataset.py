@@ -89,9 +89,9 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     if missing := [name for name in COLUMN_TYPES if name not in schema.names]:
         raise Mistake(f"{path}: no column {', '.join(missing)}; the file has {', '.join(schema.names)}")
     for name, (expected, pattern) in COLUMN_TYPES.items():
-        found = str(schema.field(name).type)
-        if not re.fullmatch(pattern, found):
-            raise Mistake(f"{path}: column {name} is {found}, expected {expected}")
+        actual = str(schema.field(name).type)
+        if not re.fullmatch(pattern, actual):
+            raise Mistake(f"{path}: column {name} is {actual}, expected {expected}")
     return file
 
 

@@ -119,15 +119,16 @@ def _box(response: Response, question: Question) -> Outcome:
 
 def _declaration(response: Response, question: Question) -> Outcome:
     """The last "the answer is B", which corrects the earlier ones; else the last of weaker words."""
-    found = [(each, outcome) for each in said(response) if (outcome := _declared(each.clause, question)) is not None]
-    for (before, first), (after, second) in pairwise(found):
+    declarations = [(declaration, _declared(declaration.clause, question)) for declaration in said(response)]
+    declarations = [(declaration, outcome) for declaration, outcome in declarations if outcome is not None]
+    for (before, first), (after, second) in pairwise(declarations):
         again = after.sentence == before.sentence + 1 and after.lead == before.lead
         if again and second != first and is_answer(first):
             # The same words without a thought between correct nothing. Line after line of them, the model runs on,
             # to questions that nobody asked.
             return first if after.line > before.line else Unread.SEVERAL
-    if found:
-        return found[-1][1]
+    if declarations:
+        return declarations[-1][1]
     if question.ends_with_answer:  # weaker words introduce its steps, too
         return None
     alone = (question.stated(line) for line in reversed(list(announced(response))))
@@ -212,9 +213,9 @@ def _read_strictly(answer: str | None, question: Question) -> Answer | Unread:
     """The answer if the text is one, and nothing else."""
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return Unread.UNREADABLE
-    found = question.exact(answer)
-    if found is not None:
-        return found
+    exact = question.exact(answer)
+    if exact is not None:
+        return exact
     named = question.named([answer])  # only to say why
     return named if isinstance(named, Unread) else Unread.UNREADABLE
 

@@ -120,10 +120,10 @@ class Choice:
         led_in = _LEAD_IN.match(text)
         # The text as it stands comes first, because an option's own text may start with "option".
         for candidate in (text, normalize(text[led_in.end() :])) if led_in else (text,):
-            found = _LETTER.fullmatch(candidate) if self.lettered else None
-            if found:
-                index = ord(found["letter"]) - ord("a")
-                if index < len(self.texts) and (found["text"] is None or self._stands_for(found["text"], index)):
+            match = _LETTER.fullmatch(candidate) if self.lettered else None
+            if match:
+                index = ord(match["letter"]) - ord("a")
+                if index < len(self.texts) and (match["text"] is None or self._stands_for(match["text"], index)):
                     return index
             if candidate in self.texts:
                 return self.texts.index(candidate)
@@ -131,18 +131,19 @@ class Choice:
 
     def _stands_for(self, text: str, index: int) -> bool:
         """Whether a text beside an option's letter is the option's, or the beginning of it and no other's."""
-        text, own = normalize(text), self.texts[index]
-        shortened = own.startswith(text) and _SHORTENED.match(own, len(text)) and not text.replace(".", "").isdigit()
-        return text == own or bool(text and shortened and text not in self.texts)
+        text, option = normalize(text), self.texts[index]
+        begins = option.startswith(text) and _SHORTENED.match(option, len(text)) is not None
+        shortened = begins and not text.replace(".", "").isdigit()
+        return text == option or bool(text and shortened and text not in self.texts)
 
     def stated(self, line: str) -> Outcome:
         """The answer that a line begins with or is."""
         index = self.equal(_TRANSLATED.get(line.strip(" .。"), line))
-        found = _LEADING.match(line) if self.lettered and index is None else None
-        if not found:
+        match = _LEADING.match(line) if self.lettered and index is None else None
+        if not match:
             return index
-        index, rest = _index(found["bracketed"] or found["bare"]), normalize(found["rest"])
-        if _MORE_LETTERS.search(found["rest"]) or _ASIDE_AFTER.match(found["rest"]):
+        index, rest = _index(match["bracketed"] or match["bare"]), normalize(match["rest"])
+        if _MORE_LETTERS.search(match["rest"]) or _ASIDE_AFTER.match(match["rest"]):
             return None
         if index >= len(self.texts):
             return Unread.CONFLICT if rest else None
@@ -190,15 +191,15 @@ class Choice:
                     taken[start:end] = b"\1" * len(text)
                     yield start, end, index, False
                 start = lowered.find(text, end)
-        for found in _LETTERS.finditer(clause) if self.lettered or self.labels else ():
-            form = found.lastgroup
-            start, letter = found.start(form), found[form].upper()
+        for match in _LETTERS.finditer(clause) if self.lettered or self.labels else ():
+            form = match.lastgroup
+            start, letter = match.start(form), match[form].upper()
             if form == "label" or (form == "lone" and letter in self.labels):
                 index = self.labels.get(letter)
             else:
                 index = _index(letter) if self.lettered else None
             if index is not None and index < len(self.texts) and not taken[start]:
-                yield start, found.end(), index, True
+                yield start, match.end(), index, True
 
 
 @lru_cache(maxsize=256)
@@ -225,8 +226,8 @@ _LABELLED = re.compile(r"(?:(?:the )?[A-Za-z]+ )?(?P<label>[A-Z])(?: (?:is|looks
 @lru_cache(maxsize=256)
 def _labels(options: tuple[str, ...]) -> dict[str, int]:
     """Which option has which label in its text ("Point A", "A is closer"), if the labels go from A on."""
-    found = ((_LABELLED.match(tidy(option).strip(" $()")), index) for index, option in enumerate(options))
-    labels = {match["label"]: index for match, index in found if match}
+    matches = ((_LABELLED.match(tidy(option).strip(" $()")), index) for index, option in enumerate(options))
+    labels = {match["label"]: index for match, index in matches if match}
     return labels if len(labels) > 1 and sorted(map(_index, labels)) == list(range(len(labels))) else {}
 
 
@@ -271,8 +272,8 @@ def _stands_alone(text: str, start: int, end: int) -> bool:
 
 def _main_clause(passage: str) -> str:
     passage = _PREAMBLE.sub("", passage)
-    found = _REASON.search(passage)
-    return passage[: found.start()] if found and found.start() > 0 else passage
+    match = _REASON.search(passage)
+    return passage[: match.start()] if match and match.start() > 0 else passage
 
 
 _FIGURE = re.compile(r"(?<![\w.,])[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
@@ -302,20 +303,20 @@ class Open:
         return value if is_quantity(value) else None
 
     def declared(self, clause: str) -> Outcome:
-        found = self.named([clause])
-        return found if found is not None else clause.strip(_SURROUNDINGS) or None
+        figure = self.named([clause])
+        return figure if figure is not None else clause.strip(_SURROUNDINGS) or None
 
     def named(self, passages: Sequence[str]) -> Outcome:
         figures: dict[str, None] = {}
         for passage in passages:
             passage = _main_clause(passage)
-            *_, last = [0, *(found.end() for found in _IS.finditer(passage))]
+            *_, last = [0, *(match.end() for match in _IS.finditer(passage))]
             for part in (passage[last:], passage):
                 if (value := self.stated(part)) is not None:
                     figures[value] = None
                     break
-                if found := dict.fromkeys(_FIGURE.findall(part)):
-                    figures |= found
+                if numbers := dict.fromkeys(_FIGURE.findall(part)):
+                    figures |= numbers
                     break
         if len(figures) > 1:
             return Unread.SEVERAL

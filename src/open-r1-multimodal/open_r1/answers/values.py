@@ -185,7 +185,7 @@ _SEEN = _Seen()
 def seen(text: str) -> str:
     """The text as a reader sees it: no direction marks, joiners, soft hyphens or variation selectors; plain digits."""
     # The unseen letters behind a black flag say whose it is: England's is not Scotland's.
-    text = _REGION.sub(lambda found: found[0].translate({ord(tag): ord(tag) - 0xE0000 for tag in found[0]}), text)
+    text = _REGION.sub(lambda match: match[0].translate({ord(tag): ord(tag) - 0xE0000 for tag in match[0]}), text)
     return text.translate(_SEEN)
 
 
@@ -232,12 +232,12 @@ def _quantity(text: str) -> tuple[str, str]:
     text = plain(text).strip(" \n\t$").rstrip(".") if len(text) <= MAX_DRESSED_CHARS else ""
     if len(text) > MAX_EXPRESSION_CHARS:
         return "", ""
-    text = _PI.sub(r"\\pi", _ROOT.sub(lambda found: rf"\sqrt{{{found[found.lastgroup]}}}", text))
-    found = _UNIT.search(text)
-    if not found:
+    text = _PI.sub(r"\\pi", _ROOT.sub(lambda match: rf"\sqrt{{{match[match.lastgroup]}}}", text))
+    match = _UNIT.search(text)
+    if not match:
         return text, ""
-    number = next(number for number in range(len(_UNITS)) if found[f"u{number}"])
-    return text[: found.start()].rstrip(" $~"), list(_UNITS)[number] + (found["power"] or "").strip("^{}")
+    number = next(number for number in range(len(_UNITS)) if match[f"u{number}"])
+    return text[: match.start()].rstrip(" $~"), list(_UNITS)[number] + (match["power"] or "").strip("^{}")
 
 
 # Short arithmetic only: numbers, six brackets, one-letter symbols; no words, no two numbers side by side, no

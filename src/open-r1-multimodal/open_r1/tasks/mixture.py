@@ -91,10 +91,10 @@ def read_part(entry: Any, default: Part, folder: Path, where: str) -> Part:
     path = folder / entry["path"]
     if not path.exists() and is_local(entry["path"]):
         raise MissingFile(f"{where}: path: no file or folder {path}{meant(path)}")
-    own = {column: entry[f"{column}_column"] for column in asdict(Columns()) if f"{column}_column" in entry}
+    columns = {column: entry[f"{column}_column"] for column in asdict(Columns()) if f"{column}_column" in entry}
     return Part(
         path=str(path) if path.exists() else entry["path"],
-        columns=replace(default.columns, **own),
+        columns=replace(default.columns, **columns),
         name=entry.get("name", default.name),
         split=entry.get("split", default.split),
         fraction=fraction,

@@ -38,18 +38,20 @@ def unshown_fields(record: Mapping[str, Any], shown: Collection[str | None], ima
         shown: the fields that its prompt, its options and its answer are made of.
         images: how many images the prompt shows.
     """
-    found = []
+    unshown = []
     for name, value in record.items():
         if name in shown or value in NOTHING:
             continue
         medium = medium_of(value)
         if medium == "image" and (not images or NUMBERED_IMAGE.fullmatch(name)):
-            found.append(f"the image in the field {name} (--image_column names it)")
+            unshown.append(f"the image in the field {name} (--image_column names it)")
         elif medium in ("video", "audio"):
-            found.append(f"the {medium} in the field {name} (only images are shown; of a video give frames as images)")
+            unshown.append(
+                f"the {medium} in the field {name} (only images are shown; of a video give frames as images)"
+            )
         elif name in PROMPT_FIELDS:
-            found.append(f"the field {name}")
-    return found
+            unshown.append(f"the field {name}")
+    return unshown
 
 
 def unshown_in_messages(messages: Sequence[Any], form: str) -> list[str]:
@@ -81,8 +83,8 @@ def unshown_texts(prompt: Sequence[Mapping[str, str]], rendered: str) -> list[st
     rest, missing = " ".join(rendered.split()), []
     for message in prompt:
         text = " ".join(message["content"].split())
-        _, found, behind = rest.partition(text) if text else ("", "", rest)
-        if text and not found:
+        _, shown, behind = rest.partition(text) if text else ("", "", rest)
+        if text and not shown:
             missing.append(f"the {message['role']} message, which the chat template leaves out")
-        rest = behind if found else rest
+        rest = behind if shown else rest
     return missing

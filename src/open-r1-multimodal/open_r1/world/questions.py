@@ -85,17 +85,21 @@ def ask_count(rng: random.Random, level: Level) -> Asked:
     return Asked(f"How many {kind}s are visible in the scene?", options, str(number), (scene,))
 
 
-def ask_closer(rng: random.Random, level: Level) -> Asked:
+def two_of(rng: random.Random, level: Level) -> tuple[list[Seen], Seen, Seen]:
+    """A scene, and two objects in it to compare."""
     scene = any_objects(rng, level, 2)
-    a, b = rng.sample(scene, 2)
+    return scene, *rng.sample(scene, 2)
+
+
+def ask_closer(rng: random.Random, level: Level) -> Asked:
+    scene, a, b = two_of(rng, level)
     near = closer((a, a.distance), (b, b.distance))
     question = f"Which object is closer to the camera taking this photo, the {a.solid.name} or the {b.solid.name}?"
     return Asked(question, (a.solid.name, b.solid.name), near.solid.name, (scene,))
 
 
 def ask_where(rng: random.Random, level: Level) -> Asked:
-    scene = any_objects(rng, level, 2)
-    a, b = rng.sample(scene, 2)
+    scene, a, b = two_of(rng, level)
     dx, dz = a.solid.x - b.solid.x, a.solid.z - b.solid.z
     if abs(dx) > DOMINANCE * abs(dz):
         answer = "left" if is_left(level, a, b) else "right"
@@ -108,8 +112,7 @@ def ask_where(rng: random.Random, level: Level) -> Asked:
 
 
 def ask_left(rng: random.Random, level: Level) -> Asked:
-    scene = any_objects(rng, level, 2)
-    a, b = rng.sample(scene, 2)
+    scene, a, b = two_of(rng, level)
     answer = "yes" if is_left(level, a, b) else "no"
     question = f"Is the {a.solid.name} to the left of the {b.solid.name}?"
     return Asked(question, ("yes", "no"), answer, (scene,))
@@ -185,8 +188,7 @@ def ask_cv_count(rng: random.Random, level: Level) -> Asked:
 
 def ask_cv_relation(rng: random.Random, level: Level) -> Asked:
     """Left or right, above or below: of the two objects' boxes in the image, as the benchmark means it."""
-    scene = any_objects(rng, level, 2)
-    a, b = rng.sample(scene, 2)
+    scene, a, b = two_of(rng, level)
     axis = rng.randrange(2)
     gap = max(a.box[axis], b.box[axis]) - min(a.box[axis + 2], b.box[axis + 2])
     offset = a.centre[axis] - b.centre[axis]
@@ -202,8 +204,7 @@ def ask_cv_relation(rng: random.Random, level: Level) -> Asked:
 
 
 def ask_cv_depth(rng: random.Random, level: Level) -> Asked:
-    scene = any_objects(rng, level, 2)
-    a, b = rng.sample(scene, 2)
+    scene, a, b = two_of(rng, level)
     near = closer((a, a.distance), (b, b.distance))
     boxes, names = (("red", a), ("blue", b)), (a.solid.name, b.solid.name)
     question = (

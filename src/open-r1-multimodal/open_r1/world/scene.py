@@ -8,7 +8,6 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -46,7 +45,6 @@ class Level:
     most: int  # objects in a scene
     hidden: float  # of an object's box that nearer ones may cover
     format: str
-    save_options: tuple[tuple[str, Any], ...]
 
     def project(self, x: float, y: float, z: float) -> tuple[float, float, float]:
         """A point of the world -> its u and v, and its depth along the optical axis in metres."""
@@ -75,7 +73,6 @@ LEVELS = {
         most=4,
         hidden=0.0,
         format="PNG",
-        save_options=(("compress_level", 1),),
     ),
     "full": Level(
         name="full",
@@ -90,7 +87,6 @@ LEVELS = {
         most=7,
         hidden=0.35,
         format="JPEG",
-        save_options=(("quality", 90),),
     ),
 }
 
@@ -157,10 +153,6 @@ def overlap(a: Box, b: Box) -> float:
     return max(0.0, width) * max(0.0, height)
 
 
-def area(box: Box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
 def in_frame(level: Level, box: Box) -> bool:
     return box[0] >= 2 and box[1] >= 2 and box[2] <= level.width - 2 and box[3] <= level.height - 2
 
@@ -168,10 +160,9 @@ def in_frame(level: Level, box: Box) -> bool:
 def is_clear(level: Level, scene: Sequence[Seen]) -> bool:
     """Whether every object is inside the image and hidden by nearer ones by no more than the level allows."""
     for seen in scene:
-        nearer = (other.box for other in scene if other.distance < seen.distance)
-        if not in_frame(level, seen.box):
-            return False
-        if sum(overlap(seen.box, box) for box in nearer) > level.hidden * area(seen.box):
+        left, top, right, bottom = seen.box
+        hidden = sum(overlap(seen.box, other.box) for other in scene if other.distance < seen.distance)
+        if not in_frame(level, seen.box) or hidden > level.hidden * (right - left) * (bottom - top):
             return False
     return True
 
