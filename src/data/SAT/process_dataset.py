@@ -60,15 +60,18 @@ COLUMN_TYPES = {
     "correct_answer": ("a string", TEXT),
 }
 
-Settings = dict[str, Any]  # everything that the output depends on; what was made with others is not overwritten
-Counts = dict[str, Any]  # rows read (`next_row`), rows `kept`, and rows `skipped` by reason
+# Everything that the output depends on; what was made with other settings is not overwritten.
+Settings = dict[str, Any]
+# Rows read (`next_row`), rows `kept`, and rows `skipped` by reason.
+Counts = dict[str, Any]
 
 
 def table(counts: Counts) -> str:
     """What was kept and what was skipped, by reason, most frequent first."""
     skipped = Counter(counts["skipped"]).most_common()
-    lines = [("kept", counts["kept"]), *((f"skipped: {reason}", number) for reason, number in skipped)]
-    lines.append(("rows read", counts["next_row"]))
+    lines = [("kept", counts["kept"])]
+    lines += [(f"skipped: {reason}", number) for reason, number in skipped]
+    lines += [("rows read", counts["next_row"])]
     return "\n".join(f"  {printable(what):<52}{number:>9,}" for what, number in lines)
 
 
@@ -113,16 +116,17 @@ def convert_rows(
     Raises:
         Mistake: a damaged page.
     """
-    row = 0
+    row, columns = 0, list(COLUMN_TYPES)
     # Pillow decodes outside the interpreter's lock, so threads are enough.
     with ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
         try:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(COLUMN_TYPES), use_threads=False):
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
                 results = pool.map(convert, batch.to_pylist(), range(row, row + len(batch)))
                 yield from enumerate(results, start=row)
                 row += len(batch)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise Mistake(f"{path}: damaged after row {row} ({first_line(error)}); fetch it again") from error
+            where = f"{path}: damaged after row {row}"
+            raise Mistake(f"{where} ({first_line(error)}); fetch it again") from error
 
 
 def save_example(example: Example, row: int, name: str, folder: Path) -> dict[str, Any]:
@@ -186,9 +190,10 @@ def check_finished(json_path: Path, info_path: Path, settings: Settings) -> str:
         raise Mistake(f"{info_path}: damaged ({error!r}); delete {json_path} to make both anew") from error
     if info.get("sha256", digest(json_path)) != digest(json_path):
         raise Mistake(f"{json_path}: was changed since it was made; delete it to make it anew")
-    for image in (json_path.parent / name for record in read_json(json_path) for name in record["images"]):
-        if not image.is_file() or not image.stat().st_size:
-            raise Mistake(f"{image}: the image is lost; delete {json_path} to make it anew")
+    for record in read_json(json_path):
+        for image in (json_path.parent / name for name in record["images"]):
+            if not image.is_file() or not image.stat().st_size:
+                raise Mistake(f"{image}: the image is lost; delete {json_path} to make it anew")
     return finished
 
 
@@ -201,7 +206,8 @@ def prepare(parquet: Path, settings: Settings, file: pq.ParquetFile, output_dir:
     name = f"SAT_{settings['fold']}_{settings['total_num'] or 'all'}"
     json_path, info_path = output_dir / f"{name}.json", output_dir / f"{name}.info.json"
     if json_path.exists():
-        print(f"{json_path} is finished; nothing to do.\n{check_finished(json_path, info_path, settings)}")
+        finished = check_finished(json_path, info_path, settings)
+        print(f"{json_path} is finished; nothing to do.\n{finished}")
         return
     images = output_dir / "images" / name
     images.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +220,8 @@ def prepare(parquet: Path, settings: Settings, file: pq.ParquetFile, output_dir:
                 print(table(counts))
                 raise Mistake(f"{parquet}: no row was kept; the table says why")
             delete(images)
-        replace_file(info_path, to_json({"settings": settings, "counts": counts, "sha256": digest(new_json)}))
+        info = {"settings": settings, "counts": counts, "sha256": digest(new_json)}
+        replace_file(info_path, to_json(info))
     if counts["kept"] < settings["total_num"]:
         print(f"The file has no more than these; {name} still names the {settings['total_num']:,} asked for.")
     print(f"{json_path}\n{table(counts)}")

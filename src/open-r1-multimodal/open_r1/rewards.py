@@ -155,7 +155,8 @@ def order_consistency_reward(
         return [None] * len(completions)
     samples = []
     for completion, order, question in zip(completions, options, rotation_of, strict=True):
-        samples.append((question, order, _choice(extract_answer(completion_text(completion)), order)))
+        answer = extract_answer(completion_text(completion))
+        samples.append((question, order, _choice(answer, order)))
     rewards: list[float | None] = []
     for question, order, choice in samples:
         others = [other for same, another, other in samples if same == question and another != order]
@@ -308,4 +309,5 @@ def _shortened(value: Any) -> str:
 def told_apart(names: list[str]) -> list[str]:
     """The names, with a number behind one that was there before."""
     counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
-    return [name if count == 1 else f"{name}_{count}" for name, count in zip(names, counts, strict=True)]
+    numbered = zip(names, counts, strict=True)
+    return [name if count == 1 else f"{name}_{count}" for name, count in numbered]

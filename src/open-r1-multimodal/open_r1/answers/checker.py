@@ -119,8 +119,10 @@ def _box(response: Response, question: Question) -> Outcome:
 
 def _declaration(response: Response, question: Question) -> Outcome:
     """The last "the answer is B", which corrects the earlier ones; else the last of weaker words."""
-    declarations = [(declaration, _declared(declaration.clause, question)) for declaration in said(response)]
-    declarations = [(declaration, outcome) for declaration, outcome in declarations if outcome is not None]
+    declarations = []
+    for declaration in said(response):
+        if (outcome := _declared(declaration.clause, question)) is not None:
+            declarations.append((declaration, outcome))
     for (before, first), (after, second) in pairwise(declarations):
         again = after.sentence == before.sentence + 1 and after.lead == before.lead
         if again and second != first and is_answer(first):

@@ -67,7 +67,8 @@ def _evaluate(parsed: list[Any]) -> list[complex]:
     for seed in (1.2345, 0.6789):
         point = {letter: math.sqrt(seed + ord(letter.name[0])) for letter in parsed[0].free_symbols}
         values.append(parsed[0].evalf(subs=point))
-    return [complex(value) for value in values] if all(value.is_number and value.is_finite for value in values) else []
+    has_values = all(value.is_number and value.is_finite for value in values)
+    return [complex(value) for value in values] if has_values else []
 
 
 def is_quantity(text: str) -> bool:

@@ -48,7 +48,8 @@ def require(is_clear_enough: bool) -> None:
 def is_left(level: Level, a: Seen, b: Seen) -> bool:
     """Whether a is to the left of b; unclear when it is close, or when the image and the floor plan disagree."""
     du, dx = a.centre[0] - b.centre[0], a.solid.x - b.solid.x
-    require(abs(du) >= SIDE_MARGIN * level.width and abs(dx) >= a.solid.radius and (du < 0) == (dx < 0))
+    require(abs(du) >= SIDE_MARGIN * level.width and abs(dx) >= a.solid.radius)
+    require((du < 0) == (dx < 0))
     return du < 0
 
 
@@ -133,7 +134,8 @@ def ask_perspective(rng: random.Random, level: Level) -> Asked:
     x = rng.uniform(-0.4, 0.4) * level.width / level.focal * z
     dx, dz = target.solid.x - x, target.solid.z - z
     mark = mark_box(level, x, z)
-    require(abs(dz) >= 2 * target.solid.radius and abs(dx) <= DOMINANCE * abs(dz) and in_frame(level, mark))
+    require(abs(dz) >= 2 * target.solid.radius and abs(dx) <= DOMINANCE * abs(dz))
+    require(in_frame(level, mark))
     require(not any(overlap(mark, seen.box) for seen in scene))
     facing = rng.choice(["left", "right"])
     question = (
