@@ -17,7 +17,7 @@ from open_r1.running.data import DataArguments, load_dataset, load_datasets_from
 from open_r1.tasks.examples import Columns, iter_rows
 from open_r1.tasks.unshown import unshown_texts
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
-from support import load_script, make_config, vowel_share, write_examples
+from support import load_script, make_config, vowel_share
 
 
 def talk(question: str = "What is it?", **of_the_question: object) -> list[dict]:
@@ -193,14 +193,6 @@ def test_an_answer_that_is_named_wins_over_the_dialogues(folder):
     path = write(folder, {"messages": talk(), "gold": "a cube"})
     assert [row["solution"] for row, _ in iter_rows(path, Columns(answer="gold"))] == ["a cube"]
     assert [row["solution"] for row, _ in iter_rows(path)] == ["a ball"]
-
-
-def test_a_column_must_be_there_in_each_set_of_a_mixture(folder, processors):
-    write(folder, columns(picture="a.png"))
-    write_examples(folder / "more", 2)
-    (folder / "m.yaml").write_text("datasets:\n- {path: rows.json}\n- {path: more/examples.json}\n")
-    with pytest.raises(ValueError, match=r"more/examples\.json: row 0: no field picture; it has messages, images, "):
-        load_dataset(folder / "m.yaml", processors["base"], columns=Columns(image="picture"))
 
 
 # --- a trainer in a script of one's own --------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    # sat.sniff_image judges the images; Pillow's notices would only print into the progress bar.
+    # sat.convert_row judges the images; Pillow's notices would only print into the progress bar.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     file = open_parquet(args.parquet)
