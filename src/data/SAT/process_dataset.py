@@ -42,7 +42,7 @@ from open_r1.tasks.sat import FOLDS, Example, Skip, convert_row, to_record
 
 FORMAT_VERSION = 1  # of the output; part of the settings, so that a change never passes for older work
 PAPER_EXAMPLES = 15000
-BATCH_ROWS = 64  # held as Python objects at a time
+BATCH_ROWS = 48  # held as Python objects at a time
 BUFFER_BYTES = 1 << 20  # of each column read from disk at a time
 MAX_WORKERS = 4  # each may hold one decoded image of images.MAX_PIXELS
 
