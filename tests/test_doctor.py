@@ -47,7 +47,7 @@ from open_r1.rewards import accuracy_reward, bare_accuracy_reward, get_reward_fu
 from open_r1.running.data import count_prompt_tokens
 from open_r1.running.entry import Command
 from open_r1.settings.recipes import merge_recipes
-from open_r1.tasks.examples import iter_examples, read_examples
+from open_r1.tasks.examples import read_examples
 from open_r1.tiny import make_config as make_model_config
 from open_r1.tiny import make_model, make_processor, make_tokenizer
 from support import families, load_weights, make_config, make_trainer, run_grpo, write_examples
@@ -523,12 +523,12 @@ def test_a_survey_goes_on_after_what_is_wrong(tmp_path, monkeypatch):
         if row["solution"] == "red":
             raise Mistake("no red")
 
-    found = survey(iter_examples(data), check)
+    found = survey(read_examples(data), check)
     assert (found.rows, found.images, found.decoded) == (8, 8, 8)
     assert [text.split(":")[0] for text in found.broken] == ["row 2", "row 5"]
     assert found.unusable == ["row 0: no red", "row 6: no red"]
     monkeypatch.setattr("open_r1.doctor.survey.DECODING_SECONDS", -1)
-    hurried = survey(iter_examples(data), check)
+    hurried = survey(read_examples(data), check)
     assert hurried.decoded == 0 and hurried.broken == [] and hurried.shown[1] == found.shown[1]
 
 

@@ -24,7 +24,7 @@ from open_r1.engines.shared_prefix import Prompt, pack
 from open_r1.engines.vllm_backends import collapse_image_tokens
 from open_r1.models.families import FAMILIES
 from open_r1.rewards import accuracy_reward, format_reward
-from open_r1.tasks.examples import iter_examples
+from open_r1.tasks.examples import iter_rows
 from open_r1.tasks.sat import Example, Skip, convert_row, to_record
 from open_r1.trainer.sampling import shuffle_groups
 
@@ -235,7 +235,7 @@ def read(path: Path) -> tuple[list[dict], str]:
     """The rows of a file up to its first mistake, and that mistake, one line that begins with the file, or nothing."""
     rows, error = [], ""
     try:
-        for row in iter_examples(path):
+        for row, _ in iter_rows(path):
             rows.append(row)
     except (OSError, ValueError) as mistake:
         error = str(mistake)

@@ -162,23 +162,16 @@ def test_every_option_of_sft_works_or_is_refused(tiny_model, tmp_path):
 
 GRPO_REFUSED = [
     ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32: TRL finds the embeddings"),
-    (
-        {"use_transformers_continuous_batching": True},
-        r"use_transformers_continuous_batching: it \(.*\) takes no images",
-    ),
+    ({"use_transformers_continuous_batching": True}, r"use_transformers_continuous_batching: it \(.*\) takes no"),
     ({"cache_implementation": "static"}, "cache_implementation: the shared prefix has a cache of its own"),
     ({"include_for_metrics": ["inputs"]}, "include_for_metrics: rewards are the metrics"),
     ({"sync_ref_model": True, "beta": 0.0}, "sync_ref_model: without beta there is no reference"),
-    ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef: no model that is supported here is a mixture"),
     ({"save_strategy": "best"}, "save_strategy: best is told by metric_for_best_model"),
     ({"importance_sampling_level": "word"}, "importance_sampling_level: 'word' is none of token, sequence"),
     ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers option needs num_workers > 0"),
-    ({"dataloader_multiprocessing_context": "spawn"}, "dataloader_multiprocessing_context can only be used with"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type cosine_with_min_lr, lr_scheduler_kwargs: One of"),
-    ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type warmup_stable_decay, lr_scheduler_kwargs: "),
     ({"cache_implementation": "quantized", "shared_prefix": False}, "cache_implementation: optimum-quanto"),
     ({"optim": "schedule_free_adamw"}, "optim: .*schedulefree"),
-    ({"optim": "grokadamw"}, "optim: .*grokadamw"),
     ({"report_to": "trackio"}, "report_to: .*trackio"),
 ]
 
@@ -194,18 +187,13 @@ def test_an_option_that_cannot_work_is_refused_before_weights_load(changes, mess
 
 SFT_REFUSED = [
     ({"packing": True}, "packing: a row with images is one example"),
-    ({"padding_free": True}, "padding_free: a row with images is one example"),
     ({"assistant_only_loss": True}, "assistant_only_loss: the answer alone is learned anyway"),
-    ({"completion_only_loss": False}, "completion_only_loss: the answer alone is learned"),
     ({"chat_template_path": "x"}, "chat_template_path: chat_template names"),
-    ({"eos_token": "<|im_end|>"}, "eos_token: a model keeps its family's tokens"),
     ({"remove_unused_columns": True}, "remove_unused_columns: the answer and the images are columns"),
     ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: the length of a row"),
     ({"max_length": 512}, "max_length: a cut would lose image tokens"),
-    ({"dataset_text_field": "body"}, "dataset_text_field: it prepares rows of texts"),
     ({"loss_type": "mse"}, "loss_type: SFT's are nll, dft"),
     ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef: no model"),
-    ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers option needs num_workers > 0"),
 ]
 
 

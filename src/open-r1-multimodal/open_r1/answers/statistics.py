@@ -106,7 +106,7 @@ def judge_row(row: Row, parser: str) -> dict[str, Any]:
     What it finds unreadable counts as cut off where generation is known to have been.
 
     Raises:
-        ValueError: the ground truth is none of the options.
+        Mistake: the ground truth is none of the options.
     """
     gold, options = row["ground_truth"], row["options"]
     lettered = _LETTER.fullmatch(gold) is not None
@@ -142,7 +142,7 @@ def gold_index(row: Row) -> int:
     """The position of the right option.
 
     Raises:
-        ValueError: the ground truth is none of the options.
+        Mistake: the ground truth is none of the options.
     """
     gold, options = row["ground_truth"], row["options"]
     names = [f"({letter})" for letter in ascii_uppercase[: len(options)]] if _LETTER.fullmatch(gold) else options
