@@ -17,7 +17,7 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
     The folder's name is the commit. When the hub cannot be reached, what is cached is taken.
 
     Raises:
-        OSError: it cannot be had; the message names it and the reason, in one line.
+        FileMistake: it cannot be had; the line names it and the reason.
     """
     import httpx  # what the hub's client speaks through; both need half a second that local files do without
     from huggingface_hub import constants, get_session, snapshot_download
@@ -28,15 +28,8 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
         RepositoryNotFoundError,
     )
 
-    def limit(request: httpx.Request) -> None:
-        """A hub that takes a connection and says nothing is waited for as long as one that takes none."""
-        known = request.extensions["timeout"]
-        request.extensions["timeout"] = {
-            what: seconds or constants.HF_HUB_ETAG_TIMEOUT for what, seconds in known.items()
-        }
-
-    session = get_session()  # the client's own, which sets no limit to most requests
-    session.event_hooks = {"request": [*session.event_hooks["request"], limit]}
+    # The client sets no limit to most requests: a hub that takes a connection and says nothing is not waited for.
+    get_session().timeout = constants.HF_HUB_ETAG_TIMEOUT
     try:
         return Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns=list(files)))
     except HFValidationError as error:
@@ -56,7 +49,7 @@ def model_folder(model_name_or_path: str | Path, revision: str = "main", files: 
     """The folder of a model: itself, or where these files of the hub's model of that name are now.
 
     Raises:
-        OSError: what `fetch` raises.
+        FileMistake: it is a file, or what `fetch` raises.
     """
     folder = Path(model_name_or_path).expanduser()
     if folder.is_file():

@@ -1,18 +1,14 @@
-"""Shows progress while a run trains, and writes its log and `run.json`.
-
-`RunLog` writes `run.json`, what was run, and `log.jsonl`, one line a log event. `ProgressLines` prints one line a log
-event, `Warnings` one when a guard of `guards.py` begins to warn.
-"""
+"""Shows progress while a run trains, and writes its log and `run.json`."""
 
 import json
 import os
 import re
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -40,7 +36,6 @@ from open_r1.running.provenance import (
 
 LOG = "log.jsonl"
 SHORT = {"accuracy_reward": "accuracy", "format_reward": "format"}  # in a line; other rewards keep their name
-RECENT_STEPS = 20  # whose seconds the ETA expects of the steps to come
 
 
 def add_run_callbacks(
@@ -60,7 +55,8 @@ def add_run_callbacks(
         script_args: dataclass with `dataset_name` and `eval_dataset_name`.
         model_args: dataclass with `model_name_or_path`.
         recipes: names of the files that the settings come from.
-        record: more for `run.json`: `arguments` as they were given, before the trainer filled them in, and `data`.
+        record: more for `run.json`, which wins over what is found here: `arguments` as they were before the trainer
+            filled them in, and `data`.
         continued: folder of the run that this one goes on with; None: its own.
     """
     for callback in (ProgressCallback, PrinterCallback):
@@ -120,25 +116,22 @@ class RunLog(TrainerCallback):
         started = datetime.now(UTC).isoformat(timespec="seconds")
         record = {**self.run, "started": started, "world_size": args.world_size, "max_steps": state.max_steps}
         if state.global_step:
-            then = read_record(self.continued or folder)
-            record |= self.resumed(then, args, state.global_step, started, optimizer)
+            self.describe_resume(record, read_record(self.continued or folder), state.global_step, args, optimizer)
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / RUN, json.dumps(record, indent=2).encode() + b"\n")
         # A run that starts anew keeps nothing, not even an evaluation before its first step.
         keep_rows(folder / LOG, lambda row: 0 < state.global_step >= row["step"])
 
-    def resumed(
-        self, then: Mapping[str, Any], args: TrainingArguments, step: int, now: str, optimizer: Any
-    ) -> dict[str, Any]:
+    def describe_resume(
+        self, record: dict[str, Any], then: Mapping[str, Any], step: int, args: TrainingArguments, optimizer: Any
+    ) -> None:
         """Say what a run goes on with that it did not begin with, and what it keeps against its arguments.
 
         Args:
-            then: its `run.json` so far.
+            record: what `run.json` is going to hold, which is completed here.
+            then: what it held.
+            step: where the run goes on.
             args, optimizer: of this launch.
-            step, now: where and when it goes on.
-
-        Returns:
-            What `run.json` holds of it.
         """
         kept = settings_in_force(args, optimizer)
         changed = changes(then, self.run, but=kept)
@@ -150,14 +143,10 @@ class RunLog(TrainerCallback):
                 "to change it, train from the checkpoint's weights (MODEL) in another OUTPUT",
                 file=sys.stderr,
             )
-        earlier = then.get("resumes")
-        resume = {"step": step, "time": now, "changed": changed, "kept": kept}
-        found = {"resumes": [*(earlier if isinstance(earlier, list) else []), resume]}
-        if isinstance(then.get("started"), str):
-            found["started"] = then["started"]
-        if "arguments" in self.run:
-            found["arguments"] = {**self.run["arguments"], **kept}
-        return found
+        resume = {"step": step, "time": record["started"], "changed": changed, "kept": kept}
+        record["resumes"] = [*then.get("resumes", []), resume]
+        record["started"] = then.get("started", record["started"])
+        record["arguments"] = {**record["arguments"], **kept}
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
@@ -183,8 +172,7 @@ def describe(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
         logs: of GRPO or SFT, as the trainer logs them.
         prefix: "eval_" for an evaluation, "blind_" for one without images.
     """
-    found = (re.fullmatch(rf"{prefix}rewards/(.+)/mean", key) for key in logs)
-    names = [match[1] for match in found if match]
+    names = [match[1] for key in logs if (match := re.fullmatch(rf"{prefix}rewards/(.+)/mean", key))]
     if names:
         cells = [] if prefix else [("reward", "reward", "6.3f")]  # "held-out" stands there
         cells += [(SHORT.get(name, name), f"rewards/{name}/mean", "5.3f") for name in names]
@@ -193,14 +181,6 @@ def describe(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
         cells = [("loss", "loss", "7.4f"), ("token accuracy", "mean_token_accuracy", "5.3f")]
     values = [(label, logs[prefix + key], form) for label, key, form in cells if prefix + key in logs]
     return [f"{label} {'-' if value is None else format(value, form)}" for label, value, form in values]
-
-
-def evaluations(logs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The evaluations in a log event: the prefix of their figures, the kind (eval, blind) and the name of their set."""
-    found = (
-        re.fullmatch(r"((eval|blind)_(?:(.+)_)?)(?:completions/mean_length|mean_token_accuracy)", key) for key in logs
-    )
-    return [(match[1], match[2], match[3] or "") for match in found if match] or [("eval_", "eval", "")]
 
 
 class ProgressLines(TrainerCallback):
@@ -214,9 +194,7 @@ class ProgressLines(TrainerCallback):
     ) -> None:
         """Start the clock; steps before a resume took another session's time."""
         self.first_step, self.start = state.global_step, time.perf_counter()
-        self.steps_seconds = 0.0
-        self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
-        self.since_log: list[float] = []
+        self.seconds: list[float] = []  # of the steps since the last line
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """A step starts with its rollout."""
@@ -224,38 +202,29 @@ class ProgressLines(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Its update is done."""
-        seconds = time.perf_counter() - self.step_start
-        self.steps_seconds += seconds
-        self.recent.append(seconds)
-        self.since_log.append(seconds)
+        self.seconds.append(time.perf_counter() - self.step_start)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
         """Print the event; the summary at the end of training is left to the run files."""
-        self.close_bar()
-        is_evaluation = any(key.startswith(("eval_", "blind_")) for key in logs)
-        if not state.is_world_process_zero or not (is_evaluation or "loss" in logs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        kinds = {"eval_": "held-out", "blind_": "without image"}
+        prefix = next((prefix for prefix in kinds if any(key.startswith(prefix) for key in logs)), "")
+        if not state.is_world_process_zero or not (prefix or "loss" in logs):
             return
         cells = [f"step {state.global_step:{len(str(state.max_steps))}}/{state.max_steps}"]
-        if is_evaluation:
-            for prefix, kind, name in evaluations(logs):
-                title = {"blind": "without image", "eval": "held-out"}[kind] + (f" {name}" if name else "")
-                cells += [f"{title:13}" if f"{prefix}reward" in logs else title, *describe(logs, prefix)]
+        if prefix:
+            cells += [f"{kinds[prefix]:13}" if f"{prefix}reward" in logs else kinds[prefix], *describe(logs, prefix)]
         else:
-            seconds = sum(self.since_log) / max(len(self.since_log), 1)
-            self.since_log.clear()
-            left = self.seconds_left(state)
-            cells += [*describe(logs), f"{seconds:5.1f} s", f"ETA {tqdm.format_interval(left)}"]
+            # the steps to come take as long as those of this session, evaluations and checkpoints included
+            a_step = (time.perf_counter() - self.start) / max(state.global_step - self.first_step, 1)
+            left = tqdm.format_interval((state.max_steps - state.global_step) * a_step)
+            cells += [*describe(logs), f"{fmean(self.seconds or [0.0]):5.1f} s", f"ETA {left}"]
+            self.seconds.clear()
         print("  ".join(cells), flush=True)
-
-    def seconds_left(self, state: TrainerState) -> float:
-        """What the steps to come take: as long as recent ones, and their share of evaluations and checkpoints."""
-        done = state.global_step - self.first_step
-        if not done:
-            return 0.0
-        between = max(time.perf_counter() - self.start - self.steps_seconds, 0.0) / done
-        return (state.max_steps - state.global_step) * (sum(self.recent) / len(self.recent) + between)
 
     def on_prediction_step(
         self,
@@ -271,12 +240,6 @@ class ProgressLines(TrainerCallback):
                 self.bar = tqdm(total=len(eval_dataloader), desc="held-out", leave=False, disable=None)
             self.bar.update(1)
 
-    def close_bar(self) -> None:
-        """The evaluation is over."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
 
 # --- warnings -------------------------------------------------------------------------------------------------
 
@@ -290,9 +253,7 @@ class Warnings(TrainerCallback):
         """Look at a step's event, and at those before it, which a checkpoint brings along."""
         if not state.is_world_process_zero or "loss" not in logs:
             return
-        found = new_warnings([event for event in state.log_history if "loss" in event])
-        for name, sentence in found.items():
+        for name, sentence in new_warnings([event for event in state.log_history if "loss" in event]).items():
             print(f"warning: step {state.global_step}: {name}: {sentence}", file=sys.stderr, flush=True)
-        rows = [{"step": state.global_step, "time": time.time(), "guard": k, "warning": v} for k, v in found.items()]
-        if rows:
-            append_rows(Path(args.output_dir) / LOG, rows)
+            row = {"step": state.global_step, "time": time.time(), "guard": name, "warning": sentence}
+            append_rows(Path(args.output_dir) / LOG, [row])

@@ -26,23 +26,14 @@ from open_r1.base.errors import MissingFile, Mistake
 from open_r1.base.files import MANIFEST, delete, replacing
 from open_r1.models.loading import adapter_folder, check_adapter, restore_weights
 
-NO_MANIFEST = f"{MANIFEST} lists no files"
 # What a checkpoint holds for resuming alone. The rest is the model, as `save_model` writes it.
 RESUME_FILES = ("optimizer*", "scheduler*", "rng_state*", "global_step*", "latest", "zero_to_*", MANIFEST)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every `checkpoint-*` in a run's folder, complete or not, oldest step first.
-
-    A link counts, whether or not there is a folder where it leads.
-    """
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() or path.is_symlink()]
-    return sorted((int(match[1]), path) for path in found if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)))
-
-
-def lost_link(path: Path) -> str | None:
-    """What a link is that leads nowhere, in words; None for anything else."""
-    return f"a link to {path.readlink()}, which is not there" if path.is_symlink() and not path.exists() else None
+    """(step, path) of every `checkpoint-*` in a run's folder, complete or not, links included, oldest step first."""
+    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def remove(checkpoint: Path) -> None:
@@ -56,9 +47,14 @@ def remove(checkpoint: Path) -> None:
 
 def seal(checkpoint: Path) -> None:
     """Declare a checkpoint complete: its manifest, {file: size in bytes}, appears at once and last."""
-    with replacing(checkpoint / MANIFEST) as temporary:  # what a killed run left of one is no file of the checkpoint
+    with replacing(checkpoint / MANIFEST) as temporary:
         files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
         temporary.write_text(json.dumps({str(path.relative_to(checkpoint)): path.stat().st_size for path in files}))
+
+
+def is_sealed(checkpoint: Path) -> bool:
+    """Whether a checkpoint was declared complete."""
+    return (checkpoint / MANIFEST).exists()
 
 
 def unseal(checkpoint: Path) -> None:
@@ -67,25 +63,31 @@ def unseal(checkpoint: Path) -> None:
 
 
 def find_defect(checkpoint: str | Path) -> str | None:
-    """Why a checkpoint is not complete, in words, or None when it is."""
-    manifest = Path(checkpoint) / MANIFEST
-    if lost := lost_link(Path(checkpoint)):
-        return lost
-    if not manifest.is_file():
+    """Why a checkpoint is not complete, in words, or None when it is.
+
+    Raises:
+        Mistake: it is a link that leads nowhere, or its manifest lists no files; no interrupted run leaves these.
+    """
+    path = Path(checkpoint)
+    if path.is_symlink() and not path.exists():
+        raise Mistake(
+            f"{path}: a link to {path.readlink()}, which is not there; bring it back, or delete the link to go on from "
+            "the one before"
+        )
+    text = (path / MANIFEST).read_bytes() if is_sealed(path) else b""
+    if not text.strip(b"\0"):  # a crash of the machine can leave it empty
         return f"half-written (no {MANIFEST})"
-    text = manifest.read_bytes()
-    if not text.strip(b"\0"):  # as a crash of the machine leaves it
-        return f"half-written ({MANIFEST} is empty)"
     try:
         sizes = json.loads(text).items()
-    except (ValueError, AttributeError, RecursionError):
-        return NO_MANIFEST
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise Mistake(
+            f"{path}: {MANIFEST} lists no files; delete the folder to go on from the one before it"
+        ) from error
     for name, size in sizes:
-        path = Path(checkpoint) / name
-        if not path.is_file():
+        if not (path / name).is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if (path / name).stat().st_size != size:
+            return f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
     return None
 
 
@@ -93,16 +95,12 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest complete checkpoint of a run; every newer one that is not is reported in a line and passed over.
 
     Raises:
-        ValueError: a newer one has a manifest that no interrupted run leaves, or is a link that leads nowhere.
+        Mistake: as `find_defect` does of a newer one.
     """
     for _, checkpoint in reversed(list_checkpoints(output_dir)):
         defect = find_defect(checkpoint)
         if defect is None:
             return str(checkpoint)
-        if lost_link(checkpoint):
-            raise Mistake(f"{checkpoint}: {defect}; bring it back, or delete the link to go on from the one before")
-        if defect == NO_MANIFEST:
-            raise Mistake(f"{checkpoint}: {defect}; delete the folder to go on from the one before it")
         PartialState().print(f"{checkpoint}: passed over, {defect}")
     return None
 
@@ -111,34 +109,25 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> s
     """`auto`: the newest complete checkpoint of the output folder, if it has one; `none`: start anew; else the path.
 
     Raises:
-        FileNotFoundError: when the path is no folder, or one that a run cannot continue from.
-        ValueError: there is no checkpoint, and an earlier run's work, which a new run would write over.
+        MissingFile: the path is no folder, or one that a run cannot continue from.
+        Mistake: there is no checkpoint, and an earlier run's work, which a new run would write over.
     """
-    if resume_from_checkpoint == "auto":
-        checkpoint = last_complete_checkpoint(output_dir)
-    elif resume_from_checkpoint in (None, "none"):
-        checkpoint = None
-    else:
-        checkpoint = named_checkpoint(resume_from_checkpoint)
+    if resume_from_checkpoint not in ("auto", "none", None):
+        return named_checkpoint(resume_from_checkpoint)
+    checkpoint = last_complete_checkpoint(output_dir) if resume_from_checkpoint == "auto" else None
     if checkpoint is None:
         check_unused(output_dir, resume_from_checkpoint)
     return checkpoint
 
 
 def named_checkpoint(name: str) -> str:
-    """The path, if it is a checkpoint and not known to be half-written.
-
-    Raises:
-        FileNotFoundError: it is not.
-    """
+    """The path, if it is a checkpoint and not known to be half-written."""
     path = Path(name)
-    if lost := lost_link(path):
-        raise MissingFile(f"resume_from_checkpoint: {path} is {lost}")
     if not path.is_dir():
         raise MissingFile(f"resume_from_checkpoint: no folder {path}")
     if not (path / "trainer_state.json").is_file():
         raise MissingFile(f"resume_from_checkpoint: {path} is no checkpoint of a run (no trainer_state.json)")
-    if (path / MANIFEST).exists() and (defect := find_defect(path)):
+    if is_sealed(path) and (defect := find_defect(path)):
         raise MissingFile(f"resume_from_checkpoint: {path}: {defect}")
     return name
 
@@ -149,17 +138,17 @@ def check_unused(output_dir: str | Path, resume_from_checkpoint: str | None = No
     nothing when it is continued.
 
     Raises:
-        ValueError: there is something; the message names it.
+        Mistake: there is something; the line names it.
     """
     folder = Path(output_dir)
-    rows = [path for path in folder.glob("trajectories/*.jsonl") if path.stat().st_size]
-    logs = [*rows, *folder.glob("log.jsonl")]
-    found = sorted(folder.glob("*.safetensors")) if logs else []
-    if resume_from_checkpoint != "auto":
-        past = [path for _, path in list_checkpoints(folder)]
-        found += [path for path in past if (path / MANIFEST).exists() or lost_link(path)] + rows
-    if found:
-        name = found[0].relative_to(folder)
+    works = [path for path in folder.glob("trajectories/*.jsonl") if path.stat().st_size]
+    models = sorted(folder.glob("*.safetensors")) if works or (folder / "log.jsonl").exists() else []
+    if resume_from_checkpoint == "auto":
+        works = []
+    else:
+        works += [path for _, path in list_checkpoints(folder) if is_sealed(path) or path.is_symlink()]
+    if models or works:
+        name = [*models, *works][0].relative_to(folder)
         raise Mistake(
             f"{folder}: holds an earlier run ({name}), and a new one would write over it; choose another OUTPUT, or "
             "move this one away"
@@ -213,7 +202,7 @@ class Layout:
         """That of a launch with a file of accelerate's.
 
         Raises:
-            ValueError: when accelerate cannot read it.
+            Mistake: accelerate cannot read it.
         """
         try:
             config = load_config_from_file(path)
@@ -240,10 +229,9 @@ def check_layout(checkpoint: str, layout: Layout) -> None:
     """See that a launch can load the optimiser's state of a checkpoint.
 
     Raises:
-        ValueError: when it was written under another layout, or without that state.
+        Mistake: it was written under another layout, or without that state.
     """
     saved = Layout.of_checkpoint(checkpoint)
-    anew = "or start anew in another OUTPUT"
     if saved is None:
         raise Mistake(
             f"{checkpoint}: holds the model without optimizer and schedule (save_only_model), so the run cannot go on; "
@@ -252,7 +240,7 @@ def check_layout(checkpoint: str, layout: Layout) -> None:
     if saved.zero_stage != layout.zero_stage or (saved.zero_stage and saved.processes != layout.processes):
         raise Mistake(
             f"{checkpoint}: was written by {saved}, and this is {layout}; launch as then "
-            f"(NUM_PROCESSES, NUM_MACHINES, ACCELERATE_CONFIG), {anew}"
+            "(NUM_PROCESSES, NUM_MACHINES, ACCELERATE_CONFIG), or start anew in another OUTPUT"
         )
 
 
@@ -294,10 +282,10 @@ class CompleteCheckpoints(TrainerCallback):
         if not self.limit:
             return
         past = [path for step, path in list_checkpoints(args.output_dir) if step <= state.global_step]
-        complete = [path for path in past if find_defect(path) is None]
+        newest = [path for path in past if is_sealed(path)][-self.limit :]
         best = os.path.realpath(state.best_model_checkpoint or ".")  # OUTPUT may have been told in other words
         for checkpoint in past:
-            if checkpoint not in complete[-self.limit :] and os.path.realpath(checkpoint) != best:
+            if checkpoint not in newest and os.path.realpath(checkpoint) != best:
                 remove(checkpoint)
 
 

@@ -2,10 +2,12 @@
 
 import hashlib
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ from trl import ModelConfig
 from trl.data_utils import prepare_multimodal_messages
 
 from open_r1.base.errors import Mistake, printable
-from open_r1.base.files import replacing
 from open_r1.base.images import EXTENSIONS, BrokenImage, ImageSource, check_image, image_bytes, image_size, opened
 from open_r1.base.prompts import join_options
 from open_r1.configs import DataArguments
@@ -68,27 +69,22 @@ def load_datasets_from_args(
     has_begun: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
     """`load_dataset` with the values of a recipe: what to train on, and what is held out, which is never rotated."""
-    columns = columns_of(data_args)
-
-    def load(name: str, split: str, rotate_options: bool = False) -> Dataset:
-        return load_dataset(
-            name,
-            processor,
-            data_args.max_prompt_length,
-            columns=columns,
-            config=data_args.dataset_config,
-            split=split,
-            checks=checks,
-            max_answer_length=max_answer_length,
-            rotate_options=rotate_options,
-            has_begun=has_begun,
-            drop_unshown=data_args.drop_unshown,
-            **template_kwargs,
-        )
-
-    train = load(data_args.dataset_name, data_args.dataset_train_split, rotate_options)
-    held_out = data_args.eval_dataset_name
-    return train, load(held_out, data_args.dataset_test_split) if held_out else None
+    load = partial(
+        load_dataset,
+        processor=processor,
+        max_prompt_length=data_args.max_prompt_length,
+        columns=columns_of(data_args),
+        config=data_args.dataset_config,
+        checks=checks,
+        max_answer_length=max_answer_length,
+        has_begun=has_begun,
+        drop_unshown=data_args.drop_unshown,
+        **template_kwargs,
+    )
+    train = load(data_args.dataset_name, split=data_args.dataset_train_split, rotate_options=rotate_options)
+    if not data_args.eval_dataset_name:
+        return train, None
+    return train, load(data_args.eval_dataset_name, split=data_args.dataset_test_split)
 
 
 def columns_of(data_args: DataArguments) -> Columns:
@@ -112,11 +108,7 @@ def _around_question(processor: ProcessorMixin, **template_kwargs: str) -> str:
 
 
 def store_image(source: ImageSource) -> str:
-    """The path of an image file; what carries its bytes is written, unchanged, to a file in the datasets' cache.
-
-    Raises:
-        BrokenImage: the bytes are no image.
-    """
+    """The path of an image file; what carries its bytes is written, unchanged, to a file in the datasets' cache."""
     data = image_bytes(source)
     if data is None:
         return str(source["path"] if isinstance(source, dict) else source)
@@ -126,8 +118,9 @@ def store_image(source: ImageSource) -> str:
     path = Path(datasets.config.HF_DATASETS_CACHE, "open_r1_images", f"{digest}.{extension}")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, shared=True) as temporary:  # every process of a run may write it
-            temporary.write_bytes(data)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # every process of a run may write it
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
     return str(path)
 
 
@@ -135,7 +128,8 @@ def render_prompt(example: Row, processor: ProcessorMixin, **template_kwargs: st
     """The text of an example's prompt, with one image token for each of its images.
 
     Raises:
-        ValueError: the chat template shows other images than those of the example, or cannot be rendered.
+        Mistake: the chat template shows other images than those of the example.
+        jinja2.TemplateError: it refuses the example.
     """
     images = example["images"]
     messages = prepare_multimodal_messages(example["prompt"], images=images)
@@ -152,9 +146,6 @@ def count_prompt_tokens(
 
     Args:
         text: what `render_prompt` made of it; None renders it.
-
-    Raises:
-        ValueError: as `render_prompt` does.
     """
     text = render_prompt(example, processor, **template_kwargs) if text is None else text
     sizes = [image_size(image) for image in example["images"]]
@@ -166,22 +157,24 @@ def count_prompt_tokens(
 
 def warn_of_unshown(*sets: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None) -> None:
     """Name the columns that belong into a prompt, and that a trainer shows no model; empty ones do not count."""
-    alone = [each for given in sets for each in (given.values() if isinstance(given, dict) else [given])]
-    found = {}  # names in their order
-    for data in alone:
-        for name in (name for name in getattr(data, "column_names", None) or () if name in PROMPT_FIELDS):
-            is_stream = isinstance(data, IterableDataset)
-            if is_stream or any(cell.as_py() not in NOTHING for cell in data.data.column(name)):
-                found[name] = None
-    if found:
-        print(f"warning: no prompt shows the columns {', '.join(found)}; only rewards get them", file=sys.stderr)
+    unshown = {}  # names in their order
+    for data in sets:
+        for part in data.values() if isinstance(data, dict) else [data]:
+            for name in getattr(part, "column_names", None) or ():
+                if name in PROMPT_FIELDS and (
+                    isinstance(part, IterableDataset)
+                    or any(cell.as_py() not in NOTHING for cell in part.data.column(name))
+                ):
+                    unshown[name] = None
+    if unshown:
+        print(f"warning: no prompt shows the columns {', '.join(unshown)}; only rewards get them", file=sys.stderr)
 
 
 def in_two_orders(example: Row, question: int) -> list[Row]:
     """A question as it is, and with its first option last; both under its number, `ROTATION_OF`.
 
     Raises:
-        ValueError: its text does not list two options or more as SAT's do, or its answer is none of them by its text.
+        Mistake: its text does not list two options or more as SAT's do, or its answer is none of them by its text.
     """
     *system, asked = example["prompt"]
     options, rotated = example["options"], [*example["options"][1:], *example["options"][:1]]
@@ -232,7 +225,7 @@ def load_dataset(
         source, columns, config, split: see `mixture.parts_of`.
         processor: renders and measures the prompts.
         max_prompt_length: in tokens, image tokens included; None keeps every length.
-        checks: each raises ValueError for a row that cannot be trained on.
+        checks: each raises Mistake for a row that cannot be trained on.
         max_answer_length: in tokens; None keeps every length.
         rotate_options: every row is followed by itself with its options in another order; see `in_two_orders`.
         has_begun: a run that found every image whole goes on: those that broke since (`most_broken` at most) are named,
@@ -241,12 +234,12 @@ def load_dataset(
         template_kwargs: for the chat template.
 
     Raises:
-        OSError, ValueError: one line that names the file and the row with what is wrong, an image that cannot be
-            opened and what a prompt does not show included; or no example is left.
+        Mistake: something is wrong with a row, an image that cannot be opened and what a prompt does not show included;
+            or no example is left.
     """
     state = PartialState()
-    controls, left_out, kept, lost = control_tokens(processor), Counter(), [], []
-    hidden = []  # rows, and what their prompts do not show of them
+    controls, left_out, kept = control_tokens(processor), Counter(), []
+    lost, hidden = [], []  # rows whose images broke, and those whose prompts do not show all of them, in words
     examples = iter_mixture(parts_of(source, columns, config, split), must_exist=not has_begun)
     for origin, row, example, unshown in tqdm(examples, desc="examples", unit="", disable=not state.is_main_process):
         with naming(origin, row):
@@ -267,7 +260,7 @@ def load_dataset(
                 lost.append(f"{origin}: row {row}: {broken}")
                 kept += rows
             else:
-                prompts = [render_prompt(each, processor, **template_kwargs) for each in rows]
+                prompts = [render_prompt(asked, processor, **template_kwargs) for asked in rows]
                 unshown += unshown_texts(example["prompt"], prompts[0])
                 lengths = map(count_prompt_tokens, rows, repeat(processor), prompts)
                 if max(lengths) > (max_prompt_length or math.inf):

@@ -163,5 +163,5 @@ GUARDS = (
 
 def new_warnings(events: Events) -> dict[str, str]:
     """Name -> sentence of each guard that begins to warn at the last event."""
-    found = {guard.name: guard.warning(events) for guard in GUARDS}
-    return {name: sentence for name, sentence in found.items() if sentence}
+    warnings = {guard.name: guard.warning(events) for guard in GUARDS}
+    return {name: sentence for name, sentence in warnings.items() if sentence}
