@@ -82,17 +82,11 @@ def test_rows_name_reflections_and_corrections(run):
             right, wrong = row["options"]
             assert row["solution"] == right and f"{right} or {wrong}" in row["prompt"]
             assert row["reflections"] == [list(span) for span in find_reflections(row["completion"])]
-            text = row["completion"]
-            if "Wait" in text:
-                assert (row["considered"], row["self_corrected"]) == (wrong, True)
-                assert row["rewards"]["accuracy_reward"] == 1
-            elif "Hmm" in text:
-                assert (row["considered"], row["self_corrected"]) == (right, True)
-                assert row["rewards"]["accuracy_reward"] == 0
-            elif "double-check" in text:
-                assert (row["considered"], row["self_corrected"]) == (right, False)
-            else:
-                assert (row["reflections"], row["considered"], row["self_corrected"]) == ([], None, False)
+            marks = {"Wait": (wrong, True, 1), "Hmm": (right, True, 0), "double-check": (right, False, 1)}
+            mark = next((mark for mark in marks if mark in row["completion"]), None)
+            considered, corrects, accuracy = marks.get(mark, (None, False, row["rewards"]["accuracy_reward"]))
+            assert (row["considered"], row["self_corrected"]) == (considered, corrects)
+            assert row["rewards"]["accuracy_reward"] == accuracy and bool(row["reflections"]) == bool(mark)
         assert len({"Wait" in row["completion"] for row in rows}) == 2
 
 

@@ -29,13 +29,13 @@ def check_text(text: str, control_tokens: Sequence[str]) -> None:
         control_tokens: of the model's tokenizer, which takes them for the template's own wherever it reads them.
 
     Raises:
-        ValueError: it cannot.
+        Mistake: it is empty, spells such a token, or holds half a character.
     """
     if not text.strip():
         raise Mistake("the text is empty")
     if found := [token for token in control_tokens if token in text]:
         raise Mistake(f"the text holds {found[0]}, a control token of the model; write it otherwise")
-    if not text.isascii() and without_surrogates(text) != text:
+    if without_surrogates(text) != text:
         raise Mistake("the text holds half a character (a lone surrogate)")
 
 
@@ -52,8 +52,8 @@ def load_chat_template(name_or_path: str, folder: str = "") -> str:
         folder: below `configs/chat_templates`, of a family that writes images and turns in its own way.
 
     Raises:
-        FileNotFoundError: when there is neither such a file nor such a name.
-        ValueError: the file is not UTF-8.
+        MissingFile: there is neither such a file nor such a name.
+        Mistake: the file is not UTF-8.
     """
     templates = CHAT_TEMPLATE_DIR / folder
     for path in (Path(name_or_path), templates / f"{name_or_path}.jinja"):

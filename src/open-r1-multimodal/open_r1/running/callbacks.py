@@ -151,7 +151,6 @@ class RunLog(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """Write the event down."""
         if state.is_world_process_zero:
             row = {"step": state.global_step, "time": time.time(), **without_secrets(logs)}
             append_rows(Path(args.output_dir) / LOG, [row])
@@ -192,16 +191,13 @@ class ProgressLines(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock; steps before a resume took another session's time."""
-        self.first_step, self.start = state.global_step, time.perf_counter()
+        self.first_step, self.start = state.global_step, time.perf_counter()  # of this session
         self.seconds: list[float] = []  # of the steps since the last line
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """A step starts with its rollout."""
         self.step_start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Its update is done."""
         self.seconds.append(time.perf_counter() - self.step_start)
 
     def on_log(

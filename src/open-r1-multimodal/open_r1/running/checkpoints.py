@@ -74,9 +74,11 @@ def find_defect(checkpoint: str | Path) -> str | None:
             f"{path}: a link to {path.readlink()}, which is not there; bring it back, or delete the link to go on from "
             "the one before"
         )
-    text = (path / MANIFEST).read_bytes() if is_sealed(path) else b""
-    if not text.strip(b"\0"):  # a crash of the machine can leave it empty
+    if not is_sealed(path):
         return f"half-written (no {MANIFEST})"
+    text = (path / MANIFEST).read_bytes()
+    if not text.strip(b"\0"):  # as a crash of the machine leaves it
+        return f"half-written ({MANIFEST} is empty)"
     try:
         sizes = json.loads(text).items()
     except (ValueError, AttributeError, RecursionError) as error:
@@ -109,27 +111,22 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> s
     """`auto`: the newest complete checkpoint of the output folder, if it has one; `none`: start anew; else the path.
 
     Raises:
-        MissingFile: the path is no folder, or one that a run cannot continue from.
+        MissingFile: the path is no checkpoint, or one that is known to be half-written.
         Mistake: there is no checkpoint, and an earlier run's work, which a new run would write over.
     """
-    if resume_from_checkpoint not in ("auto", "none", None):
-        return named_checkpoint(resume_from_checkpoint)
-    checkpoint = last_complete_checkpoint(output_dir) if resume_from_checkpoint == "auto" else None
-    if checkpoint is None:
-        check_unused(output_dir, resume_from_checkpoint)
-    return checkpoint
-
-
-def named_checkpoint(name: str) -> str:
-    """The path, if it is a checkpoint and not known to be half-written."""
-    path = Path(name)
+    if resume_from_checkpoint in ("auto", "none", None):
+        checkpoint = last_complete_checkpoint(output_dir) if resume_from_checkpoint == "auto" else None
+        if checkpoint is None:
+            check_unused(output_dir, resume_from_checkpoint)
+        return checkpoint
+    path = Path(resume_from_checkpoint)
     if not path.is_dir():
         raise MissingFile(f"resume_from_checkpoint: no folder {path}")
     if not (path / "trainer_state.json").is_file():
         raise MissingFile(f"resume_from_checkpoint: {path} is no checkpoint of a run (no trainer_state.json)")
     if is_sealed(path) and (defect := find_defect(path)):
         raise MissingFile(f"resume_from_checkpoint: {path}: {defect}")
-    return name
+    return resume_from_checkpoint
 
 
 def check_unused(output_dir: str | Path, resume_from_checkpoint: str | None = None) -> None:
@@ -141,14 +138,12 @@ def check_unused(output_dir: str | Path, resume_from_checkpoint: str | None = No
         Mistake: there is something; the line names it.
     """
     folder = Path(output_dir)
-    works = [path for path in folder.glob("trajectories/*.jsonl") if path.stat().st_size]
-    models = sorted(folder.glob("*.safetensors")) if works or (folder / "log.jsonl").exists() else []
-    if resume_from_checkpoint == "auto":
-        works = []
-    else:
-        works += [path for _, path in list_checkpoints(folder) if is_sealed(path) or path.is_symlink()]
-    if models or works:
-        name = [*models, *works][0].relative_to(folder)
+    rollouts = [path for path in folder.glob("trajectories/*.jsonl") if path.stat().st_size]
+    works = sorted(folder.glob("*.safetensors")) if rollouts or (folder / "log.jsonl").exists() else []
+    if resume_from_checkpoint != "auto":
+        works += [path for _, path in list_checkpoints(folder) if is_sealed(path) or path.is_symlink()] + rollouts
+    if works:
+        name = works[0].relative_to(folder)
         raise Mistake(
             f"{folder}: holds an earlier run ({name}), and a new one would write over it; choose another OUTPUT, or "
             "move this one away"

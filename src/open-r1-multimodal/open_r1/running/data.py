@@ -185,16 +185,6 @@ def in_two_orders(example: Row, question: int) -> list[Row]:
     return [{**example, ROTATION_OF: question}, {**again, "options": rotated, ROTATION_OF: question}]
 
 
-def find_broken(images: Sequence[str]) -> BrokenImage | None:
-    """What is wrong with the first of these files that is no picture."""
-    try:
-        for path in images:
-            check_image(path)
-    except BrokenImage as error:
-        return error
-    return None
-
-
 @contextmanager
 def naming(source: str | Path, row: int) -> Iterator[None]:
     """In the block, what is wrong with a row is told with its file and number."""
@@ -249,9 +239,14 @@ def load_dataset(
             rows = in_two_orders(example, len(kept) // 2) if rotate_options else [example]
             answer = example["solution"] or ""
             texts = [*(message["content"] for message in example["prompt"]), answer]
-            broken = find_broken(example["images"])
-            if broken and not has_begun:
-                raise broken
+            broken = None
+            try:
+                for path in example["images"]:
+                    check_image(path)
+            except BrokenImage as error:
+                if not has_begun:
+                    raise
+                broken = error
             if any(token in text for text in texts for token in controls):
                 left_out["a control token of the model in their text"] += 1
             elif max_answer_length and len(processor.tokenizer(answer)["input_ids"]) > max_answer_length:
