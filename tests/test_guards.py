@@ -6,7 +6,6 @@ import re
 from contextlib import nullcontext
 
 import pytest
-import torch
 from transformers import Trainer, TrainerCallback
 from trl import ModelConfig
 
@@ -129,42 +128,29 @@ def test_a_warning_in_a_log_is_untrusted(tmp_path):
 # --- no numbers -------------------------------------------------------------------------------------------------
 
 
-class Spoil(TrainerCallback):
-    """In the third step, once: a loss, a gradient or, at the end of the step before, the weights are NaN."""
+class SpoilWeights(TrainerCallback):
+    """After the second step all weights are NaN."""
 
-    def __init__(self, what: str):
-        self.what = what
-
-    def attach(self, trainer):
-        """Take part in the trainer's steps."""
-        self.trainer, compute = trainer, trainer._compute_loss
-        trainer.add_callback(self)
-
-        def spoilt(model, inputs):
-            loss = compute(model, inputs)
-            return loss * float("nan") if self.is_time("loss") else loss
-
-        trainer._compute_loss = spoilt
-        next(trainer.model.parameters()).register_hook(
-            lambda gradient: gradient * float("inf") if self.is_time("gradient") else None
-        )
-
-    def is_time(self, what: str, step: int = 2) -> bool:
-        return self.what == what and self.trainer.state.global_step == step
-
-    def on_step_end(self, *args, **kwargs):
-        if self.is_time("weights"):
-            with torch.no_grad():
-                for weights in self.trainer.model.parameters():
-                    weights.fill_(float("nan"))
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            for weights in model.parameters():
+                weights.data.fill_(float("nan"))
 
 
 def make_run(model, data, output, what=None, **changes):
-    """A run of four steps that is spoilt in the third."""
+    """A run of four steps, of which the third has a loss or gradient that is no number, or weights that are none."""
     settings = {"max_steps": 4, "max_completion_length": 4, "disable_tqdm": True, **changes}
     trainer = make_trainer(model, data, output, **settings)
     trainer.add_callback(CompleteCheckpoints(trainer.args))
-    Spoil(what).attach(trainer)
+    compute_loss = trainer._compute_loss
+
+    def spoil(value, is_spoilt):
+        return value * float("nan") if is_spoilt and trainer.state.global_step == 2 else value
+
+    trainer._compute_loss = lambda model, inputs: spoil(compute_loss(model, inputs), what == "loss")
+    next(trainer.model.parameters()).register_hook(lambda gradient: spoil(gradient, what == "gradient"))
+    if what == "weights":
+        trainer.add_callback(SpoilWeights())
     return trainer
 
 

@@ -27,9 +27,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
     An exception leaves the old `path`, a crash the old or the new one; the next writer deletes a temporary one left.
     One process writes a path at a time. There may be a file, but no folder when the block ends.
-
-    Raises:
-        MissingFile: there is no folder for it.
     """
     if not path.parent.is_dir():
         raise MissingFile(f"{path}: there is no folder {path.parent}")
@@ -51,11 +48,7 @@ def delete(path: Path) -> None:
 
 
 def check_replaceable(*paths: Path) -> None:
-    """See that a command may write files: nothing is there yet, or what a command of ours made.
-
-    Raises:
-        FileMistake: a folder or somebody else's file is there.
-    """
+    """Raise FileMistake unless nothing is there yet, or what a command of ours made."""
     for path in paths:
         if path.is_dir():
             raise FileMistake(f"{path} is a folder; name a file")
@@ -71,11 +64,7 @@ def _is_marked(path: Path) -> bool:
 
 
 def check_new_folder(path: Path) -> None:
-    """See that a command may fill a folder: there is none, or an empty one.
-
-    Raises:
-        FileMistake: something is there.
-    """
+    """Raise FileMistake unless a command may fill a folder: there is none, or an empty one."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileMistake(f"{path} exists; name another folder or delete it")
 
@@ -87,16 +76,12 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:
-    """A line of JSON in UTF-8; half a character, which UTF-8 cannot hold, is written as JSON's escape of it."""
+    """A line of JSON in UTF-8; half a character, which UTF-8 cannot hold, becomes JSON's escape of it."""
     return json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace") + b"\n"
 
 
 def parse_json(text: bytes, origin: object) -> Any:
-    """What JSON in UTF-8 says.
-
-    Raises:
-        Mistake: it is none, or nested too deep; the line names the origin.
-    """
+    """What JSON in UTF-8 says; a Mistake names the origin of what is none."""
     try:
         return json.loads(text.decode())
     except (ValueError, RecursionError) as error:
@@ -110,11 +95,7 @@ def read_json(path: Path) -> Any:
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add rows to the end of a JSON Lines file and wait until they are on disk: all of them or, on a full one, none.
-
-    Raises:
-        OSError: they could not be written; the file is as it was.
-    """
+    """Add rows to the end of a JSON Lines file and wait until all are on disk; on a full one none is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = memoryview(b"".join(map(to_json, rows)))
     with path.open("ab", buffering=0) as file:
@@ -137,10 +118,7 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     """Rewrite a JSON Lines file with the rows for which `keep` holds; a torn last line goes too.
 
     Returns:
-        How many lines were dropped; of a file that is not there none.
-
-    Raises:
-        Mistake: a line in the middle is damaged.
+        How many lines were dropped. A damaged line in the middle is a Mistake.
     """
     if not path.exists():
         return 0

@@ -28,7 +28,7 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
         RepositoryNotFoundError,
     )
 
-    # The client sets no limit to most requests: a hub that takes a connection and says nothing is not waited for.
+    # The client sets no limit to most requests, and would wait for a hub that says nothing.
     get_session().timeout = constants.HF_HUB_ETAG_TIMEOUT
     try:
         return Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns=list(files)))
@@ -46,11 +46,7 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
 
 
 def model_folder(model_name_or_path: str | Path, revision: str = "main", files: Sequence[str] = MODEL_FILES) -> Path:
-    """The folder of a model: itself, or where these files of the hub's model of that name are now.
-
-    Raises:
-        FileMistake: it is a file, or what `fetch` raises.
-    """
+    """The folder of a model: itself, or where these files of the Hub's model of that name are."""
     folder = Path(model_name_or_path).expanduser()
     if folder.is_file():
         raise FileMistake(f"{folder} is a file; name the folder of a model")

@@ -90,31 +90,19 @@ def opened(source: ImageSource | None) -> Iterator[Image.Image]:
 
 
 def open_image(source: ImageSource | None) -> Image.Image:
-    """Decode an image whole, as `to_rgb` does; no file stays open.
-
-    Raises:
-        BrokenImage: it is missing, damaged, too large, or of a shape that the image processor refuses.
-    """
+    """Decode an image whole, as `to_rgb` does, or raise BrokenImage; no file stays open."""
     with opened(source) as image:
         return to_rgb(image, image_name(source))
 
 
 def image_size(source: ImageSource | None) -> tuple[int, int]:
-    """Height and width from the header alone, as stored: EXIF rotation swaps them, which changes no count of tokens.
-
-    Raises:
-        BrokenImage: as `open_image` does, as far as the header tells.
-    """
+    """Height and width as stored, from the header alone; EXIF rotation would change no count of tokens."""
     with opened(source) as image:
         return image.height, image.width
 
 
 def check_image(path: str) -> None:
-    """Find out whether `open_image` will take a file, decoding it only when its last bytes leave that open.
-
-    Raises:
-        BrokenImage: it will not.
-    """
+    """Raise BrokenImage if `open_image` would; decodes only when the last bytes leave that open."""
     with opened(path) as image:
         end = _ENDS.get("JPEG" if image.format == "MPO" else image.format)
         with open(path, "rb") as file:
@@ -143,7 +131,7 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
 
 
 def to_8_bits(greys: np.ndarray, name: str | None = None) -> np.ndarray:
-    """Greys (H, W) of any type as bytes; of what is not 0..1 or 0..255 (distances) the least is black, the most white.
+    """Greys (H, W) of any type as bytes: 0..1 and 0..255 as they are, others (distances) from black to white.
 
     NaN (nothing measured) becomes black, infinity as the most or the least.
     """
@@ -177,8 +165,8 @@ def say_that_ranges_are_stretched(name: str | None, low: float, high: float) -> 
         return
     _stretched.append(printable(name or "without a name"))
     print(
-        f"warning: image {_stretched[0]}: its values go from {low:g} to {high:g}; such images are scaled by their own "
-        "range, to 0..255",
+        f"warning: image {_stretched[0]}: its values go from {low:g} to {high:g}; "
+        "such images are scaled by their own range, to 0..255",
         file=sys.stderr,
         flush=True,
     )
@@ -193,11 +181,7 @@ def local_path(reference: str) -> str:
 
 
 def image_bytes(source: ImageSource) -> bytes | None:
-    """The encoded bytes that a source carries itself; None when it names a file or is a PIL image.
-
-    Raises:
-        BrokenImage: a data URL that is not base64.
-    """
+    """The encoded bytes that a source carries; None when it names a file or is a PIL image."""
     if isinstance(source, Mapping):
         return source.get("bytes")
     if isinstance(source, bytes):

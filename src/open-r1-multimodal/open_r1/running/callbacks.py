@@ -17,7 +17,6 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -55,8 +54,8 @@ def add_run_callbacks(
         script_args: dataclass with `dataset_name` and `eval_dataset_name`.
         model_args: dataclass with `model_name_or_path`.
         recipes: names of the files that the settings come from.
-        record: more for `run.json`, which wins over what is found here: `arguments` as they were before the trainer
-            filled them in, and `data`.
+        record: more for `run.json`, which wins over what is found here: `arguments` as they were
+            before the trainer filled them in, and `data`.
         continued: folder of the run that this one goes on with; None: its own.
     """
     for callback in (ProgressCallback, PrinterCallback):
@@ -101,14 +100,7 @@ class RunLog(TrainerCallback):
     def __init__(self, run: Mapping[str, Any], continued: Path | None = None):
         self.run, self.continued = run, continued
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, **kwargs):
         """Describe the run, and drop the log of steps that are about to be repeated."""
         if not state.is_world_process_zero:
             return
@@ -116,44 +108,45 @@ class RunLog(TrainerCallback):
         started = datetime.now(UTC).isoformat(timespec="seconds")
         record = {**self.run, "started": started, "world_size": args.world_size, "max_steps": state.max_steps}
         if state.global_step:
-            self.describe_resume(record, read_record(self.continued or folder), state.global_step, args, optimizer)
+            then = read_record(self.continued or folder)
+            kept = settings_in_force(args, kwargs.get("optimizer"))
+            record |= describe_resume(then, record, state.global_step, kept)
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / RUN, json.dumps(record, indent=2).encode() + b"\n")
         # A run that starts anew keeps nothing, not even an evaluation before its first step.
         keep_rows(folder / LOG, lambda row: 0 < state.global_step >= row["step"])
 
-    def describe_resume(
-        self, record: dict[str, Any], then: Mapping[str, Any], step: int, args: TrainingArguments, optimizer: Any
-    ) -> None:
-        """Say what a run goes on with that it did not begin with, and what it keeps against its arguments.
-
-        Args:
-            record: what `run.json` is going to hold, which is completed here.
-            then: what it held.
-            step: where the run goes on.
-            args, optimizer: of this launch.
-        """
-        kept = settings_in_force(args, optimizer)
-        changed = changes(then, self.run, but=kept)
-        for text in changed:
-            print(f"warning: changed since this run began: {text}", file=sys.stderr)
-        for name, value in kept.items():
-            print(
-                f"warning: {name} stays {value}, not {getattr(args, name)}: a resume restores the optimizer as it was; "
-                "to change it, train from the checkpoint's weights (MODEL) in another OUTPUT",
-                file=sys.stderr,
-            )
-        resume = {"step": step, "time": record["started"], "changed": changed, "kept": kept}
-        record["resumes"] = [*then.get("resumes", []), resume]
-        record["started"] = then.get("started", record["started"])
-        record["arguments"] = {**record["arguments"], **kept}
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control, logs, **kwargs):
         if state.is_world_process_zero:
             row = {"step": state.global_step, "time": time.time(), **without_secrets(logs)}
             append_rows(Path(args.output_dir) / LOG, [row])
+
+
+def describe_resume(
+    then: Mapping[str, Any], now: Mapping[str, Any], step: int, kept: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Say what a run goes on with that it did not begin with; returns what `run.json` holds of it.
+
+    Args:
+        then, now: the record of the run so far, and of this launch.
+        step: where it goes on.
+        kept: what it keeps of the optimizer's settings against its arguments.
+    """
+    changed = changes(then, now, but=kept)
+    for text in changed:
+        print(f"warning: changed since this run began: {text}", file=sys.stderr)
+    for name, value in kept.items():
+        print(
+            f"warning: {name} stays {value}, not {now['arguments'][name]}: a resume restores the optimizer "
+            "as it was; to change it, train from the checkpoint's weights (MODEL) in another OUTPUT",
+            file=sys.stderr,
+        )
+    resume = {"step": step, "time": now["started"], "changed": changed, "kept": kept}
+    return {
+        "started": then.get("started", now["started"]),
+        "arguments": {**now["arguments"], **kept},
+        "resumes": [*then.get("resumes", []), resume],
+    }
 
 
 def has_begun(args: TrainingArguments) -> bool:
@@ -171,7 +164,8 @@ def describe(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
         logs: of GRPO or SFT, as the trainer logs them.
         prefix: "eval_" for an evaluation, "blind_" for one without images.
     """
-    names = [match[1] for key in logs if (match := re.fullmatch(rf"{prefix}rewards/(.+)/mean", key))]
+    is_reward = re.compile(rf"{prefix}rewards/(.+)/mean").fullmatch
+    names = [match[1] for match in map(is_reward, logs) if match]
     if names:
         cells = [] if prefix else [("reward", "reward", "6.3f")]  # "held-out" stands there
         cells += [(SHORT.get(name, name), f"rewards/{name}/mean", "5.3f") for name in names]
@@ -188,52 +182,43 @@ class ProgressLines(TrainerCallback):
     def __init__(self) -> None:
         self.bar: tqdm | None = None  # of an evaluation
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, **kwargs):
         self.first_step, self.start = state.global_step, time.perf_counter()  # of this session
         self.seconds: list[float] = []  # of the steps since the last line
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, *args, **kwargs):
         self.step_start = time.perf_counter()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *args, **kwargs):
         self.seconds.append(time.perf_counter() - self.step_start)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control, logs, **kwargs):
         """Print the event; the summary at the end of training is left to the run files."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
         kinds = {"eval_": "held-out", "blind_": "without image"}
-        prefix = next((prefix for prefix in kinds if any(key.startswith(prefix) for key in logs)), "")
+        prefix = next((kind for kind in kinds if any(key.startswith(kind) for key in logs)), "")
         if not state.is_world_process_zero or not (prefix or "loss" in logs):
             return
         cells = [f"step {state.global_step:{len(str(state.max_steps))}}/{state.max_steps}"]
         if prefix:
-            cells += [f"{kinds[prefix]:13}" if f"{prefix}reward" in logs else kinds[prefix], *describe(logs, prefix)]
+            title = kinds[prefix]
+            cells += [f"{title:13}" if f"{prefix}reward" in logs else title, *describe(logs, prefix)]
         else:
-            # the steps to come take as long as those of this session, evaluations and checkpoints included
-            a_step = (time.perf_counter() - self.start) / max(state.global_step - self.first_step, 1)
-            left = tqdm.format_interval((state.max_steps - state.global_step) * a_step)
+            # as long as the steps of this session took, evaluations and checkpoints included
+            done, elapsed = state.global_step - self.first_step, time.perf_counter() - self.start
+            left = tqdm.format_interval((state.max_steps - state.global_step) * elapsed / max(done, 1))
             cells += [*describe(logs), f"{fmean(self.seconds or [0.0]):5.1f} s", f"ETA {left}"]
             self.seconds.clear()
         print("  ".join(cells), flush=True)
 
-    def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control, **kwargs):
         """Show on a terminal how far an evaluation is; nothing of it stays."""
         if state.is_world_process_zero:
             if self.bar is None:
-                self.bar = tqdm(total=len(eval_dataloader), desc="held-out", leave=False, disable=None)
+                batches = len(kwargs["eval_dataloader"])
+                self.bar = tqdm(total=batches, desc="held-out", leave=False, disable=None)
             self.bar.update(1)
 
 
@@ -243,13 +228,13 @@ class ProgressLines(TrainerCallback):
 class Warnings(TrainerCallback):
     """Tell what the guards find, when it begins: on the terminal, and as an event of its own in `log.jsonl`."""
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control, logs, **kwargs):
         """Look at a step's event, and at those before it, which a checkpoint brings along."""
         if not state.is_world_process_zero or "loss" not in logs:
             return
-        for name, sentence in new_warnings([event for event in state.log_history if "loss" in event]).items():
-            print(f"warning: step {state.global_step}: {name}: {sentence}", file=sys.stderr, flush=True)
-            row = {"step": state.global_step, "time": time.time(), "guard": name, "warning": sentence}
+        step = state.global_step
+        warnings = new_warnings([event for event in state.log_history if "loss" in event])
+        for name, sentence in warnings.items():
+            print(f"warning: step {step}: {name}: {sentence}", file=sys.stderr, flush=True)
+            row = {"step": step, "time": time.time(), "guard": name, "warning": sentence}
             append_rows(Path(args.output_dir) / LOG, [row])

@@ -81,10 +81,11 @@ def load_datasets_from_args(
         drop_unshown=data_args.drop_unshown,
         **template_kwargs,
     )
-    train = load(data_args.dataset_name, split=data_args.dataset_train_split, rotate_options=rotate_options)
-    if not data_args.eval_dataset_name:
-        return train, None
-    return train, load(data_args.eval_dataset_name, split=data_args.dataset_test_split)
+    train, held_out = data_args.dataset_name, data_args.eval_dataset_name
+    return (
+        load(train, split=data_args.dataset_train_split, rotate_options=rotate_options),
+        load(held_out, split=data_args.dataset_test_split) if held_out else None,
+    )
 
 
 def columns_of(data_args: DataArguments) -> Columns:
@@ -108,7 +109,7 @@ def _around_question(processor: ProcessorMixin, **template_kwargs: str) -> str:
 
 
 def store_image(source: ImageSource) -> str:
-    """The path of an image file; what carries its bytes is written, unchanged, to a file in the datasets' cache."""
+    """The path of an image file; what carries its bytes is written to a file in the datasets' cache."""
     data = image_bytes(source)
     if data is None:
         return str(source["path"] if isinstance(source, dict) else source)
@@ -125,12 +126,7 @@ def store_image(source: ImageSource) -> str:
 
 
 def render_prompt(example: Row, processor: ProcessorMixin, **template_kwargs: str) -> str:
-    """The text of an example's prompt, with one image token for each of its images.
-
-    Raises:
-        Mistake: the chat template shows other images than those of the example.
-        jinja2.TemplateError: it refuses the example.
-    """
+    """The text of an example's prompt; a Mistake where it has not one image token an image."""
     images = example["images"]
     messages = prepare_multimodal_messages(example["prompt"], images=images)
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
@@ -167,15 +163,12 @@ def warn_of_unshown(*sets: Dataset | IterableDataset | dict[str, Dataset | Itera
                 ):
                     unshown[name] = None
     if unshown:
-        print(f"warning: no prompt shows the columns {', '.join(unshown)}; only rewards get them", file=sys.stderr)
+        names = ", ".join(unshown)
+        print(f"warning: no prompt shows the columns {names}; only rewards get them", file=sys.stderr)
 
 
 def in_two_orders(example: Row, question: int) -> list[Row]:
-    """A question as it is, and with its first option last; both under its number, `ROTATION_OF`.
-
-    Raises:
-        Mistake: its text does not list two options or more as SAT's do, or its answer is none of them by its text.
-    """
+    """A question as it is, and with its first option last; both under its number, `ROTATION_OF`."""
     *system, asked = example["prompt"]
     options, rotated = example["options"], [*example["options"][1:], *example["options"][:1]]
     before, listed, after = asked["content"].rpartition(join_options(options) if options else "\n")
@@ -224,12 +217,12 @@ def load_dataset(
         template_kwargs: for the chat template.
 
     Raises:
-        Mistake: something is wrong with a row, an image that cannot be opened and what a prompt does not show included;
-            or no example is left.
+        Mistake: something is wrong with a row (an image that cannot be opened, what its prompt does
+            not show), which is named; or no example is left.
     """
     state = PartialState()
     controls, left_out, kept = control_tokens(processor), Counter(), []
-    lost, hidden = [], []  # rows whose images broke, and those whose prompts do not show all of them, in words
+    lost, hidden = [], []  # rows, in words: with a broken image; with more than their prompt shows
     examples = iter_mixture(parts_of(source, columns, config, split), must_exist=not has_begun)
     for origin, row, example, unshown in tqdm(examples, desc="examples", unit="", disable=not state.is_main_process):
         with naming(origin, row):

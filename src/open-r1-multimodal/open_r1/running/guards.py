@@ -51,11 +51,7 @@ class Guard:
 
 
 def column(events: Events, name: str) -> list[float]:
-    """A metric of every event.
-
-    Raises:
-        KeyError: one of them has no such number.
-    """
+    """A metric of every event; KeyError where one of them has no such number."""
     values = [event.get(name) for event in events]
     if not all(map(is_usable, values)):
         raise KeyError(name)

@@ -112,12 +112,11 @@ def describe_inputs(train: Any, held_out: Any, processor: ProcessorMixin) -> dic
 
 
 def describe_code() -> dict[str, Any]:
-    """Which code runs: this project's commit and whether its files differ from it, and the versions of the rest.
+    """Which code runs: this project's commit, whether its files differ from it, and versions.
 
-    Returns:
-        `commit` and `changed` are None where the project is no git repository, or there is no git.
+    `commit` and `changed` are None where there is no git, or no repository that has this file: an
+    environment may lie in one of the user's.
     """
-    # installed in an environment, the project may lie in a repository of the user's, which does not track it
     commit = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", __file__) else None
     changed = _git("status", "--porcelain", "--untracked-files=no") if commit else None
     return {
@@ -138,8 +137,9 @@ def _git(*arguments: str) -> str | None:
 
 def installed_versions() -> dict[str, str]:
     """The versions of what requirements.txt and requirements-gpu.txt name and is installed."""
-    files = [path for path in REPO_ROOT.glob("requirements*.txt") if path.name != "requirements-test.txt"]
-    lines = [line for path in sorted(files) for line in path.read_text().splitlines()]
+    files = [REPO_ROOT / "requirements.txt", REPO_ROOT / "requirements-gpu.txt"]
+    texts = [path.read_text() for path in files if path.is_file()]
+    lines = "\n".join(texts).splitlines()
     names = [re.match(r"[\w.-]+", line)[0] for line in lines if re.match(r"\w", line)]
     versions = {}
     for name in names:
@@ -161,13 +161,13 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def derived(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a record, with those that follow from several: examples of one optimiser step and rollout."""
-    arguments, processes = record["arguments"], record["world_size"]
-    batch = arguments["per_device_train_batch_size"] * processes
-    sizes = {"command": record["command"], "examples_per_step": batch * arguments["gradient_accumulation_steps"]}
-    if steps := arguments.get("steps_per_generation"):
-        sizes["examples_per_rollout"] = batch * steps
-    return {**arguments, **sizes}
+    """The settings of a record, with those that follow from several: examples of a step and a rollout."""
+    settings = {"command": record["command"], **record["arguments"]}
+    batch = settings["per_device_train_batch_size"] * record["world_size"]
+    settings["examples_per_step"] = batch * settings["gradient_accumulation_steps"]
+    if steps := settings.get("steps_per_generation"):
+        settings["examples_per_rollout"] = batch * steps
+    return settings
 
 
 def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -192,26 +192,21 @@ def is_same(one: Any, other: Any) -> bool:
 
 
 def changed_inputs(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What of data and template differs between two records, in words.
+    """What of data and template differs between two records, in words; streams are not compared.
 
     Returns:
-        What changes the questions that are learned from; and what does not, or only for some of them.
+        What changes the questions that are learned from; and what does not, or not all of them.
     """
     before, after = then.get("data"), now.get("data")
-    if not before or not after:
-        return [], []
     learned, noted = [], []
-    for name, words, changes_learning in (
-        ("train", "the training examples", learned),
-        ("held_out", "the held-out examples", noted),
-    ):
+    if not before or not after:
+        return learned, noted
+    for name, words in (("train", "the training examples"), ("held_out", "the held-out examples")):
         old, new = before[name], after[name]
-        if not old or not new:
-            continue
-        if old["content"] != new["content"]:
+        if old and new and old["content"] != new["content"]:
             rows = "" if old["rows"] == new["rows"] else f" ({old['rows']} then, {new['rows']} now)"
-            changes_learning.append(words + rows)
-        elif old["images"] != new["images"]:
+            (learned if name == "train" else noted).append(words + rows)
+        elif old and new and old["images"] != new["images"]:
             noted.append(f"image files of {words}")
     if before["chat_template"] != after["chat_template"]:
         learned.append("the chat template")
@@ -220,22 +215,19 @@ def changed_inputs(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[lis
 
 def changed_code(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The commit and the versions that differ between two records, {name: (then, now)}."""
-    before, after = (
-        {"commit": record["code"]["commit"], **record["code"]["versions"]} if "code" in record else {}
-        for record in (then, now)
-    )
-    return {name: (before[name], after[name]) for name in before if name in after and before[name] != after[name]}
+    if "code" not in then or "code" not in now:
+        return {}
+    before, after = ({"commit": record["code"]["commit"], **record["code"]["versions"]} for record in (then, now))
+    names = [name for name in before if name in after and before[name] != after[name]]
+    return {name: (before[name], after[name]) for name in names}
 
 
 def check_same_run(folder: str | Path, now: Mapping[str, Any]) -> None:
-    """See that the run in a folder is the one that a launch continues, by what it left in `run.json`.
+    """Raise Mistake unless a launch that continues the run in a folder learns what that run did.
 
     Args:
-        folder: of the run.
+        folder: of the run, with its `run.json`.
         now: the launch's record, or what is known of it by now: `command`, `world_size` and `arguments`, or `data`.
-
-    Raises:
-        Mistake: that run learned something else, or in another way.
     """
     then, anew = read_record(folder), "choose another OUTPUT, or move this one away"
     if settings := changed_settings(then, now):
@@ -251,25 +243,22 @@ def check_same_run(folder: str | Path, now: Mapping[str, Any]) -> None:
 def changes(then: Mapping[str, Any], now: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
     """All that a run goes on with and began without, in words: settings, `but` for some, data and code."""
     pairs = {**changed_settings(then, now), **changed_code(then, now)}
+    texts = [f"{name} ({old} then, {new} now)" for name, (old, new) in pairs.items() if name not in but]
     learned, noted = changed_inputs(then, now)
-    return [f"{n} ({old} then, {new} now)" for n, (old, new) in pairs.items() if n not in but] + learned + noted
+    return texts + learned + noted
 
 
 def settings_in_force(args: TrainingArguments, optimizer: Any) -> dict[str, Any]:
-    """What of an optimizer is another than these arguments say: a resume restores it with the values of its own.
+    """The settings of an optimizer that are other than these arguments say, by the arguments' names.
 
-    Args:
-        args: of this launch.
-        optimizer: of a trainer that has begun.
-
-    Returns:
-        The values that the optimizer goes by, by the names of the arguments.
+    A resume restores an optimizer with the values that it was saved with.
     """
     if optimizer is None:
         return {}
-    _, expected = Trainer.get_optimizer_cls_and_kwargs(args)  # those of other optimizers go by numbers of their own
-    first = optimizer.param_groups[0]
-    values = {"weight_decay": max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)}
+    _, expected = Trainer.get_optimizer_cls_and_kwargs(args)  # some optimizers have no betas or eps
+    groups = optimizer.param_groups
+    first = groups[0]
+    values = {"weight_decay": max(group.get("weight_decay", 0.0) for group in groups)}
     if "initial_lr" in first:
         values["learning_rate"] = first["initial_lr"]
     if "betas" in expected:
