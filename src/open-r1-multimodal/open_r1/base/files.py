@@ -76,7 +76,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:
-    """A line of JSON in UTF-8; half a character, which UTF-8 cannot hold, becomes JSON's escape of it."""
+    """A line of JSON in UTF-8; half a character, which UTF-8 cannot hold, becomes an escape."""
     return json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace") + b"\n"
 
 
@@ -95,7 +95,7 @@ def read_json(path: Path) -> Any:
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add rows to the end of a JSON Lines file and wait until all are on disk; on a full one none is."""
+    """Add rows to the end of a JSON Lines file, and wait for the disk; on a full one none is added."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = memoryview(b"".join(map(to_json, rows)))
     with path.open("ab", buffering=0) as file:

@@ -96,7 +96,7 @@ def open_image(source: ImageSource | None) -> Image.Image:
 
 
 def image_size(source: ImageSource | None) -> tuple[int, int]:
-    """Height and width as stored, from the header alone; EXIF rotation would change no count of tokens."""
+    """Height and width as stored, from the header; EXIF rotation would change no count of tokens."""
     with opened(source) as image:
         return image.height, image.width
 
@@ -131,7 +131,7 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
 
 
 def to_8_bits(greys: np.ndarray, name: str | None = None) -> np.ndarray:
-    """Greys (H, W) of any type as bytes: 0..1 and 0..255 as they are, others (distances) from black to white.
+    """Greys (H, W) of any type as bytes: 0..1, 0..255, or others (distances) from black to white.
 
     NaN (nothing measured) becomes black, infinity as the most or the least.
     """

@@ -34,7 +34,7 @@ from open_r1.running.provenance import (
 )
 
 LOG = "log.jsonl"
-SHORT = {"accuracy_reward": "accuracy", "format_reward": "format"}  # in a line; other rewards keep their name
+SHORT = {"accuracy_reward": "accuracy", "format_reward": "format"}  # names of rewards in a line
 
 
 def add_run_callbacks(
@@ -46,7 +46,7 @@ def add_run_callbacks(
     record: Mapping[str, Any] | None = None,
     continued: Path | None = None,
 ) -> None:
-    """Give a trainer its run files, and lines of progress in place of transformers' bar and dictionaries.
+    """Give a trainer its run files, and lines of progress in place of transformers' bar.
 
     Args:
         trainer: of GRPO or SFT.
@@ -106,7 +106,8 @@ class RunLog(TrainerCallback):
             return
         folder = Path(args.output_dir)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        record = {**self.run, "started": started, "world_size": args.world_size, "max_steps": state.max_steps}
+        record = {**self.run, "started": started, "world_size": args.world_size}
+        record["max_steps"] = state.max_steps
         if state.global_step:
             then = read_record(self.continued or folder)
             kept = settings_in_force(args, kwargs.get("optimizer"))
@@ -137,8 +138,9 @@ def describe_resume(
         print(f"warning: changed since this run began: {text}", file=sys.stderr)
     for name, value in kept.items():
         print(
-            f"warning: {name} stays {value}, not {now['arguments'][name]}: a resume restores the optimizer "
-            "as it was; to change it, train from the checkpoint's weights (MODEL) in another OUTPUT",
+            f"warning: {name} stays {value}, not {now['arguments'][name]}: a resume restores the "
+            "optimizer as it was; to change it, train from the checkpoint's weights (MODEL) in another "
+            "OUTPUT",
             file=sys.stderr,
         )
     resume = {"step": step, "time": now["started"], "changed": changed, "kept": kept}
@@ -158,7 +160,7 @@ def has_begun(args: TrainingArguments) -> bool:
 
 
 def describe(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The figures of a log event that tell how training goes, as cells of equal width from event to event.
+    """The figures of a log event that tell how training goes, as cells of a fixed width.
 
     Args:
         logs: of GRPO or SFT, as the trainer logs them.
@@ -172,8 +174,12 @@ def describe(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
         cells += [("length", "completions/mean_length", "4.0f"), ("kl", "kl", "6.4f")]
     else:
         cells = [("loss", "loss", "7.4f"), ("token accuracy", "mean_token_accuracy", "5.3f")]
-    values = [(label, logs[prefix + key], form) for label, key, form in cells if prefix + key in logs]
-    return [f"{label} {'-' if value is None else format(value, form)}" for label, value, form in values]
+    texts = []
+    for label, key, form in cells:
+        if prefix + key in logs:
+            value = logs[prefix + key]
+            texts.append(f"{label} {'-' if value is None else format(value, form)}")
+    return texts
 
 
 class ProgressLines(TrainerCallback):
@@ -226,7 +232,7 @@ class ProgressLines(TrainerCallback):
 
 
 class Warnings(TrainerCallback):
-    """Tell what the guards find, when it begins: on the terminal, and as an event of its own in `log.jsonl`."""
+    """Print what the guards find, when it begins, and log it as an event of its own."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control, logs, **kwargs):
         """Look at a step's event, and at those before it, which a checkpoint brings along."""

@@ -118,13 +118,11 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> s
         MissingFile: the path is no checkpoint, or one that is known to be half-written.
         Mistake: an earlier run's work would be written over.
     """
-    checkpoint = None
-    if resume_from_checkpoint == "auto":
-        checkpoint = last_complete_checkpoint(output_dir)
+    if resume_from_checkpoint == "auto" and (newest := last_complete_checkpoint(output_dir)):
+        return newest
     if resume_from_checkpoint in ("auto", "none", None):
-        if checkpoint is None:
-            check_unused(output_dir, resume_from_checkpoint)
-        return checkpoint
+        check_unused(output_dir, resume_from_checkpoint)
+        return None
     path = Path(resume_from_checkpoint)
     if not path.is_dir():
         raise MissingFile(f"resume_from_checkpoint: no folder {path}")

@@ -1,4 +1,4 @@
-"""Prepares examples as the `datasets.Dataset` that a trainer takes: images checked, long prompts left out."""
+"""Prepares examples as the data set that a trainer takes: images checked, long prompts left out."""
 
 import hashlib
 import math
@@ -35,19 +35,19 @@ from open_r1.tasks.unshown import NOTHING, PROMPT_FIELDS, unshown_texts
 
 Row = dict[str, Any]
 ROTATION_OF = "rotation_of"  # which question a row asks in one of two orders of its options
-# The images that may break during a run before it stops: a share of the prompts, but this many at least.
+# How many images may break before a run stops: a share of the prompts, but this many at least.
 BROKEN_SHARE, LEAST_BROKEN = 0.01, 10
 
 
 def most_broken(prompts: int) -> int:
-    """How many images may break during a run over so many prompts; of a small set not more than half."""
+    """How many images may break during a run over so many prompts; half of them at most."""
     return max(min(LEAST_BROKEN, prompts // 2), int(BROKEN_SHARE * prompts))
 
 
 def load_processor_from_args(
     model_args: ModelConfig, data_args: DataArguments, template_kwargs: dict[str, Any]
 ) -> ProcessorMixin:
-    """`load_processor` with the values of a recipe, and its chat template tried; raises what `try_template` raises."""
+    """`load_processor` with the values of a recipe, and its chat template tried."""
     processor = load_processor(
         model_args.model_name_or_path,
         chat_template=data_args.chat_template,
@@ -55,7 +55,8 @@ def load_processor_from_args(
         max_pixels=data_args.max_pixels,
         revision=model_args.model_revision,
     )
-    try_template(processor, data_args.chat_template or str(model_args.model_name_or_path), **template_kwargs)
+    name = data_args.chat_template or str(model_args.model_name_or_path)
+    try_template(processor, name, **template_kwargs)
     return processor
 
 
@@ -68,7 +69,7 @@ def load_datasets_from_args(
     rotate_options: bool = False,
     has_begun: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
-    """`load_dataset` with the values of a recipe: what to train on, and what is held out, which is never rotated."""
+    """`load_dataset` with the values of a recipe: what to train on; what is held out, never rotated."""
     load = partial(
         load_dataset,
         processor=processor,
@@ -90,11 +91,16 @@ def load_datasets_from_args(
 
 def columns_of(data_args: DataArguments) -> Columns:
     """The columns that a recipe names."""
-    return Columns(data_args.question_column, data_args.answer_column, data_args.image_column, data_args.options_column)
+    return Columns(
+        data_args.question_column,
+        data_args.answer_column,
+        data_args.image_column,
+        data_args.options_column,
+    )
 
 
 def opens_think(processor: ProcessorMixin, **template_kwargs: str) -> bool:
-    """Whether the chat template ends a prompt inside an opened `<think>`, so that completions start there."""
+    """Whether the chat template ends a prompt inside an opened `<think>`: completions start there."""
     return _around_question(processor, **template_kwargs).rstrip().endswith("<think>")
 
 
@@ -109,7 +115,7 @@ def _around_question(processor: ProcessorMixin, **template_kwargs: str) -> str:
 
 
 def store_image(source: ImageSource) -> str:
-    """The path of an image file; what carries its bytes is written to a file in the datasets' cache."""
+    """The path of an image file; bytes are written to a file in the cache of `datasets`."""
     data = image_bytes(source)
     if data is None:
         return str(source["path"] if isinstance(source, dict) else source)
@@ -138,7 +144,7 @@ def render_prompt(example: Row, processor: ProcessorMixin, **template_kwargs: st
 def count_prompt_tokens(
     example: Row, processor: ProcessorMixin, text: str | None = None, **template_kwargs: str
 ) -> int:
-    """Length of an example's prompt in tokens, those of its images included, from the images' headers alone.
+    """Length of an example's prompt in tokens, image tokens included, from the images' headers alone.
 
     Args:
         text: what `render_prompt` made of it; None renders it.
@@ -151,16 +157,19 @@ def count_prompt_tokens(
     return len(processor.tokenizer(text)["input_ids"]) - len(sizes) + images
 
 
-def warn_of_unshown(*sets: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None) -> None:
-    """Name the columns that belong into a prompt, and that a trainer shows no model; empty ones do not count."""
+def warn_of_unshown(*sets: Any) -> None:
+    """Name the columns that belong into a prompt, and that a trainer shows no model.
+
+    Args:
+        sets: data sets of either kind, dictionaries of such, or None; empty columns do not count.
+    """
     unshown = {}  # names in their order
     for data in sets:
         for part in data.values() if isinstance(data, dict) else [data]:
-            for name in getattr(part, "column_names", None) or ():
-                if name in PROMPT_FIELDS and (
-                    isinstance(part, IterableDataset)
-                    or any(cell.as_py() not in NOTHING for cell in part.data.column(name))
-                ):
+            names = getattr(part, "column_names", None) or ()
+            for name in (name for name in names if name in PROMPT_FIELDS):
+                is_stream = isinstance(part, IterableDataset)  # whose cells are not known yet
+                if is_stream or any(cell.as_py() not in NOTHING for cell in part.data.column(name)):
                     unshown[name] = None
     if unshown:
         names = ", ".join(unshown)
@@ -174,8 +183,9 @@ def in_two_orders(example: Row, question: int) -> list[Row]:
     before, listed, after = asked["content"].rpartition(join_options(options) if options else "\n")
     if len(options) < 2 or not listed or example["solution"] not in options:
         raise Mistake("rotate_options: needs a question that lists its options, 'a, b or c', its answer among them")
-    again = {**example, "prompt": [*system, {**asked, "content": before + join_options(rotated) + after}]}
-    return [{**example, ROTATION_OF: question}, {**again, "options": rotated, ROTATION_OF: question}]
+    again = {**asked, "content": before + join_options(rotated) + after}
+    first = {**example, ROTATION_OF: question}
+    return [first, {**first, "prompt": [*system, again], "options": rotated}]
 
 
 @contextmanager
@@ -202,7 +212,7 @@ def load_dataset(
     drop_unshown: bool = False,
     **template_kwargs: str,
 ) -> Dataset:
-    """Read a data set; leave out, never truncate, what is too long, and texts that spell a control token.
+    """Read a data set; what is too long or spells a control token is left out, never truncated.
 
     Args:
         source, columns, config, split: see `mixture.parts_of`.
@@ -210,7 +220,8 @@ def load_dataset(
         max_prompt_length: in tokens, image tokens included; None keeps every length.
         checks: each raises Mistake for a row that cannot be trained on.
         max_answer_length: in tokens; None keeps every length.
-        rotate_options: every row is followed by itself with its options in another order; see `in_two_orders`.
+        rotate_options: every row is followed by itself in another order of its options; see
+            `in_two_orders`.
         has_begun: a run that found every image whole goes on: those that broke since (`most_broken` at most) are named,
             and their rows stay, so that the others keep their places.
         drop_unshown: rows whose prompts do not show all that they hold are named, and stay.
@@ -224,7 +235,8 @@ def load_dataset(
     controls, left_out, kept = control_tokens(processor), Counter(), []
     lost, hidden = [], []  # rows, in words: with a broken image; with more than their prompt shows
     examples = iter_mixture(parts_of(source, columns, config, split), must_exist=not has_begun)
-    for origin, row, example, unshown in tqdm(examples, desc="examples", unit="", disable=not state.is_main_process):
+    bar = tqdm(examples, desc="examples", unit="", disable=not state.is_main_process)
+    for origin, row, example, unshown in bar:
         with naming(origin, row):
             example["images"] = [store_image(image) for image in example["images"]]
             for check in checks:
@@ -252,29 +264,32 @@ def load_dataset(
                 unshown += unshown_texts(example["prompt"], prompts[0])
                 lengths = map(count_prompt_tokens, rows, repeat(processor), prompts)
                 if max(lengths) > (max_prompt_length or math.inf):
-                    left_out[f"a prompt over {max_prompt_length} tokens (max_prompt_length, or fewer max_pixels)"] += 1
+                    reason = f"a prompt over {max_prompt_length} tokens"
+                    left_out[f"{reason} (max_prompt_length, or fewer max_pixels)"] += 1
                 else:
                     kept += rows
             if unshown:
                 hidden.append(f"{origin}: row {row}: its prompt does not show {', '.join(unshown)}")
-    if hidden and not drop_unshown:
-        raise Mistake(
-            f"{hidden[0]}; rows like this: {len(hidden)}; mend them, or train without it by --drop_unshown true"
-        )
     if hidden:
-        state.print(f"warning: {printable(hidden[0])}; rows like this: {len(hidden)}, all trained on (drop_unshown)")
+        line = f"{hidden[0]}; rows like this: {len(hidden)}"
+        if not drop_unshown:
+            raise Mistake(f"{line}; mend them, or train without it by --drop_unshown true")
+        state.print(f"warning: {printable(line)}, all trained on (drop_unshown)")
     if len(lost) > most_broken(len(kept)):
-        raise Mistake(f"{lost[0]}; so are {len(lost) - 1} others since the run began; restore the data")
+        others = f"so are {len(lost) - 1} others since the run began"
+        raise Mistake(f"{lost[0]}; {others}; restore the data")
     for line in lost:
         state.print(f"warning: {printable(line)}; completions about it earn nothing")
     reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
     if not kept:
         raise Mistake(f"{source}: no example left; left out {reasons}")
     if left_out:
-        state.print(f"{source}: kept {len(kept)} of {len(kept) + left_out.total()} examples; left out {reasons}")
-    names = dict.fromkeys(name for example in kept for name in example)  # `from_list` takes those of the first row
+        all_rows = len(kept) + left_out.total()
+        state.print(f"{source}: kept {len(kept)} of {all_rows} examples; left out {reasons}")
+    names = dict.fromkeys(name for row in kept for name in row)
+    rows = [{name: row.get(name) for name in names} for row in kept]  # each with all names
     try:
-        # A field of an own kind in every row reaches the rewards as it is.
-        return Dataset.from_list([{name: row.get(name) for name in names} for row in kept], on_mixed_types="use_json")
+        # A field of another kind in every row reaches the rewards as it is.
+        return Dataset.from_list(rows, on_mixed_types="use_json")
     except (pa.ArrowException, OverflowError, TypeError) as error:
         raise Mistake(f"{source}: a field holds what a table cannot: {error}") from error

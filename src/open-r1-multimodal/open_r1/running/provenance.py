@@ -52,14 +52,15 @@ FREE = (
 
 
 def is_free(name: str) -> bool:
-    """Whether a run that goes on may have another value of a setting; the names of `FREE` are patterns."""
+    """Whether a run that goes on may have another value of a setting."""
     return re.fullmatch("|".join(FREE), name) is not None
 
 
 def without_secrets(value: Any) -> Any:
-    """A copy for JSON: tokens and passwords are left out at any depth, what JSON has no word for becomes text."""
+    """A copy for JSON without tokens and passwords; what JSON has no word for becomes text."""
     if isinstance(value, Mapping):
-        return {str(key): without_secrets(item) for key, item in value.items() if not _SECRET.search(str(key))}
+        items = ((str(key), item) for key, item in value.items())
+        return {key: without_secrets(item) for key, item in items if not _SECRET.search(key)}
     if isinstance(value, list | tuple | set):
         return [without_secrets(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -76,11 +77,11 @@ def all_arguments(script_args: Any, args: TrainingArguments, model_args: Any) ->
 
 
 def describe_data(dataset: Any) -> dict[str, Any] | None:
-    """How many examples a trainer gets, and digests of them; None for a stream, which is not read before its time.
+    """How many examples a trainer gets, and digests of them; None for a stream, which is not read.
 
     Returns:
-        `rows`: their number; `content`: of every field, an image by its file's name; `images`: of the files' bytes, of
-        which some may break while a run goes on.
+        `rows`: their number; `content`: of every field, an image by its file's name; `images`: of
+        the files' bytes, of which some may break while a run goes on.
     """
     if not isinstance(dataset, Dataset):
         return None
@@ -106,9 +107,10 @@ def file_digest(path: str) -> str:
 
 
 def describe_inputs(train: Any, held_out: Any, processor: ProcessorMixin) -> dict[str, Any]:
-    """What a trainer learns from and is measured on: `describe_data` of both sets, and a digest of the template."""
+    """`describe_data` of what a trainer learns from and is measured on, and the template's digest."""
     template = hashlib.sha256(str(processor.chat_template).encode()).hexdigest()
-    return {"train": describe_data(train), "held_out": describe_data(held_out), "chat_template": template}
+    sets = {"train": describe_data(train), "held_out": describe_data(held_out)}
+    return {**sets, "chat_template": template}
 
 
 def describe_code() -> dict[str, Any]:
@@ -161,7 +163,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def derived(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a record, with those that follow from several: examples of a step and a rollout."""
+    """The settings of a record, with those that follow from several: examples of a step, a rollout."""
     settings = {"command": record["command"], **record["arguments"]}
     batch = settings["per_device_train_batch_size"] * record["world_size"]
     settings["examples_per_step"] = batch * settings["gradient_accumulation_steps"]
@@ -227,7 +229,8 @@ def check_same_run(folder: str | Path, now: Mapping[str, Any]) -> None:
 
     Args:
         folder: of the run, with its `run.json`.
-        now: the launch's record, or what is known of it by now: `command`, `world_size` and `arguments`, or `data`.
+        now: the launch's record, or what is known of it: `command`, `world_size` and `arguments`, or
+            `data`.
     """
     then, anew = read_record(folder), "choose another OUTPUT, or move this one away"
     if settings := changed_settings(then, now):
@@ -235,21 +238,22 @@ def check_same_run(folder: str | Path, now: Mapping[str, Any]) -> None:
         raise Mistake(f"{folder}: holds a run with {', '.join(texts)}; {anew}")
     if changed := changed_inputs(then, now)[0]:
         raise Mistake(
-            f"{folder}: {' and '.join(changed)} changed since its run began, so it cannot go on as it was; restore "
-            f"them, or {anew}; --resume_from_checkpoint with a checkpoint's path goes on with what is there now"
+            f"{folder}: {' and '.join(changed)} changed since its run began, so it cannot go on as it was; "
+            f"restore them, or {anew}; --resume_from_checkpoint with a checkpoint's path goes on with what "
+            "is there now"
         )
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
-    """All that a run goes on with and began without, in words: settings, `but` for some, data and code."""
+    """All that a run goes on with and began without, in words: settings (`but` some), data, code."""
     pairs = {**changed_settings(then, now), **changed_code(then, now)}
-    texts = [f"{name} ({old} then, {new} now)" for name, (old, new) in pairs.items() if name not in but]
+    texts = {name: f"{name} ({old} then, {new} now)" for name, (old, new) in pairs.items()}
     learned, noted = changed_inputs(then, now)
-    return texts + learned + noted
+    return [text for name, text in texts.items() if name not in but] + learned + noted
 
 
 def settings_in_force(args: TrainingArguments, optimizer: Any) -> dict[str, Any]:
-    """The settings of an optimizer that are other than these arguments say, by the arguments' names.
+    """The settings of an optimizer that differ from the arguments, by the arguments' names.
 
     A resume restores an optimizer with the values that it was saved with.
     """
