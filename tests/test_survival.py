@@ -276,7 +276,7 @@ def test_a_link_that_leads_nowhere_ends_the_run_before_it_starts_anew(linked):
         ValueError, match=rf"run/checkpoint-4: a link to {moved}, which is not there; bring it back, or"
     ):
         resolve_checkpoint("auto", str(run))
-    with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint: no folder .*-4"):
+    with pytest.raises(FileNotFoundError, match=rf"resume_from_checkpoint: .*-4 is a link to {moved}, which is not"):
         resolve_checkpoint(str(run / "checkpoint-4"), str(run))
     with pytest.raises(ValueError, match="holds an earlier run"):
         resolve_checkpoint("none", str(run))
