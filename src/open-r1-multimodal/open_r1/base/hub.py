@@ -28,8 +28,15 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
         RepositoryNotFoundError,
     )
 
-    # The client sets no limit to most requests, and would wait for a hub that says nothing.
-    get_session().timeout = constants.HF_HUB_ETAG_TIMEOUT
+    def limit(request: httpx.Request) -> None:
+        """The client sets no limit to most requests, and would wait for a hub that says nothing."""
+        limits = request.extensions["timeout"]
+        for phase in limits:
+            limits[phase] = limits[phase] or constants.HF_HUB_ETAG_TIMEOUT
+
+    session = get_session()
+    hooks = session.event_hooks
+    session.event_hooks = {"request": [*hooks["request"], limit]}
     try:
         return Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns=list(files)))
     except HFValidationError as error:
@@ -43,6 +50,8 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
         if isinstance(error, GatedRepoError):  # also a RepositoryNotFoundError
             reason = "it asks for a login: accept its terms on its page, then `hf auth login`"
         raise FileMistake(f"{repo_id}: neither here nor to be had from the Hub ({reason})") from error
+    finally:
+        session.event_hooks = hooks
 
 
 def model_folder(model_name_or_path: str | Path, revision: str = "main", files: Sequence[str] = MODEL_FILES) -> Path:
