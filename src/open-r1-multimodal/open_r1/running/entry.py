@@ -33,7 +33,7 @@ from open_r1.running.checkpoints import (
 from open_r1.running.failures import exit_on_error, full_disk
 from open_r1.running.machines import check_shared, decide_once
 from open_r1.running.orphans import follow_launcher
-from open_r1.running.provenance import all_arguments, check_same_run, describe_inputs, run_of
+from open_r1.running.provenance import all_arguments, check_same_run, describe_inputs
 from open_r1.settings.recipes import PLANNED_PROCESSES, read_recipe, split_arguments
 
 # What libraries warn about at every start without need: logger -> part of the message.
@@ -233,7 +233,7 @@ def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -
     steps_before = read_state(checkpoint).global_step if checkpoint else 0
     trainer.add_callback(CompleteCheckpoints(args))
     recipes, _ = split_arguments(arguments)
-    continued = run_of(checkpoint) if checkpoint else None
+    continued = Path(checkpoint).parent if checkpoint else None
     add_run_callbacks(trainer, command.name, script_args, model_args, recipes, record, continued)
     with full_disk(args.output_dir):
         trainer.train(resume_from_checkpoint=checkpoint)
