@@ -1,7 +1,7 @@
 """Answers a benchmark's questions with a model: greedily, in batches of like length.
 
-The prompts are rendered and the completions decoded by the code that training rolls out with (`rollout`); only the
-sampling is greedy here.
+The prompts are rendered and the completions decoded by the code that training rolls out with
+(`engines.backends`); only the sampling is greedy here.
 """
 
 import copy
@@ -9,7 +9,8 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,12 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a weight file, for its fingerprint
 
 @dataclass(frozen=True)
 class Response:
-    """What came back for one item; `error` says why there was nothing to ask."""
+    """The response to one item; `error` says why it could not be asked."""
 
     response: str
     tokens: int
     truncated: bool
     error: str | None = None
-
-    def to_row(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 # --- prompts and images -------------------------------------------------------------------------------------
@@ -50,40 +48,31 @@ def choose_chat_template(name: str, own: str | None, folder: str = "") -> tuple[
     """The name and the text of the chat template to evaluate with.
 
     Args:
-        name: `base`, `instruct` or a file; or `auto`: a template that knows `style`, as those that this project saves
-            with its checkpoints do, is used as it is; otherwise a checkpoint that ships ChatML is an instruct model,
-            and one that does not is a base model. The path never matters.
+        name: `base`, `instruct` or a file; or `auto`, which never looks at the path: a template that knows `style`,
+            as those that this project saves with its checkpoints do, is used as it is; otherwise a checkpoint that
+            ships ChatML is an instruct model, and one that does not is a base model.
         own: the checkpoint's chat template, if it has one.
         folder: where its family's templates are; see `Family.templates`.
 
     Raises:
-        FileNotFoundError: no such file or name.
+        Mistake: no such file or name.
     """
-    if name != "auto":
-        return name, load_chat_template(name, folder)
-    if own is None or not re.search(r"\bstyle\b", own):
+    if name == "auto" and own is not None and re.search(r"\bstyle\b", own):
+        names = {load_chat_template(name, folder): name for name in ("base", "instruct")}
+        return names.get(own, "checkpoint"), own
+    if name == "auto":
         name = "instruct" if "<|im_start|>" in (own or "") else "base"
-        return name, load_chat_template(name, folder)
-    known = {load_chat_template(known, folder): known for known in ("base", "instruct")}
-    return known.get(own, "checkpoint"), own
+    return name, load_chat_template(name, folder)
 
 
 def check_prompts(items: Sequence[Item], processor: ProcessorMixin) -> None:
-    """Raise ValueError, which names the question, for a prompt that the model would not read as text."""
+    """Raise Mistake, which names the question, for a prompt that the model would not read as text."""
     controls = control_tokens(processor)
     for item in items:
         try:
             check_text(item.prompt, controls)
         except Mistake as error:
             raise Mistake(f"question {item.id}: {error}") from error
-
-
-def known_size(data: bytes | None) -> tuple[int, int] | None:
-    """Height and width from the header; None for an image that `open_image` would not take."""
-    try:
-        return image_size(data)
-    except BrokenImage:
-        return None
 
 
 def messages(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
@@ -112,26 +101,40 @@ class Answerer:
 
     def length(self, item: Item) -> int:
         """About how many tokens the prompt has; batches are sorted by it."""
+        sizes = []
+        for data in item.images:
+            with suppress(BrokenImage):
+                sizes.append(image_size(data))
         text = len(self.tokenizer(item.prompt)["input_ids"])
-        sizes = [size for data in item.images if (size := known_size(data))]
         return text + family_of_processor(self.processor).count_image_tokens(self.processor, sizes)
 
-    def encode(self, item: Item) -> Prompt:
-        """Everything that can be done before the model is free; runs in another thread. Raises BrokenImage."""
-        return self.backend.encode(messages([open_image(data) for data in item.images], item.prompt))
+    def encode(self, item: Item) -> Prompt | Response:
+        """What can be done before the model is free, also in another thread.
 
-    def answer(self, prompts: Sequence[Prompt]) -> list[Response]:
+        An item without a usable image has its response already, which says so.
+        """
+        try:
+            images = [open_image(data) for data in item.images]
+        except BrokenImage as error:
+            return Response("", 0, False, str(error))
+        return self.backend.encode(messages(images, item.prompt))
+
+    def answer(self, encoded: Sequence[Prompt | Response]) -> list[Response]:
         """Answer encoded items, in their order."""
+        prompts = [prompt for prompt in encoded if not isinstance(prompt, Response)]
+        if not prompts:
+            return list(encoded)
         completions = self.backend.generate(prompts, [1] * len(prompts), self.generation_config)
-        ends = set(self.generation_config.eos_token_id)
-        return [
-            Response(
-                response=self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-                tokens=len(ids),
-                truncated=not ids or ids[-1] not in ends,
-            )
-            for ids in completions.ids
-        ]
+        answers = iter(map(self.read, completions.ids))
+        return [prompt if isinstance(prompt, Response) else next(answers) for prompt in encoded]
+
+    def read(self, ids: Sequence[int]) -> Response:
+        """A completion as text."""
+        return Response(
+            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            tokens=len(ids),
+            truncated=not ids or ids[-1] not in self.generation_config.eos_token_id,
+        )
 
 
 def generation_settings(processor: ProcessorMixin, max_new_tokens: int) -> dict[str, Any]:
@@ -156,12 +159,12 @@ def load_prompting(
 
     Args:
         prompt: see `choose_chat_template`.
-        max_pixels: larger images are shrunk to this area. None: the checkpoint's own bound, which is the one that it
-            was trained with; or the paper's for a published checkpoint, whose bound holds for no training.
+        max_pixels: larger images are shrunk to this area. None: the bound that the checkpoint was trained with, or
+            the paper's for a published checkpoint, whose own bound holds for no training.
         template_kwargs: that the chat template will be rendered with.
 
     Raises:
-        OSError, ValueError: what `load_processor`, `choose_chat_template` and `check_template` raise.
+        Mistake: what `load_processor`, `choose_chat_template` and `check_template` raise.
     """
     processor = load_processor(str(folder), max_pixels=max_pixels)
     family = family_of_processor(processor)
@@ -207,8 +210,8 @@ def answer_batches(answerer: Answerer, batches: Sequence[Sequence[Item]]) -> Ite
     Without a batch there is nothing to do: of several processes, one may get none.
     """
 
-    def encode(batch: Sequence[Item]) -> list[Any]:
-        return [encode_or_fail(answerer, item) for item in batch]
+    def encode(batch: Sequence[Item]) -> list[Prompt | Response]:
+        return [answerer.encode(item) for item in batch]
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = pool.submit(encode, batches[0]) if batches else None
@@ -216,15 +219,4 @@ def answer_batches(answerer: Answerer, batches: Sequence[Sequence[Item]]) -> Ite
             encoded = ahead.result()
             if number < len(batches):
                 ahead = pool.submit(encode, batches[number])
-            prompts = [prompt for prompt in encoded if not isinstance(prompt, Response)]
-            answers = iter(answerer.answer(prompts) if prompts else [])
-            responses = [prompt if isinstance(prompt, Response) else next(answers) for prompt in encoded]
-            yield list(zip(batch, responses, strict=True))
-
-
-def encode_or_fail(answerer: Answerer, item: Item) -> Any:
-    """The encoded item, or the response that says why there is none."""
-    try:
-        return answerer.encode(item)
-    except BrokenImage as error:
-        return Response(response="", tokens=0, truncated=False, error=str(error))
+            yield list(zip(batch, answerer.answer(encoded), strict=True))

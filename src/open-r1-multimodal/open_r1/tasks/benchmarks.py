@@ -9,23 +9,19 @@ import json
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from open_r1.answers.statistics import Combination, gold_index
-from open_r1.base.errors import MissingFile, Mistake, first_line
+from open_r1.base.errors import MissingFile, Mistake
 from open_r1.base.fields import NAME, PROSE, Check, Fields, are, check, is_integer, is_name, is_prose, maybe
-from open_r1.base.files import parse_json
 from open_r1.base.hub import fetch
 from open_r1.base.prompts import sat_question
 from open_r1.tasks import cvbench, sat
+from open_r1.tasks.examples import read_file
 
-BATCH_ROWS = 64  # read at a time
 LIMIT_SEED = 0
 
 
@@ -117,18 +113,17 @@ CVBENCH |= {"choices": TEXTS, "answer": PROSE, "image": IMAGE}
 
 def cvbench_items(row: Mapping[str, Any], number: int) -> list[Item]:
     """CV-Bench asks its `prompt` column as it is."""
-    question = cvbench.convert_row(row)
     return [
         Item(
-            id=question.idx,
-            task=question.task,
-            type=question.type,
-            source=question.source,
-            question=question.question,
-            options=question.choices,
-            answer=f"({question.answer})",
-            prompt=question.prompt,
-            images=(question.image,),
+            id=row["idx"],
+            task=row["task"],
+            type=row["type"],
+            source=row["source"],
+            question=row["question"],
+            options=tuple(row["choices"]),
+            answer=f"({row['answer'].strip('()')})",
+            prompt=row["prompt"],
+            images=(row["image"],),
         )
     ]
 
@@ -240,13 +235,13 @@ def read(benchmark: Benchmark, dataset_path: str | None = None, limit: int | Non
         limit: at most this many questions; see `stratified`.
 
     Raises:
-        OSError, ValueError: nothing to read there, or a row that contradicts itself; in one line.
+        Mistake: nothing to read there, or a row that contradicts itself.
     """
     questions: list[tuple[list[Item], Path]] = []
     first: dict[int | str, str] = {}  # id -> where it is
     rows = 0
     for file in locate(benchmark, dataset_path or benchmark.hub_id):
-        for number, row in enumerate(read_rows(file)):
+        for number, row in enumerate(read_file(file)):
             where = f"{file}: row {number}"
             if missing := [name for name in benchmark.columns if isinstance(row, dict) and name not in row]:
                 raise Mistake(f"{file}: no column {', '.join(missing)}; is this {benchmark.name}?")
@@ -268,53 +263,34 @@ def read(benchmark: Benchmark, dataset_path: str | None = None, limit: int | Non
         raise Mistake(f"{dataset_path or benchmark.hub_id}: no question in it")
     if limit is not None:
         questions = [questions[i] for i in stratified([items[0].task for items, _ in questions], limit)]
-    found = [with_images(item, folder) for items, folder in questions for item in items]
-    if benchmark.images and not any(data for item in found for data in item.images):
+    asked = []
+    for items, folder in questions:
+        for item in items:
+            images = tuple(image_data(cell, folder) for cell in item.images)
+            asked.append(replace(item, images=images))
+    if benchmark.images and not any(data for item in asked for data in item.images):
         raise MissingFile(f"{questions[0][1]}: none of the images is there; {benchmark.images}")
-    return found
+    return asked
 
 
 def locate(benchmark: Benchmark, dataset_path: str) -> list[Path]:
     """The files to read: the one named, or those of a folder or of a data set on the Hub.
 
     Raises:
-        OSError: no such file or folder, none of the expected files in it, or the Hub does not give it.
+        Mistake: no such file or folder, none of the expected files in it, or the Hub does not give it.
     """
     path = Path(dataset_path).expanduser()
     if path.is_file():
         return [path]
     if not path.is_dir():
         path = fetch(dataset_path, benchmark.files, repo_type="dataset")
-    found = []
+    files = []
     for pattern in benchmark.files:
         matches = sorted(path.glob(pattern))
         if not matches:
             raise MissingFile(f"{path}: no {pattern} in it; give a single file to evaluate that alone")
-        found += matches
-    return found
-
-
-def read_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet or JSON Lines file.
-
-    Raises:
-        ValueError: damaged, or something else.
-    """
-    if file.suffix == ".jsonl":
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield parse_json(line, f"{file}: line {number}")
-        return
-    try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS):
-            yield from batch.to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"{file}: not a complete parquet file ({first_line(error)})") from error
-
-
-def with_images(item: Item, folder: Path) -> Item:
-    return replace(item, images=tuple(image_data(cell, folder) for cell in item.images))
+        files += matches
+    return files
 
 
 def image_data(cell: Any, folder: Path) -> bytes | None:
