@@ -26,10 +26,9 @@ EASY = LEVELS["easy"]
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 BLINK_SCHEMA = pa.schema(
     [
-        *((name, pa.string()) for name in ("idx", "question", "sub_task")),
+        *((name, pa.string()) for name in ("idx", "question", "sub_task", "answer", "prompt")),
         *((f"image_{number}", IMAGE) for number in (1, 2, 3, 4)),
         ("choices", pa.list_(pa.string())),
-        *((name, pa.string()) for name in ("answer", "prompt", "explanation")),
     ]
 )
 
@@ -38,10 +37,9 @@ def picture(row: int) -> bytes:
     return sat_row(row, 0, EASY)["image_bytes"][0]
 
 
-def blink_row(task: str, row: int, **changes: object) -> dict:
+def blink_row(task: str, row: int) -> dict:
     question = "Two points are circled on the image. Which point is closer to the camera?"
     options = ["A is closer", "B is closer"] if task == "Relative_Depth" else ["yes", "no"]
-    listed = "\n".join(f"({letter}) {option}" for letter, option in zip("AB", options, strict=True))
     return {
         "idx": f"val_{task}_{row}",
         "question": question,
@@ -49,15 +47,14 @@ def blink_row(task: str, row: int, **changes: object) -> dict:
         "image_1": {"bytes": picture(row), "path": None},
         "choices": options,
         "answer": f"({'AB'[row % 2]})",
-        "prompt": f"{question} Picture {row}.\nSelect from the following choices.\n{listed}",
-        **changes,
+        "prompt": f"{question} Picture {row}.\n(A) {options[0]}\n(B) {options[1]}",
     }
 
 
-def write_blink(folder: Path, count: int, **changes: object) -> Path:
+def write_blink(folder: Path, count: int) -> Path:
     for task in ("Relative_Depth", "Spatial_Relation"):
-        (folder / task).mkdir(parents=True, exist_ok=True)
-        table = pa.Table.from_pylist([blink_row(task, row, **changes) for row in range(count)], BLINK_SCHEMA)
+        (folder / task).mkdir(parents=True)
+        table = pa.Table.from_pylist([blink_row(task, row) for row in range(count)], BLINK_SCHEMA)
         pq.write_table(table, folder / task / "val-00000-of-00001.parquet")
     return folder
 
@@ -68,9 +65,8 @@ def write_vsr(folder: Path, relations: list[str]) -> Path:
         for row, relation in enumerate(relations):
             name = f"{row:012}.jpg"
             (folder / "images" / name).write_bytes(picture(row))
-            line = {"image": name, "image_link": f"http://images.cocodataset.org/train2017/{name}", "label": row % 2}
-            line |= {"caption": f"The cat is {relation} mat {row}.", "relation": relation, "annotator_id": 1}
-            lines.write(json.dumps(line | {"vote_true_validator_id": [2, 6], "vote_false_validator_id": []}) + "\n")
+            line = {"image": name, "caption": f"The cat is {relation} mat {row}.", "label": row % 2}
+            lines.write(json.dumps(line | {"relation": relation, "annotator_id": 1}) + "\n")
     return folder
 
 
@@ -140,6 +136,8 @@ def test_blink(ask, tmp_path):
     folder = write_blink(tmp_path / "blink", 4)
     path = ask("m", "BLINK", folder, lambda item: right(item) if item.task == "Relative_Depth" else "(A)")
     assert accuracies(path) == {"Total": 0.75, "Relative_Depth": 1, "Spatial_Relation": 0.5}
+    (first, *_) = read(BENCHMARKS["BLINK"], str(folder))
+    assert first.prompt == blink_row("Relative_Depth", 0)["prompt"]
 
 
 def test_vsr(ask, tmp_path):
@@ -151,6 +149,18 @@ def test_vsr(ask, tmp_path):
     assert [VSR_CATEGORY[name] for name in ("in the middle of", "at the edge of", "far away from", "down from")] == [
         *("Projective", "Adjacency", "Proximity", "Directional")
     ]
+    # as in the evaluation of the R1-Zero paper
+    assert read(BENCHMARKS["VSR"], str(folder))[0].prompt == (
+        'Please analyze the provided image. Does the statement "The cat is on mat 0." accurately describes what you '
+        "see? Choose from (A) True or (B) False."
+    )
+    images = sorted((folder / "images").iterdir())
+    images[0].unlink()
+    assert [bool(item.images[0]) for item in read(BENCHMARKS["VSR"], str(folder))] == [False] + [True] * 5
+    for image in images[1:]:
+        image.unlink()
+    with pytest.raises(FileNotFoundError, match=r"none of the images is there; its files name images of COCO 2017"):
+        ask("m", "VSR", folder, right)
 
 
 def test_sat_with_one_and_two_images_in_every_rotation(ask, tmp_path):
@@ -160,34 +170,6 @@ def test_sat_with_one_and_two_images_in_every_rotation(ask, tmp_path):
     assert len(result["results"]) == 16 and result["scores"]["Total"]["n"] == 8
     expected = {"other": 0.5, "action_sequence": 1, "Total": 0.75, ALL_ROTATIONS: 0.5}
     assert result["accuracy"] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"answer": "hidden"}, "row 0: ground_truth: 'hidden' is none of its 2 options"),
-        ({"answer": None}, "row 0: answer: expected text"),
-        ({"choices": None}, "row 0: choices: expected a list of texts"),
-        ({"sub_task": None}, "row 0: sub_task: expected a name"),
-        ({"prompt": None}, "row 0: prompt: expected text"),
-        ({"idx": "x"}, "row 1: has the idx 'x' of"),
-    ],
-    ids=str,
-)
-def test_a_row_of_blink_that_is_something_else(tmp_path, changes, message):
-    folder = write_blink(tmp_path, 2, **changes)
-    with pytest.raises(ValueError) as told:
-        read(BENCHMARKS["BLINK"], str(folder))
-    assert str(told.value).startswith(f"{folder}/Relative_Depth/val-00000-of-00001.parquet: {message}")
-    assert "\n" not in str(told.value)
-
-
-def test_a_folder_without_vsrs_images_is_one_line(ask, tmp_path):
-    folder = write_vsr(tmp_path / "vsr", ["on", "in"])
-    for path in (folder / "images").iterdir():
-        path.unlink()
-    with pytest.raises(OSError, match="none of the images is there"):
-        ask("m", "VSR", folder, right)
 
 
 @pytest.fixture
