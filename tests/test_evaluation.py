@@ -119,7 +119,7 @@ def run(script: ModuleType, arguments: list[str]) -> dict:
     return json.loads(evaluation.result_path(args).read_text())
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------
+# --- what is asked --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["base/reasoning", "base/direct", "instruct/reasoning", "instruct/direct"])
@@ -129,8 +129,8 @@ def test_prompts_are_the_golden_ones(name, answerer, tmp_path):
     Image.new("RGB", (56, 56)).save(tmp_path / "image.png")
     question = sat_question("Is the red ball to the left of the box?", ["yes", "no"])
     item = Item(0, "other", question, ("yes", "no"), "yes", question, ((tmp_path / "image.png").read_bytes(),))
-    own = make_answerer(answerer.backend.model, processor, style, TOKENS)
-    assert own.encode(item).input_ids.tolist() == GOLDEN[name]["ids"]
+    one_a_byte = make_answerer(answerer.backend.model, processor, style, TOKENS)
+    assert one_a_byte.encode(item).input_ids.tolist() == GOLDEN[name]["ids"]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_images_are_shrunk_as_in_training(tiny_model, tmp_path, saved, asked, us
     assert family_of_processor(processor).count_image_tokens(processor, [(10000, 10000)]) <= used // 28**2
 
 
-# --- how it is decoded --------------------------------------------------------------------------------------------
+# --- how it is decoded ----------------------------------------------------------------------------
 
 
 def test_batch_size_does_not_change_answers(answerer, items):
@@ -271,7 +271,7 @@ def test_missing_and_broken_images_are_counted(answerer, items):
     }
 
 
-# --- no work is lost ----------------------------------------------------------------------------------------------
+# --- no work is lost ------------------------------------------------------------------------------
 
 
 def test_a_result_records_what_it_depends_on(script, arguments, tmp_path):
@@ -409,7 +409,7 @@ def test_default_model_is_the_newest_grpo_output(tmp_path):
     assert evaluation.newest_grpo_output(tmp_path) == tmp_path / "lora"
 
 
-# --- an adapter -------------------------------------------------------------------------------------------------
+# --- an adapter -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -474,7 +474,7 @@ def test_an_adapter_whose_base_is_gone_is_one_line(script, arguments, adapter, t
     assert end.value.code == f"test_qwen2vl_CVBench: error: {reason}"
 
 
-# --- saved responses ----------------------------------------------------------------------------------------------
+# --- saved responses ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -523,7 +523,7 @@ def test_rows_of_the_reference_join_their_questions_or_are_named(script, referen
     assert rescored(script, reference_file, "--dataset_path", str(rendered))["scores"]["3D"]["n"] == 12
 
 
-# --- several processes --------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow

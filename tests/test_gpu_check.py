@@ -45,7 +45,7 @@ def start(folder, *arguments, python=sys.executable, **env):
     return subprocess.run(["sh", SCRIPT, *arguments], env=env, cwd=folder, capture_output=True, text=True)
 
 
-# --- what has to be there -----------------------------------------------------------------------------------------
+# --- what has to be there -------------------------------------------------------------------------
 
 
 def test_without_a_gpu_it_says_so(quick_python, tmp_path):
@@ -137,7 +137,7 @@ def test_wheels_have_the_versions_that_the_project_is_tested_with(check):
     assert {name: pins[name] for name in shared} == {name: tested[name] for name in shared}
 
 
-# --- how it goes on -----------------------------------------------------------------------------------------------
+# --- how it goes on -------------------------------------------------------------------------------
 
 MEASURING = """
 import json, os, pathlib, signal, subprocess, sys, time
@@ -222,13 +222,10 @@ def test_measurements_are_expected_within_their_limits_and_in_seven_minutes(chec
 def test_the_table_has_a_row_a_figure_and_what_stock_takes_more(check, tmp_path):
     outcomes = [
         check.Outcome("step, this trainer", {"rollout, s": 2.0, "peak memory, GB": 10.0, "MFU of whole step, %": 30.0}),
-        check.Outcome(
-            "step, stock TRL", {"rollout, s": 5.0, "peak memory, GB": 40.0, "MFU of whole step, %": 10.0}, about="here"
-        ),
+        check.Outcome("step, stock TRL", {"rollout, s": 5.0, "peak memory, GB": 40.0}, about="here"),
         check.Outcome("decoding", {"ms": 7.0}, reason="cut off after 60 s"),
     ]
-    text = check.report(outcomes, tmp_path)
-    lines = text.splitlines()
+    lines = check.report(outcomes, tmp_path).splitlines()
     assert lines[0] == "here" and lines[4] == "| step, this trainer | rollout, s | 2 |"
     assert lines[-4:] == [
         "| decoding | ms | 7 |",
@@ -236,13 +233,13 @@ def test_the_table_has_a_row_a_figure_and_what_stock_takes_more(check, tmp_path)
         "| stock TRL / this trainer | rollout | 2.50x |",
         "| stock TRL / this trainer | peak memory | 4.00x |",
     ]
-    assert text in (tmp_path / "gpu_check.md").read_text()
+    assert "\n".join(lines) in (tmp_path / "gpu_check.md").read_text()
     result = json.loads((tmp_path / "gpu_check.json").read_text())
     assert result["ratios"] == {"rollout, s": 2.5, "peak memory, GB": 4.0} and len(result["outcomes"]) == 3
     assert check.ratios(outcomes[1:]) == {}  # without one of the two
 
 
-# --- rehearsals ---------------------------------------------------------------------------------------------------
+# --- rehearsals -----------------------------------------------------------------------------------
 
 # What a CPU has no figures of, or none above 0, and why
 WITHOUT = {"attention tests": "", "evaluation and rollout, vLLM": "not run: vLLM is not installed"}
@@ -320,7 +317,7 @@ def test_a_gpu_is_checked_in_nine_minutes(tmp_path):
     assert step["figures"], step["reason"]
 
 
-# --- arithmetic ---------------------------------------------------------------------------------------------------
+# --- arithmetic -----------------------------------------------------------------------------------
 
 
 def test_an_adapter_is_tried_in_the_room_of_a_small_card_and_then_of_a_larger(gpu, monkeypatch):
@@ -351,9 +348,7 @@ def test_a_profile_counts_launches_waits_and_the_time_of_kernels_once(gpu):
     """An operator has its kernels' time as its own, beside the kernels themselves."""
     seen = [
         ("aten::mm", 2, 30.0, DeviceType.CPU),
-        ("cudaLaunchKernel", 5, 0.0, DeviceType.CPU),
-        ("cudaLaunchKernelExC", 2, 0.0, DeviceType.CPU),
-        ("cuLaunchKernelEx", 1, 0.0, DeviceType.CPU),
+        ("cudaLaunchKernelExC", 7, 0.0, DeviceType.CPU),
         ("cudaStreamSynchronize", 3, 0.0, DeviceType.CPU),
         ("cudaMemcpyAsync", 4, 0.0, DeviceType.CPU),
         ("sm90_gemm", 2, 30.0, DeviceType.CUDA),
@@ -361,7 +356,7 @@ def test_a_profile_counts_launches_waits_and_the_time_of_kernels_once(gpu):
     ]
     names = ("key", "count", "self_device_time_total", "device_type")
     events = [SimpleNamespace(**dict(zip(names, event, strict=True))) for event in seen]
-    assert gpu.count_events(events) == {"kernel launches": 8, "host waits": 3, "ms of kernels": 0.032}
+    assert gpu.count_events(events) == {"kernel launches": 7, "host waits": 3, "ms of kernels": 0.032}
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def refused(reads: Callable, *arguments: object) -> str:
     return str(caught.value)
 
 
-# --- result files -----------------------------------------------------------------------------------------------
+# --- result files ---------------------------------------------------------------------------------
 
 
 def test_a_result_of_ours_and_one_of_the_reference_are_taken(tmp_path):
@@ -162,7 +162,7 @@ def test_names_are_text_in_the_chart_and_escaped_on_the_terminal(tmp_path, monke
     assert "<svg" in (tmp_path / "chart.svg").read_text()
 
 
-# --- unfinished work --------------------------------------------------------------------------------------------
+# --- unfinished work ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_unfinished_work_of_something_else(tmp_path):
     assert collect(tmp_path / "result.json", {}) == {} and not partial_paths(tmp_path / "result.json")
 
 
-# --- question sets ----------------------------------------------------------------------------------------------
+# --- question sets --------------------------------------------------------------------------------
 
 IMAGE = {"bytes": b"", "path": None}
 BLINK = {"idx": "1", "sub_task": "Depth", "question": "?", "prompt": "?", "choices": ["a", "b"], "answer": "(A)"}
@@ -258,7 +258,7 @@ def test_what_is_no_question_set(tmp_path):
         refuse(lines, message, "VSR")
 
 
-# --- options that are seen before anything is made --------------------------------------------------------------
+# --- options that are seen before anything is made ------------------------------------------------
 
 
 @pytest.mark.parametrize(

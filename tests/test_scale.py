@@ -79,33 +79,24 @@ def test_seconds_of_a_step_on_8_gpus(cells):
     assert [recipe[name] for name in names] == [64, 8, 8, LONGEST]
 
 
-# --- the model's own counts -----------------------------------------------------------------------------------
+# --- the model's own counts -----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def published():
-    """Qwen2-VL-2B without numbers; its attention multiplies nothing."""
+def test_parameters_and_multiplications_are_the_models():
+    """Parameters but for norms and biases; torch's count of a forward pass but for attention, whose pairs are ours."""
     config = make_2b_config(make_tokenizer(["a text"]))
-    return build_model(config, ModelConfig(dtype="bfloat16"), FreezeArguments(), Launch())
-
-
-def test_parameters_are_the_models(published):
-    """All but norms and biases."""
-    vision = family_of(published).vision_tower(published)
-    for counted, module in ((PARAMETERS, published), (TOWER + MERGER, vision)):
+    model = build_model(config, ModelConfig(dtype="bfloat16"), FreezeArguments(), Launch())
+    family = family_of(model)
+    for counted, module in ((PARAMETERS, model), (TOWER + MERGER, family.vision_tower(model))):
         matrices = sum(p.numel() for p in module.parameters() if p.ndim > 1)
         assert counted == matrices and matrices / sum(p.numel() for p in module.parameters()) > 0.999
-
-
-def test_multiplications_are_the_models(published):
-    """torch's count of a forward pass without attention, whose pairs are counted by hand."""
     tokens, patches = 96, 64
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         positions = torch.zeros(3, 1, tokens, dtype=torch.long)
         embedded = torch.empty(1, tokens, 1536, dtype=torch.bfloat16)
-        published.get_decoder()(inputs_embeds=embedded, position_ids=positions, use_cache=False)
+        model.get_decoder()(inputs_embeds=embedded, position_ids=positions, use_cache=False)
         decoder = counter.get_total_flops()
-        family_of(published).run_tower(published, patches, torch.bfloat16)
+        family.run_tower(model, patches, torch.bfloat16)
         tower = counter.get_total_flops() - decoder
     # scores and sums, a multiplication and an addition each, over the size of a head; half of all pairs see each other
     attended = 28 * 12 * tokens**2 / 2 * 2 * 2 * 128
@@ -132,7 +123,6 @@ class Kernels(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.nightly
 def test_kernels_of_a_token_are_the_models(monkeypatch):
     """Of a layer but for attention itself, and of what is around the layers."""
     monkeypatch.setattr(shared_prefix.F, "scaled_dot_product_attention", lambda query, *args, **kwargs: query)

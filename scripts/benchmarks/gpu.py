@@ -169,7 +169,7 @@ def prepare(bench: Bench) -> Iterator[Figures]:
     yield {"written, GB": sum(path.stat().st_size for path in bench.model.iterdir()) / 1e9}
 
 
-# --- one measurement -----------------------------------------------------------------------------------------
+# --- one measurement ------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -221,7 +221,7 @@ def describe(bench: Bench) -> str:
     )
 
 
-# --- the device ----------------------------------------------------------------------------------------------
+# --- the device -----------------------------------------------------------------------------------
 
 
 def device() -> torch.device:
@@ -273,7 +273,7 @@ def peak_flops() -> float | None:
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
-# --- attention -----------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def draw(shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
@@ -384,7 +384,7 @@ def decoding_attention(bench: Bench) -> tuple[float, float]:
     return difference, mean_seconds(lambda: decode_attention(*states, on_device, None), 1 if bench.is_toy else 100)
 
 
-# --- decoding ------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
 
 
 def growing_decoding(bench: Bench, cudnn: bool) -> Iterator[Figures]:
@@ -439,7 +439,7 @@ def count_events(events: Sequence[Any]) -> Figures:
     }
 
 
-# --- training ------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def step(bench: Bench, way: str) -> Iterator[Figures]:
@@ -533,7 +533,7 @@ def paper_command(bench: Bench) -> Iterator[Figures]:
     yield figures
 
 
-# --- generating ----------------------------------------------------------------------------------------------
+# --- generating -----------------------------------------------------------------------------------
 
 
 def load_backend(bench: Bench, name: str) -> tuple[Backend, ProcessorMixin]:

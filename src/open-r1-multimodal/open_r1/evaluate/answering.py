@@ -41,16 +41,17 @@ class Response:
     error: str | None = None
 
 
-# --- prompts and images -------------------------------------------------------------------------------------
+# --- prompts and images ---------------------------------------------------------------------------
 
 
 def choose_chat_template(name: str, own: str | None, folder: str = "") -> tuple[str, str]:
     """The name and the text of the chat template to evaluate with.
 
     Args:
-        name: `base`, `instruct` or a file; or `auto`, which never looks at the path: a template that knows `style`,
-            as those that this project saves with its checkpoints do, is used as it is; otherwise a checkpoint that
-            ships ChatML is an instruct model, and one that does not is a base model.
+        name: `base`, `instruct` or a file; or `auto`, which never looks at the path: a template
+            that knows `style`, as those that this project saves with its checkpoints do, is used as
+            it is; otherwise a checkpoint that ships ChatML is an instruct model, any other a base
+            model.
         own: the checkpoint's chat template, if it has one.
         folder: where its family's templates are; see `Family.templates`.
 
@@ -66,7 +67,7 @@ def choose_chat_template(name: str, own: str | None, folder: str = "") -> tuple[
 
 
 def check_prompts(items: Sequence[Item], processor: ProcessorMixin) -> None:
-    """Raise Mistake, which names the question, for a prompt that the model would not read as text."""
+    """Raise Mistake, with the question, for a prompt that the model would not read as text."""
     controls = control_tokens(processor)
     for item in items:
         try:
@@ -81,7 +82,7 @@ def messages(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-# --- answers ------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 class Answerer:
@@ -96,7 +97,7 @@ class Answerer:
     def __init__(self, backend: Backend, processor: ProcessorMixin, max_new_tokens: int) -> None:
         self.backend, self.processor = backend, processor
         self.generation_config = GenerationConfig(**generation_settings(processor, max_new_tokens))
-        # The other thread sets the padding of the processor's tokenizer; one in use must not be changed.
+        # The other thread sets the padding of the processor's tokenizer, while this one is in use.
         self.tokenizer = copy.deepcopy(processor.tokenizer)
 
     def length(self, item: Item) -> int:
@@ -130,15 +131,13 @@ class Answerer:
 
     def read(self, ids: Sequence[int]) -> Response:
         """A completion as text."""
-        return Response(
-            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-            tokens=len(ids),
-            truncated=not ids or ids[-1] not in self.generation_config.eos_token_id,
-        )
+        cleaning = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        has_end = bool(ids) and ids[-1] in self.generation_config.eos_token_id
+        return Response(self.tokenizer.decode(ids, **cleaning), len(ids), truncated=not has_end)
 
 
 def generation_settings(processor: ProcessorMixin, max_new_tokens: int) -> dict[str, Any]:
-    """Every setting of the generation, so that none is inherited from a checkpoint (Qwen2-VL: penalty 1.05)."""
+    """Every setting, so that none is inherited from a checkpoint (Qwen2-VL's penalty is 1.05)."""
     return {
         "do_sample": False,
         "num_beams": 1,
@@ -159,8 +158,8 @@ def load_prompting(
 
     Args:
         prompt: see `choose_chat_template`.
-        max_pixels: larger images are shrunk to this area. None: the bound that the checkpoint was trained with, or
-            the paper's for a published checkpoint, whose own bound holds for no training.
+        max_pixels: larger images are shrunk to this area. None: the bound that the checkpoint was
+            trained with, or the paper's for a published checkpoint, whose own is of no training.
         template_kwargs: that the chat template will be rendered with.
 
     Raises:
@@ -176,7 +175,7 @@ def load_prompting(
 
 
 def model_fingerprint(folder: Path) -> str:
-    """What tells a model from another at the same place: the Hub's commit, or a hash of samples of its weights.
+    """What tells a model from another at its place: the Hub's commit, or a hash of sampled weights.
 
     For a LoRA run's folder, of the adapter and of its base.
     """
@@ -195,11 +194,11 @@ def model_fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
-# --- the loop -----------------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 
 def make_batches(answerer: Answerer, items: Sequence[Item], batch_size: int) -> list[list[Item]]:
-    """Batches of like length, so that little is padding; the longest first: memory runs out at once or never."""
+    """Batches of like length, for little padding; the longest first: memory runs out at once or never."""
     ordered = sorted(items, key=answerer.length, reverse=True)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 

@@ -24,27 +24,30 @@ if TYPE_CHECKING:  # re-scoring starts without torch
 
     from open_r1.evaluate.answering import Answerer
 
-MEASURED = ("parser", "accuracy", "scores", "shares", "results")  # in a result file, what scoring adds
+MEASURED = ("parser", "accuracy", "scores", "shares", "results")  # what scoring adds to a result
 
 
-# --- names and places ---------------------------------------------------------------------------------------
+# --- names and places -----------------------------------------------------------------------------
 
 
 def newest_grpo_output(outputs: Path) -> Path | None:
-    """The newest model that a GRPO run left: a folder with trajectories, or a complete checkpoint in one."""
+    """The newest model of a GRPO run: a folder with trajectories, or a complete checkpoint in one."""
     times = {}
     for trajectories in outputs.glob("*/trajectories"):
         run = trajectories.parent
         # Both files are written when the rest of the model is there.
         for mark in (*run.glob("trainer_state.json"), *run.glob("checkpoint-*/complete.json")):
-            if any((mark.parent / name).is_file() for name in ("config.json", "adapter_config.json")):
-                times[mark.parent] = mark.stat().st_mtime
+            model = mark.parent
+            if (model / "config.json").is_file() or (model / "adapter_config.json").is_file():
+                times[model] = mark.stat().st_mtime
     return max(times, key=times.get, default=None)
 
 
 def model_name(model_path: str) -> str:
-    """The model's name for a file: its last path component, with the run's name before a `checkpoint-N`."""
-    path = Path(os.path.abspath(model_path) if os.path.isdir(model_path) else model_path)  # "." has a name
+    """The model's name for a file: its folder's, with the run's name before a `checkpoint-N`."""
+    path = Path(model_path)
+    if path.is_dir():
+        path = Path(os.path.abspath(path))  # "." and ".." have names
     is_checkpoint = path.name.startswith("checkpoint-") and path.parent.name
     return f"{path.parent.name}_{path.name}" if is_checkpoint else path.name
 
@@ -62,14 +65,14 @@ def partial_paths(path: Path) -> list[Path]:
 
 
 def put_aside(path: Path) -> None:
-    """Rename a file that is in the way by the time it was written, so that nothing measured is ever lost."""
+    """Rename a file by the time it was written, so that nothing measured is ever lost."""
     written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
     aside = path.with_name(f"{path.stem}.{written}{path.suffix}.old")
     path.replace(aside)
     print(printable(f"{path} was made with other settings; it is now {aside.name}"))
 
 
-# --- results ------------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 def make_result(rows: Sequence[dict[str, Any]], about: dict[str, Any], parser: str) -> dict[str, Any]:
@@ -107,19 +110,20 @@ def report(path: Path, result: dict[str, Any]) -> None:
     """Print what was measured."""
     counts, prompt = result["shares"], result.get("prompt")
     print(table(result["scores"]))
-    print(
-        f"{counts['responses']} responses: {counts['unparsable_share']:.1%} without a readable answer, "
-        f"{counts['truncated_share']:.1%} cut off"
-        + (f"; {counts['image_errors']} without a usable image count as wrong" if counts["image_errors"] else "")
-    )
+    line = f"{counts['responses']} responses: {counts['unparsable_share']:.1%} without a readable answer"
+    line += f", {counts['truncated_share']:.1%} cut off"
+    if counts["image_errors"]:
+        line += f"; {counts['image_errors']} without a usable image count as wrong"
+    print(line)
     if warning := unread_warning(counts):
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"prompt: {prompt['name']}, {prompt['style']}; " if prompt else "", f"parser: {result['parser']}", sep="")
+    start = f"prompt: {prompt['name']}, {prompt['style']}; " if prompt else ""
+    print(f"{start}parser: {result['parser']}")
     print(printable(path))
 
 
 def join_rows(rows: Sequence[dict[str, Any]], items: Sequence[Item], origin: Path) -> list[dict[str, Any]]:
-    """Rows as the reference writes them, in the data set's order, with their questions' id, type and source.
+    """The reference's rows, in the data set's order, with their questions' id, type and source.
 
     Raises:
         Mistake: a row asks something else than the question at its place; the message names it.
@@ -128,10 +132,11 @@ def join_rows(rows: Sequence[dict[str, Any]], items: Sequence[Item], origin: Pat
         raise Mistake(f"{origin}: {len(rows)} rows, but the data set has {len(items)} questions")
     joined = []
     for number, (row, item) in enumerate(zip(rows, items, strict=False)):
-        if row["question"] not in (item.question, item.prompt) or row["ground_truth"] != item.answer:
+        is_asked = row["question"] in (item.question, item.prompt)
+        if not is_asked or row["ground_truth"] != item.answer:
             raise Mistake(
-                f"{origin}: row {number}: {row['question']!r} is not the data set's {item.question!r} with the "
-                f"answer {item.answer}; give the --dataset_path that was evaluated"
+                f"{origin}: row {number}: {row['question']!r} is not the data set's {item.question!r} "
+                f"with the answer {item.answer}; give the --dataset_path that was evaluated"
             )
         known = {"id": item.id, "rotation": item.rotation, "type": item.type, "source": item.source}
         joined.append(row | known)
@@ -139,9 +144,9 @@ def join_rows(rows: Sequence[dict[str, Any]], items: Sequence[Item], origin: Pat
 
 
 def rescore(args: argparse.Namespace) -> None:
-    """Read saved responses again: a result file of this script or of the reference, or a plain list of rows.
+    """Read saved responses again: a result file, ours or the reference's, or a plain list of rows.
 
-    The reference's rows know neither type nor source; with --dataset_path they get them, by their place in it.
+    The reference's rows know neither type nor source; from --dataset_path they get them, by place.
     """
     content = read_result(args.precomputed_json)
     rows = content["results"]
@@ -159,11 +164,11 @@ def rescore(args: argparse.Namespace) -> None:
     report(path, result)
 
 
-# --- unfinished work ----------------------------------------------------------------------------------------
+# --- unfinished work ------------------------------------------------------------------------------
 
 
 def collect(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[str, Any]]:
-    """What has been answered under these settings, by id and rotation; work whose first line is another is put aside.
+    """What has been answered under these settings, by id and rotation; other work is put aside.
 
     Raises:
         ValueError: a line in the middle is damaged.
@@ -180,7 +185,7 @@ def collect(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[
     return done
 
 
-# --- the run ------------------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> None:

@@ -93,7 +93,7 @@ class Benchmark:
     images: str | None = None
 
 
-# --- definitions --------------------------------------------------------------------------------------------
+# --- definitions ----------------------------------------------------------------------------------
 
 
 def is_image(cell: Any) -> bool:
@@ -133,7 +133,7 @@ SAT |= {"answers": maybe(TEXTS), "image_bytes": maybe(Check(are(is_image), "a li
 
 
 def sat_items(row: Mapping[str, Any], number: int) -> list[Item]:
-    """Circular evaluation, as SAT's card asks for: the question once for each rotation of its options."""
+    """Circular evaluation, as SAT's card asks for: a question once for each rotation of its options."""
     options = tuple(dict.fromkeys(row["answers"] or ()))
     if row["correct_answer"] not in options:
         return []
@@ -193,7 +193,7 @@ VSR_IMAGES = "its files name images of COCO 2017 (train and val), which belong b
 
 
 def vsr_items(row: Mapping[str, Any], number: int) -> list[Item]:
-    """VSR gives captions that are true or false; the question is that of the R1-Zero paper's evaluation, verbatim."""
+    """VSR's captions are true or false; the question is that of the R1-Zero paper's evaluation."""
     statement = f'Does the statement "{row["caption"]}" accurately describes what you see?'
     question = f"Please analyze the provided image. {statement} Choose from (A) True or (B) False."
     return [
@@ -224,14 +224,14 @@ BENCHMARKS = {
 }
 
 
-# --- reading ------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read(benchmark: Benchmark, dataset_path: str | None = None, limit: int | None = None) -> list[Item]:
     """Everything to ask, in the files' order; images are read but not decoded.
 
     Args:
-        dataset_path: a file, a folder, or a data set on the Hub; None for the benchmark's own on the Hub.
+        dataset_path: a file, a folder, or a data set on the Hub (None: the benchmark's own).
         limit: at most this many questions; see `stratified`.
 
     Raises:
@@ -258,7 +258,8 @@ def read(benchmark: Benchmark, dataset_path: str | None = None, limit: int | Non
                     raise Mistake(f"{where}: has the idx {asked[0].id!r} of {same}; two questions need two")
             rows += 1
     if left_out := rows - len(questions):
-        print(f"{benchmark.name}: left out {left_out} of {rows} rows without a right option", file=sys.stderr)
+        line = f"{benchmark.name}: left out {left_out} of {rows} rows without a right option"
+        print(line, file=sys.stderr)
     if not questions:
         raise Mistake(f"{dataset_path or benchmark.hub_id}: no question in it")
     if limit is not None:
@@ -277,7 +278,7 @@ def locate(benchmark: Benchmark, dataset_path: str) -> list[Path]:
     """The files to read: the one named, or those of a folder or of a data set on the Hub.
 
     Raises:
-        Mistake: no such file or folder, none of the expected files in it, or the Hub does not give it.
+        Mistake: there is no such file, folder or data set, or none of the expected files in it.
     """
     path = Path(dataset_path).expanduser()
     if path.is_file():
@@ -294,7 +295,7 @@ def locate(benchmark: Benchmark, dataset_path: str) -> list[Path]:
 
 
 def image_data(cell: Any, folder: Path) -> bytes | None:
-    """An image cell (bytes, {bytes, path}, a path, or nothing) -> the encoded image; None when it is not there."""
+    """A cell (bytes, {bytes, path}, a path or nothing) -> the encoded image; None if it is missing."""
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")
     if not isinstance(cell, str):
@@ -306,9 +307,9 @@ def image_data(cell: Any, folder: Path) -> bytes | None:
 
 
 def stratified(tasks: Sequence[str], limit: int) -> list[int]:
-    """The indices of `limit` questions, drawn with a fixed seed, from each task in proportion to its size.
+    """The indices of `limit` questions, drawn with a fixed seed; each task keeps its share.
 
-    Seats that do not divide go to the largest remainders, so that the shares are as close as they can be.
+    Seats that do not divide go to the largest remainders.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for index, task in enumerate(tasks):
