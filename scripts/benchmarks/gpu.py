@@ -28,7 +28,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig, ProcessorMixin
 
-from benchmarks.published import save_random_2b
+from benchmarks.published import MODELS, save_random
 from benchmarks.step import (
     PRESETS,
     ROWS,
@@ -156,7 +156,7 @@ def prepare(bench: Bench) -> Iterator[Figures]:
     if bench.is_toy:
         write_checkpoint(bench.preset, made)
     else:
-        save_random_2b(made, device="cuda")
+        save_random(MODELS["qwen2_vl_2b"], made, device="cuda")
     yield {"made and written, s": time.perf_counter() - start}
     examples = []
     for row in bench.data:

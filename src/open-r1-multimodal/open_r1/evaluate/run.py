@@ -106,8 +106,11 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     replace_file(path, to_json(result, indent=1))
 
 
-def report(path: Path, result: dict[str, Any]) -> None:
-    """Print what was measured."""
+def publish(path: Path, result: dict[str, Any]) -> None:
+    """Write a result file, beside an earlier one with another content, and print what was measured."""
+    if path.exists() and read_json(path) != result:
+        put_aside(path)
+    write_result(path, result)
     counts, prompt = result["shares"], result.get("prompt")
     print(table(result["scores"]))
     line = f"{counts['responses']} responses: {counts['unparsable_share']:.1%} without a readable answer"
@@ -157,11 +160,7 @@ def rescore(args: argparse.Namespace) -> None:
         items = read(BENCHMARKS[about["benchmark"]], args.dataset_path)
         rows = join_rows(rows, items, args.precomputed_json)
     path = args.output_dir / args.precomputed_json.name
-    result = make_result(rows, about, args.parser)
-    if path.exists() and read_json(path) != result:
-        put_aside(path)
-    write_result(path, result)
-    report(path, result)
+    publish(path, make_result(rows, about, args.parser))
 
 
 # --- unfinished work ------------------------------------------------------------------------------
@@ -276,13 +275,9 @@ def evaluate(args: argparse.Namespace) -> None:
             "device": torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type,
         },
     }
-    result = make_result([done[item.key] for item in items], about, args.parser)
-    if path.is_file():
-        put_aside(path)
-    write_result(path, result)
+    publish(path, make_result([done[item.key] for item in items], about, args.parser))
     for partial in partial_paths(path):
         partial.unlink()
-    report(path, result)
 
 
 def answer(answerer: "Answerer", items: Sequence[Item], batch_size: int, partial: Path, state: "PartialState") -> None:
