@@ -24,11 +24,6 @@ LORA = 'CONFIG="configs/grpo_sat.yaml configs/overlays/lora.yaml"'
 ROWS = 16  # of each fold and of CV-Bench
 
 
-def again(*arguments: object) -> object:
-    """A case of a command that has another case in `--all`, or of a fault that another command's case has."""
-    return pytest.param(*arguments, marks=pytest.mark.nightly)
-
-
 @dataclass
 class Newcomer:
     """Someone at a shell in a fresh clone."""
@@ -133,7 +128,7 @@ def test_a_mistake_is_one_line(newcomer, folder, command, named):
     ("folder", "command", "named", "status"),
     [
         ("src/eval", "python test_qwen2vl_CVBench.py --model_path Qwen/Qwen2-VL-2B", "Qwen/Qwen2-VL-2B", 503),
-        again("", "python scripts/doctor.py --memory --config configs/grpo_sat.yaml", "Qwen/Qwen2-VL-2B", 429),
+        ("", "python scripts/doctor.py --memory --config configs/grpo_sat.yaml", "Qwen/Qwen2-VL-2B", 429),
         ("src/data/SAT", "FOLD=val bash prepare_dataset.sh", "SAT_val.parquet of array/SAT", None),
     ],
 )
