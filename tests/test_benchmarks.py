@@ -151,7 +151,7 @@ def compare(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[list[str], str
     return compare
 
 
-def test_the_results_of_all_benchmarks_are_one_table(compare, tmp_path):
+def test_the_results_of_all_benchmarks_are_one_table(compare, tmp_path, capsys):
     write_cvbench(tmp_path / "cvbench", 8, 3, EASY)
     folders = {"CV-Bench": tmp_path / "cvbench", "BLINK": write_blink(tmp_path / "blink", 2)}
     folders |= {"VSR": write_vsr(tmp_path / "vsr", ["on", "near"]), "SAT-test": write_sat_test(tmp_path / "sat")}
@@ -161,6 +161,7 @@ def test_the_results_of_all_benchmarks_are_one_table(compare, tmp_path):
             paths.append(tmp_path / f"{BENCHMARKS[benchmark].name}_result_{name}_reasoning.json")
             write_result(paths[-1], answered(benchmark, folder, respond))
     paths.pop()  # of the last benchmark the first model alone
+    capsys.readouterr()  # progress bars
     out, err = compare(*paths)
     assert out[0] == "| | chance | base | grpo |" and not err
     rows = [line[2:-2].split(" | ") for line in out[2:] if line.startswith("| ") and ": " in line]
