@@ -137,7 +137,7 @@ class Recorder:
                 advantage=advantage,
                 length=len(ids),
                 ended=ids[-1] in self.end_tokens,
-                reflections=reflection.spans,
+                reflections=[list(span) for span in reflection.spans],
                 considered=reflection.considered,
                 self_corrected=reflection.self_corrected,
                 row=row.get(ROW),

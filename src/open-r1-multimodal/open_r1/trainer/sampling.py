@@ -13,14 +13,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from pydantic import Field
 from trl.trainer.utils import RepeatSampler, pad
 
-from open_r1.base.fields import COUNT, Check, are, check, is_count
+from open_r1.base.fields import Count, Record
 from open_r1.base.files import read_json, replace_file, to_json, whole_lines
 from open_r1.engines.shared_prefix import rows_by_prompt
 
@@ -166,10 +167,11 @@ def draw_prompts(
     return replace_prompts(rows, chance, {*taken, *rows}, size, draw)
 
 
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        row.isdecimal() and are(is_count)(n) and len(n) == 2 for row, n in value.items()
-    )
+class SavedRates(Record):
+    """What `PASS_RATES` holds: a row's number -> in how many groups it was asked, and how often it succeeded."""
+
+    step: Count
+    counts: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
 
 
 @dataclass
@@ -209,10 +211,9 @@ class PassRates:
     def of_run(cls, folder: Path, step: int) -> "PassRates":
         """Those of a run after a step: as it saved them then, or else counted from its trajectories."""
         with suppress(OSError, ValueError):  # none, or damaged: the trajectories say the same
-            counts = Check(_are_counts, "two counts by row")
-            saved = check(read_json(folder / PASS_RATES), {"step": COUNT, "counts": counts}, {}, PASS_RATES)
-            if saved["step"] == step:
-                return cls({int(row): count for row, count in saved["counts"].items()}, step)
+            saved = SavedRates.model_validate(read_json(folder / PASS_RATES))
+            if saved.step == step:
+                return cls({int(row): count for row, count in saved.counts.items()}, step)
         rates, path = cls(), folder / "trajectories/train.jsonl"
         if path.exists():
             with path.open("rb") as file:
