@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "open-r1-multimodal"))
 from open_r1.base.errors import Mistake, first_line, printable, run, use_environment
@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from open_r1.base.fields import COUNT, Check, Fields, check, is_count
+from open_r1.base.fields import Count, Expected, Record, check
 from open_r1.base.files import delete, read_json, replace_file, replacing, to_json
 from open_r1.base.locks import owned
 from open_r1.tasks.sat import COLUMNS, FOLDS, Example, Skip, convert_row, to_record
@@ -46,13 +46,21 @@ BATCH_BYTES = 8 << 20  # of rows held as Python objects at a time
 BUFFER_BYTES = 1 << 20  # of each column read from disk at a time
 MAX_WORKERS = 4  # each may hold one decoded image of images.MAX_PIXELS
 
-# What {name}.info.json holds.
-INFO: Fields = dict.fromkeys(("settings", "counts"), Check(lambda value: isinstance(value, dict), "an object"))
-COUNTS: Fields = {
-    "next_row": COUNT,
-    "kept": COUNT,
-    "skipped": Check(lambda value: isinstance(value, dict) and all(map(is_count, value.values())), "numbers by reason"),
-}
+
+class Info(Record):
+    """What {name}.info.json holds."""
+
+    settings: dict[str, Any]
+    counts: dict[str, Any]
+
+
+class SavedCounts(Record):
+    """Its counts."""
+
+    next_row: Count
+    kept: Count
+    skipped: Annotated[dict[str, Count], Expected("numbers by reason")]
+
 
 Batch = list[tuple[int, dict[str, Any] | None]]  # (row index, columns or None when its text is not UTF-8)
 
@@ -268,20 +276,20 @@ def read_finished(json_path: Path, info_path: Path, settings: Settings) -> Count
     """
     if not json_path.exists():
         return None
-    info = check(read_json(info_path), INFO, {}, info_path) if info_path.is_file() else {"settings": {}}
-    made_with, now = info["settings"], asdict(settings)
+    info = read_json(info_path) if info_path.is_file() else {"settings": {}, "counts": {}}
+    made_with, now = check(Info, info, info_path).settings, asdict(settings)
     if changed := [key for key in now if made_with.get(key) != now[key]]:
         raise Mistake(
             f"{json_path}: is there already, made with another {', '.join(changed)}; "
             "move it away or choose another --output_dir"
         )
-    counts = check(info["counts"], COUNTS, {}, f"{info_path}: counts")
+    counts = check(SavedCounts, info["counts"], f"{info_path}: counts")
     if info.get("sha256", digest(json_path)) != digest(json_path):
         raise Mistake(f"{json_path}: was changed since it was made; delete it to make it anew")
     for record in read_json(json_path):
         if lost := lost_image(record, json_path.parent):
             raise Mistake(f"{lost}: the image is lost; delete {json_path} to make it anew")
-    return Counts(**{name: counts[name] for name in COUNTS})
+    return Counts(**vars(counts))
 
 
 def prepare(parquet: Path, settings: Settings, file: pq.ParquetFile, output_dir: Path) -> None:
