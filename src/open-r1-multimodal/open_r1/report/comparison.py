@@ -1,7 +1,7 @@
-"""Compares recipes that ran with several seeds each: what each reached, what it took, how sure that is.
+"""Compares results over the questions that they share, and recipes that ran with several seeds each; writes tables.
 
-The observation is the question, here as in `evaluate.statistics`: the seeds of a recipe answer the same questions, so a
-question counts once, with its mean over them.
+The observation is the question, here as in `answers.statistics`: rotations of its options and the seeds of a recipe
+answer the same question, which counts once, with its mean over them. The first result or recipe is the reference.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -11,12 +11,80 @@ from typing import Any
 
 import numpy as np
 
-from open_r1.answers.statistics import outcomes, paired_bootstrap, wilson
+from open_r1.answers.statistics import mcnemar, outcomes, paired_bootstrap, wilson
 from open_r1.base.errors import Mistake
 from open_r1.evaluate.results import read_scored
 from open_r1.report.curves import reflection_share
 from open_r1.report.runs import ACCURACY, Trajectories, read_run, scan_trajectories
-from open_r1.report.statistics import by_step, first_and_last_tenth
+from open_r1.report.statistics import by_step, first_and_last_tenth, steps_of
+
+NONE = "-"  # a table's cell without a value
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first column to the left."""
+    lines = ["".join(f"| {cell} " if cell else "| " for cell in cells) + "|" for cells in (header, *rows)]
+    return "\n".join([lines[0], f"|:-|{'-:|' * (len(header) - 1)}", *lines[1:]])
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """`"45.2"`, or a dash."""
+    return NONE if share is None else f"{100 * share:.{digits}f}"
+
+
+def accuracy_cell(value: Mapping[str, Any] | None, digits: int) -> str:
+    """`"45.20 (41.0 - 49.0)"` in %, with its interval, and with its bounds in brackets where it has them."""
+    if value is None:
+        return NONE
+    low, high = map(percent, value["interval"])
+    bounds = " [{} - {}]".format(*map(percent, value["bounds"])) if "bounds" in value else ""
+    return f"{percent(value['accuracy'], digits)} ({low} - {high}){bounds}"
+
+
+def difference_cell(difference: tuple[float, float, float], digits: int) -> str:
+    """`"+1.2 (-0.4 - +2.8)"`: points and their interval."""
+    points, low, high = (100 * value for value in difference)
+    return f"{points:+.{digits}f} ({low:+.1f} - {high:+.1f})"
+
+
+# --- results of one benchmark -------------------------------------------------------------------------------
+
+
+def paired_table(title: str, names: Sequence[str], results: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    """How the Total of results differs from the first one's, over the questions that both answered.
+
+    The difference is that of the means over questions, as the Total is one, with its 95 % interval. McNemar's test is
+    about questions that were asked once; of those that were asked in several rotations there is none.
+
+    Args:
+        title: of the first column.
+        names, results: the rows of each result.
+
+    Raises:
+        Mistake: two results share no question.
+    """
+    first, *others = (outcomes(rows) for rows in results)
+    is_rotated = any(len(rows) > len(result) for rows, result in zip(results, (first, *others), strict=True))
+    better, worse = "right where the first is wrong", "wrong where the first is right"
+    if is_rotated:
+        better, worse = "right in more rotations", "right in fewer rotations"
+    rows = []
+    for name, other in zip(names[1:], others, strict=True):
+        shared = [question for question in first if question in other]
+        if not shared:
+            raise Mistake(f"{name}: shares no question with the first result")
+        before, after = (np.array([[float(result[key]) for key in shared]]) for result in (first, other))
+        gained, lost = int((after > before).sum()), int((after < before).sum())
+        p = NONE if is_rotated else f"{mcnemar(lost, gained):.2g}"
+        difference = difference_cell(paired_bootstrap(before, after), 2)
+        rows.append([name, difference, str(gained), str(lost), str(len(shared)), p])
+    return markdown([title, "Total in points", better, worse, "questions of both", "McNemar p"], rows)
+
+
+# --- recipes of several seeds -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -29,7 +97,7 @@ class Trial:
         completions: (T,) sampled until then, those that were not learned from included.
         held_out: (T, Q) 1 for a right answer, 0 for a wrong one; between them where a question was asked again.
         questions: Q names of the held-out questions.
-        benchmark: question of the result file in the run's folder -> whether it was answered right; None without one.
+        benchmark: question of the result file in the run's folder -> how right it was answered; empty without one.
         seconds: of all training steps; what evaluations and checkpoints took is not in it.
         length, reflective: tokens of a completion and share of reflective ones, over the last tenth of the steps.
     """
@@ -39,19 +107,30 @@ class Trial:
     completions: np.ndarray
     held_out: np.ndarray
     questions: list[Hashable]
-    benchmark: dict[Hashable, bool] | None
+    benchmark: dict[Hashable, float]
     seconds: float
     length: float
     reflective: float
+
+    def final(self) -> np.ndarray:
+        """(Q,) of the last held-out evaluation."""
+        return self.held_out[-1]
+
+    def accuracy(self) -> np.ndarray:
+        """(T,) of each held-out evaluation."""
+        return self.held_out.mean(axis=1)
 
 
 def read_trial(path: Path) -> Trial:
     """What a run left in its folder.
 
     Raises:
-        OSError, ValueError: not a run that was evaluated on held-out questions, or a damaged file; one line.
+        OSError, Mistake: not a run that was evaluated on held-out questions, or a damaged file; one line.
     """
     run = read_run(path)
+    results = sorted(path.glob("*_result_*.json"))
+    if len(results) > 1:
+        raise Mistake(f"{path}: {len(results)} results in it ({results[0].name}, {results[1].name}); keep one")
     with (
         scan_trajectories(path / "trajectories/train.jsonl") as train,
         scan_trajectories(path / "trajectories/eval.jsonl") as held_out,
@@ -67,10 +146,10 @@ def read_trial(path: Path) -> Trial:
             completions=np.searchsorted(np.sort(train.rows["step"]), steps, side="right"),
             held_out=correct,
             questions=questions,
-            benchmark=read_benchmark(path),
+            benchmark=outcomes(read_scored(results[0])["results"]) if results else {},
             seconds=float(run.series("step_time").values.sum()),
-            length=at_the_end(lengths),
-            reflective=at_the_end(reflective),
+            length=first_and_last_tenth(lengths)[1],
+            reflective=first_and_last_tenth(reflective)[1] if len(reflective) else float("nan"),
         )
 
 
@@ -78,53 +157,25 @@ def read_held_out(held_out: Trajectories, origin: object) -> tuple[np.ndarray, n
     """Steps (T,), right answers (T, Q) and Q names of questions, sorted, of a run's held-out evaluations.
 
     Raises:
-        ValueError: there are none, or not all asked the same number of questions.
+        Mistake: there are none, or not all asked the same number of questions.
     """
+    correct = held_out.correct()
     if not len(held_out):
         raise Mistake(f"{origin}: no held-out answers in trajectories/eval.jsonl; the recipe needs eval_strategy")
-    if np.isnan(held_out.correct()).all():
+    if np.isnan(correct).all():
         raise Mistake(f"{origin}: no {ACCURACY} in trajectories/eval.jsonl")
-    _, first = np.unique(held_out.rows["group"], return_index=True)  # groups are numbered in the order of the questions
-    correct = by_step(held_out.rows["group"], np.nan_to_num(held_out.correct())).values  # (T * Q,)
-    steps, counts = np.unique(held_out.rows["step"][first], return_counts=True)
-    if len(set(counts.tolist())) > 1:
+    evaluations = []
+    for groups in steps_of(held_out).values():
+        answers = []
+        for rows in groups:
+            asked = held_out.read(rows[0])
+            answers.append(((tuple(asked.images), asked.solution or ""), np.nan_to_num(correct[rows]).mean()))
+        evaluations.append(sorted(answers, key=lambda answer: answer[0]))  # every seed has an order of its own
+    counts = [len(answers) for answers in evaluations]
+    if min(counts) < max(counts):
         raise Mistake(f"{origin}: its evaluations asked {min(counts)} to {max(counts)} held-out questions")
-    order = np.argsort(held_out.rows["step"][first], kind="stable")
-    asked = [held_out.read(index) for index in first[order]]
-    names = [(tuple(row["images"]), row.get("solution")) for row in asked]
-    # Every seed asks them in an order of its own.
-    count = counts[0]
-    starts = range(0, len(names), count)
-    ranked = [sorted(range(start, start + count), key=lambda index: repr(names[index])) for start in starts]
-    correct = correct[order][np.concatenate(ranked)].reshape(len(steps), count)
-    return steps, correct, [names[index] for index in ranked[0]]
-
-
-def read_benchmark(path: Path) -> dict[Hashable, bool] | None:
-    """The outcomes of the one result file in a run's folder, if there is one.
-
-    Raises:
-        ValueError: there are several, or it is none.
-    """
-    files = sorted(path.glob("*_result_*.json"))
-    if len(files) > 1:
-        raise Mistake(f"{path}: {len(files)} results in it ({files[0].name}, {files[1].name}); keep one")
-    return outcomes(read_scored(files[0])["results"]) if files else None
-
-
-def at_the_end(values: np.ndarray) -> float:
-    """The mean over the last tenth of a run's steps; NaN without any."""
-    ends = first_and_last_tenth(values)
-    return float("nan") if ends is None else ends[1]
-
-
-def first_reached(completions: np.ndarray, accuracy: np.ndarray, target: float) -> float | None:
-    """Where a curve (T,) first comes up to the target, between its points on a line; None when it never does."""
-    reached = np.flatnonzero(accuracy >= target)
-    if not len(reached):
-        return None
-    around = slice(max(reached[0] - 1, 0), reached[0] + 1)
-    return float(np.interp(target, accuracy[around], completions[around]))
+    right = np.array([[share for _, share in answers] for answers in evaluations])
+    return np.array(list(steps_of(held_out))), right, [name for name, _ in evaluations[0]]
 
 
 def compare_recipes(recipes: Mapping[str, Sequence[Trial]]) -> list[dict[str, Any]]:
@@ -135,31 +186,36 @@ def compare_recipes(recipes: Mapping[str, Sequence[Trial]]) -> list[dict[str, An
             many completions come up to its final held-out accuracy.
 
     Raises:
-        ValueError: runs that were not evaluated after the same steps on the same questions.
+        Mistake: runs that were not evaluated after the same steps on the same questions.
     """
     reference = next(iter(recipes.values()))
+    first = reference[0]
     for trial in (trial for trials in recipes.values() for trial in trials):
-        if trial.questions != reference[0].questions:
-            raise Mistake(f"{trial.path}: other held-out questions than {reference[0].path}")
-        if (trial.benchmark or {}).keys() != (reference[0].benchmark or {}).keys():
-            raise Mistake(f"{trial.path}: its result file is about other questions than {reference[0].path}'s")
-        if not np.array_equal(trial.steps, reference[0].steps):
-            raise Mistake(f"{trial.path}: evaluated after other steps than {reference[0].path}")
-    target = float(mean_curve(reference)[1][-1])
+        if trial.questions != first.questions:
+            raise Mistake(f"{trial.path}: other held-out questions than {first.path}")
+        if trial.benchmark.keys() != first.benchmark.keys():
+            raise Mistake(f"{trial.path}: its result file is about other questions than {first.path}'s")
+        if not np.array_equal(trial.steps, first.steps):
+            raise Mistake(f"{trial.path}: evaluated after other steps than {first.path}")
+
+    def benchmark(trial: Trial) -> np.ndarray:
+        return np.array([float(trial.benchmark[question]) for question in first.benchmark])
+
+    target = curve(reference)["accuracy"][-1]
     return [
         {
             "recipe": name,
             "runs": [str(trial.path) for trial in trials],
-            "held_out": compare(final, trials, reference),
-            "benchmark": compare(results, trials, reference) if reference[0].benchmark else None,
+            "held_out": compare(Trial.final, trials, reference),
+            "benchmark": compare(benchmark, trials, reference) if first.benchmark else None,
             "completions": mean([trial.completions[-1] for trial in trials]),
             "seconds": mean([trial.seconds for trial in trials]),
             "length": mean([trial.length for trial in trials]),
             "reflective": mean([trial.reflective for trial in trials]),
             "reached": {
                 "accuracy": target,
-                "completions": first_reached(*mean_curve(trials), target),
-                "of_seeds": [first_reached(t.completions, t.held_out.mean(axis=1), target) for t in trials],
+                "completions": first_reached(curve(trials)["completions"], curve(trials)["accuracy"], target),
+                "of_seeds": [first_reached(trial.completions, trial.accuracy(), target) for trial in trials],
             },
             "curve": curve(trials),
         }
@@ -167,56 +223,94 @@ def compare_recipes(recipes: Mapping[str, Sequence[Trial]]) -> list[dict[str, An
     ]
 
 
-def final(trials: Sequence[Trial]) -> np.ndarray:
-    """(seeds, questions) of the last held-out evaluation."""
-    return np.stack([trial.held_out[-1] for trial in trials])
-
-
-def results(trials: Sequence[Trial]) -> np.ndarray:
-    """(seeds, questions) of the runs' result files."""
-    names = list(trials[0].benchmark)
-    return np.array([[float(trial.benchmark[name]) for name in names] for trial in trials])
-
-
 def compare(
-    answers: Callable[[Sequence[Trial]], np.ndarray], trials: Sequence[Trial], reference: Sequence[Trial]
+    answers: Callable[[Trial], np.ndarray], trials: Sequence[Trial], reference: Sequence[Trial]
 ) -> dict[str, Any]:
     """Accuracy, with Wilson's 95 % interval over questions, and the paired difference to the reference's.
 
     Args:
-        answers: runs -> their answers (seeds, questions).
+        answers: a run -> its answers (questions,).
         trials, reference: the runs; the same for the reference itself, which differs from nothing.
     """
-    own = answers(trials)
-    of_questions = own.mean(axis=0)
+    right, right_in_reference = (np.stack(list(map(answers, runs))) for runs in (trials, reference))
+    of_questions = right.mean(axis=0)
     difference = None
     if trials is not reference:
-        points, low, high = paired_bootstrap(answers(reference), own)
+        points, low, high = paired_bootstrap(right_in_reference, right)
         difference = {"accuracy": points, "interval": [low, high]}
     return {
-        "accuracy": float(own.mean()),
+        "accuracy": float(right.mean()),
         "interval": list(wilson(float(of_questions.sum()), len(of_questions))),
-        "of_seeds": own.mean(axis=1).tolist(),
+        "of_seeds": right.mean(axis=1).tolist(),
         "questions": len(of_questions),
         "difference": difference,
     }
 
 
-def mean_curve(trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
-    """Completions (T,) and held-out accuracy (T,), means over seeds."""
-    completions = np.mean([trial.completions for trial in trials], axis=0)
-    return completions, np.mean([trial.held_out.mean(axis=1) for trial in trials], axis=0)
-
-
 def curve(trials: Sequence[Trial]) -> dict[str, list[float]]:
-    """The learning curve: `mean_curve`, and the lowest and highest seed at each of its points."""
-    of_seeds = np.stack([trial.held_out.mean(axis=1) for trial in trials])  # (seeds, T)
-    completions, means = mean_curve(trials)
-    points = {"completions": completions, "accuracy": means, "low": of_seeds.min(axis=0), "high": of_seeds.max(axis=0)}
-    return {"steps": trials[0].steps.tolist(), **{name: values.tolist() for name, values in points.items()}}
+    """Completions and held-out accuracy, means over seeds, with the lowest and highest seed at each of T points."""
+    of_seeds = np.stack([trial.accuracy() for trial in trials])  # (seeds, T)
+    return {
+        "steps": trials[0].steps.tolist(),
+        "completions": np.mean([trial.completions for trial in trials], axis=0).tolist(),
+        "accuracy": of_seeds.mean(axis=0).tolist(),
+        "low": of_seeds.min(axis=0).tolist(),
+        "high": of_seeds.max(axis=0).tolist(),
+    }
+
+
+def first_reached(completions: Sequence[float], accuracy: Sequence[float], target: float) -> float | None:
+    """Where a curve (T,) first comes up to the target, between its points on a line; None when it never does."""
+    reached = np.flatnonzero(np.asarray(accuracy) >= target)
+    if not len(reached):
+        return None
+    around = slice(max(reached[0] - 1, 0), reached[0] + 1)
+    return float(np.interp(target, accuracy[around], completions[around]))
 
 
 def mean(values: Sequence[float]) -> float | None:
     """None for what no JSON has: the mean of a value that is no number."""
     result = float(np.mean(values))
     return None if np.isnan(result) else result
+
+
+def recipe_tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What each recipe of `compare_recipes` reached and what it took, as two tables with a line on how to read them."""
+    reference = rows[0]["recipe"]
+    against = ["lowest - highest seed", f"against {reference}"]
+    until = f"until {percent(rows[0]['reached']['accuracy'])} % held-out"
+    took = ["recipe", "completions sampled", until, "of the seeds", "seconds", "tokens a completion", "reflective, %"]
+    reached_rows, took_rows = [], []
+    for row in rows:
+        name, reached = row["recipe"], row["reached"]
+        reached_rows.append([name, str(len(row["runs"])), *reached_cells(row["held_out"])])
+        reached_rows[-1] += reached_cells(row["benchmark"])
+        took_rows.append([name, number(row["completions"]), number(reached["completions"])])
+        took_rows[-1] += [", ".join(map(number, reached["of_seeds"])), number(row["seconds"])]
+        took_rows[-1] += [number(row["length"], ".1f"), percent(row["reflective"])]
+    questions = f"{rows[0]['held_out']['questions']} held-out questions"
+    if rows[0]["benchmark"]:
+        questions += f" and {rows[0]['benchmark']['questions']} of CV-Bench's form"
+    note = (
+        f"Accuracy in %, differences in points, each with its 95 % interval, over {questions}. Completions, seconds of "
+        "the training steps, and length and reflective share in the last tenth of the steps are means over seeds. "
+        "Completions until the reference's final accuracy are read from the mean curve and from each seed's (-: never)."
+    )
+    reached_table = markdown(["recipe", "seeds", "held-out", *against, "CV-Bench", *against], reached_rows)
+    return f"{reached_table}\n\n{markdown(took, took_rows)}\n\n{note}\n"
+
+
+def reached_cells(value: Mapping[str, Any] | None) -> list[str]:
+    """`["77.2 (73.6 - 80.3)", "76.9 - 77.5", "+1.2 (-0.4 - +2.8)"]`, and dashes for what there is none of."""
+    if value is None:
+        return [NONE] * 3
+    seeds = f"{percent(min(value['of_seeds']))} - {percent(max(value['of_seeds']))}"
+    difference = NONE
+    if value["difference"]:
+        difference = difference_cell((value["difference"]["accuracy"], *value["difference"]["interval"]), 1)
+    return [accuracy_cell(value, 1), seeds, difference]
+
+
+def number(value: float | None, form: str = ",.0f") -> str:
+    """A number with its thousands apart, or a dash."""
+    return NONE if value is None else format(value, form)
