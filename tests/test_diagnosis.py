@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fake_run import PROMPT, fake_events, fake_rows, row, write_images, write_run
-from open_r1.report.diagnosis import MAX_READ, Finding, diagnose
+from open_r1.report.diagnosis import Finding, diagnose
 from open_r1.report.page import write_report
 from open_r1.report.runs import read_run, scan_trajectories
 
@@ -102,15 +102,6 @@ def test_blind_accuracy(tmp_path, without, seen):
     assert (finding.seen, finding.numbers) == (seen, numbers)
 
 
-def test_of_a_long_run_thoughts_are_read_evenly(tmp_path):
-    same, other = (
-        row(step=step, completion=f"It is {thought}.</think><answer>left</answer>")
-        for step, thought in ((1, "left"), (2, "right"))
-    )
-    finding = found(write_run(tmp_path / "run", [same] * MAX_READ + [other] * MAX_READ))[THOUGHT]
-    assert finding.numbers == f"{MAX_READ // 2:,} of {MAX_READ:,} (50%), of {MAX_READ:,} completions read"
-
-
 def test_what_was_not_measured_says_why(tmp_path):
     reasons = {name: (finding.seen, finding.numbers) for name, finding in found(write_run(tmp_path / "run")).items()}
     assert reasons == {
@@ -187,16 +178,3 @@ def test_one_prompt_before_and_after(tmp_path):
     assert f"Step 5 2 of 2 correct; the first that reflects: wait {HOSTILE}" in aha
     assert 'href="#train/2/1/1"' in page and 'href="#train/5/1/2"' in page
     assert "onerror='" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
-
-
-def test_held_out_questions_recur_where_training_asks_each_once(tmp_path):
-    rows = [row(step=step, prompt=PROMPT.format(f"{step}?"), reflections=[[0, 2]] * (step == 2)) for step in (1, 2)]
-    held_out = [
-        row(step=step, prompt=PROMPT.format(question), completion=f"{question} {step}", reflections=[[0, 1]] * reflects)
-        for step in (1, 2)
-        for question, reflects in (("Far?", False), ("Near?", step == 2))
-    ]
-    page = write_report(write_run(tmp_path / "run", rows, held_out)).read_text()
-    aha = section(page, "aha")
-    assert "the first: Near? 1" in aha and "the first that reflects: N ear? 2" in aha
-    assert 'href="#eval/1/2/1"' in page and 'href="#eval/2/2/1"' in page

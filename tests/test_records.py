@@ -260,28 +260,20 @@ def test_a_system_message_and_images_with_bytes(folder, tiny_model):
     assert Path(row["images"][0]).read_bytes() == picture("red")  # unchanged: neither decoded nor resized
 
 
-def test_special_tokens_in_a_text_leave_the_row_out(folder, tiny_model, capsys):
-    records = dialogues("messages")
-    records[0]["messages"][0]["content"] += " <|video_pad|>"
-    records[1]["messages"][1]["content"] = "<|image_pad|>"
-    (folder / "a.json").write_text(json.dumps(records))
-    rows = load_dataset(folder / "a.json", load_processor(tiny_model))
-    assert rows["solution"] == ["blue"]
-    assert "kept 1 of 3 examples; left out 2 with a control token of the model" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("token", QWEN_TOKENS)
 @pytest.mark.parametrize("place", ["question", "answer", "system"])
-def test_a_text_never_becomes_a_control_token(token, place, folder, tiny_model):
+def test_a_text_never_becomes_a_control_token(place, folder, tiny_model):
     """What is kept has no other control tokens than those of the template."""
-    (record, *_) = dialogues("messages")
-    roles = ["question", "answer"]
-    if place == "system":
-        roles.insert(0, "system")
-        record["messages"].insert(0, {"role": "system", "content": "Be brief."})
-    record["messages"][roles.index(place)]["content"] += f" a {token} b"
-    (folder / "a.json").write_text(json.dumps([record]))
-    with pytest.raises(ValueError, match="no example left; left out 1 with a control token of the model"):
+    records = []
+    for token in QWEN_TOKENS:
+        (record, *_) = dialogues("messages")
+        roles = ["question", "answer"]
+        if place == "system":
+            roles.insert(0, "system")
+            record["messages"].insert(0, {"role": "system", "content": "Be brief."})
+        record["messages"][roles.index(place)]["content"] += f" a {token} b"
+        records.append(record)
+    (folder / "a.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=f"no example left; left out {len(QWEN_TOKENS)} with a control token of the"):
         load_dataset(folder / "a.json", load_processor(tiny_model))
 
 
@@ -323,9 +315,15 @@ def changed(**fields: object):
 
 MISTAKES = {
     "cut image": (damaged(picture("red")[:-60]), "pictures/bad.png: corrupt image"),
-    "empty image": (damaged(b""), "pictures/bad.png: corrupt image"),
-    "no image": (changed(images=["pictures"]), "no image .*pictures, that is a folder"),
+    "folder": (changed(images=["pictures"]), "no image .*pictures, that is a folder"),
     "web": (changed(images=["https://example.org/a.png"]), "download it first"),
+    "svg": (damaged(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "pictures/bad.png: corrupt image"),
+    "bomb": (damaged(bomb(13_000)), f"pictures/bad.png: {TOO_LARGE}"),
+    "thin": (damaged(picture("red", (1, 5000))), f"pictures/bad.png: {TOO_LONG}"),
+    "device": (changed(images=["/dev/zero"]), "no image /dev/zero"),
+    "elsewhere": (changed(images=["../../../../../../../../etc/passwd"]), "passwd: corrupt image"),
+    "base64 of nothing": (changed(images=["data:image"]), "corrupt image"),
+    "not base64": (changed(images=["data:image/png;base64,***"]), "not an image in base64"),
     "gold": (changed(options=["cyan", "pink"]), "lime"),
     "no answer": (changed(messages=[{"role": "user", "content": "<image>What?"}]), "no answer"),
     "name": (changed(completions=[1]), "the field completions has a name"),
@@ -335,22 +333,12 @@ MISTAKES = {
     "role": (changed(messages=[{"role": [], "content": "a"}]), "expected one user and one assistant"),
     "system": (changed(messages=[{"role": "system", "content": 5}]), "expected a system message with text"),
     "options": (changed(options="red, lime"), "options: expected a list of strings"),
-    "options of numbers": (changed(options=[1, 2]), "options: expected a list of strings"),
     "no question": (changed(messages=[{"role": "user", "content": "<image> \n"}]), "the question is empty"),
     "empty answer": (
         changed(messages=[{"role": "user", "content": "<image>a?"}, {"role": "assistant", "content": " "}]),
         "the answer is empty",
     ),
     "mark in the question": (changed(messages=[{"role": "user", "content": "<image>a <image>?"}]), "2 <image> marks"),
-    "svg": (damaged(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "pictures/bad.png: corrupt image"),
-    "heic": (damaged(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 99), "pictures/bad.png: corrupt image"),
-    "bomb": (damaged(bomb(13_000)), f"pictures/bad.png: {TOO_LARGE}"),
-    "thin": (damaged(picture("red", (1, 5000))), f"pictures/bad.png: {TOO_LONG}"),
-    "device": (changed(images=["/dev/zero"]), "no image /dev/zero"),
-    "elsewhere": (changed(images=["../../../../../../../../etc/passwd"]), "passwd: corrupt image"),
-    "base64 of nothing": (changed(images=["data:image"]), "corrupt image"),
-    "not base64": (changed(images=["data:image/png;base64,***"]), "not an image in base64"),
-    "base64 of text": (changed(images=["data:image/png;base64,AAAA"]), "corrupt image"),
 }
 
 
@@ -376,22 +364,15 @@ def test_sft_needs_an_answer(folder, tiny_model):
     "name, content, message",
     [
         ("a.jsonl", b'{"question": "a"}\n{"quest', "a.jsonl: line 2: not JSON"),
-        ("a.jsonl", b"[" * 100_000 + b"]" * 100_000, "a.jsonl: line 1: not JSON"),
         ("a.json", b"[" * 100_000 + b"]" * 100_000, "a.json: not a JSON file"),
         ("a.json", b'[{"question": "a?", "deep": ' + b"[" * 800 + b"]" * 800 + b"}]", "row 0: nested too deeply"),
         ("a.jsonl", b"", "at least one record"),
-        ("a.json", b"\xff\xfe", "not a JSON file"),
         ("a.parquet", b"PAR1", "not a parquet file"),
         ("a.csv", b"question,answer\na?,b,c\n", r"a\.csv: line 2: not as many cells as names in the first line \(2\)"),
-        ("a.csv", b"question,answer\na?,b\nc?\n", r"a\.csv: line 3: not as many cells as names"),
         ("a.csv", b'question,answer\na?,"b\n', r"a\.csv: not a table behind line 1: unexpected end of data"),
         ("a.csv", b"question,answer\n\xff\xfe,b\n", r"a\.csv: not a table behind line 0: 'utf-8' codec can't decode"),
-        ("a.csv", b"question,answer\n", "a.csv: expected at least one record"),
-        ("a.csv", b"", "a.csv: expected at least one record"),
         ("a.csv", b"question;answer\na?;b\n", "no messages, .*; it has question;answer: name one with"),
-        ("a.tsv", b"question\tanswer\na?\n", r"a\.tsv: line 2: not as many cells"),
         ("a.xyz", b"question\tanswer\na?\n", r"a\.xyz: cannot be read as a data set: Unable to find .* \.\.\.$"),
-        ("a.jsonl.gz", b"nothing", r"a\.jsonl\.gz: cannot be read as a data set"),
     ],
 )
 def test_files_that_are_none(name, content, message, tmp_path):
@@ -412,15 +393,10 @@ def test_cells_of_a_table_are_texts_and_empty_ones_are_null(tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("trian.csv", r"^trian\.csv: no such file; did you mean train\.csv\?$"),
         ("./trian.csv", r"^trian\.csv: no such file; did you mean train\.csv\?$"),
         ("data/trian.jsonl", r"^data/trian\.jsonl: no such file; did you mean data/train\.jsonl\?$"),
-        ("train.json", r"^train\.json: no such file; did you mean train\.csv\?$"),
-        ("a.csv", r"^a\.csv: no such file$"),
         ("loop.csv", r"^loop\.csv: no such file$"),
-        ("data/rows.arrow", r"^data/rows\.arrow: no such file$"),
         ("elsewhere/rows.json", r"^elsewhere/rows\.json: no such file$"),
-        ("other.xml", r"^other\.xml: no such file$"),
         ("SAT_static.json", r"^SAT_static\.json: no such file; make it with src/data/SAT/prepare_dataset\.sh$"),
         ("/no/such/folder", r"^/no/such/folder: no such file$"),
     ],
