@@ -3,10 +3,11 @@
     python scripts/compare.py src/eval/results/CVBench_result_*_reasoning.json
     python scripts/compare.py src/eval/results/*_reasoning.json     several benchmarks: a line a score, a column a model
 
-The first result is the one that the others are compared with, of each benchmark its own. The difference of two results
-is paired: each question is its own control, and counts as it does in the Total, with the mean over its rotations where
-it was asked in several. Questions that were asked once also have the p-value of McNemar's exact test. Warnings say what
-else differs: values move by ten points with the prompt or the parser alone.
+The first result is the one that the others are compared with, of each benchmark its own. The
+difference of two results is paired: each question is its own control, and counts as it does in the
+Total, with the mean over its rotations where it was asked in several. Questions that were asked once
+also have the p-value of McNemar's exact test. Warnings say what else differs: values move by ten
+points with the prompt or the parser alone.
 """
 
 import argparse
@@ -47,8 +48,14 @@ def benchmark_of(result: Result) -> str:
     return result.get("benchmark", "unnamed")
 
 
-def name_results(paths: Sequence[Path], results: Sequence[Result], chosen: Sequence[str] | None) -> list[str]:
-    """What to call each result: by its file, or as the user chose. Those of one model on several benchmarks share it.
+def name_results(
+    paths: Sequence[Path],
+    results: Sequence[Result],
+    chosen: Sequence[str] | None,
+) -> list[str]:
+    """What to call each result: by its file, or as the user chose.
+
+    Results of one model on several benchmarks have one name.
 
     Raises:
         Mistake: too many or too few chosen names.
@@ -58,10 +65,11 @@ def name_results(paths: Sequence[Path], results: Sequence[Result], chosen: Seque
     kind, wanted = "results", stems
     if len(set(benchmarks)) > 1:
         files = [BENCHMARKS[name].name if name in BENCHMARKS else name for name in benchmarks]
-        stems = [stem.removeprefix(f"{file}_result_") for stem, file in zip(stems, files, strict=True)]
+        prefixes = [f"{file}_result_" for file in files]
+        stems = [stem.removeprefix(start) for stem, start in zip(stems, prefixes, strict=True)]
         kind, wanted = "models", list(dict.fromkeys(stems))
     defaults = short_names(wanted)
-    if len(set(zip(stems, benchmarks, strict=True))) < len(stems):  # two of one name, in two folders
+    if len(set(zip(stems, benchmarks, strict=True))) < len(stems):  # one name in two folders
         stems = wanted = defaults = list(map(str, paths))
     names = chosen or defaults
     if len(names) != len(wanted):
@@ -71,10 +79,12 @@ def name_results(paths: Sequence[Path], results: Sequence[Result], chosen: Seque
 
 
 def short_names(stems: Sequence[str]) -> list[str]:
-    """File names without what all of them begin and end with, at whole words, unless that leaves two the same."""
+    """File names without what all begin and end with, at whole words, unless two were the same."""
+    if len(stems) == 1:
+        return list(stems)
     words = [stem.split("_") for stem in stems]
     for end in (0, -1):
-        while len(words) > 1 and min(map(len, words)) > 1 and len({stem[end] for stem in words}) == 1:
+        while min(map(len, words)) > 1 and len({stem[end] for stem in words}) == 1:
             words = [stem[1:] if end == 0 else stem[:-1] for stem in words]
     names = ["_".join(stem) for stem in words]
     return names if len(set(names)) == len(names) else list(stems)
@@ -108,7 +118,8 @@ def score_table(names: Sequence[str], results: Sequence[Result]) -> str:
         for name, result in zip(names, results, strict=True)
     ]
     chances = [results[0]["scores"].get(column, {}).get("chance") for column in columns]
-    return markdown(["", *columns], [*rows, ["chance", *(percent(chance, 2) for chance in chances)]])
+    rows.append(["chance", *(percent(chance, 2) for chance in chances)])
+    return markdown(["", *columns], rows)
 
 
 def detail_table(names: Sequence[str], results: Sequence[Result]) -> str:
@@ -137,9 +148,8 @@ def joint_table(models: Models, benchmarks: Sequence[str]) -> str:
         tasks = [row["task"] for result in results for row in result["results"]]
         others = [label for result in results for label in result["scores"]]
         for label in dict.fromkeys([*tasks, TOTAL, *others]):
-            scores = [
-                of_model[benchmark]["scores"].get(label) if benchmark in of_model else None for _, of_model in models
-            ]
+            asked = [of_model.get(benchmark, {"scores": {}}) for _, of_model in models]
+            scores = [result["scores"].get(label) for result in asked]
             chance = next((score["chance"] for score in scores if score), None)
             cells = [accuracy_cell(score, 2) for score in scores]
             rows.append([f"{benchmark}: {label}", percent(chance, 2), *cells])
@@ -227,7 +237,7 @@ def main() -> None:
         columns = [(benchmark, TOTAL, benchmark) for benchmark in benchmarks]
     for benchmark, group in groups.items():
         if len(group) > 1:
-            of_group, rows = zip(*((name, result["results"]) for name, result in group), strict=True)
+            of_group, rows = [name for name, _ in group], [result["results"] for _, result in group]
             print(f"\n{paired_table(f'{benchmark}, against {of_group[0]}', of_group, rows)}")
     draw(chart, models, columns)
     for name, result in zip(names, results, strict=True):

@@ -21,7 +21,7 @@ from open_r1.answers.statistics import wilson
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.report import browser
-from open_r1.report.browser import choose_steps, segments
+from open_r1.report.browser import segments, spread
 from open_r1.report.curves import collect, step_time
 from open_r1.report.page import utc, write_report
 from open_r1.report.runs import Trajectories, read_run, scan_trajectories
@@ -415,12 +415,12 @@ def test_the_page_runs_its_own_script_alone(tmp_path):
 # --- size ---------------------------------------------------------------------------------------------------
 
 
-def test_choice_of_steps():
-    steps = list(range(1, 101))
-    chosen = choose_steps(steps, 10, required=[37])
-    assert {1, 37, 100} <= set(chosen) and len(chosen) <= 11 and chosen == sorted(chosen)
-    assert max(np.diff(chosen)) <= 12
-    assert choose_steps(steps, 200) == steps and choose_steps(steps, 2) == [1, 100] and choose_steps([], 2) == []
+def test_some_of_all_steps_lie_evenly():
+    steps = list(range(100, 200))
+    order = spread(steps)
+    assert sorted(order) == steps and spread([]) == []
+    for count in (8, 16, 40):
+        assert max(np.diff(sorted(order[:count]))) <= 2 * 100 / count + 4
 
 
 @pytest.mark.slow
@@ -441,7 +441,8 @@ def test_1500_steps_of_64_completions(tmp_path):
     assert "96,000 completions" in page.text and len(page.source) < 30_000_000
     train = page.data["sources"]["train"]
     assert train["total"] == 1500 and 20 < len(train["steps"]) < 1500
-    assert (train["steps"][0]["step"], train["steps"][-1]["step"]) == (1, 1500)
+    steps = [step["step"] for step in train["steps"]]
+    assert (steps[0], steps[-1]) == (1, 1500) and max(np.diff(steps)) < 2.5 * 1500 / len(steps)
     assert all(len(group["completions"]) == 8 for step in train["steps"] for group in step["groups"])
 
 

@@ -80,14 +80,17 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray) -> tuple[float, floa
     """
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     n = first.shape[1]
-    # Questions that all runs answered alike are one column, and n questions drawn anew say how often it counts.
+    # Questions that all runs answered alike are one column; n questions drawn anew say how often
+    # it counts.
     columns, counts = np.unique(np.concatenate([first, second]), axis=1, return_counts=True)
-    means = rng.multinomial(n, counts / n, BOOTSTRAP_SAMPLES) / n @ columns.T  # (samples, seeds of both)
+    drawn = rng.multinomial(n, counts / n, BOOTSTRAP_SAMPLES) / n  # (samples, columns)
+    means = drawn @ columns.T  # (samples, seeds of both)
     of_first, of_second = np.split(means, [len(first)], axis=1)
 
     def mean_of_drawn_seeds(of_seeds: np.ndarray) -> np.ndarray:
         seeds = of_seeds.shape[1]
-        return (rng.multinomial(seeds, [1 / seeds] * seeds, BOOTSTRAP_SAMPLES) / seeds * of_seeds).sum(axis=1)
+        drawn = rng.multinomial(seeds, [1 / seeds] * seeds, BOOTSTRAP_SAMPLES) / seeds
+        return (drawn * of_seeds).sum(axis=1)
 
     one, other = mean_of_drawn_seeds(of_first), mean_of_drawn_seeds(of_second)
     low, high = np.quantile(other - one, (0.025, 0.975))
@@ -128,12 +131,12 @@ def by_question(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def outcomes(rows: Sequence[Row]) -> dict[Hashable, float]:
-    """Question -> the share of its rotations that were answered right: what the Total is the mean of."""
-    return {
-        (rotations[0].get("id", position), rotations[0]["question"]): sum(row["correct"] for row in rotations)
-        / len(rotations)
-        for position, rotations in enumerate(by_question(rows))
-    }
+    """Question -> the share of its rotations answered right, of which the Total is the mean."""
+    shares = {}
+    for position, rotations in enumerate(by_question(rows)):
+        key = rotations[0].get("id", position), rotations[0]["question"]
+        shares[key] = sum(row["correct"] for row in rotations) / len(rotations)
+    return shares
 
 
 def gold_index(row: Row) -> int:

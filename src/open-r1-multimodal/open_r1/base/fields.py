@@ -1,7 +1,7 @@
-"""Types of the fields of JSON files, which pydantic checks strictly, and the one line that names a field of another.
+"""Types of JSON files' fields, which pydantic checks strictly, and the line that names a wrong one.
 
-A record is a subclass of `Record`. Its fields without a default must be there, fields that it does not name are left
-alone, and no value is converted: true is no number, "3" neither.
+A record is a subclass of `Record`. Its fields without a default must be there, fields that it does
+not name are left alone, and no value is converted: true is no number, "3" neither.
 """
 
 from dataclasses import dataclass
@@ -26,14 +26,13 @@ RecordType = TypeVar("RecordType", bound=Record)
 
 @dataclass(frozen=True)
 class Expected:
-    """What an error says was expected of a field: the annotation behind all that is checked of it."""
+    """What an error says was expected of a field; stands behind all that is checked of it."""
 
     what: str
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        return core_schema.custom_error_schema(
-            handler(source), custom_error_type="expected", custom_error_message=f"expected {self.what}"
-        )
+        message = f"expected {self.what}"
+        return core_schema.custom_error_schema(handler(source), "expected", custom_error_message=message)
 
 
 def _must_be_name(text: str) -> str:
@@ -55,12 +54,13 @@ Name = Annotated[str, AfterValidator(_must_be_name), Expected("a name of printab
 Number = Annotated[float, Expected("a number")]  # or NaN or infinite, which Python writes into JSON
 Prose = Annotated[str, AfterValidator(_must_encode), Expected("text")]  # what a tokenizer takes
 Share = Annotated[float, Field(ge=0, le=1), Expected("a number from 0 to 1")]
-Text = Annotated[str, Expected("text")]  # half a character (a lone surrogate) may be in it, as JSON can hold it
+Text = Annotated[str, Expected("text")]  # may hold half a character (a lone surrogate), as JSON may
 
 
 def is_usable(value: Any) -> bool:
     """Whether it is a number that can be averaged and drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST  # false for NaN
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= _LARGEST  # false for NaN
 
 
 def check(kind: type[RecordType], value: Any, origin: object) -> RecordType:

@@ -24,7 +24,8 @@ class Completion(Record):
     solution: Text | None = None
     options: Annotated[list[Text] | None, Expected("a list of texts")] = None
     completion: Text
-    rewards: Annotated[dict[Text, float | None], Expected("numbers or null by name")]  # null: none was given
+    # null where a function gave none
+    rewards: Annotated[dict[Text, float | None], Expected("numbers or null by name")]
     advantage: Number
     length: Count  # in tokens
     ended: Flag

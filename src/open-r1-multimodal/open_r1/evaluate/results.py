@@ -36,11 +36,18 @@ Interval = Annotated[
 ]
 
 
+Options = Annotated[
+    list[Text],
+    AfterValidator(_must_be_options),
+    Expected("a list of texts, none of them blank"),
+]
+
+
 class ResultRow(Record):
-    """A response: what every file has, and what the evaluation writes beside it, also before it is judged."""
+    """A response: what every file has, and what an evaluation writes beside it, judged or not."""
 
     question: Text
-    options: Annotated[list[Text], AfterValidator(_must_be_options), Expected("a list of texts, none of them blank")]
+    options: Options
     task: Name
     ground_truth: Text
     response: Text
@@ -108,7 +115,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """A result file, or a plain list of rows as its `results`.
 
     Raises:
-        OSError, Mistake: missing, or something else; one line that names the file, the row and the field.
+        OSError, Mistake: missing, or something else; one line that names file, row and field.
     """
     result = read_json(path)
     if isinstance(result, list):

@@ -26,7 +26,6 @@ QUOTE = 160  # characters of a short text, and of an example on either side of i
 # Bytes that the page spends on the completions of each source, and on images before base64 adds a third.
 TEXT_BUDGETS = {"train": 6_000_000, "eval": 3_000_000}
 IMAGE_BUDGET = 6_000_000
-ROW_BYTES = 200  # of a completion beside its text
 
 _TAG = re.compile(r"</?(?:think|answer)>")
 # Control characters by their pictures, U+2400 on: a random model writes them, and nobody would see them. Half a
@@ -38,18 +37,19 @@ _VISIBLE = {
 }
 
 
-def choose_steps(steps: Sequence[int], count: int, required: Collection[int] = ()) -> list[int]:
-    """About `count` of all steps, evenly, with the first, the last and the required ones among them."""
-    places = np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int)
-    return sorted({*required, *(steps[place] for place in places)})
+def spread(steps: Sequence[int]) -> list[int]:
+    """The steps in an order of which every beginning lies evenly over all: van der Corput's."""
+    digits = len(steps).bit_length()
+    places = sorted(range(len(steps)), key=lambda place: f"{place:0{digits}b}"[::-1])
+    return [steps[place] for place in places]
 
 
 def choose_groups(
     trajectories: Trajectories, groups: Sequence[list[int]], required: set[int]
 ) -> list[tuple[int, list[int]]]:
-    """At most `MAX_GROUPS` of a step's groups, with their numbers in it: required rows, then the oldest prompts.
+    """At most `MAX_GROUPS` of a step's groups, with their numbers in it.
 
-    So of every evaluation the same prompts are chosen.
+    Those of required rows, then the oldest prompts, so that of every evaluation they are the same.
     """
 
     def rank(place: int) -> tuple[bool, int]:
@@ -127,19 +127,22 @@ def browser_data(
 
 
 def embed(trajectories: Trajectories, required: set[int], budget: int, shared: Shared) -> dict[str, Any]:
-    """As many steps of one source as fit the budget (in bytes), in whole groups."""
+    """As many steps of one source as fit the budget (in bytes), in whole groups.
+
+    First the first and the last step and those of required rows, then others evenly between.
+    """
     steps, correct = steps_of(trajectories), trajectories.correct()
-    groups = {step: choose_groups(trajectories, steps[step], required) for step in steps}
-    size = np.minimum(trajectories.rows["size"], TEXT_LIMIT) + ROW_BYTES
-    total = sum(int(size[rows].sum()) for of_step in groups.values() for _, rows in of_step)
-    required_steps = {int(trajectories.rows["step"][index]) for index in required}
-    chosen = choose_steps(list(steps), max(2, int(len(steps) * budget / max(total, 1))), required_steps)
-    first = [step for step in chosen if step in {chosen[0], chosen[-1], *required_steps}]
+    every_step = list(steps)
+    of_required = trajectories.rows["step"][sorted(required)].tolist()
+    order = [*every_step[:1], *every_step[-1:], *of_required, *spread(every_step)]
     records: dict[int, dict[str, Any]] = {}
-    for step in [*first, *(step for step in chosen if step not in first)]:
-        of_step = [group_record(trajectories, correct, number, rows, shared) for number, rows in groups[step]]
+    for step in dict.fromkeys(order):
+        of_step = [
+            group_record(trajectories, correct, number, rows, shared)
+            for number, rows in choose_groups(trajectories, steps[step], required)
+        ]
         budget -= len(htmlsafe_json_dumps(of_step))
-        if budget < 0 and records:  # escapes may take more than was reckoned
+        if budget < 0 and records:
             break
         records[step] = {"step": step, "asked": len(steps[step]), "groups": of_step}
     return {

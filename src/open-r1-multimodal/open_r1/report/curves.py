@@ -82,11 +82,12 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
 
     entropy = logged("entropy", "Entropy", "nats a token", "entropy", "entropy")
     if is_sft(run):
-        token_accuracy = Line("token accuracy", run.series("mean_token_accuracy"))
+        line = Line("token accuracy", run.series("mean_token_accuracy"))
         note = "Share of the answer's tokens that the model ranks first."
+        token_accuracy = [Panel("share", [line], percent=True)]
         charts = [
             logged("loss", "Loss", "loss", "loss", "loss"),
-            Chart("token-accuracy", "Token accuracy", [Panel("share", [token_accuracy], percent=True)], note),
+            Chart("token-accuracy", "Token accuracy", token_accuracy, note),
             logged("learning-rate", "Learning rate", "", "learning rate", "learning_rate"),
             entropy,
         ]
@@ -102,7 +103,8 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
         return by_step(steps, column.astype(float)) if len(train) else run.series(metric)
 
     accuracy, form = Line("accuracy", reward(ACCURACY)), Line("format", reward(FORMAT))
-    others = [Line(name, reward(name)) for name in reward_names(run, train) if name not in (ACCURACY, FORMAT)]
+    other_names = [name for name in reward_names(run, train) if name not in (ACCURACY, FORMAT)]
+    others = [Line(name, reward(name)) for name in other_names]
     held_out_lines = held_out_accuracies(run, held_out)
     lengths = per_step(train.rows["length"], "completions/mean_length")
     spread = by_step(steps, train.rows["length"].astype(float), quartiles) if len(train) else None
@@ -166,7 +168,8 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
             Panel("ends right", corrections, percent=True),
         ),
     ]
-    return replace(_with_data(paper, charts), histograms=[pass_rate_histogram(train)] if train.rewards else [])
+    histograms = [pass_rate_histogram(train)] if train.rewards else []
+    return replace(_with_data(paper, charts), histograms=histograms)
 
 
 def pass_rate_histogram(train: Trajectories) -> Histogram:
@@ -235,7 +238,8 @@ def step_time(run: Run) -> list[Line]:
         part = run.series(f"time/{name}")
         if len(part):
             of_step = dict(zip(part.steps.tolist(), part.values.tolist(), strict=True))
-            parts.append((name, np.array([of_step.get(step, 0.0) for step in total.steps.tolist()])))
+            seconds = [of_step.get(step, 0.0) for step in total.steps.tolist()]
+            parts.append((name, np.array(seconds)))
     rest = total.values - sum(values for _, values in parts)
     # Clocks that start and stop at other times may leave a little less than nothing.
     parts.append(("rest" if parts else "step", np.maximum(rest, 0)))
@@ -255,8 +259,9 @@ def _with_data(paper: Sequence[tuple[Panel, Panel]], charts: Sequence[Chart]) ->
         filled = [panel for panel in panels if panel.lines]
         if filled:
             drawn.append(replace(chart, panels=filled))
-            empty = [panel for panel, kept in zip(chart.panels, panels, strict=True) if not kept.lines]
-            missing += [panel.lines[0].label for panel in empty]
+            for panel, kept in zip(chart.panels, panels, strict=True):
+                if not kept.lines:
+                    missing.append(panel.lines[0].label)
         else:
             missing.append(chart.title)
     return Curves([row for row in rows if row[0].lines or row[1].lines], drawn, missing)

@@ -25,7 +25,7 @@ from open_r1.report.statistics import moving_average
 SMOOTH_FROM = 40  # points from which on a moving average is drawn over them
 # No curve is told from another by colour alone; `page.css` draws the same in legends.
 DASHES = ("-", (0, (4, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
-# Of each row of the paper's figure the number of the first colour on its left and on its right axis.
+# Of each row of the paper's figure the number of the first colour on its left and right axis.
 PAPER_CURVES = ((0, 2), (3, 5))
 
 # In a figure for the page each colour is a mark, replaced by the style sheet's variable once the SVG is written.
@@ -103,8 +103,8 @@ def histogram_svg(histogram: Histogram) -> Markup:
         for at, (label, shares) in enumerate(histogram.shares.items()):
             left = places - 0.4 + at * width
             axes.bar(left, shares, width, align="edge", color=PAGE.curves[at % len(PAGE.curves)], alpha=0.75)
-            bars = [f"{name} {100 * share:.1f} %" for name, share in zip(histogram.bins, shares, strict=True)]
-            texts.append(f"{label}: {', '.join(bars)}")
+            named = zip(histogram.bins, shares, strict=True)
+            texts.append(f"{label}: {', '.join(f'{name} {100 * share:.1f} %' for name, share in named)}")
         _frame(axes, histogram.axes[1], PAGE, parts=4)
         _as_shares(axes)
         axes.set_xticks(places, histogram.bins)
@@ -114,7 +114,9 @@ def histogram_svg(histogram: Histogram) -> Markup:
 
 def accuracy_length_title(curves: Curves) -> str:
     """What the paper's figure shows."""
-    return "Accuracy, completion length and reflection" if len(curves.paper) > 1 else "Accuracy and completion length"
+    if len(curves.paper) > 1:
+        return "Accuracy, completion length and reflection"
+    return "Accuracy and completion length"
 
 
 def accuracy_length_svg(curves: Curves, name: str, size: tuple[float, float]) -> Markup:
@@ -152,9 +154,8 @@ def save_recipes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             reference, curve = rows[0]["curve"], row["curve"]
             sampled = curve["completions"]
             axes.plot(reference["completions"], reference["accuracy"], color=PAPER.ink, alpha=0.5, linestyle=DASHES[1])
-            axes.fill_between(
-                curve["completions"], curve["low"], curve["high"], color=PAPER.curves[0], alpha=0.16, lw=0
-            )
+            colour = PAPER.curves[0]
+            axes.fill_between(sampled, curve["low"], curve["high"], color=colour, alpha=0.16, lw=0)
             axes.plot(sampled, curve["accuracy"], color=PAPER.curves[0], linewidth=2)
             axes.set_title(row["recipe"], fontsize=10)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
@@ -196,7 +197,8 @@ def _accuracy_length(curves: Curves, theme: Theme, size: tuple[float, float]) ->
     heights = [1, BELOW][: len(curves.paper)]
     figure = Figure((size[0], size[1] * sum(heights)), layout="constrained")
     rows = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (left, right), (on_left, on_right) in zip(rows, curves.paper, PAPER_CURVES, strict=False):
+    for axes, panels, (on_left, on_right) in zip(rows, curves.paper, PAPER_CURVES, strict=False):
+        left, right = panels
         parts = 5 if axes is rows[0] else 3
         _draw_panel(axes, left, theme, on_left, parts)
         axes.yaxis.set_visible(bool(left.lines))
@@ -261,20 +263,21 @@ def _draw_line(axes: Axes, line: Line, colour: str, dashes: object) -> None:
     steps, values = line.points.steps, line.points.values
     if line.low is not None:
         axes.fill_between(steps, line.low, line.high, color=colour, alpha=0.16, linewidth=0)
+    style = {"color": colour, "linestyle": dashes, "label": line.label}
     if line.marked or len(steps) == 1:
-        axes.plot(steps, values, color=colour, linestyle=dashes, marker="o", markersize=5, label=line.label)
+        axes.plot(steps, values, marker="o", markersize=5, **style)
     elif len(steps) < SMOOTH_FROM:
-        axes.plot(steps, values, color=colour, linestyle=dashes, linewidth=2, label=line.label)
+        axes.plot(steps, values, linewidth=2, **style)
     else:
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
-        smooth = moving_average(values, len(values) // 25 | 1)
-        axes.plot(steps, smooth, color=colour, linestyle=dashes, linewidth=2.2, label=line.label)
+        axes.plot(steps, moving_average(values, len(values) // 25 | 1), linewidth=2.2, **style)
 
 
 def _draw_stack(axes: Axes, panel: Panel, theme: Theme, number: int) -> None:
     steps, values = panel.lines[0].points.steps, [line.points.values for line in panel.lines]
     if len(steps) == 1:  # an area needs two points
-        steps, values = np.array([steps[0] - 0.5, steps[0] + 0.5]), [np.repeat(value, 2) for value in values]
+        steps = np.array([steps[0] - 0.5, steps[0] + 0.5])
+        values = [np.repeat(value, 2) for value in values]
     colours = [theme.curves[(number + k) % len(theme.curves)] for k in range(len(panel.lines))]
     axes.stackplot(steps, values, colors=colours, alpha=0.75, linewidth=0)
 

@@ -42,7 +42,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         The path of the page.
 
     Raises:
-        OSError, Mistake: not a run, a damaged file, somebody else's file in the place of ours, or no room to write.
+        OSError, Mistake: not a run, a damaged file, somebody else's file in our place, a full disk.
     """
     output = output or run / "report.html"
     pictures = [output.with_name(f"accuracy_length{ending}") for ending in (".png", ".svg")]
@@ -95,7 +95,10 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
         accuracy_length_title=figures.accuracy_length_title(curves),
         accuracy_length_legend=figures.accuracy_length_legend(curves),
         charts=[(chart, figures.legend(chart), figures.chart_svg(chart)) for chart in curves.charts],
-        histograms=[(bars, list(enumerate(bars.shares)), figures.histogram_svg(bars)) for bars in curves.histograms],
+        histograms=[
+            (histogram, list(enumerate(histogram.shares)), figures.histogram_svg(histogram))
+            for histogram in curves.histograms
+        ],
         missing=curves.missing,
         warnings=[(step, visible(guard), visible(sentence)) for step, guard, sentence in run.warnings],
         reflections=[
@@ -240,8 +243,10 @@ def side(name: str, step: int, group: Mapping[str, Any], prefers_reflective: boo
     completions = group["completions"]
     place = 0
     if prefers_reflective:
-        place = next((at for at, completion in enumerate(completions) if completion["reflective"]), 0)
-    judged = [completion["correct"] for completion in completions if completion["correct"] is not None]
+        reflective = [at for at, completion in enumerate(completions) if completion["reflective"]]
+        place = reflective[0] if reflective else 0
+    correct = [completion["correct"] for completion in completions]
+    judged = [is_right for is_right in correct if is_right is not None]
     return {
         "step": step,
         "link": f"#{name}/{step}/{group['number']}/{place + 1}",

@@ -35,11 +35,14 @@ _QUESTION_STARTS = re.compile(r"\n|[.:?!] ")
 _QUESTION_ENDS = re.compile(r"\n|  |<\|")
 
 
+Time = Annotated[float, Field(ge=0, lt=_YEAR_10000), Expected("seconds since 1970")]
+
+
 class Event(Record):
     """What every line of log.jsonl holds beside its metrics."""
 
     step: Count
-    time: Annotated[float | None, Field(ge=0, lt=_YEAR_10000), Expected("seconds since 1970")] = None
+    time: Time | None = None
     guard: Text = ""
     warning: Text = ""
 
@@ -57,7 +60,7 @@ class RunInfo(Record):
 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[str, int, Any]]:
-    """Where it stands (for errors), its byte offset and the content of every line of a JSON Lines file.
+    """Every line of a JSON Lines file: where it stands (for errors), its byte offset, its content.
 
     A half-written last line is left out.
 
@@ -131,7 +134,8 @@ class Run:
     @property
     def last_time(self) -> float | None:
         """Seconds since 1970 of the last event, where events have a time."""
-        return max((event["time"] for event in self.events if event.get("time") is not None), default=None)
+        times = [event["time"] for event in self.events if event.get("time") is not None]
+        return max(times, default=None)
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,6 @@ def _texts(value: Any) -> Iterator[str]:
 COLUMNS = np.dtype(
     [
         ("offset", np.int64),  # of the line in the file, in bytes
-        ("size", np.int64),  # of the line's text, in characters
         ("dataset", np.int64),  # which of `datasets` it is a completion for
         ("group", np.int64),  # the same number for the completions of one prompt in one step, unique in the file
         ("prompt", np.int64),  # the same number for the same text and images, wherever they recur
@@ -308,16 +311,18 @@ def _scan(file: BinaryIO) -> Trajectories:
         dataset = datasets.setdefault(record.dataset or "", len(datasets))
         group = groups.setdefault((record.step, dataset, record.group, prompt), len(groups))
         has_reflections, reflective = record.reflections is not None, bool(record.reflections)
-        size = len(record.completion)
-        rows.append((offset, size, dataset, group, prompt, has_reflections, reflective, *numbers(record)))
+        rows.append((offset, dataset, group, prompt, has_reflections, reflective, *numbers(record)))
         rewards.append(record.rewards)
     head, tail = _template({_IMAGE_TAGS.sub("", text) for text, *_ in prompts})
-    return Trajectories(file, np.array(rows, dtype=COLUMNS), _columns(rewards), tuple(datasets), head, tail)
+    columns = np.array(rows, dtype=COLUMNS)
+    return Trajectories(file, columns, _columns(rewards), tuple(datasets), head, tail)
 
 
 def _columns(rewards: list[dict[str, float | None]]) -> dict[str, np.ndarray]:
-    """Name -> one number for each completion; functions that gave no completion a number are left out."""
-    names = dict.fromkeys(name for row in rewards for name, reward in row.items() if is_usable(reward))
+    """Name -> one number for each completion; functions that never gave one are left out."""
+    names: dict[str, None] = {}
+    for row in rewards:
+        names |= dict.fromkeys(name for name, reward in row.items() if is_usable(reward))
     columns = {}
     for name in names:
         column = [row.get(name) for row in rewards]
@@ -338,4 +343,7 @@ def _template(prompts: set[str]) -> tuple[str, str]:
 def _shared(texts: set[str]) -> str:
     """What all texts begin with: the first and the last one in alphabetical order do."""
     first, last = min(texts), max(texts)
-    return first[: next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+    length = 0
+    while length < len(first) and first[length] == last[length]:
+        length += 1
+    return first[:length]

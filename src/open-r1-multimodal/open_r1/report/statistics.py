@@ -64,9 +64,10 @@ PASS_RATES = ("none", "< 1/3", "middle", "> 2/3", "all")  # of a group's complet
 
 
 def pass_rates(trajectories: Trajectories) -> dict[str, np.ndarray]:
-    """Shares (5,) of the groups in which so many completions succeed (`PASS_RATES`), by the first reward, above 0.5.
+    """Shares (5,) of the groups in which so many completions succeed (`PASS_RATES`).
 
-    Those of the first and of the last tenth of the steps, at least one each, by a label. There must be a reward.
+    Success is a first reward above 0.5. Those of the first and of the last tenth of the steps, at
+    least one each, by a label. There must be a reward.
     """
     reward = next(iter(trajectories.rewards.values()))
     known = ~np.isnan(reward)
@@ -96,7 +97,7 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Reflections:
-    """How often completions reconsider, and whether it helps; a pair counts those that are right and those judged."""
+    """How often completions reconsider, and whether it helps; pairs count the right and the judged."""
 
     measured: int  # completions in which reflections were looked for
     reflective: int

@@ -168,7 +168,7 @@ def draw_prompts(
 
 
 class SavedRates(Record):
-    """What `PASS_RATES` holds: a row's number -> in how many groups it was asked, and how often it succeeded."""
+    """What `PASS_RATES` holds: `counts` as `PassRates` has them."""
 
     step: Count
     counts: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
