@@ -36,12 +36,28 @@ def section(page: str, name: str) -> str:
 # --- the signs ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share, seen", [(0.7, True), (0.3, False)])
-def test_groups_without_signal(tmp_path, share, seen):
-    events = [{"step": step, "frac_reward_zero_std": share} for step in range(1, STEPS)]
-    events.append({"step": STEPS, "frac_reward_zero_std": float("nan")})  # no number does not count
-    finding = found(write_run(tmp_path / "run", events=events))[SIGNALS]
-    assert finding.seen is seen and finding.numbers.startswith(f"{share:.0%} of the groups;")
+def logged(first: dict, last: dict) -> list[dict]:
+    """Events of a log, the last half of them unlike the first."""
+    return [{"step": step, **(first if step <= STEPS / 2 else last)} for step in range(1, STEPS + 1)]
+
+
+SEEING, WITHOUT = "eval_rewards/accuracy_reward/mean", "blind_rewards/accuracy_reward/mean"
+LOGS = [
+    (SIGNALS, {"frac_reward_zero_std": 0.7}, {"frac_reward_zero_std": 0.5}, True, "60% of the groups; first 70%"),
+    (SIGNALS, {"frac_reward_zero_std": 0.3}, {"frac_reward_zero_std": float("nan")}, False, "30% of the groups;"),
+    (ENTROPY, {"entropy": 1.0}, {"entropy": 0.2}, True, "1.00 → 0.20 nats a token"),
+    (ENTROPY, {"entropy": 1.0}, {"entropy": 0.0}, True, "1.00 → 0.00 nats a token"),
+    (ENTROPY, {"entropy": 1.0}, {"entropy": 3.0}, False, "1.00 → 3.00 nats a token"),
+    (BLIND, {SEEING: 0.4}, {SEEING: 0.8, WITHOUT: 0.4}, False, "40% of the held-out questions without their images"),
+    (BLIND, {SEEING: 0.4}, {SEEING: 0.8, WITHOUT: 0.75}, True, "75% of the held-out questions without their images"),
+    (BLIND, {SEEING: 0.4}, {SEEING: 0.8, WITHOUT: 0.9}, True, "90% of the held-out questions without their images"),
+]
+
+
+@pytest.mark.parametrize("name, first, last, seen, numbers", LOGS, ids=[numbers for *_, numbers in LOGS])
+def test_signs_in_the_log(tmp_path, name, first, last, seen, numbers):
+    finding = found(write_run(tmp_path / "run", events=logged(first, last)))[name]
+    assert finding.seen is seen and finding.numbers.startswith(numbers)
 
 
 @pytest.mark.parametrize(
@@ -64,13 +80,6 @@ def test_format_alone(tmp_path, before, after, seen, numbers):
     assert (finding.seen, finding.numbers) == (seen, numbers)
 
 
-@pytest.mark.parametrize("last, seen", [(0.2, True), (0.0, True), (0.5, False), (3.0, False)])
-def test_entropy_collapse(tmp_path, last, seen):
-    events = [{"step": step, "entropy": 1.0 if step <= STEPS / 2 else last} for step in range(1, STEPS + 1)]
-    finding = found(write_run(tmp_path / "run", events=events))[ENTROPY]
-    assert (finding.seen, finding.numbers) == (seen, f"1.00 → {last:.2f} nats a token")
-
-
 def test_thought_against_answer(tmp_path):
     same = row(completion="It is left.</think><answer>left</answer>")
     other = row(completion="It is right.</think><answer>left</answer>")
@@ -91,15 +100,6 @@ def test_blind_accuracy_of_several_sets_is_that_of_the_worst(tmp_path):
     finding = found(write_run(tmp_path / "run", events=events))[BLIND]
     assert finding.seen is True
     assert "20% of the held-out questions of easy without their images, 80% with them; 50% of " in finding.numbers
-
-
-@pytest.mark.parametrize("without, seen", [(0.4, False), (0.75, True), (0.9, True)])
-def test_blind_accuracy(tmp_path, without, seen):
-    name = "rewards/accuracy_reward/mean"
-    events = [{"step": step, f"eval_{name}": accuracy} for step, accuracy in ((0, 0.4), (STEPS, 0.8))]
-    finding = found(write_run(tmp_path / "run", events=[*events, {"step": STEPS, f"blind_{name}": without}]))[BLIND]
-    numbers = f"{without:.0%} of the held-out questions without their images, 80% with them"
-    assert (finding.seen, finding.numbers) == (seen, numbers)
 
 
 def test_what_was_not_measured_says_why(tmp_path):

@@ -301,12 +301,8 @@ def test_missing_and_damaged_images(tmp_path):
     page = make(write_run(tmp_path / "run", [row(images=paths), row(images=paths), row(images=["a\0b"])]))
     first, *others = page.data["images"]
     assert [image["missing"] for image in others] == [
-        "no such file",
-        "cannot be decoded",
-        "cannot be decoded",
-        "no such file",
-        "no such file",
-        "cannot be decoded",
+        *("no such file", "cannot be decoded", "cannot be decoded"),
+        *("no such file", "no such file", "cannot be decoded"),
     ]
     small = base64.b64decode(first["source"].removeprefix("data:image/png;base64,"))
     (tmp_path / "small.png").write_bytes(small)
@@ -478,25 +474,20 @@ def test_a_large_evaluation_is_thinned_to_the_same_prompts(tmp_path):
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
-
-
 def test_command_writes_the_page_and_the_figure(tmp_path):
     run = write_run(tmp_path / "run", TINY)
-    assert command(run).stdout == f"{run / 'report.html'}\n"
-    assert (run / "accuracy_length.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (run / "accuracy_length.svg").read_text()
     before = sorted(run.rglob("*"))
     (tmp_path / "elsewhere").mkdir()
     page = tmp_path / "elsewhere/page.html"
-    assert command(run, "--output", page).returncode == 0
-    assert sorted(path.name for path in page.parent.iterdir()) == [
-        "accuracy_length.png",
-        "accuracy_length.svg",
-        "page.html",
-    ]
-    assert sorted(run.rglob("*")) == before
+    command = [sys.executable, SCRIPT, run, "--output", page]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.stdout == f"{page}\n", done.stderr
+    figures = ["accuracy_length.png", "accuracy_length.svg"]
+    assert sorted(path.name for path in page.parent.iterdir()) == [*figures, "page.html"]
+    assert (page.parent / figures[0]).read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (page.parent / figures[1]).read_text() and sorted(run.rglob("*")) == before
+    write_report(run)
+    assert (run / "report.html").is_file() and (run / figures[0]).is_file()
 
 
 HUGE = '{"step": ' + "9" * 9_999 + "}"  # more digits than Python reads
@@ -536,9 +527,8 @@ def test_damage_is_one_line(tmp_path, name, content, message):
 def test_not_a_run(tmp_path):
     (tmp_path / "empty").mkdir()
     for path, message in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "nothing of a run in it")):
-        done = command(path)
-        assert done.returncode == 1 and done.stdout == ""
-        assert done.stderr.startswith(f"report: error: {path}: {message}") and done.stderr.count("\n") == 1
+        with pytest.raises(Mistake, match=f"^{path}: {message}"):
+            write_report(path)
 
 
 def test_report_imports_no_torch():

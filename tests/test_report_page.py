@@ -201,15 +201,6 @@ def test_filters_and_their_counts(page, rows):
         assert len(cards(page)) == sum(map(holds, of_step[:GROUP]))
 
 
-def test_next_match(page, rows):
-    button(page, "filter", "reflective").click()
-    found = [at for at, record in enumerate(rows) if record["reflections"]]
-    first = next(at for at in found if at >= GROUP)  # the prompt that is shown is not the next
-    element(page, "match").click()
-    assert place(page) == f"#train/{rows[first]['step']}/{rows[first]['group'] + 1}" and cards(page)
-    assert page.find_elements(By.CSS_SELECTOR, ".completion mark")
-
-
 def test_held_out_completions(page):
     button(page, "source", "eval").click()
     assert place(page) == "#eval/10/1" and status(page).startswith("Step 10, prompt 1 of 12")
