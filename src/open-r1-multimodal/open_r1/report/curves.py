@@ -1,13 +1,13 @@
 """Says which curves a report has and what each one shows."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from open_r1.report.runs import ACCURACY, FORMAT, Run, Series, Trajectories
-from open_r1.report.statistics import PASS_RATES, by_step, group_accuracy, pass_rates, quartiles
+from open_r1.report.statistics import by_step, group_accuracy, quartiles
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves on common axes; `stacked` ones add up.
-
-    `percent` values are shares in [0, 1], drawn over the whole of it unless they are `rare`.
-    """
+    """Curves on common axes; `percent` ones are shares, drawn over all of [0, 1] unless they are `rare`."""
 
     label: str
     lines: Sequence[Line]
     percent: bool = False
     rare: bool = False
-    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,18 +42,6 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Histogram:
-    """Shares, as bars side by side in every bin: label -> (bins,). `name` is its id in the page."""
-
-    name: str
-    title: str
-    bins: Sequence[str]
-    shares: Mapping[str, np.ndarray]
-    axes: tuple[str, str]
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class Curves:
     """What there is to draw of a run.
 
@@ -65,13 +49,11 @@ class Curves:
         paper: rows of the paper's figure, each a panel for the left axis and one for the right.
         charts: the others.
         missing: titles without data.
-        histograms: what is not drawn against steps.
     """
 
     paper: Sequence[tuple[Panel, Panel]]
     charts: Sequence[Chart]
     missing: Sequence[str]
-    histograms: Sequence[Histogram] = ()
 
 
 def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
@@ -154,7 +136,7 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
             ],
             "A group whose completions all earn the same reward teaches nothing.",
         ),
-        Chart("time", "Seconds a step", [Panel("seconds", step_time(run), stacked=True)]),
+        Chart("time", "Seconds a step", [Panel("seconds", step_time(run))]),
         logged("gradient", "Gradient norm", "norm", "gradient norm", "grad_norm"),
     ]
     accuracies = [accuracy, *(replace(line, low=None, high=None) for line in held_out_lines)]
@@ -168,20 +150,7 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
             Panel("ends right", corrections, percent=True),
         ),
     ]
-    histograms = [pass_rate_histogram(train)] if train.rewards else []
-    return replace(_with_data(paper, charts), histograms=histograms)
-
-
-def pass_rate_histogram(train: Trajectories) -> Histogram:
-    """How hard the prompts are for the model, when training starts and when it ends."""
-    return Histogram(
-        "pass-rates",
-        "Pass rates of prompts",
-        PASS_RATES,
-        pass_rates(train),
-        ("completions of a prompt that succeed", "of prompts"),
-        "A completion succeeds when its first reward is above 0.5. Every sampled group counts, replaced ones too.",
-    )
+    return _with_data(paper, charts)
 
 
 def is_sft(run: Run) -> bool:
@@ -231,19 +200,9 @@ def correction_success(run: Run, train: Trajectories) -> Series:
 
 
 def step_time(run: Run) -> list[Line]:
-    """The seconds of a step, divided; what the parts leave over is the rest."""
-    total = run.series("step_time")
-    parts = []
-    for name in ("rollout", "scoring", "update"):
-        part = run.series(f"time/{name}")
-        if len(part):
-            of_step = dict(zip(part.steps.tolist(), part.values.tolist(), strict=True))
-            seconds = [of_step.get(step, 0.0) for step in total.steps.tolist()]
-            parts.append((name, np.array(seconds)))
-    rest = total.values - sum(values for _, values in parts)
-    # Clocks that start and stop at other times may leave a little less than nothing.
-    parts.append(("rest" if parts else "step", np.maximum(rest, 0)))
-    return [Line(name, Series(total.steps, values)) for name, values in parts]
+    """The seconds of a step, and of its parts."""
+    names = {"step": "step_time"} | {part: f"time/{part}" for part in ("rollout", "scoring", "update")}
+    return [Line(label, run.series(name)) for label, name in names.items()]
 
 
 def _with_data(paper: Sequence[tuple[Panel, Panel]], charts: Sequence[Chart]) -> Curves:

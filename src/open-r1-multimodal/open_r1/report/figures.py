@@ -4,14 +4,12 @@ Curves in the page take their colours from its style sheet (light and dark) and 
 """
 
 import io
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -19,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LinearLocator, MaxNLocator
 
 from open_r1.base.files import FIGURE_MARK, replacing
-from open_r1.report.curves import Chart, Curves, Histogram, Line, Panel
+from open_r1.report.curves import Chart, Curves, Line, Panel
 from open_r1.report.statistics import moving_average
 
 SMOOTH_FROM = 40  # points from which on a moving average is drawn over them
@@ -44,7 +42,9 @@ WIDE, NARROW = (12.6, 4.9), (5.4, 3.9)  # inches; one is 72 units of an SVG
 BELOW = 0.5  # height of what stands below the paper's figure, as a share of its own
 CARD = (5.4, 3.5)
 PANELS = 5  # beside each other
-_MARK = re.compile("|".join(VARIABLES))
+SVG = "http://www.w3.org/2000/svg"
+ElementTree.register_namespace("", SVG)
+ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 
 @dataclass(frozen=True)
@@ -92,24 +92,6 @@ def chart_svg(chart: Chart) -> Markup:
         _label_steps(rows[-1])
         text = "; ".join(describe(line, panel.percent) for panel in chart.panels for line in panel.lines)
         return _inline(figure, chart.name, f"{chart.title}. {text}.")
-
-
-def histogram_svg(histogram: Histogram) -> Markup:
-    """A histogram for the page."""
-    with rc_context(_rc(histogram.name)):
-        figure = Figure(CARD, layout="constrained")
-        axes, places, width = figure.subplots(), np.arange(len(histogram.bins)), 0.8 / len(histogram.shares)
-        texts = []
-        for at, (label, shares) in enumerate(histogram.shares.items()):
-            left = places - 0.4 + at * width
-            axes.bar(left, shares, width, align="edge", color=PAGE.curves[at % len(PAGE.curves)], alpha=0.75)
-            named = zip(histogram.bins, shares, strict=True)
-            texts.append(f"{label}: {', '.join(f'{name} {100 * share:.1f} %' for name, share in named)}")
-        _frame(axes, histogram.axes[1], PAGE, parts=4)
-        _as_shares(axes)
-        axes.set_xticks(places, histogram.bins)
-        axes.set_xlabel(histogram.axes[0])
-        return _inline(figure, histogram.name, f"{histogram.title}. {'; '.join(texts)}.")
 
 
 def accuracy_length_title(curves: Curves) -> str:
@@ -219,11 +201,8 @@ def _colour_axis(axes: Axes, colour: str) -> None:
 
 def _draw_panel(axes: Axes, panel: Panel, theme: Theme, number: int, parts: int) -> None:
     """Draw a panel's curves in the theme's colours from `number` on, with about `parts` intervals between ticks."""
-    if panel.stacked:
-        _draw_stack(axes, panel, theme, number)
-    else:
-        for at, line in enumerate(panel.lines, start=number):
-            _draw_line(axes, line, theme.curves[at % len(theme.curves)], DASHES[at % len(DASHES)])
+    for at, line in enumerate(panel.lines, start=number):
+        _draw_line(axes, line, theme.curves[at % len(theme.curves)], DASHES[at % len(DASHES)])
     _frame(axes, panel.label, theme, parts)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if panel.percent:
@@ -273,38 +252,25 @@ def _draw_line(axes: Axes, line: Line, colour: str, dashes: object) -> None:
         axes.plot(steps, moving_average(values, len(values) // 25 | 1), linewidth=2.2, **style)
 
 
-def _draw_stack(axes: Axes, panel: Panel, theme: Theme, number: int) -> None:
-    steps, values = panel.lines[0].points.steps, [line.points.values for line in panel.lines]
-    if len(steps) == 1:  # an area needs two points
-        steps = np.array([steps[0] - 0.5, steps[0] + 0.5])
-        values = [np.repeat(value, 2) for value in values]
-    colours = [theme.curves[(number + k) % len(theme.curves)] for k in range(len(panel.lines))]
-    axes.stackplot(steps, values, colors=colours, alpha=0.75, linewidth=0)
-
-
 def _inline(figure: Figure, name: str, description: str) -> Markup:
-    """The figure as an <svg> element of an HTML page: ids of its own, the page's colours and fonts, a description."""
+    """The figure as an <svg> element of the page, with a description."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
-            # A style element would reach the whole page.
-            if child.tag.rpartition("}")[2] in ("metadata", "style"):
+            if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style"):  # a style would reach the whole page
                 parent.remove(child)
-    used = set(re.findall(r"#([^\s\"')]+)", " ".join(value for node in root.iter() for value in node.attrib.values())))
     for node in root.iter():
-        node.tag = node.tag.rpartition("}")[2]
-        attributes = {key.rpartition("}")[2]: value for key, value in node.attrib.items()}
-        if attributes.get("id") not in used:
-            attributes.pop("id", None)
-        node.attrib.clear()
-        for key, value in attributes.items():
-            node.set(key, _MARK.sub(lambda match: VARIABLES[match[0]], value))
+        if "_" in node.get("id", ""):  # matplotlib's names of parts, alike in all figures; nothing refers to them
+            del node.attrib["id"]
     del root.attrib["width"], root.attrib["height"]
     root.set("role", "img")
     root.set("aria-labelledby", f"{name}-title")
-    title = ElementTree.Element("title", id=f"{name}-title")
+    title = ElementTree.Element(f"{{{SVG}}}title", id=f"{name}-title")
     title.text = description
     root.insert(0, title)
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
+    svg = ElementTree.tostring(root, encoding="unicode")
+    for mark, variable in VARIABLES.items():
+        svg = svg.replace(mark, variable)
+    return Markup(svg)

@@ -24,7 +24,13 @@ from open_r1.report.browser import QUOTE, browser_data, shown, visible
 from open_r1.report.curves import Curves, collect, is_sft
 from open_r1.report.diagnosis import diagnose
 from open_r1.report.runs import KnownImages, Run, Trajectories, read_run, scan_trajectories
-from open_r1.report.statistics import first_and_last_tenth, reflection_statistics, steps_of
+from open_r1.report.statistics import (
+    PASS_RATES,
+    first_and_last_tenth,
+    pass_rates,
+    reflection_statistics,
+    steps_of,
+)
 
 MAX_EXAMPLES = 6
 KEY_CHARTS = ("rewards", "held-out", "length", "loss", "token-accuracy")  # their first panels head the page
@@ -95,10 +101,8 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
         accuracy_length_title=figures.accuracy_length_title(curves),
         accuracy_length_legend=figures.accuracy_length_legend(curves),
         charts=[(chart, figures.legend(chart), figures.chart_svg(chart)) for chart in curves.charts],
-        histograms=[
-            (histogram, list(enumerate(histogram.shares)), figures.histogram_svg(histogram))
-            for histogram in curves.histograms
-        ],
+        pass_rate_kinds=PASS_RATES,
+        pass_rates=pass_rates(train) if train.rewards else {},
         missing=curves.missing,
         warnings=[(step, visible(guard), visible(sentence)) for step, guard, sentence in run.warnings],
         reflections=[
@@ -119,19 +123,22 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
 
 def summary(run: Run, train: Trajectories, held_out: Trajectories) -> dict[str, Any]:
     """What the run is and how far it came."""
-    done = run.steps_done or int(train.rows["step"].max(initial=0))
-    if run.max_steps is not None and done >= run.max_steps:
+    logged = max((event["step"] for event in run.events), default=0)
+    done = logged or int(train.rows["step"].max(initial=0))
+    of_steps = max(run.info.max_steps or 0, 0)
+    if 0 < of_steps <= done:
         state = "finished"
     elif done:
         state = f"stopped at step {done} or still running"
     else:
         state = "no step finished yet"
+    last_time = max((event.get("time") or 0 for event in run.events), default=0)
     return {
         "kind": "SFT" if is_sft(run) else "GRPO",
         "steps": done,
-        "max_steps": run.max_steps,
+        "max_steps": of_steps,
         "state": state,
-        "last_time": None if run.last_time is None else utc(datetime.fromtimestamp(run.last_time, UTC)),
+        "last_time": utc(datetime.fromtimestamp(last_time, UTC)) if last_time else None,
         "completions": len(train),
         "held_out_completions": len(held_out),
         "made": utc(datetime.now(UTC)),

@@ -52,7 +52,7 @@ class RunInfo(Record):
 
     command: Text | None = None
     world_size: Count | None = None
-    max_steps: Annotated[int | None, Expected("a number of steps")] = None
+    max_steps: Annotated[int | None, Expected("a number of steps")] = None  # -1: those of the epochs
     model: Text | None = None
     dataset: Text | None = None
     eval_dataset: Text | None = None
@@ -116,26 +116,9 @@ class Run:
         return list(dict.fromkeys((match[1], match[2] or "") for match in matches if match))
 
     @property
-    def max_steps(self) -> int | None:
-        """How many steps it was to take; None when unknown."""
-        steps = self.info.max_steps
-        return steps if steps and steps > 0 else None
-
-    @property
-    def steps_done(self) -> int:
-        """The last step that the log knows of."""
-        return max((event["step"] for event in self.events), default=0)
-
-    @property
     def warnings(self) -> list[tuple[int, str, str]]:
         """Step, guard and sentence of each warning, in their order."""
         return [(e["step"], e["guard"], e["warning"]) for e in self.events if "guard" in e and "warning" in e]
-
-    @property
-    def last_time(self) -> float | None:
-        """Seconds since 1970 of the last event, where events have a time."""
-        times = [event["time"] for event in self.events if event.get("time") is not None]
-        return max(times, default=None)
 
 
 @dataclass(frozen=True)

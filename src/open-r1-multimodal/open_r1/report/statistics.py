@@ -64,10 +64,10 @@ PASS_RATES = ("none", "< 1/3", "middle", "> 2/3", "all")  # of a group's complet
 
 
 def pass_rates(trajectories: Trajectories) -> dict[str, np.ndarray]:
-    """Shares (5,) of the groups in which so many completions succeed (`PASS_RATES`).
+    """Shares (5,) of the groups in which so many completions succeed (`PASS_RATES`), by a label.
 
-    Success is a first reward above 0.5. Those of the first and of the last tenth of the steps, at
-    least one each, by a label. There must be a reward.
+    In the first and in the last tenth of the steps, at least one each. Success is a first reward
+    above 0.5; there must be a reward.
     """
     reward = next(iter(trajectories.rewards.values()))
     known = ~np.isnan(reward)
