@@ -373,14 +373,14 @@ def test_no_overlay_changes_the_size_of_the_tiny_recipe(overlay):
 
 @pytest.mark.slow
 def test_a_sweep_that_was_interrupted_goes_on(tmp_path, quick_python):
-    """Two recipes, two seeds, a step; stopped as by Ctrl-C in the second run. The world is smaller than its own."""
+    """Two recipes, a seed, a step; stopped as by Ctrl-C in the second run. The world is smaller than its own."""
     world = tmp_path / "sweep/world"
     for fold, rows, seed in (("train", 100, 1), ("val", 32, 2)):
         write_sat(world / f"SAT_{fold}.parquet", rows, seed, LEVELS["easy"])
     write_cvbench(world / "cvbench", 40, 3, LEVELS["easy"])
-    command = ["sh", str(SWEEP), "--overlays", "none lora", "--seeds", "0 1", "--steps", "1", "--jobs", "1"]
+    command = ["sh", str(SWEEP), "--overlays", "none lora", "--seeds", "3", "--steps", "1", "--jobs", "1"]
     env = {**os.environ, "PYTHON": sys.executable, "OUTPUT": str(tmp_path / "sweep")}
-    first, second, *_ = runs = [tmp_path / f"sweep/{name}/seed{seed}" for seed in (0, 1) for name in ("none", "lora")]
+    first, second = runs = [tmp_path / f"sweep/{name}/seed3" for name in ("none", "lora")]
     process = subprocess.Popen(
         command,
         env=env,
@@ -401,7 +401,7 @@ def test_a_sweep_that_was_interrupted_goes_on(tmp_path, quick_python):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-    assert [(run / "sweep_done").exists() for run in runs] == [True, False, False, False]
+    assert [(run / "sweep_done").exists() for run in runs] == [True, False]
     before = (first / "log.jsonl").stat().st_mtime_ns
 
     done = subprocess.run(command, env={**env, "PYTHON": str(quick_python)}, capture_output=True, text=True)
@@ -410,9 +410,9 @@ def test_a_sweep_that_was_interrupted_goes_on(tmp_path, quick_python):
     rows = json.loads((tmp_path / "sweep/sweep.json").read_text())["recipes"]
     assert [(each["recipe"], each["completions"]) for each in rows] == [("none", 256), ("lora", 256)]
     for each in rows:
-        assert each["curve"]["steps"] == [0, 1] and len(each["runs"]) == 2
+        assert each["curve"]["steps"] == [0, 1] and len(each["runs"]) == 1
         assert (each["held_out"]["questions"], each["benchmark"]["questions"]) == (32, 40)
         assert 0 < each["held_out"]["accuracy"] < 1 and each["seconds"] > 0 and each["length"] > 1
     asked = [sorted(row["prompt"] for row in read_jsonl(run / "trajectories/train.jsonl")) for run in runs]
-    assert asked[0] == asked[1] != asked[2] == asked[3]  # a seed asks the same of every recipe
+    assert asked[0] == asked[1]  # a seed asks the same of every recipe
     assert (tmp_path / "sweep/sweep.png").stat().st_size > 10_000
