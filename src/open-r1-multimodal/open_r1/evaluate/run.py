@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from open_r1.answers.statistics import judge_row, response_shares, score, table, unread_warning
 from open_r1.base.errors import Mistake, naming_option, printable
-from open_r1.base.fields import check
+from open_r1.base.fields import Record, check
 from open_r1.base.files import append_rows, read_json, read_rows, replace_file, to_json
 from open_r1.base.hub import model_folder
 from open_r1.base.locks import owned
-from open_r1.evaluate.results import ROW, ROW_OPTIONAL, read_result
+from open_r1.evaluate.results import AnsweredRow, read_result
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read
 
 if TYPE_CHECKING:  # re-scoring starts without torch
@@ -175,11 +175,12 @@ def collect(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[
     done = {}
     for partial in partial_paths(path):
         header, *rows = read_rows(partial) or [settings]
-        if check(header, {}, {}, f"{partial}: line 1") != settings:
+        check(Record, header, f"{partial}: line 1")
+        if header != settings:
             put_aside(partial)
             continue
         for line, row in enumerate(rows, start=2):
-            check(row, ROW | ROW_OPTIONAL, {}, f"{partial}: line {line}")
+            check(AnsweredRow, row, f"{partial}: line {line}")
             done[row["id"], row["rotation"]] = row
     return done
 

@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from open_r1.answers.statistics import Combination, gold_index
 from open_r1.base.errors import MissingFile, Mistake
-from open_r1.base.fields import NAME, PROSE, Check, Fields, are, check, is_integer, is_name, is_prose, maybe
+from open_r1.base.fields import Expected, Name, Prose, Record, Text, check
 from open_r1.base.hub import fetch
 from open_r1.base.prompts import sat_question
 from open_r1.tasks import cvbench, sat
@@ -87,7 +87,7 @@ class Benchmark:
     name: str
     hub_id: str
     files: tuple[str, ...]
-    columns: Fields
+    columns: type[Record]
     convert: Callable[[Mapping[str, Any], int], list[Item]]
     combination: tuple[str, Combination] | None = None
     images: str | None = None
@@ -96,19 +96,34 @@ class Benchmark:
 # --- definitions ----------------------------------------------------------------------------------
 
 
-def is_image(cell: Any) -> bool:
-    """Whether it is a cell of an image as `image_data` reads it, or of one that is not there."""
-    if isinstance(cell, Mapping):
-        return all(is_image(cell.get(name)) and not isinstance(cell.get(name), Mapping) for name in ("bytes", "path"))
-    return cell is None or isinstance(cell, bytes | str)
+Encoded = bytes | Text | None
 
 
-IMAGE = Check(is_image, "an image: bytes, a path, or {bytes, path}")
-ID = Check(lambda value: is_name(value) or is_integer(value), "a whole number or a name")
-TEXTS = Check(are(is_prose), "a list of texts")
+class EncodedImage(Record):
+    """An image as `datasets` writes it."""
 
-CVBENCH: Fields = {"idx": ID, "type": NAME, "task": NAME, "source": NAME, "question": PROSE, "prompt": PROSE}
-CVBENCH |= {"choices": TEXTS, "answer": PROSE, "image": IMAGE}
+    bytes: Encoded = None
+    path: Encoded = None
+
+
+Cell = Encoded | EncodedImage
+ImageCell = Annotated[Cell, Expected("an image: bytes, a path, or {bytes, path}")]
+Id = Annotated[int | Name, Expected("a whole number or a name")]
+Texts = Annotated[list[str], Expected("a list of texts")]
+
+
+class CVBenchRow(Record):
+    """The columns of CV-Bench that are read."""
+
+    idx: Id
+    type: Name
+    task: Name
+    source: Name
+    question: Prose
+    prompt: Prose
+    choices: Texts
+    answer: Prose
+    image: ImageCell
 
 
 def cvbench_items(row: Mapping[str, Any], number: int) -> list[Item]:
@@ -128,8 +143,14 @@ def cvbench_items(row: Mapping[str, Any], number: int) -> list[Item]:
     ]
 
 
-SAT: Fields = {"question": PROSE, "question_type": NAME, "correct_answer": maybe(PROSE)}
-SAT |= {"answers": maybe(TEXTS), "image_bytes": maybe(Check(are(is_image), "a list of images"))}
+class SATRow(Record):
+    """The columns of SAT that are read."""
+
+    question: Prose
+    question_type: Name
+    correct_answer: Prose | None
+    answers: Texts | None
+    image_bytes: Annotated[list[Cell] | None, Expected("a list of images or null")]
 
 
 def sat_items(row: Mapping[str, Any], number: int) -> list[Item]:
@@ -153,8 +174,19 @@ def sat_items(row: Mapping[str, Any], number: int) -> list[Item]:
     ]
 
 
-BLINK: Fields = {"idx": ID, "sub_task": NAME, "question": PROSE, "prompt": PROSE, "choices": TEXTS, "answer": PROSE}
-BLINK |= dict.fromkeys(("image_1", "image_2", "image_3", "image_4"), IMAGE)
+class BLINKRow(Record):
+    """The columns of BLINK that are read."""
+
+    idx: Id
+    sub_task: Name
+    question: Prose
+    prompt: Prose
+    choices: Texts
+    answer: Prose
+    image_1: ImageCell
+    image_2: ImageCell
+    image_3: ImageCell
+    image_4: ImageCell
 
 
 def blink_items(row: Mapping[str, Any], number: int) -> list[Item]:
@@ -173,8 +205,15 @@ def blink_items(row: Mapping[str, Any], number: int) -> list[Item]:
     ]
 
 
-VSR: Fields = {"caption": PROSE, "image": IMAGE, "label": Check(lambda value: value in (0, 1, "0", "1"), "0 or 1")}
-VSR |= {"relation": NAME}
+class VSRRow(Record):
+    """The columns of VSR that are read."""
+
+    caption: Prose
+    image: ImageCell
+    label: Annotated[Literal[0, 1, "0", "1"], Expected("0 or 1")]
+    relation: Name
+
+
 # The authors' groups of relations (`rel_meta_category_dict.txt` in their repository); others are `Unallocated`.
 VSR_CATEGORIES = {
     "Adjacency": "adjacent to, alongside, at the side of, at the right side of, at the left side of, attached to, "
@@ -212,14 +251,14 @@ def vsr_items(row: Mapping[str, Any], number: int) -> list[Item]:
 BLINK_FILES = ("Relative_Depth/val-*.parquet", "Spatial_Relation/val-*.parquet")
 CVBENCH_FILES, CVBENCH_SCORE = tuple(cvbench.FILES.values()), ("CV-Bench", cvbench.official_score)
 BENCHMARKS = {
-    "CV-Bench": Benchmark("CVBench", cvbench.HUB_ID, CVBENCH_FILES, CVBENCH, cvbench_items, CVBENCH_SCORE),
-    "SAT-val": Benchmark("SAT-val", "array/SAT", ("SAT_val.parquet",), SAT, sat_items),
-    "SAT-test": Benchmark("SAT-test", "array/SAT", ("SAT_test.parquet",), SAT, sat_items),
-    "BLINK": Benchmark("BLINK", "BLINK-Benchmark/BLINK", BLINK_FILES, BLINK, blink_items),
+    "CV-Bench": Benchmark("CVBench", cvbench.HUB_ID, CVBENCH_FILES, CVBenchRow, cvbench_items, CVBENCH_SCORE),
+    "SAT-val": Benchmark("SAT-val", "array/SAT", ("SAT_val.parquet",), SATRow, sat_items),
+    "SAT-test": Benchmark("SAT-test", "array/SAT", ("SAT_test.parquet",), SATRow, sat_items),
+    "BLINK": Benchmark("BLINK", "BLINK-Benchmark/BLINK", BLINK_FILES, BLINKRow, blink_items),
     # the split that the R1-Zero paper asked, and the one whose objects VSR's own training set does not show
-    "VSR": Benchmark("VSR", "cambridgeltl/vsr_random", ("test.jsonl",), VSR, vsr_items, images=VSR_IMAGES),
+    "VSR": Benchmark("VSR", "cambridgeltl/vsr_random", ("test.jsonl",), VSRRow, vsr_items, images=VSR_IMAGES),
     "VSR-zeroshot": Benchmark(
-        "VSR-zeroshot", "cambridgeltl/vsr_zeroshot", ("test.jsonl",), VSR, vsr_items, images=VSR_IMAGES
+        "VSR-zeroshot", "cambridgeltl/vsr_zeroshot", ("test.jsonl",), VSRRow, vsr_items, images=VSR_IMAGES
     ),
 }
 
@@ -243,9 +282,10 @@ def read(benchmark: Benchmark, dataset_path: str | None = None, limit: int | Non
     for file in locate(benchmark, dataset_path or benchmark.hub_id):
         for number, row in enumerate(read_file(file)):
             where = f"{file}: row {number}"
-            if missing := [name for name in benchmark.columns if isinstance(row, dict) and name not in row]:
+            columns = benchmark.columns.model_fields
+            if missing := [name for name in columns if isinstance(row, dict) and name not in row]:
                 raise Mistake(f"{file}: no column {', '.join(missing)}; is this {benchmark.name}?")
-            check(row, benchmark.columns, {}, where)
+            check(benchmark.columns, row, where)
             try:
                 asked = benchmark.convert(row, rows)
                 for item in asked:

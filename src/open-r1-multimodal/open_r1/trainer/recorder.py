@@ -119,7 +119,7 @@ class Recorder:
                 advantage=advantage,
                 length=len(ids),
                 ended=ids[-1] in trainer.eos_token_ids,
-                reflections=reflection.spans,
+                reflections=[list(span) for span in reflection.spans],
                 considered=reflection.considered,
                 self_corrected=reflection.self_corrected,
                 row=row.get(ROW),
