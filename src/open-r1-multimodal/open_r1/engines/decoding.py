@@ -131,6 +131,12 @@ def generate(
 ) -> list[list[int]]:
     """Sample completions, several of each prompt.
 
+    Of the prompts 5 6 and 7 8 9 with `repeats` [2, 1], `max_new_tokens` 3 and the end token 0:
+
+        prefill   [_ 5 6], [7 8 9]                   (U, P), padded on the left, each prompt once
+        decoding  rows of the prompts 0, 0, 1        (B,), which copy their prompt's cache
+        returned  [[4, 0], [3, 2, 0], [1, 1, 1]]     the last one was cut by the limit
+
     Args:
         model: the language model decodes with `shared_prefix.grouped_attention` from then on.
         prompts: U encoded prompts of any lengths.

@@ -9,7 +9,7 @@ Both are transformers' own forward pass, which knows how to go on from a cache; 
 picks (fla's and causal-conv1d's where they are installed, on a GPU, else torch). Ours is the cache: it lets gradients
 through.
 
-A kind of layer is an entry in `CACHE_ARGUMENTS`. The tests then run over it.
+The layers' classes are in `RECURRENT_LAYERS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +26,7 @@ from transformers.cache_utils import LinearAttentionLayer
 if TYPE_CHECKING:
     from open_r1.engines.shared_prefix import Group, Layout
 
-# The class of a recurrent layer -> the argument of its `forward` that takes the cache.
-CACHE_ARGUMENTS = {"Qwen3_5GatedDeltaNet": "cache_params", "Lfm2ShortConv": "past_key_values"}
+RECURRENT_LAYERS = ("Qwen3_5GatedDeltaNet",)  # classes whose `forward` takes the cache as `cache_params`
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +90,14 @@ class Carried(LinearAttentionLayer):
         for index, conv in self.conv_states.items():
             self.conv_states[index] = conv[rows, :, -self.conv_kernel_size[index] :]  # (B, channels, kernel or fewer)
         for index, state in self.recurrent_states.items():
-            self.recurrent_states[index] = None if state is None else state[rows]  # a convolution alone has none
+            self.recurrent_states[index] = state[rows]
 
 
 def share_states(model: nn.Module) -> None:
     """Let the recurrent layers of a model run over packed rows; other inputs give what they gave before."""
     for decoder_layer in model.modules():
         for mixer in decoder_layer.children():
-            if type(mixer).__name__ in CACHE_ARGUMENTS:
+            if type(mixer).__name__ in RECURRENT_LAYERS:
                 mixer.layout = None
                 mixer.forward = partial(run_packed, mixer, mixer.forward)
                 # A decoder layer is given the layout, and not all of them hand it on. A hook also runs in front of the
@@ -126,10 +125,11 @@ def run_packed(
     if layout is None:
         return forward(hidden_states=hidden_states, **kwargs)
     runs, states, carried = layout.runs, hidden_states[0], Carried()
-    # the layer looks into the cache at its own number
-    cache = {CACHE_ARGUMENTS[type(mixer).__name__]: Cache(layers=[carried] * (mixer.layer_idx + 1))}
-    prefixes = forward(hidden_states=states[runs.prefixes], attention_mask=runs.is_prefix, **cache)  # (N, P, hidden)
+    cache = Cache(layers=[carried] * (mixer.layer_idx + 1))  # the layer looks into it at its own number
+    prefixes = forward(
+        hidden_states=states[runs.prefixes], attention_mask=runs.is_prefix, cache_params=cache
+    )  # (N, P, hidden)
     carried.select(runs.owner)
-    branches = forward(hidden_states=states[runs.branches], **cache)  # (B, C, hidden)
+    branches = forward(hidden_states=states[runs.branches], cache_params=cache)  # (B, C, hidden)
     outputs = torch.cat([prefixes[runs.is_prefix], branches[runs.is_branch]])  # (L, hidden)
     return torch.empty_like(states).index_copy(0, runs.order, outputs)[None]

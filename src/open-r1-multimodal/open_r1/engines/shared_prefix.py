@@ -196,6 +196,13 @@ def pack(
 ) -> PackedBatch:
     """Pack completions behind their prompts.
 
+    A prompt of tokens 7 8 9 with the completions 1 2 and 3 becomes a row of five, which predicts their three tokens:
+
+        input_ids    7 8 | 9 1 | 9      prefix, and a branch for each completion
+        position_ids 0 1 | 2 3 | 2
+        scored             2 3   4      places in the row
+        labels             1 2   3      what the model is to predict there
+
     Args:
         family: of the model that scores them.
         prompts: the prompt of each of the B rows; neighbours that are the same object share one copy.

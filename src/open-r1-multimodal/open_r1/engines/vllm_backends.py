@@ -43,18 +43,18 @@ def collapse_image_tokens(ids: Sequence[int], image_token_id: int) -> list[int]:
     return [i for position, i in enumerate(ids) if i != image_token_id or position == 0 or ids[position - 1] != i]
 
 
-def engine_dtype(args: TrainingArguments, own: torch.dtype | str) -> str:
-    """The dtype in which a policy computes whose weights are of the dtype `own`."""
+def engine_dtype(args: TrainingArguments, weights: torch.dtype | str) -> str:
+    """The dtype in which a policy computes, with weights of the dtype `weights`."""
     if args.bf16 or args.fp16:
         return "bfloat16" if args.bf16 else "float16"
-    return str(own).removeprefix("torch.")
+    return str(weights).removeprefix("torch.")
 
 
 def engine_settings(processor: ProcessorMixin | PreTrainedTokenizerBase, dtype: str) -> dict[str, Any]:
     """What `vllm.LLM` must be told to see images as `processor` does, and to compute as the policy does.
 
     Raises:
-        ValueError: it cannot be told how this family bounds images.
+        Mistake: it cannot be told how this family bounds images.
     """
     if not isinstance(processor, ProcessorMixin):
         return {"dtype": dtype}
@@ -77,7 +77,7 @@ def engines_with(**settings: Any) -> Iterator[None]:
     """
     module = importlib.import_module("trl.generation.vllm_generation")
     engine = module.LLM
-    module.LLM = lambda **others: engine(**{**others, **settings})
+    module.LLM = lambda **trls: engine(**{**trls, **settings})
     try:
         yield
     finally:
@@ -85,11 +85,7 @@ def engines_with(**settings: Any) -> Iterator[None]:
 
 
 def check_adapter(model: PeftModel) -> None:
-    """See that whole weights can say what a policy with an adapter computes: an engine takes nothing else.
-
-    Raises:
-        Mistake: they cannot.
-    """
+    """Raise Mistake where whole weights cannot say what a policy with an adapter computes: vLLM takes nothing else."""
     for name, part in model.named_modules():
         is_adapter = isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         if not is_adapter or isinstance(part, ModulesToSaveWrapper):
@@ -193,9 +189,9 @@ class TrainerVLLMBackend:
             ids = [collapse_image_tokens(row, self.processor.image_token_id) for row in ids]
             # TRL asks for one completion of each row. A prompt and its images go in once, but where several processes
             # share an engine: TRL hands them as many completions as they had rows.
-            each = math.gcd(*repeats) if engine.tensor_parallel_size == 1 else 1
-            engine.generation_kwargs = {**engine.generation_kwargs, "n": each}
-            copies = [count // each for count in repeats]
+            count_a_row = math.gcd(*repeats) if engine.tensor_parallel_size == 1 else 1
+            engine.generation_kwargs = {**engine.generation_kwargs, "n": count_a_row}
+            copies = [count // count_a_row for count in repeats]
         # A server is told of all image tokens where they are, and asked once for what is the same in all processes.
         engine.max_completion_length = settings.max_new_tokens
         rows = [row for row, count in enumerate(copies) for _ in range(count)]
@@ -241,13 +237,14 @@ class VLLMBackend:
         return Prompt(ids, torch.empty(3, 0, dtype=torch.long), images=tuple(images))
 
     def generate(self, prompts: Sequence[Prompt], repeats: Sequence[int], settings: GenerationConfig) -> Completions:
-        asked = []
+        requests = []
         for prompt in prompts:
             images = {"multi_modal_data": {"image": list(prompt.images)}} if prompt.images else {}
-            asked.append({"prompt_token_ids": prompt.input_ids.tolist(), **images})
+            requests.append({"prompt_token_ids": prompt.input_ids.tolist(), **images})
         params = [sampling_params(settings, n=count) for count in repeats]
-        answers = self.engine.generate(asked, params, use_tqdm=False)
-        return Completions([list(each.token_ids) for answer in answers for each in answer.outputs], None, prompts)
+        answers = self.engine.generate(requests, params, use_tqdm=False)
+        ids = [list(completion.token_ids) for answer in answers for completion in answer.outputs]
+        return Completions(ids, None, prompts)
 
 
 def sampling_params(settings: GenerationConfig, n: int) -> "SamplingParams":
@@ -283,8 +280,7 @@ def load_vllm(
         template_kwargs: for the chat template.
 
     Raises:
-        Mistake: vLLM is not installed.
-        OSError, ValueError: what `modeling.check_model_files` and `modeling.load_checkpoint` raise.
+        Mistake: vLLM is not installed, or what `check_model_files` and `load_checkpoint` raise.
     """
     need_vllm("--backend vllm")
     from vllm import LLM

@@ -57,7 +57,7 @@ class Launch:
 
     @property
     def processes_here(self) -> int:
-        """Those of one machine."""
+        """Processes of one machine."""
         return self.num_processes // self.num_machines
 
     def share(self, amount: float, from_stage: int) -> float:
@@ -163,11 +163,7 @@ def build_model(
 
 
 def load_config(model_name_or_path: str, revision: str = "main") -> PreTrainedConfig:
-    """The configuration of a model on the Hub or in a folder.
-
-    Raises:
-        OSError: there is no such model, its configuration describes none, or one that this project was not tested with.
-    """
+    """The configuration of a model on the Hub or in a folder; Mistake where there is none of a known family."""
     with naming_model():
         folder = model_folder(model_name_or_path, revision, ["config.json"])
         family_of_folder(folder)
@@ -312,9 +308,8 @@ def count_memory(
     elements = sum(p.numel() for p in trained)
     gradients = sum(p.nbytes for p in trained)
     has_zero = launch.zero_stage is not None
-    summed = (
-        FP32 * elements if has_zero else gradients
-    )  # over micro-batches; open_r1.running.entry.accumulate_in_float32
+    # gradients summed over micro-batches: DeepSpeed is told to do it in float32 (running.entry.accumulate_in_float32)
+    summed = FP32 * elements if has_zero else gradients
     base = {
         "weights": launch.share(weights, from_stage=3),
         # Adam's two moments; DeepSpeed keeps them, and a master copy of the weights, in float32
@@ -357,8 +352,7 @@ def count_run(
         is_cpu: see `count_memory`.
 
     Raises:
-        ValueError: no longest prompt is set, or the model is of a type that this project was not tested with.
-        OSError: there is no such model.
+        Mistake: no longest prompt is set, or what `load_config` raises.
     """
     if script_args.max_prompt_length is None:
         raise Mistake("max_prompt_length: memory is counted for the longest prompt; set it")

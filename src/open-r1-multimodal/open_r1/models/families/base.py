@@ -102,11 +102,13 @@ class Family(ABC):
 
     def join_images(self, images: Sequence[ImageInputs], device: torch.device) -> ImageInputs:
         """The image inputs of several prompts as one, in their order; empty for none."""
-        images = [each for each in images if each]
+        images = [inputs for inputs in images if inputs]
         if not images:
             return {}
-        joined = {name: torch.cat([each[name] for each in images], dim=self.image_axis) for name in self.image_inputs}
-        return {name: values.to(device) for name, values in joined.items()}
+        return {
+            name: torch.cat([inputs[name] for inputs in images], dim=self.image_axis).to(device)
+            for name in self.image_inputs
+        }
 
     def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
         """What TRL's own scoring takes beside the images of B prompts; `is_image` (B, T) is 1 at their tokens."""
@@ -149,7 +151,7 @@ class Family(ABC):
         """Let a processor enlarge smaller images and shrink larger ones to these areas; None keeps its own.
 
         Raises:
-            ValueError: no image has a size within the bounds.
+            Mistake: no image has a size within the bounds.
         """
 
     @abstractmethod

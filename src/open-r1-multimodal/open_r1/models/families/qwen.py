@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from qwen_vl_utils.vision_process import smart_resize
 from torch import nn
 from transformers import (
     PreTrainedConfig,
@@ -73,10 +72,7 @@ class QwenVL(Family):
 
     def count_image_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
         images = processor.image_processor
-        factor, bounds = images.patch_size * images.merge_size, images.size
-        resized = [smart_resize(*size, factor, bounds["shortest_edge"], bounds["longest_edge"]) for size in sizes]
-        # a thin image, which it rounds down to nothing, keeps one row of tokens, as the processor has it
-        return sum(max(height, factor) * max(width, factor) for height, width in resized) // factor**2
+        return sum(images.get_number_of_image_patches(*size) for size in sizes) // images.merge_size**2
 
     def bound_images(
         self, processor: ProcessorMixin, min_pixels: int | None = None, max_pixels: int | None = None

@@ -72,7 +72,8 @@ class Tiled(Family):
         """Patches of a tile."""
 
     def join_features(self, features: Sequence[Any]) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(pooler_output=torch.cat([each.pooler_output for each in features]))
+        tiles = torch.cat([prompt.pooler_output for prompt in features])
+        return BaseModelOutputWithPooling(pooler_output=tiles)
 
     def feature_tensors(self, features: Any) -> list[torch.Tensor]:
         return [features.pooler_output.flatten(0, 1)]  # (tiles * tokens, width)
@@ -242,7 +243,7 @@ class InternVL(Tiled):
     """InternVL3 as transformers has it: the tiles of all images in (tiles, channels, side, side); text by Qwen2."""
 
     def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
-        return {"num_tiles": [len(each.get("pixel_values", ())) for each in images]}
+        return {"num_tiles": [len(inputs.get("pixel_values", ())) for inputs in images]}
 
     def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
         vision = config.vision_config
