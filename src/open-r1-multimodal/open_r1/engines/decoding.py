@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, DynamicLayer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, DynamicLayer, GenerationConfig, PreTrainedModel
 
 from open_r1.base.errors import Mistake
 from open_r1.engines.shared_prefix import Prompt, enable_grouping, join_images
@@ -30,10 +30,12 @@ class RoomyLayer(DynamicLayer):
     transformers' `DynamicLayer` copies all that it holds for every token, which is most of the time of decoding with
     a small model; its `StaticLayer` attends over all the room, filled or not. With room for a whole completion its
     keys and values stay where they are until rows are dropped.
+
+    Args:
+        room: for how many tokens behind those that come first.
     """
 
-    def __init__(self, room: int = 128) -> None:
-        """`room` is in tokens, behind those that come first."""
+    def __init__(self, room: int) -> None:
         super().__init__()
         self.room = room
 
@@ -44,15 +46,10 @@ class RoomyLayer(DynamicLayer):
         key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.buffer = None
+            batch, heads, length, dim = key_states.shape
+            self.buffer = key_states.new_empty(2, batch, heads, length + self.room, dim)
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        if self.buffer is None or end > self.buffer.shape[-2]:
-            batch, heads, _, dim = key_states.shape
-            buffer = key_states.new_empty(2, batch, heads, end + self.room, dim)
-            if start:
-                buffer[0, :, :, :start], buffer[1, :, :, :start] = self.keys, self.values
-            self.buffer = buffer
         self.buffer[0, :, :, start:end], self.buffer[1, :, :, start:end] = key_states, value_states
         self.keys, self.values = self.buffer[:, :, :, :end]
         return self.keys, self.values
@@ -66,19 +63,6 @@ class RoomyLayer(DynamicLayer):
         self.buffer = self.buffer[:, : held.shape[1]]
         self.buffer[:, :, :, :length] = held
         self.keys, self.values = self.buffer[:, :, :, :length]
-
-
-def make_cache(config: PreTrainedConfig, room: int = 128) -> DynamicCache:
-    """An empty cache for a model of this configuration: with room where it attends to all, else as transformers has it.
-
-    Rows are picked with `reorder_cache`, which the layers of recurrent parts have too.
-
-    Args:
-        room: in tokens, behind those that come first.
-    """
-    cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
 
 
 def padding_bias(mask: torch.Tensor, room: int, dtype: torch.dtype) -> torch.Tensor:
@@ -163,7 +147,8 @@ def generate(
     next_position = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts])[owner].to(device)  # (B,)
 
     length, longest = ids.shape[1], generation_config.max_new_tokens  # P, N
-    cache = make_cache(model.config, room=longest)
+    cache = DynamicCache(config=model.config)  # layers of recurrent parts, if there are any, stay transformers' own
+    cache.layers = [RoomyLayer(longest) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     outputs = model(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
