@@ -319,7 +319,7 @@ def test_every_adapter_of_a_model_comes_back(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"target_modules": ["q_proj"]}, r"weights for which this adapter has no place: \S+v_proj\S+ and \d+ more"),
+        ({"target_modules": ["q_proj"]}, r"weights that this adapter has no place for: \S+v_proj\S+ and \d+ more"),
         ({"r": 4}, "its adapter cannot be loaded"),
     ],
 )

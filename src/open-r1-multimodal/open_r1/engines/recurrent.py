@@ -1,4 +1,4 @@
-"""Runs recurrent layers over a packed row: every completion starts from the state that its prompt left.
+"""Runs recurrent layers over a packed row: a completion starts from the state that its prompt left.
 
 Attention sees a prefix through keys and values. A gated delta net sees it through a matrix that it carries from token
 to token, and through the last inputs of its convolution. So of a packed row (see `shared_prefix`) a recurrent layer
@@ -31,7 +31,7 @@ RECURRENT_LAYERS = ("Qwen3_5GatedDeltaNet",)  # classes whose `forward` takes th
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """A packed row of L tokens as N prefixes of at most P tokens, and B branches of at most C that go on from them.
+    """A packed row of L tokens as N prefixes (at most P tokens) and B branches (at most C).
 
     Both gather from the row's positions. Prefixes are padded on the left, where the layer's mask keeps padding out of
     the state, and branches on the right, where nothing follows it.
@@ -46,7 +46,7 @@ class Runs:
 
 
 def locate_runs(groups: "Sequence[Group]") -> Runs:
-    """The runs over the groups of a row; where it has no prefix or no branch, one of padding stands for them."""
+    """The runs over a row's groups; one of padding stands for no prefix or no branch."""
     device = groups[0].branches.device
     starts = torch.tensor([group.start for group in groups], device=device)
     lengths = torch.tensor([group.prefix for group in groups], device=device)
@@ -86,7 +86,7 @@ class Carried(LinearAttentionLayer):
         return recurrent_states
 
     def select(self, rows: torch.Tensor) -> None:
-        """Carry these rows of the batch, some more than once; the gradients of a row that is repeated add up."""
+        """Carry these rows of the batch; the gradients of a row that is repeated add up."""
         for index, conv in self.conv_states.items():
             self.conv_states[index] = conv[rows, :, -self.conv_kernel_size[index] :]  # (B, channels, kernel or fewer)
         for index, state in self.recurrent_states.items():
@@ -94,7 +94,7 @@ class Carried(LinearAttentionLayer):
 
 
 def share_states(model: nn.Module) -> None:
-    """Let the recurrent layers of a model run over packed rows; other inputs give what they gave before."""
+    """Let a model's recurrent layers run over packed rows; other inputs give what they gave."""
     for decoder_layer in model.modules():
         for mixer in decoder_layer.children():
             if type(mixer).__name__ in RECURRENT_LAYERS:
@@ -106,7 +106,7 @@ def share_states(model: nn.Module) -> None:
 
 
 def tell_layout(mixer: nn.Module, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a decoder layer: its recurrent part learns the layout of a packed row, None of another."""
+    """Forward pre-hook of a decoder layer: its recurrent part learns a packed row's layout, or None."""
     mixer.layout = kwargs.get("layout")
 
 

@@ -39,7 +39,7 @@ NEVER = -100.0  # the least that may be added to a token's score
 
 
 def collapse_image_tokens(ids: Sequence[int], image_token_id: int) -> list[int]:
-    """Token ids with every run of image tokens as one: the engine writes as many as the image has."""
+    """Token ids with each run of image tokens as one: the engine writes as many as it needs."""
     return [i for position, i in enumerate(ids) if i != image_token_id or position == 0 or ids[position - 1] != i]
 
 
@@ -51,7 +51,7 @@ def engine_dtype(args: TrainingArguments, weights: torch.dtype | str) -> str:
 
 
 def engine_settings(processor: ProcessorMixin | PreTrainedTokenizerBase, dtype: str) -> dict[str, Any]:
-    """What `vllm.LLM` must be told to see images as `processor` does, and to compute as the policy does.
+    """What `vllm.LLM` must be told to see images as `processor` does, in the policy's dtype.
 
     Raises:
         Mistake: it cannot be told how this family bounds images.
@@ -85,7 +85,7 @@ def engines_with(**settings: Any) -> Iterator[None]:
 
 
 def check_adapter(model: PeftModel) -> None:
-    """Raise Mistake where whole weights cannot say what a policy with an adapter computes: vLLM takes nothing else."""
+    """Raise Mistake where vLLM, which takes whole weights, could not compute as this policy does."""
     for name, part in model.named_modules():
         is_adapter = isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         if not is_adapter or isinstance(part, ModulesToSaveWrapper):
@@ -113,7 +113,7 @@ def whole_weight(weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def merged_weight(layer: LoraLayer) -> torch.Tensor:
-    """A layer's weight W + BA, with its active adapters (DoRA's, too), as a new tensor; the layer stays as it is."""
+    """A layer's weight W + BA with its active adapters (DoRA, too), as a new tensor."""
     weight = whole_weight(layer.get_base_layer().weight)
     for name in layer.active_adapters:
         if name in layer.lora_variant:
@@ -124,7 +124,7 @@ def merged_weight(layer: LoraLayer) -> torch.Tensor:
 
 
 def adapted_weights(engine: "VLLMGeneration") -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and weights of a policy with a LoRA adapter as its engine takes them, one merged tensor at a time.
+    """Names and weights of a policy with LoRA as its engine takes them, a merged tensor at a time.
 
     It stands in for `_iter_named_params` of TRL 1.16, which adds the adapter to the base weights in place and takes it
     off again: each time rounds, so that the frozen base drifts, in 4 bits by 15 % in 200 times. Under ZeRO-3 all
@@ -205,7 +205,7 @@ class TrainerVLLMBackend:
         return Completions(completions, [[token[0] for token in tokens] for tokens in logprobs], prompts)
 
     def forget_images(self) -> None:
-        """Drop what an earlier vision tower made of images: TRL, which hands over new weights, drops prompts alone."""
+        """Drop what earlier weights of the vision tower made of images; TRL drops prompts alone."""
         if self.engine.mode == "colocate":
             self.engine.llm.llm_engine.reset_encoder_cache()
         elif self.engine.accelerator.is_main_process:
@@ -271,7 +271,7 @@ def load_vllm(
     dtype: str = "auto",
     **template_kwargs: Any,
 ) -> VLLMBackend:
-    """vLLM with the model of a folder; a LoRA run's folder is merged into its base first. Each process has its own.
+    """vLLM with the model of a folder, an engine a process; a LoRA run is merged into its base first.
 
     Args:
         folder, dtype: see `backends.load_transformers`.

@@ -1,4 +1,4 @@
-"""Loads a policy and its processor as a recipe says: dtype, attention, pixel bounds, adapters, what is trained."""
+"""Loads a policy and its processor as a recipe says: dtype, attention, adapters, what is trained."""
 
 import importlib.util
 import logging
@@ -35,7 +35,7 @@ from open_r1.models.templates import try_template
 
 
 def resolve_dtype(name: str | None) -> torch.dtype | str:
-    """`"bfloat16"`, `"float16"`, `"float32"` -> the torch dtype; `"auto"` and None keep the checkpoint's."""
+    """The torch dtype of a name such as `"bfloat16"`; `"auto"` and None keep the checkpoint's."""
     if name in (None, "auto"):
         return "auto"
     if name not in ("bfloat16", "float16", "float32"):
@@ -44,9 +44,9 @@ def resolve_dtype(name: str | None) -> torch.dtype | str:
 
 
 def resolve_attn_implementation(name: str | None, dtype: torch.dtype | str) -> str:
-    """`"auto"` and None -> `"flash_attention_2"` where it is usable, else `"sdpa"`; other names pass unchanged.
+    """`"auto"` and None -> `"flash_attention_2"` where it can be used, else `"sdpa"`.
 
-    flash-attn is usable with its package, an NVIDIA GPU of compute capability 8.0 or more, and 16-bit weights.
+    It takes the package flash-attn, a GPU of compute capability 8.0 or more, and 16-bit weights.
     """
     if name not in (None, "auto"):
         return name
@@ -61,7 +61,7 @@ def resolve_attn_implementation(name: str | None, dtype: torch.dtype | str) -> s
 
 @contextmanager
 def naming_model() -> Iterator[None]:
-    """In the block, what is wrong with the model of a recipe is told with the settings that name it."""
+    """In the block, a mistake about a recipe's model names the settings that choose the model."""
     try:
         yield
     except (OSError, Mistake) as error:
@@ -90,13 +90,13 @@ def check_model(model_args: ModelConfig) -> Family:
 
 
 def check_model_files(model_name_or_path: str | Path, revision: str = "main") -> Family:
-    """Fetch a model from the Hub, and see that its files are there and whole; of its weights the headers are read.
+    """Fetch a model from the Hub, and see that its files are whole; of weights the headers are read.
 
     Returns:
         Its family.
 
     Raises:
-        Mistake: there is no such model, or it is not whole, or of a type that this project was not tested with.
+        Mistake: there is no such model, or it is not whole, or of no supported family.
     """
     folder = model_folder(model_name_or_path, revision)
     family = family_of_folder(folder)
@@ -116,14 +116,14 @@ def family_of_folder(folder: Path) -> Family:
 
 
 def check_weights(model_name_or_path: str | Path, revision: str = "main") -> None:
-    """See that a model's weights are all there and of the shapes in config.json, else Mistake; none is read."""
+    """Raise Mistake unless the weights have the names and shapes of the configuration; none is read."""
     if not is_deepspeed_zero3_enabled():  # then transformers takes no device_map
         read_weights(model_folder(model_name_or_path, revision), device_map="meta")
 
 
 @contextmanager
 def reading(files: str | Path, what: str) -> Iterator[None]:
-    """In the block, a library reads a model's files: whatever it raises about them becomes a Mistake.
+    """In the block, a library reads a model's files: what it raises about them becomes a Mistake.
 
     Libraries raise errors of all kinds about damaged files, `tokenizers` for one a plain Exception.
     """
@@ -135,7 +135,7 @@ def reading(files: str | Path, what: str) -> Iterator[None]:
 
 
 def read_weights(name_or_folder: str | Path, **settings: Any) -> PreTrainedModel:
-    """transformers' `from_pretrained`, where every weight must come from the checkpoint; nothing of it runs code.
+    """transformers' `from_pretrained`: every weight comes from the checkpoint, no file runs code.
 
     Raises:
         Mistake: weights are missing or of another shape, or transformers cannot load them.
@@ -171,7 +171,7 @@ def _first(texts: Sequence[str]) -> str:
 
 
 def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-    """A context in which a parameter is whole on this process; under ZeRO-3 all of a run enter it."""
+    """A context in which a parameter is whole in this process; under ZeRO-3 all processes enter it."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed  # imported by now
@@ -180,7 +180,7 @@ def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
 
 
 def check_finite(model: nn.Module, name: str | Path) -> None:
-    """Raise Mistake with the name of a weight that is NaN or infinite, if there is one; no weight is copied."""
+    """Raise Mistake with the name of a weight that is NaN or infinite; no weight is copied."""
     for parameter_name, parameter in model.named_parameters():
         with whole(parameter):
             extremes = parameter.detach().aminmax() if parameter.is_floating_point() and parameter.numel() else ()
@@ -206,7 +206,7 @@ def load_model(
         quantization_config: for QLoRA.
 
     Raises:
-        Mistake: what `check_model_files` raises; or weights are missing, of another shape, or not finite.
+        Mistake: what `check_model_files` and `read_weights` raise; or a weight is not finite.
     """
     check_model_files(model_name_or_path, revision)
     folder = Path(model_name_or_path).expanduser()
@@ -225,10 +225,10 @@ def load_model(
 
 
 def adapter_base(folder: str | Path) -> Path | None:
-    """The folder of the base model that a LoRA run's folder names; None for a folder of whole weights.
+    """The folder of the base model that a LoRA run's folder names; None for whole weights.
 
     Raises:
-        Mistake: the adapter's configuration is damaged, or there is no such base model, here or on the Hub.
+        Mistake: the adapter's configuration is damaged, or there is no such base model.
     """
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
@@ -243,7 +243,7 @@ def adapter_base(folder: str | Path) -> Path | None:
 
 
 def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | Path | None = None) -> PreTrainedModel:
-    """A model to use: `load_model`, or for a LoRA run's folder its base with the adapter merged into the weights.
+    """`load_model`, or for a LoRA run's folder its base model with the adapter merged into it.
 
     Args:
         dtype: see `load_model`.
@@ -264,7 +264,7 @@ def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | 
 
 
 def restore_weights(model: nn.Module, folder: str | Path) -> None:
-    """Put the weights that a run saved back into its model, in place: all of them, or those of its adapters.
+    """Put the weights that a run saved back into its model: all of them, or those of its adapters.
 
     transformers 5.17 saves some families under the names that their weights have on the Hub, and its `Trainer` loads by
     the names in memory, without an error when none matches. `from_pretrained` knows both.
@@ -319,7 +319,7 @@ def check_adapter(model: PeftModel, folder: str | Path, name: str = "default") -
         if missing := sorted(weights.keys() - saved.keys()):
             raise FileMistake(f"{path}: weights are missing: {_first(missing)}")
         if foreign := sorted(saved.keys() - weights.keys() - model.state_dict().keys()):
-            raise FileMistake(f"{path}: weights for which this adapter has no place: {_first(foreign)}")
+            raise FileMistake(f"{path}: weights that this adapter has no place for: {_first(foreign)}")
         other = [
             key
             for key, weight in weights.items()
@@ -330,7 +330,7 @@ def check_adapter(model: PeftModel, folder: str | Path, name: str = "default") -
 
 
 def load_model_from_args(model_args: ModelConfig) -> PreTrainedModel:
-    """`load_model` with the values of TRL's `ModelConfig`; raises what `check_model` and `load_model` raise."""
+    """`check_model`, then `load_model` with the values of TRL's `ModelConfig`."""
     check_model(model_args)
     return load_model(
         model_args.model_name_or_path,
@@ -358,8 +358,8 @@ def load_processor(
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        Mistake: there is no such model, or it has no processor and tokenizer of a known family that can be loaded; the
-            tokenizer is another model's; no such chat template; no image has a size within the bounds.
+        Mistake: there is no such model or chat template; its processor or tokenizer cannot be
+            loaded, or is another model's; no image has a size within the bounds.
     """
     folder = model_folder(model_name_or_path, revision)
     family = family_of_folder(folder) if (folder / "config.json").is_file() else None  # an adapter's has none
@@ -386,7 +386,7 @@ def check_tokens(folder: Path, processor: ProcessorMixin, family: Family) -> Non
     """See that the tokenizer in a model's folder is the model's.
 
     Raises:
-        Mistake: a special token has different ids in the two, or the model has no place for some token.
+        Mistake: a special token has another id there, or the model has no place for some token.
     """
     with reading(folder / "config.json", "configuration"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -421,7 +421,7 @@ def check_template(processor: ProcessorMixin, source: str, **template_kwargs: An
 
 
 def reset_generation_config(model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:
-    """Drop every sampling setting that the checkpoint carries (Qwen2-VL: top_k 1, repetition penalty 1.05).
+    """Drop the sampling settings of a checkpoint (Qwen2-VL: top_k 1, repetition penalty 1.05).
 
     `generate` fills what a caller leaves unset from the model, and samples drawn that way would not follow the
     policy whose log-probabilities are trained. What is left says only where a completion ends.
@@ -477,7 +477,7 @@ def frozen_parts(freeze_vision: bool = False, freeze_llm: bool = False, freeze_m
 def freeze(
     model: PreTrainedModel, freeze_vision: bool = False, freeze_llm: bool = False, freeze_merger: bool | None = None
 ) -> None:
-    """Stop gradients into the vision tower, the language model (head included) or the merger between them.
+    """Stop gradients into the vision tower, the language model with its head, or the merger.
 
     `freeze_merger` None follows `freeze_vision`. Raises what `frozen_parts` raises.
     """
@@ -488,7 +488,7 @@ def freeze(
 
 
 def get_adapter_config(model_args: ModelConfig, freezing: FreezeArguments, family: Family) -> PeftConfig | None:
-    """TRL's LoRA configuration for a recipe, with no adapter in a frozen part; None without `use_peft`."""
+    """TRL's LoRA configuration of a recipe, no adapter in a frozen part; None without `use_peft`."""
     config = get_peft_config(model_args)
     frozen = frozen_parts(freezing.freeze_vision, freezing.freeze_llm, freezing.freeze_merger)
     if config is not None and frozen:
@@ -497,14 +497,14 @@ def get_adapter_config(model_args: ModelConfig, freezing: FreezeArguments, famil
 
 
 def count_elements(parameter: nn.Parameter) -> int:
-    """Elements of a parameter as the model has it: whole under ZeRO-3, unpacked when quantised to 4 bits."""
+    """Elements of a parameter: whole under ZeRO-3, unpacked where it is quantised to 4 bits."""
     if hasattr(parameter, "quant_state"):  # bitsandbytes keeps two weights in a byte
         return parameter.quant_state.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def parameter_table(model: nn.Module) -> str:
-    """How many parameters each part of the model has and how many of them are trained, one line a part."""
+    """How many parameters each part of the model has and how many are trained, a line a part."""
     total, trained, family = Counter(), Counter(), family_of(model)
     for name, parameter in model.named_parameters():
         count, part = count_elements(parameter), family.part_of(name)

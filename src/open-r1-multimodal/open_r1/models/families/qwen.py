@@ -21,13 +21,14 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from open_r1.base.errors import Mistake
-from open_r1.models.families.base import Family, ImageInputs, Size, black_pixel, find_module
+from open_r1.models.families.base import Family, ImageInputs, Size, black_pixel
 from open_r1.models.image_tags import QWEN_IMAGE_TAGS
 
 
 class QwenVL(Family):
     """What the Qwen families share: patches in rows of one tensor, a grid an image, M-RoPE."""
 
+    blocks = "blocks"
     has_image_rows = True
     video_processor = Qwen2VLVideoProcessor  # this and the side of a patch in pixels: of a tiny processor
     patch_size = 14
@@ -88,12 +89,6 @@ class QwenVL(Family):
     def pixel_bounds(self, processor: ProcessorMixin) -> tuple[int, int]:
         size = processor.image_processor.size
         return size["shortest_edge"], size["longest_edge"]
-
-    def vision_tower(self, model: nn.Module) -> nn.Module:
-        return find_module(model, "visual")
-
-    def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
-        return self.vision_tower(model).blocks
 
     def count_patches(self, config: PreTrainedConfig, pixels: int) -> int:
         patch, merge = config.vision_config.patch_size, config.vision_config.spatial_merge_size
@@ -221,7 +216,7 @@ _QWEN: dict[str, Any] = {
         "vision_end_token_id": "<|vision_end|>",
     },
     "image_inputs": ("pixel_values", "image_grid_thw"),
-    "tower": r"\bvisual\.",
+    "tower": "visual",
     "merger": r"\bvisual\.\w*merger",  # Qwen3-VL has a list of them too
     "published_pixels": 12845056,  # 16384 image tokens of Qwen2-VL
 }
