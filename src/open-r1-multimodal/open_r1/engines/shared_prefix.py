@@ -13,7 +13,7 @@ each branch, and the image is encoded once. The numbers are those of scoring G s
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
@@ -427,7 +427,7 @@ def image_attention(
     """transformers' attention interface in a vision tower: patches see their image, or window.
 
     One call of torch's flash attention where it runs, else SDPA image by image. transformers' own SDPA reads from the
-    GPU where the images end, three times a layer; here that is known, or read once a pass.
+    GPU where the images end, three times a layer; here once, or not at all.
 
     Args:
         query, key, value: (1, H, L, D), the patches of all images in a row.
@@ -441,15 +441,10 @@ def image_attention(
         states = (states[0].transpose(0, 1) for states in (query, key, value))  # (L, H, D)
         ends, most = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
         return varlen_attn(*states, *ends, *most, scale=scaling)[None], None
-    images = zip(*(states.split(count_patches(cu_seq_lens_q), dim=2) for states in (query, key, value)), strict=True)
+    lengths = cu_seq_lens_q.diff().tolist()
+    images = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     attended = [sdpa_attention_forward(module, *image, None, scaling=scaling, is_causal=False)[0] for image in images]
     return torch.cat(attended, dim=1), None
-
-
-@lru_cache(maxsize=2)  # tensors hash by identity, and all layers of a pass get the same two: of images and of windows
-def count_patches(ends: torch.Tensor) -> list[int]:
-    """Patches of each image, (N + 1,) ends -> N."""
-    return ends.diff().tolist()
 
 
 def keep_scored(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -493,15 +488,15 @@ def enable_grouping(model: PreTrainedModel) -> None:
     backbone = model.base_model
     backbone.get_decoder().register_forward_hook(keep_scored, with_kwargs=True)
     share_states(backbone.get_decoder())
-    encode, given = backbone.get_image_features, {}
+    encode, handed_over = backbone.get_image_features, []
 
     def take_features(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if "image_features" in kwargs:
-            given["features"] = kwargs.pop("image_features")
+            handed_over.append(kwargs.pop("image_features"))
         return args, kwargs
 
     def get_image_features(*args: Any, **kwargs: Any) -> Any:
-        return given.pop("features") if given else encode(*args, **kwargs)
+        return handed_over.pop() if handed_over else encode(*args, **kwargs)
 
     # Not every family hands `get_image_features` the arguments that the backbone does not know itself.
     backbone.register_forward_pre_hook(take_features, with_kwargs=True)
