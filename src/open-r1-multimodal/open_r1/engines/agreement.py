@@ -1,9 +1,9 @@
-"""Whether an engine samples from what the policy scores: seen on a few completions before a run.
+"""Checks that an engine samples from what the policy scores, on a few completions before a run.
 
-What an engine gets wrong it gets wrong silently: it answers another prompt, or the same about another image, and what
-the loss does to correct for small differences hides that. In 16 bits a right engine differs, too, for both round, and
-with real weights that is much: 0.04 nats a token. So the policy scores the same tokens in float32 as well, and the
-engine may be off from that by little more than the policy in 16 bits is.
+What an engine gets wrong is silent: it answers another prompt or sees another image, and the loss
+corrects for the difference. A right engine differs as well, because both round to 16 bits, with
+real weights by 0.04 nats a token. So the policy scores the same tokens in float32, too, and the
+engine may differ from that by little more than the policy in 16 bits does.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,15 +1,14 @@
 """Runs recurrent layers over a packed row: a completion starts from the state that its prompt left.
 
-Attention sees a prefix through keys and values. A gated delta net sees it through a matrix that it carries from token
-to token, and through the last inputs of its convolution. So of a packed row (see `shared_prefix`) a recurrent layer
-runs over the prefixes as one batch, and then over all branches as another that goes on from there. That is two runs
-whatever the row holds: under ZeRO-3 the processes exchange its weights at each of them.
+Attention sees a prefix through keys and values; a gated delta net sees it through a matrix that it
+carries from token to token, and through the last inputs of its convolution. So of a packed row (see
+`shared_prefix`) a recurrent layer runs over the prefixes as one batch, and then over all branches
+as another that goes on from there: two runs whatever the row holds, because under ZeRO-3 the
+processes exchange its weights at each run.
 
-Both are transformers' own forward pass, which knows how to go on from a cache; so its kernels are the ones that it
-picks (fla's and causal-conv1d's where they are installed, on a GPU, else torch). Ours is the cache: it lets gradients
-through.
-
-The layers' classes are in `RECURRENT_LAYERS`.
+Both runs are transformers' own forward pass with its own kernels (fla's and causal-conv1d's where
+they are installed, on a GPU, else torch's). Ours is the cache between them, which lets gradients
+through. The layers' classes are in `RECURRENT_LAYERS`.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,8 @@
-"""vLLM as an engine, for training as TRL runs it and for evaluation by itself.
+"""vLLM as an engine: for training as TRL runs it, and for evaluation by itself.
 
-An engine processes images by itself, so what it takes in their place must fit: one image token an image where it reads
-prompts (it writes as many as the image has, and would do so again for each that it finds), the pixel bounds of the
-recipe and not of the model's folder, and the dtype of the policy. `agreement` sees whether it all does.
+vLLM processes images itself, so it must be told what the policy's processor knows: one image token
+an image in the prompt (it expands each that it finds), the pixel bounds of the recipe in place of
+those in the model's folder, and the policy's dtype. `agreement` checks the result.
 """
 
 import importlib

@@ -1,9 +1,9 @@
 """Counts the memory that a recipe needs on each GPU, from the model's configuration alone.
 
-The model is built without its numbers (torch's `meta` device), so a count takes a second and no download of weights.
-Counted are weights, gradients, optimiser, reference model, what autograd keeps for one micro-batch, the LM head's
-tiles, the rollout's cache, and of a known card the share that vLLM takes; not counted are the CUDA context (about
-0.5 GB) and the allocator's fragments.
+The model is built without its numbers (torch's `meta` device), so a count takes a second and no
+download of weights. Counted are weights, gradients, optimiser, reference model, what autograd keeps
+for one micro-batch, the LM head's tiles, the rollout's cache, and of a known card the share that
+vLLM takes; not counted are the CUDA context (about 0.5 GB) and the allocator's fragments.
 """
 
 import math
