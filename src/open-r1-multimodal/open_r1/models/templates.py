@@ -38,12 +38,16 @@ def try_template(processor: ProcessorMixin, source: str, **template_kwargs: Any)
     child = context.Process(target=_send_prompt, args=(sender, processor, template_kwargs))
     child.start()
     sender.close()  # so that a child that dies is the end of the pipe
-    text, reason = None, f"has not made a prompt after {MOST_SECONDS} s, or in {MOST_MEMORY // 2**20} MiB; it may loop"
-    with contextlib.suppress(EOFError):
+    text = None
+    reason = f"has not made a prompt after {MOST_SECONDS} s, or in {MOST_MEMORY >> 20} MiB; it may loop"
+    try:
         if receiver.poll(MOST_SECONDS):
             text, reason = receiver.recv()
-    child.kill()
-    child.join()
+    except EOFError:
+        pass  # the child was killed, as where memory ends
+    finally:
+        child.kill()
+        child.join()
     if text is None:
         raise Mistake(f"chat_template: {source}: {reason}")
     return text
