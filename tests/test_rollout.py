@@ -1,5 +1,6 @@
 """Grouped rollout against transformers' own `generate` on repeated prompts."""
 
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -38,12 +39,14 @@ def make_messages(count: int) -> list[list[dict]]:
 @pytest.fixture(scope="module")
 def loaded(tiny_models):
     """Model type -> (model, processor); weights enlarged, so that greedy decoding does not repeat one token."""
-    loaded = {}
-    for name, path in tiny_models.items():
-        model = load_model(path, dtype="float32").eval()
+
+    @cache
+    def load(model_type):
+        model = load_model(tiny_models[model_type], dtype="float32").eval()
         enlarge(model)
-        loaded[name] = model, load_processor(path, chat_template="base")
-    return loaded
+        return model, load_processor(tiny_models[model_type], chat_template="base")
+
+    return load
 
 
 def stock_generate(model, processor, conversations, repeats, config):
@@ -69,7 +72,7 @@ def cut(ids: list[int], ends: list[int]) -> list[int]:
 @pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5", "smolvlm", "internvl"))
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3, "suppress_tokens": [70, 80, 90]}])
 def test_greedy_tokens_are_those_of_generate(model_type, settings, loaded):
-    model, processor = loaded[model_type]
+    model, processor = loaded(model_type)
     # many ends, so that rows finish at different steps and the batch shrinks on the way
     config = GenerationConfig(
         max_new_tokens=48,
@@ -87,7 +90,7 @@ def test_greedy_tokens_are_those_of_generate(model_type, settings, loaded):
 
 def test_sampling_follows_the_policy(loaded):
     """First tokens of many samples of one prompt, against the model's own probabilities."""
-    model, processor = loaded["qwen2_vl"]
+    model, processor = loaded("qwen2_vl")
     (messages,) = make_messages(1)
     prompt = encode_prompt(model, processor, messages)
     config = GenerationConfig(
@@ -125,7 +128,7 @@ def test_a_drawn_token_is_that_of_multinomial():
 @pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5"))
 def test_what_is_sampled_after_an_end_is_cut(model_type, loaded, monkeypatch):
     """Ended rows are found after 16 tokens, as on a GPU: the same tokens, and at most 15 that nobody reads."""
-    model, processor = loaded[model_type]
+    model, processor = loaded(model_type)
     prompts, repeats = [encode_prompt(model, processor, messages) for messages in make_messages(3)], [3, 2, 3]
     config = GenerationConfig(max_new_tokens=60, do_sample=False, eos_token_id=list(range(30, 90)), pad_token_id=0)
     expected = generate(model, prompts, repeats, config)
@@ -140,7 +143,7 @@ def test_what_is_sampled_after_an_end_is_cut(model_type, loaded, monkeypatch):
 
 
 def test_scores_that_become_nan_on_the_way_end_the_rollout(loaded):
-    model, processor = loaded["qwen2_vl"]
+    model, processor = loaded("qwen2_vl")
     prompts = [encode_prompt(model, processor, messages) for messages in make_messages(2)]
     passes = []
 
@@ -184,7 +187,7 @@ class HostWaits(TorchDispatchMode):
 @pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5"))
 def test_the_host_waits_for_a_gpu_once_in_16_tokens(model_type, loaded, tiny_models):
     """Under a recipe's sampling settings and others, behind prompts of different lengths."""
-    model, processor = loaded[model_type]
+    model, processor = loaded(model_type)
     questions = [[{"role": "user", "content": "Which? " * count}] for count in (1, 4)]
     prompts = [encode_prompt(model, processor, messages) for messages in questions]
     on_gpu = load_model(tiny_models[model_type], dtype="float32").eval().to("meta")
@@ -203,7 +206,7 @@ def test_the_host_waits_for_a_gpu_once_in_16_tokens(model_type, loaded, tiny_mod
 
 def test_keys_and_values_stay_in_one_buffer_of_the_size_that_is_counted(loaded, monkeypatch):
     """Prompt and longest completion for every row, from the first token to the last, also when rows are dropped."""
-    model, processor = loaded["qwen2_vl"]
+    model, processor = loaded("qwen2_vl")
     prompts = [encode_prompt(model, processor, messages) for messages in make_messages(2)]
     config = GenerationConfig(max_new_tokens=200, do_sample=False, eos_token_id=list(range(30, 45)), pad_token_id=0)
     rows, buffers = [], []

@@ -75,10 +75,16 @@ def script(trainer, complete):
         trainer._generate_single_turn = lambda ids, *args: (complete(ids), None)
 
 
-def without_shuffling(monkeypatch):
-    """Which completions share an optimiser step depends on the shuffle; both trainers then keep the given order."""
+@pytest.fixture
+def trainers(tiny_models, datasets_by_images, tmp_path, monkeypatch):
+    """Makes stock TRL's trainer and ours; both keep the given order, by which completions share an optimiser step."""
     monkeypatch.setattr("trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda batch: batch)
     monkeypatch.setattr("open_r1.trainer.trainer.shuffle_groups", lambda batch: batch)
+
+    def make(model_type="qwen2_vl", images=1, **changes):
+        return make_trainers(tiny_models[model_type], datasets_by_images[images], tmp_path, **changes)
+
+    return make
 
 
 def rollout_and_gradients(trainer):
@@ -123,37 +129,24 @@ def assert_same_scores_and_gradients(stock, ours):
 
 
 @pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5", "smolvlm", "internvl"))
-def test_scores_and_gradients_of_every_family(model_type, tiny_models, datasets_by_images, tmp_path, monkeypatch):
-    without_shuffling(monkeypatch)
-    assert_same_scores_and_gradients(
-        *make_trainers(tiny_models[model_type], datasets_by_images[2], tmp_path, per_device_train_batch_size=8)
-    )
+def test_scores_and_gradients_of_every_family(model_type, trainers):
+    assert_same_scores_and_gradients(*trainers(model_type, images=2, per_device_train_batch_size=8))
 
 
 @pytest.mark.parametrize("model_type, checkpointing", [("qwen2_vl", True), ("qwen3_5", False)])
-def test_scores_and_gradients_over_paths(
-    model_type, checkpointing, tiny_models, datasets_by_images, tmp_path, monkeypatch
-):
+def test_scores_and_gradients_over_paths(model_type, checkpointing, trainers, monkeypatch):
     """The way of a GPU, with a slow kernel in place of its own."""
-    without_shuffling(monkeypatch)
     monkeypatch.setattr(
         "open_r1.engines.shared_prefix.choose_attention", lambda query: partial(attend_paths, varlen=slow_varlen)
     )
-    trainers = make_trainers(
-        tiny_models[model_type],
-        datasets_by_images[1],
-        tmp_path,
-        per_device_train_batch_size=16,
-        gradient_checkpointing=checkpointing,
-    )
-    assert_same_scores_and_gradients(*trainers)
+    settings = {"per_device_train_batch_size": 16, "gradient_checkpointing": checkpointing}
+    assert_same_scores_and_gradients(*trainers(model_type, **settings))
 
 
-def test_scores_under_autocast(tiny_model, datasets_by_images, tmp_path, monkeypatch):
+def test_scores_under_autocast(trainers, monkeypatch):
     """Float32 weights, computation in bfloat16: as far from TRL's as TRL's are from its own in float32, or less."""
-    without_shuffling(monkeypatch)
-    exact, *_ = make_trainers(tiny_model, datasets_by_images[1], tmp_path / "exact")
-    stock, ours = make_trainers(tiny_model, datasets_by_images[1], tmp_path / "autocast", bf16=True)
+    exact, *_ = trainers()
+    stock, ours = trainers(bf16=True)
     for attend in (attend_groups, partial(attend_paths, varlen=slow_varlen)):
         monkeypatch.setattr("open_r1.engines.shared_prefix.choose_attention", Mock(return_value=attend))
         for right, theirs, mine in zip(*(rollout_and_gradients(t)[1] for t in (exact, stock, ours)), strict=True):
@@ -186,20 +179,16 @@ MARKED = [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) fo
 
 
 @pytest.mark.parametrize("case", MARKED)
-def test_scores_and_gradients_of_every_option(case, tiny_model, datasets_by_images, tmp_path, monkeypatch):
-    without_shuffling(monkeypatch)
-    assert_same_scores_and_gradients(*make_trainers(tiny_model, datasets_by_images[1], tmp_path, **CASES[case]))
+def test_scores_and_gradients_of_every_option(case, trainers):
+    assert_same_scores_and_gradients(*trainers(**CASES[case]))
 
 
 @pytest.mark.parametrize("case", ["several prompts a micro-batch", "groups cut by micro-batches", "LoRA"])
-def test_scores_and_gradients_through_a_recurrent_state(case, tiny_models, datasets_by_images, tmp_path, monkeypatch):
+def test_scores_and_gradients_through_a_recurrent_state(case, trainers):
     """Where groups begin and end, and what trains, matter there in other ways than to attention."""
-    without_shuffling(monkeypatch)
     settings = {**CASES[case], "mask_truncated_completions": True}  # some completions are empty
     settings["gradient_checkpointing"] = case == "LoRA"
-    assert_same_scores_and_gradients(
-        *make_trainers(tiny_models["qwen3_5"], datasets_by_images[1], tmp_path, **settings)
-    )
+    assert_same_scores_and_gradients(*trainers("qwen3_5", **settings))
 
 
 @pytest.mark.parametrize(
@@ -210,25 +199,21 @@ def test_scores_and_gradients_through_a_recurrent_state(case, tiny_models, datas
         pytest.param({"lora": True, "gradient_checkpointing": True}, id="LoRA, checkpointing", marks=pytest.mark.slow),
     ],
 )
-def test_five_steps_end_in_the_same_weights(changes, tiny_model, datasets_by_images, tmp_path, monkeypatch):
-    without_shuffling(monkeypatch)
-    trainers = make_trainers(
-        tiny_model, datasets_by_images[1], tmp_path, max_steps=5, learning_rate=0.1, num_train_epochs=9, **changes
-    )
-    before = {name: p.detach().clone() for name, p in trainers[0].model.named_parameters()}
-    for trainer in trainers:
+def test_five_steps_end_in_the_same_weights(changes, trainers):
+    both = trainers(max_steps=5, learning_rate=0.1, num_train_epochs=9, **changes)
+    before = {name: p.detach().clone() for name, p in both[0].model.named_parameters()}
+    for trainer in both:
         trainer.train()
-    stock, ours = (dict(trainer.model.named_parameters()) for trainer in trainers)
+    stock, ours = (dict(trainer.model.named_parameters()) for trainer in both)
     assert any((stock[name] - before[name]).abs().max() > 1e-4 for name in before)
     assert all(torch.allclose(stock[name], ours[name], atol=1e-5) for name in before)
 
 
-def test_a_frozen_tower_encodes_each_image_once_a_step(tiny_model, datasets_by_images, tmp_path):
+def test_a_frozen_tower_encodes_each_image_once_a_step(trainers):
     """Rollout, reference and policy share its features; the step is the one that encodes again."""
     norms = []
     for shared in (True, False):
-        settings = {"freeze_vision": True, "max_steps": 2, "max_completion_length": 64}
-        _, trainer = make_trainers(tiny_model, datasets_by_images[2], tmp_path, **settings)
+        _, trainer = trainers(images=2, freeze_vision=True, max_steps=2, max_completion_length=64)
         trainer.backend = trainer.make_backend(keep_features=shared)  # really generate
         calls = []
         for model in (trainer.model, trainer.ref_model):
@@ -242,9 +227,9 @@ def test_a_frozen_tower_encodes_each_image_once_a_step(tiny_model, datasets_by_i
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and all(norms[0])
 
 
-def test_the_tokens_saved_are_those_of_repeated_prompts_and_padding(tiny_model, datasets_by_images, tmp_path):
+def test_the_tokens_saved_are_those_of_repeated_prompts_and_padding(trainers):
     """Two prompts of 5 and 3 tokens, with completions of 1 and 4, and of 2, where TRL has three rows of 5 + 4."""
-    _, trainer = make_trainers(tiny_model, datasets_by_images[1], tmp_path)
+    _, trainer = trainers()
     long, short = make_prompt(5), make_prompt(3)
     completion_mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
     mask = torch.cat([torch.tensor([[1] * 5, [1] * 5, [0, 0, 1, 1, 1]]), completion_mask], dim=1)
@@ -255,10 +240,9 @@ def test_the_tokens_saved_are_those_of_repeated_prompts_and_padding(tiny_model, 
     assert trainer._metrics[trainer._mode()]["packing/tokens_saved"] == [pytest.approx(1 - packed / (3 * 9))]
 
 
-def test_the_switch_off_is_trls_path(tiny_model, datasets_by_images, tmp_path, monkeypatch):
+def test_the_switch_off_is_trls_path(trainers, tiny_model, tmp_path):
     """`shared_prefix: false` in our trainer equals stock TRL bit for bit."""
-    without_shuffling(monkeypatch)
-    stock, ours = make_trainers(tiny_model, datasets_by_images[1], tmp_path)
+    stock, ours = trainers()
     off = Qwen2VLGRPOTrainer(
         model=load_model(tiny_model, dtype="float32"),
         reward_funcs=vowel_share,
@@ -310,11 +294,9 @@ def test_equal_prompts_that_are_not_the_same_are_kept_apart():
     assert batch.model_inputs["input_ids"].shape == (1, 8)
 
 
-def test_a_batch_without_any_completion_token_still_has_a_graph(tiny_model, datasets_by_images, tmp_path):
+def test_a_batch_without_any_completion_token_still_has_a_graph(trainers):
     """Every completion was cut and is masked: the step must go through, with a gradient of zero."""
-    _, trainer = make_trainers(
-        tiny_model, datasets_by_images[1], tmp_path, mask_truncated_completions=True, beta=0.0, max_steps=1
-    )
+    _, trainer = trainers(mask_truncated_completions=True, beta=0.0, max_steps=1)
     script(trainer, lambda prompt_ids: [[65] * 12 for _ in prompt_ids])
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
