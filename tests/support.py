@@ -23,7 +23,7 @@ from trl.generation import vllm_generation
 from open_r1 import configs
 from open_r1.base.prompts import REPO_ROOT, sat_question
 from open_r1.engines.backends import Backend, Completions
-from open_r1.engines.shared_prefix import encode_images
+from open_r1.engines.shared_prefix import Layout, encode_images, locate_group
 from open_r1.models.families import FAMILIES
 from open_r1.models.loading import load_model, load_processor
 from open_r1.running.data import load_dataset
@@ -269,6 +269,15 @@ def attend_plainly(query, key, value, scale=None, is_causal=True):
     queries, keys = scores.shape[1:]
     hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
     return (scores.masked_fill(hidden, -torch.inf) if is_causal else scores).softmax(dim=-1) @ value
+
+
+def make_layout(groups: list[tuple[int, list[int]]], device: torch.device | str = "cpu") -> Layout:
+    """The layout of a packed row; of each group the tokens of its prefix, and of each branch."""
+    located, start = [], 0
+    for prefix, lengths in groups:
+        located.append(locate_group(start, prefix, lengths, torch.device(device)))
+        start += located[-1].length
+    return Layout(located)
 
 
 def slow_varlen(
