@@ -17,7 +17,7 @@ from open_r1 import grpo, sft
 from open_r1.base.images import open_image
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.doctor.examination import examine
-from open_r1.doctor.subject import Patient
+from open_r1.doctor.run import Run
 from open_r1.engines.shared_prefix import (
     IMAGE_ATTENTION,
     Layout,
@@ -393,7 +393,7 @@ def ask(model, data, output):
 
 def consult(model, data, output):
     arguments = of_command(grpo.COMMAND, "grpo", model, data, output)
-    list(examine(Patient(grpo.COMMAND, [*arguments, "--max_completion_length", "8"], Launch())))
+    list(examine(Run(grpo.COMMAND, [*arguments, "--max_completion_length", "8"], Launch())))
 
 
 def benchmark(model, data, output, way="ours"):

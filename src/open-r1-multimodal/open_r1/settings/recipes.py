@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
+from trl import TrlParser
 
 from open_r1.base.errors import MissingFile, Mistake, settings_of
 from open_r1.base.prompts import REPO_ROOT
@@ -36,11 +36,7 @@ PLANNED_PROCESSES = "OPEN_R1_PLANNED_PROCESSES"
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The recipes that `--config` names in a command line, and its other arguments.
-
-    Raises:
-        ValueError: `--config` without a name.
-    """
+    """The recipes that `--config` names in a command line, and its other arguments."""
     try:
         named, others = CONFIG.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
@@ -55,11 +51,10 @@ def read_files(names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
         names: of recipes and overlays, as seen from the current folder or from the repository's root.
 
     Returns:
-        Each file's path and settings; files and folders that they name are told by their absolute paths.
+        Each file's path and settings, in which files and folders have their absolute paths.
 
     Raises:
-        ValueError: a file does not hold settings.
-        OSError: a file is not there, or cannot be read.
+        Mistake: a file is not there, or does not hold settings.
     """
     files = []
     for name in names:
@@ -130,10 +125,10 @@ def count_processes() -> int:
     return int(os.environ.get(PLANNED_PROCESSES) or os.environ.get("WORLD_SIZE") or 1)
 
 
-class RecipeParser(HfArgumentParser):
-    """A parser that takes its defaults from recipes, as TRL's does, but reads them as strictly as arguments.
+class RecipeParser(TrlParser):
+    """TRL's parser, which takes its defaults from recipes, but reads them as strictly as arguments.
 
-    It raises `ValueError` where argparse prints a usage of 200 lines, and takes no abbreviations.
+    It raises `Mistake` where argparse prints a usage of 200 lines, and takes no abbreviations.
     """
 
     def __init__(self, dataclass_types: Sequence[type]):
@@ -160,11 +155,11 @@ class RecipeParser(HfArgumentParser):
         """Take the settings of a file for defaults; those of a later file replace them.
 
         Raises:
-            ValueError: for an unknown name or a value that its setting does not take; it names the file.
+            Mistake: for an unknown name or a value that its setting does not take; it names the file.
         """
         actions = {action.dest: action for action in reversed(self._actions)}  # --x, and not the --no_x after it
+        environment = settings.pop("env", {})  # TRL's word for variables to set
         try:
-            environment = settings.pop("env", {})  # TRL's word for variables to set
             if not isinstance(environment, dict):
                 raise Mistake(f"env: expected names and values, not {environment!r}")
             for name, value in settings.items():
@@ -175,12 +170,10 @@ class RecipeParser(HfArgumentParser):
                         raise Mistake(f"{name}: expected a list, [{', '.join(parts)}], not {value!r}")
                     settings[name] = [value]
                 self._check(actions[name], settings[name])
-        except ValueError as error:
+        except Mistake as error:
             raise Mistake(f"{path}: {error}") from error
         os.environ.update({name: str(value) for name, value in environment.items()})
-        for action in self._actions:
-            if action.dest in settings:
-                action.default, action.required = settings[action.dest], False
+        self.set_defaults_with_config(**settings)
 
     def _unknown(self, kind: str, name: str) -> str:
         known = [action.dest for action in self._actions]
@@ -188,21 +181,20 @@ class RecipeParser(HfArgumentParser):
         return f"unknown {kind} {name!r}" + (f"; did you mean {close[0]}?" if close else "; --help lists them")
 
     def _check(self, action: argparse.Action, value: Any) -> None:
-        if value is None:
-            if type(None) not in get_args(self.hints[action.dest]):
-                raise Mistake(f"{action.dest}: needs a value")
+        name, is_list = action.dest, action.nargs == "+"
+        if value is None and type(None) not in get_args(self.hints[name]):
+            raise Mistake(f"{name}: needs a value")
+        if value is None or action.type in (str, dict):  # what may also be something else is read by its dataclass
             return
-        if action.type in (str, dict):  # what may also be something else, and is read by its dataclass
-            return
-        if isinstance(value, list) != (action.nargs == "+"):
-            raise Mistake(f"{action.dest}: expected {'a list' if action.nargs == '+' else 'one value'}, not {value!r}")
-        for item in value if isinstance(value, list) else [value]:
+        if isinstance(value, list) != is_list:
+            raise Mistake(f"{name}: expected {'a list' if is_list else 'one value'}, not {value!r}")
+        for item in value if is_list else [value]:
             try:
                 read = action.type(str(item))
             except (ValueError, argparse.ArgumentTypeError) as error:
-                raise Mistake(f"{action.dest}: invalid {action.type.__name__} value: {item!r}") from error
+                raise Mistake(f"{name}: invalid {action.type.__name__} value: {item!r}") from error
             if action.choices and read not in action.choices:
-                raise Mistake(f"{action.dest}: {item!r} is none of {', '.join(map(str, action.choices))}")
+                raise Mistake(f"{name}: {item!r} is none of {', '.join(map(str, action.choices))}")
 
 
 def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -216,8 +208,7 @@ def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tu
         One instance of each type.
 
     Raises:
-        ValueError: for an unknown name, or a value that its setting or the dataclasses do not take.
-        OSError: when a recipe cannot be read.
+        Mistake: for a recipe that cannot be read, an unknown name, or a value that its setting does not take.
     """
     parser = RecipeParser(dataclass_types)
     names, others = split_arguments(arguments)
