@@ -230,16 +230,6 @@ def test_what_is_kept_for_a_layer_is_that_of_its_kind():
     assert counts[0] < counts[1] == pytest.approx(counts[2], rel=0.01)
 
 
-def test_longer_completions_and_checkpointing_change_the_activations():
-    config = make_model_config(make_tokenizer())
-    peaks = [
-        count_memory(config, ModelConfig(), FreezeArguments(), Load(1, 100, tokens, 16, 8), Launch(), False, checkpoint)
-        for tokens, checkpoint in ((100, True), (200, True), (200, False))
-    ]
-    short, long, whole = (count.backward["activations"] for count in peaks)
-    assert short < long < whole and long / short == pytest.approx(1700 / 900, rel=0.1)
-
-
 # ---- The examination
 
 RECIPE = REPO_ROOT / "tests/data/grpo.yaml"
@@ -370,7 +360,6 @@ def test_nothing_fails_where_all_is_well(run, examined, monkeypatch):
         findings = takewhile(lambda finding: finding.family != "cost", findings)
     named = {(finding.family, finding.name): finding for finding in findings}
     assert [finding for finding in named.values() if finding.verdict in (Verdict.WARN, Verdict.FAIL)] == []
-    assert (("model", "reference") in named) == (run in ("GRPO", "LoRA"))
     if not RUNS[run]:
         assert {family for family, _ in named} == set(FAMILIES) - ({"rewards"} if run == "SFT" else set())
         assert "s a step" in named["cost", "hours"].what
@@ -487,15 +476,17 @@ def test_a_checkpoint_takes_what_is_counted(tiny_model, examples_json, tmp_path)
 # ---- The command
 
 
-@pytest.mark.slow
-def test_the_machine_alone(quick_python):
-    command = [str(quick_python), str(REPO_ROOT / "scripts/doctor.py"), "--json"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    findings = json.loads(result.stdout)
+def test_the_machine_alone(monkeypatch, capsys):
+    monkeypatch.setattr(environment, "version", lambda name: "0.1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    with pytest.raises(Mistake, match=r"^1 failed; first environment, versions: .*trl 0.1 is not ==1.16.0"):
+        doctor_main(monkeypatch, "--json")
+    findings = json.loads(capsys.readouterr().out)
     assert {finding["family"] for finding in findings} == {"environment"}
-    assert result.returncode == any(finding["verdict"] == "fail" for finding in findings), result.stderr
 
 
+@pytest.mark.slow
 def test_the_run_scripts_look_and_start_nothing(quick_python, tiny_model, examples_json, tmp_path):
     changes = ("--doctor", "--max_completion_length", "4", "--reward_funcs", "accuracy", "test_doctor:constant")
     result = run_grpo(tiny_model, examples_json, tmp_path / "out", *changes, PYTHON=str(quick_python))

@@ -1,9 +1,8 @@
 """Options of TRL and transformers: each works on a vision-language model, or is refused before weights are loaded."""
 
 import dataclasses
-import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -27,29 +26,17 @@ SCHEDULES = {  # transformers asks for more than their name
 # The texts that an option may be, where no type lists them.
 CHOSEN: dict[str, tuple[Any, ...]] = {
     **{name: CHOICES[name] for name in ("scale_rewards", "importance_sampling_level", "multi_objective_aggregation")},
-    "vllm_mode": CHOICES["vllm_mode"],
-    "vllm_importance_sampling_mode": CHOICES["vllm_importance_sampling_mode"],
+    **{name: CHOICES[name] for name in ("vllm_mode", "vllm_importance_sampling_mode")},
     "cache_implementation": ("dynamic", "static", "offloaded", "quantized"),
-    "vllm_model_impl": ("vllm", "transformers"),
     "packing_strategy": ("bfd", "wrapped"),
     "truncation_mode": ("keep_start", "keep_end"),
-    "log_level": ("debug", "error", "passive"),
-    "log_level_replica": ("warning", "error"),
     "include_num_input_tokens_seen": ("all", "non_padding", "no"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
     "dataloader_multiprocessing_context": ("fork", "spawn"),
     "report_to": ("none", "tensorboard", "trackio"),
-    "debug": ("", "underflow_overflow"),
     "pad_to_multiple_of": ("auto", 8),
-    "torch_compile_mode": (None,),
     "include_for_metrics": (["loss"], ["inputs"]),
 }
-# What an option of one of these names takes is no choice: numbers, names, folders, dictionaries, another machine's.
-FREE = re.compile(
-    r".*_(?:kwargs|config|args|dir|host|url|regex|id|token|repo|path|field|name|names|weights|modules|port)"
-    r"|hub_.*|trackio_.*|ddp_backend|fsdp|deepspeed|project|run_name|torch_compile_backend|resume_from_checkpoint"
-    r"|metric_for_best_model"
-)
 # What needs hardware, a network or a launch of several processes, or takes minutes here.
 ELSEWHERE = {"push_to_hub", "use_vllm", "tf32", "torch_compile", "use_cpu"}
 WITH = {  # an option that means something beside another alone
@@ -63,45 +50,25 @@ WITH = {  # an option that means something beside another alone
 }
 
 
-def kinds(hint: Any) -> set[Any]:
-    """The types that an annotation allows."""
-    inner = typing.get_args(hint)
-    return set().union(*map(kinds, inner)) if inner and typing.get_origin(hint) not in (list, dict) else {hint}
-
-
-def choices(field: dataclasses.Field, hint: Any) -> tuple[Any, ...] | None:
-    """What to try of an option; None where it is no choice."""
-    allowed = kinds(hint)
-    if field.name == "loss_type":
-        return ()  # each configuration has its own
+def choices(field: dataclasses.Field, hint: Any) -> tuple[Any, ...]:
+    """What to try of an option: values named above, members of an enumeration, the other side of a switch."""
     if field.name in CHOSEN:
         return CHOSEN[field.name]
-    if enums := [kind for kind in allowed if isinstance(kind, type) and issubclass(kind, Enum)]:
-        return tuple(member.value for member in enums[0])
-    if bool in allowed:
-        return tuple(value for value in (True, False) if value is not field.default)
-    return None
-
-
-def options(kind: type) -> Iterator[tuple[dataclasses.Field, Any]]:
-    hints = typing.get_type_hints(kind)
-    return ((field, hints[field.name]) for field in dataclasses.fields(kind) if field.init)
-
-
-@pytest.mark.parametrize("kind", [GRPOConfig, SFTConfig])
-def test_every_option_is_tried_or_no_choice(kind):
-    """A switch that a new version adds is tried by itself; a choice fails here until somebody names its values."""
-    for field, hint in options(kind):
-        if choices(field, hint) is None and not kinds(hint) <= {int, float, type(None)}:
-            assert FREE.fullmatch(field.name), f"{field.name}: {hint}"
+    allowed = typing.get_args(hint) or (hint,)
+    members = [kind for kind in allowed if isinstance(kind, type) and issubclass(kind, Enum)]
+    if members and field.name != "loss_type":
+        return tuple(member.value for member in members[0])
+    return tuple(value for value in (True, False) if value is not field.default) if bool in allowed else ()
 
 
 def trials(kind: type, losses: tuple[str, ...]) -> list[dict[str, Any]]:
     """Each value of each choice, beside what it needs."""
     tried = [{"loss_type": loss} for loss in losses]
-    for field, hint in options(kind):
-        if field.name not in ELSEWHERE:
-            tried += [{**WITH.get(field.name, {}), field.name: value} for value in choices(field, hint) or ()]
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.init and field.name not in ELSEWHERE:
+            values = choices(field, hints[field.name])
+            tried += [{**WITH.get(field.name, {}), field.name: value} for value in values]
     for trial in tried:
         if kwargs := SCHEDULES.get(trial.get("lr_scheduler_type")):
             trial["lr_scheduler_kwargs"] = kwargs

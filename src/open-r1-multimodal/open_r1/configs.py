@@ -19,7 +19,7 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vesp
 
 @dataclass
 class DataArguments:
-    """What is asked, and how it looks to the model. Names that TRL's `ScriptArguments` have mean the same here."""
+    """What is asked, and how it looks to the model; names of TRL's `ScriptArguments` mean the same."""
 
     dataset_name: str = HfArg(
         help="What to train on: a JSON, JSON Lines, CSV or parquet file, a folder that datasets "
@@ -116,7 +116,7 @@ class GRPOScriptArguments(FreezeArguments, DataArguments):
 
 @dataclass
 class SignalArguments:
-    """Which prompts are asked, by what their groups earn: one whose completions all earn the same teaches nothing."""
+    """Which prompts are asked: a group whose completions all earn the same teaches nothing."""
 
     min_signal_groups: float = HfArg(
         default=0.0,
@@ -153,9 +153,9 @@ class SignalArguments:
 
 
 RESUME = (
-    "Where the run goes on: auto, at the newest whole checkpoint in output_dir, if there is one; none, "
-    "and it starts anew, in an output_dir that holds no run; or a checkpoint's folder, and then data "
-    "and settings may have changed since (what did is told, and noted in run.json)."
+    "Where the run goes on: auto, at the newest whole checkpoint in output_dir, if there is one; "
+    "none, and it starts anew, in an output_dir that holds no run; or a checkpoint's folder, and "
+    "then data and settings may have changed since (what did is told, and noted in run.json)."
 )
 
 
@@ -223,8 +223,9 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
             below = self.completions_per_step // per_pass * per_pass
             fitting = [str(size) for size in (below, below + per_pass) if size]
             raise Mistake(
-                f"completions_per_step {self.completions_per_step} is not a multiple of {per_pass} "
-                f"(per_device_train_batch_size {batch} x {processes} processes); {' and '.join(fitting)} would fit"
+                f"completions_per_step {self.completions_per_step} is not a multiple of "
+                f"{per_pass} (per_device_train_batch_size {batch} x {processes} processes); "
+                f"{' and '.join(fitting)} would fit"
             )
         self.gradient_accumulation_steps = self.completions_per_step // per_pass
 
@@ -236,19 +237,20 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
             fitting = ", ".join(str(group) for group in range(2, size + 1) if size % group == 0)
             raise Mistake(
                 f"num_generations {self.num_generations}: a rollout of {size} completions "
-                f"(per_device_train_batch_size x processes x accumulation) holds groups of {fitting or 'no size'}"
+                "(per_device_train_batch_size x processes x accumulation) holds groups of "
+                f"{fitting or 'no size'}"
             )
 
 
 def longest_row(script_args: GRPOScriptArguments, args: GRPOConfig) -> int | None:
-    """Tokens of the longest prompt with its completion, for which an engine keeps room; None: what its model can."""
+    """Tokens of the longest prompt and completion, for which an engine keeps room; None: no bound."""
     if args.vllm_max_model_length is not None or not script_args.max_prompt_length:
         return args.vllm_max_model_length
     return script_args.max_prompt_length + args.max_completion_length
 
 
 def check_rotation(script_args: GRPOScriptArguments, args: Qwen2VLGRPOConfig) -> None:
-    """Raise Mistake where the two orders of a question would not come before one process, to be compared."""
+    """Raise Mistake where the two orders of a question would not come before one process."""
     if not script_args.rotate_options:
         if "order_consistency" in script_args.reward_funcs:
             raise Mistake("reward_funcs: order_consistency compares two orders of options; add rotate_options: true")
@@ -259,15 +261,17 @@ def check_rotation(script_args: GRPOScriptArguments, args: Qwen2VLGRPOConfig) ->
     batch, pair = args.per_device_train_batch_size * args.steps_per_generation, 2 * args.num_generations
     if batch % pair:
         raise Mistake(
-            f"rotate_options: a process asks both orders of a question, so that its rollout of {batch} completions "
-            f"(per_device_train_batch_size x accumulation) must be a multiple of {pair}, 2 x num_generations"
+            "rotate_options: a process asks both orders of a question, so that its rollout of "
+            f"{batch} completions (per_device_train_batch_size x accumulation) must be a multiple "
+            f"of {pair}, 2 x num_generations"
         )
 
 
 def check_bfloat16(args: TrainingArguments, model_args: ModelConfig) -> None:
     """Raise Mistake where bfloat16 is asked of a GPU older than Ampere (compute capability 8.0).
 
-    transformers does not tell: torch emulates it there, so that nothing fails and every step crawls.
+    transformers does not tell: torch emulates it there, so that nothing fails and every step
+    crawls.
     """
     options = {"bf16": args.bf16, "dtype": model_args.dtype == "bfloat16"}
     asked = [option for option, is_asked in options.items() if is_asked]
@@ -276,8 +280,9 @@ def check_bfloat16(args: TrainingArguments, model_args: ModelConfig) -> None:
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         raise Mistake(
-            f"{', '.join(asked)}: {torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no bfloat16; "
-            "add --bf16 false --dtype float32, or take CONFIG=configs/smolvlm_256m.yaml, which is in float32"
+            f"{', '.join(asked)}: {torch.cuda.get_device_name()} (compute capability "
+            f"{major}.{minor}) has no bfloat16; add --bf16 false --dtype float32, or take "
+            "CONFIG=configs/smolvlm_256m.yaml, which is in float32"
         )
 
 
@@ -285,8 +290,9 @@ def check_attention(model_args: ModelConfig) -> None:
     """Raise Mistake where flash-attn is asked for by name and not installed."""
     if model_args.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise Mistake(
-            "attn_implementation: flash_attention_2 needs flash-attn, which is not installed; auto or sdpa do without, "
-            "and FLASH_ATTN=build bash setup.sh compiles it on a machine with a GPU"
+            "attn_implementation: flash_attention_2 needs flash-attn, which is not installed; "
+            "auto or sdpa do without, and FLASH_ATTN=build bash setup.sh compiles it on a machine "
+            "with a GPU"
         )
 
 
@@ -294,19 +300,20 @@ def need_vllm(option: str) -> None:
     """Raise Mistake, which names the option that asks for it, where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise Mistake(
-            f"{option}: vLLM is not installed; setup.sh installs it on a machine with an NVIDIA GPU, and without this "
-            "option transformers generates"
+            f"{option}: vLLM is not installed; setup.sh installs it on a machine with an NVIDIA "
+            "GPU, and without this option transformers generates"
         )
 
 
 def unused_vllm(args: GRPOConfig, model_args: ModelConfig) -> str | None:
-    """What a run on a GPU goes without when vLLM is installed and not asked for; None: nothing, or 4-bit weights."""
+    """A line about what a run on a GPU goes without when vLLM is installed and not asked for."""
     has_gpu = torch.cuda.is_available() and not args.use_cpu
     if args.use_vllm or model_args.load_in_4bit or not has_gpu or importlib.util.find_spec("vllm") is None:
         return None
     return (
-        "vLLM is installed and not used: of a 2B model on 8 GPUs decoding by transformers is about 95 % of a step of "
-        "9 to 11 s, and with configs/overlays/vllm.yaml in CONFIG a step takes 2 to 3 s (computed, not measured)"
+        "vLLM is installed and not used: of a 2B model on 8 GPUs decoding by transformers is "
+        "about 95 % of a step of 9 to 11 s, and with configs/overlays/vllm.yaml in CONFIG a step "
+        "takes 2 to 3 s (computed, not measured)"
     )
 
 
@@ -316,8 +323,8 @@ def check_shared_prefix(args: GRPOConfig, shared_prefix: bool) -> None:
     for name in (*signal, "advantage", "papo_coef", "rollout_noise"):
         if getattr(args, name, None) and not shared_prefix:
             raise Mistake(
-                f"{name}: needs the shared prefix, which a text model, tools, a rollout_func and shared_prefix false "
-                "go without; leave it out"
+                f"{name}: needs the shared prefix, which a text model, tools, a rollout_func and "
+                "shared_prefix false go without; leave it out"
             )
 
 
@@ -333,9 +340,9 @@ def check_signal(args: GRPOConfig, streams: bool) -> None:
         raise Mistake(f"{name}: the number of a row is a column; remove_unused_columns: false keeps it")
     if batch % args.num_generations:
         raise Mistake(
-            f"{name}: groups are exchanged within a process, and its rollout of {batch} completions "
-            f"(per_device_train_batch_size x accumulation) does not hold whole ones of num_generations "
-            f"{args.num_generations}"
+            f"{name}: groups are exchanged within a process, and its rollout of {batch} "
+            "completions (per_device_train_batch_size x accumulation) does not hold whole ones "
+            f"of num_generations {args.num_generations}"
         )
 
 
@@ -353,8 +360,8 @@ def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False)
     check_options(args)
     if args.use_vllm and args.vllm_mode == "colocate" and not shared_prefix:
         raise Mistake(
-            "shared_prefix: with use_vllm it must be true: TRL hands a colocated engine prompts whose image tokens are "
-            "written out, and the engine writes them out again"
+            "shared_prefix: with use_vllm it must be true: TRL hands a colocated engine prompts "
+            "whose image tokens are written out, and the engine writes them out again"
         )
     if args.use_vllm:
         need_vllm("use_vllm")
@@ -375,8 +382,8 @@ def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False)
             raise Mistake("rollout_noise: a vLLM server is asked once a group, for one image; add --vllm_mode colocate")
         if args.vllm_importance_sampling_correction:
             raise Mistake(
-                "rollout_noise: vLLM's log-probabilities are those of the noisy image, and no measure of the engine; "
-                "add --vllm_importance_sampling_correction false"
+                "rollout_noise: vLLM's log-probabilities are those of the noisy image, and no "
+                "measure of the engine; add --vllm_importance_sampling_correction false"
             )
 
 

@@ -18,16 +18,16 @@ FLOPS_A_TOKEN = 10  # and parameter: sampling, scoring by the reference, forward
 
 
 def memory(run: Run) -> Iterator[Finding]:
-    """The count of `open_r1.models.memory` against the card, or all processes against this machine."""
+    """What `models.memory` counts against the card, or all processes against this machine."""
     args, on_cpu, processes = run.args, run.on_cpu, run.launch.processes_here
     count, free = run.count(run.launch), free_memory(on_cpu)
     total = psutil.virtual_memory().total if on_cpu else torch.cuda.mem_get_info()[1]
-    remedy = "smaller per_device_train_batch_size or max_completion_length, configs/overlays/lora.yaml, docs/memory.md"
+    remedy = "a smaller per_device_train_batch_size or max_completion_length, or configs/overlays/lora.yaml"
     about_vllm = ""
     if getattr(args, "use_vllm", False) and args.vllm_mode == "colocate" and not on_cpu:
         share, shares = args.vllm_gpu_memory_utilization, vllm_shares(run, count, total)
         about_vllm = f", {share * total / GB:.1f} of them vLLM's; fits: {shares or 'no share'}"
-        remedy = f"{shares or 'configs/overlays/lora.yaml, more GPUs, or --vllm_mode server'}; docs/memory.md"
+        remedy = shares or "configs/overlays/lora.yaml, more GPUs, or --vllm_mode server"
         count = count.with_vllm(share, total, args.vllm_enable_sleep_mode)
     needed = count.peak * processes if on_cpu else count.peak
     what = f"{processes} x {count.peak / GB:.1f} GB at most, of {total / GB:.1f} GB "
@@ -35,7 +35,7 @@ def memory(run: Run) -> Iterator[Finding]:
     if on_cpu and processes > 1:
         remedy = f"NUM_PROCESSES=1, {remedy}"
     if needed > total:
-        yield failed(what, remedy)
+        yield failed(what, f"{remedy}; docs/memory.md")
     elif needed > free:
         yield warned(what, "end what else takes memory there")
     else:
@@ -43,9 +43,9 @@ def memory(run: Run) -> Iterator[Finding]:
 
 
 def vllm_shares(run: Run, count: Count, card: float) -> str:
-    """The settings of vLLM that fit beside training on a card, the largest share of each kind; empty: none does.
+    """The largest shares of a card that vLLM can take beside training, as options; empty: none.
 
-    One that holds no more than vLLM's own copy of the weights is none.
+    A share that holds no more than vLLM's own copy of the weights is none.
     """
     weights = sum(parameter.nbytes for parameter in run.model_outline.parameters())
     fitting = []
@@ -92,7 +92,7 @@ def disk(run: Run) -> Iterator[Finding]:
     what = f"{written} checkpoints of {one / GB:.2f} GB and the model: {needed / GB:.1f} GB, "
     what += f"{free / GB:.1f} GB are free in {folder}"
     if needed > free:
-        yield failed(what, "another OUTPUT, --save_total_limit 2, or --save_only_model true (which cannot be resumed)")
+        yield failed(what, "another OUTPUT, --save_total_limit 2, or --save_only_model true (no resuming)")
     else:
         yield passed(what)
 

@@ -1,4 +1,4 @@
-"""Checks the data sets: the form of rows, images, answers, duplicates, leaks, lengths of prompts."""
+"""Checks the data sets: rows, images, answers, duplicates, leaks, lengths of prompts."""
 
 import random
 import statistics
@@ -18,7 +18,9 @@ FEW = 0.05  # a share of the examples that nobody misses
 def sets(run: Run) -> list[tuple[str, Survey]]:
     """The data sets by their names, the one to train on first."""
     surveys = [(run.script_args.dataset_name, run.train_set)]
-    return surveys + ([(run.script_args.eval_dataset_name, run.held_out_set)] if run.held_out_set else [])
+    if run.held_out_set:
+        surveys.append((run.script_args.eval_dataset_name, run.held_out_set))
+    return surveys
 
 
 def first(wrong: list[str]) -> str:
@@ -32,14 +34,15 @@ def rows(run: Run) -> Iterator[Finding]:
         if data.images:
             yield passed(f"{name}: {data.rows:,} rows, {data.images:,} images")
         else:
-            yield warned(f"{name}: {data.rows:,} rows, none has an image", "name their field with --image_column")
+            remedy = "name their field with --image_column"
+            yield warned(f"{name}: {data.rows:,} rows, none has an image", remedy)
 
 
 def images(run: Run) -> Iterator[Finding]:
     """Each is decoded once."""
     for name, data in sets(run):
         if data.broken:
-            yield failed(f"{name}: {first(data.broken)}", "put these images right, or leave their rows out")
+            yield failed(f"{name}: {first(data.broken)}", "mend these images, or leave their rows out")
         elif data.images:
             partly = "" if data.decoded == data.images else f" of {data.images:,}, more would take too long"
             yield passed(f"{Path(name).name}: {data.decoded:,} decoded{partly}, none broken")
@@ -49,7 +52,7 @@ def answers(run: Run) -> Iterator[Finding]:
     """They are there, and among the options."""
     for name, data in sets(run):
         if data.unusable:
-            yield failed(f"{name}: {first(data.unusable)}", "put these answers right, or leave their rows out")
+            yield failed(f"{name}: {first(data.unusable)}", "mend these answers, or leave their rows out")
         else:
             known = [answer for answer in data.answers if answer is not None]
             what = f"{len(known):,} of {data.rows:,} rows with an answer, {len(set(known)):,} different"
@@ -74,7 +77,7 @@ def duplicates(run: Run) -> Iterator[Finding]:
 
 
 def leaks(run: Run) -> Iterator[Finding]:
-    """Images of the training set, file by file, among the held-out ones; without images the questions themselves."""
+    """Held-out rows that show an image file of the training set, or ask one of its questions."""
     if not run.held_out_set:
         return
     asked = set(run.train_set.shown)

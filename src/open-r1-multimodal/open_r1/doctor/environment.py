@@ -39,7 +39,8 @@ def versions(run: Run) -> Iterator[Finding]:
 
 def gpus(run: Run) -> Iterator[Finding]:
     """What the driver lists against what torch can use."""
-    listed, usable = listed_gpus() or [], torch.cuda.device_count() if torch.cuda.is_available() else 0
+    listed = listed_gpus() or []
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if usable and (old := gpu_without_kernels()):
         yield failed(old, OTHER_TORCH)
     elif usable:

@@ -32,7 +32,8 @@ class Finding:
     name: str = ""
 
 
-# A family's checks, in their order, by name. A check may find several things, or have nothing to look at.
+# A family's checks, in their order, by name. A check may find several things, or have nothing to
+# look at.
 Checks = Mapping[str, Callable[[Any], Iterator[Finding]]]
 
 

@@ -1,4 +1,4 @@
-"""Checks a model's log-probabilities on a few examples: what must not change them, and what must."""
+"""Checks a model's log-probabilities on two examples: what must change them, and what not."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import is_peft_model
 from PIL import Image
 from transformers import PreTrainedModel
-from trl.trainer.utils import pad, selective_log_softmax, use_adapter
+from trl.trainer.utils import pad, selective_log_softmax
 
 from open_r1.base.images import open_image
 from open_r1.doctor.finding import Checks, Finding, failed, passed, skipped, warned
@@ -24,7 +24,7 @@ UNSEEN = 1e-6  # a difference between two images that is none
 
 
 def questions(run: Run) -> list[Row]:
-    """Two examples with images, decoded: those with the shortest and the longest prompt; of texts alone likewise."""
+    """Two examples, with images if there are any: those with the shortest and longest prompt."""
     tried = [run.rows[index] for index in range(min(TRIED, len(run.rows)))]
     tried = [row for row in tried if row["images"]] or tried
     tried.sort(key=lambda row: count_prompt_tokens(row, run.processor, **run.template_kwargs))
@@ -43,26 +43,21 @@ def plain_model(run: Run) -> PreTrainedModel:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def score(
-    run: Run, rows: Sequence[Row], shared: bool | None = None, model: torch.nn.Module | None = None
-) -> torch.Tensor:
-    """Log-probabilities of the tokens of right answers, computed as the run's trainer does, in one batch.
+def score(run: Run, rows: Sequence[Row], shared: bool | None = None) -> torch.Tensor:
+    """Log-probabilities of the tokens of right answers, in one batch through the run's trainer.
 
     Args:
         rows: examples with decoded images.
         shared: whether completions share their prompt; None: as the recipe says.
-        model: in place of the policy.
 
     Returns:
         (N,) in the order of rows, their completions and the tokens of these.
     """
     with torch.no_grad():
-        return score_completions(run, rows, shared, model) if run.is_grpo else score_labels(run, rows)
+        return score_completions(run, rows, shared) if run.is_grpo else score_labels(run, rows)
 
 
-def score_completions(
-    run: Run, rows: Sequence[Row], shared: bool | None, model: torch.nn.Module | None
-) -> torch.Tensor:
+def score_completions(run: Run, rows: Sequence[Row], shared: bool | None) -> torch.Tensor:
     """A short and a long completion of each row through GRPO's trainer."""
     trainer, processor = run.trainer, run.processor
     tokenizer, device = processor.tokenizer, trainer.accelerator.device
@@ -88,7 +83,7 @@ def score_completions(
         images = {**family.join_images(inputs, device), **family.stock_inputs(inputs, is_image)}
         images["num_images"] = [len(row["images"]) for row in rows for _ in range(2)]
     logps, _, _ = trainer._get_per_token_logps_and_entropies(
-        model or trainer.model,
+        trainer.model,
         torch.cat([prompt_ids, completion_ids], dim=1),
         torch.cat([prompt_mask, mask], dim=1),
         completion_ids.shape[1],
@@ -132,7 +127,7 @@ def weights(run: Run) -> Iterator[Finding]:
 
 
 def image_tokens(run: Run) -> Iterator[Finding]:
-    """As many places in the prompt as the vision tower has features, and as the data were measured with."""
+    """As many places in the prompt as the vision tower has features, and as data are counted with."""
     row = questions(run)[-1]
     if not row["images"]:
         yield skipped(f"no image in the first {TRIED} rows")
@@ -147,7 +142,7 @@ def image_tokens(run: Run) -> Iterator[Finding]:
     if places == encoded == counted:
         yield passed(what)
     else:
-        yield failed(what, "the processor's patch_size and merge_size are another model's: take both from one folder")
+        yield failed(what, "patch_size and merge_size are another model's: take both from one folder")
 
 
 def batching(run: Run) -> Iterator[Finding]:
@@ -156,21 +151,6 @@ def batching(run: Run) -> Iterator[Finding]:
     alone = torch.cat([score(run, [row], shared=False) for row in rows])
     remedy = "padding leaks into the numbers: try --attn_implementation sdpa"
     yield compare(run, score(run, rows, shared=False), alone, "two prompts in a batch or alone", remedy)
-
-
-def reference(run: Run) -> Iterator[Finding]:
-    """KL is 0 before the first step."""
-    if not run.is_grpo or run.args.beta == 0:
-        return
-    rows, trainer = questions(run), run.trainer
-    policy = score(run, rows)
-    if trainer.ref_model is not None:
-        referred = score(run, rows, model=trainer.ref_model)
-    else:
-        with use_adapter(trainer.model, None):
-            referred = score(run, rows)
-    remedy = "they start from different weights: some are missing in the model's files"
-    yield compare(run, policy, referred, "policy and reference, before the first step", remedy)
 
 
 def sight(run: Run) -> Iterator[Finding]:
@@ -205,7 +185,6 @@ CHECKS: Checks = {
     "weights": weights,
     "image tokens": image_tokens,  # first: a forward pass would end in the middle where these do not fit
     "batching": batching,
-    "reference": reference,
     "sight": sight,
     "shared prefix": shared_prefix,
 }

@@ -39,7 +39,7 @@ def tags(run: Run) -> Iterator[Finding]:
     if accuracy_reward not in rewards and format_reward not in rewards:
         return
     text = render(run.processor, run.rows[0], **run.template_kwargs)
-    what = "the prompt neither ends with <think> nor asks for <think> and <answer>, which is rewarded"
+    what = "the prompt neither ends with <think> nor asks for the tags that are rewarded"
     remedy = "--chat_template base or instruct, or a template of yours with the tags"
     if run.prompt_opening:
         yield passed("the prompt opens <think>; completions start inside")

@@ -1,4 +1,4 @@
-"""Checks the rewards: what they give right answers in many forms, wrong ones, and texts that are no answers."""
+"""Checks the rewards: what they give right answers in many forms, wrong answers, and none."""
 
 import asyncio
 import inspect
@@ -19,7 +19,7 @@ from open_r1.running.data import ROTATION_OF, Row
 ROWS = 200  # among which are looked for
 ASKED = 4  # examples with different answers
 SLOW = 0.05  # seconds a completion
-LONGEST = 32_768  # words of a sample, whatever the recipe allows: a limit without end would fill the memory
+LONGEST = 32_768  # words of a sample, whatever the recipe allows
 THOUGHT = "The picture shows it. Wait, let me look again.</think>\n"
 # Ways to write the right answer into `<answer>`, none of which changes it.
 DRESSES = (
@@ -70,7 +70,8 @@ def make_samples(rows: Iterable[Row], opens_think: bool, longest: int) -> list[S
         options = row["options"] if row["solution"] else []
         right = [(dress, dress.format(gold)) for dress in DRESSES]
         wrong = []
-        if other := next((other for other in options or asked if not is_correct(other, gold, options)), None):
+        others = (other for other in options or asked if not is_correct(other, gold, options))
+        if other := next(others, None):
             wrong = [("wrong", other), *(("hedged", hedge.format(gold, other)) for hedge in HEDGES)]
         for is_right, answers in ((True, right), (False, wrong)):
             samples += [Sample(row, kind, f"{thought}<answer>{text}</answer>", is_right) for kind, text in answers]

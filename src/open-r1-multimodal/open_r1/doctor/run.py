@@ -30,7 +30,8 @@ from open_r1.sft import check_answer
 from open_r1.tasks.mixture import iter_mixture, parts_of
 
 MEASURED_STEPS = 2
-# A dozen passes over short batches; of a larger model they take a CPU longer than anybody waits for a check.
+# A dozen passes over short batches; of a larger model they take a CPU longer than anybody waits for
+# a check.
 MAX_CPU_PARAMETERS = 200_000_000
 
 
@@ -161,7 +162,7 @@ class Run:
 
     @part
     def prepared_data(self) -> dict[str, Any]:
-        """All that the run's trainer takes beside the weights, as the run makes it: data sets, rewards, processor."""
+        """What the run's trainer takes beside the weights: data sets, rewards, processor."""
         self.need("processor", "reward_funcs")
         surveys = [self.train_set, self.held_out_set]
         if any(data.broken or data.unusable for data in surveys if data):

@@ -1,4 +1,4 @@
-"""Looks a data set through once: images that do not open, answers that cannot be used, duplicates."""
+"""Looks a data set through once: broken images, unusable answers, what is shown and asked."""
 
 import hashlib
 import io
@@ -22,7 +22,8 @@ class Survey:
 
     Attributes:
         rows: how many there are.
-        images, decoded: how many images they name, and how many of these were decoded in the time there was.
+        images, decoded: how many images they name, and how many of these were decoded in the time
+        there was.
         broken: what is wrong with an image, and its row.
         unusable: what is wrong with an answer, and its row.
         shown: of each row its question, and a hash of each image's file.

@@ -1,7 +1,8 @@
-"""Says which settings of `generation_kwargs` act on a rollout, and refuses the others with a reason.
+"""Which settings of `generation_kwargs` act on a rollout; the others are refused.
 
-A rollout knows the settings that transformers' `generate` makes into processors of the next token's scores, and what
-ends a completion. Every other name would change nothing, or break what TRL takes for granted of a completion.
+A rollout knows the settings that transformers' `generate` makes into processors of the next token's
+scores, and what ends a completion. Every other name would change nothing, or break what TRL takes
+for granted of a completion.
 """
 
 import difflib
@@ -29,13 +30,14 @@ _SHARES = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _TEMPERATURE = "completions are scored at the trainer's own temperature; set that one"
 _LENGTH = "max_completion_length says how long a completion may be"
 _END = (
-    "whether a completion is whole or was cut is told by its last token, so an end-of-text token alone may end one "
-    "before max_completion_length"
+    "whether a completion is whole or was cut is told by its last token, so an end-of-text token "
+    "alone may end one before max_completion_length"
 )
 _PLAIN = "completions are sampled token by token, without beams, drafts or a second pass"
 _COUNT = "num_generations says how many completions a prompt gets"
 
-# Names of GenerationConfig, and of vLLM's SamplingParams, that are refused for a reason of their own.
+# Names of GenerationConfig, and of vLLM's SamplingParams, that are refused for a reason of their
+# own.
 REFUSED: dict[str, str] = {
     "temperature": _TEMPERATURE,
     **dict.fromkeys(("max_new_tokens", "max_length"), _LENGTH),
@@ -58,8 +60,8 @@ def next_token_processors(
 ) -> LogitsProcessorList:
     """What transformers' own `generate` does to the scores of the next token under these settings.
 
-    A private seam, the only one that gives every setting the meaning that it has there; tests/test_decoding.py fails
-    when it reads other names than `TAKEN`.
+    A private seam, the only one that gives every setting the meaning that it has there;
+    tests/test_decoding.py fails when it reads other names than `TAKEN`.
     """
     model._prepare_special_tokens(settings, device=device)
     return model._get_logits_processor(settings, input_ids_seq_length=prompt_length, device=str(device))
@@ -89,14 +91,14 @@ def check_generation(settings: Mapping[str, Any] | None, vocabulary: int, use_vl
 
 
 def with_tokens(settings: Mapping[str, Any] | None, end: str, ends: Sequence[int], ban: Mapping[str, Any]) -> dict:
-    """`generation_kwargs` with the tokens that end a completion, unless it names others, and with what must not occur.
+    """`generation_kwargs` with the tokens that end a completion and those that must not occur.
 
     Args:
         settings: of the recipe, which `check_generation` has seen; they win.
         end: the name under which the engine takes the ids that end a completion.
         ends: these ids.
-        ban: the engine's setting, a list of ids or a dictionary by them, that bans tokens; the recipe's own are banned
-            too, or keep their bias.
+        ban: the engine's setting, a list of ids or a dictionary by them, that bans tokens; the
+            recipe's own are banned too, or keep their bias.
     """
     settings = dict(settings or {})
     named = settings.get(end)

@@ -1,4 +1,4 @@
-"""The values that each setting of a recipe may have, in one table that is checked before anything is loaded."""
+"""The values that each setting of a recipe may have, checked before anything is loaded."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -33,8 +33,8 @@ BELOW_ONE = Limit("a number of at least 0 and below 1", lambda value: 0 <= value
 SEED = Limit("a number of at least 0 and at most 4294967295", lambda value: 0 <= value < 2**32)
 PIXELS = Limit("a number of at least 784", lambda value: value >= 784, "the area of one image token is 28 x 28 pixels")
 
-# Numbers that are not named here are finite. Ours, and those of TRL, transformers and PEFT that would end a run late,
-# or train something else than is meant.
+# Numbers that are not named here are finite. Ours, and those of TRL, transformers and PEFT that
+# would end a run late, or train something else than is meant.
 LIMITS: dict[str, Limit] = {
     **dict.fromkeys(
         (
@@ -88,7 +88,7 @@ NEEDED = ("num_generations", "max_completion_length", "reward_funcs")
 
 
 def check_values(settings: Mapping[str, Any]) -> None:
-    """See that every setting has a value that means something, and that those which speak of one thing agree.
+    """See that every setting has a value that means something, and that settings agree.
 
     Args:
         settings: name -> value, of any of the commands.

@@ -1,7 +1,8 @@
-"""Refuses options of TRL and transformers that this trainer would not act on, before weights are loaded.
+"""Refuses options of TRL and transformers that would not act here, before weights are loaded.
 
-What a library refuses by itself when a trainer is made is left to it; what it would say only in the first step is asked
-of it here. tests/test_options.py tries every switch and every choice of both configurations.
+What a library refuses by itself when a trainer is made is left to it; what it would say only in the
+first step is asked of it here. tests/test_options.py tries every switch and every choice of both
+configurations.
 """
 
 from dataclasses import MISSING, fields

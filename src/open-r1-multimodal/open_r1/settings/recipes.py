@@ -1,4 +1,4 @@
-"""Reads recipes (YAML), overlays and command-line overrides into dataclasses; a mistake in one is a line."""
+"""Reads recipes (YAML), overlays and command-line overrides into dataclasses."""
 
 import argparse
 import difflib
@@ -16,7 +16,8 @@ from open_r1.base.prompts import REPO_ROOT
 from open_r1.settings.limits import check_values
 
 BASE = "base"  # in a recipe: the files that it changes, one or a list, as seen from its own folder
-# Settings that may name a file or a folder -> what tells that they do, and not the Hub's or one of this project's.
+# Settings that may name a file or a folder -> what tells that they do, and not the Hub's or one of
+# this project's.
 PATHS: dict[str, Callable[[str], bool]] = {
     **dict.fromkeys(("model_name_or_path", "resume_from_checkpoint"), os.path.isdir),
     **dict.fromkeys(("dataset_name", "eval_dataset_name", "chat_template_path"), os.path.exists),
@@ -29,7 +30,8 @@ CONFIG.add_argument(
     default=argparse.SUPPRESS,
     metavar="RECIPE",
     help="A file of settings, as seen from here or from the repository's root. May be given several times: "
-    "`--config configs/grpo_sat.yaml --config configs/overlays/lora.yaml`; where they differ, the later one counts.",
+    "`--config configs/grpo_sat.yaml --config configs/overlays/lora.yaml`; where they differ, the "
+    "later one counts.",
 )
 # Set while a launch checks a recipe in one process: how many it is going to start.
 PLANNED_PROCESSES = "OPEN_R1_PLANNED_PROCESSES"
@@ -45,10 +47,11 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def read_files(names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
-    """The files that recipes are made of, each with its own settings; where they differ, the later one counts.
+    """The files that recipes are made of, with their settings; of two, the later one counts.
 
     Args:
-        names: of recipes and overlays, as seen from the current folder or from the repository's root.
+        names: of recipes and overlays, as seen from the current folder or from the repository's
+        root.
 
     Returns:
         Each file's path and settings, in which files and folders have their absolute paths.
@@ -66,7 +69,7 @@ def read_files(names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def find(name: str, is_there: Callable[[str], bool], *folders: Path) -> Path | None:
-    """Where a name leads, as seen from these folders, then from the current one, then from the repository's root."""
+    """Where a name leads: from these folders, then the current one, then the repository's root."""
     places = (Path(folder, os.path.expanduser(name)) for folder in (*folders, Path(), REPO_ROOT)) if name else ()
     return next(filter(is_there, places), None)
 
@@ -80,7 +83,7 @@ def find_setting(setting: str, value: Any, *folders: Path) -> Any:
 
 
 def default_output(names: Sequence[str]) -> str | None:
-    """The folder of a run whose recipes name none: `outputs/` and their names, in the repository."""
+    """The folder of a run whose recipes name none: the repository's `outputs/` and their names."""
     return str(REPO_ROOT / "outputs" / "_".join(Path(name).stem for name in names)) if names else None
 
 
@@ -141,7 +144,7 @@ class RecipeParser(TrlParser):
         raise Mistake(message.removeprefix("argument "))
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """argparse's; what it does not know or means nothing is refused, before anything is made of the others."""
+        """argparse's; refuses what it does not know, and values that mean nothing."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             raise Mistake(self._unknown("argument", unknown[0]))
@@ -155,7 +158,8 @@ class RecipeParser(TrlParser):
         """Take the settings of a file for defaults; those of a later file replace them.
 
         Raises:
-            Mistake: for an unknown name or a value that its setting does not take; it names the file.
+            Mistake: for an unknown name or a value that its setting does not take; it names the
+            file.
         """
         actions = {action.dest: action for action in reversed(self._actions)}  # --x, and not the --no_x after it
         environment = settings.pop("env", {})  # TRL's word for variables to set
@@ -208,7 +212,8 @@ def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tu
         One instance of each type.
 
     Raises:
-        Mistake: for a recipe that cannot be read, an unknown name, or a value that its setting does not take.
+        Mistake: for a recipe that cannot be read, an unknown name, or a value that its setting does
+        not take.
     """
     parser = RecipeParser(dataclass_types)
     names, others = split_arguments(arguments)
