@@ -86,8 +86,8 @@ class FreezeArguments:
     freeze_llm: bool = HfArg(default=False, help="Do not train the language model.")
     freeze_merger: bool | None = HfArg(
         default=None,
-        help="Whether to train the merger, the layers between vision tower and language model; "
-        "None does with it what freeze_vision says.",
+        help="Do not train the merger, the layers between vision tower and language model. "
+        "None: as freeze_vision says.",
     )
 
 
@@ -136,7 +136,8 @@ class SignalArguments:
     )
     skip_hopeless: float = HfArg(
         default=0.0,
-        help="The same for a prompt none of whose completions succeeded so far. 1 never asks it again.",
+        help="Probability that a prompt none of whose completions succeeded so far is passed over "
+        "for another. 1 never asks it again.",
     )
     rescale_by_signal: bool = HfArg(
         default=False,
@@ -155,7 +156,7 @@ class SignalArguments:
 RESUME = (
     "Where the run goes on: auto, at the newest whole checkpoint in output_dir, if there is one; "
     "none, and it starts anew, in an output_dir that holds no run; or a checkpoint's folder, and "
-    "then data and settings may have changed since (what did is told, and noted in run.json)."
+    "then data and settings may have changed since (changes are printed, and noted in run.json)."
 )
 
 

@@ -134,4 +134,4 @@ def flops(run: Run) -> float:
     return MEASURED_STEPS * tokens * FLOPS_A_TOKEN * run.num_parameters
 
 
-CHECKS: Checks = {"memory": memory, "disk": disk, "hours": hours}
+CHECKS: Checks = (memory, disk, hours)

@@ -92,7 +92,7 @@ def leaks(run: Run) -> Iterator[Finding]:
         yield passed(f"no image of {len(held_out):,} held-out questions is in the training set")
 
 
-def lengths(run: Run) -> Iterator[Finding]:
+def prompt_lengths(run: Run) -> Iterator[Finding]:
     """Prompts against `max_prompt_length`: how many are left out, and how long the others are."""
     total, count = run.train_set.rows, len(run.rows)
     sample = random.Random(0).sample(range(count), min(SAMPLE, count))
@@ -106,11 +106,4 @@ def lengths(run: Run) -> Iterator[Finding]:
         yield passed(what)
 
 
-CHECKS: Checks = {
-    "rows": rows,
-    "images": images,
-    "answers": answers,
-    "duplicates": duplicates,
-    "leaks": leaks,
-    "prompt lengths": lengths,
-}
+CHECKS: Checks = (rows, images, answers, duplicates, leaks, prompt_lengths)

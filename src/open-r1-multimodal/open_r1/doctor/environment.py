@@ -68,4 +68,4 @@ def shared_memory(run: Run) -> Iterator[Finding]:
         yield passed(what)
 
 
-CHECKS: Checks = {"versions": versions, "GPU": gpus, "shared memory": shared_memory}
+CHECKS: Checks = (versions, gpus, shared_memory)

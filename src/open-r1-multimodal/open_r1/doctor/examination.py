@@ -25,7 +25,8 @@ def examine(run: Run) -> Iterator[Finding]:
     """Run the checks, of a recipe or (without one) of the machine alone."""
     families = list(FAMILIES.items()) if run.arguments else [("environment", environment.CHECKS)]
     for family, checks in families:
-        for name, check in checks.items():
+        for check in checks:
+            name = check.__name__.replace("_", " ")
             findings = []
             try:
                 with silence():

@@ -181,10 +181,5 @@ def shared_prefix(run: Run) -> Iterator[Finding]:
     yield compare(run, packed, usual, "shared prefix against TRL's path", "train with --shared_prefix false")
 
 
-CHECKS: Checks = {
-    "weights": weights,
-    "image tokens": image_tokens,  # first: a forward pass would end in the middle where these do not fit
-    "batching": batching,
-    "sight": sight,
-    "shared prefix": shared_prefix,
-}
+# image_tokens first: a forward pass would end in the middle where these do not fit
+CHECKS: Checks = (weights, image_tokens, batching, sight, shared_prefix)

@@ -51,4 +51,4 @@ def tags(run: Run) -> Iterator[Finding]:
         yield warned(what, remedy)
 
 
-CHECKS: Checks = {"rendered": rendered, "tags": tags}
+CHECKS: Checks = (rendered, tags)

@@ -63,11 +63,4 @@ def rewards(run: Run) -> Iterator[Finding]:
         yield passed(", ".join(reward.__name__ for reward in run.reward_funcs))
 
 
-CHECKS: Checks = {
-    "settings": settings,
-    "tracking": tracking,
-    "output": output,
-    "model": model,
-    "chat template": chat_template,
-    "rewards": rewards,
-}
+CHECKS: Checks = (settings, tracking, output, model, chat_template, rewards)

@@ -139,4 +139,4 @@ def lint(run: Run) -> Iterator[Finding]:
         yield examine(reward, samples, run.processor.tokenizer)
 
 
-CHECKS: Checks = {"lint": lint}
+CHECKS: Checks = (lint,)

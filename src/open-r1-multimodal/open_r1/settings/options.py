@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from trl import GRPOConfig, SFTConfig
+from trl import GRPOConfig
 
 from open_r1.base.errors import Mistake, first_line
 from open_r1.settings.limits import check_values
@@ -49,14 +49,15 @@ def check_options(args: TrainingArguments) -> None:
     """See that TRL and transformers can do what their options ask for.
 
     Args:
-        args: of GRPO, or of `sft.py`.
+        args: of GRPO, or of SFT as `sft.py` prepares it.
 
     Raises:
         Mistake: for the first option that cannot have its value.
     """
+    refused = SFT
     if isinstance(args, GRPOConfig):
+        refused = GRPO
         check_values({field.name: getattr(args, field.name) for field in fields(args)})
-    refused = GRPO if isinstance(args, GRPOConfig) else SFT if isinstance(args, SFTConfig) else {}
     for field in fields(args):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         value = getattr(args, field.name)
