@@ -124,7 +124,7 @@ REFUSED = [
     ("cache_implementation", "static", "the shared prefix has a cache of its own"),
     ("include_for_metrics", ["inputs"], "rewards are the metrics"),
     ("importance_sampling_level", "word", "'word' is none of token, sequence"),
-    ("lr_scheduler_type", "warmup_stable_decay", "warmup_stable_decay"),
+    ("lr_scheduler_type", "warmup_stable_decay", "num_decay_steps"),
     ("optim", "schedule_free_adamw", "schedulefree"),
     ("report_to", "trackio", "trackio"),
 ]
