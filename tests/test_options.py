@@ -81,9 +81,11 @@ def try_all(trials: list[dict[str, Any]], run: Callable[[int, dict[str, Any]], N
     for number, trial in enumerate(trials):
         try:
             run(number, trial)
-        except Exception as error:
+        except (ValueError, ImportError, RuntimeError) as error:
             if not any(name in str(error) for name in trial):
                 silent.append((trial, repr(error)))
+        except Exception as error:
+            silent.append((trial, repr(error)))
     assert not silent, "\n".join(map(str, silent))
 
 
