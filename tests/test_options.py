@@ -27,7 +27,7 @@ SCHEDULES = {  # transformers asks for more than their name
 CHOSEN: dict[str, tuple[Any, ...]] = {
     **{name: CHOICES[name] for name in ("scale_rewards", "importance_sampling_level", "multi_objective_aggregation")},
     **{name: CHOICES[name] for name in ("vllm_mode", "vllm_importance_sampling_mode")},
-    "cache_implementation": ("dynamic", "static", "offloaded", "quantized"),
+    "cache_implementation": ("dynamic", "static"),
     "packing_strategy": ("bfd", "wrapped"),
     "truncation_mode": ("keep_start", "keep_end"),
     "include_num_input_tokens_seen": ("all", "non_padding", "no"),
@@ -37,8 +37,8 @@ CHOSEN: dict[str, tuple[Any, ...]] = {
     "pad_to_multiple_of": ("auto", 8),
     "include_for_metrics": (["loss"], ["inputs"]),
 }
-# What needs hardware, a network or a launch of several processes, or takes minutes here.
-ELSEWHERE = {"push_to_hub", "use_vllm", "tf32", "torch_compile", "use_cpu"}
+# What needs a GPU, a network or a launch of several processes, or takes minutes here.
+ELSEWHERE = {"push_to_hub", "use_vllm", "tf32", "torch_compile", "use_cpu", "activation_offloading"}
 WITH = {  # an option that means something beside another alone
     "sync_ref_model": {"beta": 0.1, "ref_model_sync_steps": 1},
     "use_adaptive_entropy": {"entropy_coef": 0.1},
