@@ -451,12 +451,12 @@ def test_a_survey_goes_on_after_what_is_wrong(tmp_path, monkeypatch):
         if row["solution"] == "red":
             raise Mistake("no red")
 
-    found = survey(read_examples(data), check)
+    found = survey(read_examples(path), check)
     assert (found.rows, found.images, found.decoded) == (8, 8, 8)
     assert [text.split(":")[0] for text in found.broken] == ["row 2", "row 5"]
     assert found.unusable == ["row 0: no red", "row 6: no red"]
     monkeypatch.setattr("open_r1.doctor.survey.DECODING_SECONDS", -1)
-    hurried = survey(read_examples(data), check)
+    hurried = survey(read_examples(path), check)
     assert hurried.decoded == 0 and hurried.broken == [] and hurried.shown[1] == found.shown[1]
 
 

@@ -20,7 +20,7 @@ from open_r1.base.fields import Expected, Name, Prose, Record, Text, check
 from open_r1.base.hub import fetch
 from open_r1.base.prompts import sat_question
 from open_r1.tasks import cvbench, sat
-from open_r1.tasks.examples import read_file
+from open_r1.tasks.examples import read_records
 
 LIMIT_SEED = 0
 
@@ -280,7 +280,7 @@ def read(benchmark: Benchmark, dataset_path: str | None = None, limit: int | Non
     first: dict[int | str, str] = {}  # id -> where it is
     rows = 0
     for file in locate(benchmark, dataset_path or benchmark.hub_id):
-        for number, row in enumerate(read_file(file)):
+        for number, row in enumerate(read_records(file)):
             where = f"{file}: row {number}"
             columns = benchmark.columns.model_fields
             if missing := [name for name in columns if isinstance(row, dict) and name not in row]:
