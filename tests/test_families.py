@@ -11,6 +11,7 @@ import torch
 import trl.trainer.utils
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from qwen_vl_utils import smart_resize
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -200,6 +201,17 @@ def test_prompts_within_the_bound_are_counted_without_a_pixel(model_type, max_pi
     if not isinstance(family, QwenVL):
         assert most == family.tiles_within(max_pixels // TILE**2) * TILE_TOKENS
         assert most * TILE**2 == family.pixel_bounds(processor)[1] * TILE_TOKENS
+
+
+def test_image_tokens_are_those_that_qwen_itself_counts():
+    """By `qwen_vl_utils`, the package of Qwen's authors, for images of ordinary shapes."""
+    processor = make_processor(make_tokenizer(), "qwen2_vl")
+    factor, bounds = 28, processor.image_processor.size
+    for height, width in ((480, 640), (28, 28), (1000, 333), (57, 99)):
+        limits = bounds["shortest_edge"], bounds["longest_edge"]
+        resized = smart_resize(height, width, factor, *limits)
+        expected = resized[0] * resized[1] // factor**2
+        assert FAMILIES["qwen2_vl"].count_image_tokens(processor, [(height, width)]) == expected
 
 
 @pytest.mark.parametrize("model_type", ["smolvlm", "internvl"])

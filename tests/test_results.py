@@ -265,7 +265,6 @@ def test_what_is_no_question_set(tmp_path):
     "run, arguments, message",
     [
         (world.main, "--output {folder}/w --rows 1 --schema cvbench", "--rows 1: cvbench has 2 files, and each needs"),
-        (world.main, "--output {folder}", "--output: {folder} is a folder; name a file"),
         ("scripts/benchmark.py", "stpe", "{{data,eval,step}}"),
         ("scripts/benchmark.py", "eval --bs -1", "--bs: expected a number above 0, not '-1'"),
         ("scripts/benchmark.py", "--json {folder}/no/x.json data", "--json: {folder}/no/x.json: no folder {folder}/no"),

@@ -19,7 +19,7 @@ from open_r1.base.errors import MissingFile, Mistake
 from open_r1.base.fields import Expected, Name, Prose, Record, Text, check
 from open_r1.base.hub import fetch
 from open_r1.base.prompts import sat_question
-from open_r1.tasks import cvbench, sat
+from open_r1.tasks import cvbench
 from open_r1.tasks.examples import read_records
 
 LIMIT_SEED = 0
@@ -168,7 +168,7 @@ def sat_items(row: Mapping[str, Any], number: int) -> list[Item]:
             options=rotated,
             answer=row["correct_answer"],
             prompt=sat_question(row["question"], rotated),
-            images=tuple(sat.image_bytes(row["image_bytes"])) or (None,),
+            images=tuple(row["image_bytes"] or ()) or (None,),
         )
         for shift, rotated in enumerate(rotations)
     ]
