@@ -165,7 +165,7 @@ def start(launch: LaunchSettings, run: list) -> None:
     """
     fork = multiprocessing.get_context("fork")
     plan = fork.SimpleQueue()
-    checking = fork.Process(target=check, args=[launch, plan], daemon=True)
+    checking = fork.Process(target=check, args=[launch, plan])  # no daemon: it has a child (templates.py)
     checking.start()
     # Imports torch, as the check does meanwhile.
     from accelerate.commands.launch import launch_command, launch_command_parser
