@@ -57,14 +57,7 @@ class Scored:
     logps: torch.Tensor | None = None
 
 
-class Qwen2VLGRPOTrainer(
-    MetricsMixin,
-    FiniteMixin,
-    LoadWeightsMixin,
-    PromptSamplingMixin,
-    StockStepMixin,
-    GRPOTrainer,
-):
+class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, PromptSamplingMixin, StockStepMixin, GRPOTrainer):
     """TRL's `GRPOTrainer` for the models of `open_r1.models.families`; same signature and defaults.
 
     A dataset row holds `prompt`, conversational or (without images) a text; `images` or `image`, if
@@ -399,14 +392,7 @@ class Qwen2VLGRPOTrainer(
     # TRL's runs the prompt through the model once a completion, padded on both sides. Its callers
     # hand on what a prompt's images became, as `pixel_values`; on the shared path that is the
     # prompts, encoded once.
-    def _get_per_token_logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        **kwargs,
-    ):
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, **kwargs):
         with nullcontext() if torch.is_grad_enabled() else self._timed("scoring"):
             scored = kwargs.get("pixel_values")
             if not isinstance(scored, Scored):
