@@ -14,6 +14,26 @@ fail() {
     exit 1
 }
 
+# What keeps the torch of requirements.txt from running on this machine's GPUs, and what to do about it: one line, or
+# nothing. PyPI builds it for CUDA 13, which needs a driver from 580 on (NVIDIA's table of minor versions) and a compute
+# capability from 7.5 on; PyTorch's own index has it for CUDA 12.6: drivers from 525, capabilities 5.0 to 9.0 (PyTorch's
+# RELEASE.md). Both were read and not tried. The best card of several counts; an answer in another form says nothing.
+gpu_is_too_old() {
+    { timeout -k 1 10 nvidia-smi --query-gpu=driver_version,compute_cap,name --format=csv,noheader; } 2>/dev/null |
+        awk -F ', *' '
+            $1 + 0 > 0 && $2 + 0 > best { driver = $1; best = $2 + 0; name = $3 }
+            END {
+                other = "install torch for CUDA 12.6, without vLLM: UV_TORCH_BACKEND=cu126 bash setup.sh"
+                cpu = "or go on without GPUs: CUDA_VISIBLE_DEVICES=-1 bash setup.sh"
+                if (best && best < 7.5)
+                    printf "%s: torch for CUDA 13 has no kernels for compute capability %.1f; %s, %s\n", name, best, other, cpu
+                else if (best && driver + 0 < 580) {
+                    wish = "update it" (best < 10 ? ", " other "," : "")
+                    print name ": torch for CUDA 13 needs a driver from 580 on, and this is " driver "; " wish " " cpu
+                }
+            }'
+}
+
 # The interpreter: the active environment's, else that of .venv, else a system Python to make .venv with
 . "$ROOT/scripts/env.sh"
 is_supported() { # trl needs 3.11; the newest with wheels of every package is 3.14
@@ -54,8 +74,9 @@ is_supported "$PYTHON" ||
     fail "$("$PYTHON" --version) in $PYTHON is not supported; use Python 3.11, 3.12, 3.13 or 3.14"
 prefix=$(PYTHONSAFEPATH=1 "$PYTHON" -c 'import sys; print(sys.prefix)')
 
-gpus=$(gpu_names) || fail "$gpu_hangs"
-gpu=$(printf '%s' "$gpus" | head -n 1)
+# The GPU that a launch would find, if any; an error when nvidia-smi hangs
+gpu=$(PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$ROOT/src/open-r1-multimodal" "$PYTHON" -c \
+    'from open_r1.running.launch_settings import print_gpu; print_gpu()') || exit 1
 
 # Nothing changed since the last time: say so and stop
 stamp="$prefix/.setup-stamp"

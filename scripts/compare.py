@@ -3,16 +3,17 @@
     python scripts/compare.py src/eval/results/CVBench_result_*_reasoning.json
     python scripts/compare.py src/eval/results/*_reasoning.json     several benchmarks: a line a score, a column a model
 
-The first result is the one that the others are compared with, of each benchmark its own. The difference of two results
-is paired: each question is its own control. Its p-value is McNemar's exact test; a question in several rotations counts
-as right when it is right in all of them. Warnings say what else differs: values move by ten points with the prompt or
-the parser alone.
+The first result is the one that the others are compared with, of each benchmark its own. The
+difference of two results is paired: each question is its own control, and counts as it does in the
+Total, with the mean over its rotations where it was asked in several. Questions that were asked once
+also have the p-value of McNemar's exact test. Warnings say what else differs: values move by ten
+points with the prompt or the parser alone.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from open_r1.base.errors import Mistake, printable, run, use_environment
 use_environment()
 
 from open_r1.answers.checker import Unread
-from open_r1.answers.statistics import TOTAL, mcnemar, outcomes, paired_difference, unread_warning
+from open_r1.answers.statistics import TOTAL, unread_warning
 from open_r1.base.files import FIGURE_MARK, check_replaceable, replacing
 from open_r1.evaluate.results import read_scored
+from open_r1.report.comparison import accuracy_cell, markdown, paired_table, percent
 from open_r1.tasks.benchmarks import BENCHMARKS
 
 CHART_FORMATS = (".png", ".svg", ".pdf")
@@ -46,34 +48,46 @@ def benchmark_of(result: Result) -> str:
     return result.get("benchmark", "unnamed")
 
 
-def name_results(paths: Sequence[Path], results: Sequence[Result]) -> list[str]:
-    """What to call each result: by its file. Those of one model on several benchmarks have one name."""
-    benchmarks = [benchmark_of(result) for result in results]
-    if len(set(benchmarks)) == 1:
-        return short_names([path.stem for path in paths]) or list(map(str, paths))
-    files = [BENCHMARKS[name].name if name in BENCHMARKS else name for name in benchmarks]
-    stems = [path.stem.removeprefix(f"{file}_result_") for path, file in zip(paths, files, strict=True)]
-    distinct = list(dict.fromkeys(stems))
-    names = short_names(distinct)
-    if names is None or len(set(zip(stems, benchmarks, strict=True))) < len(stems):
-        return list(map(str, paths))
-    return [names[distinct.index(stem)] for stem in stems]
+def name_results(
+    paths: Sequence[Path],
+    results: Sequence[Result],
+    chosen: Sequence[str] | None,
+) -> list[str]:
+    """What to call each result: by its file, or as the user chose.
 
-
-def rename(names: Sequence[str], results: Sequence[Result], given: Sequence[str]) -> list[str]:
-    """The names that the user gave, in place of `name_results`: one a result, of several benchmarks one a model.
+    Results of one model on several benchmarks have one name.
 
     Raises:
-        ValueError: too many or too few.
+        Mistake: too many or too few chosen names.
     """
-    if len(set(map(benchmark_of, results))) == 1:
-        if len(given) != len(results):
-            raise Mistake(f"--names: {len(given)} names for {len(results)} results")
-        return list(given)
-    distinct = list(dict.fromkeys(names))
-    if len(given) != len(distinct):
-        raise Mistake(f"--names: {len(given)} names for {len(distinct)} models ({', '.join(distinct)})")
-    return [given[distinct.index(name)] for name in names]
+    benchmarks = [benchmark_of(result) for result in results]
+    stems = [path.stem for path in paths]
+    kind, wanted = "results", stems
+    if len(set(benchmarks)) > 1:
+        files = [BENCHMARKS[name].name if name in BENCHMARKS else name for name in benchmarks]
+        prefixes = [f"{file}_result_" for file in files]
+        stems = [stem.removeprefix(start) for stem, start in zip(stems, prefixes, strict=True)]
+        kind, wanted = "models", list(dict.fromkeys(stems))
+    defaults = short_names(wanted)
+    if len(set(zip(stems, benchmarks, strict=True))) < len(stems):  # one name in two folders
+        stems = wanted = defaults = list(map(str, paths))
+    names = chosen or defaults
+    if len(names) != len(wanted):
+        defaults = f" ({', '.join(defaults)})" if kind == "models" else ""
+        raise Mistake(f"--names: {len(names)} names for {len(wanted)} {kind}{defaults}")
+    return list(names) if kind == "results" else [names[wanted.index(stem)] for stem in stems]
+
+
+def short_names(stems: Sequence[str]) -> list[str]:
+    """File names without what all begin and end with, at whole words, unless two were the same."""
+    if len(stems) == 1:
+        return list(stems)
+    words = [stem.split("_") for stem in stems]
+    for end in (0, -1):
+        while min(map(len, words)) > 1 and len({stem[end] for stem in words}) == 1:
+            words = [stem[1:] if end == 0 else stem[:-1] for stem in words]
+    names = ["_".join(stem) for stem in words]
+    return names if len(set(names)) == len(names) else list(stems)
 
 
 def by_model(names: Sequence[str], results: Sequence[Result]) -> Models:
@@ -84,17 +98,6 @@ def by_model(names: Sequence[str], results: Sequence[Result]) -> Models:
     for name, result in zip(names, results, strict=True):
         models.setdefault(name, {})[benchmark_of(result)] = result
     return list(models.items())
-
-
-def short_names(stems: Sequence[str]) -> list[str] | None:
-    """File names without what all of them begin and end with, at whole words; None if that leaves two the same."""
-    words = [stem.split("_") for stem in stems]
-    while len(words) > 1 and all(len(own) > 1 and own[0] == words[0][0] for own in words):
-        words = [own[1:] for own in words]
-    while len(words) > 1 and all(len(own) > 1 and own[-1] == words[0][-1] for own in words):
-        words = [own[:-1] for own in words]
-    names = ["_".join(own) for own in words]
-    return names if len(set(names)) == len(names) else None
 
 
 def differing(results: Sequence[Result], conditions: Mapping[str, str]) -> list[str]:
@@ -110,85 +113,47 @@ def score_table(names: Sequence[str], results: Sequence[Result]) -> str:
     """Accuracy in %, its 95 % interval and its bounds: a line a result, a column a task and the Total."""
     tasks = dict.fromkeys(row["task"] for result in results for row in result["results"])
     columns = [*tasks, TOTAL]
-    lines = [f"| | {' | '.join(columns)} |", f"|:-|{'-:|' * len(columns)}"]
-    for name, result in zip(names, results, strict=True):
-        lines.append(f"| {name} | {' | '.join(interval(result['scores'].get(column)) for column in columns)} |")
-    chances = (results[0]["scores"].get(column) for column in columns)
-    cells = [f"{100 * value['chance']:.2f}" if value else "-" for value in chances]
-    lines.append(f"| chance | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [
+        [name, *(accuracy_cell(result["scores"].get(column), 2) for column in columns)]
+        for name, result in zip(names, results, strict=True)
+    ]
+    chances = [results[0]["scores"].get(column, {}).get("chance") for column in columns]
+    rows.append(["chance", *(percent(chance, 2) for chance in chances)])
+    return markdown(["", *columns], rows)
 
 
 def detail_table(names: Sequence[str], results: Sequence[Result]) -> str:
     """The other scores, and the shares of responses that could not be read or were cut off: a column a result."""
     tasks = {row["task"] for result in results for row in result["results"]}
     labels = dict.fromkeys(label for result in results for label in result["scores"])
-    lines = [f"| | {' | '.join(names)} |", f"|:-|{'-:|' * len(names)}"]
-    for label in (label for label in labels if label not in tasks and label != TOTAL):
-        lines.append(f"| {label} | {' | '.join(interval(result['scores'].get(label)) for result in results)} |")
+    rows = [
+        [label, *(accuracy_cell(result["scores"].get(label), 2) for result in results)]
+        for label in labels
+        if label not in tasks and label != TOTAL
+    ]
+    shares = [result["shares"] for result in results]
     for key in ("unparsable_share", "truncated_share"):
-        cells = [f"{100 * result['shares'][key]:.2f}" for result in results]
-        lines.append(f"| {key.replace('_', ' ')} | {' | '.join(cells)} |")
+        rows.append([key.replace("_", " "), *(percent(share[key], 2) for share in shares)])
     for reason in Unread:
-        shares = [result["shares"].get("unread_shares", {}).get(reason.value) for result in results]
-        cells = ["-" if share is None else f"{100 * share:.2f}" for share in shares]
-        lines.append(f"| unread: {reason.value} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        unread = [share.get("unread_shares", {}).get(reason.value) for share in shares]
+        rows.append([f"unread: {reason.value}", *(percent(share, 2) for share in unread)])
+    return markdown(["", *names], rows)
 
 
 def joint_table(models: Models, benchmarks: Sequence[str]) -> str:
     """Every score of several benchmarks, in %, with its interval and bounds: a line a score, a column a model."""
-    lines = [f"| | chance | {' | '.join(name for name, _ in models)} |", f"|:-|-:|{'-:|' * len(models)}"]
+    rows = []
     for benchmark in benchmarks:
-        results = [found[benchmark] for _, found in models if benchmark in found]
+        results = [of_model[benchmark] for _, of_model in models if benchmark in of_model]
         tasks = [row["task"] for result in results for row in result["results"]]
         others = [label for result in results for label in result["scores"]]
         for label in dict.fromkeys([*tasks, TOTAL, *others]):
-            scores = [found[benchmark]["scores"].get(label) if benchmark in found else None for _, found in models]
-            chance = next((f"{100 * score['chance']:.2f}" for score in scores if score), "-")
-            lines.append(f"| {benchmark}: {label} | {chance} | {' | '.join(map(interval, scores))} |")
-    return "\n".join(lines)
-
-
-def interval(value: Mapping[str, Any] | None) -> str:
-    """`"45.20 (41.0 - 49.0) [45.2 - 47.9]"`, or a dash for a score that there is none of."""
-    if value is None:
-        return "-"
-    low, high = (100 * bound for bound in value["interval"])
-    bounds = " [{:.1f} - {:.1f}]".format(*(100 * bound for bound in value["bounds"])) if "bounds" in value else ""
-    return f"{100 * value['accuracy']:.2f} ({low:.1f} - {high:.1f}){bounds}"
-
-
-def paired_table(benchmark: str, names: Sequence[str], results: Sequence[Result]) -> str:
-    """How the results of a benchmark differ from the first one."""
-    first, *others = (outcomes(result["results"]) for result in results)
-    lines = [
-        f"| {benchmark}, against {names[0]} | {TOTAL} in points | right where the first is wrong "
-        "| wrong where the first is right | questions of both | McNemar p |",
-        "|:-|-:|-:|-:|-:|-:|",
-    ]
-    return "\n".join(
-        [*lines, *(paired_line(name, first, other) for name, other in zip(names[1:], others, strict=True))]
-    )
-
-
-def paired_line(name: str, first: Mapping[Hashable, bool], second: Mapping[Hashable, bool]) -> str:
-    """How `second` differs from `first` over the questions that both answered.
-
-    Raises:
-        ValueError: they share none.
-    """
-    shared = first.keys() & second.keys()
-    if not shared:
-        raise Mistake(f"{name}: shares no question with the first result")
-    only_first = sum(first[key] and not second[key] for key in shared)
-    only_second = sum(second[key] and not first[key] for key in shared)
-    difference, low, high = (100 * value for value in paired_difference(only_first, only_second, len(shared)))
-    p = mcnemar(only_first, only_second)
-    return (
-        f"| {name} | {difference:+.2f} ({low:+.1f} - {high:+.1f}) | {only_second} | {only_first} "
-        f"| {len(shared)} | {p:.2g} |"
-    )
+            asked = [of_model.get(benchmark, {"scores": {}}) for _, of_model in models]
+            scores = [result["scores"].get(label) for result in asked]
+            chance = next((score["chance"] for score in scores if score), None)
+            cells = [accuracy_cell(score, 2) for score in scores]
+            rows.append([f"{benchmark}: {label}", percent(chance, 2), *cells])
+    return markdown(["", "chance", *(name for name, _ in models)], rows)
 
 
 def draw(path: Path, models: Models, columns: Sequence[tuple[str, str, str]]) -> None:
@@ -206,11 +171,11 @@ def draw(path: Path, models: Models, columns: Sequence[tuple[str, str, str]]) ->
     width = 0.8 / len(models)
     figure, axes = plt.subplots(figsize=(max(6, 1.1 * len(columns)), 4), layout="constrained")
     chances: dict[int, float] = {}
-    for number, (name, found) in enumerate(models):
+    for number, (name, of_model) in enumerate(models):
         shown = [
-            (at, found[benchmark]["scores"][label])
+            (at, of_model[benchmark]["scores"][label])
             for at, (benchmark, label, _) in enumerate(columns)
-            if benchmark in found and label in found[benchmark]["scores"]
+            if benchmark in of_model and label in of_model[benchmark]["scores"]
         ]
         x = [at + (number - (len(models) - 1) / 2) * width for at, _ in shown]
         height = [100 * value["accuracy"] for _, value in shown]
@@ -254,10 +219,7 @@ def main() -> None:
     chart = args.chart or args.results[0].parent / "comparison.png"
     check_replaceable(chart)
     results = [read_scored(path) for path in args.results]
-    names = name_results(args.results, results)
-    if args.names:
-        names = rename(names, results, args.names)
-    names = list(map(printable, names))
+    names = list(map(printable, name_results(args.results, results, args.names)))
     models = by_model(names, results)
     benchmarks = list(dict.fromkeys(map(benchmark_of, results)))
     groups = {
@@ -275,7 +237,8 @@ def main() -> None:
         columns = [(benchmark, TOTAL, benchmark) for benchmark in benchmarks]
     for benchmark, group in groups.items():
         if len(group) > 1:
-            print(f"\n{paired_table(benchmark, *zip(*group, strict=True))}")
+            of_group, rows = [name for name, _ in group], [result["results"] for _, result in group]
+            print(f"\n{paired_table(f'{benchmark}, against {of_group[0]}', of_group, rows)}")
     draw(chart, models, columns)
     for name, result in zip(names, results, strict=True):
         if warning := unread_warning(result["shares"]):

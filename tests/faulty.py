@@ -38,16 +38,12 @@ def reward(completions, trainer_state, **kwargs):
     step = trainer_state.global_step + 1
     if happens("launcher killed", step, at=45, rank=1):
         os.kill(int(os.environ[LAUNCHER]), signal.SIGKILL)
-    if happens("rank killed", step, at=85, rank=1):
+    if happens("rank killed", step, at=85, rank=0):
         os.kill(os.getpid(), signal.SIGKILL)
-    if happens("disk full of rows", step, at=125, rank=0):
+    if happens("disk full of rows", step, at=105, rank=0):
         fill_disk((RUN / "trajectories/train.jsonl").stat().st_size + 500)  # less than a row more
-    if happens("not a number", step, at=205, rank=1):
-        return [float("nan")] * len(completions)
-    if happens("image damaged", step, at=230, rank=0):
+    if happens("image damaged", step, at=170, rank=0):
         IMAGE.write_bytes(IMAGE.read_bytes()[:60])
-    if happens("first rank killed", step, at=265, rank=0):
-        os.kill(os.getpid(), signal.SIGKILL)
     return vowel_share(completions)
 
 

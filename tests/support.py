@@ -1,5 +1,6 @@
 """What several tests share: rendered examples, a reward that a random model can earn, training runs, slow attention."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -22,7 +23,7 @@ from trl.generation import vllm_generation
 from open_r1 import configs
 from open_r1.base.prompts import REPO_ROOT, sat_question
 from open_r1.engines.backends import Backend, Completions
-from open_r1.engines.shared_prefix import encode_images
+from open_r1.engines.shared_prefix import Layout, encode_images, locate_group
 from open_r1.models.families import FAMILIES
 from open_r1.models.loading import load_model, load_processor
 from open_r1.running.data import load_dataset
@@ -224,7 +225,7 @@ def launch_env(model: Path, data: Path, output: Path, **env: str) -> dict[str, s
     return {
         **os.environ,
         "PYTHON": sys.executable,
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
         "CONFIG": str(REPO_ROOT / "tests/data/grpo.yaml"),
         "MODEL": str(model),
         "DATA": str(data),
@@ -232,6 +233,24 @@ def launch_env(model: Path, data: Path, output: Path, **env: str) -> dict[str, s
         "HF_HUB_OFFLINE": "1",
         **env,
     }
+
+
+def write_script(path: Path, text: str) -> Path:
+    """A shell script that can be called."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def processes_naming(text: str) -> list[int]:
+    """The processes whose command line holds a text, as a test's folder is one."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended while we looked
+            if text.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
 
 
 def enlarge(model: torch.nn.Module) -> None:
@@ -250,6 +269,15 @@ def attend_plainly(query, key, value, scale=None, is_causal=True):
     queries, keys = scores.shape[1:]
     hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
     return (scores.masked_fill(hidden, -torch.inf) if is_causal else scores).softmax(dim=-1) @ value
+
+
+def make_layout(groups: list[tuple[int, list[int]]], device: torch.device | str = "cpu") -> Layout:
+    """The layout of a packed row; of each group the tokens of its prefix, and of each branch."""
+    located, start = [], 0
+    for prefix, lengths in groups:
+        located.append(locate_group(start, prefix, lengths, torch.device(device)))
+        start += located[-1].length
+    return Layout(located)
 
 
 def slow_varlen(

@@ -1,5 +1,6 @@
 """The answer checker against a table judged by hand, and against text that wants to break it."""
 
+import doctest
 import json
 import subprocess
 import sys
@@ -27,14 +28,11 @@ def test_response_is_judged_as_by_a_human(question, mode, response, answer, corr
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("<answer>left</answer>", "left"),
         ("<answer>\nleft\nfront\n</answer>", "left\nfront"),
         ("<answer>left</answer> no: <answer>right</answer>", "right"),
         ("<answer><answer>left</answer></answer>", "left"),
         ("<answer>left</answer> <answer>right", "left"),
         ("<answer></answer>", ""),
-        ("<answer>left", None),
-        ("left</answer>", None),
         ("</answer>left<answer>", None),
         ("", None),
     ],
@@ -46,32 +44,23 @@ def test_extract_answer(text, expected):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("three", "3"),
-        ("3.0", "3"),
         ("0.50", "0.5"),
         (".5", "0.5"),
         ("1,000", "1000"),
-        ("-3.0", "-3"),
-        ("nineteen", "19"),
         ("Twenty-One Chairs", "21 chairs"),
-        ("ninety nine", "99"),
         ("someone", "someone"),
         ("3rd", "3rd"),
         ("10:30", "10:30"),
         (' "The chair." ', "chair"),
-        ("a", "a"),
         ("a b", "a b"),
-        ("half-left", "half-left"),
         ("?", "?"),
-        ("", ""),
     ],
 )
 def test_normalize(text, expected):
-    assert normalize(text) == expected
-    assert normalize(expected) == expected
+    assert normalize(text) == normalize(expected) == expected
 
 
-@pytest.mark.parametrize("gold", ["C", "(C)", "c.", "1", "one"])
+@pytest.mark.parametrize("gold", ["(C)", "c.", "one"])
 def test_gold_is_a_letter_or_a_text(gold):
     assert is_correct("C", gold, COUNT["options"], lettered=True)
     assert is_correct("1.0", gold, COUNT["options"], lettered=True)
@@ -85,65 +74,13 @@ def test_letters_count_only_where_they_were_shown():
 
 
 @pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        (r"\boxed{A}? No, \boxed{C}. Wait: \boxed{B}", "(B)"),
-        (r"\boxed{C}, then \boxed{B}, which is \boxed{7.5}", "(B)"),  # the last that is an option
-        (r"\boxed{A} " + r"\boxed{7} " * 9, None),  # too far back
-        (r"\fbox{A} and \boxed{\boxed{B}}", "(B)"),
-        ("(B)\nQuestion: And how many pianos?\nAnswer: A\nQuestion: And flutes?\nAnswer: C", "(B)"),
-        ("So it is 2.\n\nUser: How many pianos?\nAnswer: 3\nUser: And flutes?\nAnswer: 1", "(B)"),
-        ("\nQuestion 1: How many organs?\nAnswer: B\nQuestion 2: And pianos?\nAnswer: A", "(B)"),
-        ("Hmm.\nQuestion: How many organs?\nAnswer: B", "(B)"),  # nothing was answered before
-    ],
-)
-def test_which_of_several_commitments_counts(response, answer):
-    assert judge(response, **COUNT, lenient=True).answer == answer
-
-
-@pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        ("My guess:\n(A) 3\n\nOn second thought:\n(B) 2\n\nThat hall is old.", "(B)"),
-        ("I would choose (B). (A) is the closest one in size.", "(B)"),  # a choice, whatever is praised
-        ("This shows a hall. There are 2 organs. Therefore, the hall is large. It is old.", None),
-        ("The answer is A. I see that one is a piano. The answer is B.", "(B)"),  # with a thought in between
-        ("This shows a hall. Therefore, there are 3. I count again. Therefore, there are 2. It is old.", "(B)"),
-        ("To count 3 things we look twice. It is dark. There are 2 organs.", "(B)"),
-        ("The picture shows 3 halls. It is dark. There are 2 organs.", "(B)"),
-        ("It isn't easy to see 3 organs. It is dark. There are 2 organs.", "(B)"),
-        ("The picture shows 2 organs. There is 1 at the wall. It did not look like 3 to me.", None),
-        ("<answer>(A) 3\n<answer>(B) 2", "(B)"),
-        ("It is (A).</think> It is (C).</think> (B)", "(B)"),
-        ("The answer is:\n2\nI also see 3 pianos.", "(B)"),
-        ("It is dark. I look again. I'm sorry, I cannot tell from 2 dark halls.", None),
-        ("I cannot see the image. It is dark. They may be 2 in a hall. It is old.", None),
-        ("It is dark. I look again. I cannot see the image well. There are 2 organs.", "(B)"),  # said on the way
-        ("(A) is wrong: it is too many.\nThere are 2 organs.", "(B)"),
-        ("The answer is (F) 2.", None),  # there is no F
-        ("There are 5 or 2 organs.", None),  # as open as the other way round
-        ("There are 7,2 of them.", None),
-        ("It is 7/2 of them.", None),
-        ("The ratio is 2/7 in it.", None),
-        ("It is 2:30 there.", None),
-        ("While there may be 3 of them, I see 2 organs.", "(B)"),
-    ],
-)
-def test_where_a_response_commits_itself(response, answer):
-    assert judge(response, **COUNT, lenient=True).answer == answer
-
-
-@pytest.mark.parametrize(
     ("options", "response", "answer"),
     [
         (["A", "B", "C"], "This is a B.", "(B)"),  # "a" is no option, though "A" is
-        (["Point B", "Point C"], "I think that (B) fits.", "(B)"),
         (["Point B", "Point C"], "I think that B fits.", "(B)"),  # labels that do not go from A on are none
         (["B is closer", "A is closer"], "I think that A looks nearer here.", "(B)"),
         (["B is closer", "A is closer"], "I think that (A) fits.", "(A)"),
         (["size: B", "size: A"], "I think it is size: B here.", "(A)"),  # a letter within an option's text
-        (["left"], "(A) left", "(A)"),
-        (["left"], "I think left.", "(A)"),
         (["left"], "(B) left", None),
     ],
 )
@@ -164,19 +101,8 @@ def test_an_option_may_say_that_there_is_nothing_to_see():
         assert judge(f"The answer is {text}.", "(A)", options, lenient=True).answer == answer
 
 
-def test_a_computation_ends_with_its_answer():
-    text = "I think 5 is the start.\nSeven more come to it.\n12"
-    assert judge(text, "12", lenient=True).correct and not judge(text, "5", lenient=True).correct
-
-
 @pytest.mark.parametrize(
-    ("chinese", "english"),
-    [
-        *((text, "left") for text in ("左", "左边", "左侧。")),
-        *((text, "right") for text in ("右", "右边", "右侧")),
-        *((text, "yes") for text in ("是", "是的。")),
-        *((text, "no") for text in ("否", "不是")),
-    ],
+    ("chinese", "english"), [("左侧。", "left"), ("右", "right"), ("是的。", "yes"), ("不是", "no")]
 )
 def test_what_models_answer_in_chinese(chinese, english):
     options = ["left", "right"] if english in ("left", "right") else ["yes", "no"]
@@ -201,18 +127,13 @@ def test_a_text_that_is_another_options_is_no_short_form_of_one():
 @pytest.mark.parametrize(
     ("gold", "answer", "equal"),
     [
-        ("π", "22/7", False),
         ("π", "3.14", False),
-        ("1/3", "0.333", False),
-        ("1/3", "0.3333", False),
         ("1/3", "0.333333", False),
-        ("2/3", "0.67", False),
-        ("√2", "1.414", False),
-        ("100", "99.99", False),
         ("1000000", "1000001", False),
         ("1/3", "0.3333333333", True),
         (r"\sqrt{2}", "1.41421356237", True),
-        (r"\frac{22}{7}", "3.142857142857", True),
+        ("0", "1-1", True),
+        (r"\sqrt{1-3}", r"\sqrt{-2}", True),
     ],
 )
 def test_near_is_not_equal(gold, answer, equal):
@@ -235,57 +156,29 @@ def test_gold_outside_the_options_is_an_error_in_the_data(gold):
 @pytest.mark.parametrize(
     ("gold", "answer", "equal"),
     [
-        ("1/2", "0.5", True),
-        ("0.5", r"\frac{1}{2}", True),
-        (r"\sqrt{4}", "2", True),
-        ("6", "2*3", True),
         ("6", "2 × 3", True),  # noqa: RUF001
         ("x+1", "1+x", True),
+        ("(a+b)/2", "(a-b)/2", False),
         ("10^{3}", "1000", True),
-        ("1/2", "1/3", False),
-        ("2", "1 or 2", False),
-        ("2", "1, 2", False),
-        ("12", "1 2", False),
         ("2", "{1, 2}", False),
         ("1/2", "1/0", False),
-        ("1/2", "", False),
         ("1/2", None, False),
-        ("60°", "60", True),
-        ("60", "60 degrees", True),
-        (r"60^\circ", "60°", True),
-        ("60°", "60 cm", False),
         ("4cm", "4", True),
-        ("4", "4 cm", True),
         ("4cm", "4mm", False),
         ("4cm^{2}", "4cm²", True),
         ("4cm^{2}", "4cm", False),
         ("6米", "6.0", True),
-        ("50", "50%", True),
         ("2√{3}", r"2\sqrt{3}", True),
-        (r"2\sqrt{3}", "2√3", True),
-        ("10√{2}", "10.0√2", True),
         ("2√{3}", "2√{5}", False),
-        ("3√{3}cm", "3.0", False),
-        ("9π", "9pi", True),
         ("9πcm^{2}", r"9\pi", True),
         ("9π", "9", False),
-        (r"\frac{4}{3}", "1.3333333333333333", True),
-        ("(a+b)/2", "(b+a)/2", True),
-        ("(a+b)/2", "(a-b)/2", False),
-        ("24", r"32\sqrt{2}", False),
         ("5", "5 chairs", False),
-        ("5 chairs", "5", False),
         ("1.5", "1½", True),
         ("5.5", "1½", False),
-        ("-1.5", "-1½", True),
-        ("2.25 m", "2¼ m", True),
         ("1000", "10³", True),
         ("103", "10³", False),
         ("0.001", "10⁻³", True),
-        ("7", "10⁻³", False),
         ("x^{2}", "x²", True),
-        ("2x", "x²", False),
-        ("4 m^{2}", "4m²", True),
     ],
 )
 def test_symbolic_equality_is_the_last_resort(gold, answer, equal):
@@ -295,20 +188,14 @@ def test_symbolic_equality_is_the_last_resort(gold, answer, equal):
 # Each beside what it looks like: who reads both sees no difference.
 UNSEEN = [
     ("\u200eleft\u200f", "left"),  # direction marks
-    ("\u202bleft\u202c", "left"),  # embedding
     ("\u2066le\u2069ft", "left"),  # isolates
-    ("\ufeffleft", "left"),  # byte order mark
     ("le\u200bft", "left"),  # space of no width
-    ("l\u034feft", "left"),  # grapheme joiner
     ("\u3164left\u115f", "left"),  # Hangul fillers
     ("left\U000e0072\U000e0074", "left"),  # tags
     ("left\x00\x08", "left"),  # control characters
     ("&zwnj;left&lrm;", "left"),
     ("mo\u00adtor\u2060cycle", "motorcycle"),
-    ("cafe\u200d\u0301", "café"),
     ("\u0645\u06cc\u200c\u0631\u0648\u062f", "\u0645\u06cc\u0631\u0648\u062f"),  # Persian, with a non-joiner
-    ("\u06a9\u062a\u0627\u0628\u200f", "\u06a9\u062a\u0627\u0628"),
-    ("✈\ufe0f", "✈"),
     ("👩\u200d🚀", "👩🚀"),
     ("葛\U000e0100城", "葛城"),  # a variant of the same letter
 ]
@@ -346,7 +233,7 @@ def test_what_one_sees_does(one, other):
     assert not is_correct(one, other) and not is_correct(other, one, [one, other])
 
 
-@pytest.mark.parametrize("unseen", ["\u200b", "\u200f \u202c", "\ufe0f", "\u3164", "\u2800", "\x00"], ids=ascii)
+@pytest.mark.parametrize("unseen", ["\u200f \u202c", "\u3164", "\u2800", "\x00"], ids=ascii)
 def test_nothing_to_see_is_no_answer(unseen):
     for gold, options in (("left", ["left", "right"]), ("\u200d", ["\u200d", "right"]), ("left", None)):
         assert not is_correct(unseen, gold, options)
@@ -357,20 +244,13 @@ def test_nothing_to_see_is_no_answer(unseen):
     ("gold", "answer"),
     [
         ("12", "\u0661\u0662"),  # Arabic-Indic
-        ("12", "\u06f1\u06f2"),  # of Persian and Urdu
         ("12", "\u0967\u0968"),  # Devanagari
-        ("12", "\u09e7\u09e8"),  # Bengali
         ("12", "１２"),  # noqa: RUF001
-        ("12", "\U0001d7cf\U0001d7d0"),  # of mathematics
         ("3", "3\ufe0f\u20e3"),  # a key
-        ("12", "\u0661\u0662\u066b\u0660"),  # with the Arabic decimal separator
-        ("0.5", "\u0660\u066b\u0665"),
+        ("0.5", "\u0660\u066b\u0665"),  # with the Arabic decimal separator
         ("1,200", "\u0661\u066c\u0662\u0660\u0660"),  # and that of thousands
-        ("1/2", "\u0967/\u0968"),
         ("-3", "−\u0663"),  # noqa: RUF001
         ("50%", "\u0665\u0660\u066a"),
-        ("5 cm", "\u096b cm"),
-        ("\u0663", "3.0"),
         ("\u0967\u0968", "twelve"),
     ],
     ids=ascii,
@@ -386,12 +266,7 @@ def test_letters_of_full_width_are_options():
         assert is_correct(answer, **COUNT) and not is_correct(answer, "(A)", COUNT["options"])
 
 
-COMMANDS = ["fbox", "mbox", "hbox", "framebox", "text", "textit", "textrm", "textsf", "texttt", "textsc", "textnormal",
-            "mathrm", "mathsf", "mathit", "mathtt", "mathbf", "boldsymbol", "bm", "emph", "underline", "operatorname",
-            "rm", "bf", "large", "Huge", "displaystyle"]  # fmt: skip
-
-
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["framebox", "text", "mathrm", "boldsymbol", "operatorname", "Huge"])
 def test_a_command_that_only_dresses_an_answer(command):
     sides = ["left", "right"]
     for dress in (
@@ -412,56 +287,35 @@ def test_a_command_that_only_dresses_an_answer(command):
 
 
 def test_dress_is_taken_off_however_deep():
-    for depth in (1, 2, 5, 40):
+    for depth in (1, 40):
         assert is_correct(r"\text{" * depth + "left" + "}" * depth, "left")
         assert is_correct(r"\bm{" * depth + r"\sqrt{\frac{8}{2}}" + "}" * depth, "2")
-    start = time.process_time()
-    normalize(r"\a{" * 2_000 + "left" + "}" * 2_000)
-    assert time.process_time() - start < 5  # it takes a hundredth of a second
 
 
 @pytest.mark.parametrize(
     ("gold", "answer", "equal"),
     [
         ("left", r"\answer{left}", True),  # one of the model's own
-        ("left", r"\textcolor{red}{left}", True),
         ("left", r"\colorbox{yellow}{\textbf{left}}", True),
-        ("left", r"\fcolorbox{red}{white}{left}", True),
         ("left", r"{\color{red} left}", True),
-        ("left", r"{\bf left}", True),
         ("left", r"\left(\text{left}\right)", True),
         ("left", r"\framebox[2cm][c]{left}", True),
-        ("left", r"\quad left \\", True),
         ("left front", r"\text{left}\ \text{front}", True),
         ("9π", r"9\pi\text{cm}", True),
-        ("9π", r"9\pi{}", True),
         ("5 cm", r"5\,\mathrm{cm}", True),
         ("1000", r"1{,}000", True),
-        ("1000", r"1\,000", True),
         ("50%", r"50\%", True),
-        ("black & white", r"\text{black \& white}", True),
-        ("3", r"\left(3\right)", True),
-        ("(a+b)/2", r"\left(a+b\right)/2", True),
         ("6", r"2\times{3}", True),
         # What computes, marks, denies, strikes out or hides is no dress.
         ("12", r"\frac{1}{2}", False),
-        ("4", r"\sqrt{4}", False),
-        ("0.3", r"0.\overline{3}", False),
         ("x", r"\hat{x}", False),
-        ("AB", r"\vec{AB}", False),
         ("3", r"\pm{3}", False),
-        ("3", r"\geq{3}", False),
         ("30", r"\sin{30}", False),
-        ("23", r"2\times{3}", False),
-        ("9", r"9\pi{}", False),
         ("103", r"10\textsuperscript{3}", False),
         ("left", r"\cancel{left}", False),
-        ("left", r"\sout{left}", False),
         ("left", r"\phantom{left}", False),
         ("left", r"\not{left}", False),
-        ("left", r"\frac{left}{right}", False),
         ("left", r"\textbf{left}\textbf{right}", False),
-        ("left", r"\text{not }\text{left}", False),
         ("left", r"\textbf{left", False),
     ],
 )
@@ -472,22 +326,15 @@ def test_which_latex_only_dresses(gold, answer, equal):
 
 
 @pytest.mark.parametrize(
-    "answer",
-    [
-        "9^9^9^9",
-        "9**9**9",
-        "{9^{99}}^{99}",
-        "(9^9)^9",
-        "99999999999",
-        "9!",
-        r"\binom{99999}{9999}",
-        "(" * 20 + "1",
-        "x" * 65,
-    ],
+    "answer", ["9^9^9^9", "9**9**9", "{9^{99}}^{99}", "99999999999", "9!", r"\binom{99999}{9999}", "(" * 20 + "1"]
 )
 def test_runaway_expressions_never_reach_math_verify(answer, monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)  # importing it now raises ImportError
     assert not is_correct(answer, "1/2")
+
+
+def test_the_examples_of_the_documentation():
+    assert doctest.testmod(answers).failed == 0 < doctest.testmod(answers).attempted
 
 
 def test_symbolic_equality_outside_the_main_thread():
@@ -498,8 +345,8 @@ def test_symbolic_equality_outside_the_main_thread():
     assert results == [True]
 
 
-ENGLISH = ["(B) ", "A ", "3 or ", "one of ", "answer is ", "answer is A because ", "1", "1,000,", "\n x", "..x"]
-MARKUP = ["<answer>", "</answer>", "<answer>A</answer>", "<a", "*_", r"\boxed{", "&amp;", "答案是", "\ufdfa"]
+ENGLISH = ["(B) ", "3 or ", "answer is A because ", "1,000,", "\n x"]
+MARKUP = ["<answer>", "<answer>A</answer>", "<a", r"\boxed{", "&amp;", "\ufdfa"]
 
 
 @pytest.mark.parametrize("piece", ENGLISH + MARKUP)
@@ -521,11 +368,9 @@ def test_a_megabyte_of_anything_is_no_problem(piece):
 
 
 HOSTILE = [
-    *ENGLISH, *MARKUP, "The answer is 1/2. ", r"\boxed{1/2} ", r"\boxed{{{", "I would choose ", "is the most ", "A: ",
-    "\nQuestion: ", "\n", " ", "\t\n ", "point A ", "(A) x\n(B) y\n", "right best option ", "because, ", "not ",
-    "no ", "= ", '"A', "cannot ", "a b c ", "{", "[", "a.b. ", "12 1/2=", "> ", "√{",
-    "while a", "İ", "。", "A、", "<think>", "either A ", r"\a{", r"\text{x}", r"\a[", r"\a[]", "\\", r"{\bf ",
-    r"\textcolor{red}", r"\textcolor{", "{,}", r"\left(", r"\a ", "\u200b", "🏴\U000e0067\U000e0067", "&lrm;", "\u0661",
+    *ENGLISH, *MARKUP, "*_", "答案是", r"\boxed{1/2} ", r"\boxed{{{", "I would choose ", "A: ", "\nQuestion: ", "\t\n ",
+    "(A) x\n(B) y\n", "right best option ", "no ", '"A', "a b c ", "{", "a.b. ", "12 1/2=", "√{", "İ", "A、",
+    r"\text{x}", r"\a[]", "\\", r"\textcolor{", "{,}", "\u200b", "🏴\U000e0067\U000e0067",
 ]  # fmt: skip
 
 
@@ -564,7 +409,6 @@ def test_every_rule_and_every_reason_has_its_responses():
         ("So the answer is (A). <answer>B</answer>", "tag"),
         ("The answer is (A), that is \\boxed{B}.", "box"),
         ("(A) 3\nOn second thought, the answer is (B).", "declaration"),
-        ("(B) 2\nThere are 2 of 3 organs.", "first line"),
         ("(B) 2\n(B) 2", "first line"),  # twice the same is no list of options
         ("There are 2 or 3 organs.\n(B) 2", "last line"),
         ("There may be 3 or 1. Therefore, there are 2.", "conclusion"),
@@ -592,11 +436,6 @@ def test_the_order_of_evidence(response, reading):
 )
 def test_strict_reading_says_why(response, reading):
     assert judge(response, **COUNT).reading == reading
-
-
-def test_overlong_answers():
-    assert judge("So many organs! " * 10_000 + "The answer is B.", **COUNT, lenient=True).correct
-    assert judge(f"<answer>2{' x' * answers.MAX_ANSWER_CHARS}</answer>", **COUNT) == Verdict(None, False)
 
 
 def test_plain_answers_need_neither_torch_nor_math_verify():

@@ -1,7 +1,4 @@
-"""SAT's, BLINK's and VSR's questions in their published schemas: asked by the command, scored, in one table.
-
-A planted backend answers what the test wants, from prompts that the real one encoded; so every number is known.
-"""
+"""SAT's, BLINK's and VSR's questions in their published schemas: what is asked, how it is scored, all in one table."""
 
 import json
 import sys
@@ -13,10 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from open_r1.answers.statistics import ALL_ROTATIONS
-from open_r1.base.images import open_image
+from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.engines.backends import Completions, load_transformers
-from open_r1.evaluate import answering
+from open_r1.evaluate.run import make_result, write_result
 from open_r1.tasks.benchmarks import BENCHMARKS, VSR_CATEGORY, Item, read
 from open_r1.world.parquet import sat_row, write_cvbench, write_sat
 from open_r1.world.scene import LEVELS
@@ -26,10 +22,9 @@ EASY = LEVELS["easy"]
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 BLINK_SCHEMA = pa.schema(
     [
-        *((name, pa.string()) for name in ("idx", "question", "sub_task")),
+        *((name, pa.string()) for name in ("idx", "question", "sub_task", "answer", "prompt")),
         *((f"image_{number}", IMAGE) for number in (1, 2, 3, 4)),
         ("choices", pa.list_(pa.string())),
-        *((name, pa.string()) for name in ("answer", "prompt", "explanation")),
     ]
 )
 
@@ -38,10 +33,9 @@ def picture(row: int) -> bytes:
     return sat_row(row, 0, EASY)["image_bytes"][0]
 
 
-def blink_row(task: str, row: int, **changes: object) -> dict:
+def blink_row(task: str, row: int) -> dict:
     question = "Two points are circled on the image. Which point is closer to the camera?"
     options = ["A is closer", "B is closer"] if task == "Relative_Depth" else ["yes", "no"]
-    listed = "\n".join(f"({letter}) {option}" for letter, option in zip("AB", options, strict=True))
     return {
         "idx": f"val_{task}_{row}",
         "question": question,
@@ -49,15 +43,14 @@ def blink_row(task: str, row: int, **changes: object) -> dict:
         "image_1": {"bytes": picture(row), "path": None},
         "choices": options,
         "answer": f"({'AB'[row % 2]})",
-        "prompt": f"{question} Picture {row}.\nSelect from the following choices.\n{listed}",
-        **changes,
+        "prompt": f"{question} Picture {row}.\n(A) {options[0]}\n(B) {options[1]}",
     }
 
 
-def write_blink(folder: Path, count: int, **changes: object) -> Path:
+def write_blink(folder: Path, count: int) -> Path:
     for task in ("Relative_Depth", "Spatial_Relation"):
-        (folder / task).mkdir(parents=True, exist_ok=True)
-        table = pa.Table.from_pylist([blink_row(task, row, **changes) for row in range(count)], BLINK_SCHEMA)
+        (folder / task).mkdir(parents=True)
+        table = pa.Table.from_pylist([blink_row(task, row) for row in range(count)], BLINK_SCHEMA)
         pq.write_table(table, folder / task / "val-00000-of-00001.parquet")
     return folder
 
@@ -68,9 +61,8 @@ def write_vsr(folder: Path, relations: list[str]) -> Path:
         for row, relation in enumerate(relations):
             name = f"{row:012}.jpg"
             (folder / "images" / name).write_bytes(picture(row))
-            line = {"image": name, "image_link": f"http://images.cocodataset.org/train2017/{name}", "label": row % 2}
-            line |= {"caption": f"The cat is {relation} mat {row}.", "relation": relation, "annotator_id": 1}
-            lines.write(json.dumps(line | {"vote_true_validator_id": [2, 6], "vote_false_validator_id": []}) + "\n")
+            line = {"image": name, "caption": f"The cat is {relation} mat {row}.", "label": row % 2}
+            lines.write(json.dumps(line | {"relation": relation, "annotator_id": 1}) + "\n")
     return folder
 
 
@@ -81,46 +73,10 @@ def write_sat_test(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def ask(tiny_model, tmp_path, monkeypatch) -> Callable[..., Path]:
-    """The evaluation's command with a model's name and planted responses; returns the result file."""
-
-    def ask(name: str, benchmark: str, folder: Path, respond: Callable[[Item], str]) -> Path:
-        items = read(BENCHMARKS[benchmark], str(folder))
-
-        class Planted:
-            def __init__(self, *args, **kwargs):
-                self.real, self.tokenizer, self.asked = load_transformers(*args, **kwargs), args[1].tokenizer, {}
-
-            def encode(self, messages):
-                *images, text = messages[0]["content"]
-                shown = [image["image"].tobytes() for image in images]
-                [item] = [
-                    item
-                    for item in items
-                    if item.prompt == text["text"] and [open_image(data).tobytes() for data in item.images] == shown
-                ]
-                prompt = self.real.encode(messages)
-                assert len(prompt.image_inputs["image_grid_thw"]) == len(item.images)
-                self.asked[id(prompt)] = prompt, item
-                return prompt
-
-            def generate(self, prompts, repeats, settings):
-                responses = [respond(self.asked[id(prompt)][1]) for prompt in prompts]
-                ids = [self.tokenizer(response)["input_ids"] + settings.eos_token_id[:1] for response in responses]
-                return Completions(ids, None, prompts)
-
-        monkeypatch.setitem(answering.BACKENDS, "hf", Planted)
-        model = tmp_path / name
-        if not model.exists():
-            model.symlink_to(tiny_model)
-        options = {"--model_path": model, "--benchmark": benchmark, "--dataset_path": folder, "--prompt": "base"}
-        options |= {"--output_dir": tmp_path / "results", "--max_pixels": 12544}
-        monkeypatch.setattr(sys, "argv", ["", *(str(part) for option in options.items() for part in option)])
-        load_script(REPO_ROOT / "src/eval/test_qwen2vl_CVBench.py").main()
-        return tmp_path / "results" / f"{BENCHMARKS[benchmark].name}_result_{name}_reasoning.json"
-
-    return ask
+def answered(benchmark: str, folder: Path, respond: Callable[[Item], str]) -> dict:
+    """The result of a model that responds so."""
+    rows = [item.to_row() | {"response": respond(item)} for item in read(BENCHMARKS[benchmark], str(folder))]
+    return make_result(rows, {"benchmark": benchmark, "prompt": {"name": "base", "style": "reasoning"}}, "lenient")
 
 
 def right(item: Item) -> str:
@@ -132,62 +88,54 @@ def wrong(item: Item) -> str:
     return f"It is so. </think> <answer> {next(o for o in others if o != item.answer)} </answer>"
 
 
-def accuracies(path: Path) -> dict[str, float]:
-    return json.loads(path.read_text())["accuracy"]
-
-
-def test_blink(ask, tmp_path):
+def test_blink(tmp_path):
     folder = write_blink(tmp_path / "blink", 4)
-    path = ask("m", "BLINK", folder, lambda item: right(item) if item.task == "Relative_Depth" else "(A)")
-    assert accuracies(path) == {"Total": 0.75, "Relative_Depth": 1, "Spatial_Relation": 0.5}
+    result = answered("BLINK", folder, lambda item: right(item) if item.task == "Relative_Depth" else "(A)")
+    assert result["accuracy"] == {"Total": 0.75, "Relative_Depth": 1, "Spatial_Relation": 0.5}
+    first = read(BENCHMARKS["BLINK"], str(folder))[0]
+    assert first.prompt == blink_row("Relative_Depth", 0)["prompt"] and first.images == (picture(0),)
 
 
-def test_vsr(ask, tmp_path):
+def test_vsr(tmp_path):
     folder = write_vsr(tmp_path / "vsr", ["on", "in", "left of", "behind", "facing", "next to"])
-    path = ask("m", "VSR", folder, lambda item: right(item) if item.task in ("Projective", "Orientation") else "True")
+    result = answered("VSR", folder, lambda i: right(i) if i.task in ("Projective", "Orientation") else "True")
     # A caption is true in every other row; `True` is right there.
     expected = {"Topological": 0.5, "Projective": 1, "Orientation": 1, "Unallocated": 1, "Total": 5 / 6}
-    assert accuracies(path) == pytest.approx(expected)
+    assert result["accuracy"] == pytest.approx(expected)
     assert [VSR_CATEGORY[name] for name in ("in the middle of", "at the edge of", "far away from", "down from")] == [
         *("Projective", "Adjacency", "Proximity", "Directional")
     ]
+    # as in the evaluation of the R1-Zero paper
+    assert read(BENCHMARKS["VSR"], str(folder))[0].prompt == (
+        'Please analyze the provided image. Does the statement "The cat is on mat 0." accurately describes what you '
+        "see? Choose from (A) True or (B) False."
+    )
+    images = sorted((folder / "images").iterdir())
+    images[0].unlink()
+    assert [item.images[0] for item in read(BENCHMARKS["VSR"], str(folder))][:2] == [None, picture(1)]
+    for image in images[1:]:
+        image.unlink()
+    with pytest.raises(FileNotFoundError, match=r"none of the images is there; its files name images of COCO 2017"):
+        read(BENCHMARKS["VSR"], str(folder))
 
 
-def test_sat_with_one_and_two_images_in_every_rotation(ask, tmp_path):
+def test_sat_in_every_rotation(tmp_path):
     folder = write_sat_test(tmp_path / "sat")
-    path = ask("m", "SAT-test", folder, lambda item: item.options[0] if item.task == "other" else right(item))
-    result = json.loads(path.read_text())
-    assert len(result["results"]) == 16 and result["scores"]["Total"]["n"] == 8
+    result = answered("SAT-test", folder, lambda item: item.options[0] if item.task == "other" else right(item))
     expected = {"other": 0.5, "action_sequence": 1, "Total": 0.75, ALL_ROTATIONS: 0.5}
     assert result["accuracy"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"answer": "hidden"}, "row 0: ground_truth: 'hidden' is none of its 2 options"),
-        ({"answer": None}, "row 0: answer: expected text"),
-        ({"choices": None}, "row 0: choices: expected a list of texts"),
-        ({"sub_task": None}, "row 0: sub_task: expected a name"),
-        ({"prompt": None}, "row 0: prompt: expected text"),
-        ({"idx": "x"}, "row 1: has the idx 'x' of"),
-    ],
-    ids=str,
-)
-def test_a_row_of_blink_that_is_something_else(tmp_path, changes, message):
-    folder = write_blink(tmp_path, 2, **changes)
-    with pytest.raises(ValueError) as told:
-        read(BENCHMARKS["BLINK"], str(folder))
-    assert str(told.value).startswith(f"{folder}/Relative_Depth/val-00000-of-00001.parquet: {message}")
-    assert "\n" not in str(told.value)
-
-
-def test_a_folder_without_vsrs_images_is_one_line(ask, tmp_path):
-    folder = write_vsr(tmp_path / "vsr", ["on", "in"])
-    for path in (folder / "images").iterdir():
-        path.unlink()
-    with pytest.raises(OSError, match="none of the images is there"):
-        ask("m", "VSR", folder, right)
+def test_the_command_asks_about_one_and_two_images(tiny_model, tmp_path, monkeypatch):
+    folder = write_sat_test(tmp_path / "sat")
+    options = ["--model_path", tiny_model, "--benchmark", "SAT-test", "--dataset_path", folder, "--max_pixels", 12544]
+    options += ["--output_dir", tmp_path / "results", "--max_new_tokens", 2]
+    monkeypatch.setattr(sys, "argv", ["", *map(str, options)])
+    load_script(REPO_ROOT / "src/eval/test_qwen2vl_CVBench.py").main()
+    (path,) = (tmp_path / "results").iterdir()
+    result = json.loads(path.read_text())
+    assert path.name.startswith("SAT-test_result_") and result["shares"]["image_errors"] == 0
+    assert len(result["results"]) == 16 and result["scores"]["Total"]["n"] == 8
 
 
 @pytest.fixture
@@ -203,15 +151,17 @@ def compare(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[list[str], str
     return compare
 
 
-@pytest.mark.slow
-def test_the_results_of_all_benchmarks_are_one_table(ask, compare, tmp_path, capsys):
+def test_the_results_of_all_benchmarks_are_one_table(compare, tmp_path, capsys):
     write_cvbench(tmp_path / "cvbench", 8, 3, EASY)
     folders = {"CV-Bench": tmp_path / "cvbench", "BLINK": write_blink(tmp_path / "blink", 2)}
     folders |= {"VSR": write_vsr(tmp_path / "vsr", ["on", "near"]), "SAT-test": write_sat_test(tmp_path / "sat")}
-    answers = {"base": wrong, "grpo": right}
-    paths = [ask(name, benchmark, folders[benchmark], answers[name]) for benchmark in folders for name in answers]
+    paths = []
+    for benchmark, folder in folders.items():
+        for name, respond in (("base", wrong), ("grpo", right)):
+            paths.append(tmp_path / f"{BENCHMARKS[benchmark].name}_result_{name}_reasoning.json")
+            write_result(paths[-1], answered(benchmark, folder, respond))
     paths.pop()  # of the last benchmark the first model alone
-    capsys.readouterr()
+    capsys.readouterr()  # progress bars
     out, err = compare(*paths)
     assert out[0] == "| | chance | base | grpo |" and not err
     rows = [line[2:-2].split(" | ") for line in out[2:] if line.startswith("| ") and ": " in line]
@@ -228,7 +178,7 @@ def test_the_results_of_all_benchmarks_are_one_table(ask, compare, tmp_path, cap
 
     out, _ = compare(*paths, "--names", "Base", "R1-Zero")
     assert out[0] == "| | chance | Base | R1-Zero |"
-    with pytest.raises(ValueError, match=r"--names: 1 names for 2 models \(base, grpo\)"):
+    with pytest.raises(Mistake, match=r"--names: 1 names for 2 models \(base, grpo\)"):
         compare(*paths, "--names", "Base")
 
     other = json.loads(paths[1].read_text()) | {"parser": "strict"}

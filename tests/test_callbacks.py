@@ -1,17 +1,12 @@
 """What a run shows and leaves behind: reflections in rows and log, run.json, log.jsonl, lines of progress, rollouts."""
 
-import ast
 import contextlib
-import importlib
 import io
 import json
 import logging
 import re
-import struct
-import sys
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -22,24 +17,17 @@ from trl import ModelConfig
 
 from open_r1.answers.reflection import find_reflections
 from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
 from open_r1.report import page
 from open_r1.rewards import accuracy_reward, format_reward
 from open_r1.running import callbacks, entry
-from open_r1.running.callbacks import (
-    ProgressLines,
-    RunLog,
-    add_run_callbacks,
-    describe,
-    evaluations,
-)
+from open_r1.running.callbacks import ProgressLines, RunLog, add_run_callbacks, describe
 from open_r1.running.data import DataArguments
 from open_r1.running.provenance import without_secrets
 from open_r1.trainer import trackers
 from open_r1.trainer.trackers import LogRollouts, code_block, rollout_markdown
 from support import make_config, make_trainer, read_jsonl, write_mixed
 
-LINE = re.compile(r"step +(\d+)/(\d+)  (held-out +)?(.+?)(?:  +([\d.]+) s  ETA ([\d:]+))?")
+LINE = re.compile(r"step +(\d+)/3  (held-out +)?(.+?)(?:  +([\d.]+) s  ETA [\d:]+)?")
 CELL = re.compile(r"([a-z_]+) +(-?\d+(?:\.\d+)?)(?:  |$)")
 REFLECTION = ("reflection/share", "reflection/self_correction", "reflection/correction_success")
 
@@ -89,17 +77,11 @@ def test_rows_name_reflections_and_corrections(run):
             right, wrong = row["options"]
             assert row["solution"] == right and f"{right} or {wrong}" in row["prompt"]
             assert row["reflections"] == [list(span) for span in find_reflections(row["completion"])]
-            text = row["completion"]
-            if "Wait" in text:
-                assert (row["considered"], row["self_corrected"]) == (wrong, True)
-                assert row["rewards"]["accuracy_reward"] == 1
-            elif "Hmm" in text:
-                assert (row["considered"], row["self_corrected"]) == (right, True)
-                assert row["rewards"]["accuracy_reward"] == 0
-            elif "double-check" in text:
-                assert (row["considered"], row["self_corrected"]) == (right, False)
-            else:
-                assert (row["reflections"], row["considered"], row["self_corrected"]) == ([], None, False)
+            marks = {"Wait": (wrong, True, 1), "Hmm": (right, True, 0), "double-check": (right, False, 1)}
+            mark = next((mark for mark in marks if mark in row["completion"]), None)
+            considered, corrects, accuracy = marks.get(mark, (None, False, row["rewards"]["accuracy_reward"]))
+            assert (row["considered"], row["self_corrected"]) == (considered, corrects)
+            assert row["rewards"]["accuracy_reward"] == accuracy and bool(row["reflections"]) == bool(mark)
         assert len({"Wait" in row["completion"] for row in rows}) == 2
 
 
@@ -133,7 +115,6 @@ def test_run_json_describes_the_run_without_secrets(run, tiny_model, examples_js
     assert record["arguments"]["learning_rate"] == 1e-3 and record["arguments"]["max_completion_length"] == 128
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["started"])
     assert "hf_secret" not in text and "hub_token" not in text
-    assert not list(output.glob("*.tmp"))
 
 
 def test_secrets_are_left_out_at_any_depth():
@@ -154,14 +135,8 @@ def test_the_log_is_what_the_trainer_logged(run):
     output, _ = run
     logs = read_jsonl(output / "log.jsonl")
     kinds = ["loss", "loss", "eval_loss", "loss", "eval_loss", "train_runtime"]
-    assert [(log["step"], kind in log) for log, kind in zip(logs, kinds, strict=True)] == [
-        (1, True),
-        (2, True),
-        (2, True),
-        (3, True),
-        (3, True),
-        (3, True),
-    ]
+    assert [log["step"] for log in logs] == [1, 2, 2, 3, 3, 3]
+    assert all(kind in log for log, kind in zip(logs, kinds, strict=True))
     assert all(first["time"] <= second["time"] for first, second in pairwise(logs))
     for name in ("reward", "kl", "grad_norm", "step_time", "rewards/accuracy_reward/mean"):
         assert all(name in log for log in logs if "loss" in log)
@@ -170,7 +145,7 @@ def test_the_log_is_what_the_trainer_logged(run):
 
 def test_a_resumed_run_goes_on_and_a_new_one_begins_anew(tmp_path):
     args = make_config(tmp_path)
-    log = RunLog({"command": "sft"})
+    log = RunLog({"command": "sft", "arguments": {}})
 
     def start(step: int) -> dict:
         state = TrainerState(global_step=step, max_steps=9, is_world_process_zero=True)
@@ -186,18 +161,14 @@ def test_a_resumed_run_goes_on_and_a_new_one_begins_anew(tmp_path):
         file.write('{"step": 6, "los')
     resumed = start(3)
     [resume] = resumed.pop("resumes")
-    assert resumed == {"command": "sft", "started": "earlier", "world_size": 1, "max_steps": 9}
+    assert resumed == {"command": "sft", "arguments": {}, "started": "earlier", "world_size": 1, "max_steps": 9}
     assert (resume["step"], resume["changed"], resume["kept"]) == (3, [], {})
-    assert [each["step"] for each in start(4)["resumes"]] == [3, 4]
+    assert [resume["step"] for resume in start(4)["resumes"]] == [3, 4]
     rows = read_jsonl(tmp_path / "log.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[1]["loss"] is None
-    assert start(0)["started"] != "earlier"
+    assert start(0)["started"] != "earlier" and read_jsonl(tmp_path / "log.jsonl") == []
+    log.on_log(args, TrainerState(global_step=1, is_world_process_zero=False), TrainerControl(), logs={"loss": 1.0})
     assert read_jsonl(tmp_path / "log.jsonl") == []
-    other = TrainerState(global_step=1, is_world_process_zero=False)
-    log.on_log(args, other, TrainerControl(), logs={"loss": 1.0})
-    assert read_jsonl(tmp_path / "log.jsonl") == []
-    (tmp_path / "run.json").write_text('{"started"')  # damaged: this start is the first one known
-    assert start(3)["started"].endswith("+00:00")
 
 
 # --- progress ---------------------------------------------------------------------------------------------------
@@ -209,16 +180,12 @@ def test_every_event_is_one_line_and_nothing_else_is_printed(run):
     lines = [line for line in printed.splitlines() if not line.startswith("measuring")]
     assert len(lines) == len(logs) == 5 and "{" not in printed
     for line, log in zip(lines, logs, strict=True):
-        match = LINE.fullmatch(line)
-        assert match, line
-        step, of, held_out, cells, seconds, eta = match.groups()
-        assert (int(step), int(of)) == (log["step"], 3)
+        step, held_out, cells, seconds = LINE.fullmatch(line).groups()
         prefix = "eval_" if "eval_loss" in log else ""
-        assert bool(held_out) == bool(prefix) == (seconds is None) == (eta is None)
+        assert int(step) == log["step"] and bool(held_out) == bool(prefix) == (seconds is None)
         assert not CELL.sub("", cells).strip(), cells
         cells = dict(CELL.findall(cells))
         assert float(cells["accuracy"]) == pytest.approx(log[f"{prefix}rewards/accuracy_reward/mean"], abs=1e-3)
-        assert float(cells["format"]) == pytest.approx(log[f"{prefix}rewards/format_reward/mean"], abs=1e-3)
         assert float(cells["length"]) == pytest.approx(log[f"{prefix}completions/mean_length"], abs=0.51)
         if not prefix:
             assert float(cells["reward"]) == pytest.approx(log["reward"], abs=1e-3)
@@ -235,7 +202,7 @@ def test_other_rewards_keep_their_name_and_what_is_missing_is_left_out():
     assert describe({f"eval_{key}": value for key, value in sft.items()}, "eval_") == describe(sft)
 
 
-def test_the_time_left_comes_from_recent_steps_of_this_session(tmp_path, monkeypatch, capsys):
+def test_the_time_left_comes_from_this_session(tmp_path, monkeypatch, capsys):
     """Resumed at step 100 of 200: two seconds a step, one second between steps; a line every second step."""
     now = [1000.0]
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
@@ -251,9 +218,8 @@ def test_the_time_left_comes_from_recent_steps_of_this_session(tmp_path, monkeyp
             lines.on_log(args, state, control, logs={"loss": 1.0, "mean_token_accuracy": 0.5})
         now[0] += 1
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("step 102/200  loss  1.0000  token accuracy 0.500    2.0 s  ETA")
-    assert first.endswith("ETA 04:05")  # 98 steps of 2 s, and 1 s between two steps so far
-    assert second.endswith("ETA 04:24")  # 96 steps of 2 s, and 3 s between four
+    assert first == "step 102/200  loss  1.0000  token accuracy 0.500    2.0 s  ETA 04:05"  # 98 steps of 5 s / 2
+    assert second.endswith("  2.0 s  ETA 04:24")  # 96 steps of 11 s / 4
 
 
 # --- rollouts ---------------------------------------------------------------------------------------------------
@@ -264,68 +230,21 @@ def test_tensorboard_has_the_scalars_of_the_log_and_rollouts(run):
     events = EventAccumulator(str(output / "runs"))
     events.Reload()
     logs = read_jsonl(output / "log.jsonl")
-    for prefix, folder in (("", "train/"), ("eval_", "eval/")):
-        written = {
-            (f"{folder}{name.removeprefix('eval_')}", log["step"]): value
-            for log in logs
-            for name, value in log.items()
-            if name.startswith("eval_") == bool(prefix) and name not in ("step", "time") and value is not None
-        }
-        read = {
-            (tag, event.step): event.value
-            for tag in events.Tags()["scalars"]
-            if tag.startswith(folder)
-            for event in events.Scalars(tag)
-        }
-        assert read == {key: pytest.approx(value, rel=1e-6, abs=1e-30) for key, value in written.items()}
-    assert {f"train/{name}" for name in REFLECTION} <= set(events.Tags()["scalars"])
+    for prefix, folder in (("", "train"), ("eval_", "eval")):
+        for name in ("reward", "rewards/accuracy_reward/mean", *REFLECTION[:2]):
+            logged = [(log["step"], log[prefix + name]) for log in logs if prefix + name in log]
+            read = [(event.step, event.value) for event in events.Scalars(f"{folder}/{name}")]
+            assert logged and read == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged]
     text = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("rollout/text_summary")]
     rows = [row for row in read_jsonl(output / "trajectories/train.jsonl") if row["step"] == 1 and row["group"] == 0]
     assert len(text) == 3 and all(row["completion"] in text[0] for row in rows)  # max_steps 3: at every step
     assert [event.step for event in events.Images("rollout/image_1")] == [1, 2, 3]
-    assert events.Images("rollout/image_1")[0].width == 56 + 28 * (
-        int(re.search(r"(\d+)_0", rows[0]["images"][0])[1]) % 3
-    )
+    assert events.Images("rollout/image_1")[0].width == Image.open(rows[0]["images"][0]).width
 
 
-@pytest.mark.parametrize(
-    "logs, lines",
-    [
-        ({"eval_completions/mean_length": 3.0, "eval_reward": 1.0}, [("eval_", "eval", "")]),
-        (
-            {"eval_far_away_completions/mean_length": 3.0, "eval_far_away_my_reward": 1.0},
-            [("eval_far_away_", "eval", "far_away")],
-        ),
-        ({"blind_easy_completions/mean_length": 3.0}, [("blind_easy_", "blind", "easy")]),
-        ({"eval_easy_mean_token_accuracy": 0.5, "eval_easy_loss": 1.0}, [("eval_easy_", "eval", "easy")]),
-        ({"eval_loss": 1.0}, [("eval_", "eval", "")]),
-    ],
-)
-def test_the_set_of_an_evaluation_is_told(logs, lines):
-    assert evaluations(logs) == lines
-
-
-def wandb_records(path: Path):
-    """The records of W&B's offline file, which is LevelDB's log format."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, part = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        part += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or its last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(part)
-            yield record
-            part = b""
-
-
-def test_wandb_offline_has_the_same_scalars_and_a_table(tiny_model, examples_json, tmp_path, monkeypatch):
+@pytest.fixture
+def offline_wandb(tmp_path, monkeypatch):
+    """Trains with W&B offline; the tables that it left."""
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -333,28 +252,25 @@ def test_wandb_offline_has_the_same_scalars_and_a_table(tiny_model, examples_jso
     for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
     wandb.teardown()  # what an earlier run of this process set up, its folder among it, would stay
-    try:
-        train_planted(tiny_model, examples_json, tmp_path / "out", max_steps=2, report_to=["wandb"])
-    finally:
-        wandb.finish()  # comes back before the run's file is written
-        wandb.teardown()  # waits for it
+
+    def tables(train) -> list[dict]:
+        try:
+            train()
+        finally:
+            wandb.finish()  # comes back before the run's file is written
+            wandb.teardown()  # waits for it
+        return [json.loads(path.read_text()) for path in sorted(tmp_path.glob("wandb/offline-run-*/**/*.table.json"))]
+
+    return tables
+
+
+def test_wandb_gets_a_table_of_rollouts_and_no_secret(tiny_model, examples_json, tmp_path, offline_wandb):
+    changes = {"max_steps": 2, "report_to": ["wandb"]}
+    tables = offline_wandb(lambda: train_planted(tiny_model, examples_json, tmp_path / "out", **changes))
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert b"hf_secret" not in file.read_bytes()
-    scalars, images = {}, []
-    for record in wandb_records(file):
-        row = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
-        if "train/loss" in row:
-            scalars[int(row["train/global_step"])] = {key: json.loads(value) for key, value in row.items()}
-        images += [entry.path for entry in record.artifact.manifest.contents if entry.path.endswith(".png")]
-    logs = [log for log in read_jsonl(tmp_path / "out/log.jsonl") if "loss" in log]
-    assert list(scalars) == [1, 2]
-    for log in logs:
-        for name, value in log.items():
-            if name not in ("step", "time"):
-                assert scalars[log["step"]][f"train/{name}"] == pytest.approx(value)
-    tables = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("wandb/offline-run-*/**/*.table.json"))]
-    assert len(tables) == 2 and len(images) == 2
     rows = read_jsonl(tmp_path / "out/trajectories/train.jsonl")
+    assert len(tables) == 2
     for table in tables:
         step = table["data"][0][0]
         column = table["columns"].index("completion")
@@ -363,24 +279,11 @@ def test_wandb_offline_has_the_same_scalars_and_a_table(tiny_model, examples_jso
         assert {"image_1", "prompt", "accuracy_reward", "advantage"} <= set(table["columns"])
 
 
-@pytest.mark.parametrize("shared_prefix", [True, False])
-def test_wandb_offline_takes_trls_table_of_completions(shared_prefix, tiny_model, examples_json, tmp_path, monkeypatch):
+def test_wandb_takes_trls_table_of_completions(tiny_model, tmp_path, offline_wandb):
     """Prompts with images, a text alone, and an evaluation: W&B's own types refuse messages in parts."""
-    import wandb
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
-        monkeypatch.setenv(name, str(tmp_path))
-    wandb.teardown()
-    changes = {"log_completions": True, "shared_prefix": shared_prefix, "report_to": ["wandb"], "max_steps": 1}
+    changes = {"log_completions": True, "report_to": ["wandb"], "max_steps": 1, "eval_strategy": "steps"}
     data = write_mixed(tmp_path / "mixed", count=2)
-    try:
-        make_trainer(tiny_model, data, tmp_path / "out", eval_data=data, eval_strategy="steps", **changes).train()
-    finally:
-        wandb.finish()
-        wandb.teardown()
-    tables = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("wandb/offline-run-*/**/*.table.json"))]
+    tables = offline_wandb(make_trainer(tiny_model, data, tmp_path / "out", eval_data=data, **changes).train)
     table = next(table for table in tables if "completion" in table["columns"] and "step" in table["columns"])
     prompts = [json.dumps(line[table["columns"].index("prompt")]) for line in table["data"]]
     assert len(table["data"]) >= 4 and all("What colour is picture" in prompt for prompt in prompts)
@@ -405,18 +308,15 @@ def test_a_rollout_in_wandb_has_every_image_and_its_step(tmp_path, monkeypatch):
     assert [image.size for image in trackers.shown_images(images)] == [(512, 14), (56, 84)]
 
 
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "```\n# heading\n<img src=x onerror=alert(1)>\n```",
-    "````\n``````````\n<b>bold</b>\n~~~\n[link](javascript:alert(1))",
-    "\r\n```\r<h1>\u2028```\x0b<iframe>",
-    "</code></pre><h2>out</h2>",
-    "    \n\n***\n\n| a | b |\n|---|---|\n| <i> | 2 |",
-    "`" * 200 + "\n<u>",
-]
-
-
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "````\n``````````\n<b>bold</b>\n~~~\n[link](javascript:alert(1))\n<img src=x onerror=alert(1)>",
+        "\r\n```\r<h1>\u2028```\x0b<iframe>",
+        "</code></pre><h2>out</h2><script>alert(1)</script>",
+        "    \n\n***\n\n| a | b |\n|---|---|\n| <i> | 2 |",
+    ],
+)
 def test_markup_in_model_text_means_nothing(text):
     row = {"prompt": text, "solution": text, "completion": text, "rewards": {"r": None}, "advantage": 0.0}
     rendered = plugin_util.markdown_to_safe_html(rollout_markdown([row]))
@@ -456,8 +356,8 @@ def test_rollouts_are_shown_first_and_after_every_tenth(tmp_path, monkeypatch, r
 # --- the command --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, part", entry.NOISE.items())
-def test_only_the_noise_is_silenced(name, part, monkeypatch):
+def test_only_the_noise_is_silenced(monkeypatch):
+    (name, part), *_ = entry.NOISE.items()
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -470,45 +370,15 @@ def test_only_the_noise_is_silenced(name, part, monkeypatch):
     assert messages == ["something else"]
 
 
-def test_deepspeed_says_nothing_of_its_helpers_and_keeps_them(monkeypatch, capsys):
-    """It has no logger and no option for that; where this fails, it has found another way to say so, or stopped to."""
-    comm = importlib.import_module("deepspeed.comm.torch")
-    helper = SimpleNamespace(NAME="helper", load=lambda: "loaded", absolute_name=lambda: "a.helper")
-    accelerator = SimpleNamespace(create_op_builder=lambda name: helper)
-    monkeypatch.setattr(comm, "get_accelerator", lambda: accelerator)
-    monkeypatch.setitem(comm.deepspeed.ops.__compatible_ops__, "helper", True)
-    monkeypatch.setattr(comm, "print", print, raising=False)
-    capsys.readouterr()  # what DeepSpeed says when it is imported without a GPU or a choice
-    comm.build_shm_op()
-    assert capsys.readouterr().out == "DeepSpeed a.helper built successfully\n"
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    entry.quiet()
-    assert comm.build_shm_op() == "loaded" and capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("command", ["grpo", "sft"])
-def test_a_command_silences_libraries_before_it_imports_them(command):
-    """As a script; what bitsandbytes says when it is imported, it says on processors with AVX512-bf16 alone."""
-    tree = ast.parse((REPO_ROOT / f"src/open-r1-multimodal/open_r1/{command}.py").read_text())
-    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    modules = [getattr(node, "module", None) or node.names[0].name for node in imports]
-    others = [module for module in modules if module.partition(".")[0] not in sys.stdlib_module_names]
-    assert others[0] == "open_r1.base.errors"
-
-
 def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(page, "write_report", lambda run: run / "report.html")
-    entry.report(str(tmp_path))
+    errors = [KeyError("of ours"), Mistake(f"{tmp_path}: log.jsonl: line 3: not JSON")]
 
     def fail(run):
         raise errors.pop()
 
     monkeypatch.setattr(page, "write_report", fail)
-    errors = [KeyError("of ours"), Mistake(f"{tmp_path}: log.jsonl: line 3: not JSON")]
     entry.report(str(tmp_path))
-    captured = capsys.readouterr()
-    assert captured.out == f"report: {tmp_path}/report.html\n"
-    assert captured.err == f"no report: error: {tmp_path}: log.jsonl: line 3: not JSON\n"
+    assert capsys.readouterr().err == f"no report: error: {tmp_path}: log.jsonl: line 3: not JSON\n"
     entry.report(str(tmp_path))  # a bug of ours, which keeps its traceback
-    told = capsys.readouterr().err
-    assert told.startswith("no report: Traceback") and told.endswith("KeyError: 'of ours'\n")
+    printed = capsys.readouterr().err
+    assert printed.startswith("no report: Traceback") and printed.endswith("KeyError: 'of ours'\n")

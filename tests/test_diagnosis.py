@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fake_run import PROMPT, fake_events, fake_rows, row, write_images, write_run
-from open_r1.report.diagnosis import MAX_READ, Finding, diagnose
+from open_r1.report.diagnosis import Finding, diagnose
 from open_r1.report.page import write_report
 from open_r1.report.runs import read_run, scan_trajectories
 
@@ -36,12 +36,28 @@ def section(page: str, name: str) -> str:
 # --- the signs ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share, seen", [(0.7, True), (0.3, False)])
-def test_groups_without_signal(tmp_path, share, seen):
-    events = [{"step": step, "frac_reward_zero_std": share} for step in range(1, STEPS)]
-    events.append({"step": STEPS, "frac_reward_zero_std": float("nan")})  # no number does not count
-    finding = found(write_run(tmp_path / "run", events=events))[SIGNALS]
-    assert finding.seen is seen and finding.numbers.startswith(f"{share:.0%} of the groups;")
+def logged(first: dict, last: dict) -> list[dict]:
+    """Events of a log, the last half of them unlike the first."""
+    return [{"step": step, **(first if step <= STEPS / 2 else last)} for step in range(1, STEPS + 1)]
+
+
+SEEING, WITHOUT = "eval_rewards/accuracy_reward/mean", "blind_rewards/accuracy_reward/mean"
+LOGS = [
+    (SIGNALS, {"frac_reward_zero_std": 0.7}, {"frac_reward_zero_std": 0.5}, True, "60% of the groups; first 70%"),
+    (SIGNALS, {"frac_reward_zero_std": 0.3}, {"frac_reward_zero_std": float("nan")}, False, "30% of the groups;"),
+    (ENTROPY, {"entropy": 1.0}, {"entropy": 0.2}, True, "1.00 → 0.20 nats a token"),
+    (ENTROPY, {"entropy": 1.0}, {"entropy": 0.0}, True, "1.00 → 0.00 nats a token"),
+    (ENTROPY, {"entropy": 1.0}, {"entropy": 3.0}, False, "1.00 → 3.00 nats a token"),
+    (BLIND, {SEEING: 0.4}, {SEEING: 0.8, WITHOUT: 0.4}, False, "40% of the held-out questions without their images"),
+    (BLIND, {SEEING: 0.4}, {SEEING: 0.8, WITHOUT: 0.75}, True, "75% of the held-out questions without their images"),
+    (BLIND, {SEEING: 0.4}, {SEEING: 0.8, WITHOUT: 0.9}, True, "90% of the held-out questions without their images"),
+]
+
+
+@pytest.mark.parametrize("name, first, last, seen, numbers", LOGS, ids=[numbers for *_, numbers in LOGS])
+def test_signs_in_the_log(tmp_path, name, first, last, seen, numbers):
+    finding = found(write_run(tmp_path / "run", events=logged(first, last)))[name]
+    assert finding.seen is seen and finding.numbers.startswith(numbers)
 
 
 @pytest.mark.parametrize(
@@ -64,13 +80,6 @@ def test_format_alone(tmp_path, before, after, seen, numbers):
     assert (finding.seen, finding.numbers) == (seen, numbers)
 
 
-@pytest.mark.parametrize("last, seen", [(0.2, True), (0.0, True), (0.5, False), (3.0, False)])
-def test_entropy_collapse(tmp_path, last, seen):
-    events = [{"step": step, "entropy": 1.0 if step <= STEPS / 2 else last} for step in range(1, STEPS + 1)]
-    finding = found(write_run(tmp_path / "run", events=events))[ENTROPY]
-    assert (finding.seen, finding.numbers) == (seen, f"1.00 → {last:.2f} nats a token")
-
-
 def test_thought_against_answer(tmp_path):
     same = row(completion="It is left.</think><answer>left</answer>")
     other = row(completion="It is right.</think><answer>left</answer>")
@@ -91,24 +100,6 @@ def test_blind_accuracy_of_several_sets_is_that_of_the_worst(tmp_path):
     finding = found(write_run(tmp_path / "run", events=events))[BLIND]
     assert finding.seen is True
     assert "20% of the held-out questions of easy without their images, 80% with them; 50% of " in finding.numbers
-
-
-@pytest.mark.parametrize("without, seen", [(0.4, False), (0.75, True), (0.9, True)])
-def test_blind_accuracy(tmp_path, without, seen):
-    name = "rewards/accuracy_reward/mean"
-    events = [{"step": step, f"eval_{name}": accuracy} for step, accuracy in ((0, 0.4), (STEPS, 0.8))]
-    finding = found(write_run(tmp_path / "run", events=[*events, {"step": STEPS, f"blind_{name}": without}]))[BLIND]
-    numbers = f"{without:.0%} of the held-out questions without their images, 80% with them"
-    assert (finding.seen, finding.numbers) == (seen, numbers)
-
-
-def test_of_a_long_run_thoughts_are_read_evenly(tmp_path):
-    same, other = (
-        row(step=step, completion=f"It is {thought}.</think><answer>left</answer>")
-        for step, thought in ((1, "left"), (2, "right"))
-    )
-    finding = found(write_run(tmp_path / "run", [same] * MAX_READ + [other] * MAX_READ))[THOUGHT]
-    assert finding.numbers == f"{MAX_READ // 2:,} of {MAX_READ:,} (50%), of {MAX_READ:,} completions read"
 
 
 def test_what_was_not_measured_says_why(tmp_path):
@@ -187,16 +178,3 @@ def test_one_prompt_before_and_after(tmp_path):
     assert f"Step 5 2 of 2 correct; the first that reflects: wait {HOSTILE}" in aha
     assert 'href="#train/2/1/1"' in page and 'href="#train/5/1/2"' in page
     assert "onerror='" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
-
-
-def test_held_out_questions_recur_where_training_asks_each_once(tmp_path):
-    rows = [row(step=step, prompt=PROMPT.format(f"{step}?"), reflections=[[0, 2]] * (step == 2)) for step in (1, 2)]
-    held_out = [
-        row(step=step, prompt=PROMPT.format(question), completion=f"{question} {step}", reflections=[[0, 1]] * reflects)
-        for step in (1, 2)
-        for question, reflects in (("Far?", False), ("Near?", step == 2))
-    ]
-    page = write_report(write_run(tmp_path / "run", rows, held_out)).read_text()
-    aha = section(page, "aha")
-    assert "the first: Near? 1" in aha and "the first that reflects: N ear? 2" in aha
-    assert 'href="#eval/1/2/1"' in page and 'href="#eval/2/2/1"' in page

@@ -7,15 +7,12 @@ import os
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -25,6 +22,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl import ModelConfig
 
 from open_r1.base import errors as front_door
+from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT, load_chat_template, sat_question
 from open_r1.engines.backends import TransformersBackend
 from open_r1.evaluate import answering
@@ -119,31 +117,29 @@ def run(script: ModuleType, arguments: list[str]) -> dict:
     return json.loads(evaluation.result_path(args).read_text())
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------
+# --- what is asked --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["base/reasoning", "base/direct", "instruct/reasoning", "instruct/direct"])
+@pytest.mark.parametrize("name", ["base/reasoning", "instruct/direct"])
 def test_prompts_are_the_golden_ones(name, answerer, tmp_path):
     template, style = name.split("/")
     processor = make_processor(make_tokenizer(), chat_template=template)  # one token a byte, as the golden ids
     Image.new("RGB", (56, 56)).save(tmp_path / "image.png")
     question = sat_question("Is the red ball to the left of the box?", ["yes", "no"])
     item = Item(0, "other", question, ("yes", "no"), "yes", question, ((tmp_path / "image.png").read_bytes(),))
-    own = make_answerer(answerer.backend.model, processor, style, TOKENS)
-    assert own.encode(item).input_ids.tolist() == GOLDEN[name]["ids"]
+    one_a_byte = make_answerer(answerer.backend.model, processor, style, TOKENS)
+    assert one_a_byte.encode(item).input_ids.tolist() == GOLDEN[name]["ids"]
 
 
 @pytest.mark.parametrize(
     ("name", "own", "expected"),
     [
-        ("auto", load_chat_template("base"), "base"),
         ("auto", load_chat_template("instruct"), "instruct"),
         ("auto", QWEN_BASE, "base"),
         ("auto", CHATML, "instruct"),
         ("auto", None, "base"),
         ("auto", "{{ style }}", "checkpoint"),
         ("base", load_chat_template("instruct"), "base"),
-        ("instruct", load_chat_template("base"), "instruct"),
     ],
 )
 def test_the_chat_template_says_what_kind_of_model_it_is(name, own, expected):
@@ -152,12 +148,11 @@ def test_the_chat_template_says_what_kind_of_model_it_is(name, own, expected):
     assert text == (own if expected == "checkpoint" else load_chat_template(expected))
 
 
-@pytest.mark.parametrize("end", ["", "/"])
-def test_the_template_is_found_in_the_checkpoint_whatever_its_path(tmp_path, end):
+def test_the_template_is_found_in_the_checkpoint_whatever_its_path(tmp_path):
     """The reference looked for `os.path.join(path, "/chat_template.json")`, a file at the root of the disk."""
     folder = save_tiny_model(tmp_path / "some-base-model", vocab_size=256, chat_template="instruct")
-    _, name = answering.load_prompting(f"{folder}{end}", "auto", 12544)
-    assert name == "instruct"
+    for path in (folder, f"{folder}/"):
+        assert answering.load_prompting(path, "auto", 12544)[1] == "instruct"
 
 
 @pytest.mark.parametrize(
@@ -178,24 +173,22 @@ def test_mistakes_are_one_line(script, arguments, option, value, message, monkey
 
 def test_large_images_are_shrunk_to_max_pixels(tiny_model, items):
     big = replace(items[0], images=(sat_row(1, 1, LEVELS["full"])["image_bytes"][0],))
-    for max_pixels in (56 * 56, 112 * 112, 224 * 224):
+    model = load_model(str(tiny_model), "float32")
+    for max_pixels in (56 * 56, 224 * 224):
         processor, _ = answering.load_prompting(str(tiny_model), "base", max_pixels)
-        own = make_answerer(load_model(str(tiny_model), "float32"), processor, "reasoning", 1)
-        prompt = own.encode(big)
-        pixels = int(prompt.image_inputs["image_grid_thw"][0].prod()) * 14 * 14
+        small = make_answerer(model, processor, "reasoning", 1)
+        pixels = int(small.encode(big).image_inputs["image_grid_thw"][0].prod()) * 14 * 14
         assert max_pixels / 3 < pixels <= max_pixels
-        assert own.length(big) == len(processor.tokenizer(big.prompt)["input_ids"]) + pixels // 28**2
+        assert small.length(big) == len(processor.tokenizer(big.prompt)["input_ids"]) + pixels // 28**2
 
 
 @pytest.mark.parametrize(
     ("saved", "asked", "used"),
     [
-        (200704, None, 200704),  # what the run was trained at
-        (802816, None, 802816),
+        (802816, None, 802816),  # what the run was trained at
         (12845056, None, 401408),  # Qwen2-VL as published: the paper's
         (16777216, None, 401408),  # Qwen3-VL as published
         (200704, 401408, 401408),
-        (12845056, 12845056, 12845056),
     ],
 )
 def test_images_are_shrunk_as_in_training(tiny_model, tmp_path, saved, asked, used):
@@ -206,7 +199,7 @@ def test_images_are_shrunk_as_in_training(tiny_model, tmp_path, saved, asked, us
     assert family_of_processor(processor).count_image_tokens(processor, [(10000, 10000)]) <= used // 28**2
 
 
-# --- how it is decoded --------------------------------------------------------------------------------------------
+# --- how it is decoded ----------------------------------------------------------------------------
 
 
 def test_batch_size_does_not_change_answers(answerer, items):
@@ -262,28 +255,19 @@ def test_missing_and_broken_images_are_counted(answerer, items):
     whole = items[0].images[0]
     long = io.BytesIO()
     Image.new("RGB", (3, 900)).save(long, "PNG")
-    broken = [None, b"", b"no image", whole[: len(whole) // 2], long.getvalue()]
+    broken = [None, b"no image", whole[: len(whole) // 2], long.getvalue()]
     asked = [*items[:2], *(replace(items[2], id=f"broken {n}", images=(data,)) for n, data in enumerate(broken))]
     got = answers(answerer, asked, 3)
-    assert got.keys() == {item.key for item in asked}
     assert [bool(got[item.key].error) for item in asked] == [False] * 2 + [True] * len(broken)
-    alone = answers(answerer, [items[0]], 1)
-    assert got[items[0].key] == alone[items[0].key]
-    rows = [{**item.to_row(), **got[item.key].to_row()} for item in asked]
+    assert got[items[0].key] == answers(answerer, [items[0]], 1)[items[0].key]
+    rows = [item.to_row() | vars(got[item.key]) for item in asked]
     result = evaluation.make_result(rows, {"benchmark": "CV-Bench"}, "lenient")
     assert result["shares"]["image_errors"] == len(broken) and result["scores"]["Total"]["n"] == len(asked)
+    (alone,) = answers(answerer, [replace(items[0], images=(None,))], 2).values()  # a batch of its own
+    assert alone.error == "missing image"
 
 
-def test_a_process_without_a_batch_has_nothing_to_do(answerer):
-    assert list(answering.answer_batches(answerer, [])) == []
-
-
-def test_a_batch_of_broken_images_alone(answerer, items):
-    broken = [replace(item, images=(None,)) for item in items[:3]]
-    assert {response.error for response in answers(answerer, broken, 2).values()} == {"missing image"}
-
-
-# --- no work is lost ----------------------------------------------------------------------------------------------
+# --- no work is lost ------------------------------------------------------------------------------
 
 
 def test_a_result_records_what_it_depends_on(script, arguments, tmp_path):
@@ -347,7 +331,7 @@ def test_a_finished_run_is_scored_again_and_another_is_kept_aside(script, argume
 def test_unfinished_work_of_other_settings_is_kept_aside(tmp_path, items):
     path = tmp_path / "x.json"
     partial = tmp_path / "x.partial0.jsonl"
-    row = {**items[1].to_row(), **answering.Response("?", 1, False).to_row()}
+    row = items[1].to_row() | vars(answering.Response("?", 1, False))
     evaluation.append_rows(partial, [{"dtype": "float32"}, row])
     whole = partial.read_text()
     assert evaluation.collect(path, {"dtype": "bfloat16"}) == {}
@@ -355,17 +339,18 @@ def test_unfinished_work_of_other_settings_is_kept_aside(tmp_path, items):
     partial.write_text(f'{whole}{{"id": 2')
     assert evaluation.collect(path, {"dtype": "float32"}) == {items[1].key: row}
     assert partial.read_text() == whole
-    partial.write_text(f'{{"dtype": "float32"}}\n{{"id": 1, \n{whole}')
-    with pytest.raises(ValueError, match="line 2: damaged"):
-        evaluation.collect(path, {"dtype": "float32"})
 
 
-def test_new_weights_at_the_same_place_are_another_model(tmp_path):
+def test_new_weights_at_the_same_place_are_another_model(adapter, tmp_path):
     folder = save_tiny_model(tmp_path / "model", vocab_size=256)
     before = answering.model_fingerprint(folder)
-    assert before == answering.model_fingerprint(Path(f"{folder}/"))
     save_tiny_model(folder, vocab_size=256, seed=1)
     assert answering.model_fingerprint(folder) != before
+    # an adapter over another base
+    other = shutil.copytree(adapter, tmp_path / "other")
+    assert answering.model_fingerprint(other) == answering.model_fingerprint(adapter)
+    name_base(other, str(folder))
+    assert answering.model_fingerprint(other) != answering.model_fingerprint(adapter)
 
 
 def test_a_run_killed_in_its_first_line_continues(script, arguments):
@@ -380,43 +365,25 @@ def test_a_run_killed_in_its_first_line_continues(script, arguments):
     ("path", "name"),
     [
         ("Qwen/Qwen2-VL-2B", "Qwen2-VL-2B"),
-        ("outputs/grpo_sat", "grpo_sat"),
-        ("outputs/grpo_sat/", "grpo_sat"),
-        ("outputs/grpo_sat/checkpoint-100/", "grpo_sat_checkpoint-100"),
-    ],
-)
-def test_model_name(path, name, tmp_path, monkeypatch):
-    assert evaluation.model_name(path) == name
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / path).mkdir(parents=True)
-    assert evaluation.model_name(path) == name
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("..", "grpo_sat"),
-        ("../..", "outputs"),
-        (".", "grpo_sat_checkpoint-100"),
-        ("../checkpoint-200/..", "grpo_sat"),
-        ("../checkpoint-200/.", "grpo_sat_checkpoint-200"),
-        ("/", ""),
+        ("grpo_sat/", "grpo_sat"),
+        ("grpo_sat/checkpoint-100/", "grpo_sat_checkpoint-100"),
+        (".", "outputs"),
+        ("grpo_sat/checkpoint-100/..", "grpo_sat"),
+        ("grpo_sat/checkpoint-100/.", "grpo_sat_checkpoint-100"),
     ],
 )
 def test_a_model_is_named_by_the_folder_that_its_path_leads_to(path, name, tmp_path, monkeypatch):
-    for checkpoint in ("checkpoint-100", "checkpoint-200"):
-        (tmp_path / "outputs/grpo_sat" / checkpoint).mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "outputs/grpo_sat/checkpoint-100")
-    assert evaluation.model_name(path) == evaluation.model_name(f"{path}/") == name
+    (tmp_path / "outputs/grpo_sat/checkpoint-100").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "outputs")
+    assert evaluation.model_name(path) == name
 
 
-@pytest.mark.parametrize("option", ["--model_path", "--dataset_path", "--prompt", "--output_dir", "--precomputed_json"])
+@pytest.mark.parametrize("option", ["--model_path", "--output_dir"])
 def test_an_option_without_a_value_is_no_default(script, arguments, option, capsys):
-    for blank in ("", " "):
-        with pytest.raises(SystemExit) as end:
-            script.parse_args([*arguments, option, blank])
-        assert end.value.code == 2
-        assert f"error: argument {option}: expected a value, got none" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        script.parse_args([*arguments, option, " "])
+    assert end.value.code == 2
+    assert f"error: argument {option}: expected a value, got none" in capsys.readouterr().err
 
 
 def test_default_model_is_the_newest_grpo_output(tmp_path):
@@ -438,36 +405,25 @@ def test_default_model_is_the_newest_grpo_output(tmp_path):
     assert evaluation.newest_grpo_output(tmp_path) == tmp_path / "lora"
 
 
-# --- an adapter -------------------------------------------------------------------------------------------------
+# --- an adapter -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def adapter(model_path, tmp_path_factory) -> Path:
-    """What a LoRA run leaves: an adapter that changes what the model says, and the processor."""
-    torch.manual_seed(0)
-    settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = get_peft_model(load_model(str(model_path), "float32"), settings)
+def adapter(tiny_model, tmp_path_factory) -> Path:
+    """What a LoRA run leaves."""
+    settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     folder = tmp_path_factory.mktemp("runs") / "lora"
-    model.save_pretrained(folder)
-    processor = load_processor(str(model_path), chat_template="instruct", max_pixels=6272)
-    processor.save_pretrained(folder)
+    get_peft_model(load_model(str(tiny_model), "float32"), settings).save_pretrained(folder)
+    load_processor(str(tiny_model)).save_pretrained(folder)
     return folder
 
 
-def test_an_adapter_is_evaluated_as_its_merged_model_with_its_own_prompt(
-    script, arguments, adapter, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(sys, "argv", ["export.py", "--adapter", str(adapter), "--output", str(tmp_path / "merged")])
-    runpy.run_path(str(REPO_ROOT / "scripts/export.py"), run_name="__main__")
-    base = run(script, arguments)
-    lora, merged = (run(script, [*arguments, "--model_path", str(path)]) for path in (adapter, tmp_path / "merged"))
-    assert lora["results"] == merged["results"] and lora["model"] != merged["model"]
-    assert lora["prompt"]["name"] == "instruct" and lora["pixels"]["max"] == 6272
-    changed = [a["response"] != b["response"] for a, b in zip(lora["results"], base["results"], strict=True)]
-    assert sum(changed) > len(changed) / 2
+def name_base(adapter: Path, base: str) -> None:
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
 
 
-@pytest.mark.parametrize("model_type", families("qwen3_5", "smolvlm", "internvl"))
+@pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5", "smolvlm", "internvl"))
 def test_an_adapter_of_every_family_is_exported_evaluated_and_asked(
     model_type, script, rendered, tiny_models, tmp_path, monkeypatch, capsys
 ):
@@ -496,6 +452,7 @@ def test_an_adapter_of_every_family_is_exported_evaluated_and_asked(
         for path in (tmp_path / "lora", tmp_path / "merged", tiny_models[model_type])
     )
     assert of_lora["results"] == merged["results"] != base["results"] and len(merged["results"]) == 6
+    assert of_lora["model"] != merged["model"]
     assert of_lora["prompt"]["name"] == merged["prompt"]["name"] == "instruct" and merged["pixels"]["max"] <= 6272
     Image.new("RGB", (80, 60), "red").save(tmp_path / "red.png")
     options = ["--image", tmp_path / "red.png", "--question", "Which colour?", "--max_new_tokens", 4]
@@ -503,20 +460,9 @@ def test_an_adapter_of_every_family_is_exported_evaluated_and_asked(
     assert asked[0] == asked[1] and "completion: " in asked[0]
 
 
-def test_the_fingerprint_of_an_adapter_holds_its_base(adapter, model_path, tmp_path):
-    first = answering.model_fingerprint(adapter)
-    other = shutil.copytree(adapter, tmp_path / "other")
-    assert answering.model_fingerprint(other) == first
-    settings = json.loads((other / "adapter_config.json").read_text())
-    new_base = save_tiny_model(tmp_path / "base", vocab_size=300, seed=5)
-    (other / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(new_base)}))
-    assert answering.model_fingerprint(other) != first
-
-
 def test_an_adapter_whose_base_is_gone_is_one_line(script, arguments, adapter, tmp_path, monkeypatch):
     folder = shutil.copytree(adapter, tmp_path / "lora")
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "gone/away/base"}))
+    name_base(folder, "gone/away/base")
     monkeypatch.setattr(sys, "argv", [script.__file__, *arguments, "--model_path", str(folder)])
     with pytest.raises(SystemExit) as end:
         front_door.run(script.main)
@@ -524,7 +470,7 @@ def test_an_adapter_whose_base_is_gone_is_one_line(script, arguments, adapter, t
     assert end.value.code == f"test_qwen2vl_CVBench: error: {reason}"
 
 
-# --- saved responses ----------------------------------------------------------------------------------------------
+# --- saved responses ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -555,52 +501,25 @@ def test_the_references_rows_get_type_and_source_from_the_data_set(script, refer
     assert [row["id"] for row in joined["results"]] == [item.id for item in items]
 
 
-@pytest.mark.parametrize("key", ["question", "ground_truth"])
-def test_a_row_of_another_question_is_named(script, reference_file, rendered, key):
-    content = json.loads(reference_file.read_text())
-    row = content["results"][7]
-    row[key] = "How many?" if key == "question" else "(B)" if row["ground_truth"] == "(A)" else "(A)"
-    reference_file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"reference\.json: row 7: .*--dataset_path") as caught:
-        rescored(script, reference_file, "--dataset_path", str(rendered))
-    assert "\n" not in str(caught.value)
-    content["results"] = [*content["results"], content["results"][0]]
-    reference_file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="25 rows, but the data set has 24 questions"):
-        rescored(script, reference_file, "--dataset_path", str(rendered))
+def test_rows_of_the_reference_join_their_questions_or_are_named(script, reference_file, rendered, items):
+    def refused(rows: list[dict]) -> str:
+        reference_file.write_text(json.dumps({"results": rows}))
+        with pytest.raises(Mistake) as caught:
+            rescored(script, reference_file, "--dataset_path", str(rendered))
+        return str(caught.value)
 
-
-def test_prompts_in_place_of_questions_join_too(script, reference_file, rendered, items):
-    content = json.loads(reference_file.read_text())
-    for row, item in zip(content["results"], items, strict=True):
-        row["question"] = item.prompt
-    reference_file.write_text(json.dumps(content))
+    rows = json.loads(reference_file.read_text())["results"]
+    other = [*rows[:7], rows[7] | {"question": "How many?"}, *rows[8:]]
+    assert re.search(r"reference\.json: row 7: 'How many\?' is not .*--dataset_path", refused(other))
+    answer = "(B)" if rows[7]["ground_truth"] == "(A)" else "(A)"
+    assert "reference.json: row 7: " in refused([*rows[:7], rows[7] | {"ground_truth": answer}, *rows[8:]])
+    assert "25 rows, but the data set has 24 questions" in refused([*rows, rows[0]])
+    prompts = [row | {"question": item.prompt} for row, item in zip(rows, items, strict=True)]
+    reference_file.write_text(json.dumps({"results": prompts}))
     assert rescored(script, reference_file, "--dataset_path", str(rendered))["scores"]["3D"]["n"] == 12
 
 
-# --- several processes --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_killed_process_continues(script, arguments, quick_python):
-    """SIGKILL in the middle, then the same command. The one that is killed is a Python of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    slow = [*arguments, "--bs", "1", "--max_new_tokens", "200"]
-    command = [str(SCRIPT), *slow]
-    subprocess.run([quick_python, *command], env=environment, check=True, capture_output=True)
-    path = evaluation.result_path(script.parse_args(slow))
-    whole = path.read_bytes()
-    path.unlink()
-    nowhere = subprocess.DEVNULL
-    process = subprocess.Popen([sys.executable, *command], env=environment, stdout=nowhere, stderr=nowhere)
-    while not any(len(partial.read_bytes().splitlines()) > 3 for partial in evaluation.partial_paths(path)):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not path.exists()
-    subprocess.run([quick_python, *command], env=environment, check=True, capture_output=True)
-    assert path.read_bytes() == whole
+# --- several processes ----------------------------------------------------------------------------
 
 
 LAUNCHES = {
@@ -615,8 +534,10 @@ LAUNCHES = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("launch", LAUNCHES)
-@pytest.mark.parametrize("batch", ["4", "32"])  # 32: one process gets no batch
+@pytest.mark.parametrize(
+    ("launch", "batch"),  # 32: one process gets no batch
+    [("torchrun", "4"), ("torchrun", "32"), ("accelerate", "4"), ("accelerate --cpu", "4")],
+)
 def test_several_processes_answer_as_one(script, arguments, quick_python, tmp_path, launch, batch):
     expected = run(script, arguments)
     output = tmp_path / "two"
@@ -637,9 +558,3 @@ def test_several_processes_answer_as_one(script, arguments, quick_python, tmp_pa
     (path,) = output.iterdir()
     got = json.loads(path.read_text())
     assert got["results"] == expected["results"] and got["scores"] == expected["scores"]
-
-
-def test_16_bit_grey_is_shown_as_in_training():
-    data = io.BytesIO()
-    Image.fromarray(np.full((4, 4), 0x4000, dtype=np.uint16)).save(data, format="PNG")
-    assert answering.open_image(data.getvalue()).getpixel((0, 0)) == (0x40, 0x40, 0x40)

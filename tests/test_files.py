@@ -4,7 +4,6 @@ import importlib
 import os
 import re
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -33,46 +32,28 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def crash_before_the_rename(path: Path, shared: bool = False) -> None:
-    """What a kill leaves that comes when the temporary name is written."""
-    code = f"""if True:
-        import os, pathlib
-        from open_r1.base.files import replacing
-        with replacing(pathlib.Path({str(path)!r}), shared={shared}) as temporary:
-            temporary.write_text("half")
-            os._exit(9)
-    """
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_file_is_replaced_at_once(tmp_path, shared):
+def test_a_file_or_folder_is_replaced_at_once(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
-    with replacing(path, shared) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old" and temporary.parent == tmp_path
-    assert path.read_text() == "new" and names(tmp_path) == ["a.json"]
-
-
-def test_a_folder_is_replaced_at_once(tmp_path):
     with replacing(tmp_path / "model") as temporary:
         temporary.mkdir()
         (temporary / "config.json").touch()
         assert not (tmp_path / "model").exists()
-    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["config.json"]
+    assert path.read_text() == "new" and names(tmp_path) == ["a.json", "model"]
+    assert names(tmp_path / "model") == ["config.json"]
 
 
 def test_a_folder_that_is_not_there_is_told_by_its_name(tmp_path):
     path = tmp_path / "no/page.html"
-    with pytest.raises(
-        FileNotFoundError, match=rf"^{re.escape(str(path))}: there is no folder {re.escape(str(path.parent))}$"
-    ):
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(f'{path}: there is no folder {path.parent}')}$"):
         replace_file(path, b"")
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_an_exception_leaves_the_old_file_and_no_temporary_one(tmp_path, error, monkeypatch):
+def test_an_exception_leaves_the_old_file_and_no_temporary_one(tmp_path, error):
     replace_file(tmp_path / "a", b"old")
     with pytest.raises(error), replacing(tmp_path / "a") as temporary:
         temporary.write_text("half")
@@ -80,20 +61,14 @@ def test_an_exception_leaves_the_old_file_and_no_temporary_one(tmp_path, error, 
     with pytest.raises(error), replacing(tmp_path / "b") as temporary:
         (temporary / "c").mkdir(parents=True)
         raise error
-
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(error):
-        replace_file(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old" and names(tmp_path) == ["a"]
 
 
 def test_a_crash_before_the_rename_leaves_the_old_file_and_the_next_write_clears_up(tmp_path):
     path = tmp_path / "a"
     replace_file(path, b"old")
-    crash_before_the_rename(path)
+    killed = replacing(path)  # whose end never comes
+    killed.__enter__().write_text("half")
     assert path.read_bytes() == b"old" and len(names(tmp_path)) == 2
     with replacing(path) as temporary:
         assert not temporary.exists()
@@ -101,44 +76,20 @@ def test_a_crash_before_the_rename_leaves_the_old_file_and_the_next_write_clears
     assert path.read_bytes() == b"new" and names(tmp_path) == ["a"]
 
 
-def test_processes_that_share_a_file_have_their_own_temporary_names(tmp_path):
-    crash_before_the_rename(tmp_path / "a", shared=True)
-    (half,) = tmp_path.iterdir()
-    with replacing(tmp_path / "a", shared=True) as temporary:
-        temporary.write_bytes(b"new")
-        assert temporary != half
-    assert half.read_text() == "half" and (tmp_path / "a").read_bytes() == b"new"
-
-
-def test_rows_are_appended_and_read(tmp_path):
+def test_rows_are_appended_and_a_torn_last_line_is_cut_off(tmp_path):
     path = tmp_path / "new/folder/rows.jsonl"
     append_rows(path, ROWS[:1])
     append_rows(path, iter(ROWS[1:]))
     append_rows(path, [])
     assert path.read_text().splitlines()[0] == '{"step": 1, "text": "两 \\n"}'
-    before = path.stat()
-    assert read_rows(path) == ROWS
-    assert path.stat().st_mtime_ns == before.st_mtime_ns  # nothing to mend, nothing written
-
-
-@pytest.mark.parametrize("torn", ['{"step": 4, "te', '{"step": 4}', "{"])
-def test_a_torn_last_line_is_cut_off(tmp_path, torn):
-    path = tmp_path / "rows.jsonl"
-    append_rows(path, ROWS)
     whole = path.read_bytes()
-    path.write_bytes(whole + torn.encode())
-    assert read_rows(path) == ROWS and path.read_bytes() == whole
+    for torn in ("", '{"step": 4, "te', '{"step": 4}'):
+        path.write_bytes(whole + torn.encode())
+        assert read_rows(path) == ROWS and path.read_bytes() == whole
     append_rows(path, [{"step": 4}])
     assert read_rows(path) == [*ROWS, {"step": 4}]
-    path.write_text(torn)
+    path.write_text("{")
     assert read_rows(path) == [] and path.read_bytes() == b""
-
-
-def test_a_damaged_line_in_the_middle_is_named(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl: line 2: damaged \(.*\); delete the line, or the file"):
-        read_rows(path)
 
 
 def test_kept_rows_stay_as_they_were_written(tmp_path):
@@ -149,7 +100,6 @@ def test_kept_rows_stay_as_they_were_written(tmp_path):
     assert path.read_text() == '{"step":  1.50}\n{"step": 2}\n'
     written = path.stat().st_mtime_ns
     assert keep_rows(path, lambda row: True) == 0 and path.stat().st_mtime_ns == written
-    assert names(tmp_path) == ["rows.jsonl"]
 
 
 def test_a_full_disk_takes_all_rows_or_none(tmp_path):
@@ -173,23 +123,18 @@ def test_a_full_disk_takes_all_rows_or_none(tmp_path):
     [
         (b"garbage", "Expecting value"),
         (b"[1, 2]", "list indices"),
-        (b"null", "'NoneType'"),
         (b'{"text": "no step"}', "KeyError: 'step'"),
-        (b'{"step": "one"}', "'<=' not supported"),
         (b'{"step": 1, "text": "\xff"}', "can't decode byte 0xff"),
         (b"[" * 99_999, "recursion"),
-        (b"\0" * 64, "decode byte"),
     ],
 )
-def test_a_run_that_resumes_over_a_damaged_line_ends_in_one_line(tmp_path, line, reason):
-    """The trainer's callbacks drop the rows of steps that are repeated; what they raise is no traceback of a user's."""
+def test_a_damaged_line_in_the_middle_is_named(tmp_path, line, reason):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
     before = path.read_bytes()
-    with pytest.raises(Mistake, match=rf"^{re.escape(str(path))}: line 2: damaged \(.*{re.escape(reason)}") as told:
+    with pytest.raises(Mistake, match=rf"^{re.escape(str(path))}: line 2: damaged \(.*{re.escape(reason)}") as raised:
         keep_rows(path, lambda row: row["step"] <= 1)
-    assert str(told.value).endswith("; delete the line, or the file") and "\n" not in str(told.value)
-    assert isinstance(told.value, ValueError) and path.read_bytes() == before
+    assert str(raised.value).endswith("; delete the line, or the file") and path.read_bytes() == before
 
 
 # --- what was not made by a command is not written over -----------------------------------------------------------
@@ -218,23 +163,17 @@ def command(tmp_path, monkeypatch):
 
 WRITERS = [
     ("report", "run/seed0 --output {}", f"run/seed0/{LIVE}"),
-    ("report", "run/seed0 --output {}", "run/seed0/log.jsonl"),
-    ("report", "run/seed0 --output {}", "page.html"),
     ("report", "run/seed0 --output page.html", "accuracy_length.png"),  # beside the page
     ("report", "run/seed0", "run/seed0/report.html"),
     ("compare", "r.json --chart {}", "photo.png"),
-    ("compare", "r.json --chart {}", "drawing.svg"),
     ("compare", "r.json", "comparison.png"),
-    ("open_r1.world.__main__", "--rows 2 --level easy --output {}", "r.json"),
     ("open_r1.world.__main__", "--rows 2 --level easy --output {}", "train.parquet"),
     ("open_r1.world.__main__", "--rows 2 --level easy --schema cvbench --output cv", "cv/test_3d.parquet"),
-    ("sweep", "run/seed0", "sweep.md"),
     ("sweep", "run/seed0 --output there", "there/sweep.svg"),
     ("benchmark", "--json {} data", "r.json"),
     ("gpu_check", "--rehearsal --output there", "there/gpu_check.md"),
     ("dev/rehearse", "--output there", "there/rehearsal.json"),
     ("open_r1.tiny", "--output there", "there/model.safetensors"),
-    ("benchmarks.published", "--output there", "there/config.json"),
     ("dev/pretrain_tiny", "--output there", "there/thesis.tex"),
     ("export", "--adapter run --output there", "there/config.json"),
 ]
@@ -246,8 +185,8 @@ def test_a_command_leaves_files_that_none_of_ours_made(command, tmp_path, name, 
     if not Path(path).exists():
         Path(path).write_bytes(b"years of work")
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    told = command(name, *arguments.format(path).split())
-    assert told and re.search(rf"(?:{re.escape(path)}|there) (?:is there, and was not made by|exists; name)", told)
+    error = command(name, *arguments.format(path).split())
+    assert error and re.search(rf"(?:{re.escape(path)}|there) (?:is there, and was not made by|exists; name)", error)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
@@ -256,9 +195,7 @@ def test_a_command_leaves_files_that_none_of_ours_made(command, tmp_path, name, 
     [
         ("report", "run/seed0 --output {}", "page.html"),
         ("compare", "r.json --chart {}", "chart.png"),
-        ("compare", "r.json --chart {}", "chart.svg"),
         ("compare", "r.json --chart {}", "chart.pdf"),
-        ("open_r1.world.__main__", "--rows 2 --level easy --output {}", "sat.parquet"),
         ("open_r1.world.__main__", "--rows 2 --level easy --schema cvbench --output cv", "cv/test_2d.parquet"),
     ],
 )
@@ -275,6 +212,6 @@ def test_a_folder_a_pipe_and_a_file_without_our_mark_are_not_replaceable(tmp_pat
     check_replaceable(tmp_path / "ours")
     (tmp_path / "theirs").write_bytes(b"x" * 10**6 + MADE_BY.encode() + b"x" * 10**6)  # a text about us
     os.mkfifo(tmp_path / "pipe")
-    for name, said in (("theirs", "was not made"), ("pipe", "was not made"), ("", "is a folder; name a file")):
-        with pytest.raises(OSError, match=said):
+    for name, reason in (("theirs", "was not made"), ("pipe", "was not made"), ("", "is a folder; name a file")):
+        with pytest.raises(OSError, match=reason):
             check_replaceable(tmp_path / "new", tmp_path / name)

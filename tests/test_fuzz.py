@@ -6,13 +6,11 @@ The examples are the same in every run. What they find becomes a case of its own
 import io
 import json
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
@@ -20,13 +18,9 @@ from PIL import Image
 
 from open_r1.answers.checker import extract_answer, is_blank, is_correct, judge
 from open_r1.base.prompts import without_surrogates
-from open_r1.engines.shared_prefix import Prompt, pack
-from open_r1.engines.vllm_backends import collapse_image_tokens
-from open_r1.models.families import FAMILIES
 from open_r1.rewards import accuracy_reward, format_reward
-from open_r1.tasks.examples import iter_examples
+from open_r1.tasks.examples import iter_rows
 from open_r1.tasks.sat import Example, Skip, convert_row, to_record
-from open_r1.trainer.sampling import shuffle_groups
 
 # It mixes in constants of this project's modules that are imported, which other tests decide: not the same every time.
 assert providers.is_local_module_file("mine.py")
@@ -126,70 +120,6 @@ def test_the_right_format_is_rewarded_whatever_it_holds(thought, answer, space):
     assert format_reward([text]) == format_reward([text.replace("<think>", "", 1)], think_prefilled=True) == [expected]
 
 
-# --- packing ----------------------------------------------------------------------------------------------------
-
-GROUPS = st.lists(
-    st.tuples(st.integers(1, 6), st.lists(st.integers(0, 5), min_size=1, max_size=4)), min_size=1, max_size=4
-)
-
-
-@fuzz(200)
-@given(GROUPS)
-def test_a_packed_row_is_its_sequences(groups):
-    """Every completion token is predicted from its own prompt and its own branch, at its own position."""
-    prompts, rows = [], []
-    for number, (length, lengths) in enumerate(groups):
-        prompt = Prompt(torch.arange(length) + 100 * (number + 1), torch.arange(length).expand(3, length))
-        prompts += [prompt] * len(lengths)
-        rows += [list(range(1000 * len(rows) + 1000, 1000 * len(rows) + 1000 + n)) for n in lengths]
-    width = max(1, max(map(len, rows)))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    batch = pack(FAMILIES["qwen2_vl"], prompts, ids, mask)
-    packed, positions = batch.model_inputs["input_ids"][0], batch.model_inputs["position_ids"][0, 0]
-    if any(rows):
-        assert torch.equal(batch.unpack(batch.labels), ids * mask)
-    else:
-        assert batch.labels.tolist() == [[-100]]
-    layout = batch.model_inputs["layout"]
-    assert len(packed) == len(positions) == sum(group.length for group in layout.groups)
-    scored, first = batch.model_inputs["scored"].tolist(), 0
-    for group, (length, lengths) in zip(layout.groups, groups, strict=True):
-        prompt, own = prompts[first], rows[first : first + len(lengths)]
-        first += len(lengths)
-        prefix = packed[group.start : group.start + group.prefix].tolist()
-        assert group.prefix == length - 1 and prefix == prompt.input_ids[:-1].tolist()
-        branches = [at[is_token].tolist() for at, is_token in zip(group.branches, group.is_token, strict=True)]
-        for row, places in zip([row for row in own if row], branches, strict=True):
-            for count, place in enumerate(places):
-                assert place == scored.pop(0)
-                seen = group.mask[count].tolist()  # of prefix and branch
-                assert seen == [True] * (group.prefix + count + 1) + [False] * (len(seen) - group.prefix - count - 1)
-                assert prefix + packed[places[: count + 1]].tolist() == prompt.input_ids.tolist() + row[:count]
-                assert positions[place] == length - 1 + count
-    assert scored == ([] if any(rows) else [0])
-
-
-@fuzz(100)
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(0, 2**31))
-def test_shuffling_moves_groups_and_loses_no_row(sizes, seed):
-    prompts = [Prompt(torch.arange(2), torch.zeros(3, 2)) for _ in sizes]
-    rows = [prompt for prompt, size in zip(prompts, sizes, strict=True) for _ in range(size)]
-    torch.manual_seed(seed)
-    shuffled = shuffle_groups({"prompts": rows, "row": torch.arange(len(rows))})
-    order = shuffled["row"].tolist()
-    assert sorted(order) == list(range(len(rows))) and shuffled["prompts"] == [rows[row] for row in order]
-    assert all(b == a + 1 or rows[a] is not rows[b] for a, b in pairwise(order))
-
-
-@fuzz(100)
-@given(st.lists(st.integers(0, 3), max_size=30))
-def test_collapsing_image_tokens_touches_no_other(ids):
-    collapsed = collapse_image_tokens(ids, 3)
-    assert [token for token in collapsed if token != 3] == [token for token in ids if token != 3]
-    assert (3, 3) not in pairwise(collapsed)
-
-
 # --- rows of files ----------------------------------------------------------------------------------------------
 
 FIELDS = ["messages", "conversations", "prompt", "question", "problem", "solution", "answer", "images", "image"]
@@ -235,7 +165,7 @@ def read(path: Path) -> tuple[list[dict], str]:
     """The rows of a file up to its first mistake, and that mistake, one line that begins with the file, or nothing."""
     rows, error = [], ""
     try:
-        for row in iter_examples(path):
+        for row, _ in iter_rows(path):
             rows.append(row)
     except (OSError, ValueError) as mistake:
         error = str(mistake)
@@ -277,48 +207,6 @@ def test_any_text_is_a_question_and_an_answer_in_every_form(folder, question, an
     question, answer = (without_surrogates(text) for text in (question, answer))
     assert not error and rows[1] == good_row(folder)
     assert (rows[0]["prompt"][0]["content"], rows[0]["solution"]) == (question, answer)
-
-
-JSON_LIKE = st.text('[]{}",:\n 0e-untf\\', max_size=40).map(str.encode)
-
-
-@fuzz(150)
-@given(st.binary(max_size=40) | JSON_LIKE, st.sampled_from(["", "l"]))
-def test_any_bytes_are_no_json_in_one_line(folder, content, ending):
-    path = folder / f"bytes.json{ending}"
-    path.write_bytes(content)
-    assert any(read(path))
-    text = content.decode("latin-1")
-    record = {**GOOD, "mine": text}  # the same in a string
-    path.write_text(json.dumps(record if ending else [record]))
-    assert read(path) == ([{**good_row(folder), "mine": text}], "")
-
-
-def column(rows: int) -> st.SearchStrategy:
-    """A column of a parquet file."""
-    cells = [st.sampled_from(WORDS), st.integers(-9, 9), st.binary(max_size=5), st.booleans(), st.floats()]
-    cells += [st.lists(st.sampled_from(WORDS), max_size=3)]
-    cells += [
-        st.fixed_dictionaries({"bytes": st.none() | st.binary(max_size=9), "path": st.sampled_from(["a.png", None])})
-    ]
-    return st.one_of([st.lists(st.none() | cell, min_size=rows, max_size=rows) for cell in cells])
-
-
-@fuzz(150)
-@given(st.integers(1, 3).flatmap(lambda rows: st.dictionaries(st.sampled_from(FIELDS), column(rows), max_size=5)))
-def test_any_parquet_table_is_rows_or_one_line_as_its_records_are_in_json(folder, columns):
-    path, lines = folder / "rows.parquet", folder / "rows.jsonl"
-    try:
-        pq.write_table(pa.table(columns), path)
-        lines.write_text("\n".join(map(json.dumps, pq.read_table(path).to_pylist())))
-    except (pa.ArrowException, UnicodeEncodeError):  # no table
-        return
-    except TypeError:  # bytes are no JSON
-        assert any(read(path))
-        return
-    (rows, error), (same_rows, same_error) = read(path), read(lines)
-    assert repr(rows) == repr(same_rows)  # NaN is not itself
-    assert error.removeprefix(str(path)) == same_error.removeprefix(str(lines))
 
 
 @fuzz(150)

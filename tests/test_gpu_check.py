@@ -45,7 +45,7 @@ def start(folder, *arguments, python=sys.executable, **env):
     return subprocess.run(["sh", SCRIPT, *arguments], env=env, cwd=folder, capture_output=True, text=True)
 
 
-# --- what has to be there -----------------------------------------------------------------------------------------
+# --- what has to be there -------------------------------------------------------------------------
 
 
 def test_without_a_gpu_it_says_so(quick_python, tmp_path):
@@ -55,15 +55,8 @@ def test_without_a_gpu_it_says_so(quick_python, tmp_path):
     assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "soon"])
-def test_a_time_that_is_none_is_refused(minutes, quick_python, tmp_path):
-    done = start(tmp_path, "--minutes", minutes, python=quick_python)
-    assert done.returncode == 2 and f"--minutes: expected minutes above 0, not '{minutes}'" in done.stderr
-
-
 SAID = """
-Driver Version                            : {driver}
+Driver Version                            : 550.54.15
 {label}                              : {cuda}
 GPU 00000000:01:00.0
     Product Name                          : NVIDIA H200
@@ -73,27 +66,26 @@ GPU 00000000:02:00.0
 
 
 @pytest.mark.parametrize(
-    "label, driver, supported, built, told",
+    "label, supported, built, told",
     [
         (
             "CUDA Version",
-            "550.54.15",
             "12.4",
             "13.0",
             "driver too old: 550.54.15, of the NVIDIA H200, runs CUDA 12.4 and older, and torch 2.11.0 is built for "
             "CUDA 13.0; update the driver, or install a torch for CUDA 12.4 or older",
         ),
-        ("CUDA UMD Version", "550.54.15", "12.4", "13.0", "driver too old: 550.54.15, of the NVIDIA H200, runs"),
-        ("CUDA Version", "580.159.03", "13.0", "13.2", "torch 2.11.0 for CUDA 13.2 cannot use the NVIDIA H200 that"),
-        ("CUDA Version", "580.159.03", "13.0", None, "torch 2.11.0 is built without CUDA, and cannot use the NVIDIA"),
+        ("CUDA UMD Version", "12.4", "13.0", "driver too old: 550.54.15, of the NVIDIA H200, runs"),
+        ("CUDA Version", "13.0", "13.2", "torch 2.11.0 for CUDA 13.2 cannot use the NVIDIA H200 that"),
+        ("CUDA Version", "13.0", None, "torch 2.11.0 is built without CUDA, and cannot use the NVIDIA"),
     ],
 )
 def test_a_gpu_that_torch_cannot_use_is_told_with_the_reason(
-    check, monkeypatch, tmp_path, label, driver, supported, built, told
+    check, monkeypatch, tmp_path, label, supported, built, told
 ):
     """nvidia-smi is a script that prints what the real one does in these lines; no such driver was at hand."""
     smi = tmp_path / "nvidia-smi"
-    smi.write_text(f"#!/bin/sh\ncat <<'END'\n{SAID.format(label=label, driver=driver, cuda=supported)}END\n")
+    smi.write_text(f"#!/bin/sh\ncat <<'END'\n{SAID.format(label=label, cuda=supported)}END\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -101,9 +93,6 @@ def test_a_gpu_that_torch_cannot_use_is_told_with_the_reason(
     monkeypatch.setattr(torch, "__version__", "2.11.0")
     monkeypatch.setattr(torch.version, "cuda", built)
     with pytest.raises(Mistake, match=re.escape(told)):
-        check.check_gpu()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    with pytest.raises(Mistake, match="no GPU"):
         check.check_gpu()
 
 
@@ -131,10 +120,10 @@ def test_of_a_folder_of_wheels_only_what_is_missing_is_installed(check, monkeypa
 
 def test_what_is_missing_is_named_with_the_way_to_get_it(check, monkeypatch):
     check.check_given()
-    check.check_wheels()  # this environment lacks nothing
+    check.check_pins()  # this environment lacks nothing
     monkeypatch.setattr(check, "is_installed", lambda name: name not in ("trl", "dill", "torchvision"))
     with pytest.raises(Mistake, match=r"lacks 2 packages: .* -d FOLDER trl==1.16.0 dill==0.4.1` where there is one"):
-        check.check_wheels()
+        check.check_pins()
     with pytest.raises(Mistake, match=r"has no torchvision: run `bash setup.sh`, or install builds that fit"):
         check.check_given()
 
@@ -142,20 +131,22 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(check, monkeypatch):
 def test_wheels_have_the_versions_that_the_project_is_tested_with(check):
     texts = [(REPO_ROOT / name).read_text() for name in ("requirements.txt", "requirements-test.txt")]
     tested = dict(re.findall(r"^([\w-]+)==(\S+)", "\n".join(texts), re.MULTILINE))
-    wheels = dict(pin.split("==") for pin in " ".join(check.WHEELS.values()).split())
-    shared = wheels.keys() & tested.keys()
-    assert shared >= check.WHEELS.keys() and {name: wheels[name] for name in shared} == {n: tested[n] for n in shared}
+    pins = dict(pin.split("==") for pin in check.PINS.split())
+    shared = pins.keys() & tested.keys()
+    assert {"trl", "datasets", "math-verify", "pytest"} <= shared
+    assert {name: pins[name] for name in shared} == {name: tested[name] for name in shared}
 
 
-# --- how it goes on -----------------------------------------------------------------------------------------------
+# --- how it goes on -------------------------------------------------------------------------------
 
 MEASURING = """
 import json, os, pathlib, signal, subprocess, sys, time
 
 def main():
     name, folder, size, path = sys.argv[1:]
-    if name != "dies at once":
-        pathlib.Path(path).write_text(json.dumps({"about": size, "figures": {"s": 1.0}}))
+    if name == "leaves at once":
+        sys.exit(3)
+    pathlib.Path(path).write_text(json.dumps({"about": size, "figures": {"s": 1.0}}))
     if name.startswith("dies"):
         os.kill(os.getpid(), signal.SIGSEGV)
     if name == "hangs":
@@ -163,8 +154,6 @@ def main():
         pathlib.Path(folder, "child").write_text(str(child.pid))
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
-    if name == "leaves":
-        sys.exit(3)
 """
 
 
@@ -184,9 +173,8 @@ def test_a_process_that_ends_or_dies_leaves_what_it_knew(measure):
     outcome = measure("dies later")
     assert outcome.reason == "failed: its process was ended by SIGSEGV" and outcome.failed
     assert outcome.figures == {"s": 1.0}
-    outcome = measure("dies at once")
-    assert outcome.reason == "failed: its process was ended by SIGSEGV" and outcome.figures == {}
-    assert measure("leaves").reason == "failed: its process ended with exit code 3"
+    outcome = measure("leaves at once")
+    assert outcome.reason == "failed: its process ended with exit code 3" and outcome.figures == {}
 
 
 def test_one_that_hangs_is_killed_with_all_that_it_started(measure, tmp_path):
@@ -220,17 +208,13 @@ def test_a_measurement_that_cannot_be_made_says_why(gpu, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_every_measurement_has_a_limit(check, gpu):
-    assert list(check.LIMITS) == list(gpu.MEASUREMENTS)
-
-
-def test_the_expected_seconds_add_up_to_less_than_seven_minutes(check):
+def test_measurements_are_expected_within_their_limits_and_in_seven_minutes(check, gpu):
     """docs/running.md has a row a measurement, in their order: an expression and what it makes."""
+    assert list(check.LIMITS) == list(gpu.MEASUREMENTS)
     page = (REPO_ROOT / "docs/running.md").read_text()
     rows = re.findall(r"^\|.*\| ([\d .+x()]+?)(?: = (\d+))? \|$", page[page.index("What an H200 is expected") :], re.M)
     expected = [int(made or expression) for expression, made in rows]
-    for (expression, made), limit in zip(rows, check.LIMITS.values(), strict=True):
-        seconds = int(made or expression)
+    for (expression, _), seconds, limit in zip(rows, expected, check.LIMITS.values(), strict=True):
         assert seconds == pytest.approx(eval(expression.replace("x", "*")), abs=0.51) and 1.5 * seconds <= limit
     assert sum(expected) < 7 * 60 and f"| all | {sum(expected)}, {sum(expected) / 60:.1f} minutes |" in page
 
@@ -238,13 +222,10 @@ def test_the_expected_seconds_add_up_to_less_than_seven_minutes(check):
 def test_the_table_has_a_row_a_figure_and_what_stock_takes_more(check, tmp_path):
     outcomes = [
         check.Outcome("step, this trainer", {"rollout, s": 2.0, "peak memory, GB": 10.0, "MFU of whole step, %": 30.0}),
-        check.Outcome(
-            "step, stock TRL", {"rollout, s": 5.0, "peak memory, GB": 40.0, "MFU of whole step, %": 10.0}, about="here"
-        ),
+        check.Outcome("step, stock TRL", {"rollout, s": 5.0, "peak memory, GB": 40.0}, about="here"),
         check.Outcome("decoding", {"ms": 7.0}, reason="cut off after 60 s"),
     ]
-    text = check.report(outcomes, tmp_path)
-    lines = text.splitlines()
+    lines = check.report(outcomes, tmp_path).splitlines()
     assert lines[0] == "here" and lines[4] == "| step, this trainer | rollout, s | 2 |"
     assert lines[-4:] == [
         "| decoding | ms | 7 |",
@@ -252,13 +233,13 @@ def test_the_table_has_a_row_a_figure_and_what_stock_takes_more(check, tmp_path)
         "| stock TRL / this trainer | rollout | 2.50x |",
         "| stock TRL / this trainer | peak memory | 4.00x |",
     ]
-    assert text in (tmp_path / "gpu_check.md").read_text()
+    assert "\n".join(lines) in (tmp_path / "gpu_check.md").read_text()
     result = json.loads((tmp_path / "gpu_check.json").read_text())
     assert result["ratios"] == {"rollout, s": 2.5, "peak memory, GB": 4.0} and len(result["outcomes"]) == 3
     assert check.ratios(outcomes[1:]) == {}  # without one of the two
 
 
-# --- rehearsals ---------------------------------------------------------------------------------------------------
+# --- rehearsals -----------------------------------------------------------------------------------
 
 # What a CPU has no figures of, or none above 0, and why
 WITHOUT = {"attention tests": "", "evaluation and rollout, vLLM": "not run: vLLM is not installed"}
@@ -314,16 +295,13 @@ def test_a_machine_with_an_older_torch_and_a_folder_of_wheels_is_checked(check, 
     outcomes = {outcome["name"]: outcome for outcome in result["outcomes"]}
     assert list(outcomes) == list(check.LIMITS)
     for name, outcome in outcomes.items():
-        assert outcome["reason"].startswith(WITHOUT.get(name, "")) and bool(outcome["reason"]) == (
-            bool(WITHOUT.get(name))
-        ), outcome
-        assert outcome["figures"] or WITHOUT.get(name), outcome
+        reason = WITHOUT.get(name, "")
+        assert outcome["reason"].startswith(reason) and bool(outcome["reason"]) == bool(reason), outcome
+        assert outcome["figures"] or reason, outcome
     assert result["ratios"]["whole step, s"] > 0
     made = {"gpu_check.json", "gpu_check.md", "gpu_check_profile.txt"}
     assert {path.name for path in (tmp_path / "here").iterdir()} == made
-    text = (tmp_path / "here/gpu_check.md").read_text().partition("<!--")[0]  # who made it
-    assert text.startswith("A rehearsal of the check itself") and text.strip() in done.stdout
-    assert all(line.count("|") == 4 for line in text.splitlines() if line.startswith("|"))
+    assert done.stdout.startswith("A rehearsal of the check itself")
 
 
 @pytest.mark.gpu
@@ -334,17 +312,12 @@ def test_a_gpu_is_checked_in_nine_minutes(tmp_path):
     done = start(tmp_path, "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert time.monotonic() - begin < 600
-    outcomes = {each["name"]: each for each in json.loads((tmp_path / "gpu_check.json").read_text())["outcomes"]}
-    assert outcomes["step, this trainer"]["figures"], outcomes["step, this trainer"]["reason"]
+    outcomes = json.loads((tmp_path / "gpu_check.json").read_text())["outcomes"]
+    (step,) = (outcome for outcome in outcomes if outcome["name"] == "step, this trainer")
+    assert step["figures"], step["reason"]
 
 
-# --- arithmetic ---------------------------------------------------------------------------------------------------
-
-
-def test_utilisation_of_a_cards_flops(gpu):
-    # a model of 1e9 weights, forward and backward over 1000 tokens: 3e12 multiply-adds, 6e12 FLOP; in 0.1 s on a card
-    # of 1e15 FLOP/s, which could have done 1e14
-    assert gpu.utilisation(3 * 1e9 * 1000, seconds=0.1, peak=1e15) == pytest.approx(0.06)
+# --- arithmetic -----------------------------------------------------------------------------------
 
 
 def test_an_adapter_is_tried_in_the_room_of_a_small_card_and_then_of_a_larger(gpu, monkeypatch):
@@ -375,9 +348,7 @@ def test_a_profile_counts_launches_waits_and_the_time_of_kernels_once(gpu):
     """An operator has its kernels' time as its own, beside the kernels themselves."""
     seen = [
         ("aten::mm", 2, 30.0, DeviceType.CPU),
-        ("cudaLaunchKernel", 5, 0.0, DeviceType.CPU),
-        ("cudaLaunchKernelExC", 2, 0.0, DeviceType.CPU),
-        ("cuLaunchKernelEx", 1, 0.0, DeviceType.CPU),
+        ("cudaLaunchKernelExC", 7, 0.0, DeviceType.CPU),
         ("cudaStreamSynchronize", 3, 0.0, DeviceType.CPU),
         ("cudaMemcpyAsync", 4, 0.0, DeviceType.CPU),
         ("sm90_gemm", 2, 30.0, DeviceType.CUDA),
@@ -385,34 +356,16 @@ def test_a_profile_counts_launches_waits_and_the_time_of_kernels_once(gpu):
     ]
     names = ("key", "count", "self_device_time_total", "device_type")
     events = [SimpleNamespace(**dict(zip(names, event, strict=True))) for event in seen]
-    assert gpu.count_events(events) == {"kernel launches": 8, "host waits": 3, "ms of kernels": 0.032}
+    assert gpu.count_events(events) == {"kernel launches": 7, "host waits": 3, "ms of kernels": 0.032}
 
 
 @pytest.mark.parametrize(
-    "name, flops",
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA A100-SXM4-40GB", 312e12),
-        ("NVIDIA GeForce GTX 1080", None),
-    ],
+    "name, flops", [("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12), ("NVIDIA GeForce GTX 1080", None)]
 )
 def test_the_peak_of_a_card(gpu, name, flops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert gpu.peak_flops() == flops
-
-
-def test_what_was_measured_is_said_with_the_card(gpu, monkeypatch, tmp_path):
-    card = SimpleNamespace(name="NVIDIA H200", total_memory=150e9)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    said = gpu.describe(gpu.Bench(tmp_path, is_toy=False))
-    assert said.startswith("NVIDIA H200, 150 GB, ") and said.endswith("8 completions each, of 100 to 300 tokens.")
-    assert "toy" in gpu.describe(gpu.Bench(tmp_path, is_toy=True))
-    with pytest.raises(gpu.Impossible, match="there is no model"):
-        gpu.load_backend(gpu.Bench(tmp_path, is_toy=False), "hf")
 
 
 def test_work_of_a_step_counts_each_prompt_once(gpu, tmp_path):
@@ -432,7 +385,7 @@ def test_work_of_a_step_counts_each_prompt_once(gpu, tmp_path):
     merger = (4 * width) ** 2 + 4 * width * hidden
     image = patches * tower + patches // 4 * merger + 2 * vision["depth"] * width * patches**2
     prompt = work["sizes"]["prompt"]
-    assert re.fullmatch("[0-9]+", str(prompt)) and prompt > 16  # image tokens among them
+    assert prompt > 16  # image tokens among them
     pairs = preset.prompts_per_step * prompt * (prompt + 1) / 2
     pairs += sum(len(ids) * prompt + len(ids) * (len(ids) + 1) / 2 for ids in completions)
     tokens = sum(map(len, completions))

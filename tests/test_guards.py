@@ -6,8 +6,7 @@ import re
 from contextlib import nullcontext
 
 import pytest
-import torch
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback
 from trl import ModelConfig
 
 import test_sft
@@ -58,11 +57,7 @@ def told(events: list[dict]) -> list[tuple[int, str]]:
     return [(step, name) for step in range(1, len(events) + 1) for name in new_warnings(events[:step])]
 
 
-def test_every_guard_has_its_trouble():
-    assert list(TROUBLES) == [guard.name for guard in GUARDS]
-
-
-@pytest.mark.parametrize("name", TROUBLES)
+@pytest.mark.parametrize("name", [guard.name for guard in GUARDS])
 def test_a_guard_warns_once_when_its_sign_begins(name):
     trouble, at = TROUBLES[name]
     healthy = [{**HEALTHY, "step": step} for step in range(1, 50)]
@@ -78,34 +73,23 @@ def test_a_guard_warns_once_when_its_sign_begins(name):
     [
         # The mean of ten is now below the limit, now above it.
         ("length runaway", [{"completions/clipped_ratio": 0.9 if step % 4 < 2 else 0.1} for step in range(60)], 1),
-        # A gradient that jumps every few steps, twenty at most.
-        (
-            "gradient explosion",
-            [{"grad_norm": 50.0 if step in (30, 33, 40, 59, 60, 78) else 0.5} for step in range(99)],
-            1,
-        ),
+        # A gradient that jumps every few steps: twice more than twenty steps apart.
         ("gradient explosion", [{"grad_norm": 50.0 if step in (30, 50, 71, 75) else 0.5} for step in range(99)], 2),
         # Four steps in five without spread are none of five in a row.
         ("no spread", [{"reward_std": 0.4 if step % 5 == 0 else 0.0} for step in range(60)], 0),
-        # Format is learned, and accuracy stays; or accuracy falls, and format with it.
-        ("format without accuracy", [{"rewards/format_reward/mean": min(step / 50, 1)} for step in range(60)], 0),
+        # Accuracy falls, and format stays.
         ("format without accuracy", [{"rewards/accuracy_reward/mean": 1 - step / 60} for step in range(60)], 0),
-        ("KL explosion", [{"kl": 0.01 if step in (30, 32, 35) else 2.0} for step in range(20, 60)], 2),
     ],
 )
 def test_a_sign_that_comes_and_goes_is_told_once(name, signs, expected):
     """Until it has been away for as long as the guard looks back."""
     events = [{**HEALTHY, "step": step, **sign} for step, sign in enumerate(signs, start=1)]
-    guard = next(guard for guard in GUARDS if guard.name == name)
-    begun = [guard.value(events[:step]) is not None for step in range(len(events) + 1)]
-    assert expected < 2 or begun.count(True) > expected
     assert [warning for _, warning in told(events)].count(name) == expected
 
 
 def test_what_is_not_logged_warns_of_nothing():
     assert told([{"loss": 1.0, "mean_token_accuracy": 0.5} for _ in range(50)]) == []  # of SFT, whose norm was lost
     assert told([dict.fromkeys(HEALTHY, float("nan")) for _ in range(50)]) == []
-    assert told([dict.fromkeys(HEALTHY) for _ in range(50)]) == []
 
 
 def test_thresholds_are_documented():
@@ -144,42 +128,29 @@ def test_a_warning_in_a_log_is_untrusted(tmp_path):
 # --- no numbers -------------------------------------------------------------------------------------------------
 
 
-class Spoil(TrainerCallback):
-    """In the third step, once: a loss, a gradient or, at the end of the step before, the weights are NaN."""
+class SpoilWeights(TrainerCallback):
+    """After the second step all weights are NaN."""
 
-    def __init__(self, what: str):
-        self.what = what
-
-    def attach(self, trainer):
-        """Take part in the trainer's steps."""
-        self.trainer, compute = trainer, trainer._compute_loss
-        trainer.add_callback(self)
-
-        def spoilt(model, inputs):
-            loss = compute(model, inputs)
-            return loss * float("nan") if self.is_time("loss") else loss
-
-        trainer._compute_loss = spoilt
-        next(trainer.model.parameters()).register_hook(
-            lambda gradient: gradient * float("inf") if self.is_time("gradient") else None
-        )
-
-    def is_time(self, what: str, step: int = 2) -> bool:
-        return self.what == what and self.trainer.state.global_step == step
-
-    def on_step_end(self, *args, **kwargs):
-        if self.is_time("weights"):
-            with torch.no_grad():
-                for weights in self.trainer.model.parameters():
-                    weights.fill_(float("nan"))
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            for weights in model.parameters():
+                weights.data.fill_(float("nan"))
 
 
 def make_run(model, data, output, what=None, **changes):
-    """A run of four steps that is spoilt in the third."""
+    """A run of four steps, of which the third has a loss or gradient that is no number, or weights that are none."""
     settings = {"max_steps": 4, "max_completion_length": 4, "disable_tqdm": True, **changes}
     trainer = make_trainer(model, data, output, **settings)
     trainer.add_callback(CompleteCheckpoints(trainer.args))
-    Spoil(what).attach(trainer)
+    compute_loss = trainer._compute_loss
+
+    def spoil(value, is_spoilt):
+        return value * float("nan") if is_spoilt and trainer.state.global_step == 2 else value
+
+    trainer._compute_loss = lambda model, inputs: spoil(compute_loss(model, inputs), what == "loss")
+    next(trainer.model.parameters()).register_hook(lambda gradient: spoil(gradient, what == "gradient"))
+    if what == "weights":
+        trainer.add_callback(SpoilWeights())
     return trainer
 
 
@@ -205,37 +176,29 @@ def test_what_is_no_number_stops_a_run_before_the_update(what, tiny_model, examp
     assert steps == sorted([1, 2, 3, 4] * 8)
 
 
-def test_spoilt_weights_stop_a_run_at_its_newest_checkpoint(tiny_model, examples_json, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 1}
+@pytest.mark.parametrize(
+    "saving, goes_on",
+    [
+        ({"save_strategy": "steps", "save_steps": 1}, "goes on from .*/checkpoint-"),
+        ({}, "there is no checkpoint yet; "),
+    ],
+)
+def test_spoilt_weights_stop_a_run_and_are_not_saved(saving, goes_on, tiny_model, examples_json, tmp_path):
     trainer = make_run(tiny_model, examples_json, tmp_path, "weights", **saving)
-    with pytest.raises(Mistake, match=r"^step 3: the model's scores .* no numbers: .* goes on from .*/checkpoint-"):
+    with pytest.raises(Mistake, match=rf"^step 3: the model's scores .* no numbers: .*; .*{goes_on}"):
         trainer.train()
     content = json.loads((tmp_path / "stopped_at_step_3.json").read_text())
     assert {row["step"] for row in content["batch"]} == {2}  # whose update it was
-    assert last_complete_checkpoint(tmp_path)
+    assert bool(last_complete_checkpoint(tmp_path)) == bool(saving)
 
 
-def test_spoilt_weights_are_not_saved(tiny_model, examples_json, tmp_path):
-    with pytest.raises(Mistake, match=r"^step 3: the model's scores .*; there is no checkpoint yet; "):
-        make_run(tiny_model, examples_json, tmp_path, "weights").train()
-    assert not list(tmp_path.glob("checkpoint-*"))
-
-
-@pytest.mark.parametrize("norm, stops", [(0.0, False), (3.0, False), (math.inf, True), (math.nan, True), (-1.0, True)])
+@pytest.mark.parametrize("norm, stops", [(0.0, False), (math.inf, True), (math.nan, True), (-1.0, True)])
 def test_a_gradient_without_a_norm_stops_a_run(tiny_model, examples_json, tmp_path, monkeypatch, norm, stops):
     """DeepSpeed says -1 where the norm is not a number."""
     trainer = make_run(tiny_model, examples_json, tmp_path)
     monkeypatch.setattr(Trainer, "_get_grad_norm", lambda *_, **__: norm)
     with pytest.raises(Mistake, match="the gradient is not a number") if stops else nullcontext():
         assert trainer._get_grad_norm(trainer.model) == norm
-
-
-def test_a_first_step_without_numbers_has_no_checkpoint_to_name(tiny_model, examples_json, tmp_path):
-    trainer = make_run(tiny_model, examples_json, tmp_path)
-    trainer.state = TrainerState(global_step=0)
-    with pytest.raises(Mistake, match=r"^step 1: boom; .*; there is no checkpoint yet; "):
-        trainer.stop("boom", keeps_weights=True)
-    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_sft_stops_too(tiny_model, examples_json, tmp_path):

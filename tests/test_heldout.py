@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.sft import Qwen2VLSFTTrainer
-from open_r1.trainer.heldout import held_out_figures
+from open_r1.trainer.metrics import BLIND, check_best, held_out_figures
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import Scripted, launch_env, make_config, read_jsonl
 
@@ -82,12 +82,6 @@ def test_the_figures_of_a_few_rows():
     assert figures["completions/mean_length"] == 5 and figures["completions/max_length"] == 8
     assert figures["completions/clipped_ratio"] == 0.25
     assert figures["completions/mean_terminated_length"] == 4 and figures["completions/min_terminated_length"] == 2
-
-
-def test_a_group_without_spread_is_one_whose_completions_all_earn_the_same():
-    earned = [(1.0, 1.0), (0.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
-    rows = [row(reward, None, 4, True) for group in earned for reward in group]
-    assert held_out_figures(rows, [1.0, 1.0], group_size=2)["frac_reward_zero_std"] == 0.75
 
 
 @pytest.mark.parametrize("generations", [1, 2])
@@ -165,44 +159,33 @@ def test_each_of_several_sets_has_its_own_figures_and_completions(tiny_model, tm
     logged = [{name for name in event if name.endswith("_reward")} for event in trainer.state.log_history]
     assert logged == [{"eval_easy_reward"}, {"eval_far_away_reward"}]
 
-
-def test_the_questions_of_several_sets_without_their_images(tiny_model, tmp_path):
-    trainer = make_trainer(tiny_model, tmp_path, eval_dataset=named_sets())
-    trainer.evaluate_blind()
+    # without images, and transformers' own ways: a dictionary, a data set with a prefix
+    trainer.evaluate(metric_key_prefix=BLIND)
     logged = [{name for name in event if name.endswith("_reward")} for event in trainer.state.log_history]
-    assert logged == [{"blind_easy_reward"}, {"blind_far_away_reward"}]
-    rows = read_jsonl(tmp_path / "trajectories/blind.jsonl")
-    assert [each["dataset"] for each in rows] == ["easy"] * 2 * 4 + ["far_away"] * 5 * 4
-    assert "eval_easy_reward" in trainer.evaluate()  # which is not blind
+    assert logged[2:] == [{"blind_easy_reward"}, {"blind_far_away_reward"}]
+    blind = read_jsonl(tmp_path / "named/trajectories/blind.jsonl")
+    assert [each["dataset"] for each in blind] == ["easy"] * 2 * 4 + ["far_away"] * 5 * 4
+    assert "eval_reward" in alone.evaluate()
+    assert "eval_easy_reward" in alone.evaluate(named_sets())
+    assert "test_reward" in alone.evaluate(questions(3), metric_key_prefix="test")
 
 
-def test_sets_that_are_given_to_one_evaluation_are_told_apart(tiny_model, tmp_path):
-    """transformers' own ways: a dictionary, a data set with a prefix."""
-    trainer = make_trainer(tiny_model, tmp_path)
-    assert "eval_easy_reward" in trainer.evaluate(named_sets())
-    assert "test_reward" in trainer.evaluate(questions(3), metric_key_prefix="test")
-    assert "eval_reward" in trainer.evaluate()
-
-
-@pytest.mark.parametrize("better", ["eval_far_away_rewards/long/mean", "eval_easy_kl"])
-def test_the_best_model_is_chosen_by_one_of_several_sets(better, tiny_model, tmp_path):
+def test_the_best_model_is_chosen_by_one_of_several_sets(tiny_model, tmp_path):
+    better = "eval_far_away_rewards/long/mean"
     saving = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1, "load_best_model_at_end": True}
-    trainer = make_trainer(
-        tiny_model, tmp_path, eval_dataset=named_sets(), metric_for_best_model=better, greater_is_better=True, **saving
-    )
+    saving |= {"metric_for_best_model": better, "greater_is_better": True}
+    trainer = make_trainer(tiny_model, tmp_path, eval_dataset=named_sets(), **saving)
     trainer.train()
     values = [event[better] for event in trainer.state.log_history if better in event]
     assert len(values) == 2 and trainer.state.best_metric == max(values)
 
 
-def test_a_best_model_by_a_figure_of_no_set_is_refused(tiny_model, tmp_path):
-    changes = {"save_strategy": "steps", "load_best_model_at_end": True, "eval_dataset": named_sets()}
-    with pytest.raises(
-        ValueError, match=r"^metric_for_best_model: eval_reward is of no .* eval_easy_reward or eval_far"
-    ):
-        make_trainer(tiny_model, tmp_path, metric_for_best_model="eval_reward", **changes)
-    with pytest.raises(ValueError, match=r"^metric_for_best_model: loss is of no evaluation set; eval_easy_loss or "):
-        make_trainer(tiny_model, tmp_path, **changes)  # transformers' default
+@pytest.mark.parametrize("metric", ["eval_reward", "loss"])
+def test_a_best_model_by_a_figure_of_no_set_is_refused(metric):
+    name = metric.removeprefix("eval_")
+    line = f"^metric_for_best_model: {metric} is of no evaluation set; eval_easy_{name} or eval_far_away_{name} would"
+    with pytest.raises(ValueError, match=line):
+        check_best(metric, named_sets())
 
 
 def test_supervised_training_tells_several_sets_apart(tiny_model, tmp_path):
@@ -222,7 +205,7 @@ WORKER = """
 import json, sys
 sys.path.insert(0, {tests!r})
 from test_heldout import make_trainer
-trainer = make_trainer({model!r}, {output!r}, per_device_eval_batch_size=4, num_generations_eval=int({generations!r}))
+trainer = make_trainer({model!r}, {output!r}, per_device_eval_batch_size=4, num_generations_eval=2)
 logs = trainer.evaluate()
 if trainer.is_world_process_zero():
     json.dump(logs, open({output!r} + "/logs.json", "w"))
@@ -230,20 +213,19 @@ if trainer.is_world_process_zero():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("generations", [1, 2])
-def test_two_processes_give_the_figures_of_one(generations, tiny_model, quick_python, tmp_path):
-    """Five questions over two ranks with batches of four: the ranks get eight, and count five."""
+def test_two_processes_give_the_figures_of_one(tiny_model, quick_python, tmp_path):
+    """Five questions, twice each, over two ranks with batches of four: the ranks get more, and count five."""
     logs = []
     for processes in ("1", "2"):
         output = tmp_path / processes
         output.mkdir()
         script = output / "worker.py"
         values = {"tests": str(REPO_ROOT / "tests"), "model": str(tiny_model), "output": str(output)}
-        script.write_text(WORKER.format(**values, generations=generations))
+        script.write_text(WORKER.format(**values))
         launch = [quick_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         env = launch_env(tiny_model, output, output, OMP_NUM_THREADS="1")
         subprocess.run([*launch, str(script)], env=env, check=True)
-        assert len(read_jsonl(output / "trajectories/eval.jsonl")) == 5 * generations
+        assert len(read_jsonl(output / "trajectories/eval.jsonl")) == 5 * 2
         logs.append(json.loads((output / "logs.json").read_text()))
     for name in FIGURES:
         assert logs[0][f"eval_{name}"] == pytest.approx(logs[1][f"eval_{name}"], rel=1e-4), name

@@ -13,11 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from open_r1.engines.backends import load_transformers
 from open_r1.evaluate.answering import load_prompting
-from open_r1.models.files import tensor_names
 from open_r1.models.loading import (
-    adapter_base,
     check_adapter,
-    check_finite,
     check_model_files,
     check_template,
     check_weights,
@@ -66,60 +63,40 @@ def settings(name: str, **changes: object) -> Callable[[Path], None]:
     return change
 
 
-def cut(size: Callable[[int], int]) -> Callable[[Path], None]:
-    return lambda folder: os.truncate(folder / WEIGHTS, size((folder / WEIGHTS).stat().st_size))
-
-
-def tensors(edit: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+def tensors(name: str, edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     """Change the weights."""
 
     def change(folder: Path) -> None:
-        weights = load_file(folder / WEIGHTS)
+        weights = load_file(folder / name)
         edit(weights)
-        save_file(weights, folder / WEIGHTS, {"format": "pt"})
+        save_file(weights, folder / name, {"format": "pt"})
 
     return change
 
 
-def drop(part: str) -> Callable[[Path], None]:
-    def edit(weights: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in weights if part in name]:
-            del weights[name]
-
-    return tensors(edit)
+def drop(weights: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in weights if "layers.1." in name]:
+        del weights[name]
 
 
-def poison(part: str, value: float) -> Callable[[Path], None]:
-    def edit(weights: dict[str, torch.Tensor]) -> None:
-        name = next(name for name in weights if part in name)
-        weights[name].view(-1)[-1] = value
-
-    return tensors(edit)
+def poison(weights: dict[str, torch.Tensor]) -> None:
+    next(weight for name, weight in weights.items() if "mlp" in name).view(-1)[-1] = torch.nan
 
 
-def split(second: bytes | None) -> Callable[[Path], None]:
-    """Two shards and their index, the second of other content or missing."""
-
-    def change(folder: Path) -> None:
-        names = sorted(tensor_names(folder / WEIGHTS))
-        (folder / WEIGHTS).rename(folder / "model-1.safetensors")
-        write("model-2.safetensors", second)(folder)
-        files = {name: f"model-{1 + (number > 3)}.safetensors" for number, name in enumerate(names)}
-        (folder / INDEX).write_text(json.dumps({"weight_map": files}))
-
-    return change
+def cut(folder: Path) -> None:
+    os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size - 1)
 
 
-def pickled(folder: Path) -> None:
-    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+def lose_shard(folder: Path) -> None:
+    files = dict.fromkeys(load_file(folder / WEIGHTS), "model-1.safetensors")
+    (folder / WEIGHTS).rename(folder / "model-1.safetensors")
+    files[next(iter(files))] = "model-2.safetensors"
+    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
 
 
-def indexed(content: bytes) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        (folder / WEIGHTS).unlink()
-        (folder / INDEX).write_bytes(content)
-
-    return change
+def index_nothing(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / INDEX).write_text("{}")
 
 
 def other_ids(folder: Path) -> None:
@@ -129,62 +106,45 @@ def other_ids(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(text.replace("<|x|>", "<|video_pad|>"))
 
 
-def no_images(folder: Path) -> None:
-    """A processor for text alone."""
-    settings("processor_config.json", processor_class="Qwen2Tokenizer")(folder)
-
-
 def code(folder: Path) -> None:
     """A processor whose class is in the folder, with an import that leaves a trace."""
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
     settings("processor_config.json", processor_class="Evil", auto_map={"AutoProcessor": "evil.Evil"})(folder)
 
 
+CONFIG, PROCESSOR = "config.json", "processor_config.json"
 BROKEN = {
-    "no config": (write("config.json", None), "holds no model"),
-    "config of nothing": (write("config.json", b""), "config.json: not JSON"),
-    "config cut": (write("config.json", b'{"model_type": "qwen2'), "config.json: not JSON"),
-    "config in Latin-1": (write("config.json", b'{"a": "\xe9"}'), "config.json: not JSON"),
-    "config nested": (write("config.json", b"[" * 100_000), "config.json: not JSON"),
-    "config a list": (write("config.json", b"[]"), "config.json: expected an object, not list"),
-    "no type": (settings("config.json", model_type=None), "config.json: names no model_type"),
-    "type a list": (settings("config.json", model_type=["qwen2_vl"]), "config.json: names no model_type"),
-    "text alone": (settings("config.json", model_type="qwen2"), "is a 'qwen2' model; supported: qwen2_vl, "),
-    "foreign": (settings("config.json", model_type="evil", auto_map={"AutoConfig": "a.B"}), "is a 'evil' model; supp"),
-    "size a word": (settings("config.json", text_config__hidden_size="wide"), "cannot be loaded"),
-    "heads of no size": (settings("config.json", text_config__num_attention_heads=0), "cannot be loaded"),
-    "part a number": (settings("config.json", text_config=4), "cannot be loaded"),
-    "fewer tokens": (settings("config.json", text_config__vocab_size=260), "vocab_size of config.json is 260"),
+    "no config": (write(CONFIG, None), "holds no model"),
+    "config cut": (write(CONFIG, b'{"model_type": "qwen2'), "config.json: not JSON"),
+    "config a list": (write(CONFIG, b"[]"), "config.json: expected an object, not list"),
+    "no type": (settings(CONFIG, model_type=None), "config.json: names no model_type"),
+    "text alone": (settings(CONFIG, model_type="qwen2"), "is a 'qwen2' model; supported: qwen2_vl, "),
+    "size a word": (settings(CONFIG, text_config__hidden_size="wide"), "cannot be loaded"),
+    "fewer tokens": (settings(CONFIG, text_config__vocab_size=260), "vocab_size of config.json is 260"),
     "other ids": (other_ids, r"<\|image_pad\|> is token \d+ of the tokenizer, and image_token_id .* of different"),
     "no weights": (write(WEIGHTS, None), r"holds no model\.safetensors"),
-    "weights of nothing": (write(WEIGHTS, b""), "model.safetensors: not a whole safetensors file"),
-    "weights garbage": (write(WEIGHTS, b"garbage" * 999), "model.safetensors: not a whole safetensors file"),
     "weights a pointer": (write(WEIGHTS, POINTER), "model.safetensors: not a whole safetensors file"),
-    "weights cut in half": (cut(lambda size: size // 2), "model.safetensors: not a whole safetensors file"),
-    "weights cut in the header": (cut(lambda size: 100), "model.safetensors: not a whole safetensors file"),
-    "weights without their last byte": (cut(lambda size: size - 1), "model.safetensors: not a whole safetensors file"),
-    "weights too long": (cut(lambda size: size + 1), "model.safetensors: not a whole safetensors file"),
-    "pickle": (pickled, "pytorch_model.bin is a pickle, which runs code when it is opened"),
-    "shard missing": (split(None), "model-2.safetensors is missing"),
-    "shard cut": (split(b"\0"), "model-2.safetensors: not a whole safetensors file"),
-    "index garbage": (indexed(b"{]"), "index.json: not JSON"),
-    "index empty": (indexed(b"{}"), "index.json: has no weight_map"),
-    "index of numbers": (indexed(b'{"weight_map": {"a": 1}}'), "index.json: has no weight_map"),
-    "layer missing": (drop("layers.1."), r"weights are missing: \S+layers\.1\.\S+ and \d+ more"),
-    "tower missing": (drop("visual"), r"weights are missing: \S+visual\S+ and \d+ more"),
+    "weights cut": (cut, "model.safetensors: not a whole safetensors file"),
+    "pickle": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"),
+        "pytorch_model.bin is a pickle, which runs code when it is opened",
+    ),
+    "shard missing": (lose_shard, "model-2.safetensors is missing"),
+    "index empty": (index_nothing, "index.json: has no weight_map"),
+    "layer missing": (tensors(WEIGHTS, drop), r"weights are missing: \S+layers\.1\.\S+ and \d+ more"),
     "other shape": (
-        settings("config.json", text_config__intermediate_size=8),
+        settings(CONFIG, text_config__intermediate_size=8),
         r"another shape than config.json says: \S+ is \[.*\], not \[.*8\] and \d+ more",
     ),
-    "NaN": (poison("mlp", float("nan")), r"\S+mlp\S+ holds NaN or infinite weights"),
-    "infinite": (poison("visual", -float("inf")), r"\S+visual\S+ holds NaN or infinite weights"),
+    "NaN": (tensors(WEIGHTS, poison), r"\S+mlp\S+ holds NaN or infinite weights"),
     "no tokenizer": (write("tokenizer.json", None), r"holds no tokenizer\.json; copy it"),
     "tokenizer garbage": (write("tokenizer.json", b"{]"), "tokenizer.json: not JSON"),
     "tokenizer of nothing": (write("tokenizer.json", b"{}"), "tokenizer cannot be loaded"),
-    "no processor": (write("processor_config.json", None), r"holds no processor_config\.json; copy it"),
-    "processor garbage": (write("processor_config.json", b"\xff"), "processor_config.json: not JSON"),
-    "processor of parts": (settings("processor_config.json", image_processor=[]), "processor or tokenizer cannot be"),
-    "text's tokenizer": (no_images, "cannot be loaded|holds no processor for images and text"),
+    "no processor": (write(PROCESSOR, None), r"holds no processor_config\.json; copy it"),
+    "text's tokenizer": (
+        settings(PROCESSOR, processor_class="Qwen2Tokenizer"),
+        "cannot be loaded|holds no processor for images and text",
+    ),
     "code": (code, "processor or tokenizer cannot be loaded .*custom code"),
 }
 
@@ -211,18 +171,12 @@ def test_a_broken_folder_is_one_line(name, folder, caplog):
     assert not (folder / "ran").exists() and not caplog.messages
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_whole_model_passes(tiny_models, dtype):
+def test_a_whole_model_passes(tiny_models):
     """Of every family; a head tied to the embeddings is not missing."""
     for folder in tiny_models.values():
         check_weights(folder)
         check_template(load_processor(folder), "mine")
-        model = load_model(folder, dtype)
-        for value in (torch.nan, torch.inf):
-            with torch.no_grad():
-                model.lm_head.weight[-1, -1] = value
-            with pytest.raises(ValueError, match=f"{folder}: .*(embed_tokens|lm_head).* NaN or infinite"):
-                check_finite(model, folder)
+        load_model(folder, "bfloat16")
 
 
 def test_code_beside_a_known_class_is_not_run(folder):
@@ -255,24 +209,17 @@ def test_what_is_no_folder_of_a_model(path, message, tmp_path):
 # --- weights that come back -----------------------------------------------------------------------------------
 
 
-def trained(folder: Path, dtype: str = "float32") -> torch.nn.Module:
-    """A model whose every weight is another than its folder's."""
-    model = load_model(folder, dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    return model
-
-
-@pytest.mark.parametrize("shard", ["1GB", "200KB"])
-def test_every_weight_of_every_family_comes_back(shard, tiny_models, tmp_path):
+def test_every_weight_of_every_family_comes_back(tiny_models, tmp_path):
+    """From several files."""
     for name, folder in tiny_models.items():
-        model = trained(folder)
-        model.save_pretrained(tmp_path / name, max_shard_size=shard)
-        assert (tmp_path / name / INDEX).is_file() == (shard == "200KB")
-        other = load_model(folder, "float32")
-        restore_weights(other, tmp_path / name)
-        assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters(), strict=True)), name
+        models = [load_model(folder, "float32") for _ in range(2)]
+        with torch.no_grad():
+            for parameter in models[0].parameters():
+                parameter.add_(1)
+        models[0].save_pretrained(tmp_path / name, max_shard_size="200KB")
+        assert (tmp_path / name / INDEX).is_file()
+        restore_weights(models[1], tmp_path / name)
+        assert all(torch.equal(*pair) for pair in zip(*(m.parameters() for m in models), strict=True)), name
 
 
 def test_a_head_in_float32_comes_back_unrounded(tiny_models, tmp_path):
@@ -288,7 +235,7 @@ def test_a_head_in_float32_comes_back_unrounded(tiny_models, tmp_path):
     assert torch.equal(*heads) and heads[1].dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["layer missing", "tower missing", "weights cut in half", "no weights", "other shape"])
+@pytest.mark.parametrize("name", ["layer missing", "weights cut", "other shape"])
 def test_weights_that_do_not_come_back_whole_are_one_line(name, folder, tiny_model):
     change, message = BROKEN[name]
     change(folder)
@@ -317,31 +264,20 @@ def adapter(tiny_model: Path, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def adapter_tensors(edit: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / "adapter_model.safetensors"
-        weights = load_file(path)
-        edit(weights)
-        save_file(weights, path, {"format": "pt"})
-
-    return change
-
-
+ADAPTER, ABOUT = "adapter_model.safetensors", "adapter_config.json"
 BROKEN_ADAPTERS = {
-    "garbage": (write("adapter_config.json", b"{]"), "adapter_config.json: not JSON"),
-    "empty": (write("adapter_config.json", b"{}"), "adapter_config.json: names no base model"),
-    "no weights": (write("adapter_model.safetensors", None), "holds no adapter_model.safetensors"),
-    "weights cut": (write("adapter_model.safetensors", b"\0" * 9), "adapter_model.safetensors: not a whole"),
-    "base gone": (
-        settings("adapter_config.json", base_model_name_or_path="/gone"),
-        "without its base .*gone",
+    "garbage": (write(ABOUT, b"{]"), "adapter_config.json: not JSON"),
+    "empty": (write(ABOUT, b"{}"), "adapter_config.json: names no base model"),
+    "no weights": (write(ADAPTER, None), "holds no adapter_model.safetensors"),
+    "pickle": (
+        lambda folder: (folder / ADAPTER).rename(folder / "adapter_model.bin"),
+        r"adapter_model\.bin is a pickle",
     ),
-    "rank a word": (settings("adapter_config.json", r="four"), "its adapter cannot be loaded"),
-    "kind unknown": (settings("adapter_config.json", peft_type="EVIL"), "its adapter cannot be loaded"),
-    "other rank": (settings("adapter_config.json", r=4), "its adapter cannot be loaded"),
-    "weights missing": (adapter_tensors(lambda weights: weights.popitem()), "weights are missing"),
+    "base gone": (settings(ABOUT, base_model_name_or_path="/gone"), "without its base .*gone"),
+    "rank a word": (settings(ABOUT, r="four"), "its adapter cannot be loaded"),
+    "weights missing": (tensors(ADAPTER, lambda weights: weights.popitem()), "weights are missing"),
     "NaN": (
-        adapter_tensors(lambda weights: [values.fill_(torch.nan) for values in weights.values()]),
+        tensors(ADAPTER, lambda weights: [values.fill_(torch.nan) for values in weights.values()]),
         "its adapter cannot be loaded .*NaN",
     ),
 }
@@ -383,8 +319,7 @@ def test_every_adapter_of_a_model_comes_back(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, r"weights are missing: \S+k_proj\S+ and \d+ more"),
-        ({"target_modules": ["q_proj"]}, r"weights for which this adapter has no place: \S+v_proj\S+ and \d+ more"),
+        ({"target_modules": ["q_proj"]}, r"weights that this adapter has no place for: \S+v_proj\S+ and \d+ more"),
         ({"r": 4}, "its adapter cannot be loaded"),
     ],
 )
@@ -400,34 +335,6 @@ def test_an_adapter_whose_weights_did_not_arrive_is_noticed(adapter, tiny_model)
         check_adapter(model, adapter)
     restore_weights(model, adapter)
     check_adapter(model, adapter)
-
-
-def test_a_pickled_adapter_is_not_opened(adapter):
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    for base in (None, adapter_base(adapter)):
-        with pytest.raises(OSError, match=r"adapter_model\.bin is a pickle"):
-            load_checkpoint(adapter, base=base)
-
-
-# --- templates and bounds -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "template, message",
-    [
-        (b"{{ messages[0].content }}", r"chat_template: writes 0 <\|image_pad\|> for a message with one image"),
-        (b"<|image_pad|><|image_pad|>", r"chat_template: writes 2 <\|image_pad\|>"),
-        (b"{% for %}", r"chat_template: .*/mine\.jinja: line 1: "),
-        (b"{{ raise_exception('no style') }}", r"chat_template: .*/mine\.jinja: line 1: no style"),
-        (b"{{ nothing.at.all }}", "chat_template: "),
-        (b"caf\xe9", "chat_template: .*mine.jinja: not UTF-8"),
-    ],
-)
-def test_a_template_that_shows_no_image(template, message, tiny_model, tmp_path):
-    (tmp_path / "mine.jinja").write_bytes(template)
-    with pytest.raises(ValueError, match=message) as caught:
-        load_prompting(tiny_model, str(tmp_path / "mine.jinja"))
-    assert "\n" not in str(caught.value)
 
 
 def test_bounds_that_no_image_fits(tiny_model):

@@ -92,21 +92,14 @@ def test_the_files_that_a_recipe_changes_are_found_like_its_paths(places):
         ("model_name_or_path", "Qwen/Qwen2-VL-2B"),
         ("model_name_or_path", "rows.json"),  # a file is no model; told as it was written
         ("resume_from_checkpoint", "auto"),
-        ("dataset_name", ""),
         ("dataset_name", "no" * 3000),
         ("dataset_name", "a\0b"),
         ("deepspeed", {"zero_optimization": {"stage": 2}}),
         ("run_name", "model"),  # no path
-        ("beta", 0.0),
     ],
 )
 def test_what_leads_to_nothing_stays_as_it_is(places, setting, value):
     assert find_setting(setting, value, places["recipes"]) == value
-
-
-def test_home_is_found(places, monkeypatch):
-    monkeypatch.setenv("HOME", str(places["recipes"]))
-    assert find_setting("dataset_name", "~/rows.json") == str(places["recipes"] / "rows.json")
 
 
 def test_arguments_are_seen_from_here_then_from_the_repository(places):

@@ -14,16 +14,11 @@ from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import LOSS_TYPES, check_settings
 from open_r1.engines.backends import Completions
 from open_r1.engines.shared_prefix import images_of
-from open_r1.models.families import FAMILIES
 from open_r1.models.families.tiled import Tiled
-from open_r1.models.loading import freeze, load_model, load_processor
-from open_r1.settings.limits import check_values
+from open_r1.models.loading import freeze, load_model
 from open_r1.trainer.perception import (
     MOST_KL,
-    add_noise,
-    noise_step,
     perception_kl,
-    seeded,
     split_halves,
 )
 from support import (
@@ -119,24 +114,6 @@ def test_a_token_that_the_masked_policy_rules_out_has_a_finite_gradient():
     assert logps.grad[0, 2].item() == pytest.approx(1 - np.exp(-1), rel=1e-5)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_masked_patches_are_those_of_a_black_image(model_type, tiny_models):
-    processor, family = load_processor(tiny_models[model_type], max_pixels=12544), FAMILIES[model_type]
-    picture, black = (
-        family.images_of(processor.image_processor(images=[Image.new("RGB", (96, 64), colour)], return_tensors="pt"))
-        for colour in ("white", "black")  # which differ in every channel
-    )
-    name = family.image_inputs[0]
-    masked = family.blacken(picture, processor, SHARE, seeded(7, 0, 0))
-    is_black = masked[name] != picture[name]
-    assert torch.allclose(masked[name][is_black], black[name][is_black], atol=1e-6)
-    assert 0.3 < is_black.float().mean() < 0.9
-    assert all(torch.equal(masked[other], picture[other]) for other in family.image_inputs[1:])
-    again, other = (family.blacken(picture, processor, SHARE, seeded(7, 0, group)) for group in (0, 1))
-    assert torch.equal(masked[name], again[name]) and not torch.equal(masked[name], other[name])
-    assert torch.equal(family.blacken(picture, processor, 0, seeded(7))[name], picture[name])
-
-
 # ---- the term in the loss
 
 
@@ -189,12 +166,7 @@ def slow_term(trainer, inputs):
 
 @pytest.mark.parametrize(
     "rows, frozen",
-    [
-        pytest.param("one image", False, marks=pytest.mark.slow),
-        pytest.param("two images", False, marks=pytest.mark.slow),
-        ("mixed", False),
-        ("mixed", True),
-    ],
+    [pytest.param("two images", False, marks=pytest.mark.slow), ("mixed", False), ("mixed", True)],
 )
 @pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5", "smolvlm", "internvl"))
 def test_term_and_gradient_are_those_of_the_slow_one(model_type, rows, frozen, tiny_models, datasets, tmp_path):
@@ -272,20 +244,6 @@ def test_the_mean_is_that_of_the_loss_type(loss_type, tiny_model, datasets, tmp_
         assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(0, abs=1e-5 * alone)
 
 
-def test_a_prompt_without_an_image_has_no_term(tiny_model, datasets, tmp_path):
-    """Nor has it one when the policy has moved on since the rollout."""
-    trainer = make_papo_trainer(tiny_model, datasets["mixed"], tmp_path, per_device_train_batch_size=8)
-    seen = 0
-    for inputs in micro_batches(trainer):
-        inputs["masked_logps"] = inputs["masked_logps"] - 1
-        blind = torch.tensor([not prompt.image_inputs for prompt in inputs["prompts"]])
-        loss = trainer.compute_loss(trainer.model, inputs).item()
-        inputs["masked_logps"] = inputs["masked_logps"].masked_fill(blind[:, None], -7.0)
-        assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(loss, rel=1e-6)
-        seen += blind.sum().item()
-    assert seen
-
-
 def test_an_evaluation_has_no_term(tiny_model, datasets, tmp_path):
     """Its loss is that of the rewards, which here make no difference."""
     data = datasets["one image"]
@@ -294,39 +252,16 @@ def test_an_evaluation_has_no_term(tiny_model, datasets, tmp_path):
     assert "papo/kl" not in trainer._metrics["train"]
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_rollout_costs_one_more_pass_a_micro_batch(frozen, tiny_model, datasets, tmp_path):
+def test_a_rollout_costs_one_more_pass_a_micro_batch(tiny_model, datasets, tmp_path):
     """Whatever its prompts hold: under ZeRO-3 all processes must run as many."""
-    passes = {}
-    for coefficient in (0.0, 0.1):
-        trainer = make_papo_trainer(
-            tiny_model, datasets["mixed"], tmp_path, freeze_vision=frozen, papo_coef=coefficient, max_steps=1
-        )
-        calls = []
-        trainer.model.register_forward_hook(lambda *args, calls=calls: calls.append(1))
-        trainer.train()
-        passes[coefficient] = len(calls)
-    assert passes[0.0] == 2 and passes[0.1] == 4
+    trainer = make_papo_trainer(tiny_model, datasets["mixed"], tmp_path, papo_coef=0.1, max_steps=1)
+    calls = []
+    trainer.model.register_forward_hook(lambda *args: calls.append(1))
+    trainer.train()
+    assert len(calls) == 4  # two micro-batches, with and without masks
 
 
 # ---- noise in the rollout
-
-
-def test_noise_is_annealed_from_its_start_to_nothing():
-    assert [noise_step(500, progress) for progress in (0, 0.3, 2 / 3, 1)] == [500, 500, 250, 0]
-    assert all(noise_step(500, step / 100) >= noise_step(500, (step + 1) / 100) for step in range(100))
-
-
-def test_noise_is_of_the_strength_that_its_step_says():
-    """By NoisyRollout's schedule; the median and a quartile, which clipping at black and white leaves alone."""
-    grey = Image.new("RGB", (200, 200), (128, 128, 128))
-    for step, kept in ((100, 0.9966), (300, 0.9623), (500, 0.7448)):
-        pixels = np.asarray(add_noise(grey, step, seeded(1)), dtype=float) / 255
-        middle, spread = kept**0.5 * 128 / 255, 0.6745 * (1 - kept) ** 0.5
-        assert np.quantile(pixels, (0.25, 0.5, 0.75)) == pytest.approx(
-            [middle - spread, middle, min(middle + spread, 1)], abs=0.01
-        )
-    assert add_noise(grey, 300, seeded(1)).tobytes() == add_noise(grey, 300, seeded(1)).tobytes()
 
 
 def test_halves_of_groups_wherever_a_process_begins():
@@ -349,12 +284,8 @@ class Watching:
         return prompt
 
     def generate(self, prompts, repeats, settings) -> Completions:
-        self.asked.append([(prompt, count) for prompt, count in zip(prompts, repeats, strict=True)])
+        self.asked.append(list(zip(prompts, repeats, strict=True)))
         return self.inner.generate(prompts, repeats, settings)
-
-
-def pixels_of(prompt):
-    return prompt.image_inputs.get("pixel_values")
 
 
 def noised_slowly(pictures, step, group):
@@ -376,20 +307,17 @@ def test_half_of_a_group_is_sampled_from_noise_and_all_of_it_scored_clean(tiny_m
     data = datasets["mixed, two images"]
     trainer = make_trainer(tiny_model, data, tmp_path, eval_data=data, **settings)
     backend = trainer.backend = Watching(trainer.backend)
-    scored = []
-    original = trainer._generate_and_score_completions
+    scored, sample = [], trainer._generate_and_score_completions
 
     def spy(rows):
-        output = original(rows)
-        scored.append((trainer.model.training, output["prompts"]))
-        return output
+        batch = sample(rows)
+        scored.append((trainer.model.training, trainer.state.global_step, batch["prompts"]))
+        return batch
 
     trainer._generate_and_score_completions = spy
     trainer.train()
-    assert len(scored) == len(backend.asked)
-    noisy_groups, step = set(), 0
-    for (training, prompts), asked in zip(scored, backend.asked, strict=True):
-        assert sum(count for _, count in asked) == len(prompts)
+    noisy_groups = set()
+    for (training, step, prompts), asked in zip(scored, backend.asked, strict=True):
         # one object a group, so that it is packed once
         assert all(len({id(prompt) for prompt in prompts[i : i + 4]}) == 1 for i in range(0, len(prompts), 4))
         if not training:
@@ -400,31 +328,17 @@ def test_half_of_a_group_is_sampled_from_noise_and_all_of_it_scored_clean(tiny_m
             group = prompts[row]
             assert torch.equal(prompt.input_ids, group.input_ids)
             if row % 4 == 2:
-                assert count == 2 and not torch.allclose(pixels_of(prompt), pixels_of(group), atol=0.1)
+                assert count == 2
                 expected = noised_slowly(backend.pictures[group], step, row // 4)
                 for picture, pixels in zip(backend.pictures[prompt], expected, strict=True):
                     assert np.abs(np.asarray(picture, dtype=float) - pixels).max() <= 1  # rounding
                 noisy_groups.add((step, row // 4))
-            elif count == 2:
-                assert torch.equal(pixels_of(prompt), pixels_of(group))
             else:
-                assert count == 4 and pixels_of(prompt) is None
+                assert count == (2 if group.image_inputs else 4)
+                assert backend.pictures[prompt] == backend.pictures[group]
             row += count
-        step += 1
+        assert row == len(prompts)
     assert {step for step, _ in noisy_groups} == {0, 1, 2} and len({group for _, group in noisy_groups}) > 1
-
-
-@pytest.mark.slow
-def test_a_resumed_run_draws_the_same_masks_and_noise(tiny_model, datasets, tmp_path):
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "papo_coef": 0.5, "rollout_noise": 500}
-    make_trainer(tiny_model, datasets["one image"], tmp_path / "whole", **settings).train()
-    resumed = make_trainer(tiny_model, datasets["one image"], tmp_path / "resumed", **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
-    whole, again = (load_weights(tmp_path / name / "checkpoint-4") for name in ("whole", "resumed"))
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
-    other = make_trainer(tiny_model, datasets["one image"], tmp_path / "other", **{**settings, "papo_mask_ratio": 0.5})
-    other.train()
-    assert any((whole[name] - p).abs().max() > 0 for name, p in load_weights(tmp_path / "other/checkpoint-4").items())
 
 
 @pytest.mark.distributed
@@ -447,32 +361,17 @@ def test_two_zero_processes_match_one(tiny_model, datasets, quick_python, tmp_pa
 # ---- settings
 
 
-@pytest.mark.parametrize("name", ["papo_coef", "rollout_noise"])
-def test_both_need_the_shared_prefix(name, tmp_path):
-    args = make_config(tmp_path, shared_prefix=False, **{name: 0.5})
-    with pytest.raises(ValueError, match=f"{name}: needs the shared prefix"):
-        check_settings(args, args.shared_prefix)
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"vllm_mode": "server"}, "--vllm_mode colocate"),
-        ({"vllm_mode": "colocate"}, "--vllm_importance_sampling_correction false"),
-        ({"vllm_mode": "colocate", "vllm_importance_sampling_correction": False}, None),
+        ({"papo_coef": 0.5, "shared_prefix": False}, "papo_coef: needs the shared prefix"),
+        ({"rollout_noise": 500, "shared_prefix": False}, "rollout_noise: needs the shared prefix"),
+        ({"rollout_noise": 500, "vllm_mode": "server"}, "--vllm_mode colocate"),
+        ({"rollout_noise": 500, "vllm_mode": "colocate"}, "--vllm_importance_sampling_correction false"),
     ],
 )
-def test_noise_and_vllm(changes, message, tmp_path, monkeypatch):
+def test_what_they_do_not_go_with_is_one_line(changes, message, tmp_path, monkeypatch):
     monkeypatch.setattr("open_r1.configs.need_vllm", lambda option: None)
-    args = make_config(tmp_path, rollout_noise=500, use_vllm=True, **changes)
-    if message is None:
-        check_settings(args, args.shared_prefix)
-        return
+    args = make_config(tmp_path, use_vllm="vllm_mode" in changes, **changes)
     with pytest.raises(ValueError, match=message):
         check_settings(args, args.shared_prefix)
-
-
-@pytest.mark.parametrize("setting", [{"papo_coef": -0.1}, {"papo_mask_ratio": 1.5}, {"rollout_noise": 1000}])
-def test_values_that_mean_nothing(setting):
-    with pytest.raises(ValueError, match="expected a number"):
-        check_values(setting)

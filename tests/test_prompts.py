@@ -122,8 +122,11 @@ def test_options_read_as_in_the_paper():
 
 @pytest.mark.parametrize(
     "text, message",
-    [(f"a {token} b", "control token of the model") for token in QWEN_TOKENS]
-    + [("", "is empty"), (" \n", "is empty"), ("half \ud800", "half a character"), ("\udc80", "half a character")],
+    [
+        *((f"a {token} b", "control token of the model") for token in QWEN_TOKENS[:2]),
+        (" \n", "is empty"),
+        ("half \ud800", "half a character"),
+    ],
 )
 def test_a_prompt_that_would_not_be_read_as_text_is_refused(text, message, tokenizer):
     """By evaluation with its question's name, and by ask.py; training leaves the row out."""

@@ -54,11 +54,7 @@ def test_special_tokens_have_the_published_ids(tokenizer):
 
 def test_text_is_tokenized_as_qwen_does(tokenizer):
     qwen = get_tokenizer("qwen2.5-7b-instruct")
-    for text in (
-        "Let me solve this step by step.\n<think>",
-        "It's 12,345 m²: 左边。 e\u0301\n\n  x\t🙂",
-        "  User: \r\n",
-    ):
+    for text in ("Let me solve this step by step.\n<think>", "It's 12,345 m²: 左边。 e\u0301\n\n  x\t🙂"):
         assert tokenizer(text)["input_ids"] == qwen.encode(text)
 
 
@@ -80,16 +76,11 @@ def test_the_model_has_the_published_number_of_parameters(tokenizer):
 
 def test_the_rehearsal_runs_shipped_recipes_and_forecasts_each_training(rehearse, tmp_path):
     phases = rehearse.training(tmp_path, "model", ["--max_prompt_length", "500"])
-    assert {Path(phase.env["CONFIG"]).parent for phase in phases} == {REPO_ROOT / "configs"}
-    assert all(Path(phase.env["CONFIG"]).is_file() and phase.forecast and phase.run for phase in phases)
     assert len({phase.run for phase in phases}) == len(phases) - 1  # one is the other, resumed
-
-
-def test_a_small_model_is_rehearsed_with_its_own_recipe(rehearse, tmp_path):
-    (phase,) = rehearse.training(tmp_path, "model", ["--max_prompt_length", "500"], "smolvlm_256m")
-    assert (
-        Path(phase.env["CONFIG"]) == REPO_ROOT / "configs/smolvlm_256m.yaml" and phase.run == tmp_path / "smolvlm_256m"
-    )
+    (small,) = rehearse.training(tmp_path, "model", ["--max_prompt_length", "500"], "smolvlm_256m")
+    assert Path(small.env["CONFIG"]).name == "smolvlm_256m.yaml"
+    assert {Path(phase.env["CONFIG"]).parent for phase in (*phases, small)} == {REPO_ROOT / "configs"}
+    assert all(Path(phase.env["CONFIG"]).is_file() and phase.forecast and phase.run for phase in (*phases, small))
 
 
 def test_smolvlm_has_its_number_of_parameters():
@@ -102,16 +93,14 @@ def test_smolvlm_has_its_number_of_parameters():
     assert SMOL_WORDS < max(tokenizer.get_vocab().values()) < SMOL_TEXT["vocab_size"]
 
 
-def test_a_phase_that_fails_says_how_it_ended(rehearse, tmp_path, capsys):
+def test_a_phase_is_measured_or_says_how_it_failed(rehearse, tmp_path, capsys):
+    """Its peak memory is that of its largest process."""
     command = [sys.executable, "-c", "print('error: no such model'); raise SystemExit(3)"]
     with pytest.raises(Mistake, match=r"build: exit code 3; the end of .* is above"):
         rehearse.measure(rehearse.Phase("build", command, {}), tmp_path / "log")
     assert "error: no such model" in capsys.readouterr().err
-
-
-def test_peak_memory_is_that_of_the_largest_process(rehearse, tmp_path):
     size = 300_000_000
-    code = f"import subprocess, sys, time; b = bytearray({size}); time.sleep(0.5)"
+    code = f"import time; b = bytearray({size}); time.sleep(0.5)"
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
     row = rehearse.measure(rehearse.Phase("child", [sys.executable, "-c", child], {}), tmp_path / "log")
     assert size < row.peak < 1.2 * size and row.seconds > 0.5

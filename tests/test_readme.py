@@ -15,7 +15,8 @@ README = (REPO_ROOT / "README.md").read_text()
 MAP = README.partition("## Map\n")[2].partition("\nContributions")[0]
 FOLDERS, MODULES = MAP.split("### The package")
 DOCUMENTS = sorted([*REPO_ROOT.glob("*.md"), *(REPO_ROOT / "docs").glob("*.md"), REPO_ROOT / "configs/README.md"])
-FILES = r"(?<![\w/])(?:open_r1|tests|scripts|configs|docs|src)/[\w./-]*\.(?:py|sh|md|yaml|jsonl|png)"
+FILES = r"(?<![\w/])(?:(?:open_r1|tests|scripts|configs|docs|src)/[\w./-]*\.(?:py|sh|md|yaml|jsonl|png)|test_\w+\.py)"
+FILES_ARE_IN = (REPO_ROOT, PACKAGE.parent, REPO_ROOT / "tests", REPO_ROOT / "src/eval")
 
 
 def names(text: str) -> list[str]:
@@ -90,4 +91,4 @@ def test_what_documents_name_is_there(document):
             titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
             assert heading in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
     for name in re.findall(FILES, text.replace(MAP, "")):
-        assert (REPO_ROOT / name).exists() or (PACKAGE.parent / name).exists(), name
+        assert any((folder / name).exists() for folder in FILES_ARE_IN), name

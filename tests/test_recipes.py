@@ -22,9 +22,9 @@ from transformers import get_scheduler
 from trl import ModelConfig
 
 from open_r1.base.prompts import REPO_ROOT, load_chat_template
-from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, Qwen2VLSFTConfig
+from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig
 from open_r1.models.families import FAMILIES
-from open_r1.settings.recipes import RecipeParser, merge_recipes, read_recipe
+from open_r1.settings.recipes import merge_recipes, read_recipe
 from open_r1.tiny import save_tiny_model
 from open_r1.world.parquet import write_sat
 from open_r1.world.scene import LEVELS
@@ -116,15 +116,13 @@ QLORA = {**LORA, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_ne
 @pytest.mark.parametrize(
     "config, recipe, changes",
     [
-        ("configs/grpo_sat_lora.yaml", "grpo_sat", LORA),
         ("configs/grpo_sat_qlora.yaml", "grpo_sat", QLORA),
         ("configs/sft_sat_lora.yaml", "sft_sat", {**LORA, "learning_rate": 2e-4}),
         ("configs/grpo_sat.yaml configs/overlays/lora.yaml", "grpo_sat", LORA),
-        ("configs/grpo_sat.yaml configs/overlays/qlora.yaml", "grpo_sat", QLORA),
     ],
 )
 def test_an_adapter_changes_this_and_nothing_else(config, recipe, changes, monkeypatch, tmp_path):
-    """As when each was a file that said everything; from any folder."""
+    """From any folder."""
     monkeypatch.chdir(tmp_path)
     plain = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())
     assert merge_recipes(config.split()) == {**plain, **changes}
@@ -145,19 +143,10 @@ def test_every_file_is_run_before_the_night_and_under_every_launch():
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_says_what_it_is(name):
-    """In its header, and in the table."""
     header = (CONFIGS / f"overlays/{name}.yaml").read_text().partition("\n\n")[0]
     parts = re.findall(r"^# (What|Why|Source|Expect|Cost):\s+\S", header, re.MULTILINE)
     assert parts == ["What", "Why", "Source", "Expect", "Cost"]
-    (row,) = re.findall(rf"^\| `overlays/{name}\.yaml`.*\|$", (CONFIGS / "README.md").read_text(), re.MULTILINE)
-    assert all(cell.strip() for cell in row.strip("|").split("|"))
-
-
-@pytest.mark.parametrize("config", [Qwen2VLGRPOConfig, Qwen2VLSFTConfig])
-def test_the_help_says_from_where_a_run_can_go_on(config):
-    text = RecipeParser((config,)).format_help().partition("--resume_from_checkpoint RESUME_FROM_CHECKPOINT, ")[2]
-    entry = " ".join(text.partition("\n  --")[0].split())
-    assert all(words in entry for words in ("auto, at the newest", "none, and it starts anew", "a checkpoint's folder"))
+    assert f"| `overlays/{name}.yaml`" in (CONFIGS / "README.md").read_text()
 
 
 def test_the_later_counts(tmp_path, monkeypatch):
@@ -248,9 +237,8 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, random_
         before = load_file(output / "checkpoint-1/adapter_model.safetensors")
         assert not any(re.search(family.tower, name) for name in adapter) and settings["freeze_vision"]
         assert all(adapter[name].any() and not torch.equal(adapter[name], before[name]) for name in adapter)
-        assert {line.split()[-1] for line in resumed.splitlines() if line.startswith(("vision", "merger", "lang"))} == {
-            "0"
-        }
+        parts = [line for line in resumed.splitlines() if line.startswith(("vision", "merger", "lang"))]
+        assert parts and all(line.endswith(" 0") for line in parts)  # nothing of the model itself is trained
         if launch == "zero2":  # saved without DeepSpeed's state of the whole model, and the same
             (states,) = checkpoint.glob("global_step*/mp_rank_00_model_states.pt")
             module = torch.load(states, weights_only=False)["module"]

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from open_r1.base.images import TOO_LARGE, TOO_LONG, open_image
+from open_r1.base.images import TOO_LARGE, open_image
 from open_r1.base.prompts import sat_question
 from open_r1.models.families.qwen import QWEN_TOKENS
 from open_r1.models.loading import load_processor
@@ -84,24 +84,25 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def make_json(folder: Path) -> Path:
-    (folder / "a.json").write_text(json.dumps(dialogues("messages")))
-    return folder / "a.json"
-
-
 def make_lines(folder: Path, name: str = "a.jsonl") -> Path:
     (folder / name).write_text("\n".join(json.dumps(record) for record in dialogues("messages")) + "\n\n")
     return folder / name
 
 
-def make_llama_factory(folder: Path) -> Path:
-    (folder / "b.json").write_text(json.dumps(dialogues("conversations")))
-    return folder / "b.json"
+def make_json(folder: Path, form: str = "messages", name: str = "a.json") -> Path:
+    (folder / name).write_text(json.dumps(dialogues(form)))
+    return folder / name
 
 
 def make_parquet(folder: Path) -> Path:
     pq.write_table(pa.Table.from_pylist(dialogues("messages")), folder / "a.parquet")
     return folder / "a.parquet"
+
+
+def make_parquet_with_images(folder: Path) -> Path:
+    (folder / "plain").mkdir()
+    table().to_parquet(folder / "plain/train-00000-of-00001.parquet")
+    return folder / "plain/train-00000-of-00001.parquet"
 
 
 def make_saved(folder: Path) -> Path:
@@ -112,17 +113,6 @@ def make_saved(folder: Path) -> Path:
 def make_saved_splits(folder: Path) -> Path:
     datasets.DatasetDict(train=table(), test=table().select([0])).save_to_disk(folder / "splits")
     return folder / "splits"
-
-
-def make_plain_folder(folder: Path) -> Path:
-    (folder / "plain").mkdir()
-    table().to_parquet(folder / "plain/train-00000-of-00001.parquet")
-    return folder / "plain"
-
-
-def make_parquet_with_images(folder: Path) -> Path:
-    table().to_parquet(folder / "images.parquet")
-    return folder / "images.parquet"
 
 
 def make_table(folder: Path, delimiter: str, name: str) -> Path:
@@ -152,17 +142,17 @@ MAKERS = {
     "JSON": make_json,
     "JSON Lines": make_lines,
     "JSON Lines named JSON": lambda folder: make_lines(folder, "lines.json"),
-    "LLaMA-Factory": make_llama_factory,
+    "LLaMA-Factory": lambda folder: make_json(folder, "conversations"),
     "parquet": make_parquet,
     "Arrow": make_arrow,
-    "JSON under another name": lambda folder: make_json(folder).rename(folder / "a.json.bak"),
+    "JSON under another name": lambda folder: make_json(folder, name="a.json.bak"),
     "compressed JSON Lines": make_compressed,
     "CSV": lambda folder: make_table(folder, ",", "a.csv"),
     "TSV": lambda folder: make_table(folder, "\t", "a.tsv"),
     "parquet with images": make_parquet_with_images,
+    "folder of parquet": lambda folder: make_parquet_with_images(folder).parent,
     "saved by datasets": make_saved,
     "saved by datasets, with splits": make_saved_splits,
-    "folder of parquet": make_plain_folder,
 }
 
 
@@ -260,28 +250,20 @@ def test_a_system_message_and_images_with_bytes(folder, tiny_model):
     assert Path(row["images"][0]).read_bytes() == picture("red")  # unchanged: neither decoded nor resized
 
 
-def test_special_tokens_in_a_text_leave_the_row_out(folder, tiny_model, capsys):
-    records = dialogues("messages")
-    records[0]["messages"][0]["content"] += " <|video_pad|>"
-    records[1]["messages"][1]["content"] = "<|image_pad|>"
-    (folder / "a.json").write_text(json.dumps(records))
-    rows = load_dataset(folder / "a.json", load_processor(tiny_model))
-    assert rows["solution"] == ["blue"]
-    assert "kept 1 of 3 examples; left out 2 with a control token of the model" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("token", QWEN_TOKENS)
 @pytest.mark.parametrize("place", ["question", "answer", "system"])
-def test_a_text_never_becomes_a_control_token(token, place, folder, tiny_model):
+def test_a_text_never_becomes_a_control_token(place, folder, tiny_model):
     """What is kept has no other control tokens than those of the template."""
-    (record, *_) = dialogues("messages")
-    roles = ["question", "answer"]
-    if place == "system":
-        roles.insert(0, "system")
-        record["messages"].insert(0, {"role": "system", "content": "Be brief."})
-    record["messages"][roles.index(place)]["content"] += f" a {token} b"
-    (folder / "a.json").write_text(json.dumps([record]))
-    with pytest.raises(ValueError, match="no example left; left out 1 with a control token of the model"):
+    records = []
+    for token in QWEN_TOKENS:
+        (record, *_) = dialogues("messages")
+        roles = ["question", "answer"]
+        if place == "system":
+            roles.insert(0, "system")
+            record["messages"].insert(0, {"role": "system", "content": "Be brief."})
+        record["messages"][roles.index(place)]["content"] += f" a {token} b"
+        records.append(record)
+    (folder / "a.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=f"no example left; left out {len(QWEN_TOKENS)} with a control token of the"):
         load_dataset(folder / "a.json", load_processor(tiny_model))
 
 
@@ -323,34 +305,23 @@ def changed(**fields: object):
 
 MISTAKES = {
     "cut image": (damaged(picture("red")[:-60]), "pictures/bad.png: corrupt image"),
-    "empty image": (damaged(b""), "pictures/bad.png: corrupt image"),
-    "no image": (changed(images=["pictures"]), "no image .*pictures, that is a folder"),
-    "web": (changed(images=["https://example.org/a.png"]), "download it first"),
+    "folder": (changed(images=["pictures"]), "no image .*pictures, that is a folder"),
+    "bomb": (damaged(bomb(13_000)), f"pictures/bad.png: {TOO_LARGE}"),
+    "device": (changed(images=["/dev/zero"]), "no image /dev/zero"),
+    "base64 of nothing": (changed(images=["data:image"]), "corrupt image"),
     "gold": (changed(options=["cyan", "pink"]), "lime"),
     "no answer": (changed(messages=[{"role": "user", "content": "<image>What?"}]), "no answer"),
     "name": (changed(completions=[1]), "the field completions has a name"),
     "form": (changed(messages=None), "no messages, conversations, prompt or question; it has .*--question_column"),
-    "odd names": (changed(messages=None, **{"a\nb": 1}), r"it has .*, 'a\\nb': name one with --question_column"),
     "turns": (changed(messages=[{"role": "assistant", "content": "a"}]), "expected one user and one assistant"),
-    "role": (changed(messages=[{"role": [], "content": "a"}]), "expected one user and one assistant"),
     "system": (changed(messages=[{"role": "system", "content": 5}]), "expected a system message with text"),
     "options": (changed(options="red, lime"), "options: expected a list of strings"),
-    "options of numbers": (changed(options=[1, 2]), "options: expected a list of strings"),
     "no question": (changed(messages=[{"role": "user", "content": "<image> \n"}]), "the question is empty"),
     "empty answer": (
         changed(messages=[{"role": "user", "content": "<image>a?"}, {"role": "assistant", "content": " "}]),
         "the answer is empty",
     ),
     "mark in the question": (changed(messages=[{"role": "user", "content": "<image>a <image>?"}]), "2 <image> marks"),
-    "svg": (damaged(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "pictures/bad.png: corrupt image"),
-    "heic": (damaged(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 99), "pictures/bad.png: corrupt image"),
-    "bomb": (damaged(bomb(13_000)), f"pictures/bad.png: {TOO_LARGE}"),
-    "thin": (damaged(picture("red", (1, 5000))), f"pictures/bad.png: {TOO_LONG}"),
-    "device": (changed(images=["/dev/zero"]), "no image /dev/zero"),
-    "elsewhere": (changed(images=["../../../../../../../../etc/passwd"]), "passwd: corrupt image"),
-    "base64 of nothing": (changed(images=["data:image"]), "corrupt image"),
-    "not base64": (changed(images=["data:image/png;base64,***"]), "not an image in base64"),
-    "base64 of text": (changed(images=["data:image/png;base64,AAAA"]), "corrupt image"),
 }
 
 
@@ -376,22 +347,15 @@ def test_sft_needs_an_answer(folder, tiny_model):
     "name, content, message",
     [
         ("a.jsonl", b'{"question": "a"}\n{"quest', "a.jsonl: line 2: not JSON"),
-        ("a.jsonl", b"[" * 100_000 + b"]" * 100_000, "a.jsonl: line 1: not JSON"),
         ("a.json", b"[" * 100_000 + b"]" * 100_000, "a.json: not a JSON file"),
         ("a.json", b'[{"question": "a?", "deep": ' + b"[" * 800 + b"]" * 800 + b"}]", "row 0: nested too deeply"),
         ("a.jsonl", b"", "at least one record"),
-        ("a.json", b"\xff\xfe", "not a JSON file"),
         ("a.parquet", b"PAR1", "not a parquet file"),
         ("a.csv", b"question,answer\na?,b,c\n", r"a\.csv: line 2: not as many cells as names in the first line \(2\)"),
-        ("a.csv", b"question,answer\na?,b\nc?\n", r"a\.csv: line 3: not as many cells as names"),
         ("a.csv", b'question,answer\na?,"b\n', r"a\.csv: not a table behind line 1: unexpected end of data"),
         ("a.csv", b"question,answer\n\xff\xfe,b\n", r"a\.csv: not a table behind line 0: 'utf-8' codec can't decode"),
-        ("a.csv", b"question,answer\n", "a.csv: expected at least one record"),
-        ("a.csv", b"", "a.csv: expected at least one record"),
         ("a.csv", b"question;answer\na?;b\n", "no messages, .*; it has question;answer: name one with"),
-        ("a.tsv", b"question\tanswer\na?\n", r"a\.tsv: line 2: not as many cells"),
         ("a.xyz", b"question\tanswer\na?\n", r"a\.xyz: cannot be read as a data set: Unable to find .* \.\.\.$"),
-        ("a.jsonl.gz", b"nothing", r"a\.jsonl\.gz: cannot be read as a data set"),
     ],
 )
 def test_files_that_are_none(name, content, message, tmp_path):
@@ -412,15 +376,10 @@ def test_cells_of_a_table_are_texts_and_empty_ones_are_null(tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("trian.csv", r"^trian\.csv: no such file; did you mean train\.csv\?$"),
         ("./trian.csv", r"^trian\.csv: no such file; did you mean train\.csv\?$"),
         ("data/trian.jsonl", r"^data/trian\.jsonl: no such file; did you mean data/train\.jsonl\?$"),
-        ("train.json", r"^train\.json: no such file; did you mean train\.csv\?$"),
-        ("a.csv", r"^a\.csv: no such file$"),
         ("loop.csv", r"^loop\.csv: no such file$"),
-        ("data/rows.arrow", r"^data/rows\.arrow: no such file$"),
         ("elsewhere/rows.json", r"^elsewhere/rows\.json: no such file$"),
-        ("other.xml", r"^other\.xml: no such file$"),
         ("SAT_static.json", r"^SAT_static\.json: no such file; make it with src/data/SAT/prepare_dataset\.sh$"),
         ("/no/such/folder", r"^/no/such/folder: no such file$"),
     ],

@@ -1,26 +1,23 @@
 """Recurrent layers in a packed row against plain ones over every sequence by itself; what they leave in a cache."""
 
 import copy
-import inspect
 from functools import partial
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, GenerationConfig, Lfm2Config
-from transformers.models.lfm2 import modeling_lfm2
+from transformers import DynamicCache, GenerationConfig
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from open_r1.engines.decoding import generate, make_cache
-from open_r1.engines.recurrent import CACHE_ARGUMENTS, share_states
-from open_r1.engines.shared_prefix import Layout, enable_grouping, encode_prompt, locate_group
+from open_r1.engines.decoding import generate
+from open_r1.engines.recurrent import share_states
+from open_r1.engines.shared_prefix import encode_prompt
 from open_r1.models.loading import load_model, load_processor
 from open_r1.tiny import make_config, make_tokenizer
-from support import enlarge
+from support import enlarge, make_layout
 
 HIDDEN = 64
-# of each group: tokens of the prefix, and of each branch. Convolutions have kernels of 4 and 3, the delta rule has
-# chunks of 64.
+# Of each group the tokens of the prefix, and of each branch. A convolution sees 4 tokens, the delta rule chunks of 64.
 LAYOUTS = {
     "one group": [(7, [3, 1, 5])],
     "several groups": [(4, [2, 2]), (9, [1]), (2, [6, 3, 3, 1])],
@@ -31,33 +28,12 @@ LAYOUTS = {
 }
 
 
-def make_layout(groups):
-    located, start = [], 0
-    for prefix, lengths in groups:
-        located.append(locate_group(start, prefix, lengths, torch.device("cpu")))
-        start += located[-1].length
-    return Layout(located)
-
-
-def qwen3_5_layer():
-    text = make_config(make_tokenizer(), "qwen3_5", hidden_size=HIDDEN).text_config
-    return modeling_qwen3_5.Qwen3_5DecoderLayer(text, 0)
-
-
-def lfm2_layer():
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Lfm2Config(vocab_size=64, num_hidden_layers=2, layer_types=["conv", "full_attention"], **sizes)
-    return modeling_lfm2.Lfm2DecoderLayer(config, 0)
-
-
-LAYERS = {"Qwen3_5GatedDeltaNet": qwen3_5_layer, "Lfm2ShortConv": lfm2_layer}
-
-
-@pytest.fixture(params=CACHE_ARGUMENTS)
-def layers(request):
+@pytest.fixture
+def layers():
     """A decoder layer as transformers has it, and the same that knows of packed rows."""
     torch.manual_seed(0)
-    plain = LAYERS[request.param]()
+    text = make_config(make_tokenizer(), "qwen3_5", hidden_size=HIDDEN).text_config
+    plain = modeling_qwen3_5.Qwen3_5DecoderLayer(text, 0)
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -145,63 +121,20 @@ def test_no_kernel_for_decoding_is_taken(layers, monkeypatch):
         raise AssertionError("a kernel for decoding")
 
     monkeypatch.setattr(modeling_qwen3_5, "torch_recurrent_gated_delta_rule", refuse)
-    for module in (modeling_qwen3_5, modeling_lfm2):
-        monkeypatch.setattr(module, "causal_conv1d_update", refuse)
+    monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_update", refuse)
     for groups in LAYOUTS.values():
         layout = make_layout(groups)
         run(layers[1], make_states(layout), layout=layout)
 
 
-def test_transformers_layers_are_what_we_take_them_for():
-    """Their names, the argument of the cache, and that a decoder layer is given what it does not know."""
-    for module in (modeling_qwen3_5, modeling_lfm2):
-        for name in CACHE_ARGUMENTS.keys() & vars(module).keys():
-            layer = LAYERS[name]()
-            assert CACHE_ARGUMENTS[name] in inspect.signature(getattr(module, name).forward).parameters
-            assert inspect.signature(type(layer).forward).parameters["kwargs"].kind is inspect.Parameter.VAR_KEYWORD
-            assert [type(mixer).__name__ for mixer in layer.children()].count(name) == 1
-    assert LAYERS.keys() == CACHE_ARGUMENTS.keys()
-
-
-# --- the model, and its rollout
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_models):
+def test_padding_does_not_leak_into_a_state(tiny_models):
+    """Prompts of unequal lengths that are sampled together end as each alone, where nothing is padded."""
     model = load_model(tiny_models["qwen3_5"], dtype="float32").eval()
     enlarge(model)
-    return model, load_processor(tiny_models["qwen3_5"], chat_template="base")
-
-
-def test_padding_does_not_leak_into_a_state(loaded):
-    """Prompts of unequal lengths that are sampled together end as each alone, where nothing is padded."""
-    model, processor = loaded
+    processor = load_processor(tiny_models["qwen3_5"], chat_template="base")
     texts = ["Where?", "What colour is the picture, and why?" * 3, "Left or right of the box?"]
     prompts = [encode_prompt(model, processor, [{"role": "user", "content": text}]) for text in texts]
     config = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=[58, 262], pad_token_id=0)
     together = generate(model, prompts, [2, 1, 2], config)
     alone = [generate(model, [prompt], [1], config)[0] for prompt in prompts]
     assert together == [alone[row] for row in (0, 0, 1, 2, 2)] and len(set(map(len, alone))) > 1  # uneven
-
-
-def test_rows_of_a_cache_are_picked_in_both_kinds_of_layers(loaded):
-    """Prefilled once and repeated, then fewer: as if every row had been prefilled."""
-    model, _ = loaded
-    enable_grouping(model)
-    torch.manual_seed(0)
-    ids, token = torch.randint(0, 200, (2, 12)), torch.randint(0, 200, (3, 1))
-    rows = torch.tensor([1, 1, 0])
-    positions = torch.arange(13).expand(3, 1, 13)
-
-    def logits(ids, cache, places):
-        where = positions[..., places].expand(3, len(ids), -1)
-        return model(input_ids=ids, position_ids=where, past_key_values=cache, use_cache=True).logits[:, -1]
-
-    with torch.no_grad():
-        cache, repeated = make_cache(model.config), make_cache(model.config)
-        logits(ids, cache, slice(0, 12))
-        cache.reorder_cache(rows)
-        logits(ids[rows], repeated, slice(0, 12))
-        expected = logits(token, repeated, slice(12, 13))
-        found = logits(token, cache, slice(12, 13))
-    assert cache.is_linear == [True, False] and (found - expected).abs().max() < 1e-5

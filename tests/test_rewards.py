@@ -4,7 +4,6 @@ import asyncio
 import inspect
 import re
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from open_r1.rewards import (
     length_reward,
     order_consistency_reward,
     repetition_reward,
-    reward_funcs_registry,
 )
 
 SIDES = ["left", "right"]
@@ -34,25 +32,18 @@ def accuracy(text, solution="left", options=SIDES):
     return reward
 
 
-@pytest.mark.parametrize("answer", ["left", "\nleft\n", "Left", "left.", ' "left" ', "(left)"])
-def test_accuracy_forgives_dress(answer):
-    assert accuracy(f"<think>hm</think><answer>{answer}</answer>") == 1.0
-
-
-@pytest.mark.parametrize("answer", ["right", "", "  ", "left or right", "A or B or C", "left, right", "A"])
-def test_accuracy_rejects_wrong_hedged_and_empty_answers(answer):
-    assert accuracy(f"<think>hm</think><answer>{answer}</answer>") == 0.0
-
-
-def test_accuracy_needs_the_tag():
-    assert accuracy("left") == 0.0
-    assert accuracy("<think>hm</think> left") == 0.0
-    assert accuracy("<answer>left") == 0.0
-
-
-def test_accuracy_takes_the_last_answer():
-    assert accuracy("<answer>right</answer> But wait! <answer>left</answer>") == 1.0
-    assert accuracy("<answer>left</answer> But wait! <answer>right</answer>") == 0.0
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        *((f"<think>hm</think><answer>{answer}</answer>", 1.0) for answer in ("\nleft\n", "Left", "left.", "(left)")),
+        *((f"<answer>{answer}</answer>", 0.0) for answer in ("right", " ", "left or right", "A or B or C", "A")),
+        *((text, 0.0) for text in ("left", "<think>hm</think> left", "<answer>left", "<answer>左</answer>")),
+        ("<answer>right</answer> But wait! <answer>left</answer>", 1.0),
+        ("<answer>left</answer> But wait! <answer>right</answer>", 0.0),
+    ],
+)
+def test_accuracy_of_the_last_tagged_answer(text, reward):
+    assert accuracy(text) == reward
 
 
 def test_accuracy_of_numbers_and_symbols():
@@ -62,43 +53,21 @@ def test_accuracy_of_numbers_and_symbols():
     assert accuracy("The values are 3 and <answer>4</answer>", "3", None) == 0.0
 
 
-def test_accuracy_of_a_letter_with_a_shortened_text_and_of_quantities():
-    sides = ["Rightward - to the right", "Leftward - to the left"]
-    assert accuracy("<answer>B. Leftward</answer>", "(B)", sides) == 1.0
-    assert accuracy("<answer>A. Leftward</answer>", "(B)", sides) == 0.0
-    assert accuracy("<answer>(B) -5</answer>", "(B)", ["5", "-5"]) == 1.0
-    assert accuracy("<answer>(A) -5</answer>", "(A)", ["5", "-5"]) == 0.0
-    for solution, answer in (("60°", "60"), ("4", "4cm"), ("2√{3}", r"2\sqrt{3}"), ("9π", "9pi")):
-        assert accuracy(f"<answer>{answer}</answer>", solution, None) == 1.0
-    assert accuracy("<answer>5 chairs</answer>", "5", None) == 0.0
-    assert accuracy("<answer>5 chairs</answer>", "5 chairs", ["5 chairs", "6 chairs"]) == 1.0
-    assert accuracy("<answer>左</answer>", "left", SIDES) == 0.0  # another language is no spelling
-
-
-def test_accuracy_takes_texts_and_conversations_without_options():
-    texts = ["<answer>left</answer>", "<answer>right</answer>"]
-    for completions in (texts, [as_conversation(text) for text in texts]):
-        rewards = accuracy_reward(completions, solution=["left", "left"], prompts=["p", "p"], completion_ids=[[1], [2]])
-        assert rewards == [1.0, 0.0]
-
-
 def test_accuracy_mixes_questions_with_and_without_options():
-    completions = ["<answer>left</answer>", "<answer>7</answer>", "<answer>(B)</answer>"]
-    rewards = accuracy_reward(completions, solution=["left", "7", "(B)"], options=[SIDES, None, SIDES])
-    assert rewards == [1.0, 1.0, 1.0]
+    texts = ["<answer>left</answer>", "<answer>7</answer>", "<answer>(B)</answer>"]
+    for completions in (texts, [as_conversation(text) for text in texts]):
+        rewards = accuracy_reward(completions, solution=["left", "7", "(B)"], options=[SIDES, None, SIDES])
+        assert rewards == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("gold", [None, "", " ", "\u200b", "\u200f\ufe0f"])
+@pytest.mark.parametrize("gold", [None, " ", "\u200b"])
 def test_a_gold_answer_that_nobody_sees_is_none(gold):
     with pytest.raises(ValueError, match="no answer, which the accuracy reward compares with"):
         check_gold({"solution": gold, "options": []})
 
 
-def test_accuracy_unwraps_a_tagged_solution():
+def test_a_tagged_solution_is_unwrapped_unless_the_tags_are_an_options_own():
     assert accuracy("<answer>left</answer>", "<answer> left </answer>") == 1.0
-
-
-def test_tags_that_an_option_has_itself_are_no_dress():
     gold = r"\boxed{<answer><think></answer>"  # found by test_fuzz.py
     assert accuracy("<answer>left</answer>", gold, [gold, "left"]) == 0.0
     check_gold({"solution": gold, "options": [gold]})
@@ -126,12 +95,10 @@ def test_bare_accuracy_pays_for_the_answer_alone(text, reward):
 
 
 def test_bare_accuracy_reads_what_accuracy_reads():
-    """Another dress, the same checker; and data that is wrong is told."""
+    """Another dress, the same checker."""
     texts, golds = ["3.0", "three", "4", r"\frac{1}{2}"], ["3", "3", "3", "0.5"]
     tagged = accuracy_reward([f"<answer>{text}</answer>" for text in texts], solution=golds)
     assert bare_accuracy_reward(texts, solution=golds) == tagged == [1.0, 1.0, 0.0, 1.0]
-    with pytest.raises(ValueError, match="none of the options"):
-        bare_accuracy_reward(["left"], solution=["behind"], options=[SIDES])
 
 
 GOOD = "<think>I look.</think>\n<answer>left</answer>"
@@ -140,32 +107,20 @@ GOOD = "<think>I look.</think>\n<answer>left</answer>"
 @pytest.mark.parametrize(
     ("text", "reward"),
     [
-        (GOOD, 1.0),
         (f"\n {GOOD} \n", 1.0),
         ("<think>I\nlook.</think><answer>\nleft\n</answer>", 1.0),
-        ("", 0.0),
         ("left", 0.0),
         ("I look.</think><answer>left</answer>", 0.0),
-        ("<think></think><answer>left</answer>", 0.0),
         ("<think> \n</think><answer>left</answer>", 0.0),
-        ("<think>I look.</think><answer> </answer>", 0.0),
-        ("<think>\u200b</think><answer>left</answer>", 0.0),  # nobody sees it
-        ("<think>I look.</think><answer>\u2060 \ufe0f</answer>", 0.0),
+        ("<think>I look.</think><answer>\u2060 \ufe0f</answer>", 0.0),  # nobody sees it
         ("<think>\u200bI look.</think><answer>left\u200b</answer>", 1.0),
-        ("<think>I look.</think>", 0.0),
-        ("<answer>left</answer>", 0.0),
         ("<answer>left</answer><think>I look.</think>", 0.0),
         ("<think>I look.</think> so <answer>left</answer>", 0.0),
-        (f"Well. {GOOD}", 0.0),
         (f"{GOOD} Done.", 0.0),
         (GOOD * 2, 0.0),
-        (f"{GOOD}<answer>left</answer>", 0.0),
-        (f"<think>{GOOD}", 0.0),
         ("<think>I look.<answer>left</answer></think>", 0.0),
         ("<think>I <think>look.</think></think><answer>left</answer>", 0.0),
         ("<think>I look.</think><answer>left", 0.0),
-        ("<think>I look.<answer>left</answer>", 0.0),
-        ("<Think>I look.</Think><answer>left</answer>", 0.0),
     ],
 )
 def test_format(text, reward):
@@ -177,10 +132,8 @@ def test_format(text, reward):
     ("completion", "reward"),
     [
         ("I look.</think>\n<answer>left</answer>", 1.0),
-        ("\nI look.\n</think> <answer>left</answer>\n", 1.0),
         (GOOD, 0.0),  # the prompt has opened the tag already
         ("</think><answer>left</answer>", 0.0),
-        ("I look. <answer>left</answer>", 0.0),
         ("I look.</think><answer>left</answer> User:", 0.0),
     ],
 )
@@ -191,14 +144,11 @@ def test_format_after_a_prompt_that_opened_the_think_tag(completion, reward):
 @pytest.mark.parametrize(
     ("piece", "within", "around"),
     [
-        ("x", 1.0, 0.0),
-        ("<", 1.0, 0.0),
         ("<think", 1.0, 0.0),
         ("x\n", 1.0, 0.0),
         (" ", 0.0, 1.0),
-        ("\n", 0.0, 1.0),
         ("\u200b", 0.0, 0.0),
-        *((tag, 0.0, 0.0) for tag in ("<think>", "</think>", "<answer>", "</answer>", "</think><answer>")),
+        *((tag, 0.0, 0.0) for tag in ("<think>", "</think><answer>")),
     ],
 )
 def test_format_of_a_megabyte(piece, within, around):
@@ -276,56 +226,6 @@ def test_registry_resolves_in_order_and_keeps_names():
     assert [reward.__name__ for reward in rewards] == names
     # what reads a run's accuracy knows one name
     assert [reward.__name__ for reward in get_reward_funcs(["bare_accuracy"])] == ["accuracy_reward"]
-    assert len(reward_funcs_registry) == len(names) + 2
-
-
-@pytest.mark.parametrize("prefilled", [False, True])
-def test_think_prefilled_reaches_the_format_reward(prefilled):
-    (reward,) = get_reward_funcs(["format"], think_prefilled=prefilled)
-    completions = ["I look.</think><answer>left</answer>"]
-    assert reward(completions=completions, prompts=["p"], completion_ids=[[1]]) == [float(prefilled)]
-
-
-@pytest.fixture
-def my_rewards(monkeypatch):
-    module = types.ModuleType("my_rewards")
-
-    def plain(completions, **kwargs):
-        return [float("think_prefilled" in kwargs) for _ in completions]
-
-    def aware(completions, think_prefilled, **kwargs):
-        return [float(think_prefilled) for _ in completions]
-
-    module.plain, module.aware, module.constant = plain, aware, 1.0
-    monkeypatch.setitem(sys.modules, "my_rewards", module)
-
-
-def test_own_rewards_get_only_what_they_ask_for(my_rewards):
-    plain, aware = get_reward_funcs(["my_rewards:plain", "my_rewards:aware"], think_prefilled=True)
-    assert plain(completions=["x"]) == [0.0]
-    assert aware(completions=["x"]) == [1.0]
-    assert [plain.__name__, aware.__name__] == ["plain", "aware"]
-    assert not inspect.iscoroutinefunction(aware)
-
-
-@pytest.mark.parametrize(
-    "name", ["acuracy", "", ":", "my_rewards:", ":plain", "my_rewards:missing", "my_rewards:constant"]
-)
-def test_unknown_rewards_are_one_clear_line(name, my_rewards):
-    with pytest.raises(Mistake, match=r"^reward_funcs: ") as error:
-        get_reward_funcs([name])
-    assert "\n" not in str(error.value)
-
-
-def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(Mistake, match=r"'acuracy'.*accuracy, format, length"):
-        get_reward_funcs(["accuracy", "acuracy"])
-
-
-@pytest.mark.parametrize("name", ["no_such_module:reward", "no_such_package.module:reward"])
-def test_a_missing_module_is_named(name):
-    with pytest.raises(Mistake, match="no module 'no_such"):
-        get_reward_funcs([name])
 
 
 OWN = """import sys
@@ -337,18 +237,18 @@ def huge(completions, **kwargs): return [10**400] * len(completions)
 async def nan(completions, **kwargs): return [float("nan")] * len(completions)
 def nested(completions, **kwargs): return numpy.zeros((len(completions), 2))
 def one(completions, **kwargs): return [1.0]
-def number(completions, **kwargs): return 1.0
 def leaves(completions, **kwargs): sys.exit(0)
 def breaks(completions, **kwargs): return numpy.zeros(2).reshape(3)
 def misses(texts, **kwargs): return [0.0] * len(texts)
 def good(completions, **kwargs): return numpy.float32(0.5), True, None
 def by_index(completions, **kwargs): return dict.fromkeys(range(len(completions)), 1.0)
-def by_text(completions, **kwargs): return {"x": 1.0, "y": 0.0, "z": 0.5}
 def unordered(completions, **kwargs): return {0.0, 0.5, 1.0}
 def word(completions, **kwargs): return "abc"
 async def raises(completions, **kwargs): raise KeyError("score")
-async def dictionary(completions, **kwargs): return {"accuracy": [1.0] * len(completions)}
 async def late(completions, **kwargs): return [1.0, None, "good"]
+def plain(completions, **kwargs): return [float("think_prefilled" in kwargs) for _ in completions]
+def aware(completions, think_prefilled, **kwargs): return [float(think_prefilled) for _ in completions]
+constant = 1.0
 """
 
 
@@ -367,11 +267,36 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("own_rewards", None)
 
 
+def test_rewards_get_of_the_run_only_what_they_ask_for(own):
+    own(OWN)
+    rewards = get_reward_funcs(["own_rewards:plain", "own_rewards:aware", "format"], think_prefilled=True)
+    assert [reward(completions=["I look.</think><answer>left</answer>"]) for reward in rewards] == [[0.0], [1.0], [1.0]]
+    assert [reward.__name__ for reward in rewards] == ["plain", "aware", "format_reward"]
+    assert not inspect.iscoroutinefunction(rewards[1])
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("acuracy", "'acuracy'.*accuracy, bare_accuracy, format, length"),
+        ("", ""),
+        ("own_rewards:", ""),
+        (":plain", ""),
+        ("own_rewards:missing", "missing"),
+        ("own_rewards:constant", "constant"),
+        ("no_such_package.module:reward", "no module 'no_such"),
+    ],
+)
+def test_unknown_rewards_are_one_clear_line(own, name, message):
+    own(OWN)
+    with pytest.raises(Mistake, match=f"^reward_funcs: .*{message}"):
+        get_reward_funcs([name])
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ("import no_such_dependency", r"ModuleNotFoundError: No module named 'no_such_dependency' \({path}, line 1\)"),
-        ("\nraise RuntimeError('boom\\nmore')", r"RuntimeError: boom \({path}, line 2\)"),
         ("import sys; sys.exit(0)", r"SystemExit: 0 \({path}, line 1\)"),
         ("def f(:", r"SyntaxError: invalid syntax \(own_rewards\.py, line 1\)"),
     ],
@@ -400,15 +325,12 @@ def test_a_function_that_trl_could_not_call_is_no_reward(own, name):
         ("nan", "returned nan for completion 0 "),
         ("nested", r"returned array\(\[0\., 0\.\]\) for completion 0 "),
         ("one", "returned 1 rewards; expected a list of 3"),
-        ("number", "returned 1.0; expected a list of 3"),
-        ("leaves", r"raised SystemExit: 0 \({path}, line 11\)$"),
-        ("breaks", r"raised ValueError: cannot reshape .* \({path}, line 12\)$"),
+        ("leaves", r"raised SystemExit: 0 \({path}, line 10\)$"),
+        ("breaks", r"raised ValueError: cannot reshape .* \({path}, line 11\)$"),
         ("by_index", r"returned {{0: 1.0, 1: 1.0, 2: 1.0}}; expected a list of 3"),
-        ("by_text", r"returned {{'x': 1.0, 'y': 0.0, 'z': 0.5}}; expected a list of 3"),
         ("unordered", r"returned {{0.0, .*}}; expected a list of 3"),
         ("word", r"returned 'abc'; expected a list of 3"),
-        ("raises", r"raised KeyError: 'score' \({path}, line 19\)$"),
-        ("dictionary", r"returned {{'accuracy': \[1.0, 1.0, 1.0\]}}; expected a list of 3"),
+        ("raises", r"raised KeyError: 'score' \({path}, line 17\)$"),
         ("late", r"returned 'good' for completion 2 \(asked 'Which\?'\); expected a list of 3"),
         ("misses", r"raised TypeError: misses\(\) missing 1 required positional argument: 'texts'$"),
     ],

@@ -25,11 +25,7 @@ def example(options, solution="left", text=None):
 
 @pytest.mark.parametrize(
     "options, rotated",
-    [
-        (["left", "right"], ["right", "left"]),
-        (["left", "up, down", "right"], ["up, down", "right", "left"]),
-        (["left", "left side", "right"], ["left side", "right", "left"]),
-    ],
+    [(["left", "up, down", "right"], ["up, down", "right", "left"]), (["left", "left side"], ["left side", "left"])],
 )
 def test_a_question_in_two_orders(options, rotated):
     row = example(options)
@@ -40,9 +36,7 @@ def test_a_question_in_two_orders(options, rotated):
 @pytest.mark.parametrize(
     "row",
     [
-        example([]),
         example(["left"]),
-        example(["left", "right"], solution="A"),
         example(["left", "right"], solution=None),
         example(["left", "right"], text="Where? (A) left (B) right"),
     ],

@@ -1,4 +1,4 @@
-"""Every figure of docs/scale.md follows from the formulas that it shows, and its counts are the model's."""
+"""The main figures of docs/scale.md follow from the formulas that it shows, and its counts are the model's."""
 
 import pytest
 import torch
@@ -22,9 +22,8 @@ LAYER = 2 * 1536**2 + 2 * 1536 * 256 + 3 * 1536 * 8960
 BODY, HEAD = 28 * LAYER, 151_936 * 1536
 TOWER, MERGER = 32 * (4 * 1280**2 + 2 * 1280 * 5120) + 1176 * 1280, 5120**2 + 5120 * 1536
 PARAMETERS = BODY + HEAD + TOWER + MERGER
-FLOPS, MEMORY, NVLINK, INFINIBAND = 0.4 * 989e12, 0.6 * 3.35e12, 0.8 * 450e9, 0.8 * 50e9
+FLOPS, MEMORY, NVLINK = 0.4 * 989e12, 0.6 * 3.35e12, 0.8 * 450e9
 PROMPT, PATCHES, COMPLETION, LONGEST = 450, 1296, 200, 700
-TRANSFORMERS, VLLM = (0.012, 0.015), (0.003, 0.004)  # seconds a token
 
 
 def image_flops(patches: float) -> float:
@@ -47,10 +46,6 @@ def cells() -> dict[str, list[str]]:
     return {name: rest for name, *rest in (line[2:-1].split(" | ") for line in page.splitlines() if line[:1] == "|")}
 
 
-def spread(one: float, seconds: tuple[float, float]) -> str:
-    return " to ".join(f"{one + LONGEST * each:.1f}" for each in seconds)
-
-
 def test_sizes_and_forward_passes(cells):
     sizes = {"28 layers": BODY, "head": HEAD, "32 blocks": TOWER, "merger": MERGER, "all": PARAMETERS}
     for name, value in sizes.items():
@@ -62,74 +57,46 @@ def test_sizes_and_forward_passes(cells):
         assert cells[f"64 completions, prompt {name}"][-1].strip() == f"{value / 1e12:.0f}"
 
 
-def test_seconds_of_a_step(cells):
-    for column, gpus in enumerate((1, 8, 64), start=1):
-        load = max(1, gpus / 8) / gpus  # of the work on 64 completions
-        passes = 8 * load
-        network = NVLINK if gpus <= 8 else INFINIBAND
-        terms = {
-            "images and prefill": 8 * (IMAGE + PREFILL) / FLOPS * load,
-            "reference": SHARED / FLOPS * load,
-            "policy": 4 * SHARED / FLOPS * load,
-            "optimiser": PARAMETERS * 30 / MEMORY / gpus,
-            "ZeRO-2's traffic": (passes + 1) * 2 * PARAMETERS * (1 - 1 / gpus) / network,
-        }
-        for name, seconds in terms.items():
-            assert cells[name][column].strip() == f"{seconds:.3f}"
-        others = sum(terms.values())
-        repeated = others + (5 * (REPEATED - SHARED) + 56 * (IMAGE + PREFILL)) / FLOPS * load
-        assert cells["all but decoding"][column].strip() == f"{others:.2f}"
-        assert cells["all but decoding, prompt once each"][column].strip() == f"{repeated:.2f}"
-        for engine, token in {"transformers": TRANSFORMERS, "vLLM": VLLM}.items():
-            assert cells[f"decoding, {engine}"][column].strip() == spread(0, token)
-            assert cells[f"step, {engine}"][column].strip() == spread(others, token)
-
-
-def test_seconds_of_the_weights_ways(cells):
-    weights = 2 * PARAMETERS
-    ways = {
-        "ZeRO-3's traffic, 8 GPUs": 5 * weights * 7 / 8 / NVLINK,
-        "ZeRO-3's traffic, 64 GPUs": 5 * weights * 63 / 64 / INFINIBAND,
-        "weights to a vLLM in the same GPUs, a copy": 2 * weights / MEMORY,
-        "weights to a vLLM on another node, a broadcast": weights / INFINIBAND,
+def test_seconds_of_a_step_on_8_gpus(cells):
+    """One micro-batch of the step on each."""
+    terms = {
+        "images and prefill": 8 * (IMAGE + PREFILL) / FLOPS / 8,
+        "reference": SHARED / FLOPS / 8,
+        "policy": 4 * SHARED / FLOPS / 8,
+        "optimiser": PARAMETERS * 30 / MEMORY / 8,
+        "ZeRO-2's traffic": 2 * 2 * PARAMETERS * (1 - 1 / 8) / NVLINK,
     }
-    for name, seconds in ways.items():
-        assert cells[name][-1].strip() == f"{seconds:.3f}"
-
-
-def test_the_step_is_the_recipes():
+    for name, seconds in terms.items():
+        assert cells[name][2].strip() == f"{seconds:.3f}"
+    others = sum(terms.values())
+    repeated = others + (5 * (REPEATED - SHARED) + 56 * (IMAGE + PREFILL)) / FLOPS / 8
+    assert cells["all but decoding"][2].strip() == f"{others:.2f}"
+    assert cells["all but decoding, prompt once each"][2].strip() == f"{repeated:.2f}"
+    fast, slow = (others + LONGEST * token for token in (0.003, 0.004))
+    assert cells["step, vLLM"][2].strip() == f"{fast:.1f} to {slow:.1f}"
     recipe = merge_recipes([str(REPO_ROOT / "configs/grpo_sat.yaml")])
     names = ("completions_per_step", "num_generations", "per_device_train_batch_size", "max_completion_length")
     assert [recipe[name] for name in names] == [64, 8, 8, LONGEST]
 
 
-# --- the model's own counts -----------------------------------------------------------------------------------
+# --- the model's own counts -----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def published():
-    """Qwen2-VL-2B without numbers; its attention multiplies nothing."""
+def test_parameters_and_multiplications_are_the_models():
+    """Parameters but for norms and biases; torch's count of a forward pass but for attention, whose pairs are ours."""
     config = make_2b_config(make_tokenizer(["a text"]))
-    return build_model(config, ModelConfig(dtype="bfloat16"), FreezeArguments(), Launch())
-
-
-def test_parameters_are_the_models(published):
-    """All but norms and biases."""
-    vision = family_of(published).vision_tower(published)
-    for counted, module in ((PARAMETERS, published), (TOWER + MERGER, vision)):
+    model = build_model(config, ModelConfig(dtype="bfloat16"), FreezeArguments(), Launch())
+    family = family_of(model)
+    for counted, module in ((PARAMETERS, model), (TOWER + MERGER, family.vision_tower(model))):
         matrices = sum(p.numel() for p in module.parameters() if p.ndim > 1)
         assert counted == matrices and matrices / sum(p.numel() for p in module.parameters()) > 0.999
-
-
-def test_multiplications_are_the_models(published):
-    """torch's count of a forward pass without attention, whose pairs are counted by hand."""
     tokens, patches = 96, 64
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         positions = torch.zeros(3, 1, tokens, dtype=torch.long)
         embedded = torch.empty(1, tokens, 1536, dtype=torch.bfloat16)
-        published.get_decoder()(inputs_embeds=embedded, position_ids=positions, use_cache=False)
+        model.get_decoder()(inputs_embeds=embedded, position_ids=positions, use_cache=False)
         decoder = counter.get_total_flops()
-        family_of(published).run_tower(published, patches, torch.bfloat16)
+        family.run_tower(model, patches, torch.bfloat16)
         tower = counter.get_total_flops() - decoder
     # scores and sums, a multiplication and an addition each, over the size of a head; half of all pairs see each other
     attended = 28 * 12 * tokens**2 / 2 * 2 * 2 * 128

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import TrainerState
 
-from fake_run import row, write_lines, write_run
+from fake_run import row, write_run
 from open_r1 import grpo
 from open_r1.base.errors import Mistake, run
 from open_r1.base.locks import IN_USE, owned
@@ -94,25 +94,28 @@ def test_deepspeed_loads_objects_of_its_own_and_no_others(tmp_path):
     """With what reads a checkpoint's files for ZeRO-2 and 3; a launch does it in the test below."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    engine = TorchCheckpointEngine()
     file, mark = tmp_path / "states.pt", tmp_path / "it_ran"
     state = deepspeed_state()
     torch.save(state, file)
-    with loading_no_code(deepspeed_classes()):
-        loaded = engine.load(str(file))
+
+    def load() -> dict:
+        with loading_no_code(deepspeed_classes()):
+            return TorchCheckpointEngine().load(str(file))
+
+    loaded = load()
     assert {name: type(value) for name, value in loaded.items()} == {name: type(state[name]) for name in state}
     assert loaded["param_slice_mappings"] == state["param_slice_mappings"]
     assert vars(loaded["loss_scaler of fp16"]) == vars(state["loss_scaler of fp16"])
     for is_zip in (True, False):  # torch's format, and the one before it
         torch.save({**state, "client": Hostile(mark)}, file, _use_new_zipfile_serialization=is_zip)
-        with pytest.raises(Mistake, match=f"^{refusal(file)}$"), loading_no_code(deepspeed_classes()):
-            engine.load(str(file))
+        with pytest.raises(Mistake, match=f"^{refusal(file)}$"):
+            load()
     file.write_bytes(b"\x80\x02no pickle")
-    with pytest.raises(Mistake, match=refusal(file, "it is damaged, or no run saved it")), loading_no_code():
-        engine.load(str(file))
+    with pytest.raises(Mistake, match=refusal(file, "it is damaged, or no run saved it")):
+        load()
     torch.save(Hostile(mark), file)
     assert not mark.exists()
-    engine.load(str(file))  # outside, as DeepSpeed wants it
+    TorchCheckpointEngine().load(str(file))  # outside, as DeepSpeed wants it
     assert mark.exists()
 
 
@@ -140,12 +143,10 @@ SHORT = {"max_completion_length": 2, "disable_tqdm": True, "save_strategy": "ste
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tiny_model, examples_json) -> Path:
-    """One that a run of one process wrote, which an earlier version had signed."""
+    """One that a run of one process wrote."""
     output = tmp_path_factory.mktemp("run")
     trainer = make_trainer(tiny_model, examples_json, output, **SHORT, max_steps=1)
     trainer.train()
-    (output / "checkpoint-1/signature.json").write_text('{"files": {}, "signature": "of another key"}')
-    seal(output / "checkpoint-1")
     return output / "checkpoint-1"
 
 
@@ -161,15 +162,10 @@ def test_a_file_of_a_checkpoint_that_would_run_code_ends_the_run(name, checkpoin
     assert not (tmp_path / "it_ran").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
-def test_a_checkpoint_that_an_earlier_version_signed_is_continued(checkpoint, tiny_model, examples_json, tmp_path):
-    shutil.copytree(checkpoint, tmp_path / "checkpoint-1")
-    trainer = make_trainer(tiny_model, examples_json, tmp_path, **SHORT, max_steps=2)
-    trainer.train(resume_from_checkpoint=resolve_checkpoint("auto", str(tmp_path)))
-    assert trainer.state.global_step == 2
-
-
 @pytest.mark.distributed
-@pytest.mark.parametrize("how, states", [("cpu", "model_states"), ("zero3", "optim_states")])
+@pytest.mark.parametrize(
+    "how, states", [pytest.param("cpu", "model_states", marks=pytest.mark.nightly), ("zero3", "optim_states")]
+)
 def test_a_launch_under_zero_ends_at_a_file_that_would_run_code(
     how, states, tmp_path, tiny_model, examples_json, quick_python
 ):
@@ -199,9 +195,7 @@ def test_a_launch_under_zero_ends_at_a_file_that_would_run_code(
         ({}, ""),
         ({"run.json": "{}", "log.jsonl": "{}\n"}, ""),  # killed before its first checkpoint
         ({"model.safetensors": "weights"}, ""),  # a model to train, in the folder of its run
-        ({"trajectories/train.jsonl": ""}, ""),
         ({"trajectories/train.jsonl": "{}\n"}, "none"),
-        ({"checkpoint-3/model.safetensors": "half"}, ""),
         ({"checkpoint-3/complete.json": "{}"}, "none"),
         ({"model.safetensors": "weights", "trajectories/train.jsonl": "{}\n"}, "none auto"),
         ({"adapter_model.safetensors": "weights", "log.jsonl": "{}\n"}, "none auto"),
@@ -217,14 +211,6 @@ def test_a_new_run_writes_over_nothing_of_worth(tmp_path, files, kept_by):
             continue
         with pytest.raises(ValueError, match=rf"{tmp_path}: holds an earlier run \(.*\), .*; choose another OUTPUT"):
             check_unused(tmp_path, wanted)
-
-
-def test_a_finished_run_is_not_started_anew(tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    write_lines(tmp_path / "trajectories/train.jsonl", [row()])
-    for wanted in ("none", "auto"):
-        with pytest.raises(ValueError, match="holds an earlier run"):
-            resolve_checkpoint(wanted, str(tmp_path))
 
 
 # --- one owner --------------------------------------------------------------------------------------------------
@@ -428,7 +414,7 @@ def test_the_run_scripts_start_no_python_that_looks_there(hostile_folder, tmp_pa
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("launch", ["cpu", "ddp"])
+@pytest.mark.parametrize("launch", ["cpu", pytest.param("ddp", marks=pytest.mark.nightly)])
 def test_no_process_of_a_launch_imports_from_there(hostile_folder, tiny_model, examples_json, launch):
     """Real interpreters, under DeepSpeed and without; also what Python imports by itself."""
     (hostile_folder / "sitecustomize.py").write_text("open('it_ran', 'w')\n")
@@ -467,12 +453,11 @@ def test_a_report_shows_only_images_of_the_runs_data(tmp_path, pictures):
     assert page.count("data:image/png;base64,") == 2 and page.count("not named by the run") == 4
 
 
-@pytest.mark.parametrize("dataset", [None, "array/SAT", "/no/data.json", "/dev/zero", "\0", "broken.json", "deep.json"])
+@pytest.mark.parametrize("dataset", [None, "array/SAT", "/dev/zero", "broken.json"])
 def test_data_that_name_nothing_show_nothing(tmp_path, pictures, dataset):
     private = pictures("private/b.png")
-    (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "deep.json").write_text("[" * 100_000)
-    dataset = str(tmp_path / dataset) if dataset and dataset.endswith("n.json") else dataset
+    (tmp_path / "broken.json").write_text("[" * 100_000)
+    dataset = str(tmp_path / dataset) if dataset == "broken.json" else dataset
     run = write_run(tmp_path / "run", [row(images=[private])], dataset=dataset)
     assert private not in KnownImages(read_run(run))
 

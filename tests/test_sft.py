@@ -10,6 +10,7 @@ import pytest
 import torch
 from trl import ModelConfig
 
+from open_r1.base.errors import Mistake
 from open_r1.base.images import open_image
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.doctor.prompt import render
@@ -30,7 +31,7 @@ from open_r1.tiny import make_config as make_model_config
 from open_r1.tiny import make_model, make_processor, make_tokenizer
 from open_r1.world.parquet import sat_row
 from open_r1.world.scene import LEVELS
-from support import launch_env, load_weights, write_examples
+from support import families, launch_env, load_weights, write_examples
 
 # One batch of 32 examples a step; the second moment forgets soon, as suits a loss that falls from 6 to 0.01.
 MEMORISE = ["--max_steps", "260", "--save_strategy", "no", "--learning_rate", "4e-3", "--lr_scheduler_type", "cosine"]
@@ -78,7 +79,7 @@ def test_recipes_parse(recipe, tmp_path):
         assert model_args.use_peft and script_args.freeze_vision
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5", "idefics3", "internvl"))
 def test_loss_is_on_the_answer_and_its_end_alone(tiny_models, examples_json, model_type):
     processor = load_processor(tiny_models[model_type], chat_template="base")
     rows = load_dataset(examples_json, processor, style="direct")
@@ -92,16 +93,18 @@ def test_loss_is_on_the_answer_and_its_end_alone(tiny_models, examples_json, mod
         assert (prompt == processor.image_token_id).any()
         assert processor.decode(prompt).endswith(f"\nUser: {row['prompt'][0]['content']} \nAssistant: ")
         # and evaluation without reasoning asks with the same tokens
+        assert prompt.tolist() == list(render_questions(processor, [row], style="direct")["input_ids"][0])
+
+
+def render_questions(processor, rows: list[dict], **options: object) -> dict:
+    """What a model takes of rows' prompts, as evaluation and GRPO render them."""
+    messages = []
+    for row in rows:
         content = [{"type": "image", "image": row["images"][0]}]
         content += [{"type": "text", "text": row["prompt"][0]["content"]}]
-        asked = processor.apply_chat_template(
-            [[{"role": "user", "content": content}]],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            style="direct",
-        )["input_ids"][0]
-        assert prompt.tolist() == list(asked)
+        messages.append([{"role": "user", "content": content}])
+    rendered = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    return processor.apply_chat_template(messages, **rendered, **options)
 
 
 THOUGHT = "I look.\n</think>\n<answer>left</answer>"
@@ -126,25 +129,19 @@ def test_a_cold_start_learns_a_thought_behind_the_prompt_that_grpo_asks_with(tin
         is_answer = labels != -100
         opening = "" if template == "base" else "<think>"
         assert processor.decode(labels[is_answer]).rstrip() == opening + THOUGHT + "<|im_end|>"
-        content = [{"type": "image", "image": row["images"][0]}]
-        content += [{"type": "text", "text": row["prompt"][0]["content"]}]
-        asked = processor.apply_chat_template(
-            [[{"role": "user", "content": content}]], add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"][0]
         learned = ids[mask.bool()].tolist()
-        assert learned[: len(asked)] == list(asked)  # as GRPO renders it, without arguments of the template
+        prompt = list(render_questions(processor, [row])["input_ids"][0])
+        assert learned[: len(prompt)] == prompt  # as GRPO renders it, without arguments of the template
         assert processor.decode(learned).count("<think>") == 1 + (template == "instruct")  # which asks for one in words
 
 
-@pytest.mark.parametrize(
-    "answer", ["left", "<answer>left</answer>", "<think>hm</think> left", f"<think><think>{THOUGHT}"]
-)
+@pytest.mark.parametrize("answer", ["<answer>left</answer>", f"<think><think>{THOUGHT}"])
 def test_an_answer_without_a_thought_is_no_cold_start(tiny_model, tmp_path, answer):
     processor = load_processor(tiny_model, chat_template="base")
     row = {"solution": answer}
     for check in answer_checks(processor, style="direct"):
         check(row)
-    with pytest.raises(ValueError, match="the prompt asks for a thought") as raised:
+    with pytest.raises(Mistake, match="the prompt asks for a thought") as raised:
         for check in answer_checks(processor):
             check(row)
     assert "\n" not in str(raised.value)
@@ -154,7 +151,7 @@ def test_a_run_gives_reasoned_examples(tiny_model, tmp_path, monkeypatch):
     """As docs/running.md picks them out of its rollouts: completions that earned everything, and their questions."""
     (code,) = re.findall(r"```python\n(import json\n.+?)```", (REPO_ROOT / "docs/running.md").read_text(), re.DOTALL)
     processor = load_processor(tiny_model, chat_template="base")
-    asked = load_dataset(write_examples(tmp_path, count=3, images_per_example=2), processor)
+    questions = load_dataset(write_examples(tmp_path, count=3, images_per_example=2), processor)
     rows = [
         {
             "prompt": render(processor, row),
@@ -163,7 +160,7 @@ def test_a_run_gives_reasoned_examples(tiny_model, tmp_path, monkeypatch):
             "completion": THOUGHT,
             "rewards": {"accuracy_reward": right, "format_reward": 1.0},
         }
-        for row, right in zip(asked, (1.0, 0.0, 1.0), strict=True)
+        for row, right in zip(questions, (1.0, 0.0, 1.0), strict=True)
     ]
     path = tmp_path / "outputs/grpo_sat/trajectories/train.jsonl"
     path.parent.mkdir(parents=True)
@@ -172,7 +169,7 @@ def test_a_run_gives_reasoned_examples(tiny_model, tmp_path, monkeypatch):
     exec(code, {})
     learned = load_dataset(tmp_path / "reasoned.json", processor, checks=answer_checks(processor))
     same = ("prompt", "images", "options")
-    assert [[row[name] for name in same] for row in learned] == [[asked[i][name] for name in same] for i in (0, 2)]
+    assert [[row[name] for name in same] for row in learned] == [[questions[i][name] for name in same] for i in (0, 2)]
     assert learned[0]["solution"] == f"<think>{THOUGHT}"
 
 
@@ -203,10 +200,8 @@ def test_images_in_messages(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     "part, message",
     [
-        ({"type": "image", "image": "none.png"}, "row 0: no image .*none.png"),
         ({"type": "image", "image": "https://example.org/a.png"}, "row 0: image https.*: download it first"),
         ({"type": "video", "video": "a.mp4"}, "row 0: messages: cannot read the part"),
-        ({"type": "image", "image": "data:image/png;base64,aGVsbG8="}, "row 0: corrupt image"),
         ({"type": "image", "image": "data:image/png;base64,a?"}, "row 0: image data:.*: not an image in base64"),
     ],
 )
@@ -219,11 +214,9 @@ def test_unreadable_parts_are_one_clear_line(tiny_model, tmp_path, part, message
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("frozen", [{"vision tower", "merger"}, {"vision tower"}, {"language model"}])
+@pytest.mark.parametrize("frozen", [{"vision tower", "merger"}, {"language model"}])
 def test_frozen_parameters_stay_bit_for_bit_and_have_no_state(tiny_model, examples_json, tmp_path, frozen):
     flags = ["--freeze_vision", str("vision tower" in frozen), "--freeze_llm", str("language model" in frozen)]
-    if frozen == {"vision tower"}:
-        flags += ["--freeze_merger", "false"]
     trainer = make_trainer(tiny_model, examples_json, tmp_path, "--max_steps", "2", "--save_steps", "2", *flags)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
@@ -290,29 +283,22 @@ def test_the_best_model_is_the_one_at_the_end(tiny_model, examples_json, tmp_pat
 
 @pytest.mark.distributed
 def test_frozen_parameters_stay_under_zero3(tiny_model, examples_json, quick_python, tmp_path):
-    for script in ("sft", "grpo"):
-        output = tmp_path / script
-        env = {"CONFIG": str(REPO_ROOT / f"tests/data/{script}.yaml"), "PYTHON": str(quick_python)}
-        command = "run_sft.sh" if script == "sft" else "run_grpo_SAT.sh"
-        arguments = ["--max_steps", "2", "--learning_rate", "1e-3", "--freeze_vision", "true"]
-        arguments += ["--reward_funcs", "support:vowel_share"] if script == "grpo" else []
-        result = subprocess.run(
-            ["sh", str(REPO_ROOT / "src/open-r1-multimodal" / command), *arguments],
-            env=launch_env(tiny_model, examples_json, output, ACCELERATE_CONFIG="zero3", OMP_NUM_THREADS="1", **env),
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        names = {"model." + name for name in load_weights(tiny_model)}  # as part_of knows them
-        before = {name: load_weights(tiny_model)[name.removeprefix("model.")] for name in names}
-        after = {name: load_weights(output)[name.removeprefix("model.")] for name in names}
-        assert_moved(before, after, {"vision tower", "merger"})
-        counts = {line[:16].strip(): line.split()[-1] for line in result.stdout.splitlines() if line[:6] in "vision"}
-        assert counts.get("vision tower") == "0"
-        # Adam's two moments and the master copy of one of two processes: no more than half of what trains
-        trained = sum(before[name].numel() for name in names if "visual" not in name)
-        states = list(output.glob("checkpoint-2/global_step2/*optim_states.pt"))
-        assert len(states) == 2 and all(path.stat().st_size < 3 * 4 * trained / 2 * 1.3 + 2**18 for path in states)
+    env = {"ACCELERATE_CONFIG": "zero3", "PYTHON": str(quick_python)}
+    arguments = ["--max_steps", "2", "--learning_rate", "1e-3", "--freeze_vision", "true"]
+    result = run_sft(tiny_model, examples_json, tmp_path / "out", *arguments, **env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    # as part_of knows them
+    before, after = (
+        {f"model.{name}": weight for name, weight in load_weights(folder).items()}
+        for folder in (tiny_model, tmp_path / "out")
+    )
+    assert_moved(before, after, {"vision tower", "merger"})
+    counts = {line[:16].strip(): line.split()[-1] for line in result.stdout.splitlines() if line[:6] in "vision"}
+    assert counts.get("vision tower") == "0"
+    # Adam's two moments and the master copy of one of two processes: no more than half of what trains
+    trained = sum(weight.numel() for name, weight in before.items() if "visual" not in name)
+    states = list((tmp_path / "out").glob("checkpoint-2/global_step2/*optim_states.pt"))
+    assert len(states) == 2 and all(path.stat().st_size < 3 * 4 * trained / 2 * 1.3 + 2**18 for path in states)
 
 
 def write_scenes(folder: Path, count: int) -> Path:
@@ -329,7 +315,7 @@ def write_scenes(folder: Path, count: int) -> Path:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("processes, strategy", [("1", "ddp"), ("2", "zero3")])
+@pytest.mark.parametrize("processes, strategy", [("2", "zero3"), pytest.param("1", "ddp", marks=pytest.mark.nightly)])
 def test_sft_memorises_64_scenes(tmp_path, quick_python, processes, strategy):
     data = write_scenes(tmp_path, 64)
     texts = [message["content"] for record in json.loads(data.read_text()) for message in record["messages"]]
@@ -352,27 +338,8 @@ def test_sft_memorises_64_scenes(tmp_path, quick_python, processes, strategy):
     answers = []
     for start in range(0, 64, 16):
         batch = [rows[i] for i in range(start, start + 16)]
-        messages = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "image": row["images"][0]},
-                        {"type": "text", "text": row["prompt"][0]["content"]},
-                    ],
-                }
-            ]
-            for row in batch
-        ]
-        inputs = processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            style="direct",
-            padding=True,
-        )
+        options = {"style": "direct", "padding": True, "return_tensors": "pt"}
+        inputs = render_questions(processor, batch, **options)
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=32, suppress_tokens=vision_token_ids(processor))
         answers += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     exact = sum(answer == row["solution"] for answer, row in zip(answers, rows, strict=True))

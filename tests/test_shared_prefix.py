@@ -75,10 +75,16 @@ def script(trainer, complete):
         trainer._generate_single_turn = lambda ids, *args: (complete(ids), None)
 
 
-def without_shuffling(monkeypatch):
-    """Which completions share an optimiser step depends on the shuffle; both trainers then keep the given order."""
+@pytest.fixture
+def trainers(tiny_models, datasets_by_images, tmp_path, monkeypatch):
+    """Makes stock TRL's trainer and ours; both keep the given order, by which completions share an optimiser step."""
     monkeypatch.setattr("trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda batch: batch)
     monkeypatch.setattr("open_r1.trainer.trainer.shuffle_groups", lambda batch: batch)
+
+    def make(model_type="qwen2_vl", images=1, **changes):
+        return make_trainers(tiny_models[model_type], datasets_by_images[images], tmp_path, **changes)
+
+    return make
 
 
 def rollout_and_gradients(trainer):
@@ -123,56 +129,29 @@ def assert_same_scores_and_gradients(stock, ours):
 
 
 @pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5", "smolvlm", "internvl"))
-@pytest.mark.parametrize("images", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_scores_and_gradients_of_every_family(
-    model_type, images, tiny_models, datasets_by_images, tmp_path, monkeypatch
-):
-    without_shuffling(monkeypatch)
-    assert_same_scores_and_gradients(
-        *make_trainers(tiny_models[model_type], datasets_by_images[images], tmp_path, per_device_train_batch_size=8)
-    )
+def test_scores_and_gradients_of_every_family(model_type, trainers):
+    assert_same_scores_and_gradients(*trainers(model_type, images=2, per_device_train_batch_size=8))
 
 
-@pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5"))
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_scores_and_gradients_over_paths(
-    model_type, checkpointing, tiny_models, datasets_by_images, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("model_type, checkpointing", [("qwen2_vl", True), ("qwen3_5", False)])
+def test_scores_and_gradients_over_paths(model_type, checkpointing, trainers, monkeypatch):
     """The way of a GPU, with a slow kernel in place of its own."""
-    without_shuffling(monkeypatch)
     monkeypatch.setattr(
         "open_r1.engines.shared_prefix.choose_attention", lambda query: partial(attend_paths, varlen=slow_varlen)
     )
-    trainers = make_trainers(
-        tiny_models[model_type],
-        datasets_by_images[1],
-        tmp_path,
-        per_device_train_batch_size=16,
-        gradient_checkpointing=checkpointing,
-    )
-    assert_same_scores_and_gradients(*trainers)
+    settings = {"per_device_train_batch_size": 16, "gradient_checkpointing": checkpointing}
+    assert_same_scores_and_gradients(*trainers(model_type, **settings))
 
 
-def test_scores_under_autocast(tiny_model, datasets_by_images, tmp_path, monkeypatch):
+def test_scores_under_autocast(trainers, monkeypatch):
     """Float32 weights, computation in bfloat16: as far from TRL's as TRL's are from its own in float32, or less."""
-    without_shuffling(monkeypatch)
-    exact, *_ = make_trainers(tiny_model, datasets_by_images[1], tmp_path / "exact")
-    stock, ours = make_trainers(tiny_model, datasets_by_images[1], tmp_path / "autocast", bf16=True)
+    exact, *_ = trainers()
+    stock, ours = trainers(bf16=True)
     for attend in (attend_groups, partial(attend_paths, varlen=slow_varlen)):
         monkeypatch.setattr("open_r1.engines.shared_prefix.choose_attention", Mock(return_value=attend))
         for right, theirs, mine in zip(*(rollout_and_gradients(t)[1] for t in (exact, stock, ours)), strict=True):
             rounding = (theirs.float() - right).abs().mean()
             assert 0 < rounding < 0.05 and (mine.float() - theirs.float()).abs().mean() <= rounding
-
-
-@pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5"))
-def test_scores_and_gradients_of_an_adapter(model_type, tiny_models, datasets_by_images, tmp_path, monkeypatch):
-    """With checkpointing, and several prompts a micro-batch."""
-    without_shuffling(monkeypatch)
-    changes = {"lora": True, "gradient_checkpointing": True, "per_device_train_batch_size": 16}
-    assert_same_scores_and_gradients(
-        *make_trainers(tiny_models[model_type], datasets_by_images[1], tmp_path, **changes)
-    )
 
 
 CASES = {
@@ -200,19 +179,16 @@ MARKED = [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) fo
 
 
 @pytest.mark.parametrize("case", MARKED)
-def test_scores_and_gradients_of_every_option(case, tiny_model, datasets_by_images, tmp_path, monkeypatch):
-    without_shuffling(monkeypatch)
-    assert_same_scores_and_gradients(*make_trainers(tiny_model, datasets_by_images[1], tmp_path, **CASES[case]))
+def test_scores_and_gradients_of_every_option(case, trainers):
+    assert_same_scores_and_gradients(*trainers(**CASES[case]))
 
 
 @pytest.mark.parametrize("case", ["several prompts a micro-batch", "groups cut by micro-batches", "LoRA"])
-def test_scores_and_gradients_through_a_recurrent_state(case, tiny_models, datasets_by_images, tmp_path, monkeypatch):
+def test_scores_and_gradients_through_a_recurrent_state(case, trainers):
     """Where groups begin and end, and what trains, matter there in other ways than to attention."""
-    without_shuffling(monkeypatch)
     settings = {**CASES[case], "mask_truncated_completions": True}  # some completions are empty
-    assert_same_scores_and_gradients(
-        *make_trainers(tiny_models["qwen3_5"], datasets_by_images[1], tmp_path, **settings)
-    )
+    settings["gradient_checkpointing"] = case == "LoRA"
+    assert_same_scores_and_gradients(*trainers("qwen3_5", **settings))
 
 
 @pytest.mark.parametrize(
@@ -223,37 +199,26 @@ def test_scores_and_gradients_through_a_recurrent_state(case, tiny_models, datas
         pytest.param({"lora": True, "gradient_checkpointing": True}, id="LoRA, checkpointing", marks=pytest.mark.slow),
     ],
 )
-def test_five_steps_end_in_the_same_weights(changes, tiny_model, datasets_by_images, tmp_path, monkeypatch):
-    without_shuffling(monkeypatch)
-    trainers = make_trainers(
-        tiny_model, datasets_by_images[1], tmp_path, max_steps=5, learning_rate=0.1, num_train_epochs=9, **changes
-    )
-    before = {name: p.detach().clone() for name, p in trainers[0].model.named_parameters()}
-    for trainer in trainers:
+def test_five_steps_end_in_the_same_weights(changes, trainers):
+    both = trainers(max_steps=5, learning_rate=0.1, num_train_epochs=9, **changes)
+    before = {name: p.detach().clone() for name, p in both[0].model.named_parameters()}
+    for trainer in both:
         trainer.train()
-    stock, ours = (dict(trainer.model.named_parameters()) for trainer in trainers)
+    stock, ours = (dict(trainer.model.named_parameters()) for trainer in both)
     assert any((stock[name] - before[name]).abs().max() > 1e-4 for name in before)
     assert all(torch.allclose(stock[name], ours[name], atol=1e-5) for name in before)
 
 
-@pytest.mark.parametrize("model_type", families("qwen2_vl"))
-def test_a_frozen_tower_encodes_each_image_once_a_step(model_type, tiny_models, datasets_by_images, tmp_path):
+def test_a_frozen_tower_encodes_each_image_once_a_step(trainers):
     """Rollout, reference and policy share its features; the step is the one that encodes again."""
     norms = []
     for shared in (True, False):
-        _, trainer = make_trainers(
-            tiny_models[model_type],
-            datasets_by_images[2],
-            tmp_path,
-            freeze_vision=True,
-            max_steps=2,
-            max_completion_length=64,
-        )
+        _, trainer = trainers(images=2, freeze_vision=True, max_steps=2, max_completion_length=64)
         trainer.backend = trainer.make_backend(keep_features=shared)  # really generate
         calls = []
-        find_tower = FAMILIES[model_type].vision_tower
         for model in (trainer.model, trainer.ref_model):
-            find_tower(model).register_forward_hook(lambda *args, calls=calls: calls.append(1))
+            tower = trainer.family.vision_tower(model)
+            tower.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         torch.manual_seed(0)
         trainer.train()
         norms.append([log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log])
@@ -262,9 +227,9 @@ def test_a_frozen_tower_encodes_each_image_once_a_step(model_type, tiny_models, 
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and all(norms[0])
 
 
-def test_the_tokens_saved_are_those_of_repeated_prompts_and_padding(tiny_model, datasets_by_images, tmp_path):
+def test_the_tokens_saved_are_those_of_repeated_prompts_and_padding(trainers):
     """Two prompts of 5 and 3 tokens, with completions of 1 and 4, and of 2, where TRL has three rows of 5 + 4."""
-    _, trainer = make_trainers(tiny_model, datasets_by_images[1], tmp_path)
+    _, trainer = trainers()
     long, short = make_prompt(5), make_prompt(3)
     completion_mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
     mask = torch.cat([torch.tensor([[1] * 5, [1] * 5, [0, 0, 1, 1, 1]]), completion_mask], dim=1)
@@ -275,10 +240,9 @@ def test_the_tokens_saved_are_those_of_repeated_prompts_and_padding(tiny_model, 
     assert trainer._metrics[trainer._mode()]["packing/tokens_saved"] == [pytest.approx(1 - packed / (3 * 9))]
 
 
-def test_the_switch_off_is_trls_path(tiny_model, datasets_by_images, tmp_path, monkeypatch):
+def test_the_switch_off_is_trls_path(trainers, tiny_model, tmp_path):
     """`shared_prefix: false` in our trainer equals stock TRL bit for bit."""
-    without_shuffling(monkeypatch)
-    stock, ours = make_trainers(tiny_model, datasets_by_images[1], tmp_path)
+    stock, ours = trainers()
     off = Qwen2VLGRPOTrainer(
         model=load_model(tiny_model, dtype="float32"),
         reward_funcs=vowel_share,
@@ -330,11 +294,9 @@ def test_equal_prompts_that_are_not_the_same_are_kept_apart():
     assert batch.model_inputs["input_ids"].shape == (1, 8)
 
 
-def test_a_batch_without_any_completion_token_still_has_a_graph(tiny_model, datasets_by_images, tmp_path):
+def test_a_batch_without_any_completion_token_still_has_a_graph(trainers):
     """Every completion was cut and is masked: the step must go through, with a gradient of zero."""
-    _, trainer = make_trainers(
-        tiny_model, datasets_by_images[1], tmp_path, mask_truncated_completions=True, beta=0.0, max_steps=1
-    )
+    _, trainer = trainers(mask_truncated_completions=True, beta=0.0, max_steps=1)
     script(trainer, lambda prompt_ids: [[65] * 12 for _ in prompt_ids])
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
@@ -365,20 +327,20 @@ def test_image_tokens_are_collapsed_for_vllm():
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "model_type, rows", [("qwen2_vl", "with an image"), ("qwen2_vl", "mixed"), ("qwen3_5", "with an image")]
+    "zero, model_type, rows",
+    [("cpu", "qwen2_vl", "mixed"), ("zero3", "qwen2_vl", "mixed"), ("zero3", "qwen3_5", "with an image")],
 )
-@pytest.mark.parametrize("zero", ["cpu", "zero3"])
 def test_two_zero_processes_match_one(zero, model_type, rows, tiny_models, datasets_by_images, quick_python, tmp_path):
     """Three groups of four over two ranks: their micro-batches of three hold one prompt here and two there."""
-    tiny_model = tiny_models[model_type]
+    model = tiny_models[model_type]
     data = datasets_by_images[1] if rows == "with an image" else write_mixed(tmp_path, 12)
-    worker = [str(Path(__file__).with_name("worker_shared_prefix.py")), str(tiny_model), str(data)]
-    env = launch_env(tiny_model, data, tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    worker = [str(Path(__file__).with_name("worker_shared_prefix.py")), str(model), str(data)]
+    env = launch_env(model, data, tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     subprocess.run([quick_python, *worker, str(tmp_path / "one"), "6"], env=env, check=True)
     config = REPO_ROOT / f"src/open-r1-multimodal/configs/{zero}.yaml"
     launch = [quick_python, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     launch += ["--mixed_precision", "no", "--num_processes", "2", "--main_process_port", "0"]
     subprocess.run([*launch, *worker, str(tmp_path / "two"), "3"], env=env, check=True)
-    before, one, two = (load_weights(path) for path in (tiny_model, tmp_path / "one", tmp_path / "two"))
+    before, one, two = (load_weights(path) for path in (model, tmp_path / "one", tmp_path / "two"))
     assert any((one[name] - before[name]).abs().max() > 1e-4 for name in one)
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)

@@ -10,9 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import ModelConfig
 
+from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.running import checkpoints
 from open_r1.running.callbacks import add_run_callbacks
@@ -44,16 +43,16 @@ from support import (
     load_weights,
     make_config,
     make_trainer,
+    processes_naming,
     read_jsonl,
     run_grpo,
-    vowel_share,
     write_examples,
 )
 
 STEPS = 16
-# Where a run of one process is killed, each at a seeded moment: between the micro-batches of a step, before and after
-# its update, with half a file of a checkpoint written, before its seal, with a rollout sampled or half written down.
-PLACES = ("substep", "update", "checkpoint file", "seal", "reward", "trajectories")
+# Where a run of one process is killed: between the micro-batches of a step, with half a file of a checkpoint written,
+# before its seal, with a rollout half written down.
+PLACES = ("substep", "checkpoint file", "seal", "trajectories")
 
 
 def make_checkpoint(folder: Path, step: int, is_complete: bool = True) -> Path:
@@ -82,39 +81,27 @@ def test_half_written_checkpoints_are_reported_and_passed_over(tmp_path, capsys)
     ]
 
 
-@pytest.mark.parametrize("text", ["", "\0\0"])
-def test_a_manifest_that_a_full_disk_left_is_none(tmp_path, text):
+def test_a_manifest_that_lists_no_files(tmp_path):
+    """An empty one is what a full disk leaves; one of another kind ends the run before it starts anew."""
     checkpoint = make_checkpoint(tmp_path, 3)
-    (checkpoint / MANIFEST).write_text(text)
-    assert find_defect(checkpoint) == f"half-written ({MANIFEST} is empty)"
+    (checkpoint / MANIFEST).write_text("\0\0")
     assert resolve_checkpoint("auto", str(tmp_path)) is None
-
-
-@pytest.mark.parametrize("text", ["[1]", "{]", "[" * 100_000])
-def test_a_manifest_of_another_kind_ends_the_run_before_it_starts_anew(tmp_path, text):
-    checkpoint = make_checkpoint(tmp_path, 3)
-    (checkpoint / MANIFEST).write_text(text)
-    with pytest.raises(ValueError, match=f"checkpoint-3: {MANIFEST} lists no files; delete the folder"):
+    (checkpoint / MANIFEST).write_text("[1]")
+    with pytest.raises(Mistake, match=f"checkpoint-3: {MANIFEST} lists no files; delete the folder"):
         resolve_checkpoint("auto", str(tmp_path))
-
-
-def test_a_checkpoint_whose_sealing_was_killed_is_sealed_when_it_is_written_again(tmp_path):
-    checkpoint = make_checkpoint(tmp_path, 3, is_complete=False)
-    (checkpoint / f".{MANIFEST}.tmp").write_text('{"model.saf')
-    seal(checkpoint)
-    assert find_defect(checkpoint) is None
 
 
 def test_a_checkpoint_that_is_named_must_be_one(tmp_path):
     checkpoint = make_checkpoint(tmp_path, 3)
     assert resolve_checkpoint(str(checkpoint), "elsewhere") == str(checkpoint)
-    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint: no folder nowhere"):
-        resolve_checkpoint("nowhere", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint: .* is no checkpoint of a run"):
-        resolve_checkpoint(str(tmp_path), str(tmp_path))
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint: .*3: model\.safetensors is missing"):
-        resolve_checkpoint(str(checkpoint), str(tmp_path))
+    for name, reason in (
+        ("nowhere", "no folder nowhere"),
+        (str(tmp_path), ".* is no checkpoint of a run"),
+        (str(checkpoint), r".*3: model\.safetensors is missing"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"^resume_from_checkpoint: {reason}"):
+            resolve_checkpoint(name, str(tmp_path))
 
 
 def test_a_launch_loads_only_what_it_would_have_written(tmp_path):
@@ -135,12 +122,7 @@ def test_a_launch_loads_only_what_it_would_have_written(tmp_path):
             (tmp_path / folder / name).touch()
     layouts = {folder: Layout.of_checkpoint(tmp_path / folder) for folder in files}
     assert layouts == {"alone": None, "ddp": Layout(0, 0), "zero2": Layout(2, 1), "zero3": Layout(3, 2)}
-    for folder, launch in (
-        ("ddp", Layout(0, 1)),
-        ("ddp", Layout(0, 4)),
-        ("zero2", Layout(2, 1)),
-        ("zero3", Layout(3, 2)),
-    ):
+    for folder, launch in (("ddp", Layout(0, 4)), ("zero2", Layout(2, 1)), ("zero3", Layout(3, 2))):
         check_layout(str(tmp_path / folder), launch)
     for folder, launch, reason in (
         ("alone", Layout(0, 1), "holds the model without optimizer and schedule"),
@@ -152,22 +134,19 @@ def test_a_launch_loads_only_what_it_would_have_written(tmp_path):
             check_layout(str(tmp_path / folder), launch)
 
 
-def test_layouts_of_the_launches_we_offer(monkeypatch):
+def test_layouts_of_the_launches_we_offer(monkeypatch, tmp_path):
     folder = REPO_ROOT / "src/open-r1-multimodal/configs"
     stages = {path.stem: Layout.of_config(str(path), 2).zero_stage for path in folder.glob("*.yaml")}
     assert stages == {"ddp": 0, "zero2": 2, "cpu": 2, "zero3": 3}
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')  # DeepSpeed's own file
+    launch = f"distributed_type: DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: {tmp_path}/ds.json}}\n"
+    (tmp_path / "launch.yaml").write_text(launch)
+    assert Layout.of_config(str(tmp_path / "launch.yaml"), 2) == Layout(2, 2)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert Layout.of_this_process() == Layout(0, 4)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     assert Layout.of_this_process() == Layout(3, 4)
-
-
-def test_deepspeeds_own_file_names_the_stage(tmp_path):
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
-    launch = f"distributed_type: DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: {tmp_path}/ds.json}}\n"
-    (tmp_path / "launch.yaml").write_text(launch)
-    assert Layout.of_config(str(tmp_path / "launch.yaml"), 2) == Layout(2, 2)
 
 
 def test_another_run_in_the_folder_is_not_continued(tmp_path, tiny_model):
@@ -189,10 +168,6 @@ def test_another_run_in_the_folder_is_not_continued(tmp_path, tiny_model):
         (record(learning_rate=1.0), "learning_rate"),
         (record(num_generations=2), "num_generations"),
         (record(papo_coef=0.01), "papo_coef"),
-        (record(rollout_noise=500.0), "rollout_noise"),
-        (record(weight_decay=0.1), "weight_decay"),
-        (record(max_grad_norm=0.1), "max_grad_norm"),
-        (record(mask_truncated_completions=True), "mask_truncated_completions"),
         (record(generation_kwargs={"min_p": 0.1}), "generation_kwargs"),
         (record(steps_per_generation=4), "examples_per_rollout"),
         (record(processes=2), "examples_per_step"),
@@ -215,7 +190,9 @@ def test_a_run_of_epochs_is_finished_too(tmp_path):
     assert not is_finished(str(checkpoint), make_config(tmp_path, max_steps=7))
 
 
-def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path):
+def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
+    """Of the best one the folder may have been named in other words."""
+    monkeypatch.chdir(tmp_path.parent)
     args = make_config(tmp_path, save_total_limit=2)
     callback = CompleteCheckpoints(args)
     assert args.save_total_limit is None  # the trainer itself deletes nothing
@@ -225,31 +202,10 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path):
     assert find_defect(tmp_path / "checkpoint-5")  # this run is going to write over it
     make_checkpoint(tmp_path, 4, is_complete=False)
     state = TrainerState(global_step=4, is_world_process_zero=True)
-    state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    state.best_model_checkpoint = f"{tmp_path.name}/checkpoint-1"
     callback.on_save(args, state, TrainerControl())
     left = {path.name: find_defect(path) is None for path in tmp_path.glob("checkpoint-*")}
     assert left == {"checkpoint-1": True, "checkpoint-2": True, "checkpoint-4": True, "checkpoint-5": False}
-
-
-def test_the_best_checkpoint_is_kept_in_whatever_words_its_folder_was_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = make_config(tmp_path / "out", save_total_limit=1)
-    callback = CompleteCheckpoints(args)
-    for step in (1, 2, 3):
-        make_checkpoint(tmp_path / "out", step, is_complete=step != 3)
-    state = TrainerState(global_step=3, is_world_process_zero=True, best_model_checkpoint="out/checkpoint-1")
-    callback.on_save(args, state, TrainerControl())
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-1", "checkpoint-3"}
-
-
-def test_a_run_that_goes_on_saves_as_often_as_it_is_told_now(tmp_path):
-    args = make_config(tmp_path, save_strategy="steps", save_steps=5, logging_steps=0.1, eval_steps=4, max_steps=40)
-    state = TrainerState(global_step=2, max_steps=40, save_steps=2, logging_steps=3, eval_steps=2)
-    CompleteCheckpoints(args).on_train_begin(args, state, TrainerControl())
-    assert (state.save_steps, state.logging_steps, state.eval_steps) == (5, 4, 4)
-
-
-# --- checkpoints that are links -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -261,49 +217,28 @@ def linked(tmp_path):
     return tmp_path / "run", moved
 
 
-def test_a_run_goes_on_from_a_link(linked):
+def test_a_run_goes_on_from_a_link_and_not_past_one_that_leads_nowhere(linked):
     run, moved = linked
     assert resolve_checkpoint("auto", str(run)) == str(run / "checkpoint-4")
-    (run / "newest").symlink_to("checkpoint-2")
-    assert resolve_checkpoint(str(run / "newest"), str(run)) == str(run / "newest")
-    assert find_defect(run / "checkpoint-4") is None and find_defect(moved) is None
-
-
-def test_a_link_that_leads_nowhere_ends_the_run_before_it_starts_anew(linked):
-    run, moved = linked
     moved.rename(moved.with_name("elsewhere"))
-    with pytest.raises(
-        ValueError, match=rf"run/checkpoint-4: a link to {moved}, which is not there; bring it back, or"
-    ):
-        resolve_checkpoint("auto", str(run))
-    with pytest.raises(FileNotFoundError, match=rf"resume_from_checkpoint: .*-4 is a link to {moved}, which is not"):
-        resolve_checkpoint(str(run / "checkpoint-4"), str(run))
-    with pytest.raises(ValueError, match="holds an earlier run"):
-        resolve_checkpoint("none", str(run))
+    for wanted in ("auto", str(run / "checkpoint-4")):
+        with pytest.raises(Mistake):
+            resolve_checkpoint(wanted, str(run))
     (run / "checkpoint-4").unlink()
     assert resolve_checkpoint("auto", str(run)) == str(run / "checkpoint-2")
 
 
-def test_room_is_made_without_deleting_what_a_link_leads_to(linked, capsys):
+def test_what_a_link_leads_to_is_neither_deleted_nor_written(linked, capsys):
     run, moved = linked
     args = make_config(run, save_total_limit=1)
+    (run / "checkpoint-7").symlink_to("gone")
     callback = CompleteCheckpoints(args)
-    (run / "checkpoint-3").symlink_to("gone")
+    callback.on_train_begin(args, TrainerState(global_step=5, is_world_process_zero=True), TrainerControl())
     make_checkpoint(run, 6, is_complete=False)
     callback.on_save(args, TrainerState(global_step=6, is_world_process_zero=True), TrainerControl())
     assert [path.name for path in run.iterdir()] == ["checkpoint-6"]
     assert find_defect(moved) is None
     assert f"checkpoint-4: removed, a link; {moved}, where it led, is left as it is" in capsys.readouterr().out
-
-
-def test_a_run_that_comes_to_a_link_does_not_write_through_it(linked):
-    run, moved = linked
-    args = make_config(run)
-    (run / "checkpoint-6").symlink_to("gone")
-    callback = CompleteCheckpoints(args)
-    callback.on_train_begin(args, TrainerState(global_step=2, is_world_process_zero=True), TrainerControl())
-    assert [path.name for path in run.iterdir()] == ["checkpoint-2"]
-    assert find_defect(moved) is None
 
 
 def test_the_model_of_a_finished_run_is_copied_without_the_state(tmp_path):
@@ -313,13 +248,8 @@ def test_the_model_of_a_finished_run_is_copied_without_the_state(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "model.safetensors", "trainer_state.json"}
 
 
-def die() -> None:
-    """Be gone at once, as by the kernel's out-of-memory killer."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class DieInStep(TrainerCallback):
-    """Kill the process at the n-th of a kind of moment inside a step."""
+class Death(TrainerCallback):
+    """Kills the process, as the kernel's out-of-memory killer does, at the n-th of a kind of moment."""
 
     def __init__(self, place: str, count: int):
         self.place, self.count = place, count
@@ -327,18 +257,15 @@ class DieInStep(TrainerCallback):
     def reached(self, place: str) -> None:
         self.count -= place == self.place
         if place == self.place and self.count <= 0:
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def on_substep_end(self, *args, **kwargs):
         self.reached("substep")
 
-    def on_pre_optimizer_step(self, *args, **kwargs):
-        self.reached("update")
-
 
 def train(model: Path, data: Path, output: Path, place: str | None = None, count: int = 1) -> None:
     """Start or continue a run of `STEPS` steps that saves after every second; it dies at the count-th `place`."""
-    moments = DieInStep(place or "", count)
+    moments = Death(place or "", count)
     write_file, write_rows, write_seal = torch.save, recorder.append_rows, seal
 
     def save_half(value, path, *args, **kwargs):
@@ -356,16 +283,10 @@ def train(model: Path, data: Path, output: Path, place: str | None = None, count
         moments.reached("trajectories")
         write_rows(path, rows)
 
-    def reward(completions, **kwargs):
-        moments.reached("reward")
-        return vowel_share(completions)
-
     torch.save, recorder.append_rows = save_half, append_half
     checkpoints.seal = lambda checkpoint: (moments.reached("seal"), write_seal(checkpoint))
     saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
-    trainer = make_trainer(
-        model, data, output, reward, callbacks=[moments], max_steps=STEPS, disable_tqdm=True, **saving
-    )
+    trainer = make_trainer(model, data, output, callbacks=[moments], max_steps=STEPS, disable_tqdm=True, **saving)
     trainer.add_callback(CompleteCheckpoints(trainer.args))
     add_run_callbacks(trainer, "grpo", DataArguments(str(data)), ModelConfig(str(model)))
     trainer.train(resume_from_checkpoint=resolve_checkpoint("auto", str(output)))
@@ -373,7 +294,7 @@ def train(model: Path, data: Path, output: Path, place: str | None = None, count
 
 
 @pytest.mark.slow
-def test_one_process_killed_at_six_moments(tmp_path, tiny_model, examples_json, monkeypatch):
+def test_one_process_killed_at_four_moments(tmp_path, tiny_model, examples_json, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")  # imports once, so that a start takes a second
     context.set_forkserver_preload(["open_r1.trainer.trainer", "deepspeed"])
@@ -393,13 +314,13 @@ def test_one_process_killed_at_six_moments(tmp_path, tiny_model, examples_json, 
 
 
 @pytest.mark.distributed
-def test_two_processes_under_zero2_killed_at_two_moments(tmp_path, tiny_model, examples_json, quick_python):
-    """The launcher and its processes at once: at a random time after the first rollout, then after a checkpoint.
+def test_two_processes_under_zero2_killed_after_a_checkpoint(tmp_path, tiny_model, examples_json, quick_python):
+    """The launcher and its processes at once, in a step after the first whole checkpoint."""
+    arguments = ["--max_steps", str(STEPS), "--save_steps", "2", "--save_total_limit", "2"]
+    arguments += ["--reward_funcs", "support:vowel_share", "--learning_rate", "1e-3"]
 
-    The first that is killed is a real launch; the others are forked from `preloaded.py`."""
-
-    def start(output: Path, python: object = quick_python) -> subprocess.Popen:
-        env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHON": str(python)}
+    def start(output: Path) -> subprocess.Popen:
+        env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHON": str(quick_python)}
         return subprocess.Popen(
             ["sh", str(REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh"), *arguments],
             env=launch_env(tiny_model, examples_json, output, **env),
@@ -407,56 +328,36 @@ def test_two_processes_under_zero2_killed_at_two_moments(tmp_path, tiny_model, e
             stderr=subprocess.STDOUT,
         )
 
-    def wait_until(happened: Callable[[], bool], process: subprocess.Popen) -> None:
-        deadline = time.monotonic() + 120
-        while not happened():
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(0.02)
-
-    def has_sampled(output: Path, since: float = 0) -> bool:
-        trajectories = output / "trajectories/train.jsonl"
-        return trajectories.exists() and trajectories.stat().st_mtime > since
-
-    arguments = ["--max_steps", str(STEPS), "--save_steps", "2", "--save_total_limit", "2"]
-    arguments += ["--reward_funcs", "support:vowel_share", "--learning_rate", "1e-3"]
-    process = start(tmp_path / "whole")
-    wait_until(lambda: has_sampled(tmp_path / "whole"), process)
-    began = time.time()
-    assert process.wait() == 0, (tmp_path / "log").read_text()[-3000:]
-    duration = (tmp_path / "whole/trajectories/train.jsonl").stat().st_mtime - began
-
-    rng = random.Random(0)
-    for python, is_saved in ((sys.executable, False), (quick_python, True)):
-        since = time.time()
-        process = start(tmp_path / "killed", python)
-        wait_until(partial(has_sampled, tmp_path / "killed", since), process)
-        if is_saved:  # a first kill may come before the first checkpoint, and then there is nothing to go on from
-            wait_until(lambda: last_complete_checkpoint(tmp_path / "killed") is not None, process)
-        time.sleep(rng.uniform(0, duration / 4))
-        process.kill()
-        kill_processes_naming(str(tmp_path / "killed"))
-        assert process.wait() == -signal.SIGKILL
+    assert start(tmp_path / "whole").wait() == 0, (tmp_path / "log").read_text()[-3000:]
+    process, deadline = start(tmp_path / "killed"), time.monotonic() + 120
+    while last_complete_checkpoint(tmp_path / "killed") is None:
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.02)
+    time.sleep(random.Random(0).uniform(0, 1))
+    process.kill()
+    for worker in processes_naming(str(tmp_path / "killed")):  # in sessions of their own
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     assert start(tmp_path / "killed").wait() == 0, (tmp_path / "log").read_text()[-3000:]
-    assert (tmp_path / "log").read_text().count("resuming from") >= 1
+    assert (tmp_path / "log").read_text().count("resuming from") == 1
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
 # What ends a run of `faulty:reward`, in order: a pattern of its last line.
 ENDS = (
     r"",  # the launcher: nobody is left to tell
-    r"error: rank 1 of 2 was ended by SIGKILL",
+    r"error: rank 0 of 2 was ended by SIGKILL",
     r"error: .*: takes no more, is the disk full\? \(.*File too large: .*train\.jsonl",
     r"error: .*: takes no more, is the disk full\? ",
-    r"error: reward_funcs: faulty:reward returned nan ",
-    r"error: rank 0 of 2 was ended by SIGKILL",
 )
 
 
 @pytest.mark.nightly
-def test_300_steps_with_seven_faults(tmp_path, tiny_model, quick_python):
+def test_200_steps_with_five_faults(tmp_path, tiny_model, quick_python):
     """The same command, started again after every end: each step's completions are there once, and a model."""
     data, output = write_examples(tmp_path / "data"), tmp_path / "run"
-    arguments = ["--max_steps", "300", "--save_steps", "20", "--save_total_limit", "2", "--logging_steps", "1"]
+    arguments = ["--max_steps", "200", "--save_steps", "20", "--save_total_limit", "2", "--logging_steps", "1"]
     arguments += ["--reward_funcs", "faulty:reward", "--max_completion_length", "4", "--completions_per_step", "8"]
     lines, printed = [], ""
     for end in (*ENDS, None):
@@ -468,49 +369,39 @@ def test_300_steps_with_seven_faults(tmp_path, tiny_model, quick_python):
         lines.append(result.stderr.strip().splitlines()[-1] if end else "")
         printed += result.stdout + result.stderr
     assert all(re.match(end, line) for end, line in zip(ENDS, lines[:-1], strict=True)), lines
-    assert len(list((tmp_path / "faults").iterdir())) == 7
+    assert len(list((tmp_path / "faults").iterdir())) == 5
     assert printed.count("resuming from") == len(ENDS)
     rows = read_jsonl(output / "trajectories/train.jsonl")
-    assert [row["step"] for row in rows] == [step for step in range(1, 301) for _ in range(8)]
-    assert [log["step"] for log in read_jsonl(output / "log.jsonl") if "loss" in log] == list(range(1, 301))
+    assert [row["step"] for row in rows] == [step for step in range(1, 201) for _ in range(8)]
+    assert [log["step"] for log in read_jsonl(output / "log.jsonl") if "loss" in log] == list(range(1, 201))
     damaged = [row for row in rows if row["images"] == [str(data.parent / "images/5_0.png")]]
-    assert {row["step"] > 230 for row in damaged if row["rewards"] == {"reward": None}} == {True}
-    assert all(row["advantage"] == 0 for row in damaged if row["step"] > 232)
+    assert {row["step"] > 170 for row in damaged if row["rewards"] == {"reward": None}} == {True}
+    assert all(row["advantage"] == 0 for row in damaged if row["step"] > 172)
     assert "images/5_0.png: corrupt image; completions about it earn nothing" in printed
     assert all(weights.isfinite().all() for weights in load_weights(output).values())
 
 
 @pytest.mark.distributed
-def test_a_launch_that_cannot_continue_says_so(tmp_path, tiny_model, tiny_models, examples_json, quick_python):
+def test_a_launch_that_cannot_continue_says_so(tmp_path, tiny_model, examples_json, quick_python):
     """In one line, before it starts; and the run is left as it was."""
 
-    def launch(name: str, *arguments: str, model: Path = tiny_model, **env: str) -> subprocess.CompletedProcess:
+    def launch(*arguments: str, **env: str) -> subprocess.CompletedProcess:
         arguments = ("--save_steps", "1", "--reward_funcs", "support:vowel_share", *arguments)
-        return run_grpo(model, examples_json, tmp_path / name, *arguments, PYTHON=str(quick_python), **env)
+        return run_grpo(tiny_model, examples_json, tmp_path / "run", *arguments, PYTHON=str(quick_python), **env)
 
-    for name, arguments, how in (("zero", (), "cpu"), ("alone", ("--save_only_model", "true"), "ddp")):
-        result = launch(name, "--max_steps", "1", *arguments, ACCELERATE_CONFIG=how)
-        assert result.returncode == 0, result.stderr[-3000:]
-    before = (tmp_path / "zero/run.json").read_bytes()
-    more = ("--max_steps", "2")
+    assert launch("--max_steps", "1").returncode == 0
+    before = (tmp_path / "run/run.json").read_bytes()
     for result, reason in (
         (
-            launch("zero", *more, NUM_PROCESSES="1"),
+            launch("--max_steps", "2", NUM_PROCESSES="1"),
             "was written by 2 processes under ZeRO-2, and this is 1 process ",
         ),
-        (launch("zero", *more, ACCELERATE_CONFIG="zero3"), "and this is 2 processes under ZeRO-3; launch as then"),
-        (launch("zero", *more, ACCELERATE_CONFIG="ddp"), "and this is a launch without ZeRO; launch as then"),
-        (
-            launch("zero", "--max_steps", "1", "--beta", "0"),
-            "zero: holds a run with beta 0.04, not 0.0; choose",
-        ),
-        (launch("zero", *more, model=tiny_models["qwen2_5_vl"]), "zero: holds a run with model_name_or_path "),
-        (launch("alone", *more, ACCELERATE_CONFIG="ddp"), "checkpoint-1: holds the model without optimizer"),
+        (launch("--max_steps", "1", "--beta", "0"), "run: holds a run with beta 0.04, not 0.0; choose"),
     ):
         assert result.returncode == 2 and result.stderr.startswith("error: "), result.stderr
         assert reason in result.stderr and result.stderr.count("\n") == 1
-    assert (tmp_path / "zero/run.json").read_bytes() == before and not (tmp_path / "zero/checkpoint-2").exists()
-    result = launch("zero", *more, "--logging_steps", "2")
+    assert (tmp_path / "run/run.json").read_bytes() == before and not (tmp_path / "run/checkpoint-2").exists()
+    result = launch("--max_steps", "2", "--logging_steps", "2")
     assert result.returncode == 0 and "resuming from" in result.stdout, result.stderr[-3000:]
 
 
@@ -553,8 +444,7 @@ def test_a_finished_run_takes_no_further_step(tmp_path, tiny_model, examples_jso
 
 @pytest.mark.nightly
 @pytest.mark.distributed
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("how", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("how, lora", [("ddp", False), ("zero2", True), ("zero3", False)])
 def test_the_best_model_is_the_one_at_the_end_of_a_launch(how, lora, tmp_path, tiny_model, examples_json, quick_python):
     """Also when the launch was stopped in between, so that DeepSpeed's files came back before."""
     arguments = ["--reward_funcs", "support:falling", "--learning_rate", "1e-2", "--eval_dataset_name"]
@@ -571,14 +461,6 @@ def test_the_best_model_is_the_one_at_the_end_of_a_launch(how, lora, tmp_path, t
     final, best, last = (load_file(tmp_path / "out" / folder / name) for folder in ("", "checkpoint-1", "checkpoint-3"))
     assert all(torch.equal(final[key], best[key]) for key in best)
     assert not all(torch.equal(final[key], last[key]) for key in last)
-
-
-def kill_processes_naming(path: str) -> None:
-    """SIGKILL for the workers of a launcher, which are in sessions of their own: all that name the test's folder."""
-    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it ended while we looked
-            if path.encode() in cmdline.read_bytes():
-                os.kill(int(cmdline.parent.name), signal.SIGKILL)
 
 
 def assert_equal_runs(whole: Path, killed: Path) -> None:

@@ -16,9 +16,9 @@ from PIL import Image
 
 from open_r1.tasks import cvbench, sat
 from open_r1.world.parquet import cvbench_row, row_rng, sat_row, write_cvbench, write_sat
-from open_r1.world.questions import CV_QUESTIONS, QUESTIONS, Asked, ask, closer, is_left, side_of
+from open_r1.world.questions import CV_QUESTIONS, QUESTIONS, Asked, ask, closer, is_left
 from open_r1.world.render import BOX_COLOURS, INK, background, render
-from open_r1.world.scene import COLOURS, LEVELS, Level, Solid, is_clear, mark_box, overlap, place, see
+from open_r1.world.scene import COLOURS, LEVELS, Level, Solid, Unclear, is_clear, overlap, place, see
 
 EASY, FULL = LEVELS["easy"], LEVELS["full"]
 
@@ -59,24 +59,12 @@ def test_easy_count_is_what_the_image_shows():
     assert len(answers) == EASY.most and max(answers.values()) < 30
 
 
-def test_easy_left_is_what_the_image_shows():
-    answers = Counter()
-    for row, seen in easy_rows("left"):
-        a, b = named(row["question"])
-        assert row["correct_answer"] == ("yes" if seen[a][1] < seen[b][1] else "no")
-        answers[row["correct_answer"]] += 1
-    assert min(answers.values()) > 15
-
-
 def test_easy_closer_is_lower_in_the_image():
-    places = Counter()
     for row, seen in easy_rows("closer"):
         asked = named(row["question"])
         nearest = max(asked, key=lambda colour: seen[colour][2])
         assert row["correct_answer"] == f"{nearest} {seen[nearest][0]}"
         assert row["answers"] == [f"{colour} {seen[colour][0]}" for colour in asked]
-        places[asked.index(nearest)] += 1
-    assert min(places[0], places[1]) > 15
 
 
 def test_easy_where_agrees_with_the_image():
@@ -103,13 +91,6 @@ def test_easy_perspective_is_what_the_marked_person_sees():
     assert len(answers) == 4 and min(answers.values()) > 5, answers  # either way, whichever way one faces
 
 
-def test_side_of_agrees_with_the_cross_product():
-    for facing, x in (("left", -1.0), ("right", 1.0)):
-        for dz in (-2.0, 2.0):
-            height = np.cross([x, 0, 0], [0, dz, 0])[2]  # floor plan: x right, z up the page; positive is left
-            assert side_of(facing, dz) == ("left" if height > 0 else "right")
-
-
 def test_rotation_moves_the_image_the_other_way():
     for i in range(20):
         row = sat_row(i, 7, EASY, ("rotation",))
@@ -122,12 +103,16 @@ def test_rotation_moves_the_image_the_other_way():
 @pytest.mark.parametrize("name", [*QUESTIONS, *CV_QUESTIONS])
 def test_answers_to_a_question_differ_and_no_place_among_its_options_is_theirs(name):
     """Whoever always says the same, or names the same option, is often wrong."""
-    asked = [ask({**QUESTIONS, **CV_QUESTIONS}[name], row_rng(9, i), EASY) for i in range(80)]
+    asked = [ask({**QUESTIONS, **CV_QUESTIONS}[name], row_rng(9, i), EASY) for i in range(200)]
     answers = Counter(each.answer for each in asked)
     places = Counter(each.options.index(each.answer) for each in asked)
     if name == "Relation":  # two questions: left or right, above or below
         assert set(answers) == {"left", "right", "above", "below"}
-    assert len(answers) > 1 and max(answers.values()) < 60 and max(places.values()) < 60
+    assert len(answers) > 1 and max(answers.values()) < 150 and max(places.values()) < 150
+    if name in CV_QUESTIONS:  # every place about as often
+        expected = 200 / len(asked[0].options)
+        assert len(places) == len(asked[0].options)
+        assert all(abs(count - expected) < 4 * math.sqrt(expected) for count in places.values())
 
 
 def test_boxes_of_a_relation_lie_apart_in_what_is_asked():
@@ -138,13 +123,6 @@ def test_boxes_of_a_relation_lie_apart_in_what_is_asked():
         axis = 0 if asked.answer in ("left", "right") else 1
         lower, upper = (a.box, b.box) if asked.answer in ("left", "above") else (b.box, a.box)
         assert lower[axis + 2] <= upper[axis]
-
-
-def test_what_is_nearer_hides_and_is_not_hidden():
-    near = see(FULL, Solid("cube", "red", 0.0, 3.5, 0.5, 0.0))
-    far = see(FULL, Solid("cube", "blue", 0.0, 6.0, 0.3, 0.0))
-    assert overlap(near.box, far.box) > FULL.hidden * (far.box[2] - far.box[0]) * (far.box[3] - far.box[1])
-    assert not is_clear(FULL, [near, far]) and not is_clear(FULL, [far, near])
 
 
 @pytest.mark.parametrize("kind", FULL.kinds)
@@ -166,12 +144,6 @@ def test_the_nearer_solid_hides_the_farther_one():
         both = np.asarray(render(FULL, scene))
         assert (both[alone] == np.asarray(render(FULL, [near]))[alone]).all()
     assert overlap(near.box, far.box) > 0
-
-
-def test_projection_is_a_pinhole():
-    u, v, depth = FULL.project(0, 0, FULL.elevation / math.tan(FULL.pitch))  # where the optical axis meets the floor
-    assert (u, v) == pytest.approx((FULL.width / 2, FULL.height / 2))
-    assert depth == pytest.approx(FULL.elevation / math.sin(FULL.pitch))
 
 
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
@@ -234,72 +206,39 @@ def test_the_boxes_of_a_question_are_around_what_it_names(task):
         assert list(dict.fromkeys(told)) == [(seen.solid.name, colour) for colour, seen in asked.boxes]
 
 
-@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
-@pytest.mark.parametrize("question", ["left", "where"])
-def test_a_side_is_asked_where_image_and_floor_leave_no_doubt(level, question):
-    for i in range(80):
-        asked = ask(QUESTIONS[question], row_rng(6, i), level)
-        a, b = asked_about(asked)
-        (ua, _), (ub, _) = ({seen.solid: seen.centre for seen in asked.scenes[0]}[solid] for solid in (a, b))
-        dx, dz = a.x - b.x, a.z - b.z
-        if question == "where" and asked.answer in ("in front", "behind"):
-            assert (asked.answer == "in front") == (dz < 0) and abs(dz) > 2 * abs(dx)
-            continue
-        assert (asked.answer in ("yes", "left")) == (ua < ub) == (dx < 0)
-        assert abs(ua - ub) >= 0.12 * level.width and abs(dx) >= a.radius
-        assert question == "left" or abs(dx) > 2 * abs(dz)
-
-
 @pytest.mark.parametrize(
-    ("a", "b", "expected"),
+    ("a", "b"),
     [
-        ((-1.0, 4.0), (1.0, 4.0), True),
-        ((1.0, 4.0), (-1.0, 4.0), False),
-        ((0.0, 4.0), (0.8, 7.0), None),  # close in the image
-        ((1.3, 3.0), (1.9, 7.0), None),  # close on the floor
-        ((2.0, 2.7), (2.8, 7.4), None),  # farther to the right on the floor, to the left in the image
+        ((0.0, 4.0), (0.8, 7.0)),  # close in the image
+        ((1.3, 3.0), (1.9, 7.0)),  # close on the floor
+        ((2.0, 2.7), (2.8, 7.4)),  # farther to the right on the floor, to the left in the image
     ],
 )
-def test_a_side_in_doubt_is_none(a, b, expected):
+def test_a_side_in_doubt_is_unclear(a, b):
     one, other = (see(EASY, Solid("circle", c, *at, 0.7, 0.0)) for c, at in (("red", a), ("blue", b)))
-    assert is_left(EASY, one, other) is expected
-    assert is_left(EASY, other, one) is (None if expected is None else not expected)
-
-
-@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
-def test_who_stands_on_the_mark_has_the_object_clearly_beside_them(level):
-    for i in range(40):
-        asked = ask(QUESTIONS["perspective"], row_rng(8, i), level)
-        [target], (x, z) = asked_about(asked), asked.mark
-        facing = re.search("degrees to the (left|right)", asked.question)[1]
-        ahead = -1 if facing == "left" else 1
-        left_hand = ahead * (target.z - z)  # the cross product of where they face and where it is, seen from above
-        assert asked.answer == ("left" if left_hand > 0 else "right")
-        assert abs(left_hand) >= 2 * target.radius and abs(left_hand) >= abs(target.x - x) / 2
-        mark = mark_box(level, x, z)
-        assert not any(overlap(mark, seen.box) for seen in asked.scenes[0])
+    for pair in ((one, other), (other, one)):
+        with pytest.raises(Unclear):
+            is_left(EASY, *pair)
 
 
 @pytest.mark.parametrize("name", ["count", "Count"])
-def test_every_number_is_asked_for_and_stands_at_every_place(name):
-    question = {**QUESTIONS, **CV_QUESTIONS}[name]
-    numbers, places = Counter(), Counter()
+def test_every_number_is_asked_for(name):
+    numbers = Counter()
     for i in range(150):
-        asked = ask(question, row_rng(2, i), EASY)
+        asked = ask({**QUESTIONS, **CV_QUESTIONS}[name], row_rng(2, i), EASY)
         kind = asked.question.split()[2].removesuffix("s")
         assert asked.answer == str(sum(seen.solid.kind == kind for seen in asked.scenes[0]))
         options = sorted(map(int, asked.options))
         assert options == list(range(options[0], options[0] + len(options))) and options[0] >= 0
         numbers[asked.answer] += 1
-        places[options.index(int(asked.answer))] += 1
     assert sorted(numbers) == [str(n) for n in range(1, EASY.most + 1)] and min(numbers.values()) > 20
-    assert sorted(places) == list(range(len(asked.options)))
 
 
-def test_about_equal_distances_are_rejected():
+def test_about_equal_distances_are_unclear():
     a, b = (see(EASY, Solid("circle", c, x, 4.0, 0.7, 0.0)) for c, x in (("red", -1), ("blue", 1)))
-    assert closer((a, 4.0), (b, 4.9)) is None
     assert closer((a, 4.0), (b, 5.1)) is a
+    with pytest.raises(Unclear):
+        closer((a, 4.0), (b, 4.9))
 
 
 def test_row_depends_on_seed_and_index_alone():
@@ -311,7 +250,7 @@ def test_row_depends_on_seed_and_index_alone():
 def test_sat_file_is_in_sats_schema_and_every_row_is_usable(tmp_path):
     write_sat(tmp_path / "a" / "sat.parquet", 30, 1, EASY)
     table = pq.read_table(tmp_path / "a" / "sat.parquet")
-    assert tuple(table.column_names) == sat.COLUMNS
+    assert table.column_names == ["image_bytes", "question", "answers", "question_type", "correct_answer"]
     rows = table.to_pylist()
     assert rows == [sat_row(i, 1, EASY) for i in range(30)]
     assert {row["question_type"] for row in rows} == {"other"}
@@ -320,58 +259,38 @@ def test_sat_file_is_in_sats_schema_and_every_row_is_usable(tmp_path):
 
 
 def test_full_images_are_640x480_jpegs():
-    data = sat_row(1, 1, FULL)["image_bytes"][0]
-    assert sat.sniff_image(data) == "jpg" and pixels(data).shape == (480, 640, 3)
+    image = Image.open(io.BytesIO(sat_row(1, 1, FULL)["image_bytes"][0]))
+    assert (image.format, image.size) == ("JPEG", (640, 480))
 
 
 def test_cvbench_files_are_in_its_schema(tmp_path):
     write_cvbench(tmp_path, 81, 1, EASY)
     tables = {kind: pq.read_table(tmp_path / name) for kind, name in cvbench.FILES.items()}
     rows = [row for table in tables.values() for row in table.to_pylist()]
-    assert all(tuple(table.column_names) == cvbench.COLUMNS for table in tables.values())
+    columns = "idx type task image question choices answer prompt filename source source_dataset source_filename"
+    expected = [*columns.split(), "target_class", "target_size", "bbox"]
+    assert all(table.column_names == expected for table in tables.values())
     assert [row["idx"] for row in rows] == list(range(81))
     for kind in cvbench.TASKS:
         assert {row["task"] for row in rows if row["type"] == kind} == set(cvbench.TASKS[kind])
         assert {row["source"] for row in rows if row["type"] == kind} == set(cvbench.SOURCES[kind])
     for row in rows:
-        question = cvbench.convert_row(row)
-        assert question.prompt.startswith(question.question + " Select from the following choices.\n(A) ")
-        assert question.prompt.endswith(f"({cvbench.LETTERS[len(question.choices) - 1]}) {question.choices[-1]}")
-        picture = pixels(question.image)
+        choices = row["choices"]
+        assert row["prompt"].startswith(row["question"] + " Select from the following choices.\n(A) ")
+        assert row["prompt"].endswith(f"({cvbench.LETTERS[len(choices) - 1]}) {choices[-1]}")
+        picture = pixels(row["image"]["bytes"])
         for colour, rgb in BOX_COLOURS.items():
-            assert f"{colour} box" not in question.question or (picture == rgb).all(-1).sum() > 40
+            assert f"{colour} box" not in row["question"] or (picture == rgb).all(-1).sum() > 40
 
 
-def test_cvbench_count_and_relation_are_what_the_image_shows():
-    for i in range(40):
+def test_cvbench_relation_is_what_the_image_shows():
+    for i in range(1, 40, 2):
         row = cvbench_row(i, 5, EASY, "2D")
-        seen, answer = figures(pixels(row["image"]["bytes"])), cvbench.convert_row(row)
-        gold = answer.choices[cvbench.LETTERS.index(answer.answer)]
-        if row["task"] == "Count":
-            kind = row["question"].split()[2].removesuffix("s")
-            assert gold == str(sum(found == kind for found, _, _ in seen.values()))
-        else:
-            a, b = (target.split()[0] for target in row["target_class"].split(", "))
-            (_, ua, va), (_, ub, vb) = seen[a], seen[b]
-            assert {"left": ua < ub, "right": ua > ub, "above": va < vb, "below": va > vb}[gold]
-
-
-def test_cvbench_right_choice_is_at_every_position():
-    letters = {task: Counter() for tasks in cvbench.TASKS.values() for task in tasks}
-    choices = {"Count": 4, "Relation": 2, "Depth": 2, "Distance": 2}
-    for task, question in CV_QUESTIONS.items():
-        for i in range(400):
-            asked = ask(question, row_rng(9, i), EASY)
-            letters[task][asked.options.index(asked.answer)] += 1
-        expected = 400 / choices[task]
-        assert len(letters[task]) == choices[task]
-        assert all(abs(n - expected) < 4 * math.sqrt(expected) for n in letters[task].values()), letters
-
-
-def test_cvbench_answer_outside_its_choices_is_refused():
-    row = cvbench_row(0, 5, EASY, "2D") | {"answer": "(F)"}
-    with pytest.raises(ValueError, match="idx 0"):
-        cvbench.convert_row(row)
+        seen = figures(pixels(row["image"]["bytes"]))
+        gold = row["choices"][cvbench.LETTERS.index(row["answer"].strip("()"))]
+        a, b = (target.split()[0] for target in row["target_class"].split(", "))
+        (_, ua, va), (_, ub, vb) = seen[a], seen[b]
+        assert {"left": ua < ub, "right": ua > ub, "above": va < vb, "below": va > vb}[gold]
 
 
 def test_command_line(tmp_path):

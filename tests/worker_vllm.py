@@ -17,6 +17,7 @@ from vllm.model_executor.layers import utils
 import open_r1.engines.vllm_backends
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import load_chat_template
+from open_r1.trainer.callbacks import check_engine
 from support import load_weights, make_trainer, vowel_share
 
 DIFFERENCE = "sampling/sampling_logp_difference/mean"
@@ -32,7 +33,7 @@ utils.dispatch_cpu_unquantized_gemm = use_weights_as_they_are
 def refused(trainer) -> str | None:
     """What the check before the first step says."""
     try:
-        trainer.check_engine()
+        check_engine(trainer)
     except Mistake as error:
         return str(error)
 

@@ -28,7 +28,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig, ProcessorMixin
 
-from benchmarks.published import save_random_2b
+from benchmarks.published import MODELS, save_random
 from benchmarks.step import (
     PRESETS,
     ROWS,
@@ -57,15 +57,7 @@ from open_r1.engines.shared_prefix import (
     decode_attention,
     locate_group,
 )
-from open_r1.evaluate.answering import (
-    BACKENDS,
-    Answerer,
-    answer_batches,
-    generation_settings,
-    load_prompting,
-    make_batches,
-)
-from open_r1.evaluate.answering import messages as with_images
+from open_r1.evaluate import answering
 from open_r1.running.entry import quiet
 from open_r1.settings.recipes import read_recipe
 from open_r1.tasks.benchmarks import BENCHMARKS, read
@@ -130,6 +122,15 @@ class Bench:
         """Of the evaluation."""
         return 4 if self.is_toy else 64
 
+    def options(self, **settings: Any) -> list[str]:
+        """A training command's options, with a group's sizes of the toy where this is one."""
+        if self.is_toy:
+            group, prompts = self.preset.group_size, self.preset.prompts_per_step
+            settings |= {"num_generations": group, "per_device_train_batch_size": group}
+            settings["completions_per_step"] = group * prompts
+        settings |= {"save_strategy": "no", "report_to": "none", "reward_funcs": "format"}
+        return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
     @property
     def model(self) -> Path:
         """The checkpoint that `prepare` made.
@@ -155,25 +156,20 @@ def prepare(bench: Bench) -> Iterator[Figures]:
     if bench.is_toy:
         write_checkpoint(bench.preset, made)
     else:
-        save_random_2b(made, device="cuda")
+        save_random(MODELS["qwen2_vl_2b"], made, device="cuda")
     yield {"made and written, s": time.perf_counter() - start}
-    examples = [
-        {
-            "messages": [
-                {"role": "user", "content": "<image>" + row["prompt"][0]["content"]},
-                {"role": "assistant", "content": "left"},
-            ],
-            "images": row["images"],
-        }
-        for row in bench.data
-    ]
+    examples = []
+    for row in bench.data:
+        question = {"role": "user", "content": "<image>" + row["prompt"][0]["content"]}
+        answer = {"role": "assistant", "content": "left"}
+        examples.append({"messages": [question, answer], "images": row["images"]})
     (bench.folder / "examples.json").write_text(json.dumps(examples))
     write_cvbench(bench.folder / "cvbench", bench.questions, 0, LEVELS["full"])
     made.rename(bench.folder / "model")  # whole
     yield {"written, GB": sum(path.stat().st_size for path in bench.model.iterdir()) / 1e9}
 
 
-# --- one measurement -----------------------------------------------------------------------------------------
+# --- one measurement ------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -225,18 +221,12 @@ def describe(bench: Bench) -> str:
     )
 
 
-# --- the device ----------------------------------------------------------------------------------------------
+# --- the device -----------------------------------------------------------------------------------
 
 
 def device() -> torch.device:
     """The GPU, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def release() -> None:
-    """Give back what the last measurement held."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def mean_seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -283,12 +273,7 @@ def peak_flops() -> float | None:
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
-def utilisation(multiply_adds: float, seconds: float, peak: float) -> float:
-    """Model FLOPs utilisation: the share of a card's peak FLOP/s that work amounts to; a multiply-add is two."""
-    return 2 * multiply_adds / seconds / peak
-
-
-# --- attention -----------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def draw(shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
@@ -297,15 +282,15 @@ def draw(shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
     return [torch.randn(shape).to(device(), torch.bfloat16) for shape in shapes]
 
 
-def largest_difference(some: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
+def largest_difference(made: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
     """The largest relative difference of a tensor from what it should be.
 
     Raises:
         Mistake: it is more than rounding.
     """
-    differences = [
-        ((mine.float().cpu() - theirs).norm() / theirs.norm()).item() for mine, theirs in zip(some, exact, strict=True)
-    ]
+    differences = []
+    for tensor, reference in zip(made, exact, strict=True):
+        differences.append(((tensor.float().cpu() - reference).norm() / reference.norm()).item())
     if not max(differences) <= TOLERANCE:  # nor NaN
         raise Mistake(f"bfloat16 on {device()} differs from float32 on the CPU by {max(differences):.1%}")
     return max(differences)
@@ -399,7 +384,7 @@ def decoding_attention(bench: Bench) -> tuple[float, float]:
     return difference, mean_seconds(lambda: decode_attention(*states, on_device, None), 1 if bench.is_toy else 100)
 
 
-# --- decoding ------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
 
 
 def growing_decoding(bench: Bench, cudnn: bool) -> Iterator[Figures]:
@@ -445,9 +430,8 @@ def profiled_rollout(bench: Bench) -> Iterator[Figures]:
 
 def count_events(events: Sequence[Any]) -> Figures:
     """What torch's profiler saw, each kind of event with its number and its time in all."""
-    kernels = [
-        event for event in events if event.device_type == DeviceType.CUDA
-    ]  # others have their kernels' time, too
+    # others have their kernels' time, too
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA]
     return {
         "kernel launches": sum(event.count for event in events if event.key.startswith(LAUNCHES)),
         "host waits": sum(event.count for event in events if event.key in WAITS),
@@ -455,7 +439,7 @@ def count_events(events: Sequence[Any]) -> Figures:
     }
 
 
-# --- training ------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def step(bench: Bench, way: str) -> Iterator[Figures]:
@@ -470,13 +454,14 @@ def step(bench: Bench, way: str) -> Iterator[Figures]:
     memory: Figures = {}
     with peak_memory(memory):
         rounds = [run_step(trainer, watch) for _ in range(ROUNDS)]
-    seconds = {part: statistics.median(each[part] for each in rounds) for part in ROWS}
+    seconds = {part: statistics.median(one_step[part] for one_step in rounds) for part in ROWS}
     figures = {f"{part}, s": value for part, value in seconds.items()}
     figures["completion tokens a second"] = sum(map(len, completions)) / seconds["whole step"]
     if peak := peak_flops():
         work = count_work(trainer, bench.preset, completions)
         for part in ("reference scoring", "policy update", "whole step"):
-            figures[f"MFU of {part}, %"] = 100 * utilisation(work[part]["ours"], seconds[part], peak)
+            # of the card's FLOP/s; a multiply-add is two
+            figures[f"MFU of {part}, %"] = 100 * 2 * work[part]["ours"] / seconds[part] / peak
     yield figures | memory
 
 
@@ -494,30 +479,23 @@ def adapter_step(bench: Bench, overlay: str) -> Iterator[Figures]:
                 return
         except torch.OutOfMemoryError:
             pass  # its trainer is released with the exception
-        release()
+        gc.collect()
+        torch.cuda.empty_cache()
     raise Impossible(f"out of memory within {CARDS[-1]} GB")
 
 
 def first_step(bench: Bench, overlay: str) -> Figures:
     """The first step of `grpo_sat.yaml` with an overlay, in this process."""
-    settings = {
-        "model_name_or_path": bench.model,
-        "dataset_name": bench.folder / "examples.json",
-        "output_dir": bench.folder / overlay,
-        "max_completion_length": bench.preset.max_length,
-        "max_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": "true",
-        "reward_funcs": "format",
-    }
-    if bench.is_toy:
-        size, batch = bench.preset.group_size, bench.preset.group_size * bench.preset.prompts_per_step
-        settings |= {"num_generations": size, "per_device_train_batch_size": size, "completions_per_step": batch}
-        settings |= {"use_cpu": "true", "bf16": "false", "dtype": "float32"}
-    recipes = ("configs/grpo_sat.yaml", f"configs/overlays/{overlay}.yaml")
-    arguments = [text for recipe in recipes for text in ("--config", recipe)]
-    arguments += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    arguments = bench.options(
+        model_name_or_path=bench.model,
+        dataset_name=bench.folder / "examples.json",
+        output_dir=bench.folder / overlay,
+        max_completion_length=bench.preset.max_length,
+        max_steps=1,
+        disable_tqdm="true",
+        **({"use_cpu": "true", "bf16": "false", "dtype": "float32"} if bench.is_toy else {}),
+    )
+    arguments += ["--config", "configs/grpo_sat.yaml", "--config", f"configs/overlays/{overlay}.yaml"]
     figures: Figures = {}
     with peak_memory(figures):
         trainer = grpo.build_trainer(*read_recipe(grpo.COMMAND.arguments, arguments))
@@ -533,18 +511,8 @@ def paper_command(bench: Bench) -> Iterator[Figures]:
     The second step is what a run's steps take; the first also loads kernels.
     """
     launch = "zero2" if importlib.util.find_spec("deepspeed") else "ddp"
-    preset, output = bench.preset, bench.folder / "run"
-    settings = {
-        "max_steps": 2,
-        "max_completion_length": 12 if bench.is_toy else 200,
-        "save_strategy": "no",
-        "report_to": "none",
-        "reward_funcs": "format",
-    }
-    if bench.is_toy:
-        size, batch = preset.group_size, preset.group_size * preset.prompts_per_step
-        settings |= {"num_generations": size, "per_device_train_batch_size": size, "completions_per_step": batch}
-    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    output = bench.folder / "run"
+    arguments = bench.options(max_steps=2, max_completion_length=12 if bench.is_toy else 200)
     env = {"MODEL": bench.model, "DATA": bench.folder / "examples.json", "OUTPUT": output, "PYTHON": sys.executable}
     env |= {"ACCELERATE_CONFIG": launch, "NUM_PROCESSES": 1}
     start = time.perf_counter()
@@ -565,14 +533,15 @@ def paper_command(bench: Bench) -> Iterator[Figures]:
     yield figures
 
 
-# --- generating ----------------------------------------------------------------------------------------------
+# --- generating -----------------------------------------------------------------------------------
 
 
 def load_backend(bench: Bench, name: str) -> tuple[Backend, ProcessorMixin]:
     """An engine of the evaluation with the model, and its processor."""
     style = {"style": "reasoning"}
-    processor, _ = load_prompting(bench.model, "base", **style)
-    return BACKENDS[name](bench.model, processor, device(), bench.preset.dtype, **style), processor
+    processor, _ = answering.load_prompting(bench.model, "base", **style)
+    backend = answering.BACKENDS[name](bench.model, processor, device(), bench.preset.dtype, **style)
+    return backend, processor
 
 
 def generate(bench: Bench, name: str) -> Iterator[Figures]:
@@ -583,7 +552,12 @@ def generate(bench: Bench, name: str) -> Iterator[Figures]:
     if name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise Impossible("vLLM is not installed; setup.sh installs it where there is an NVIDIA GPU")
     backend, processor = load_backend(bench, name)
-    answered, seconds = answer(bench, Answerer(backend, processor, bench.preset.max_length))
+    answerer = answering.Answerer(backend, processor, bench.preset.max_length)
+    questions = read(BENCHMARKS["CV-Bench"], str(bench.folder / "cvbench"))
+    batches = answering.make_batches(answerer, questions, bench.questions)  # one
+    start = time.perf_counter()
+    (answers,) = answering.answer_batches(answerer, batches)
+    answered, seconds = sum(response.tokens for _, response in answers), time.perf_counter() - start
     yield {
         "evaluation, questions a second": bench.questions / seconds,
         "evaluation, tokens a second": answered / seconds,
@@ -594,18 +568,10 @@ def generate(bench: Bench, name: str) -> Iterator[Figures]:
     yield {"rollout, s": seconds, "rollout, tokens a second": sampled / seconds}
 
 
-def answer(bench: Bench, answerer: Answerer) -> tuple[int, float]:
-    """Tokens and seconds of answers to questions of CV-Bench's kind, 640x480, in one batch."""
-    batches = make_batches(answerer, read(BENCHMARKS["CV-Bench"], str(bench.folder / "cvbench")), bench.questions)
-    start = time.perf_counter()
-    tokens = sum(response.tokens for batch in answer_batches(answerer, batches) for _, response in batch)
-    return tokens, time.perf_counter() - start
-
-
 def encode_rows(bench: Bench, backend: Backend) -> list[Prompt]:
     """The prompts of a step, as the backend takes them."""
     return [
-        backend.encode(with_images([open_image(path) for path in row["images"]], row["prompt"][0]["content"]))
+        backend.encode(answering.messages(list(map(open_image, row["images"])), row["prompt"][0]["content"]))
         for row in bench.data
     ]
 
@@ -614,7 +580,7 @@ def sample(
     bench: Bench, backend: Backend, processor: ProcessorMixin, prompts: Sequence[Prompt], tokens: int
 ) -> tuple[int, float]:
     """Tokens and seconds of a step's rollout, a completion of so many tokens."""
-    settings = generation_settings(processor, tokens)
+    settings = answering.generation_settings(processor, tokens)
     settings |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     start = time.perf_counter()
     completions = backend.generate(prompts, [bench.preset.group_size] * len(prompts), GenerationConfig(**settings))

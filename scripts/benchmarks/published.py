@@ -147,11 +147,6 @@ MODELS = {
 }
 
 
-def save_random_2b(output: str | Path, seed: int = 0, device: str = "cpu") -> Path:
-    """`save_random` of Qwen2-VL-2B's size (4.4 GB)."""
-    return save_random(MODELS["qwen2_vl_2b"], output, seed, device)
-
-
 def save_random(published: Published, output: str | Path, seed: int = 0, device: str = "cpu") -> Path:
     """Write a checkpoint of a model's size in bfloat16, in shards as the Hub has it.
 

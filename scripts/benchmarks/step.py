@@ -37,7 +37,6 @@ from trl import GRPOTrainer
 
 from benchmarks.published import TEXT, VISION, make_2b_config
 from open_r1.base.errors import positive
-from open_r1.base.files import FIGURE_MARK, check_replaceable
 from open_r1.base.prompts import load_chat_template
 from open_r1.engines.backends import Completions
 from open_r1.models.families import FAMILIES, family_of
@@ -359,7 +358,7 @@ def prompt_size(trainer: GRPOTrainer, row: dict[str, Any]) -> tuple[int, int, to
 # --- the command -----------------------------------------------------------------------------------
 
 
-def measure(preset: Preset, rounds: int, checkpointing: bool, parts: bool = True) -> dict[str, Any]:
+def measure(preset: Preset, rounds: int, checkpointing: bool) -> dict[str, Any]:
     """Alternating rounds of both trainers, after one each to warm up."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -376,16 +375,12 @@ def measure(preset: Preset, rounds: int, checkpointing: bool, parts: bool = True
                         seconds[part][way].append(value)
                 print(f"round {number} of {rounds}: {way} {watches[way].seconds['whole step']:.2f} s", file=sys.stderr)
         result: dict[str, Any] = {"seconds": seconds, "work": count_work(trainers["ours"], preset, completions)}
-        if parts:
-            result["peak memory"] = {
-                way: peak_memory(trainers[way], watches[way])
-                if torch.cuda.is_available()
-                else peak_memory_alone(way, preset, checkpointing)
-                for way in WAYS
-            }
-            tokens = sum(map(len, completions))
-            step = statistics.median(seconds["whole step"]["ours"])
-            result["completion tokens per second"] = {"ours": tokens / step}
+        if torch.cuda.is_available():
+            result["peak memory"] = {way: peak_memory(trainers[way], watches[way]) for way in WAYS}
+        else:
+            result["peak memory"] = {way: peak_memory_alone(way, preset, checkpointing) for way in WAYS}
+        step = statistics.median(seconds["whole step"]["ours"])
+        result["completion tokens per second"] = {"ours": sum(map(len, completions)) / step}
     return result
 
 
@@ -419,33 +414,17 @@ def table(result: dict[str, Any]) -> str:
         ratio = medians["stock"] / medians["ours"]
         possible = result["work"][row]["stock"] / result["work"][row]["ours"]
         lines.append(f"{row:22}{cells[0]:>22}{cells[1]:>22}{ratio:7.2f}x{possible:9.2f}x{ratio / possible:9.0%}")
-    if "peak memory" in result:
-        memory = result["peak memory"]
-        ratio = memory["stock"] / memory["ours"]
-        lines.append(f"{'peak memory of a step':22}{memory['stock']:19.3f} GB{memory['ours']:19.3f} GB{ratio:7.2f}x")
+    memory = result["peak memory"]
+    ratio = memory["stock"] / memory["ours"]
+    lines.append(f"{'peak memory of a step':22}{memory['stock']:19.3f} GB{memory['ours']:19.3f} GB{ratio:7.2f}x")
     return "\n".join(lines)
-
-
-def plot_group_sizes(results: dict[int, dict[str, Any]], path: Path) -> None:
-    """Seconds of a whole step against the number of completions of a prompt."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    for way, colour in (("stock", "tab:gray"), ("ours", "tab:blue")):
-        seconds = [statistics.median(result["seconds"]["whole step"][way]) for result in results.values()]
-        axes.plot(list(results), seconds, "o-", color=colour, label="stock TRL" if way == "stock" else "shared prefix")
-    axes.set(xlabel="completions of one prompt, G", ylabel="seconds a step", ylim=(0, None), xticks=list(results))
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, metadata=FIGURE_MARK.get(path.suffix))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return what `--json` keeps."""
     preset = replace(PRESETS[args.preset], family=args.family)
+    if args.group_size:
+        preset = replace(preset, group_size=args.group_size, prompts_per_step=1)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -455,15 +434,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "family": args.family,
         "device": device,
         "rounds": args.rounds,
+        "group_size": preset.group_size,
     }
-    if args.plot:
-        check_replaceable(args.plot)
-        sizes = {size: replace(preset, group_size=size, prompts_per_step=1) for size in args.group_sizes}
-        results = {n: measure(each, args.rounds, args.gradient_checkpointing, parts=False) for n, each in sizes.items()}
-        plot_group_sizes(results, args.plot)
-        for size, each in results.items():
-            print(f"G = {size}\n{table(each)}")
-        return result | {"group_sizes": results}
     result |= measure(preset, args.rounds, args.gradient_checkpointing)
     sizes = result["work"]["sizes"]
     print(
@@ -489,13 +461,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--rounds", type=positive, default=5, help="(default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="of torch on the CPU (default: one a core)")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="in both")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="instead, draw the step's time against G")
     parser.add_argument(
-        "--group_sizes",
-        type=positive,
-        nargs="+",
-        default=[2, 4, 8, 16, 32],
-        metavar="G",
-        help="of --plot (default: 2..32)",
+        "--group_size", type=positive, metavar="G", help="instead, one prompt a step with G completions"
     )
     parser.set_defaults(run=run)

@@ -85,7 +85,7 @@ SEED = 250305132  # the stages' scenes are those of the next few seeds; no data 
 SHORT = 8  # steps of each stage in the rebuild that a test repeats
 
 
-# --- what it learns to say ----------------------------------------------------------------------------------
+# --- what it learns to say ------------------------------------------------------------------------
 
 
 def column(u: float) -> int:
@@ -258,7 +258,7 @@ def reasoned(rng: random.Random, asked: questions.Asked, glance: str, habits: Ha
     return f"{thought}</think>" + (f" {answer}" if rng.random() < habits.untagged else f"<answer>{answer}</answer>")
 
 
-# --- how it learns ------------------------------------------------------------------------------------------
+# --- how it learns --------------------------------------------------------------------------------
 
 
 def text_loss(model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[Sample]) -> Iterator[torch.Tensor]:

@@ -12,10 +12,9 @@ import platform
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -78,26 +77,16 @@ class Row:
     note: str = ""
 
 
-# --- what is measured ---------------------------------------------------------------------------------
+# --- what is measured -----------------------------------------------------------------------------
 
 
-@contextmanager
-def watch_memory(process: subprocess.Popen) -> Iterator[list[int]]:
-    """The most bytes so far, while it is open: on any card, or without one in any process that this one started."""
-    most = [0]
-    done = threading.Event()
-
-    def poll() -> None:
-        while not done.wait(0.1):
-            most[0] = max(most[0], *(on_cards() if torch.cuda.is_available() else in_processes(process.pid)), 0)
-
-    thread = threading.Thread(target=poll)
-    thread.start()
-    try:
-        yield most
-    finally:
-        done.set()
-        thread.join()
+def wait(process: subprocess.Popen) -> int:
+    """Wait for a process; returns the most bytes meanwhile on any card, or without one in any process of its."""
+    most = 0
+    while process.poll() is None:
+        most = max([most, *(on_cards() if torch.cuda.is_available() else in_processes(process.pid))])
+        time.sleep(0.1)
+    return most
 
 
 def on_cards() -> list[int]:
@@ -107,15 +96,19 @@ def on_cards() -> list[int]:
 
 
 def in_processes(root: int) -> list[int]:
-    """The peak so far of a process and of each of its descendants, in bytes (VmHWM in proc_pid_status(5))."""
+    """The peak so far of a process and of each of its descendants, in bytes."""
     peaks = []
     with suppress(psutil.NoSuchProcess):
         root_process = psutil.Process(root)
         for process in (root_process, *root_process.children(recursive=True)):
             with suppress(OSError, StopIteration):  # it ended meanwhile
-                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                peaks.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
+                peaks.append(peak_of(Path(f"/proc/{process.pid}/status").read_text()))
     return peaks
+
+
+def peak_of(status: str) -> int:
+    """Bytes of VmHWM in proc_pid_status(5)."""
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def measure(phase: Phase, log: Path) -> Row:
@@ -130,20 +123,13 @@ def measure(phase: Phase, log: Path) -> Row:
         process = subprocess.Popen(
             [*map(str, phase.command)], env={**os.environ, **phase.env}, stdout=file, stderr=subprocess.STDOUT
         )
-        with watch_memory(process) as peak:
-            exit_code = process.wait()
+        peak = wait(process)
     seconds = time.perf_counter() - start
-    if exit_code:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        print(end, file=sys.stderr)
-        raise Mistake(f"{phase.name}: exit code {exit_code}; the end of {log} is above")
-    return Row(
-        phase.name,
-        seconds,
-        peak[0],
-        forecast(phase.forecast) if phase.forecast else None,
-        last_step(phase.run) if phase.run else None,
-    )
+    if process.returncode:
+        print("\n".join(log.read_text(errors="replace").splitlines()[-15:]), file=sys.stderr)
+        raise Mistake(f"{phase.name}: exit code {process.returncode}; the end of {log} is above")
+    forecast_bytes = forecast(phase.forecast) if phase.forecast else None
+    return Row(phase.name, seconds, peak, forecast_bytes, last_step(phase.run) if phase.run else None)
 
 
 def last_step(folder: Path) -> dict[str, float]:
@@ -165,7 +151,7 @@ def libraries() -> int:
     """Bytes that a training process takes before it has a model."""
     code = "import deepspeed, open_r1.grpo; print(open('/proc/self/status').read())"
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    return next(int(line.split()[1]) * 1024 for line in output.splitlines() if line.startswith("VmHWM"))
+    return peak_of(output)
 
 
 def cpu_dtype() -> str:
@@ -174,7 +160,7 @@ def cpu_dtype() -> str:
     return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
 
 
-# --- the phases ---------------------------------------------------------------------------------------
+# --- the phases -----------------------------------------------------------------------------------
 
 
 def prepare(folder: Path) -> list[Phase]:
@@ -266,21 +252,19 @@ def rehearse(folder: Path, model: str | None, size: str = "qwen2_vl_2b") -> list
     """All phases, one after the other; a training that does not fit is left out and says so."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-
-    def do(phase: Phase) -> None:
-        rows.append(measure(phase, folder / "last_phase.log"))
+    log = folder / "last_phase.log"
 
     if model is None:
         model = str(folder / "model")
         if not (folder / "model/processor_config.json").is_file():  # written last
             code = "from open_r1.base.errors import run; from benchmarks import published; run(published.main)"
             build = [sys.executable, "-c", code, "--model", size, "--output", model]
-            do(Phase("build the model", build, {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(PACKAGE)])}))
-    for phase in prepare(folder):
-        do(phase)
-    earlier = (path for name in ("grpo_*", "sft_*", "smolvlm_*", "merged", "results") for path in folder.glob(name))
-    for path in earlier:
-        shutil.rmtree(path, ignore_errors=True)  # of an earlier rehearsal
+            env = {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(PACKAGE)])}
+            rows.append(measure(Phase("build the model", build, env), log))
+    rows += [measure(phase, log) for phase in prepare(folder)]
+    for pattern in ("grpo_*", "sft_*", "smolvlm_*", "merged", "results"):  # of an earlier rehearsal
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
     template = "base" if size == "qwen2_vl_2b" else "instruct"
     for phase in training(folder, model, measure_data(model, folder / "data/SAT_train_32.json", template), size):
         needed = forecast(phase.forecast)
@@ -289,10 +273,9 @@ def rehearse(folder: Path, model: str | None, size: str = "qwen2_vl_2b") -> list
             rows.append(Row(phase.name, forecast=needed, note=note))
             print(f"== {phase.name}: {note}")
             continue
-        do(phase)
-    for phase in using(folder, size):
-        do(phase)
-    (folder / "last_phase.log").unlink()
+        rows.append(measure(phase, log))
+    rows += [measure(phase, log) for phase in using(folder, size)]
+    log.unlink()
     return rows
 
 
@@ -300,12 +283,10 @@ def table(rows: Sequence[Row]) -> str:
     """The figures as a Markdown table."""
     lines = ["| phase | seconds | peak memory, GB | forecast, GB | a step |", "|---|---|---|---|---|"]
     for row in rows:
-        cells = [
-            "-" if value is None else format(value * scale, form)
-            for value, scale, form in ((row.seconds, 1, ".0f"), (row.peak, 1e-9, ".1f"), (row.forecast, 1e-9, ".1f"))
-        ]
-        step = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in (row.step or {}).items())
-        lines.append("| " + " | ".join([row.phase, *cells, step or row.note or "-"]) + " |")
+        seconds = "-" if row.seconds is None else f"{row.seconds:.0f}"
+        peak, forecast_size = ("-" if size is None else f"{size / 1e9:.1f}" for size in (row.peak, row.forecast))
+        step = ", ".join(f"{name} {duration:.1f} s" for name, duration in (row.step or {}).items())
+        lines.append(f"| {row.phase} | {seconds} | {peak} | {forecast_size} | {step or row.note or '-'} |")
     return "\n".join(lines)
 
 

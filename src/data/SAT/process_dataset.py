@@ -16,11 +16,12 @@ under temporary names: an interrupted run leaves nothing that looks finished, an
 import argparse
 import hashlib
 import os
+import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,74 +36,43 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from open_r1.base.fields import COUNT, Check, Fields, check, is_count
 from open_r1.base.files import delete, read_json, replace_file, replacing, to_json
 from open_r1.base.locks import owned
-from open_r1.tasks.sat import COLUMNS, FOLDS, Example, Skip, convert_row, to_record
+from open_r1.tasks.sat import FOLDS, Example, Skip, convert_row, to_record
 
 FORMAT_VERSION = 1  # of the output; part of the settings, so that a change never passes for older work
 PAPER_EXAMPLES = 15000
-BATCH_BYTES = 8 << 20  # of rows held as Python objects at a time
+BATCH_ROWS = 48  # held as Python objects at a time
 BUFFER_BYTES = 1 << 20  # of each column read from disk at a time
 MAX_WORKERS = 4  # each may hold one decoded image of images.MAX_PIXELS
 
-# What {name}.info.json holds.
-INFO: Fields = dict.fromkeys(("settings", "counts"), Check(lambda value: isinstance(value, dict), "an object"))
-COUNTS: Fields = {
-    "next_row": COUNT,
-    "kept": COUNT,
-    "skipped": Check(lambda value: isinstance(value, dict) and all(map(is_count, value.values())), "numbers by reason"),
+TEXT = "(large_)?string"
+LIST = r"(large_)?list<\w+: ({})( not null)?>"
+# What each column of SAT must be: in words, and as pyarrow writes its type.
+COLUMN_TYPES = {
+    "image_bytes": (
+        "a list of binary or of structs {bytes, path}",
+        LIST.format("(large_)?binary|struct<(.*, )?bytes: (large_)?binary.*>"),
+    ),
+    "question": ("a string", TEXT),
+    "answers": ("a list of strings", LIST.format(TEXT)),
+    "question_type": ("a string", TEXT),
+    "correct_answer": ("a string", TEXT),
 }
 
-Batch = list[tuple[int, dict[str, Any] | None]]  # (row index, columns or None when its text is not UTF-8)
+# Everything that the output depends on; what was made with other settings is not overwritten.
+Settings = dict[str, Any]
+# Rows read (`next_row`), rows `kept`, and rows `skipped` by reason.
+Counts = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that the output depends on; what was made with other settings is not overwritten."""
-
-    format_version: int
-    fold: str
-    total_num: int  # 0: all
-    seed: int
-    multi_image: str
-    question_types: list[str] | None  # None: all
-    parquet_bytes: int
-    parquet_footer: str  # digest, see `fingerprint`
-
-    @property
-    def name(self) -> str:
-        return f"SAT_{self.fold}_{self.total_num or 'all'}"
-
-
-@dataclass
-class Counts:
-    """What was decided of the rows before `next_row`."""
-
-    next_row: int = 0
-    kept: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)  # reason -> rows
-
-    def add(self, result: Example | Skip) -> None:
-        """Count the next row."""
-        self.next_row += 1
-        if isinstance(result, Skip):
-            self.skipped[result.value] = self.skipped.get(result.value, 0) + 1
-        else:
-            self.kept += 1
-
-    def table(self) -> str:
-        """What was kept and what was skipped, by reason, most frequent first."""
-        skipped = sorted(self.skipped.items(), key=lambda item: -item[1])
-        lines = [
-            ("kept", self.kept),
-            *((f"skipped: {why}", n) for why, n in skipped),
-            ("rows read", self.next_row),
-        ]
-        return "\n".join(f"  {printable(what):<52}{n:>9,}" for what, n in lines)
-
-
-# --- reading --------------------------------------------------------------------------------------
+def table(counts: Counts) -> str:
+    """What was kept and what was skipped, by reason, most frequent first."""
+    skipped = Counter(counts["skipped"]).most_common()
+    lines = [("kept", counts["kept"])]
+    lines += [(f"skipped: {reason}", number) for reason, number in skipped]
+    lines += [("rows read", counts["next_row"])]
+    return "\n".join(f"  {printable(what):<52}{number:>9,}" for what, number in lines)
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
@@ -118,45 +88,14 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise Mistake(f"{path}: not a complete parquet file ({first_line(error)}); fetch it again") from error
-    check_schema(path, file.schema_arrow)
-    return file
-
-
-def check_schema(path: Path, schema: pa.Schema) -> None:
-    """Raises Mistake when a column of SAT is missing or holds something else."""
-    if missing := [name for name in COLUMNS if name not in schema.names]:
+    schema = file.schema_arrow
+    if missing := [name for name in COLUMN_TYPES if name not in schema.names]:
         raise Mistake(f"{path}: no column {', '.join(missing)}; the file has {', '.join(schema.names)}")
-    expected: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
-        "image_bytes": ("a list of binary or of structs {bytes, path}", is_list_of(is_image)),
-        "question": ("a string", is_text),
-        "answers": ("a list of strings", is_list_of(is_text)),
-        "question_type": ("a string", is_text),
-        "correct_answer": ("a string", is_text),
-    }
-    for name, (description, accepts) in expected.items():
-        if not accepts(kind := schema.field(name).type):
-            raise Mistake(f"{path}: column {name} is {kind}, expected {description}")
-
-
-def is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def is_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and is_binary(kind.field("bytes").type)
-    return is_binary(kind)
-
-
-def is_list_of(accepts: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
-    def check(kind: pa.DataType) -> bool:
-        return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and accepts(kind.value_type)
-
-    return check
+    for name, (expected, pattern) in COLUMN_TYPES.items():
+        actual = str(schema.field(name).type)
+        if not re.fullmatch(pattern, actual):
+            raise Mistake(f"{path}: column {name} is {actual}, expected {expected}")
+    return file
 
 
 def fingerprint(path: Path) -> str:
@@ -169,41 +108,25 @@ def fingerprint(path: Path) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def read_batches(path: Path, file: pq.ParquetFile) -> Iterator[Batch]:
-    """The rows, a few megabytes at a time.
+def convert_rows(
+    path: Path, file: pq.ParquetFile, convert: Callable[..., Example | Skip]
+) -> Iterator[tuple[int, Example | Skip]]:
+    """The rows in their order, with their numbers, each as an example or the reason to skip it.
 
     Raises:
         Mistake: a damaged page.
     """
-    metadata = file.metadata
-    size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-    bytes_per_row = max(1, size // max(1, metadata.num_rows))
-    batch_size = min(max(1, BATCH_BYTES // bytes_per_row), 1024)
-    row = 0
-    try:
-        for batch in file.iter_batches(batch_size=batch_size, columns=list(COLUMNS), use_threads=False):
-            yield list(enumerate(to_dicts(batch), start=row))
-            row += len(batch)
-    except (pa.ArrowException, OSError) as error:
-        raise Mistake(f"{path}: damaged after row {row} ({first_line(error)}); fetch it again") from error
-
-
-def to_dicts(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
-    """The batch's rows; None for a row whose text is not UTF-8, which parquet does not check."""
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        if len(batch) == 1:
-            return [None]
-        return [row for i in range(len(batch)) for row in to_dicts(batch.slice(i, 1))]
-
-
-# --- from rows to images and records ---------------------------------------------------------------
-
-
-def decide(item: tuple[int, dict[str, Any] | None], convert: Callable[..., Example | Skip]) -> Example | Skip:
-    index, row = item
-    return Skip.BAD_TEXT if row is None else convert(row, index)
+    row, columns = 0, list(COLUMN_TYPES)
+    # Pillow decodes outside the interpreter's lock, so threads are enough.
+    with ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
+        try:
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
+                results = pool.map(convert, batch.to_pylist(), range(row, row + len(batch)))
+                yield from enumerate(results, start=row)
+                row += len(batch)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            where = f"{path}: damaged after row {row}"
+            raise Mistake(f"{where} ({first_line(error)}); fetch it again") from error
 
 
 def save_example(example: Example, row: int, name: str, folder: Path) -> dict[str, Any]:
@@ -214,38 +137,32 @@ def save_example(example: Example, row: int, name: str, folder: Path) -> dict[st
     return to_record(example, [f"images/{name}/{file}" for file in names])
 
 
-def process(parquet: Path, file: pq.ParquetFile, settings: Settings, json_path: Path, images: Path) -> Counts:
+def process(
+    parquet: Path, file: pq.ParquetFile, settings: Settings, name: str, json_path: Path, images: Path
+) -> Counts:
     """Take row after row until enough are kept or the file ends: images into a folder, records into a JSON list."""
     convert = partial(
         convert_row,
-        seed=settings.seed,
-        keep_multi_image=settings.multi_image == "keep",
-        question_types=settings.question_types,
+        seed=settings["seed"],
+        keep_multi_image=settings["multi_image"] == "keep",
+        question_types=settings["question_types"],
     )
-    wanted, counts = settings.total_num or file.metadata.num_rows, Counts()
-    # Pillow decodes outside the interpreter's lock, so threads are enough.
-    with (
-        json_path.open("wb") as output,
-        ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1)) as pool,
-        tqdm(total=wanted, unit=" examples", desc=settings.name) as bar,
-    ):
-        for batch in read_batches(parquet, file):
-            for (row, _), result in zip(batch, pool.map(partial(decide, convert=convert), batch), strict=True):
-                counts.add(result)
-                if not isinstance(result, Skip):
-                    record = save_example(result, row, settings.name, images)
-                    output.write((b",\n" if counts.kept > 1 else b"[\n") + to_json(record).rstrip(b"\n"))
-                    bar.update()
-                if counts.kept == wanted:
-                    break
-            if counts.kept == wanted:
+    wanted, read, kept, skipped = settings["total_num"] or file.metadata.num_rows, 0, 0, Counter()
+    with json_path.open("wb") as output, tqdm(total=wanted, unit=" examples", desc=name) as bar:
+        for row, result in convert_rows(parquet, file, convert):
+            read += 1
+            if isinstance(result, Skip):
+                skipped[result.value] += 1
+                bar.set_postfix(skipped=skipped.total(), refresh=False)
+                continue
+            record = save_example(result, row, name, images)
+            output.write((b",\n" if kept else b"[\n") + to_json(record).rstrip(b"\n"))
+            kept += 1
+            bar.update()
+            if kept == wanted:
                 break
-            bar.set_postfix(skipped=sum(counts.skipped.values()), refresh=False)
         output.write(b"\n]\n")
-    return counts
-
-
-# --- the output -----------------------------------------------------------------------------------
+    return {"next_row": read, "kept": kept, "skipped": dict(skipped)}
 
 
 def digest(path: Path) -> str:
@@ -254,34 +171,30 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lost_image(record: dict[str, Any], output_dir: Path) -> Path | None:
-    """The first of a record's images that is not there, or is empty."""
-    paths = (output_dir / name for name in record["images"])
-    return next((path for path in paths if not (path.is_file() and path.stat().st_size)), None)
-
-
-def read_finished(json_path: Path, info_path: Path, settings: Settings) -> Counts | None:
-    """What a finished run with these settings counted; None when there is none.
+def check_finished(json_path: Path, info_path: Path, settings: Settings) -> str:
+    """The table of a dataset that is there already.
 
     Raises:
-        Mistake, ValueError: there is one with other settings, which is not ours to overwrite, or a damaged one.
+        Mistake: it was made with other settings, which is not ours to overwrite, or is damaged.
     """
-    if not json_path.exists():
-        return None
-    info = check(read_json(info_path), INFO, {}, info_path) if info_path.is_file() else {"settings": {}}
-    made_with, now = info["settings"], asdict(settings)
-    if changed := [key for key in now if made_with.get(key) != now[key]]:
-        raise Mistake(
-            f"{json_path}: is there already, made with another {', '.join(changed)}; "
-            "move it away or choose another --output_dir"
-        )
-    counts = check(info["counts"], COUNTS, {}, f"{info_path}: counts")
+    info = read_json(info_path) if info_path.is_file() else {"settings": {}}
+    try:
+        made_with = info["settings"]
+        if changed := [key for key in settings if made_with.get(key) != settings[key]]:
+            raise Mistake(
+                f"{json_path}: is there already, made with another {', '.join(changed)}; "
+                "move it away or choose another --output_dir"
+            )
+        finished = table(info["counts"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise Mistake(f"{info_path}: damaged ({error!r}); delete {json_path} to make both anew") from error
     if info.get("sha256", digest(json_path)) != digest(json_path):
         raise Mistake(f"{json_path}: was changed since it was made; delete it to make it anew")
     for record in read_json(json_path):
-        if lost := lost_image(record, json_path.parent):
-            raise Mistake(f"{lost}: the image is lost; delete {json_path} to make it anew")
-    return Counts(**{name: counts[name] for name in COUNTS})
+        for image in (json_path.parent / name for name in record["images"]):
+            if not image.is_file() or not image.stat().st_size:
+                raise Mistake(f"{image}: the image is lost; delete {json_path} to make it anew")
+    return finished
 
 
 def prepare(parquet: Path, settings: Settings, file: pq.ParquetFile, output_dir: Path) -> None:
@@ -290,10 +203,11 @@ def prepare(parquet: Path, settings: Settings, file: pq.ParquetFile, output_dir:
     Raises:
         Mistake: see its message. OSError: the disk is full or not ours to write.
     """
-    name = settings.name
+    name = f"SAT_{settings['fold']}_{settings['total_num'] or 'all'}"
     json_path, info_path = output_dir / f"{name}.json", output_dir / f"{name}.info.json"
-    if (finished := read_finished(json_path, info_path, settings)) is not None:
-        print(f"{json_path} is finished; nothing to do.\n{finished.table()}")
+    if json_path.exists():
+        finished = check_finished(json_path, info_path, settings)
+        print(f"{json_path} is finished; nothing to do.\n{finished}")
         return
     images = output_dir / "images" / name
     images.parent.mkdir(parents=True, exist_ok=True)
@@ -301,20 +215,16 @@ def prepare(parquet: Path, settings: Settings, file: pq.ParquetFile, output_dir:
     with owned(json_path, is_file=True), replacing(json_path) as new_json:
         with replacing(images) as new_images:
             new_images.mkdir()
-            counts = process(parquet, file, settings, new_json, new_images)
-            if counts.kept == 0:
-                print(counts.table())
+            counts = process(parquet, file, settings, name, new_json, new_images)
+            if counts["kept"] == 0:
+                print(table(counts))
                 raise Mistake(f"{parquet}: no row was kept; the table says why")
             delete(images)
-        replace_file(
-            info_path, to_json({"settings": asdict(settings), "counts": asdict(counts), "sha256": digest(new_json)})
-        )
-    if counts.kept < settings.total_num:
-        print(f"The file has no more than these; {name} still names the {settings.total_num:,} asked for.")
-    print(f"{json_path}\n{counts.table()}")
-
-
-# --- the command ----------------------------------------------------------------------------------
+        info = {"settings": settings, "counts": counts, "sha256": digest(new_json)}
+        replace_file(info_path, to_json(info))
+    if counts["kept"] < settings["total_num"]:
+        print(f"The file has no more than these; {name} still names the {settings['total_num']:,} asked for.")
+    print(f"{json_path}\n{table(counts)}")
 
 
 def total_number(text: str) -> int:
@@ -343,12 +253,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--seed", type=int, default=42, help="of the options' order (default: %(default)s)")
     add("--output_dir", type=Path, default=here, help="(default: this script's folder)")
-    add(
-        "--multi_image",
-        choices=("skip", "keep"),
-        default="skip",
-        help="rows with several images (default: skip)",
-    )
+    add("--multi_image", choices=("skip", "keep"), default="skip", help="rows with several images (default: skip)")
     add("--question_types", nargs="+", metavar="TYPE", help="keep only these (default: all)")
     args = parser.parse_args()
     if args.parquet is None:
@@ -360,20 +265,20 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    # sat.sniff_image judges the images; Pillow's notices would only print into the progress bar.
+    # sat.convert_row judges the images; Pillow's notices would only print into the progress bar.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     file = open_parquet(args.parquet)
-    settings = Settings(
-        format_version=FORMAT_VERSION,
-        fold=args.fold,
-        total_num=args.total_num,
-        seed=args.seed,
-        multi_image=args.multi_image,
-        question_types=sorted(set(args.question_types)) if args.question_types else None,
-        parquet_bytes=args.parquet.stat().st_size,
-        parquet_footer=fingerprint(args.parquet),
-    )
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "fold": args.fold,
+        "total_num": args.total_num,  # 0: all
+        "seed": args.seed,
+        "multi_image": args.multi_image,
+        "question_types": sorted(set(args.question_types)) if args.question_types else None,  # None: all
+        "parquet_bytes": args.parquet.stat().st_size,
+        "parquet_footer": fingerprint(args.parquet),
+    }
     prepare(args.parquet, settings, file, args.output_dir.absolute())
 
 

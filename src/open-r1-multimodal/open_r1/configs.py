@@ -1,11 +1,12 @@
 """The settings that a recipe can hold beside TRL's own, and how they go together."""
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
 from open_r1.base.errors import Mistake
@@ -18,63 +19,62 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vesp
 
 @dataclass
 class DataArguments:
-    """What is asked, and how it looks to the model. Names that TRL's `ScriptArguments` have mean the same here."""
+    """What is asked, and how it looks to the model; names of TRL's `ScriptArguments` mean the same."""
 
-    dataset_name: str = field(
-        metadata={
-            "help": "What to train on: a JSON, JSON Lines, CSV or parquet file, a folder that datasets reads or has "
-            "saved, a name on the Hub, or a YAML file that mixes several of these (open_r1/tasks/mixture.py)."
-        }
+    dataset_name: str = HfArg(
+        help="What to train on: a JSON, JSON Lines, CSV or parquet file, a folder that datasets "
+        "reads or has saved, a name on the Hub, or a YAML file that mixes several of these "
+        "(open_r1/tasks/mixture.py).",
     )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a folder or a Hub data set that has several."}
+    dataset_config: str | None = HfArg(
+        default=None, help="Configuration of a folder or a Hub data set that has several."
     )
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "Split of a folder or a Hub data set to train on."}
+    dataset_train_split: str = HfArg(
+        default="train",
+        help="Split of a folder or a Hub data set to train on.",
     )
-    dataset_test_split: str = field(
-        default="test", metadata={"help": "Split of eval_dataset_name, when it is a folder or on the Hub."}
+    dataset_test_split: str = HfArg(
+        default="test", help="Split of eval_dataset_name, when it is a folder or on the Hub."
     )
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out examples, for eval_strategy; all that dataset_name can be."}
+    eval_dataset_name: str | None = HfArg(
+        default=None, help="Held-out examples, for eval_strategy; all that dataset_name can be."
     )
-    question_column: str | None = field(
+    question_column: str | None = HfArg(
         default=None,
-        metadata={"help": "Field with the question. None: messages, conversations, prompt, question or problem."},
+        help="Field with the question. None: messages, conversations, prompt, question or problem.",
     )
-    answer_column: str | None = field(
-        default=None, metadata={"help": "Field with the answer. None: that of the dialogue, solution or answer."}
+    answer_column: str | None = HfArg(
+        default=None, help="Field with the answer. None: that of the dialogue, solution or answer."
     )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Field with the image or the list of images. None: images or image."}
+    image_column: str | None = HfArg(
+        default=None, help="Field with the image or the list of images. None: images or image."
     )
-    options_column: str | None = field(
+    options_column: str | None = HfArg(
         default=None,
-        metadata={"help": "Field with the options, which are then written behind the question as in SAT."},
+        help="Field with the options, which are then written behind the question as in SAT.",
     )
-    drop_unshown: bool = field(
+    drop_unshown: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Train on rows that hold what their prompt does not show: videos, tools, a system message that "
-            "the chat template leaves out. What is dropped is named and counted; by default such rows are refused."
-        },
+        help="Train on rows that hold what their prompt does not show: videos, tools, a system "
+        "message that the chat template leaves out. What is dropped is named and counted; by "
+        "default such rows are refused.",
     )
-    chat_template: str | None = field(
+    chat_template: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Name in configs/chat_templates (base, instruct) or file of the prompt; it is saved with every "
-            "checkpoint. None keeps the checkpoint's own."
-        },
+        help="Name in configs/chat_templates (base, instruct) or file of the prompt; it is saved "
+        "with every checkpoint. None keeps the checkpoint's own.",
     )
-    max_prompt_length: int | None = field(
+    max_prompt_length: int | None = HfArg(
         default=1024,
-        metadata={"help": "Examples with a longer prompt (tokens, images included) are left out; none is truncated."},
+        help="Examples with a longer prompt (tokens, images included) are left out; none is truncated.",
     )
-    max_pixels: int | None = field(
-        default=401408, metadata={"help": "Larger images are shrunk to this area in pixels."}
+    max_pixels: int | None = HfArg(
+        default=401408,
+        help="Larger images are shrunk to this area in pixels.",
     )
-    min_pixels: int | None = field(
-        default=3136, metadata={"help": "Smaller images are enlarged to this area in pixels."}
+    min_pixels: int | None = HfArg(
+        default=3136,
+        help="Smaller images are enlarged to this area in pixels.",
     )
 
 
@@ -82,14 +82,12 @@ class DataArguments:
 class FreezeArguments:
     """What is not trained."""
 
-    freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision tower."})
-    freeze_llm: bool = field(default=False, metadata={"help": "Do not train the language model."})
-    freeze_merger: bool | None = field(
+    freeze_vision: bool = HfArg(default=False, help="Do not train the vision tower.")
+    freeze_llm: bool = HfArg(default=False, help="Do not train the language model.")
+    freeze_merger: bool | None = HfArg(
         default=None,
-        metadata={
-            "help": "Whether to train the merger, the layers between vision tower and language model; "
-            "None does with it what freeze_vision says."
-        },
+        help="Do not train the merger, the layers between vision tower and language model. "
+        "None: as freeze_vision says.",
     )
 
 
@@ -97,62 +95,55 @@ class FreezeArguments:
 class GRPOScriptArguments(FreezeArguments, DataArguments):
     """What is asked, what is rewarded and what is trained."""
 
-    trainer: str | None = field(
+    trainer: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "A subclass of Qwen2VLGRPOTrainer of yours that trains, as module:class. None: that class itself."
-        },
+        help="A subclass of Qwen2VLGRPOTrainer of yours that trains, as module:class. None: that class itself.",
     )
 
-    reward_funcs: list[str] = field(
+    reward_funcs: list[str] = HfArg(
         default_factory=lambda: ["accuracy", "format"],
-        metadata={
-            "help": "Rewards by registry name (accuracy, bare_accuracy, format, length, order_consistency, repetition, "
-            "soft_overlong; docs/running.md) or as module:function; reward_weights weighs them."
-        },
+        help="Rewards by registry name (accuracy, bare_accuracy, format, length, "
+        "order_consistency, repetition, soft_overlong; docs/running.md) or as "
+        "module:function; reward_weights weighs them.",
     )
-    rotate_options: bool = field(
+    rotate_options: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Ask every question twice, side by side: as it is, and with its first option last. For "
-            "order_consistency; an epoch is twice as long. Options stand in the question as in SAT: 'a, b or c'."
-        },
+        help="Ask every question twice, side by side: as it is, and with its first option last. "
+        "For order_consistency; an epoch is twice as long. Options stand in the question as "
+        "in SAT: 'a, b or c'.",
     )
 
 
 @dataclass
 class SignalArguments:
-    """Which prompts are asked, by what their groups earn: one whose completions all earn the same teaches nothing."""
+    """Which prompts are asked: a group whose completions all earn the same teaches nothing."""
 
-    min_signal_groups: float = field(
+    min_signal_groups: float = HfArg(
         default=0.0,
-        metadata={
-            "help": "Share of a rollout's groups whose completions must earn different rewards. While it is missed, as "
-            "many new prompts are sampled, and their groups with signal replace those without; the step keeps its "
-            "number of completions. DAPO asks for all, GPG for 0.4. 0 takes every group as it comes."
-        },
+        help="Share of a rollout's groups whose completions must earn different rewards. While it "
+        "is missed, as many new prompts are sampled, and their groups with signal replace "
+        "those without; the step keeps its number of completions. DAPO asks for all, GPG for "
+        "0.4. 0 takes every group as it comes.",
     )
-    max_refills: int = field(
+    max_refills: int = HfArg(
         default=3,
-        metadata={"help": "How often a rollout is refilled at most for min_signal_groups; then it is used as it is."},
+        help="How often a rollout is refilled at most for min_signal_groups; then it is used as it is.",
     )
-    skip_solved: float = field(
+    skip_solved: float = HfArg(
         default=0.0,
-        metadata={
-            "help": "Probability that a prompt whose completions so far all succeeded (first reward above 0.5) is "
-            "passed over for another. 1 never asks it again."
-        },
+        help="Probability that a prompt whose completions so far all succeeded (first reward above "
+        "0.5) is passed over for another. 1 never asks it again.",
     )
-    skip_hopeless: float = field(
+    skip_hopeless: float = HfArg(
         default=0.0,
-        metadata={"help": "The same for a prompt none of whose completions succeeded so far. 1 never asks it again."},
+        help="Probability that a prompt none of whose completions succeeded so far is passed over "
+        "for another. 1 never asks it again.",
     )
-    rescale_by_signal: bool = field(
+    rescale_by_signal: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Multiply advantages by groups / groups with signal of a rollout, so that those without do not "
-            "shrink the step (the alpha of GPG). Trajectories hold advantages before that."
-        },
+        help="Multiply advantages by groups / groups with signal of a rollout, so that those "
+        "without do not shrink the step (the alpha of GPG). Trajectories hold advantages "
+        "before that.",
     )
 
     @property
@@ -162,60 +153,53 @@ class SignalArguments:
         return [name for name in names if getattr(self, name)]
 
 
-RESUME = {
-    "help": "Where the run goes on: auto, at the newest whole checkpoint in output_dir, if there is one; none, and it "
-    "starts anew, in an output_dir that holds no run; or a checkpoint's folder, and then data and settings may have "
-    "changed since (what did is told, and noted in run.json)."
-}
+RESUME = (
+    "Where the run goes on: auto, at the newest whole checkpoint in output_dir, if there is one; "
+    "none, and it starts anew, in an output_dir that holds no run; or a checkpoint's folder, and "
+    "then data and settings may have changed since (changes are printed, and noted in run.json)."
+)
 
 
 @dataclass
 class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
     """TRL's `GRPOConfig` and what this trainer adds to it."""
 
-    resume_from_checkpoint: str | None = field(default=None, metadata=RESUME)
+    resume_from_checkpoint: str | None = HfArg(default=None, help=RESUME)
 
-    completions_per_step: int | None = field(
+    completions_per_step: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Completions in one optimiser step over all processes. When set, gradient_accumulation_steps "
-            "follows from it, per_device_train_batch_size and the number of processes, so that a recipe means the "
-            "same on any number of GPUs. An explicit gradient_accumulation_steps above 1 wins."
-        },
+        help="Completions in one optimiser step over all processes. When set, "
+        "gradient_accumulation_steps follows from it, per_device_train_batch_size and the "
+        "number of processes, so that a recipe means the same on any number of GPUs. An "
+        "explicit gradient_accumulation_steps above 1 wins.",
     )
 
-    shared_prefix: bool = field(
+    shared_prefix: bool = HfArg(
         default=True,
-        metadata={
-            "help": "Encode, prefill and score the prompt of a group once instead of once a completion. The numbers "
-            "are the same; false falls back to TRL's path."
-        },
+        help="Encode, prefill and score the prompt of a group once instead of once a completion. "
+        "The numbers are the same; false falls back to TRL's path.",
     )
 
-    advantage: str | None = field(
+    advantage: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "How rewards become advantages: leave_one_out, or a function of yours as module:function, with the "
-            "signature of those in open_r1/trainer/advantages.py. None: each reward against its group's, by "
-            "scale_rewards and multi_objective_aggregation."
-        },
+        help="How rewards become advantages: leave_one_out, or a function of yours as "
+        "module:function, with the signature of those in open_r1/trainer/advantages.py. None: "
+        "each reward against its group's, by scale_rewards and multi_objective_aggregation.",
     )
-    papo_coef: float = field(
+    papo_coef: float = HfArg(
         default=0.0,
-        metadata={
-            "help": "Weight of PAPO's perception term, which rewards the policy for saying something else when its "
-            "image is masked; one more forward pass over the rollout. 0: none."
-        },
+        help="Weight of PAPO's perception term, which rewards the policy for saying something else "
+        "when its image is masked; one more forward pass over the rollout. 0: none.",
     )
-    papo_mask_ratio: float = field(
-        default=0.6, metadata={"help": "The share of an image's patches that are black in PAPO's term."}
+    papo_mask_ratio: float = HfArg(
+        default=0.6,
+        help="The share of an image's patches that are black in PAPO's term.",
     )
-    rollout_noise: float = field(
+    rollout_noise: float = HfArg(
         default=0.0,
-        metadata={
-            "help": "Sample the second half of each group from images that are noised to this step of diffusion, of "
-            "1000, annealed to 0 over the run (NoisyRollout); all completions are scored with the clean image. 0: none."
-        },
+        help="Sample the second half of each group from images that are noised to this step of "
+        "diffusion, of 1000, annealed to 0 over the run (NoisyRollout); all completions are "
+        "scored with the clean image. 0: none.",
     )
 
     def __post_init__(self):
@@ -240,40 +224,34 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
             below = self.completions_per_step // per_pass * per_pass
             fitting = [str(size) for size in (below, below + per_pass) if size]
             raise Mistake(
-                f"completions_per_step {self.completions_per_step} is not a multiple of {per_pass} "
-                f"(per_device_train_batch_size {batch} x {processes} processes); {' and '.join(fitting)} would fit"
+                f"completions_per_step {self.completions_per_step} is not a multiple of "
+                f"{per_pass} (per_device_train_batch_size {batch} x {processes} processes); "
+                f"{' and '.join(fitting)} would fit"
             )
         self.gradient_accumulation_steps = self.completions_per_step // per_pass
 
     def check_group_size(self) -> None:
-        """TRL's check, naming the sizes that fit.
-
-        Raises:
-            ValueError: when a rollout does not hold whole groups.
-        """
+        """TRL's check, naming the sizes that fit."""
         steps = self.steps_per_generation or self.gradient_accumulation_steps
         size = self.generation_batch_size or self.per_device_train_batch_size * count_processes() * steps
         if self.num_generations < 2 or size % self.num_generations:
             fitting = ", ".join(str(group) for group in range(2, size + 1) if size % group == 0)
             raise Mistake(
                 f"num_generations {self.num_generations}: a rollout of {size} completions "
-                f"(per_device_train_batch_size x processes x accumulation) holds groups of {fitting or 'no size'}"
+                "(per_device_train_batch_size x processes x accumulation) holds groups of "
+                f"{fitting or 'no size'}"
             )
 
 
 def longest_row(script_args: GRPOScriptArguments, args: GRPOConfig) -> int | None:
-    """Tokens of the longest prompt with its completion, for which an engine keeps room; None: what its model can."""
+    """Tokens of the longest prompt and completion, for which an engine keeps room; None: no bound."""
     if args.vllm_max_model_length is not None or not script_args.max_prompt_length:
         return args.vllm_max_model_length
     return script_args.max_prompt_length + args.max_completion_length
 
 
 def check_rotation(script_args: GRPOScriptArguments, args: Qwen2VLGRPOConfig) -> None:
-    """See that both orders of a question come before one process, if the reward that compares them is to say anything.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Raise Mistake where the two orders of a question would not come before one process."""
     if not script_args.rotate_options:
         if "order_consistency" in script_args.reward_funcs:
             raise Mistake("reward_funcs: order_consistency compares two orders of options; add rotate_options: true")
@@ -284,38 +262,38 @@ def check_rotation(script_args: GRPOScriptArguments, args: Qwen2VLGRPOConfig) ->
     batch, pair = args.per_device_train_batch_size * args.steps_per_generation, 2 * args.num_generations
     if batch % pair:
         raise Mistake(
-            f"rotate_options: a process asks both orders of a question, so that its rollout of {batch} completions "
-            f"(per_device_train_batch_size x accumulation) must be a multiple of {pair}, 2 x num_generations"
+            "rotate_options: a process asks both orders of a question, so that its rollout of "
+            f"{batch} completions (per_device_train_batch_size x accumulation) must be a multiple "
+            f"of {pair}, 2 x num_generations"
         )
 
 
 def check_bfloat16(args: TrainingArguments, model_args: ModelConfig) -> None:
-    """See that the GPU has what a run in bfloat16 asks of it: Ampere's compute capability, 8.0, or a newer one.
+    """Raise Mistake where bfloat16 is asked of a GPU older than Ampere (compute capability 8.0).
 
-    transformers does not tell: on older ones torch emulates bfloat16, so that nothing fails and every step crawls.
-
-    Raises:
-        ValueError: it has not.
+    transformers does not tell: torch emulates it there, so that nothing fails and every step
+    crawls.
     """
-    asked = [
-        option for option, is_asked in (("bf16", args.bf16), ("dtype", model_args.dtype == "bfloat16")) if is_asked
-    ]
+    options = {"bf16": args.bf16, "dtype": model_args.dtype == "bfloat16"}
+    asked = [option for option, is_asked in options.items() if is_asked]
     if args.use_cpu or not asked or not torch.cuda.is_available():
         return
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         raise Mistake(
-            f"{', '.join(asked)}: {torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no bfloat16; "
-            "add --bf16 false --dtype float32, or take CONFIG=configs/smolvlm_256m.yaml, which is in float32"
+            f"{', '.join(asked)}: {torch.cuda.get_device_name()} (compute capability "
+            f"{major}.{minor}) has no bfloat16; add --bf16 false --dtype float32, or take "
+            "CONFIG=configs/smolvlm_256m.yaml, which is in float32"
         )
 
 
 def check_attention(model_args: ModelConfig) -> None:
-    """Raise ValueError where flash-attn is asked for by name and not installed."""
+    """Raise Mistake where flash-attn is asked for by name and not installed."""
     if model_args.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise Mistake(
-            "attn_implementation: flash_attention_2 needs flash-attn, which is not installed; auto or sdpa do without, "
-            "and FLASH_ATTN=build bash setup.sh compiles it on a machine with a GPU"
+            "attn_implementation: flash_attention_2 needs flash-attn, which is not installed; "
+            "auto or sdpa do without, and FLASH_ATTN=build bash setup.sh compiles it on a machine "
+            "with a GPU"
         )
 
 
@@ -323,35 +301,36 @@ def need_vllm(option: str) -> None:
     """Raise Mistake, which names the option that asks for it, where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise Mistake(
-            f"{option}: vLLM is not installed; setup.sh installs it on a machine with an NVIDIA GPU, and without this "
-            "option transformers generates"
+            f"{option}: vLLM is not installed; setup.sh installs it on a machine with an NVIDIA "
+            "GPU, and without this option transformers generates"
         )
 
 
 def unused_vllm(args: GRPOConfig, model_args: ModelConfig) -> str | None:
-    """What a run on a GPU goes without when vLLM is installed and not asked for; None: nothing, or 4-bit weights."""
+    """A line about what a run on a GPU goes without when vLLM is installed and not asked for."""
     has_gpu = torch.cuda.is_available() and not args.use_cpu
     if args.use_vllm or model_args.load_in_4bit or not has_gpu or importlib.util.find_spec("vllm") is None:
         return None
     return (
-        "vLLM is installed and not used: of a 2B model on 8 GPUs decoding by transformers is about 95 % of a step of "
-        "9 to 11 s, and with configs/overlays/vllm.yaml in CONFIG a step takes 2 to 3 s (computed, not measured)"
+        "vLLM is installed and not used: of a 2B model on 8 GPUs decoding by transformers is "
+        "about 95 % of a step of 9 to 11 s, and with configs/overlays/vllm.yaml in CONFIG a step "
+        "takes 2 to 3 s (computed, not measured)"
     )
 
 
 def check_shared_prefix(args: GRPOConfig, shared_prefix: bool) -> None:
-    """See that the settings that are made for the shared prefix have it; ValueError if not."""
+    """Raise Mistake where a setting that needs the shared prefix goes without it."""
     signal = args.signal_settings if isinstance(args, SignalArguments) else []
     for name in (*signal, "advantage", "papo_coef", "rollout_noise"):
         if getattr(args, name, None) and not shared_prefix:
             raise Mistake(
-                f"{name}: needs the shared prefix, which a text model, tools, a rollout_func and shared_prefix false "
-                "go without; leave it out"
+                f"{name}: needs the shared prefix, which a text model, tools, a rollout_func and "
+                "shared_prefix false go without; leave it out"
             )
 
 
 def check_signal(args: GRPOConfig, streams: bool) -> None:
-    """See that the settings of `SignalArguments` can do what they say; raises as `check_settings` does."""
+    """Raise Mistake where the settings of `SignalArguments` cannot do what they say."""
     settings = args.signal_settings if isinstance(args, SignalArguments) else []
     if not settings:
         return
@@ -362,9 +341,9 @@ def check_signal(args: GRPOConfig, streams: bool) -> None:
         raise Mistake(f"{name}: the number of a row is a column; remove_unused_columns: false keeps it")
     if batch % args.num_generations:
         raise Mistake(
-            f"{name}: groups are exchanged within a process, and its rollout of {batch} completions "
-            f"(per_device_train_batch_size x accumulation) does not hold whole ones of num_generations "
-            f"{args.num_generations}"
+            f"{name}: groups are exchanged within a process, and its rollout of {batch} "
+            "completions (per_device_train_batch_size x accumulation) does not hold whole ones "
+            f"of num_generations {args.num_generations}"
         )
 
 
@@ -377,25 +356,26 @@ def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False)
         streams: whether its training set has no length and no rows to pick.
 
     Raises:
-        ValueError: for options that cannot work here, and settings that the shared prefix does not go with or that
-            need it.
-        Mistake: vLLM is asked for and not there.
+        Mistake: for the first that does not.
     """
     check_options(args)
     if args.use_vllm and args.vllm_mode == "colocate" and not shared_prefix:
         raise Mistake(
-            "shared_prefix: with use_vllm it must be true: TRL hands a colocated engine prompts whose image tokens are "
-            "written out, and the engine writes them out again"
+            "shared_prefix: with use_vllm it must be true: TRL hands a colocated engine prompts "
+            "whose image tokens are written out, and the engine writes them out again"
         )
     if args.use_vllm:
         need_vllm("use_vllm")
     check_shared_prefix(args, shared_prefix)
     check_signal(args, streams)
-    if shared_prefix and args.torch_compile:
-        raise Mistake(
-            "torch_compile: the shared prefix packs a row of another shape for every micro-batch, which would be "
-            "compiled anew each time; leave it out, or add --shared_prefix false"
-        )
+    unshared = {
+        "torch_compile": "packs a row of another shape for every micro-batch, each compiled anew",
+        "cache_implementation": "has a cache of its own",
+    }
+    for name, reason in unshared.items():
+        if shared_prefix and getattr(args, name):
+            remedy = "leave it out, or add --shared_prefix false"
+            raise Mistake(f"{name}: the shared prefix {reason}; {remedy}")
     if shared_prefix and not args.ds3_gather_for_generation:
         raise Mistake("ds3_gather_for_generation: the shared prefix needs true; or add --shared_prefix false")
     if getattr(args, "rollout_noise", 0) and args.use_vllm:
@@ -403,8 +383,8 @@ def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False)
             raise Mistake("rollout_noise: a vLLM server is asked once a group, for one image; add --vllm_mode colocate")
         if args.vllm_importance_sampling_correction:
             raise Mistake(
-                "rollout_noise: vLLM's log-probabilities are those of the noisy image, and no measure of the engine; "
-                "add --vllm_importance_sampling_correction false"
+                "rollout_noise: vLLM's log-probabilities are those of the noisy image, and no "
+                "measure of the engine; add --vllm_importance_sampling_correction false"
             )
 
 
@@ -412,8 +392,8 @@ def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False)
 class SFTScriptArguments(FreezeArguments, DataArguments):
     """What is asked and what is trained."""
 
-    max_answer_length: int | None = field(
-        default=2048, metadata={"help": "Examples with a longer answer (tokens) are left out; none is truncated."}
+    max_answer_length: int | None = HfArg(
+        default=2048, help="Examples with a longer answer (tokens) are left out; none is truncated."
     )
 
 
@@ -423,16 +403,16 @@ class Qwen2VLSFTConfig(SFTConfig):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
-    resume_from_checkpoint: str | None = field(default=None, metadata=RESUME)
+    resume_from_checkpoint: str | None = HfArg(default=None, help=RESUME)
 
-    chat_template_kwargs: dict | str | None = field(
+    chat_template_kwargs: dict | str | None = HfArg(
         default_factory=lambda: {"style": "direct"},
-        metadata={"help": "For the chat template; `direct` asks for the answer alone, as evaluation does."},
+        help="For the chat template; `direct` asks for the answer alone, as evaluation does.",
     )
-    max_length: int | None = field(
+    max_length: int | None = HfArg(
         default=None,
-        metadata={"help": "Unused: a cut would lose image tokens. See max_prompt_length and max_answer_length."},
+        help="Unused: a cut would lose image tokens. See max_prompt_length and max_answer_length.",
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Unused: the collator reads the columns of a prepared dataset."}
+    remove_unused_columns: bool = HfArg(
+        default=False, help="Unused: the collator reads the columns of a prepared dataset."
     )

@@ -34,11 +34,7 @@ from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 def prepare(
     script_args: GRPOScriptArguments, training_args: Qwen2VLGRPOConfig, model_args: ModelConfig
 ) -> dict[str, Any]:
-    """What the trainer takes beside the weights.
-
-    Raises:
-        ValueError, OSError, ImportError, Mistake: for a model, rewards or data that no run can start with.
-    """
+    """What the trainer takes beside the weights; Mistake for what no run can start with."""
     choose_trainer(script_args.trainer)
     check_settings(training_args, training_args.shared_prefix)
     check_rotation(script_args, training_args)
@@ -77,11 +73,7 @@ def prepare(
 
 
 def choose_trainer(name: str | None) -> type[Qwen2VLGRPOTrainer]:
-    """The class that trains, `Qwen2VLGRPOTrainer` or a user's.
-
-    Raises:
-        Mistake: the name is of none.
-    """
+    """The class that trains, `Qwen2VLGRPOTrainer` or a user's."""
     if name is None:
         return Qwen2VLGRPOTrainer
     trainer = import_named("trainer", "trainer", name)

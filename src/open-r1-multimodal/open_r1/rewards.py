@@ -7,7 +7,6 @@ of the user's own raises, or returns that is no reward, ends a run in one line t
 import functools
 import inspect
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +39,7 @@ def accuracy_reward(
         options: the options of each question, where it has any.
 
     Raises:
-        ValueError: when a solution is none of its options; the data is wrong then, not the model.
+        Mistake: a solution is none of its options; the data is wrong then, not the model.
     """
     return _compare([extract_answer(completion_text(completion)) for completion in completions], solution, options)
 
@@ -66,7 +65,7 @@ COMPARING = (accuracy_reward, bare_accuracy_reward)  # with a gold answer, which
 
 
 def check_gold(row: Mapping[str, Any]) -> None:
-    """Raise ValueError for a row of a dataset that the rewards of `COMPARING` could not judge."""
+    """Raise Mistake for a row of a dataset that the rewards of `COMPARING` could not judge."""
     gold = row["solution"]
     if gold is None or is_blank(gold):
         raise Mistake("no answer, which the accuracy reward compares with (--answer_column names its field)")
@@ -154,17 +153,15 @@ def order_consistency_reward(
     """
     if options is None or rotation_of is None:
         return [None] * len(completions)
-    texts = [extract_answer(completion_text(completion)) for completion in completions]
-    chosen = [_choice(*sample) for sample in zip(texts, options, strict=True)]
-    asked = [(question, tuple(order or ())) for question, order in zip(rotation_of, options, strict=True)]
+    samples = []
+    for completion, order, question in zip(completions, options, rotation_of, strict=True):
+        answer = extract_answer(completion_text(completion))
+        samples.append((question, order, _choice(answer, order)))
     rewards: list[float | None] = []
-    for (question, order), choice in zip(asked, chosen, strict=True):
-        others = [
-            choice is not None and other == choice
-            for (other_question, other_order), other in zip(asked, chosen, strict=True)
-            if question is not None and other_question == question and other_order != order
-        ]
-        rewards.append(sum(others) / len(others) if others else None)
+    for question, order, choice in samples:
+        others = [other for same, another, other in samples if same == question and another != order]
+        agreeing = sum(choice is not None and other == choice for other in others)
+        rewards.append(agreeing / len(others) if others and question is not None else None)
     return rewards
 
 
@@ -188,7 +185,7 @@ def get_reward_funcs(names: Sequence[str], **of_the_run: Any) -> list[Reward]:
             that have a parameter of its name.
 
     Raises:
-        Mistake: when a name is unknown or does not lead to a function that can be called as TRL does.
+        Mistake: a name is unknown, or does not lead to a function that can be called as TRL does.
     """
     return [_get_reward(name, of_the_run) for name in names]
 
@@ -235,10 +232,10 @@ def _get_reward(name: str, of_the_run: Mapping[str, Any]) -> Reward:
 
 
 def _bind(reward: Reward, of_the_run: Mapping[str, Any]) -> Reward:
-    asked = {name: of_the_run[name] for name in inspect.signature(reward).parameters if name in of_the_run}
+    asked = inspect.signature(reward).parameters.keys() & of_the_run.keys()
     if not asked:
         return reward
-    bound = functools.partial(reward, **asked)
+    bound = functools.partial(reward, **{name: of_the_run[name] for name in asked})
     return functools.update_wrapper(bound, reward)  # keeps __name__, under which TRL logs it
 
 
@@ -251,21 +248,21 @@ def guarded(reward: Reward, name: str) -> Reward:
     """
     if getattr(reward, "__module__", None) == __name__:
         return reward
-    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
 
-        async def checked(*, completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
-            with _blamed_on(name):
-                rewards = await reward(completions=completions, **kwargs)
-            return _check_rewards(rewards, name, len(completions), kwargs.get("prompts"))
-    else:
+    def checked(*, completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
+        with _blamed_on(name):
+            rewards = reward(completions=completions, **kwargs)
+        return _check_rewards(rewards, name, len(completions), kwargs.get("prompts"))
 
-        def checked(*, completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
-            with _blamed_on(name):
-                rewards = reward(completions=completions, **kwargs)
-            return _check_rewards(rewards, name, len(completions), kwargs.get("prompts"))
+    async def checked_later(*, completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
+        with _blamed_on(name):
+            rewards = await reward(completions=completions, **kwargs)
+        return _check_rewards(rewards, name, len(completions), kwargs.get("prompts"))
 
-    checked.__name__ = name.rpartition(":")[2]  # TRL logs it under this name
-    return checked
+    is_asynchronous = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
+    result = checked_later if is_asynchronous else checked
+    result.__name__ = name.rpartition(":")[2]  # TRL logs it under this name
+    return result
 
 
 @contextmanager
@@ -288,14 +285,18 @@ def _check_rewards(rewards: Any, name: str, count: int, prompts: Sequence[Any] |
     if len(values) != count:
         raise Mistake(f"reward_funcs: {name} returned {len(values)} rewards; {expected}")
     for index, value in enumerate(values):
-        try:
-            if value is None or (not isinstance(value, str) and abs(float(value)) < _LARGEST):
-                continue
-        except (TypeError, ValueError, RuntimeError, OverflowError):  # a list, a tensor of several numbers, 10**400
-            pass
-        asked = f" (asked {_shortened(completion_text(prompts[index]))})" if prompts else ""
-        raise Mistake(f"reward_funcs: {name} returned {_shortened(value)} for completion {index}{asked}; {expected}")
+        if value is not None and not _is_reward(value):
+            asked = f" (asked {_shortened(completion_text(prompts[index]))})" if prompts else ""
+            what = f"{_shortened(value)} for completion {index}{asked}"
+            raise Mistake(f"reward_funcs: {name} returned {what}; {expected}")
     return [None if value is None else float(value) for value in values]
+
+
+def _is_reward(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and abs(float(value)) < _LARGEST
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # a list, a tensor of several numbers, 10**400
+        return False
 
 
 def _shortened(value: Any) -> str:
@@ -307,9 +308,6 @@ def _shortened(value: Any) -> str:
 
 def told_apart(names: list[str]) -> list[str]:
     """The names, with a number behind one that was there before."""
-    seen: Counter[str] = Counter()
-    result = []
-    for name in names:
-        seen[name] += 1
-        result.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return result
+    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
+    numbered = zip(names, counts, strict=True)
+    return [name if count == 1 else f"{name}_{count}" for name, count in numbered]

@@ -47,7 +47,7 @@ from open_r1.running.data import (
 from open_r1.running.entry import Command, run
 from open_r1.settings.options import check_options
 from open_r1.trainer.finite import FiniteMixin
-from open_r1.trainer.heldout import NamedEvaluationMixin
+from open_r1.trainer.metrics import NamedEvaluationMixin
 
 
 def after_prompt(answer: str, think_prefilled: bool) -> str:
@@ -104,13 +104,13 @@ class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, SFT
 
 
 def check_answer(row: Row) -> None:
-    """Raise ValueError for a row that says nothing to learn."""
+    """Raise Mistake for a row that says nothing to learn."""
     if row["solution"] is None:
         raise Mistake("no answer to train on (--answer_column names its field)")
 
 
 def check_thought(row: Row, think_prefilled: bool) -> None:
-    """Raise ValueError for an answer that GRPO's format reward would not pay, behind a prompt that asks for a thought.
+    """Raise Mistake for an answer that GRPO's format reward would not pay, behind a prompt that asks for a thought.
 
     Args:
         row: with a `solution`.
@@ -133,11 +133,7 @@ def answer_checks(processor: ProcessorMixin, **template_kwargs: str) -> list[Cal
 def prepare(
     script_args: SFTScriptArguments, training_args: Qwen2VLSFTConfig, model_args: ModelConfig
 ) -> dict[str, Any]:
-    """What the trainer takes beside the weights.
-
-    Raises:
-        ValueError, OSError, ImportError: for a model or data that no run can start with.
-    """
+    """What the trainer takes beside the weights; Mistake for what no run can start with."""
     check_options(training_args)
     peft_config = get_adapter_config(model_args, script_args, family=check_model(model_args))
     template_kwargs = training_args.chat_template_kwargs or {}

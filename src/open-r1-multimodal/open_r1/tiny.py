@@ -38,7 +38,7 @@ def make_tokenizer(
 
     Args:
         texts: what to learn merges from; with none every token is one byte.
-        vocab_size: most tokens to learn before the special tokens are added, at least 256 (the bytes).
+        vocab_size: most tokens to learn, at least 256 (the bytes); special tokens are added.
         model_type: family.
     """
     bpe = Tokenizer(models.BPE())
@@ -53,7 +53,7 @@ def make_tokenizer(
 def build_tokenizer(
     vocab: dict[str, int], merges: list[tuple[str, str]], model_type: str = "qwen2_vl"
 ) -> PreTrainedTokenizerBase:
-    """The family's tokenizer from a byte-level vocabulary and its merges; the special tokens get the ids behind it."""
+    """The family's tokenizer from a byte-level vocabulary and merges; special tokens come behind."""
     family = FAMILIES[model_type]
     vocab = vocab | {token: len(vocab) + i for i, token in enumerate(family.special_tokens)}
     tokenizer = family.tokenizer_class(vocab=vocab, merges=merges, **family.tokenizer_roles)
@@ -64,7 +64,7 @@ def build_tokenizer(
 def make_processor(
     tokenizer: PreTrainedTokenizerBase, model_type: str = "qwen2_vl", chat_template: str = "base"
 ) -> ProcessorMixin:
-    """The processor of the family, with images up to 112x112 pixels: 16 tokens of 28x28, or up to 12 tiles of 32x32."""
+    """The family's processor, images up to 112x112 pixels: 16 tokens, or up to 12 tiles of 32x32."""
     family = FAMILIES[model_type]
     return family.tiny_processor(tokenizer, load_chat_template(chat_template, family.templates))
 
@@ -76,7 +76,7 @@ def vision_token_arguments(tokenizer: PreTrainedTokenizerBase, model_type: str =
 
 
 def text_token_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The ids that a text configuration names: a sequence ends with its turn, and is filled up with the end of text."""
+    """The ids that a text configuration names; a sequence is padded with the end of text."""
     end_of_text = tokenizer.pad_token_id
     return {"bos_token_id": end_of_text, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": end_of_text}
 
@@ -91,7 +91,7 @@ def make_config(
     head_dim: int = 16,
     intermediate_size: int | None = None,
 ) -> PreTrainedConfig:
-    """The family's configuration at a size that trains on a CPU: heads of `head_dim` dimensions, in the tower of 16.
+    """The family's configuration, small: heads of `head_dim` dimensions, in the tower of 16.
 
     The language model's layers are twice as wide inside as outside, or of `intermediate_size`.
     """
@@ -114,7 +114,7 @@ def make_config(
 
 
 def make_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A randomly initialised float32 model of the configuration's family, the same for the same seed."""
+    """A randomly initialised float32 model of a configuration, the same for the same seed."""
     set_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
     model.generation_config = own_sampling_settings(config.get_text_config())
@@ -144,7 +144,7 @@ def save_tiny_model(
     seed: int = 0,
     chat_template: str = "base",
 ) -> Path:
-    """Build a tiny model with its processor and save both as a checkpoint that transformers loads."""
+    """Build a tiny model with its processor and save both as a checkpoint."""
     tokenizer = make_tokenizer(texts, vocab_size, model_type)
     make_processor(tokenizer, model_type, chat_template).save_pretrained(output)
     make_model(make_config(tokenizer, model_type), seed).save_pretrained(output)

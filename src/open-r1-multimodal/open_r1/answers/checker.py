@@ -64,7 +64,7 @@ def is_correct(
         lettered: whether the model was shown letters. None: yes if `gold` is a letter and no option's text.
 
     Raises:
-        ValueError: when there are options and the gold answer is none of them.
+        Mistake: there are options, and the gold answer is none of them.
     """
     question = make_question(gold, options, lettered)
     return _verdict(question, _read_strictly(answer, question), "tag").correct
@@ -83,8 +83,13 @@ def judge(
     Not lenient, the answer must stand in an `<answer>` block and is read strictly. Lenient, the first rule of
     `EVIDENCE` that finds something decides. The other arguments are those of `is_correct`.
 
+    >>> judge("<think>The lamp is on that side.</think><answer>Left.</answer>", "left", ["left", "right"])
+    Verdict(answer='left', correct=True, reading='tag')
+    >>> judge("So the answer is B, the right one.", "(A)", ["left", "right"], lenient=True)
+    Verdict(answer='(B)', correct=False, reading='declaration')
+
     Raises:
-        ValueError: when there are options and the gold answer is none of them.
+        Mistake: there are options, and the gold answer is none of them.
     """
     question = make_question(gold, options, lettered)
     if lenient:
@@ -114,15 +119,18 @@ def _box(response: Response, question: Question) -> Outcome:
 
 def _declaration(response: Response, question: Question) -> Outcome:
     """The last "the answer is B", which corrects the earlier ones; else the last of weaker words."""
-    found = [(each, outcome) for each in said(response) if (outcome := _declared(each.clause, question)) is not None]
-    for (before, first), (after, second) in pairwise(found):
+    declarations = []
+    for declaration in said(response):
+        if (outcome := _declared(declaration.clause, question)) is not None:
+            declarations.append((declaration, outcome))
+    for (before, first), (after, second) in pairwise(declarations):
         again = after.sentence == before.sentence + 1 and after.lead == before.lead
         if again and second != first and is_answer(first):
             # The same words without a thought between correct nothing. Line after line of them, the model runs on,
             # to questions that nobody asked.
             return first if after.line > before.line else Unread.SEVERAL
-    if found:
-        return found[-1][1]
+    if declarations:
+        return declarations[-1][1]
     if question.ends_with_answer:  # weaker words introduce its steps, too
         return None
     alone = (question.stated(line) for line in reversed(list(announced(response))))
@@ -154,22 +162,23 @@ def _refusal(response: Response, question: Question) -> Outcome:
     return Unread.UNREADABLE if response.boxes else None  # it commits itself, to something that is no option
 
 
-def _conclusion(response: Response, question: Question) -> Outcome:
-    return _named_alone(response.conclusion, question)
-
-
 def _opening(response: Response, question: Question) -> Outcome:
     return None if question.ends_with_answer else _named_alone(response.opening, question)
-
-
-def _closing(response: Response, question: Question) -> Outcome:
-    return _named_alone(response.closing, question)
 
 
 def _whole_text(response: Response, question: Question) -> Outcome:
     if response.conclusion is not None:  # what led to a conclusion that names no option is none either
         return None
     return question.named([sentence.text for sentence in response.sentences])
+
+
+def _named_alone(passage: str | None, question: Question) -> Outcome:
+    return None if passage is None else _first_answer([question.named([passage])])
+
+
+def _first_answer(outcomes: Iterable[Outcome]) -> Outcome:
+    """The first answer; what cannot be read is left to later rules."""
+    return next(filter(is_answer, outcomes), None)
 
 
 # The first rule that finds something decides, even if what it finds cannot be read.
@@ -180,9 +189,9 @@ EVIDENCE: dict[str, Callable[[Response, Question], Outcome]] = {
     "first line": _first_line,  # (B) left. Because ...
     "last line": _last_line,  # ... In short: \n (B) left
     "refusal": _refusal,  # It is not possible to tell.
-    "conclusion": _conclusion,  # ... Therefore, the lamp is at B.
+    "conclusion": lambda response, question: _named_alone(response.conclusion, question),  # Therefore, it is at B.
     "opening": _opening,  # B fits well. A, on the other hand, ...
-    "closing": _closing,  # ... A does not. B has a lamp.
+    "closing": lambda response, question: _named_alone(response.closing, question),  # ... A does not. B has a lamp.
     "whole text": _whole_text,  # names B and no other option
 }
 
@@ -206,24 +215,15 @@ def _read_strictly(answer: str | None, question: Question) -> Answer | Unread:
     """The answer if the text is one, and nothing else."""
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return Unread.UNREADABLE
-    found = question.exact(answer)
-    if found is not None:
-        return found
+    exact = question.exact(answer)
+    if exact is not None:
+        return exact
     named = question.named([answer])  # only to say why
     return named if isinstance(named, Unread) else Unread.UNREADABLE
 
 
 def _unread(response: Response) -> Unread:
     return Unread.CUT_OFF if response.is_cut_off else Unread.UNREADABLE
-
-
-def _named_alone(passage: str | None, question: Question) -> Outcome:
-    return None if passage is None else _first_answer([question.named([passage])])
-
-
-def _first_answer(outcomes: Iterable[Outcome]) -> Outcome:
-    """The first answer; what cannot be read is left to later rules."""
-    return next(filter(is_answer, outcomes), None)
 
 
 def _verdict(question: Question, outcome: Answer | Unread, rule: str) -> Verdict:

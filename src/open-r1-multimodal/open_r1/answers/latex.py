@@ -47,11 +47,11 @@ def braces(text: str) -> list[tuple[re.Match[str], re.Match[str]]]:
     """
     openings: list[re.Match[str]] = []
     pairs = []
-    for found in _BRACE.finditer(text):
-        if found[0] != "}":
-            openings.append(found)
+    for brace in _BRACE.finditer(text):
+        if brace[0] != "}":
+            openings.append(brace)
         elif openings:
-            pairs.append((openings.pop(), found))
+            pairs.append((openings.pop(), brace))
     return pairs
 
 

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from functools import lru_cache
-from typing import Protocol
 
 from open_r1.answers.values import is_blank, is_quantity, normalize, same_value, tidy
 from open_r1.base.errors import Mistake
@@ -34,31 +33,7 @@ def is_answer(outcome: Outcome) -> bool:
     return outcome is not None and not isinstance(outcome, Unread)
 
 
-class Question(Protocol):
-    """What was asked, and so what an answer looks like."""
-
-    ends_with_answer: bool  # a choice may be named first and then defended; a computation starts from what is given
-
-    def exact(self, text: str) -> Outcome:
-        """The answer that the text is, read strictly."""
-
-    def stated(self, line: str) -> Outcome:
-        """The answer that a line begins with or is."""
-
-    def declared(self, clause: str) -> Outcome:
-        """The answer in a clause that is said to hold it."""
-
-    def named(self, passages: Sequence[str]) -> Outcome:
-        """The only answer that running text names."""
-
-    def label(self, answer: Answer) -> str:
-        """What a verdict calls the answer."""
-
-    def is_right(self, answer: Answer) -> bool:
-        """Whether it is the gold answer."""
-
-
-def make_question(gold: str, options: Sequence[str] | None, lettered: bool | None) -> Question:
+def make_question(gold: str, options: Sequence[str] | None, lettered: bool | None) -> "Question":
     if not options:
         return Open(gold)
     for letters in (False, True) if lettered is None else (lettered,):
@@ -116,13 +91,14 @@ _REASON = re.compile(
 class Choice:
     """A question with options."""
 
-    ends_with_answer = False
+    ends_with_answer = False  # a choice may be named first and then defended
 
     def __init__(self, options: tuple[str, ...], lettered: bool) -> None:
         self.options, self.lettered, self.gold = options, lettered, 0
         self.texts, self.labels = _texts(options), _labels(options)
 
     def label(self, answer: Answer) -> str:
+        """What a verdict calls the answer."""
         return f"({chr(ord('A') + answer)})" if self.lettered else self.options[answer]
 
     def is_right(self, answer: Answer) -> bool:
@@ -130,6 +106,7 @@ class Choice:
         return self.texts[answer] == self.texts[self.gold]
 
     def exact(self, text: str) -> Outcome:
+        """The answer that the text is, read strictly."""
         if is_blank(text):  # an option may be blank; no answer is
             return None
         index = self.equal(text)
@@ -143,10 +120,10 @@ class Choice:
         led_in = _LEAD_IN.match(text)
         # The text as it stands comes first, because an option's own text may start with "option".
         for candidate in (text, normalize(text[led_in.end() :])) if led_in else (text,):
-            found = _LETTER.fullmatch(candidate) if self.lettered else None
-            if found:
-                index = ord(found["letter"]) - ord("a")
-                if index < len(self.texts) and (found["text"] is None or self._stands_for(found["text"], index)):
+            match = _LETTER.fullmatch(candidate) if self.lettered else None
+            if match:
+                index = ord(match["letter"]) - ord("a")
+                if index < len(self.texts) and (match["text"] is None or self._stands_for(match["text"], index)):
                     return index
             if candidate in self.texts:
                 return self.texts.index(candidate)
@@ -154,17 +131,19 @@ class Choice:
 
     def _stands_for(self, text: str, index: int) -> bool:
         """Whether a text beside an option's letter is the option's, or the beginning of it and no other's."""
-        text, own = normalize(text), self.texts[index]
-        shortened = own.startswith(text) and _SHORTENED.match(own, len(text)) and not text.replace(".", "").isdigit()
-        return text == own or bool(text and shortened and text not in self.texts)
+        text, option = normalize(text), self.texts[index]
+        begins = option.startswith(text) and _SHORTENED.match(option, len(text)) is not None
+        shortened = begins and not text.replace(".", "").isdigit()
+        return text == option or bool(text and shortened and text not in self.texts)
 
     def stated(self, line: str) -> Outcome:
+        """The answer that a line begins with or is."""
         index = self.equal(_TRANSLATED.get(line.strip(" .。"), line))
-        found = _LEADING.match(line) if self.lettered and index is None else None
-        if not found:
+        match = _LEADING.match(line) if self.lettered and index is None else None
+        if not match:
             return index
-        index, rest = _index(found["bracketed"] or found["bare"]), normalize(found["rest"])
-        if _MORE_LETTERS.search(found["rest"]) or _ASIDE_AFTER.match(found["rest"]):
+        index, rest = _index(match["bracketed"] or match["bare"]), normalize(match["rest"])
+        if _MORE_LETTERS.search(match["rest"]) or _ASIDE_AFTER.match(match["rest"]):
             return None
         if index >= len(self.texts):
             return Unread.CONFLICT if rest else None
@@ -172,9 +151,11 @@ class Choice:
         return Unread.CONFLICT if begun and self.texts[index] != max(begun, key=len) else index
 
     def declared(self, clause: str) -> Outcome:
+        """The answer in a clause that is said to hold it."""
         return self.named([clause])
 
     def named(self, passages: Sequence[str]) -> Outcome:
+        """The only answer that running text names."""
         letters, texts = set(), set()
         for passage in passages:
             clause = _main_clause(passage)
@@ -210,15 +191,15 @@ class Choice:
                     taken[start:end] = b"\1" * len(text)
                     yield start, end, index, False
                 start = lowered.find(text, end)
-        for found in _LETTERS.finditer(clause) if self.lettered or self.labels else ():
-            form = found.lastgroup
-            start, letter = found.start(form), found[form].upper()
+        for match in _LETTERS.finditer(clause) if self.lettered or self.labels else ():
+            form = match.lastgroup
+            start, letter = match.start(form), match[form].upper()
             if form == "label" or (form == "lone" and letter in self.labels):
                 index = self.labels.get(letter)
             else:
                 index = _index(letter) if self.lettered else None
             if index is not None and index < len(self.texts) and not taken[start]:
-                yield start, found.end(), index, True
+                yield start, match.end(), index, True
 
 
 @lru_cache(maxsize=256)
@@ -245,8 +226,8 @@ _LABELLED = re.compile(r"(?:(?:the )?[A-Za-z]+ )?(?P<label>[A-Z])(?: (?:is|looks
 @lru_cache(maxsize=256)
 def _labels(options: tuple[str, ...]) -> dict[str, int]:
     """Which option has which label in its text ("Point A", "A is closer"), if the labels go from A on."""
-    found = ((_LABELLED.match(tidy(option).strip(" $()")), index) for index, option in enumerate(options))
-    labels = {match["label"]: index for match, index in found if match}
+    matches = ((_LABELLED.match(tidy(option).strip(" $()")), index) for index, option in enumerate(options))
+    labels = {match["label"]: index for match, index in matches if match}
     return labels if len(labels) > 1 and sorted(map(_index, labels)) == list(range(len(labels))) else {}
 
 
@@ -291,8 +272,8 @@ def _stands_alone(text: str, start: int, end: int) -> bool:
 
 def _main_clause(passage: str) -> str:
     passage = _PREAMBLE.sub("", passage)
-    found = _REASON.search(passage)
-    return passage[: found.start()] if found and found.start() > 0 else passage
+    match = _REASON.search(passage)
+    return passage[: match.start()] if match and match.start() > 0 else passage
 
 
 _FIGURE = re.compile(r"(?<![\w.,])[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
@@ -301,9 +282,9 @@ _SURROUNDINGS = " \t.,:;$*"
 
 
 class Open:
-    """A question without options."""
+    """A question without options; its methods are those of `Choice`."""
 
-    ends_with_answer = True
+    ends_with_answer = True  # a computation starts from what is given
 
     def __init__(self, gold: str) -> None:
         self.gold = gold
@@ -322,21 +303,24 @@ class Open:
         return value if is_quantity(value) else None
 
     def declared(self, clause: str) -> Outcome:
-        found = self.named([clause])
-        return found if found is not None else clause.strip(_SURROUNDINGS) or None
+        figure = self.named([clause])
+        return figure if figure is not None else clause.strip(_SURROUNDINGS) or None
 
     def named(self, passages: Sequence[str]) -> Outcome:
         figures: dict[str, None] = {}
         for passage in passages:
             passage = _main_clause(passage)
-            *_, last = [0, *(found.end() for found in _IS.finditer(passage))]
+            *_, last = [0, *(match.end() for match in _IS.finditer(passage))]
             for part in (passage[last:], passage):
                 if (value := self.stated(part)) is not None:
                     figures[value] = None
                     break
-                if found := dict.fromkeys(_FIGURE.findall(part)):
-                    figures |= found
+                if numbers := dict.fromkeys(_FIGURE.findall(part)):
+                    figures |= numbers
                     break
         if len(figures) > 1:
             return Unread.SEVERAL
         return next(iter(figures), None)
+
+
+Question = Choice | Open

@@ -1,6 +1,6 @@
 r"""Splits a response into parts, and finds the passages in which it commits itself to an answer.
 
-What a passage answers is read in `naming`; here it is only found. Every step is linear in the length of the response.
+What a passage answers is read in `options`; here it is only found. Every step is linear in the length of the response.
 """
 
 import re
@@ -63,8 +63,8 @@ class Response:
     @property
     def boxes(self) -> list[str]:
         r"""The contents of the last `\boxed{}`, the last first."""
-        found = [pair for pair in braces(self.body) if (command := pair[0]["command"]) and _BOX.fullmatch(command)]
-        return [self.body[opening.end() : closing.start()] for opening, closing in found[: -MAX_BOXES - 1 : -1]]
+        boxes = [pair for pair in braces(self.body) if (command := pair[0]["command"]) and _BOX.fullmatch(command)]
+        return [self.body[opening.end() : closing.start()] for opening, closing in boxes[: -MAX_BOXES - 1 : -1]]
 
     @property
     def refuses(self) -> bool:
@@ -74,7 +74,7 @@ class Response:
     @property
     def conclusion(self) -> str | None:
         """The last sentence that begins with "Therefore" or its like."""
-        return next((each.text for each in reversed(self.sentences) if _THEREFORE.match(each.text)), None)
+        return next((sentence.text for sentence in reversed(self.sentences) if _THEREFORE.match(sentence.text)), None)
 
     @property
     def opening(self) -> str | None:
@@ -100,14 +100,14 @@ class Response:
 
     def before_next_question(self) -> "Response | None":
         """What a model wrote before it ran on and asked itself another question."""
-        starts = (found.start() for found in _NEXT_QUESTION.finditer(self.text))
+        starts = (match.start() for match in _NEXT_QUESTION.finditer(self.text))
         before = (self.text[:start] for start in starts)
         return next((Response(text) for text in before if text.strip()), None)
 
 
 def is_list(lines: Sequence[str]) -> bool:
     """Whether two lines are the items of two different letters."""
-    letters = [found["letter"] for line in lines if (found := _LIST_ITEM.match(line))]
+    letters = [match["letter"] for line in lines if (match := _LIST_ITEM.match(line))]
     return len(letters) == 2 and letters[0] != letters[1]
 
 
@@ -176,7 +176,7 @@ def denies(clause: str) -> bool:
 def said(response: Response) -> Iterator[Declaration]:
     """ "The answer is B"; of two in a sentence the last ("the answer is not listed, the closest option is B")."""
     for number, sentence in enumerate(response.sentences):
-        *_, end = [0, *(found.end() for found in _SAID.finditer(sentence.text))]
+        *_, end = [0, *(match.end() for match in _SAID.finditer(sentence.text))]
         if not end:
             continue
         clause = sentence.text[end:]
@@ -196,13 +196,13 @@ def announced(response: Response) -> Iterator[str]:
 def chosen(response: Response) -> Iterator[str]:
     """ "I would choose B": what is chosen."""
     for sentence in response.sentences:
-        found = _CHOSEN.search(sentence.text)
-        if found and not _NEGATES.search(sentence.text, 0, found.start()):
-            yield sentence.text[found.end() :]
+        match = _CHOSEN.search(sentence.text)
+        if match and not _NEGATES.search(sentence.text, 0, match.start()):
+            yield sentence.text[match.end() :]
 
 
 def praised(response: Response) -> Iterator[str]:
     """ "B is the best choice": what is praised."""
     for sentence in response.sentences:
-        if found := _PRAISED.search(sentence.text):
-            yield sentence.text[: found.start()]
+        if match := _PRAISED.search(sentence.text):
+            yield sentence.text[: match.start()]

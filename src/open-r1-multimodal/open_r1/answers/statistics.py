@@ -69,13 +69,6 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def paired_difference(only_first: int, only_second: int, n: int) -> tuple[float, float, float]:
-    """Second accuracy minus first over the same n questions, and Wald's 95 % interval of it for paired data."""
-    difference = (only_second - only_first) / n
-    half = Z_95 * math.sqrt(max(0.0, (only_first + only_second) / n - difference**2) / n)
-    return difference, difference - half, difference + half
-
-
 def paired_bootstrap(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
     """Second accuracy minus first over the same questions, and its percentile bootstrap 95 % interval.
 
@@ -86,13 +79,20 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray) -> tuple[float, floa
         first, second: (seeds, questions) in [0, 1], each with seeds of its own.
     """
     rng = np.random.default_rng(BOOTSTRAP_SEED)
+    n = first.shape[1]
+    # Questions that all runs answered alike are one column; n questions drawn anew say how often
+    # it counts.
+    columns, counts = np.unique(np.concatenate([first, second]), axis=1, return_counts=True)
+    drawn = rng.multinomial(n, counts / n, BOOTSTRAP_SAMPLES) / n  # (samples, columns)
+    means = drawn @ columns.T  # (samples, seeds of both)
+    of_first, of_second = np.split(means, [len(first)], axis=1)
 
-    def draw(n: int) -> np.ndarray:
-        """(samples, n) by how much each of n counts; n draws that put something back are a multinomial one."""
-        return rng.multinomial(n, [1 / n] * n, BOOTSTRAP_SAMPLES) / n
+    def mean_of_drawn_seeds(of_seeds: np.ndarray) -> np.ndarray:
+        seeds = of_seeds.shape[1]
+        drawn = rng.multinomial(seeds, [1 / seeds] * seeds, BOOTSTRAP_SAMPLES) / seeds
+        return (drawn * of_seeds).sum(axis=1)
 
-    questions = draw(first.shape[1])
-    one, other = ((draw(len(side)) * (questions @ side.T)).sum(axis=1) for side in (first, second))  # (samples,)
+    one, other = mean_of_drawn_seeds(of_first), mean_of_drawn_seeds(of_second)
     low, high = np.quantile(other - one, (0.025, 0.975))
     return float(second.mean() - first.mean()), float(low), float(high)
 
@@ -106,7 +106,7 @@ def judge_row(row: Row, parser: str) -> dict[str, Any]:
     What it finds unreadable counts as cut off where generation is known to have been.
 
     Raises:
-        ValueError: the ground truth is none of the options.
+        Mistake: the ground truth is none of the options.
     """
     gold, options = row["ground_truth"], row["options"]
     lettered = _LETTER.fullmatch(gold) is not None
@@ -130,19 +130,20 @@ def by_question(rows: Iterable[Row]) -> list[list[Row]]:
     return list(questions.values())
 
 
-def outcomes(rows: Sequence[Row]) -> dict[Hashable, bool]:
-    """Question -> whether it was answered right, in all its rotations."""
-    return {
-        (rotations[0].get("id", position), rotations[0]["question"]): all(row["correct"] for row in rotations)
-        for position, rotations in enumerate(by_question(rows))
-    }
+def outcomes(rows: Sequence[Row]) -> dict[Hashable, float]:
+    """Question -> the share of its rotations answered right, of which the Total is the mean."""
+    shares = {}
+    for position, rotations in enumerate(by_question(rows)):
+        key = rotations[0].get("id", position), rotations[0]["question"]
+        shares[key] = sum(row["correct"] for row in rotations) / len(rotations)
+    return shares
 
 
 def gold_index(row: Row) -> int:
     """The position of the right option.
 
     Raises:
-        ValueError: the ground truth is none of the options.
+        Mistake: the ground truth is none of the options.
     """
     gold, options = row["ground_truth"], row["options"]
     names = [f"({letter})" for letter in ascii_uppercase[: len(options)]] if _LETTER.fullmatch(gold) else options

@@ -4,6 +4,7 @@ Model output is untrusted text: every step is linear in its length or works on a
 evaluated, and math-verify sees only short arithmetic that cannot blow up.
 """
 
+import cmath
 import html
 import math
 import re
@@ -16,8 +17,9 @@ from open_r1.answers.latex import undressed
 MAX_TEXT_CHARS = 8_192  # of a longer text, the end counts
 MAX_EXPRESSION_CHARS = 64
 MAX_DRESSED_CHARS = 1_000  # of an expression with the LaTeX around it
-SYMBOLIC_TIMEOUT_S = 1
+PARSING_TIMEOUT_S = 1
 RELATIVE_TOLERANCE = 1e-7  # of 1.3333333 to 4/3
+ROUNDING = 1e-15  # what may be left of 1 - 1
 
 
 def normalize(text: str) -> str:
@@ -42,26 +44,31 @@ def same_value(gold: str, answer: str) -> bool:
     if _NUMBER.fullmatch(gold) and _NUMBER.fullmatch(answer):
         return False
 
-    from math_verify import parse, verify  # imports sympy: a second that plain answers need not wait for
+    from math_verify import parse  # imports sympy: a second that plain answers need not wait for
 
-    # Its timeout is a signal, which only the main thread can take; elsewhere the grammar above is the bound.
-    timeout = SYMBOLIC_TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
+    # Its timeout is a signal, which only the main thread can take; elsewhere the grammar below is the bound.
+    timeout = PARSING_TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
     parsed = [parse(f"${text}$", parsing_timeout=timeout) for text in (gold, answer)]
     at_points = [_evaluate(expressions) for expressions in parsed]
-    if all(at_points):  # simplifying the difference symbolically can take seconds
-        return all(math.isclose(*values, rel_tol=RELATIVE_TOLERANCE) for values in zip(*at_points, strict=True))
-    return bool(verify(*parsed, timeout_seconds=timeout))
+    return all(at_points) and all(
+        cmath.isclose(value, other, rel_tol=RELATIVE_TOLERANCE, abs_tol=ROUNDING)
+        for value, other in zip(*at_points, strict=True)
+    )
 
 
-def _evaluate(parsed: list[Any]) -> list[float]:
-    """An expression's value with its letters at two points in general position; empty when it has none there."""
+def _evaluate(parsed: list[Any]) -> list[complex]:
+    """An expression's value with its letters at two points in general position; empty when it has none there.
+
+    To simplify the difference of two symbolically could take seconds.
+    """
     if not parsed or not hasattr(parsed[0], "evalf"):
         return []
     values = []
     for seed in (1.2345, 0.6789):
         point = {letter: math.sqrt(seed + ord(letter.name[0])) for letter in parsed[0].free_symbols}
         values.append(parsed[0].evalf(subs=point))
-    return [float(value) for value in values] if all(value.is_Float for value in values) else []
+    has_values = all(value.is_number and value.is_finite for value in values)
+    return [complex(value) for value in values] if has_values else []
 
 
 def is_quantity(text: str) -> bool:
@@ -179,7 +186,7 @@ _SEEN = _Seen()
 def seen(text: str) -> str:
     """The text as a reader sees it: no direction marks, joiners, soft hyphens or variation selectors; plain digits."""
     # The unseen letters behind a black flag say whose it is: England's is not Scotland's.
-    text = _REGION.sub(lambda found: found[0].translate({ord(tag): ord(tag) - 0xE0000 for tag in found[0]}), text)
+    text = _REGION.sub(lambda match: match[0].translate({ord(tag): ord(tag) - 0xE0000 for tag in match[0]}), text)
     return text.translate(_SEEN)
 
 
@@ -226,12 +233,12 @@ def _quantity(text: str) -> tuple[str, str]:
     text = plain(text).strip(" \n\t$").rstrip(".") if len(text) <= MAX_DRESSED_CHARS else ""
     if len(text) > MAX_EXPRESSION_CHARS:
         return "", ""
-    text = _PI.sub(r"\\pi", _ROOT.sub(lambda found: rf"\sqrt{{{found[found.lastgroup]}}}", text))
-    found = _UNIT.search(text)
-    if not found:
+    text = _PI.sub(r"\\pi", _ROOT.sub(lambda match: rf"\sqrt{{{match[match.lastgroup]}}}", text))
+    match = _UNIT.search(text)
+    if not match:
         return text, ""
-    number = next(number for number in range(len(_UNITS)) if found[f"u{number}"])
-    return text[: found.start()].rstrip(" $~"), list(_UNITS)[number] + (found["power"] or "").strip("^{}")
+    number = next(number for number in range(len(_UNITS)) if match[f"u{number}"])
+    return text[: match.start()].rstrip(" $~"), list(_UNITS)[number] + (match["power"] or "").strip("^{}")
 
 
 # Short arithmetic only: numbers, six brackets, one-letter symbols; no words, no two numbers side by side, no

@@ -7,7 +7,6 @@ installed.
 
 import argparse
 import importlib.util
-import json
 import os
 import signal
 import sys
@@ -22,9 +21,8 @@ ROOT = Path(__file__).resolve().parents[4]
 PROBE = "trl"  # nothing else brings it: whoever has it has what setup.sh installs
 CHOSEN = "OPEN_R1_PYTHON"  # environment variable: the Python that the script was started anew with
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FIRST = "first_failure"
 TRACEBACK, TRACEBACK_OPTION = "OPEN_R1_TRACEBACK", "--traceback"
-PAUSE = 1.0  # seconds
+PAUSE = 1  # seconds
 
 
 class Mistake(ValueError):
@@ -55,29 +53,22 @@ class Stopped(KeyboardInterrupt):
 
 
 def positive(text: str) -> int:
-    """A command line's number above 0, for argparse.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
+    """A command line's number above 0, for argparse."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a number above 0, not {printable(text)!r}")
     return int(text)
 
 
 def given(text: str) -> str:
-    """A command line's text that says something, for argparse: an unset variable in quotes is no default.
-
-    Raises:
-        argparse.ArgumentTypeError: it is empty or blank.
-    """
+    """A command line's text that is not blank, for argparse: an unset variable in quotes is."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("expected a value, got none; leave the option out for its default")
+        reason = "expected a value, got none; leave the option out for its default"
+        raise argparse.ArgumentTypeError(reason)
     return text
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether one line says all that a user needs: a `Mistake`, or what the operating system says about a file.
+    """Whether one line says all that a user needs: a `Mistake`, or the system's error about a file.
 
     Everything else is a bug, ours or in a user's code, and keeps its traceback.
     """
@@ -85,18 +76,16 @@ def is_mistake(error: BaseException) -> bool:
 
 
 def take_traceback_option() -> None:
-    """Take `--traceback` from the command line: it shows tracebacks of mistakes too, as `OPEN_R1_TRACEBACK=1` does.
-
-    Processes that are started from here show them as well.
-    """
+    """Take `--traceback` from the command line, which means OPEN_R1_TRACEBACK=1: mistakes show theirs, too."""
     if TRACEBACK_OPTION in sys.argv:
         sys.argv.remove(TRACEBACK_OPTION)
         os.environ[TRACEBACK] = "1"
 
 
 def account(error: BaseException) -> str:
-    """What is printed of an error that ends a command: the traceback where it tells something, then one line."""
-    line = f"error: {printable(first_line(error) if is_mistake(error) else f'{type(error).__name__}: {error}')}\n"
+    """What is printed of an error that ends a command: a traceback where it helps, then one line."""
+    reason = first_line(error) if is_mistake(error) else f"{type(error).__name__}: {error}"
+    line = f"error: {printable(reason)}\n"
     if isinstance(error, UserCodeError) and error.__cause__ is not None:
         return "".join(traceback.format_exception(error.__cause__)) + line
     if is_mistake(error) and os.environ.get(TRACEBACK, "0") == "0":
@@ -106,15 +95,16 @@ def account(error: BaseException) -> str:
 
 @contextmanager
 def settings_of(*libraries: str) -> Iterator[None]:
-    """In the block, settings of the user's go to libraries: what these refuse themselves is told in their line.
+    """In the block, a ValueError or ImportError raised by these libraries becomes a Mistake.
 
-    A ValueError from any other code is a bug, and stays what it is.
+    For where a user's settings go to them. A ValueError from any other code is a bug, and stays one.
     """
     try:
         yield
     except (ValueError, ImportError) as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if isinstance(error, Mistake) or not any(f"/site-packages/{name}/" in raised_in for name in libraries):
+        is_theirs = any(f"/site-packages/{name}/" in raised_in for name in libraries)
+        if isinstance(error, Mistake) or not is_theirs:
             raise
         raise Mistake(error) from error
 
@@ -129,33 +119,25 @@ def naming_option(option: str) -> Iterator[None]:
 
 
 def printable(text: Any) -> str:
-    """Text for a terminal: what would move its cursor, colour it or hide a part is shown as an escape.
-
-    Line ends and tabs stay.
-    """
+    """Text for a terminal, with escapes for control characters but line ends and tabs."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in str(text))
 
 
 def stop(number: int, _: Any = None) -> None:
-    """Signal handler: unwind, so that files are closed and temporary ones removed.
-
-    Raises:
-        Stopped: always.
-    """
+    """Signal handler: unwind, so that files are closed and temporary ones removed."""
     raise Stopped(number)
 
 
 def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
-    """Run a command, and end it in one line where it cannot go on: on what a user can mend, or when it is stopped.
+    """Run a command; what a user can mend, and a signal, end it in one line.
+
+    The exit code is 1 for an error, 128 and its number for a signal.
 
     Args:
         main: the command.
         stopped: what an interrupted command leaves, and what continues it.
-
-    Raises:
-        SystemExit: 1 for an error, 128 and its number for a signal.
     """
-    os.environ["PYTHONSAFEPATH"] = "1"  # of Pythons started from here: `-c` and `-m` would look in the current folder
+    os.environ["PYTHONSAFEPATH"] = "1"  # for Pythons started from here with `-c` and `-m`
     path = Path(sys.argv[0])
     name = path.parent.name if path.stem == "__main__" else path.stem
     for number in STOPS[1:]:
@@ -171,8 +153,7 @@ def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
-        if not is_first(error):
-            sys.exit(1)
+        let_one_tell()
         if not is_mistake(error):
             raise
         *shown, line = account(error).splitlines()
@@ -184,24 +165,16 @@ def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
         sys.exit(128 + number)
 
 
-def is_first(error: Exception) -> bool:
-    """Whether this process is the first of its launch to fail, and the one to tell; alone it is.
+def let_one_tell() -> None:
+    """Wait, in a process of several that fails, so that one of them alone tells why.
 
-    Under torch's launcher it says so in the folder where that lets its processes leave their errors.
+    Torch's launcher ends all others by SIGTERM as soon as one has ended. So where all fail alike
+    local rank 0 tells, and where one was killed the launcher does.
     """
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return True
-    path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])  # {folder of the launch}/{rank}/error.json
-    path.write_text(json.dumps({"message": f"{type(error).__name__}: {error}", "timestamp": int(time.time())}))
-    try:
-        file = (path.parent.parent / FIRST).open("x")
-    except FileExistsError:
-        time.sleep(2 * PAUSE)  # the launcher ends the others with the first that leaves
-        return False
-    time.sleep(PAUSE)  # if what failed here is that another process was killed, the launcher ends this one now
-    with file:
-        file.write(os.environ["RANK"])
-    return True
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(PAUSE if os.environ["LOCAL_RANK"] == "0" else 3 * PAUSE)
 
 
 def first_line(error: BaseException) -> str:
@@ -213,13 +186,7 @@ def use_environment(is_needed: bool = True) -> None:
     """Go on when this Python has the packages; else start the script anew with the environment's Python.
 
     PYTHON wins over the active environment (virtual or conda), and that over the `.venv` of `setup.sh`, as in
-    `scripts/env.sh`.
-
-    Args:
-        is_needed: whether a script cannot go on without the packages.
-
-    Raises:
-        SystemExit: no environment, or one without the packages, which are needed; in one line.
+    `scripts/env.sh`. Without one the script ends in one line, if the packages are needed.
     """
     started = os.environ.pop(CHOSEN, None)
     if importlib.util.find_spec(PROBE):

@@ -1,92 +1,84 @@
-"""Checks the fields of JSON files: the type of each, and one line that names a field of another type."""
+"""Types of JSON files' fields, which pydantic checks strictly, and the line that names a wrong one.
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+A record is a subclass of `Record`. Its fields without a default must be there, fields that it does
+not name are left alone, and no value is converted: true is no number, "3" neither.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import core_schema
 
 from open_r1.base.errors import Mistake
 
 _LARGEST = 2**53  # integers up to it survive a trip through JSON
 
 
-class Check(NamedTuple):
-    """What must hold of a field in a file, and how an error calls that."""
+class Record(BaseModel):
+    """An object of a JSON file."""
 
-    holds: Callable[[Any], bool]
+    model_config = ConfigDict(strict=True)
+
+
+RecordType = TypeVar("RecordType", bound=Record)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an error says was expected of a field; stands behind all that is checked of it."""
+
     what: str
 
-
-Fields = dict[str, Check]
-
-
-def is_integer(value: Any) -> bool:
-    """Whether it is a whole number; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        message = f"expected {self.what}"
+        return core_schema.custom_error_schema(handler(source), "expected", custom_error_message=message)
 
 
-def is_count(value: Any) -> bool:
-    """Whether it is a whole number from 0 that JSON keeps."""
-    return is_integer(value) and 0 <= value <= _LARGEST
+def _must_be_name(text: str) -> str:
+    """It heads a column: letters to see, nothing that moves a terminal's cursor."""
+    if not (text.isprintable() and text.strip()):
+        raise ValueError
+    return text
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a number; NaN and the infinities, which Python writes into JSON, are."""
-    return isinstance(value, float) or (is_integer(value) and abs(value) <= _LARGEST)
+def _must_encode(text: str) -> str:
+    """UTF-8 can hold it: there is no half of a character in it."""
+    text.encode()
+    return text
+
+
+Count = Annotated[int, Field(ge=0, le=_LARGEST), Expected("a whole number from 0")]
+Flag = Annotated[bool, Expected("true or false")]
+Name = Annotated[str, AfterValidator(_must_be_name), Expected("a name of printable letters")]
+Number = Annotated[float, Expected("a number")]  # or NaN or infinite, which Python writes into JSON
+Prose = Annotated[str, AfterValidator(_must_encode), Expected("text")]  # what a tokenizer takes
+Share = Annotated[float, Field(ge=0, le=1), Expected("a number from 0 to 1")]
+Text = Annotated[str, Expected("text")]  # may hold half a character (a lone surrogate), as JSON may
 
 
 def is_usable(value: Any) -> bool:
     """Whether it is a number that can be averaged and drawn."""
-    return is_number(value) and abs(value) <= _LARGEST  # false for NaN
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= _LARGEST  # false for NaN
 
 
-def is_share(value: Any) -> bool:
-    """Whether it is a number from 0 to 1."""
-    return is_usable(value) and 0 <= value <= 1
-
-
-def is_text(value: Any) -> bool:
-    """Whether it is a string; half a character (a lone surrogate), which JSON can hold, may be in it."""
-    return isinstance(value, str)
-
-
-def is_name(value: Any) -> bool:
-    """Whether it can head a column: letters to see, nothing that moves a terminal's cursor."""
-    return is_text(value) and value.isprintable() and bool(value.strip())
-
-
-def is_prose(value: Any) -> bool:
-    """Whether it is text that a tokenizer takes: no half characters."""
-    return is_text(value) and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def are(each: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Whether it is a list of such values."""
-    return lambda value: isinstance(value, list) and all(map(each, value))
-
-
-def maybe(check: Check) -> Check:
-    """The same or null."""
-    return Check(lambda value: value is None or check.holds(value), f"{check.what} or null")
-
-
-COUNT = Check(is_count, "a whole number from 0")
-FLAG = Check(lambda value: isinstance(value, bool), "true or false")
-NAME = Check(is_name, "a name of printable letters")
-PROSE = Check(is_prose, "text")
-SHARE = Check(is_share, "a number from 0 to 1")
-TEXT = Check(is_text, "text")
-
-
-def check(record: Any, required: Fields, optional: Fields, origin: object) -> dict[str, Any]:
-    """The record, if it is an object whose fields hold what they must.
+def check(kind: type[RecordType], value: Any, origin: object) -> RecordType:
+    """The value as a record, if its fields hold what they must.
 
     Raises:
-        ValueError: it is not; one line that names the origin and the field.
+        Mistake: they do not; one line that names the origin and the field.
     """
-    if not isinstance(record, dict):
-        raise Mistake(f"{origin}: expected an object")
-    if missing := [name for name in required if name not in record]:
-        raise Mistake(f"{origin}: missing {', '.join(missing)}")
-    for name, (holds, what) in {**required, **optional}.items():
-        if name in record and not holds(record[name]):
-            raise Mistake(f"{origin}: {name}: expected {what}")
-    return record
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+    *path, name = problems[0]["loc"] or ("",)
+    if problems[0]["type"] == "missing":
+        names = [problem["loc"][-1] for problem in problems if problem["type"] == "missing"]
+        what = f"missing {', '.join(names)}"
+    else:
+        path = [*path[:-1], "name"] if name == "[key]" else [*path, name]
+        is_object = problems[0]["type"] in ("model_type", "dict_type")
+        what = "expected an object" if is_object else problems[0]["msg"]
+    raise Mistake(": ".join([str(part) for part in (origin, *path, what) if part != ""]))

@@ -21,26 +21,16 @@ FIGURE_MARK = {
 MARKED_BYTES = 65536  # of a file's start and of its end, where the mark is looked for
 
 
-class DamagedError(Mistake):
-    """A line of a file that is none of those which were written there; a run that meets it ends in this one line."""
-
-
 @contextmanager
-def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary name for a file or folder to write in the block, which becomes `path` at its end.
 
     An exception leaves the old `path`, a crash the old or the new one; the next writer deletes a temporary one left.
-
-    Args:
-        path: where there may be a file, but no folder when the block ends.
-        shared: whether several processes may write it at the same time.
-
-    Raises:
-        FileNotFoundError: there is no folder for it; the line names that, and not the temporary name.
+    One process writes a path at a time. There may be a file, but no folder when the block ends.
     """
     if not path.parent.is_dir():
         raise MissingFile(f"{path}: there is no folder {path.parent}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     delete(temporary)
     try:
         yield temporary
@@ -58,22 +48,15 @@ def delete(path: Path) -> None:
 
 
 def check_replaceable(*paths: Path) -> None:
-    """See that a command may write files: nothing is there yet, or what a command of ours made.
-
-    Raises:
-        OSError: a folder or somebody else's file is there, or cannot be read; one line that names it.
-    """
+    """Raise FileMistake unless nothing is there yet, or what a command of ours made."""
     for path in paths:
         if path.is_dir():
             raise FileMistake(f"{path} is a folder; name a file")
-        if path.exists() and not _is_marked(path):
+        if path.exists() and not (path.is_file() and _is_marked(path)):
             raise FileMistake(f"{path} is there, and was not made by this project; name another file or delete it")
 
 
 def _is_marked(path: Path) -> bool:
-    """Whether a file holds `MADE_BY` where our commands write it."""
-    if not path.is_file():  # a pipe, a device
-        return False
     with path.open("rb") as file:
         start = file.read(MARKED_BYTES)
         file.seek(max(0, path.stat().st_size - MARKED_BYTES))
@@ -81,11 +64,7 @@ def _is_marked(path: Path) -> bool:
 
 
 def check_new_folder(path: Path) -> None:
-    """See that a command may fill a folder: there is none, or an empty one.
-
-    Raises:
-        OSError: something is there; one line that names it.
-    """
+    """Raise FileMistake unless a command may fill a folder: there is none, or an empty one."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileMistake(f"{path} exists; name another folder or delete it")
 
@@ -97,16 +76,12 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:
-    """JSON in UTF-8, with its end; half a character, which UTF-8 cannot hold, is written as JSON's escape of it."""
+    """A line of JSON in UTF-8; half a character, which UTF-8 cannot hold, becomes an escape."""
     return json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace") + b"\n"
 
 
 def parse_json(text: bytes, origin: object) -> Any:
-    """What JSON in UTF-8 says.
-
-    Raises:
-        ValueError: it is none, or nested too deep; one line that names the origin.
-    """
+    """What JSON in UTF-8 says; a Mistake names the origin of what is none."""
     try:
         return json.loads(text.decode())
     except (ValueError, RecursionError) as error:
@@ -115,20 +90,12 @@ def parse_json(text: bytes, origin: object) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or is not JSON; one line that names it.
-    """
+    """The content of a JSON file; what cannot be read is an OSError, what is no JSON a Mistake."""
     return parse_json(path.read_bytes(), path)
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add rows to the end of a JSON Lines file and wait until they are on disk: all of them or, on a full one, none.
-
-    Raises:
-        OSError: they could not be written; the file is as it was.
-    """
+    """Add rows to the end of a JSON Lines file, and wait for the disk; on a full one none is added."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = memoryview(b"".join(map(to_json, rows)))
     with path.open("ab", buffering=0) as file:
@@ -143,7 +110,7 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def whole_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines that have their end: only a crash leaves one without, and only the last one."""
+    """The lines that have their end: a crash leaves a last one without."""
     return (line for line in lines if line.endswith(b"\n"))
 
 
@@ -151,10 +118,7 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     """Rewrite a JSON Lines file with the rows for which `keep` holds; a torn last line goes too.
 
     Returns:
-        How many lines were dropped. A file that is not there has none.
-
-    Raises:
-        DamagedError: a line in the middle is damaged; it names the line.
+        How many lines were dropped. A damaged line in the middle is a Mistake.
     """
     if not path.exists():
         return 0
@@ -167,18 +131,14 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
                 kept.append(line)
         except (ValueError, RecursionError, LookupError, TypeError) as error:  # also of a row that is something else
             reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
-            raise DamagedError(f"{path}: line {number}: damaged ({reason}); delete the line, or the file") from error
+            raise Mistake(f"{path}: line {number}: damaged ({reason}); delete the line, or the file") from error
     if len(kept) < len(lines):
         replace_file(path, b"".join(kept))
     return len(lines) - len(kept)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file that is about to be continued; a torn last line is cut off the file.
-
-    Raises:
-        DamagedError: a line in the middle is damaged.
-    """
+    """The rows of a JSON Lines file that is about to be continued, by the rules of `keep_rows`."""
     rows: list[dict[str, Any]] = []
     keep_rows(path, lambda row: rows.append(row) or True)
     return rows

@@ -17,7 +17,7 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
     The folder's name is the commit. When the hub cannot be reached, what is cached is taken.
 
     Raises:
-        OSError: it cannot be had; the message names it and the reason, in one line.
+        FileMistake: it cannot be had; the line names it and the reason.
     """
     import httpx  # what the hub's client speaks through; both need half a second that local files do without
     from huggingface_hub import constants, get_session, snapshot_download
@@ -29,14 +29,14 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
     )
 
     def limit(request: httpx.Request) -> None:
-        """A hub that takes a connection and says nothing is waited for as long as one that takes none."""
-        known = request.extensions["timeout"]
-        request.extensions["timeout"] = {
-            what: seconds or constants.HF_HUB_ETAG_TIMEOUT for what, seconds in known.items()
-        }
+        """The client sets no limit to most requests, and would wait for a hub that says nothing."""
+        limits = request.extensions["timeout"]
+        for phase in limits:
+            limits[phase] = limits[phase] or constants.HF_HUB_ETAG_TIMEOUT
 
-    session = get_session()  # the client's own, which sets no limit to most requests
-    session.event_hooks = {"request": [*session.event_hooks["request"], limit]}
+    session = get_session()
+    hooks = session.event_hooks
+    session.event_hooks = {"request": [*hooks["request"], limit]}
     try:
         return Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns=list(files)))
     except HFValidationError as error:
@@ -50,14 +50,12 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
         if isinstance(error, GatedRepoError):  # also a RepositoryNotFoundError
             reason = "it asks for a login: accept its terms on its page, then `hf auth login`"
         raise FileMistake(f"{repo_id}: neither here nor to be had from the Hub ({reason})") from error
+    finally:
+        session.event_hooks = hooks
 
 
 def model_folder(model_name_or_path: str | Path, revision: str = "main", files: Sequence[str] = MODEL_FILES) -> Path:
-    """The folder of a model: itself, or where these files of the hub's model of that name are now.
-
-    Raises:
-        OSError: what `fetch` raises.
-    """
+    """The folder of a model: itself, or where these files of the Hub's model of that name are."""
     folder = Path(model_name_or_path).expanduser()
     if folder.is_file():
         raise FileMistake(f"{folder} is a file; name the folder of a model")

@@ -50,9 +50,8 @@ DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _TAIL = 4096  # bytes in which to look for the end; some programs write zeros or notes behind it
 
-
 # Why an image is refused, short enough to be counted by.
-MISSING, CORRUPT = "missing image", "corrupt image"
+CORRUPT = "corrupt image"
 TOO_LARGE = f"image over {MAX_PIXELS} pixels"
 TOO_LONG = f"image aspect ratio over {MAX_ASPECT_RATIO}"
 
@@ -69,7 +68,7 @@ class BrokenImage(FileMistake):
 def opened(source: ImageSource | None) -> Iterator[Image.Image]:
     """The image with its header read and its bounds checked; what Pillow raises inside becomes `BrokenImage`."""
     if source is None:
-        raise BrokenImage(MISSING)
+        raise BrokenImage("missing image")
     name, data = image_name(source), image_bytes(source)
     try:
         if isinstance(source, Image.Image):
@@ -91,31 +90,19 @@ def opened(source: ImageSource | None) -> Iterator[Image.Image]:
 
 
 def open_image(source: ImageSource | None) -> Image.Image:
-    """Decode an image whole, turn it upright as its EXIF data say, and convert it to RGB on white; no file stays open.
-
-    Raises:
-        BrokenImage: it is missing, damaged, too large, or of a shape that the image processor refuses.
-    """
+    """Decode an image whole, as `to_rgb` does, or raise BrokenImage; no file stays open."""
     with opened(source) as image:
         return to_rgb(image, image_name(source))
 
 
 def image_size(source: ImageSource | None) -> tuple[int, int]:
-    """Height and width from the header alone, as stored: EXIF rotation swaps them, which changes no count of tokens.
-
-    Raises:
-        BrokenImage: as `open_image` does, as far as the header tells.
-    """
+    """Height and width as stored, from the header; EXIF rotation would change no count of tokens."""
     with opened(source) as image:
         return image.height, image.width
 
 
 def check_image(path: str) -> None:
-    """Find out whether `open_image` will take a file, decoding it only when its last bytes leave that open.
-
-    Raises:
-        BrokenImage: it will not.
-    """
+    """Raise BrokenImage if `open_image` would; decodes only when the last bytes leave that open."""
     with opened(path) as image:
         end = _ENDS.get("JPEG" if image.format == "MPO" else image.format)
         with open(path, "rb") as file:
@@ -129,7 +116,11 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     """An opened image, decoded, upright, in RGB; what is transparent becomes white, wider greys are put into 8 bits."""
     name = name or image_name(image)
     image.load()
-    if _orientation(image) != 1:
+    try:
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except DECODE_ERRORS:  # damaged EXIF data say nothing; the picture is there without them
+        is_turned = False
+    if is_turned:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # Pillow would clip it
         image = Image.fromarray(to_8_bits(np.asarray(image), name))
@@ -140,11 +131,9 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
 
 
 def to_8_bits(greys: np.ndarray, name: str | None = None) -> np.ndarray:
-    """Greys of any range as bytes; of what is not 0..1 or 0..255 (distances) the least is black and the most is white.
+    """Greys (H, W) of any type as bytes: 0..1, 0..255, or others (distances) from black to white.
 
-    Args:
-        greys: (H, W), of any type of number. NaN (nothing measured) becomes black, infinity as the most or the least.
-        name: of the file.
+    NaN (nothing measured) becomes black, infinity as the most or the least.
     """
     values = np.array(greys, dtype=np.float64)
     is_finite = np.isfinite(values)
@@ -172,11 +161,15 @@ _stretched: list[str] = []  # the first image that this process scaled by its ow
 
 def say_that_ranges_are_stretched(name: str | None, low: float, high: float) -> None:
     """Once a process, with the name of the first image that it is done to."""
-    if not _stretched:
-        _stretched.append(printable(name or "without a name"))
-        values = f"its values go from {low:g} to {high:g}"
-        line = f"warning: image {_stretched[0]}: {values}; such images are scaled by their own range, to 0..255"
-        print(line, file=sys.stderr, flush=True)
+    if _stretched:
+        return
+    _stretched.append(printable(name or "without a name"))
+    print(
+        f"warning: image {_stretched[0]}: its values go from {low:g} to {high:g}; "
+        "such images are scaled by their own range, to 0..255",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def local_path(reference: str) -> str:
@@ -188,11 +181,7 @@ def local_path(reference: str) -> str:
 
 
 def image_bytes(source: ImageSource) -> bytes | None:
-    """The encoded bytes that a source carries itself; None when it names a file or is a PIL image.
-
-    Raises:
-        BrokenImage: a data URL that is not base64.
-    """
+    """The encoded bytes that a source carries; None when it names a file or is a PIL image."""
     if isinstance(source, Mapping):
         return source.get("bytes")
     if isinstance(source, bytes):
@@ -221,11 +210,3 @@ def _check_bounds(image: Image.Image, name: str | None) -> None:
         raise BrokenImage(TOO_LARGE, name)
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise BrokenImage(TOO_LONG, name)
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 for upright. Damaged EXIF data say nothing; the picture is there without them."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except DECODE_ERRORS:
-        return 1

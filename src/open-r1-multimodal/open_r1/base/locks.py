@@ -1,6 +1,6 @@
 """Locks a folder or file for one process at a time; a lock ends with its process and names its owner."""
 
-import fcntl
+import errno
 import os
 import platform
 import sys
@@ -8,23 +8,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+
+from filelock import FileLock, Timeout
 
 from open_r1.base.errors import Mistake
 
 IN_USE = ".in_use"
+LOOK_SECONDS = 1  # `check_free` of another process holds a lock for less
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
 def owned(target: str | Path, is_file: bool = False) -> Iterator[None]:
-    """Be the only one that writes a folder or a file inside the block; of a launch's processes the main one is it.
+    """Be the only one that writes a folder or file in the block; the main process locks for its launch.
 
     Args:
-        target: a folder, which is there and holds the lock, or a file, beside which it lies.
+        target: an existing folder, which holds the lock, or a file, beside which the lock lies.
         is_file: which of them.
 
     Raises:
-        Mistake: another process does; the line says which. Or the lock cannot be written.
+        Mistake: another process does; the line says which.
     """
     if int(os.environ.get("RANK", 0)):
         yield
@@ -32,74 +35,48 @@ def owned(target: str | Path, is_file: bool = False) -> Iterator[None]:
     path = Path(target) / IN_USE
     if is_file:
         path = path.parent.with_name(f".{path.parent.name}{IN_USE}")
-    try:
-        file = _lock(path, target)
-    except OSError as error:
-        raise Mistake(error) from error
-    os.register_at_fork(after_in_child=file.close)  # a child that outlives this process must not hold on
+    lock = _lock(path, target)
+    now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+    path.write_text(f"process {os.getpid()} on {platform.node()} since {now}")
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        file.close()
+        lock.release()
 
 
 def check_free(folder: str | Path) -> None:
-    """See that nobody writes a folder now. Several may look at a time, as the launchers of several machines do.
-
-    Raises:
-        Mistake: somebody does, or the lock cannot be read.
-    """
+    """Raise Mistake if a process writes the folder. Launchers of several machines may look at a time."""
+    path = Path(folder) / IN_USE
     try:
-        with (Path(folder) / IN_USE).open("r+") as file:
-            _take(file, fcntl.LOCK_SH, folder)
+        path.stat()
     except FileNotFoundError:
         return
-    except OSError as error:
-        raise Mistake(error) from error
+    except NotADirectoryError as error:
+        raise Mistake(f"{folder} is a file; name a folder") from error
+    _lock(path, folder).release()
 
 
 def holder(folder: str | Path) -> str | None:
     """Who holds the lock of a folder, in the words that it signed with; None when nobody does."""
+    return _signature(Path(folder) / IN_USE)
+
+
+def _signature(path: Path) -> str | None:
+    return path.read_text() if path.exists() else None
+
+
+def _lock(path: Path, target: str | Path) -> FileLock:
+    lock = FileLock(path, fallback_to_soft=False)
     try:
-        return (Path(folder) / IN_USE).read_text()
-    except FileNotFoundError:
-        return None
-
-
-def _lock(path: Path, target: str | Path) -> TextIO:
-    """The lock's file, open, locked and signed by this process."""
-    while True:
-        file = path.open("a+")
-        try:
-            _take(file, fcntl.LOCK_EX, target)
-        except Mistake:
-            file.close()
-            raise
-        if _is_at(file, path):
-            break
-        file.close()  # its last owner deleted it before it was ours
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
-    file.flush()
-    return file
-
-
-def _take(file: TextIO, kind: int, target: str | Path) -> None:
-    """Lock an open file, as the one owner (LOCK_EX) or as one of those who look (LOCK_SH); raise Mistake if it is."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        name = file.read(200) or "another process"  # which has not signed yet
-        raise Mistake(f"{target}: in use by {name}; wait until it ends, or choose another place") from error
+        lock.acquire(timeout=LOOK_SECONDS)
+    except Timeout as error:
+        name = _signature(path) or "another process"  # which has not signed yet
+        reason = f"in use by {name}; wait until it ends, or choose another place"
+        raise Mistake(f"{target}: {reason}") from error
     except OSError as error:
-        print(f"{target}: nothing keeps a second run out, no lock can be had here: {error}", file=sys.stderr)
-
-
-def _is_at(file: TextIO, path: Path) -> bool:
-    """Whether an open file is the one that the path leads to."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        if error.errno not in NO_LOCKS:
+            raise
+        warning = f"nothing keeps a second run out, no lock can be had here: {error}"
+        print(f"{target}: {warning}", file=sys.stderr)
+    return lock

@@ -16,9 +16,6 @@ def import_here(name: str) -> ModuleType:
     """A module, also one in the current folder with what it imports there.
 
     That folder is on Python's path for this alone, and last: else libraries would find there what they look for.
-
-    Raises:
-        ImportError: there is none.
     """
     here = os.getcwd()
     if here in sys.path:  # in PYTHONPATH

@@ -23,19 +23,15 @@ def sat_question(question: str, options: Sequence[str]) -> str:
 
 
 def check_text(text: str, control_tokens: Sequence[str]) -> None:
-    """See that a text of a data set or a user can be put to a model as what it is: text.
+    """Raise Mistake for a text that is empty, holds half a character, or spells a control token.
 
-    Args:
-        control_tokens: of the model's tokenizer, which takes them for the template's own wherever it reads them.
-
-    Raises:
-        ValueError: it cannot.
+    The model's tokenizer would take such a token for the chat template's own.
     """
     if not text.strip():
         raise Mistake("the text is empty")
-    if found := [token for token in control_tokens if token in text]:
-        raise Mistake(f"the text holds {found[0]}, a control token of the model; write it otherwise")
-    if not text.isascii() and without_surrogates(text) != text:
+    if spelled := [token for token in control_tokens if token in text]:
+        raise Mistake(f"the text holds {spelled[0]}, a control token of the model; write it otherwise")
+    if without_surrogates(text) != text:
         raise Mistake("the text holds half a character (a lone surrogate)")
 
 
@@ -50,10 +46,6 @@ def load_chat_template(name_or_path: str, folder: str = "") -> str:
     Args:
         name_or_path: of the template.
         folder: below `configs/chat_templates`, of a family that writes images and turns in its own way.
-
-    Raises:
-        FileNotFoundError: when there is neither such a file nor such a name.
-        ValueError: the file is not UTF-8.
     """
     templates = CHAT_TEMPLATE_DIR / folder
     for path in (Path(name_or_path), templates / f"{name_or_path}.jinja"):

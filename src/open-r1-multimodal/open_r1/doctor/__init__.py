@@ -1,4 +1,4 @@
-"""What is wrong with a run before it starts: checks by family, each a function that gives a finding.
+"""What is wrong with a run before it starts: checks in families, each a function of the run.
 
 It imports every room. Start with `examination.py`.
 """

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from open_r1.doctor.finding import Checks, Finding, failed, passed, skipped, warned
-from open_r1.doctor.subject import MEASURED_STEPS, Patient, existing
+from open_r1.doctor.run import MEASURED_STEPS, Run, existing
 from open_r1.models.memory import Count, Launch, free_memory
 
 GB = 1e9
@@ -17,77 +17,71 @@ MAX_CPU_FLOPS = 2e12  # of the steps that are measured; a laptop takes a minute
 FLOPS_A_TOKEN = 10  # and parameter: sampling, scoring by the reference, forward, backward
 
 
-def memory(patient: Patient) -> Iterator[Finding]:
-    """The count of `open_r1.models.memory` against the card, or all processes against this machine."""
-    launch, on_cpu = patient.launch, patient.on_cpu
-    count, free = patient.count(launch), free_memory(on_cpu)
+def memory(run: Run) -> Iterator[Finding]:
+    """What `models.memory` counts against the card, or all processes against this machine."""
+    args, on_cpu, processes = run.args, run.on_cpu, run.launch.processes_here
+    count, free = run.count(run.launch), free_memory(on_cpu)
     total = psutil.virtual_memory().total if on_cpu else torch.cuda.mem_get_info()[1]
-    args = patient.settings[1]
-    has_vllm = getattr(args, "use_vllm", False) and args.vllm_mode == "colocate"
-    remedy = "smaller per_device_train_batch_size or max_completion_length, configs/overlays/lora.yaml, docs/memory.md"
-    about_vllm = ", vLLM's not counted" if has_vllm else ""
-    if has_vllm and not on_cpu:
-        shares = vllm_shares(patient, count, total)
-        about_vllm = (
-            f", {args.vllm_gpu_memory_utilization * total / GB:.1f} of them vLLM's; fits: {shares or 'no share'}"
-        )
-        remedy = f"{shares or 'configs/overlays/lora.yaml, more GPUs, or --vllm_mode server'}; docs/memory.md"
-        count = count.with_vllm(args.vllm_gpu_memory_utilization, total, args.vllm_enable_sleep_mode)
-    needed = count.peak * launch.processes_here if on_cpu else count.peak
-    what = f"{launch.processes_here} x {count.peak / GB:.1f} GB at most, of {total / GB:.1f} GB "
+    remedy = "a smaller per_device_train_batch_size or max_completion_length, or configs/overlays/lora.yaml"
+    about_vllm = ""
+    if getattr(args, "use_vllm", False) and args.vllm_mode == "colocate" and not on_cpu:
+        share, shares = args.vllm_gpu_memory_utilization, vllm_shares(run, count, total)
+        about_vllm = f", {share * total / GB:.1f} of them vLLM's; fits: {shares or 'no share'}"
+        remedy = shares or "configs/overlays/lora.yaml, more GPUs, or --vllm_mode server"
+        count = count.with_vllm(share, total, args.vllm_enable_sleep_mode)
+    needed = count.peak * processes if on_cpu else count.peak
+    what = f"{processes} x {count.peak / GB:.1f} GB at most, of {total / GB:.1f} GB "
     what += f"{'' if on_cpu else 'of a GPU '}{free / GB:.1f} are free{about_vllm}"
-    if on_cpu and launch.processes_here > 1:
+    if on_cpu and processes > 1:
         remedy = f"NUM_PROCESSES=1, {remedy}"
     if needed > total:
-        yield failed(what, remedy)
+        yield failed(what, f"{remedy}; docs/memory.md")
     elif needed > free:
         yield warned(what, "end what else takes memory there")
     else:
         yield passed(what)
 
 
-def vllm_shares(patient: Patient, count: Count, card: float) -> str:
-    """The settings of vLLM that fit beside training on a card, the largest share of each kind; empty: none does.
+def vllm_shares(run: Run, count: Count, card: float) -> str:
+    """The largest shares of a card that vLLM can take beside training, as options; empty: none.
 
-    One that holds no more than vLLM's own copy of the weights is none.
+    A share that holds no more than vLLM's own copy of the weights is none.
     """
-    least = sum(p.nbytes for p in patient.model_outline.parameters())
-    shares = {sleeps: count.largest_share(card, sleeps) for sleeps in (False, True)}
-    sleep_mode = {False: "", True: " with --vllm_enable_sleep_mode true"}
-    return ", or ".join(
-        f"--vllm_gpu_memory_utilization up to {share:.2f}{sleep_mode[sleeps]}"
-        for sleeps, share in shares.items()
-        if share * card > least
-    )
+    weights = sum(parameter.nbytes for parameter in run.model_outline.parameters())
+    fitting = []
+    for sleeps, option in ((False, ""), (True, " with --vllm_enable_sleep_mode true")):
+        share = count.largest_share(card, sleeps)
+        if share * card > weights:
+            fitting.append(f"--vllm_gpu_memory_utilization up to {share:.2f}{option}")
+    return ", or ".join(fitting)
 
 
-def total_steps(patient: Patient) -> int:
+def total_steps(run: Run) -> int:
     """Optimiser steps of the run."""
-    args = patient.settings[1]
+    args = run.args
     if args.max_steps > 0:
         return args.max_steps
-    per_step = args.per_device_train_batch_size * patient.launch.num_processes * args.gradient_accumulation_steps
-    samples = len(patient.prepared_data["train_dataset"]) * (args.num_generations if patient.is_grpo else 1)
+    per_step = args.per_device_train_batch_size * run.launch.num_processes * args.gradient_accumulation_steps
+    samples = len(run.rows) * (args.num_generations if run.is_grpo else 1)
     return math.ceil(args.num_train_epochs * samples / per_step)
 
 
-def checkpoint_bytes(patient: Patient) -> tuple[float, float]:
+def checkpoint_bytes(run: Run) -> tuple[float, float]:
     """What a checkpoint takes on the disk, and what of it the model at the end takes."""
-    _, args, model_args = patient.settings
-    whole = Launch(1, patient.launch.zero_stage)
-    base = patient.count(whole).base
+    base = run.count(Launch(1, run.launch.zero_stage)).base
     weights = base["weights"]
-    if model_args.use_peft:
-        weights = sum(p.nbytes for p in patient.model_outline.parameters() if p.requires_grad)
-    if args.save_only_model:
+    if run.model_args.use_peft:
+        weights = sum(p.nbytes for p in run.model_outline.parameters() if p.requires_grad)
+    if run.args.save_only_model:
         return weights, weights
-    return weights + base["optimiser"] + (weights if whole.zero_stage else 0), weights  # DeepSpeed writes them again
+    copies = 2 if run.launch.zero_stage else 1  # DeepSpeed writes them again
+    return copies * weights + base["optimiser"], weights
 
 
-def disk(patient: Patient) -> Iterator[Finding]:
+def disk(run: Run) -> Iterator[Finding]:
     """The checkpoints to come, and the model at the end."""
-    args, steps = patient.settings[1], total_steps(patient)
-    one, last = checkpoint_bytes(patient)
+    args, steps = run.args, total_steps(run)
+    one, last = checkpoint_bytes(run)
     interval = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
     written = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy, math.ceil(steps / interval))
     if args.save_total_limit:
@@ -98,45 +92,46 @@ def disk(patient: Patient) -> Iterator[Finding]:
     what = f"{written} checkpoints of {one / GB:.2f} GB and the model: {needed / GB:.1f} GB, "
     what += f"{free / GB:.1f} GB are free in {folder}"
     if needed > free:
-        yield failed(what, "another OUTPUT, --save_total_limit 2, or --save_only_model true (which cannot be resumed)")
+        yield failed(what, "another OUTPUT, --save_total_limit 2, or --save_only_model true (no resuming)")
     else:
         yield passed(what)
 
 
-def hours(patient: Patient) -> Iterator[Finding]:
+def hours(run: Run) -> Iterator[Finding]:
     """From two steps in this process, which does the work of all of them."""
-    args, steps = patient.settings[1], total_steps(patient)
-    trainer = patient.trainer
-    if getattr(args, "use_vllm", False):
-        yield skipped("vLLM generates in this recipe: the log's first steps tell")
+    trainer, launch, steps = run.trainer, run.launch, total_steps(run)
+    needed = run.count(Launch(), trainer.args).peak
+    if getattr(run.args, "use_vllm", False):
+        why = "vLLM generates in this recipe: the log's first steps tell"
+    elif needed > free_memory(run.on_cpu):
+        why = f"a step in one process takes {needed / GB:.1f} GB, more than is free"
+    elif run.on_cpu and flops(run) > MAX_CPU_FLOPS:
+        why = "a step takes a CPU minutes: the log's first steps tell"
+    else:
+        why = ""
+    if why:
+        yield skipped(why)
         return
-    needed = patient.count(Launch(), trainer.args).peak
-    if needed > free_memory(patient.on_cpu):
-        yield skipped(f"a step in one process takes {needed / GB:.1f} GB, more than is free")
-        return
-    if patient.on_cpu and flops(patient) > MAX_CPU_FLOPS:
-        yield skipped("a step takes a CPU minutes: the log's first steps tell")
-        return
-    threads, launch = torch.get_num_threads(), patient.launch
+    threads = torch.get_num_threads()
     torch.set_num_threads(min(threads * launch.processes_here, os.cpu_count() or 1))  # as those here together
     try:
         seconds = trainer.train().metrics["train_runtime"] / MEASURED_STEPS
     finally:
         torch.set_num_threads(threads)
-    seconds /= launch.num_machines if patient.on_cpu else launch.num_processes
+    seconds /= launch.num_machines if run.on_cpu else launch.num_processes
     minutes = seconds * steps / 60
     time = f"{minutes / 60:.1f} hours" if minutes > 60 else f"{minutes:.1f} minutes"
     yield passed(f"{seconds:.1f} s a step, measured over {MEASURED_STEPS}; {steps} take {time}")
 
 
-def flops(patient: Patient) -> float:
+def flops(run: Run) -> float:
     """A rough count for the steps that are measured."""
-    script_args, args = patient.settings[0], patient.trainer.args
+    args = run.trainer.args
     examples = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    tokens = examples * script_args.max_prompt_length
-    if patient.is_grpo:
+    tokens = examples * run.script_args.max_prompt_length
+    if run.is_grpo:
         tokens = tokens / args.num_generations + examples * args.max_completion_length
-    return MEASURED_STEPS * tokens * FLOPS_A_TOKEN * sum(p.numel() for p in patient.model_outline.parameters())
+    return MEASURED_STEPS * tokens * FLOPS_A_TOKEN * run.num_parameters
 
 
-CHECKS: Checks = {"memory": memory, "disk": disk, "hours": hours}
+CHECKS: Checks = (memory, disk, hours)

@@ -1,12 +1,13 @@
-"""Checks the data sets: the form of rows, images, answers, duplicates, leaks, lengths of prompts."""
+"""Checks the data sets: rows, images, answers, duplicates, leaks, lengths of prompts."""
 
 import random
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
-from open_r1.doctor.subject import Patient
+from open_r1.doctor.run import Run
 from open_r1.doctor.survey import Survey
 from open_r1.running.data import count_prompt_tokens
 
@@ -14,16 +15,12 @@ SAMPLE = 500  # prompts whose length is measured
 FEW = 0.05  # a share of the examples that nobody misses
 
 
-def sets(patient: Patient) -> list[tuple[str, Survey]]:
+def sets(run: Run) -> list[tuple[str, Survey]]:
     """The data sets by their names, the one to train on first."""
-    script_args = patient.settings[0]
-    surveys = [(script_args.dataset_name, patient.train_set)]
-    return surveys + ([(script_args.eval_dataset_name, patient.held_out_set)] if patient.held_out_set else [])
-
-
-def short(name: str) -> str:
-    """A data set's name without its folder."""
-    return name.rsplit("/", 1)[-1]
+    surveys = [(run.script_args.dataset_name, run.train_set)]
+    if run.held_out_set:
+        surveys.append((run.script_args.eval_dataset_name, run.held_out_set))
+    return surveys
 
 
 def first(wrong: list[str]) -> str:
@@ -31,62 +28,61 @@ def first(wrong: list[str]) -> str:
     return wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
 
 
-def rows(patient: Patient) -> Iterator[Finding]:
+def rows(run: Run) -> Iterator[Finding]:
     """They can be read as questions."""
-    for name, found in sets(patient):
-        if found.images:
-            yield passed(f"{name}: {found.rows:,} rows, {found.images:,} images")
+    for name, data in sets(run):
+        if data.images:
+            yield passed(f"{name}: {data.rows:,} rows, {data.images:,} images")
         else:
-            yield warned(f"{name}: {found.rows:,} rows, none has an image", "name their field with --image_column")
+            remedy = "name their field with --image_column"
+            yield warned(f"{name}: {data.rows:,} rows, none has an image", remedy)
 
 
-def images(patient: Patient) -> Iterator[Finding]:
+def images(run: Run) -> Iterator[Finding]:
     """Each is decoded once."""
-    for name, found in sets(patient):
-        if found.broken:
-            yield failed(f"{name}: {first(found.broken)}", "put these images right, or leave their rows out")
-        elif found.images:
-            partly = "" if found.decoded == found.images else f" of {found.images:,}, more would take too long"
-            yield passed(f"{short(name)}: {found.decoded:,} decoded{partly}, none broken")
+    for name, data in sets(run):
+        if data.broken:
+            yield failed(f"{name}: {first(data.broken)}", "mend these images, or leave their rows out")
+        elif data.images:
+            partly = "" if data.decoded == data.images else f" of {data.images:,}, more would take too long"
+            yield passed(f"{Path(name).name}: {data.decoded:,} decoded{partly}, none broken")
 
 
-def answers(patient: Patient) -> Iterator[Finding]:
+def answers(run: Run) -> Iterator[Finding]:
     """They are there, and among the options."""
-    for name, found in sets(patient):
-        if found.unusable:
-            yield failed(f"{name}: {first(found.unusable)}", "put these answers right, or leave their rows out")
+    for name, data in sets(run):
+        if data.unusable:
+            yield failed(f"{name}: {first(data.unusable)}", "mend these answers, or leave their rows out")
         else:
-            given = [answer for answer in found.answers if answer is not None]
-            yield passed(
-                f"{short(name)}: {len(given):,} of {found.rows:,} rows with an answer, {len(set(given)):,} different"
-            )
+            known = [answer for answer in data.answers if answer is not None]
+            what = f"{len(known):,} of {data.rows:,} rows with an answer, {len(set(known)):,} different"
+            yield passed(f"{Path(name).name}: {what}")
 
 
-def duplicates(patient: Patient) -> Iterator[Finding]:
+def duplicates(run: Run) -> Iterator[Finding]:
     """The same question about the same images."""
-    for name, found in sets(patient):
-        same = defaultdict(list)
-        for shown, answer in zip(found.shown, found.answers, strict=True):
-            same[shown].append(answer)
-        repeated = found.rows - len(same)
-        torn = sum(len(set(given)) > 1 for given in same.values())
+    for name, data in sets(run):
+        answers_of = defaultdict(set)
+        for shown, answer in zip(data.shown, data.answers, strict=True):
+            answers_of[shown].add(answer)
+        repeated = data.rows - len(answers_of)
+        torn = sum(len(different) > 1 for different in answers_of.values())
         if torn:
-            yield warned(
-                f"{name}: {torn} of the questions are asked again with another answer", "keep one answer of each"
-            )
-        elif repeated > FEW * found.rows:
-            yield warned(f"{name}: {repeated} of {found.rows} rows are repeated", "keep one of each")
+            what = f"{name}: {torn} of the questions are asked again with another answer"
+            yield warned(what, "keep one answer of each")
+        elif repeated > FEW * data.rows:
+            yield warned(f"{name}: {repeated} of {data.rows} rows are repeated", "keep one of each")
         else:
-            yield passed(f"{short(name)}: {repeated} of {found.rows:,} rows are repeated")
+            yield passed(f"{Path(name).name}: {repeated} of {data.rows:,} rows are repeated")
 
 
-def leaks(patient: Patient) -> Iterator[Finding]:
-    """Images of the training set, file by file, among the held-out ones; without images the questions themselves."""
-    if not patient.held_out_set:
+def leaks(run: Run) -> Iterator[Finding]:
+    """Held-out rows that show an image file of the training set, or ask one of its questions."""
+    if not run.held_out_set:
         return
-    trained = {digest for _, digests in patient.train_set.shown for digest in digests}
-    asked = set(patient.train_set.shown)
-    held_out = patient.held_out_set.shown
+    asked = set(run.train_set.shown)
+    trained = {digest for _, digests in asked for digest in digests}
+    held_out = run.held_out_set.shown
     leaked = [shown for shown in held_out if shown in asked or trained.intersection(shown[1])]
     if leaked:
         same = sum(shown in asked for shown in leaked)
@@ -96,29 +92,18 @@ def leaks(patient: Patient) -> Iterator[Finding]:
         yield passed(f"no image of {len(held_out):,} held-out questions is in the training set")
 
 
-def lengths(patient: Patient) -> Iterator[Finding]:
+def prompt_lengths(run: Run) -> Iterator[Finding]:
     """Prompts against `max_prompt_length`: how many are left out, and how long the others are."""
-    bound = patient.settings[0].max_prompt_length
-    kept, total = patient.prepared_data["train_dataset"], patient.train_set.rows
-    sample = random.Random(0).sample(range(len(kept)), min(SAMPLE, len(kept)))
-    processor = patient.prepared_data["processing_class"]
-    tokens = [count_prompt_tokens(kept[row], processor, **patient.template_kwargs) for row in sample]
-    left_out = total - len(kept)
+    total, count = run.train_set.rows, len(run.rows)
+    sample = random.Random(0).sample(range(count), min(SAMPLE, count))
+    tokens = [count_prompt_tokens(run.rows[row], run.processor, **run.template_kwargs) for row in sample]
+    left_out, bound = total - count, run.script_args.max_prompt_length or "any number"
     what = f"{left_out:,} of {total:,} rows left out ({left_out / total:.1%}); {len(tokens)} others have "
-    what += (
-        f"{statistics.median(tokens):.0f} tokens in the median, {max(tokens)} at most, {bound or 'any number'} allowed"
-    )
+    what += f"{statistics.median(tokens):.0f} tokens in the median, {max(tokens)} at most, {bound} allowed"
     if left_out > FEW * total:
         yield warned(what, "raise max_prompt_length or lower max_pixels; control tokens in a text leave it out too")
     else:
         yield passed(what)
 
 
-CHECKS: Checks = {
-    "rows": rows,
-    "images": images,
-    "answers": answers,
-    "duplicates": duplicates,
-    "leaks": leaks,
-    "prompt lengths": lengths,
-}
+CHECKS: Checks = (rows, images, answers, duplicates, leaks, prompt_lengths)

@@ -1,28 +1,25 @@
 """Checks the machine: versions, GPUs, shared memory; needs no recipe."""
 
 import os
-import platform
 import shutil
-import tomllib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
-from open_r1.doctor.subject import Patient
+from open_r1.doctor.run import Run
 from open_r1.running.launch import OTHER_TORCH, gpu_without_kernels
 from open_r1.running.launch_settings import listed_gpus
 
 SHARED_MEMORY = 10**9  # bytes that NCCL and the workers of a few processes need
 
 
-def versions(patient: Patient) -> Iterator[Finding]:
+def versions(run: Run) -> Iterator[Finding]:
     """What is installed against the pins."""
     wrong, lines = [], (REPO_ROOT / "requirements.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
@@ -40,19 +37,10 @@ def versions(patient: Patient) -> Iterator[Finding]:
         yield passed(f"{len(pins)} packages as pinned in requirements.txt")
 
 
-def python(patient: Patient) -> Iterator[Finding]:
-    """The interpreter."""
-    found = platform.python_version()
-    project = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]
-    if SpecifierSet(project["requires-python"]).contains(found, prereleases=True):
-        yield passed(found)
-    else:
-        yield failed(f"{found} is not {project['requires-python']}", "bash setup.sh makes an environment of one")
-
-
-def gpus(patient: Patient) -> Iterator[Finding]:
+def gpus(run: Run) -> Iterator[Finding]:
     """What the driver lists against what torch can use."""
-    listed, usable = listed_gpus() or [], torch.cuda.device_count() if torch.cuda.is_available() else 0
+    listed = listed_gpus() or []
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if usable and (old := gpu_without_kernels()):
         yield failed(old, OTHER_TORCH)
     elif usable:
@@ -68,16 +56,16 @@ def gpus(patient: Patient) -> Iterator[Finding]:
         yield passed(f"none{hidden}: CPU processes in float32")
 
 
-def shared_memory(patient: Patient) -> Iterator[Finding]:
+def shared_memory(run: Run) -> Iterator[Finding]:
     """/dev/shm, through which processes talk."""
     if not Path("/dev/shm").is_dir():
         return
     free = shutil.disk_usage("/dev/shm").free
     what = f"{free / 1e9:.1f} GB free in /dev/shm"
-    if free < SHARED_MEMORY and patient.launch.processes_here > 1:
+    if free < SHARED_MEMORY and run.launch.processes_here > 1:
         yield warned(what, "start the container with --shm-size 8g or --ipc host")
     else:
         yield passed(what)
 
 
-CHECKS: Checks = {"versions": versions, "Python": python, "GPU": gpus, "shared memory": shared_memory}
+CHECKS: Checks = (versions, gpus, shared_memory)

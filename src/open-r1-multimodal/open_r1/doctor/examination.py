@@ -6,7 +6,7 @@ from dataclasses import replace
 from open_r1.base.errors import Mistake, first_line, printable
 from open_r1.doctor import cost, data, environment, model, prompt, recipe, rewards
 from open_r1.doctor.finding import Finding, failed, skipped
-from open_r1.doctor.subject import Missing, Patient
+from open_r1.doctor.run import Missing, Run
 from open_r1.running.entry import silence
 
 FAMILIES = {
@@ -21,15 +21,16 @@ FAMILIES = {
 WIDTHS = {"verdict": 6, "family": 13, "name": 15}
 
 
-def examine(patient: Patient) -> Iterator[Finding]:
+def examine(run: Run) -> Iterator[Finding]:
     """Run the checks, of a recipe or (without one) of the machine alone."""
-    families = list(FAMILIES.items()) if patient.arguments else [("environment", environment.CHECKS)]
+    families = list(FAMILIES.items()) if run.arguments else [("environment", environment.CHECKS)]
     for family, checks in families:
-        for name, check in checks.items():
+        for check in checks:
+            name = check.__name__.replace("_", " ")
             findings = []
             try:
                 with silence():
-                    findings += check(patient)
+                    findings += check(run)
             except Missing as error:
                 findings.append(skipped(str(error)))
             except (Mistake, OSError, RuntimeError) as error:  # RuntimeError: torch's, for shapes and memory

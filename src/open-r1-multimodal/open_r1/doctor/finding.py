@@ -1,6 +1,6 @@
 """The result of a check, and the list of checks of a family."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -32,8 +32,8 @@ class Finding:
     name: str = ""
 
 
-# A family's checks, in their order, by name. A check may find several things, or have nothing to look at.
-Checks = Mapping[str, Callable[[Any], Iterator[Finding]]]
+# A family's checks, in their order. A check may find several things, or have nothing to look at.
+Checks = tuple[Callable[[Any], Iterator[Finding]], ...]
 
 
 def passed(what: str) -> Finding:

@@ -5,24 +5,24 @@ from collections.abc import Iterator
 
 from open_r1.base.locks import check_free
 from open_r1.doctor.finding import Checks, Finding, failed, passed
-from open_r1.doctor.subject import Patient, existing
+from open_r1.doctor.run import Run, existing
 from open_r1.running.checkpoints import Layout
 from open_r1.running.entry import find_checkpoint, resolve_report_to
 
 
-def settings(patient: Patient) -> Iterator[Finding]:
+def settings(run: Run) -> Iterator[Finding]:
     """Recipes and arguments, read as every process reads them."""
-    args = patient.settings[1]
-    per_step = args.per_device_train_batch_size * patient.launch.num_processes * args.gradient_accumulation_steps
-    unit = f"completions, {args.num_generations} a prompt" if patient.is_grpo else "examples"
-    zero = "no ZeRO" if patient.launch.zero_stage is None else f"ZeRO-{patient.launch.zero_stage}"
-    processes = f"{patient.launch.num_processes} process{'es' if patient.launch.num_processes > 1 else ''}"
-    yield passed(f"{patient.command.name}, {processes}, {zero}; a step is {per_step} {unit}")
+    args, count, zero_stage = run.args, run.launch.num_processes, run.launch.zero_stage
+    per_step = args.per_device_train_batch_size * count * args.gradient_accumulation_steps
+    unit = f"completions, {args.num_generations} a prompt" if run.is_grpo else "examples"
+    zero = "no ZeRO" if zero_stage is None else f"ZeRO-{zero_stage}"
+    processes = "1 process" if count == 1 else f"{count} processes"
+    yield passed(f"{run.command.name}, {processes}, {zero}; a step is {per_step} {unit}")
 
 
-def tracking(patient: Patient) -> Iterator[Finding]:
+def tracking(run: Run) -> Iterator[Finding]:
     """wandb asks for a login, and a run without a terminal ends there."""
-    trackers = patient.settings[1].report_to
+    trackers = run.args.report_to
     ready = resolve_report_to(["auto"]) == ["wandb"] or os.environ.get("WANDB_MODE") == "disabled"
     if "wandb" in trackers and not ready:
         yield failed("report_to: wandb, without a key", "wandb login, WANDB_MODE=offline, or --report_to tensorboard")
@@ -30,43 +30,37 @@ def tracking(patient: Patient) -> Iterator[Finding]:
         yield passed(f"reports to {', '.join(trackers) or 'its folder alone'}")
 
 
-def output(patient: Patient) -> Iterator[Finding]:
+def output(run: Run) -> Iterator[Finding]:
     """Where the run would begin, that it can be written to, and that nobody else does."""
-    args, layout = patient.settings[1], Layout(patient.launch.zero_stage or 0, patient.launch.num_processes)
-    check_free(args.output_dir)
-    checkpoint = find_checkpoint(patient.command, patient.settings, layout)
-    folder = existing(args.output_dir)
+    output_dir = run.args.output_dir
+    check_free(output_dir)
+    checkpoint = find_checkpoint(
+        run.command, run.settings, Layout(run.launch.zero_stage or 0, run.launch.num_processes)
+    )
+    folder = existing(output_dir)
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        yield failed(f"output_dir {args.output_dir}: {folder} is no folder that can be written to", "another OUTPUT")
+        yield failed(f"output_dir {output_dir}: {folder} is no folder that can be written to", "another OUTPUT")
     else:
-        yield passed(f"goes on from {checkpoint}" if checkpoint else f"starts anew in {args.output_dir}")
+        yield passed(f"goes on from {checkpoint}" if checkpoint else f"starts anew in {output_dir}")
 
 
-def model(patient: Patient) -> Iterator[Finding]:
+def model(run: Run) -> Iterator[Finding]:
     """Its files are there, of a family that this project knows, with a processor."""
-    name = patient.settings[2].model_name_or_path
-    family, size = patient.model_outline.config.model_type, sum(p.numel() for p in patient.model_outline.parameters())
-    yield passed(f"{name}: {family}, {size / 1e6:,.1f} M parameters, {type(patient.processor).__name__}")
+    family, size = run.model_outline.config.model_type, run.num_parameters / 1e6
+    name = run.model_args.model_name_or_path
+    yield passed(f"{name}: {family}, {size:,.1f} M parameters, {type(run.processor).__name__}")
 
 
-def chat_template(patient: Patient) -> Iterator[Finding]:
+def chat_template(run: Run) -> Iterator[Finding]:
     """It can be rendered."""
-    start = "inside <think>" if patient.prompt_opening else "with their first word"
-    name = patient.settings[0].chat_template or "of the model"
-    yield passed(f"{name}: completions start {start}")
+    start = "inside <think>" if run.prompt_opening else "with their first word"
+    yield passed(f"{run.script_args.chat_template or 'of the model'}: completions start {start}")
 
 
-def rewards(patient: Patient) -> Iterator[Finding]:
+def rewards(run: Run) -> Iterator[Finding]:
     """Names lead to functions."""
-    if patient.is_grpo:
-        yield passed(", ".join(reward.__name__ for reward in patient.reward_funcs))
+    if run.is_grpo:
+        yield passed(", ".join(reward.__name__ for reward in run.reward_funcs))
 
 
-CHECKS: Checks = {
-    "settings": settings,
-    "tracking": tracking,
-    "output": output,
-    "model": model,
-    "chat template": chat_template,
-    "rewards": rewards,
-}
+CHECKS: Checks = (settings, tracking, output, model, chat_template, rewards)

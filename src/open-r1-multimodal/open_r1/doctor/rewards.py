@@ -1,8 +1,7 @@
-"""Checks the rewards: what they give right answers in many forms, wrong ones, and texts that are no answers."""
+"""Checks the rewards: what they give right answers in many forms, wrong answers, and none."""
 
 import asyncio
 import inspect
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,16 +10,16 @@ from typing import Any
 from transformers import TrainerState
 
 from open_r1.answers.checker import extract_answer, is_correct
-from open_r1.base.errors import Mistake, first_line
+from open_r1.base.errors import Mistake
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
-from open_r1.doctor.subject import Patient
-from open_r1.rewards import Reward, accuracy_reward
-from open_r1.running.data import ROTATION_OF, Row, opens_think
+from open_r1.doctor.run import Run
+from open_r1.rewards import Reward, accuracy_reward, guarded
+from open_r1.running.data import ROTATION_OF, Row
 
 ROWS = 200  # among which are looked for
 ASKED = 4  # examples with different answers
 SLOW = 0.05  # seconds a completion
-LONGEST = 32_768  # words of a sample, whatever the recipe allows: a limit without end would fill the memory
+LONGEST = 32_768  # words of a sample, whatever the recipe allows
 THOUGHT = "The picture shows it. Wait, let me look again.</think>\n"
 # Ways to write the right answer into `<answer>`, none of which changes it.
 DRESSES = (
@@ -66,29 +65,34 @@ def make_samples(rows: Iterable[Row], opens_think: bool, longest: int) -> list[S
     for row in rows:
         gold = row["solution"] or "yes"  # without answers rewards look at something else
         asked.setdefault(extract_answer(gold) or gold, row)
-    result = []
+    samples = []
     for gold, row in list(asked.items())[:ASKED]:
-        answers = [(dress, dress.format(gold), True) for dress in DRESSES]
         options = row["options"] if row["solution"] else []
+        right = [(dress, dress.format(gold)) for dress in DRESSES]
+        wrong = []
         others = (other for other in options or asked if not is_correct(other, gold, options))
         if other := next(others, None):
-            answers.append(("wrong", other, False))
-            answers += [("hedged", hedge.format(gold, other), False) for hedge in HEDGES]
-        result += [Sample(row, kind, f"{thought}<answer>{text}</answer>", right) for kind, text, right in answers]
-        result += [Sample(row, kind, thought + text.format(gold), False) for kind, text in NO_ANSWERS.items()]
-        result += [Sample(row, "empty", "", False), Sample(row, "thought alone", f"It is {gold}. {thought}", False)]
+            wrong = [("wrong", other), *(("hedged", hedge.format(gold, other)) for hedge in HEDGES)]
+        for is_right, answers in ((True, right), (False, wrong)):
+            samples += [Sample(row, kind, f"{thought}<answer>{text}</answer>", is_right) for kind, text in answers]
         if row.get(ROTATION_OF) is not None:
             other_order = {**row, "options": [*row["options"][1:], *row["options"][:1]]}
-            result.append(Sample(other_order, "in another order", f"{thought}<answer>{gold}</answer>", True))
-        endless = f"{gold} " * min(longest, LONGEST)
-        result += [Sample(row, "answer alone", gold, False), Sample(row, "endless", endless, False)]
-    return result
+            samples.append(Sample(other_order, "in another order", f"{thought}<answer>{gold}</answer>", True))
+        no_answers = {kind: thought + text.format(gold) for kind, text in NO_ANSWERS.items()}
+        no_answers |= {"empty": "", "thought alone": f"It is {gold}. {thought}", "answer alone": gold}
+        no_answers["endless"] = f"{gold} " * min(longest, LONGEST)
+        samples += [Sample(row, kind, text, False) for kind, text in no_answers.items()]
+    return samples
 
 
-def call(reward: Reward, samples: Sequence[Sample], tokenizer: Any) -> list[Any]:
-    """What a reward gives these completions, called as TRL calls it."""
+def call(reward: Reward, samples: Sequence[Sample], tokenizer: Any) -> list[float | None]:
+    """What a reward gives these completions, called and checked as in training.
+
+    Raises:
+        Mistake: it raises, or does not give each a finite number or None.
+    """
     rows = [sample.row for sample in samples]
-    given = reward(
+    rewards = guarded(reward, reward.__name__)(
         prompts=[row["prompt"] for row in rows],
         completions=[[{"role": "assistant", "content": sample.text}] for sample in samples],
         completion_ids=[tokenizer(sample.text)["input_ids"] for sample in samples],
@@ -97,55 +101,42 @@ def call(reward: Reward, samples: Sequence[Sample], tokenizer: Any) -> list[Any]
         log_metric=lambda *_: None,
         **{name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")},
     )
-    return list(asyncio.run(given) if inspect.iscoroutine(given) else given)
+    return asyncio.run(rewards) if inspect.iscoroutine(rewards) else rewards
 
 
 def examine(reward: Reward, samples: Sequence[Sample], tokenizer: Any) -> Finding:
     """What there is to say of a reward."""
     name, start = reward.__name__, time.perf_counter()
     try:
-        given = call(reward, samples, tokenizer)
-        values = [math.nan if value is None else float(value) for value in given]
-    except (Exception, SystemExit) as error:  # a user's function raises what it likes
-        what = (
-            str(error) if isinstance(error, Mistake) else f"{name} raises {type(error).__name__}: {first_line(error)}"
-        )
-        return failed(what, "mend it, or leave it out")
+        values = call(reward, samples, tokenizer)
+    except Mistake as error:
+        return failed(str(error), "mend it, or leave it out")
     seconds = (time.perf_counter() - start) / len(samples)
-    if len(values) != len(samples):
-        return failed(f"{name} gives {len(values)} rewards for {len(samples)} completions", "one for each is expected")
-    for sample, value in zip(samples, given, strict=True):
-        if value is not None and not math.isfinite(value):
-            return failed(f"{name} gives {value} for {sample.text!r}", "give a number, or None for no opinion")
-    known = sorted({value for value in values if not math.isnan(value)})
+    known = sorted({value for value in values if value is not None})
     if len(known) < 2:
         what = f"{name} gives {known[0] if known else None} for each of {len(samples)} different completions"
         return failed(what, "no group has anything to learn from it; mend it, or leave it out")
+    extent = f"{known[0]:g} to {known[-1]:g} over {len(samples)} completions"
     if reward is accuracy_reward:
         for sample, value in zip(samples, values, strict=True):
             if value != sample.right:
                 what = f"{name} gives {value:g} for {sample.text!r} ({sample.row['solution']!r} is right)"
                 is_plain = not sample.right or sample.kind == BARE
                 return (failed if is_plain else warned)(what, "look at the answers and options of these data")
+        extent = f"1 for {len(DRESSES)} forms of a right answer, 0 for wrong, hedged and none"
     if seconds > SLOW:
         return warned(f"{name} takes {seconds * 1000:.0f} ms a completion", "every step waits for it: make it faster")
-    extent = f"{known[0]:g} to {known[-1]:g} over {len(samples)} completions"
-    if reward is accuracy_reward:
-        extent = f"1 for {len(DRESSES)} forms of a right answer, 0 for wrong, hedged and none"
     return passed(f"{name}: {extent}, {seconds * 1000:.1f} ms each")
 
 
-def lint(patient: Patient) -> Iterator[Finding]:
+def lint(run: Run) -> Iterator[Finding]:
     """Each reward on the same completions."""
-    if not patient.is_grpo:
+    if not run.is_grpo:
         return
-    prepared = patient.prepared_data
-    rows = prepared["train_dataset"].select(range(min(ROWS, len(prepared["train_dataset"]))))
-    processor = prepared["processing_class"]
-    longest = patient.settings[1].max_completion_length
-    samples = make_samples(rows, opens_think(processor, **patient.template_kwargs), longest)
-    for reward in prepared["reward_funcs"]:
-        yield examine(reward, samples, processor.tokenizer)
+    rows = run.rows.select(range(min(ROWS, len(run.rows))))
+    samples = make_samples(rows, run.prompt_opening, run.args.max_completion_length)
+    for reward in run.reward_funcs:
+        yield examine(reward, samples, run.processor.tokenizer)
 
 
-CHECKS: Checks = {"lint": lint}
+CHECKS: Checks = (lint,)

@@ -1,13 +1,13 @@
-"""Looks a data set through once: images that do not open, answers that cannot be used, duplicates."""
+"""Looks a data set through once: broken images, unusable answers, what is shown and asked."""
 
 import hashlib
 import io
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 
 from open_r1.base.errors import Mistake
 from open_r1.base.images import BrokenImage, ImageSource, image_bytes, image_name, open_image
@@ -22,7 +22,8 @@ class Survey:
 
     Attributes:
         rows: how many there are.
-        images, decoded: how many images they name, and how many of these were decoded in the time there was.
+        images, decoded: how many images they name, and how many of these were decoded in the time
+        there was.
         broken: what is wrong with an image, and its row.
         unusable: what is wrong with an answer, and its row.
         shown: of each row its question, and a hash of each image's file.
@@ -59,34 +60,27 @@ def survey(examples: Iterable[Row], check: Callable[[Row], None]) -> Survey:
 
     Args:
         examples: see `tasks.mixture.iter_mixture`, whose errors pass.
-        check: raises ValueError for a row whose answer cannot be trained on.
+        check: raises Mistake for a row whose answer cannot be trained on.
     """
-    found, deadline, threads = Survey(), time.monotonic() + DECODING_SECONDS, os.cpu_count() or 1
-    waiting: deque[tuple[int, str, list[Future[str]]]] = deque()
-
-    def settle(row: int, question: str, futures: list[Future[str]]) -> None:
-        digests = []
-        for future in futures:
-            try:
-                digests.append(future.result())
-            except BrokenImage as error:
-                found.broken.append(f"row {row}: {error}")
-        found.shown.append((question, tuple(digests)))
-
+    result, deadline, threads = Survey(), time.monotonic() + DECODING_SECONDS, os.cpu_count() or 1
+    examples = iter(examples)
     with ThreadPoolExecutor(threads) as pool:
-        for row, example in enumerate(examples):
-            in_time, sources = time.monotonic() < deadline, example["images"]
-            found.rows, found.images = found.rows + 1, found.images + len(sources)
-            found.decoded += in_time * len(sources)
-            found.answers.append(example["solution"])
-            try:
-                check(example)
-            except Mistake as error:
-                found.unusable.append(f"row {row}: {error}")
-            futures = [pool.submit(look_at, source, in_time) for source in sources]
-            waiting.append((row, example["prompt"][-1]["content"], futures))
-            if len(waiting) > 4 * threads:  # rows may carry their images: few are held at a time
-                settle(*waiting.popleft())
-        while waiting:
-            settle(*waiting.popleft())
-    return found
+        while chunk := list(islice(examples, 8 * threads)):  # rows may carry their images: few are held at a time
+            decode = time.monotonic() < deadline
+            futures = [[pool.submit(look_at, source, decode) for source in row["images"]] for row in chunk]
+            for row, images in zip(chunk, futures, strict=True):
+                digests = []
+                for image in images:
+                    try:
+                        digests.append(image.result())
+                    except BrokenImage as error:
+                        result.broken.append(f"row {result.rows}: {error}")
+                try:
+                    check(row)
+                except Mistake as error:
+                    result.unusable.append(f"row {result.rows}: {error}")
+                result.shown.append((row["prompt"][-1]["content"], tuple(digests)))
+                result.answers.append(row["solution"])
+                result.rows, result.images = result.rows + 1, result.images + len(images)
+                result.decoded += decode * len(images)
+    return result

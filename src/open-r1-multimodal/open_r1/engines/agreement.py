@@ -1,9 +1,9 @@
-"""Whether an engine samples from what the policy scores: seen on a few completions before a run begins.
+"""Checks that an engine samples from what the policy scores, on a few completions before a run.
 
-What an engine gets wrong it gets wrong silently: it answers another prompt, or the same about another image, and what
-the loss does to correct for small differences hides that. In 16 bits a right engine differs, too, for both round, and
-with real weights that is much: 0.04 nats a token. So the policy scores the same tokens in float32 as well, and the
-engine may be off from that by little more than the policy in 16 bits is.
+What an engine gets wrong is silent: it answers another prompt or sees another image, and the loss
+corrects for the difference. A right engine differs as well, because both round to 16 bits, with
+real weights by 0.04 nats a token. So the policy scores the same tokens in float32, too, and the
+engine may differ from that by little more than the policy in 16 bits does.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def difference(sampled: Sequence[Sequence[float | None]], scored: torch.Tensor) 
 
 
 class InFloat32(TorchFunctionMode):
-    """In the block, what a model computes in 16 bits is computed in float32, its weights as they are.
+    """In the block, a model computes in float32 what it would in 16 bits; its weights stay.
 
     Every function of torch gets its tensors of 16 bits as float32, and makes float32 where it is asked for 16 bits. So
     no copy of the model is made: a weight is widened where it is used, and forgotten. For forward passes alone.
@@ -105,14 +105,14 @@ def check_agreement(mean: float, rounding: float, dtype: str) -> None:
 def importance_ratio(
     difference: torch.Tensor, mask: torch.Tensor, mode: str, least: float | None, most: float | None
 ) -> torch.Tensor:
-    """How much likelier the policy finds a completion than the engine that sampled it: by this the loss weighs tokens.
+    """Probability of a completion under the policy over that under the engine; it weighs the loss.
 
-    TRL 1.16's correction (truncated or masked importance sampling), which has no function of its own there.
+    TRL 1.16's correction (truncated or masked importance sampling), in a function of its own.
 
     Args:
-        difference: (B, C), log-probability of the policy less that of the engine; NaN where the engine gave none.
+        difference: (B, C), log-probability of the policy less the engine's; NaN without one.
         mask: (B, C), 1 on completion tokens.
-        mode: "token_truncate" or "sequence_truncate" bound a ratio, "token_mask" or "sequence_mask" drop one outside.
+        mode: "token_truncate", "sequence_truncate" clip; "token_mask", "sequence_mask" drop.
         least, most: the bounds; None for none.
 
     Returns:
@@ -124,8 +124,8 @@ def importance_ratio(
     ratio = log_ratio.exp()
     if mode.endswith("truncate"):
         return ratio.clamp(min=least, max=most)
-    is_outside = (ratio < (-torch.inf if least is None else least)) | (ratio > (torch.inf if most is None else most))
-    return ratio.masked_fill(is_outside, 0.0)
+    lowest, highest = -torch.inf if least is None else least, torch.inf if most is None else most
+    return ratio.masked_fill((ratio < lowest) | (ratio > highest), 0.0)
 
 
 def sampling_figures(

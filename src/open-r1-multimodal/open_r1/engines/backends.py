@@ -44,7 +44,7 @@ class Backend(Protocol):
 
 
 class TransformersBackend:
-    """transformers, over `rollout.generate`: a prompt is encoded and prefilled once.
+    """transformers, over `decoding.generate`: a prompt is encoded and prefilled once.
 
     Args:
         model: gives the prompts' positions (not wrapped).
@@ -85,7 +85,7 @@ def load_transformers(
     """transformers with the model of a folder on a device; a LoRA run's folder is merged into its base.
 
     Raises:
-        OSError, ValueError: what `modeling.load_checkpoint` raises.
+        Mistake: what `load_checkpoint` raises.
     """
     model = load_checkpoint(folder, dtype=dtype).to(device).eval()
     prepare_model(model)

@@ -1,4 +1,4 @@
-"""Samples completions with transformers: a prompt is encoded and prefilled once for all its completions.
+"""Samples completions with transformers: a prompt is prefilled once for all its completions.
 
 `generate` samples what transformers' `generate` samples from repeated prompts (tests/test_rollout.py), without its
 repeated image encoding and prefill, without copying the cache for every token, and without computing finished rows
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, DynamicLayer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, DynamicLayer, GenerationConfig, PreTrainedModel
 
 from open_r1.base.errors import Mistake
 from open_r1.engines.shared_prefix import Prompt, enable_grouping, join_images
 from open_r1.models.families import family_of
 from open_r1.settings.generation import next_token_processors
 
-# Dropping finished rows copies the cache of the others, so it waits until an eighth of the rows has finished.
+# Dropping finished rows copies the others' cache, so it waits until an eighth has finished.
 KEEP_BELOW = 7 / 8
 NO_NUMBERS = "the model's scores of the next token are no numbers: its weights are NaN, infinite or too large"
 
@@ -30,35 +30,32 @@ class RoomyLayer(DynamicLayer):
     transformers' `DynamicLayer` copies all that it holds for every token, which is most of the time of decoding with
     a small model; its `StaticLayer` attends over all the room, filled or not. With room for a whole completion its
     keys and values stay where they are until rows are dropped.
+
+    Args:
+        room: for how many tokens behind those that come first.
     """
 
-    def __init__(self, room: int = 128) -> None:
-        """`room` is in tokens, behind those that come first."""
+    def __init__(self, room: int) -> None:
         super().__init__()
         self.room = room
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append (B, K, new, D) and return all keys and values (B, K, T, D), in one dtype (autocast gives two)."""
+        """Append (B, K, new, D), under autocast of two dtypes; return all keys and values (B, K, T, D)."""
         key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.buffer = None
+            batch, heads, length, dim = key_states.shape
+            self.buffer = key_states.new_empty(2, batch, heads, length + self.room, dim)
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        if self.buffer is None or end > self.buffer.shape[-2]:
-            batch, heads, _, dim = key_states.shape
-            buffer = key_states.new_empty(2, batch, heads, end + self.room, dim)
-            if start:
-                buffer[0, :, :, :start], buffer[1, :, :, :start] = self.keys, self.values
-            self.buffer = buffer
         self.buffer[0, :, :, start:end], self.buffer[1, :, :, start:end] = key_states, value_states
         self.keys, self.values = self.buffer[:, :, :, :end]
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keep or repeat rows, with the room behind them. Fewer rows move to the front of the buffer they are in."""
+        """Keep or repeat rows, with the room behind them; fewer rows move to the front of the buffer."""
         length = self.get_seq_length()
         held = self.buffer[:, beam_idx, :, :length]
         if held.shape[1] > self.buffer.shape[1]:
@@ -66,19 +63,6 @@ class RoomyLayer(DynamicLayer):
         self.buffer = self.buffer[:, : held.shape[1]]
         self.buffer[:, :, :, :length] = held
         self.keys, self.values = self.buffer[:, :, :, :length]
-
-
-def make_cache(config: PreTrainedConfig, room: int = 128) -> DynamicCache:
-    """An empty cache for a model of this configuration: with room where it attends to all, else as transformers has it.
-
-    Rows are picked with `reorder_cache`, which the layers of recurrent parts have too.
-
-    Args:
-        room: in tokens, behind those that come first.
-    """
-    cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
 
 
 def padding_bias(mask: torch.Tensor, room: int, dtype: torch.dtype) -> torch.Tensor:
@@ -92,7 +76,7 @@ def padding_bias(mask: torch.Tensor, room: int, dtype: torch.dtype) -> torch.Ten
         room: for how many tokens behind them.
 
     Returns:
-        (B, 1, 1, P + room or a little more): CUDA's kernel copies one whose rows do not begin at multiples of 8.
+        (B, 1, 1, P + room or a little more): CUDA's kernel wants rows at multiples of 8.
     """
     width = -(-(mask.shape[1] + room) // 8) * 8
     is_padding = F.pad(mask == 0, (0, width - mask.shape[1]))
@@ -109,14 +93,14 @@ def tokens_between_looks(device: torch.device) -> int:
 
 
 def next_tokens(scores: torch.Tensor, do_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row of scores (B, V) the highest token, or one drawn with the probabilities of their softmax.
+    """Of each row of scores (B, V) the highest token, or one drawn by the softmax of them.
 
     Probabilities are divided by noise from an exponential distribution: each is then the highest of its row with just
     this probability. `torch.multinomial` draws the same tokens in this way, but makes the host wait for a GPU twice to
     check them.
 
     Returns:
-        (B,) tokens, and (B,) the highest values, of which they are the places: NaN where the scores are no numbers.
+        (B,) tokens, and (B,) the values at them: NaN where the scores are no numbers.
     """
     if do_sample:
         scores = scores.softmax(dim=-1)
@@ -131,6 +115,12 @@ def generate(
 ) -> list[list[int]]:
     """Sample completions, several of each prompt.
 
+    Of the prompts 5 6 and 7 8 9 with `repeats` [2, 1], `max_new_tokens` 3 and the end token 0:
+
+        prefill   [_ 5 6], [7 8 9]                   (U, P), padded on the left, each prompt once
+        decoding  rows of the prompts 0, 0, 1        (B,), which copy their prompt's cache
+        returned  [[4, 0], [3, 2, 0], [1, 1, 1]]     the last one was cut by the limit
+
     Args:
         model: the language model decodes with `shared_prefix.grouped_attention` from then on.
         prompts: U encoded prompts of any lengths.
@@ -138,7 +128,7 @@ def generate(
         generation_config: sampling settings; `max_new_tokens` and `eos_token_id` are needed.
 
     Returns:
-        The token ids of each completion with its end token, if it came to one; the prompts' order, repeats together.
+        The token ids of each completion, with its end token if it came to one, prompt by prompt.
 
     Raises:
         Mistake: the model gives no numbers.
@@ -157,7 +147,8 @@ def generate(
     next_position = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts])[owner].to(device)  # (B,)
 
     length, longest = ids.shape[1], generation_config.max_new_tokens  # P, N
-    cache = make_cache(model.config, room=longest)
+    cache = DynamicCache(config=model.config)  # whose layers for recurrent parts stay
+    cache.layers = [RoomyLayer(longest) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     outputs = model(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
@@ -172,7 +163,7 @@ def generate(
         raise Mistake(NO_NUMBERS)
     logits = outputs.logits[owner.to(device), -1]  # (B, V)
 
-    # The processors of `generate` itself, so that every sampling setting means here what it means there.
+    # The processors of `generate` itself, so that a sampling setting means here what it means there.
     generation_config, _ = model._prepare_generation_config(generation_config)
     process = next_token_processors(model, generation_config, length, device)
     ends = torch.tensor(generation_config.eos_token_id, device=device).view(-1)
@@ -218,5 +209,5 @@ def generate(
     if has_nan:
         raise Mistake(NO_NUMBERS)
     is_end = torch.isin(output, ends)
-    lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, longest)  # with the end token
+    lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, longest)
     return [row[:kept] for row, kept in zip(output.tolist(), lengths.tolist(), strict=True)]

@@ -1,15 +1,14 @@
-"""Runs recurrent layers over a packed row: every completion starts from the state that its prompt left.
+"""Runs recurrent layers over a packed row: a completion starts from the state that its prompt left.
 
-Attention sees a prefix through keys and values. A gated delta net sees it through a matrix that it carries from token
-to token, and through the last inputs of its convolution. So of a packed row (see `shared_prefix`) a recurrent layer
-runs over the prefixes as one batch, and then over all branches as another that goes on from there. That is two runs
-whatever the row holds: under ZeRO-3 the processes exchange its weights at each of them.
+Attention sees a prefix through keys and values; a gated delta net sees it through a matrix that it
+carries from token to token, and through the last inputs of its convolution. So of a packed row (see
+`shared_prefix`) a recurrent layer runs over the prefixes as one batch, and then over all branches
+as another that goes on from there: two runs whatever the row holds, because under ZeRO-3 the
+processes exchange its weights at each run.
 
-Both are transformers' own forward pass, which knows how to go on from a cache; so its kernels are the ones that it
-picks (fla's and causal-conv1d's where they are installed, on a GPU, else torch). Ours is the cache: it lets gradients
-through.
-
-A kind of layer is an entry in `CACHE_ARGUMENTS`. The tests then run over it.
+Both runs are transformers' own forward pass with its own kernels (fla's and causal-conv1d's where
+they are installed, on a GPU, else torch's). Ours is the cache between them, which lets gradients
+through. The layers' classes are in `RECURRENT_LAYERS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,13 +25,12 @@ from transformers.cache_utils import LinearAttentionLayer
 if TYPE_CHECKING:
     from open_r1.engines.shared_prefix import Group, Layout
 
-# The class of a recurrent layer -> the argument of its `forward` that takes the cache.
-CACHE_ARGUMENTS = {"Qwen3_5GatedDeltaNet": "cache_params", "Lfm2ShortConv": "past_key_values"}
+RECURRENT_LAYERS = ("Qwen3_5GatedDeltaNet",)  # classes whose `forward` takes the cache as `cache_params`
 
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """A packed row of L tokens as N prefixes of at most P tokens, and B branches of at most C that go on from them.
+    """A packed row of L tokens as N prefixes (at most P tokens) and B branches (at most C).
 
     Both gather from the row's positions. Prefixes are padded on the left, where the layer's mask keeps padding out of
     the state, and branches on the right, where nothing follows it.
@@ -47,7 +45,7 @@ class Runs:
 
 
 def locate_runs(groups: "Sequence[Group]") -> Runs:
-    """The runs over the groups of a row; where it has no prefix or no branch, one of padding stands for them."""
+    """The runs over a row's groups; one of padding stands for no prefix or no branch."""
     device = groups[0].branches.device
     starts = torch.tensor([group.start for group in groups], device=device)
     lengths = torch.tensor([group.prefix for group in groups], device=device)
@@ -87,18 +85,18 @@ class Carried(LinearAttentionLayer):
         return recurrent_states
 
     def select(self, rows: torch.Tensor) -> None:
-        """Carry these rows of the batch, some more than once; the gradients of a row that is repeated add up."""
+        """Carry these rows of the batch; the gradients of a row that is repeated add up."""
         for index, conv in self.conv_states.items():
             self.conv_states[index] = conv[rows, :, -self.conv_kernel_size[index] :]  # (B, channels, kernel or fewer)
         for index, state in self.recurrent_states.items():
-            self.recurrent_states[index] = None if state is None else state[rows]  # a convolution alone has none
+            self.recurrent_states[index] = state[rows]
 
 
 def share_states(model: nn.Module) -> None:
-    """Let the recurrent layers of a model run over packed rows; other inputs give what they gave before."""
+    """Let a model's recurrent layers run over packed rows; other inputs give what they gave."""
     for decoder_layer in model.modules():
         for mixer in decoder_layer.children():
-            if type(mixer).__name__ in CACHE_ARGUMENTS:
+            if type(mixer).__name__ in RECURRENT_LAYERS:
                 mixer.layout = None
                 mixer.forward = partial(run_packed, mixer, mixer.forward)
                 # A decoder layer is given the layout, and not all of them hand it on. A hook also runs in front of the
@@ -107,7 +105,7 @@ def share_states(model: nn.Module) -> None:
 
 
 def tell_layout(mixer: nn.Module, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a decoder layer: its recurrent part learns the layout of a packed row, None of another."""
+    """Forward pre-hook of a decoder layer: its recurrent part learns a packed row's layout, or None."""
     mixer.layout = kwargs.get("layout")
 
 
@@ -126,10 +124,11 @@ def run_packed(
     if layout is None:
         return forward(hidden_states=hidden_states, **kwargs)
     runs, states, carried = layout.runs, hidden_states[0], Carried()
-    # the layer looks into the cache at its own number
-    cache = {CACHE_ARGUMENTS[type(mixer).__name__]: Cache(layers=[carried] * (mixer.layer_idx + 1))}
-    prefixes = forward(hidden_states=states[runs.prefixes], attention_mask=runs.is_prefix, **cache)  # (N, P, hidden)
+    cache = Cache(layers=[carried] * (mixer.layer_idx + 1))  # the layer looks into it at its own number
+    prefixes = forward(
+        hidden_states=states[runs.prefixes], attention_mask=runs.is_prefix, cache_params=cache
+    )  # (N, P, hidden)
     carried.select(runs.owner)
-    branches = forward(hidden_states=states[runs.branches], **cache)  # (B, C, hidden)
+    branches = forward(hidden_states=states[runs.branches], cache_params=cache)  # (B, C, hidden)
     outputs = torch.cat([prefixes[runs.is_prefix], branches[runs.is_branch]])  # (L, hidden)
     return torch.empty_like(states).index_copy(0, runs.order, outputs)[None]

@@ -13,7 +13,7 @@ each branch, and the image is encoded once. The numbers are those of scoring G s
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
@@ -30,7 +30,7 @@ from open_r1.engines.recurrent import Runs, locate_runs, share_states
 from open_r1.models.families import Family, ImageInputs, family_of
 
 ATTENTION = "grouped_sdpa"  # the name under which transformers knows `grouped_attention`
-# `image_attention`'s. Only where "flash" is in it do vision towers hand over a row of images whole; else they cut it.
+# `image_attention`'s. Vision towers hand over a row of images whole only if "flash" is in the name.
 IMAGE_ATTENTION = "image_flash"
 
 
@@ -42,7 +42,7 @@ class Prompt:
     position_ids: torch.Tensor  # (P,), or of M-RoPE (3, P): time, height, width
     image_inputs: ImageInputs = field(default_factory=dict)  # empty without images
     image_features: Any = None  # the vision tower's output, where it is frozen; see `encode_images`
-    images: tuple[Image.Image, ...] = ()  # as they were given, for an engine that encodes them itself
+    images: tuple[Image.Image, ...] = ()  # as given, for an engine that encodes them itself
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -65,7 +65,7 @@ def encode_prompt(
     Args:
         model: gives the positions (not wrapped).
         processor: with the chat template and the pixel bounds.
-        prompt: conversational, with content parts of type `image` (an image or a path) and `text`; or rendered text.
+        prompt: messages with parts of type `image` (an image or a path) and `text`; or a text.
         template_kwargs: for the chat template.
     """
     if isinstance(prompt, str):
@@ -91,14 +91,14 @@ def images_of(messages: Sequence[dict[str, Any]]) -> list[Any]:
 
 @torch.no_grad()
 def encode_images(model: PreTrainedModel, prompt: Prompt) -> Prompt:
-    """The prompt with the output of a frozen vision tower, so that rollout, reference and policy share it."""
+    """The prompt with a frozen vision tower's output, which rollout, reference and policy share."""
     if not prompt.image_inputs:
         return prompt
     return replace(prompt, image_features=family_of(model).encode_images(model, prompt.image_inputs))
 
 
 def join_images(family: Family, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
-    """The model's image inputs of several prompts, in their order; nothing for prompts without images."""
+    """The model's image inputs of several prompts, in their order; empty without images."""
     prompts = [prompt for prompt in prompts if prompt.image_inputs]
     inputs: dict[str, Any] = dict(family.join_images([prompt.image_inputs for prompt in prompts], device))
     if prompts and all(prompt.image_features is not None for prompt in prompts):
@@ -128,10 +128,10 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Paths:
-    """A packed row as N sequences for attention of variable lengths: each prefix, and each branch behind its prefix.
+    """A packed row as N sequences of variable lengths: each prefix, each branch behind its prefix.
 
-    The queries of a sequence are its own tokens, so all together are the row as it lies; its keys are the path to them,
-    of T tokens in all.
+    The queries of a sequence are its own tokens, so all together are the row as it is. Its keys are
+    the path to them; all paths have T tokens.
     """
 
     keys: torch.Tensor  # (T,): positions in the row, path by path
@@ -182,7 +182,7 @@ class PackedBatch:
     completion_mask: torch.Tensor  # (B, C)
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """Values (1, S) of the scored positions -> (B, C), zero where there is no completion token."""
+        """Values (1, S) of the scored positions -> (B, C), zero outside of completions."""
         return values.new_zeros(self.completion_mask.shape).masked_scatter(self.completion_mask, values)
 
 
@@ -196,9 +196,16 @@ def pack(
 ) -> PackedBatch:
     """Pack completions behind their prompts.
 
+    A prompt of tokens 7 8 9 with the completions 1 2 and 3 becomes a row that predicts their tokens:
+
+        input_ids    7 8 | 9 1 | 9      prefix, and a branch for each completion
+        position_ids 0 1 | 2 3 | 2
+        scored             2 3   4      places in the row
+        labels             1 2   3      what the model is to predict there
+
     Args:
         family: of the model that scores them.
-        prompts: the prompt of each of the B rows; neighbours that are the same object share one copy.
+        prompts: of each of the B rows; neighbours that are the same object share one copy.
         completion_ids: (B, C), padded on the right.
         completion_mask: (B, C), true or 1 on completion tokens; an empty row is left out.
     """
@@ -239,6 +246,41 @@ def pack(
         # them; it takes a whole mask as it is, and `grouped_attention` reads none.
         model_inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     return PackedBatch(model_inputs, torch.cat(labels)[None], completion_mask)
+
+
+def score_completions(
+    model: nn.Module,
+    family: Family,
+    prompts: Sequence[Prompt],
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    batch_size: int,
+    with_entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """Score completions, the prompt of neighbours once.
+
+    Args:
+        model: prepared by `enable_grouping`, also behind the wrappers of a trainer.
+        family: of the model.
+        prompts: of each of the B rows; neighbours that are one object share it.
+        completion_ids, completion_mask: (B, C), padded on the right.
+        batch_size: rows of one forward pass.
+        with_entropy: whether the entropies are wanted, too.
+
+    Returns:
+        Log-probabilities (B, C), entropies (B, C) or None, and how many tokens went through the model.
+    """
+    logps, entropies, tokens = [], [], 0
+    # One forward a micro-batch, however many prompts it holds: under ZeRO-3 all ranks must run as many.
+    for start in range(0, len(completion_ids), batch_size):
+        rows = slice(start, start + batch_size)
+        batch = pack(family, prompts[rows], completion_ids[rows], completion_mask[rows])
+        outputs = model(**batch.model_inputs, shift_labels=batch.labels, fused_lm_head=True)
+        logps.append(batch.unpack(outputs.log_probs))  # (b, C)
+        if with_entropy:
+            entropies.append(batch.unpack(outputs.entropy))
+        tokens += batch.model_inputs["input_ids"].numel()
+    return torch.cat(logps), torch.cat(entropies) if with_entropy else None, tokens
 
 
 def locate_group(start: int, prefix: int, branch_lengths: Sequence[int], device: torch.device) -> Group:
@@ -284,7 +326,7 @@ def grouped_attention(
 
 
 def choose_attention(query: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Who attends in a packed row: torch's flash attention where it runs, else SDPA. Both give the same."""
+    """How a packed row attends: by torch's flash attention where it runs, else by SDPA."""
     return attend_paths if has_flash(query) else attend_groups
 
 
@@ -301,7 +343,7 @@ def has_flash(query: torch.Tensor) -> bool:
 def attend_groups(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None
 ) -> torch.Tensor:
-    """Two calls of SDPA a group: a prefix attends to itself, its branches are a batch that sees the prefix as well.
+    """Two calls of SDPA a group: one for the prefix, one for its branches as a batch behind it.
 
     No mask over the whole row is ever made. Shapes: see `grouped_attention`.
     """
@@ -333,7 +375,7 @@ def attend_groups(
 
 @cache
 def takes_fewer_keys(varlen: Callable[..., torch.Tensor]) -> bool:
-    """Whether a kernel for variable lengths takes fewer heads of keys than of queries; torch's does from 2.12 on."""
+    """Whether a kernel takes fewer heads of keys than of queries; torch's does from 2.12 on."""
     return "enable_gqa" in inspect.signature(varlen).parameters
 
 
@@ -376,7 +418,7 @@ def decode_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    """One new token a row: query (B, H, 1, D), key and value (B, K, T, D), mask (B, 1, 1, T) -> (B, 1, H, D)."""
+    """A new token a row: query (B, H, 1, D), key, value (B, K, T, D), mask (B, 1, 1, T) -> (B, 1, H, D)."""
     return attend_folded(query, key, value, attention_mask, scaling).transpose(1, 2)
 
 
@@ -387,7 +429,7 @@ def attend_folded(
     mask: torch.Tensor | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    """SDPA with a mask for fewer heads of keys than of queries: query (B, H, C, D), key and value (B, K, T, D).
+    """SDPA with a mask and fewer heads of keys: query (B, H, C, D), key and value (B, K, T, D).
 
     The heads that share keys become queries of one head, so that no key is repeated. `enable_gqa` would do, but with a
     mask CUDA has no fused kernel for it.
@@ -417,10 +459,10 @@ def image_attention(
     max_length_q: int,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface in a vision tower: patches see those of their image, or of their window in it.
+    """transformers' attention interface in a vision tower: patches see their image, or window.
 
     One call of torch's flash attention where it runs, else SDPA image by image. transformers' own SDPA reads from the
-    GPU where the images end, three times a layer; here that is known, or read once a pass.
+    GPU where the images end, three times a layer; here once, or not at all.
 
     Args:
         query, key, value: (1, H, L, D), the patches of all images in a row.
@@ -434,19 +476,14 @@ def image_attention(
         states = (states[0].transpose(0, 1) for states in (query, key, value))  # (L, H, D)
         ends, most = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
         return varlen_attn(*states, *ends, *most, scale=scaling)[None], None
-    images = zip(*(states.split(count_patches(cu_seq_lens_q), dim=2) for states in (query, key, value)), strict=True)
+    lengths = cu_seq_lens_q.diff().tolist()
+    images = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     attended = [sdpa_attention_forward(module, *image, None, scaling=scaling, is_causal=False)[0] for image in images]
     return torch.cat(attended, dim=1), None
 
 
-@lru_cache(maxsize=2)  # tensors hash by identity, and all layers of a pass get the same two: of images and of windows
-def count_patches(ends: torch.Tensor) -> list[int]:
-    """Patches of each image, (N + 1,) ends -> N."""
-    return ends.diff().tolist()
-
-
 def keep_scored(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of the language model: of a packed row keep the hidden states that are scored, (1, S, hidden).
+    """Forward hook of the language model: keep the scored hidden states of a row, (1, S, hidden).
 
     So the LM head does not run over prompts. TRL's fused head would skip them too, but only with Triton.
     """
@@ -461,12 +498,12 @@ AttentionInterface.register(IMAGE_ATTENTION, image_attention)
 
 
 def prepare_model(model: PreTrainedModel) -> None:
-    """Keep torch and transformers from slow choices and a mistake; for whoever is about to run a model (not wrapped).
+    """Keep torch and transformers from slow choices and a mistake when they run a model (not wrapped).
 
-    cuDNN's attention, which torch prefers on GPUs of compute capability 9 and 10, plans anew for every shape and keeps
-    each plan (0.4 to 0.5 s, as reported, not measured here), and rollouts have a new shape at every token: it is off in
-    this process from then on. A vision tower that takes its images in a row attends with `image_attention`, also where
-    flash-attn is installed, whose algorithm is the same; who asks for another attention than the usual gets that.
+    cuDNN's attention, which torch prefers on GPUs of compute capability 9 and 10, plans anew for
+    every shape (0.4 to 0.5 s, as reported), and rollouts have a new shape at every token: it is off
+    in this process from then on. A vision tower that takes its images in a row attends with
+    `image_attention`, also in place of flash-attn; other choices than these two stay.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     family, usual = family_of(model), ("sdpa", "flash_attention_2")
@@ -476,7 +513,7 @@ def prepare_model(model: PreTrainedModel) -> None:
 
 
 def enable_grouping(model: PreTrainedModel) -> None:
-    """Let a model score packed rows and decode with `grouped_attention`; the vision tower keeps its own attention.
+    """Let a model score packed rows and decode with `grouped_attention`; not its vision tower.
 
     Other inputs give what they gave before.
     """
@@ -486,15 +523,15 @@ def enable_grouping(model: PreTrainedModel) -> None:
     backbone = model.base_model
     backbone.get_decoder().register_forward_hook(keep_scored, with_kwargs=True)
     share_states(backbone.get_decoder())
-    encode, given = backbone.get_image_features, {}
+    encode, handed_over = backbone.get_image_features, []
 
     def take_features(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if "image_features" in kwargs:
-            given["features"] = kwargs.pop("image_features")
+            handed_over.append(kwargs.pop("image_features"))
         return args, kwargs
 
     def get_image_features(*args: Any, **kwargs: Any) -> Any:
-        return given.pop("features") if given else encode(*args, **kwargs)
+        return handed_over.pop() if handed_over else encode(*args, **kwargs)
 
     # Not every family hands `get_image_features` the arguments that the backbone does not know itself.
     backbone.register_forward_pre_hook(take_features, with_kwargs=True)

@@ -1,8 +1,8 @@
-"""vLLM as an engine, for training as TRL runs it and for evaluation by itself.
+"""vLLM as an engine: for training as TRL runs it, and for evaluation by itself.
 
-An engine processes images by itself, so what it takes in their place must fit: one image token an image where it reads
-prompts (it writes as many as the image has, and would do so again for each that it finds), the pixel bounds of the
-recipe and not of the model's folder, and the dtype of the policy. `agreement` sees whether it all does.
+vLLM processes images itself, so it must be told what the policy's processor knows: one image token
+an image in the prompt (it expands each that it finds), the pixel bounds of the recipe in place of
+those in the model's folder, and the policy's dtype. `agreement` checks the result.
 """
 
 import importlib
@@ -39,22 +39,22 @@ NEVER = -100.0  # the least that may be added to a token's score
 
 
 def collapse_image_tokens(ids: Sequence[int], image_token_id: int) -> list[int]:
-    """Token ids with every run of image tokens as one: the engine writes as many as the image has."""
+    """Token ids with each run of image tokens as one: the engine writes as many as it needs."""
     return [i for position, i in enumerate(ids) if i != image_token_id or position == 0 or ids[position - 1] != i]
 
 
-def engine_dtype(args: TrainingArguments, own: torch.dtype | str) -> str:
-    """The dtype in which a policy computes whose weights are of the dtype `own`."""
+def engine_dtype(args: TrainingArguments, weights: torch.dtype | str) -> str:
+    """The dtype in which a policy computes, with weights of the dtype `weights`."""
     if args.bf16 or args.fp16:
         return "bfloat16" if args.bf16 else "float16"
-    return str(own).removeprefix("torch.")
+    return str(weights).removeprefix("torch.")
 
 
 def engine_settings(processor: ProcessorMixin | PreTrainedTokenizerBase, dtype: str) -> dict[str, Any]:
-    """What `vllm.LLM` must be told to see images as `processor` does, and to compute as the policy does.
+    """What `vllm.LLM` must be told to see images as `processor` does, in the policy's dtype.
 
     Raises:
-        ValueError: it cannot be told how this family bounds images.
+        Mistake: it cannot be told how this family bounds images.
     """
     if not isinstance(processor, ProcessorMixin):
         return {"dtype": dtype}
@@ -77,7 +77,7 @@ def engines_with(**settings: Any) -> Iterator[None]:
     """
     module = importlib.import_module("trl.generation.vllm_generation")
     engine = module.LLM
-    module.LLM = lambda **others: engine(**{**others, **settings})
+    module.LLM = lambda **trls: engine(**{**trls, **settings})
     try:
         yield
     finally:
@@ -85,11 +85,7 @@ def engines_with(**settings: Any) -> Iterator[None]:
 
 
 def check_adapter(model: PeftModel) -> None:
-    """See that whole weights can say what a policy with an adapter computes: an engine takes nothing else.
-
-    Raises:
-        Mistake: they cannot.
-    """
+    """Raise Mistake where vLLM, which takes whole weights, could not compute as this policy does."""
     for name, part in model.named_modules():
         is_adapter = isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         if not is_adapter or isinstance(part, ModulesToSaveWrapper):
@@ -117,7 +113,7 @@ def whole_weight(weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def merged_weight(layer: LoraLayer) -> torch.Tensor:
-    """A layer's weight W + BA, with its active adapters (DoRA's, too), as a new tensor; the layer stays as it is."""
+    """A layer's weight W + BA with its active adapters (DoRA, too), as a new tensor."""
     weight = whole_weight(layer.get_base_layer().weight)
     for name in layer.active_adapters:
         if name in layer.lora_variant:
@@ -128,7 +124,7 @@ def merged_weight(layer: LoraLayer) -> torch.Tensor:
 
 
 def adapted_weights(engine: "VLLMGeneration") -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and weights of a policy with a LoRA adapter as its engine takes them, one merged tensor at a time.
+    """Names and weights of a policy with LoRA as its engine takes them, a merged tensor at a time.
 
     It stands in for `_iter_named_params` of TRL 1.16, which adds the adapter to the base weights in place and takes it
     off again: each time rounds, so that the frozen base drifts, in 4 bits by 15 % in 200 times. Under ZeRO-3 all
@@ -193,9 +189,9 @@ class TrainerVLLMBackend:
             ids = [collapse_image_tokens(row, self.processor.image_token_id) for row in ids]
             # TRL asks for one completion of each row. A prompt and its images go in once, but where several processes
             # share an engine: TRL hands them as many completions as they had rows.
-            each = math.gcd(*repeats) if engine.tensor_parallel_size == 1 else 1
-            engine.generation_kwargs = {**engine.generation_kwargs, "n": each}
-            copies = [count // each for count in repeats]
+            count_a_row = math.gcd(*repeats) if engine.tensor_parallel_size == 1 else 1
+            engine.generation_kwargs = {**engine.generation_kwargs, "n": count_a_row}
+            copies = [count // count_a_row for count in repeats]
         # A server is told of all image tokens where they are, and asked once for what is the same in all processes.
         engine.max_completion_length = settings.max_new_tokens
         rows = [row for row, count in enumerate(copies) for _ in range(count)]
@@ -209,7 +205,7 @@ class TrainerVLLMBackend:
         return Completions(completions, [[token[0] for token in tokens] for tokens in logprobs], prompts)
 
     def forget_images(self) -> None:
-        """Drop what an earlier vision tower made of images: TRL, which hands over new weights, drops prompts alone."""
+        """Drop what earlier weights of the vision tower made of images; TRL drops prompts alone."""
         if self.engine.mode == "colocate":
             self.engine.llm.llm_engine.reset_encoder_cache()
         elif self.engine.accelerator.is_main_process:
@@ -241,13 +237,14 @@ class VLLMBackend:
         return Prompt(ids, torch.empty(3, 0, dtype=torch.long), images=tuple(images))
 
     def generate(self, prompts: Sequence[Prompt], repeats: Sequence[int], settings: GenerationConfig) -> Completions:
-        asked = []
+        requests = []
         for prompt in prompts:
             images = {"multi_modal_data": {"image": list(prompt.images)}} if prompt.images else {}
-            asked.append({"prompt_token_ids": prompt.input_ids.tolist(), **images})
+            requests.append({"prompt_token_ids": prompt.input_ids.tolist(), **images})
         params = [sampling_params(settings, n=count) for count in repeats]
-        answers = self.engine.generate(asked, params, use_tqdm=False)
-        return Completions([list(each.token_ids) for answer in answers for each in answer.outputs], None, prompts)
+        answers = self.engine.generate(requests, params, use_tqdm=False)
+        ids = [list(completion.token_ids) for answer in answers for completion in answer.outputs]
+        return Completions(ids, None, prompts)
 
 
 def sampling_params(settings: GenerationConfig, n: int) -> "SamplingParams":
@@ -274,7 +271,7 @@ def load_vllm(
     dtype: str = "auto",
     **template_kwargs: Any,
 ) -> VLLMBackend:
-    """vLLM with the model of a folder; a LoRA run's folder is merged into its base first. Each process has its own.
+    """vLLM with the model of a folder, an engine a process; a LoRA run is merged into its base first.
 
     Args:
         folder, dtype: see `backends.load_transformers`.
@@ -283,8 +280,7 @@ def load_vllm(
         template_kwargs: for the chat template.
 
     Raises:
-        Mistake: vLLM is not installed.
-        OSError, ValueError: what `modeling.check_model_files` and `modeling.load_checkpoint` raise.
+        Mistake: vLLM is not installed, or what `check_model_files` and `load_checkpoint` raise.
     """
     need_vllm("--backend vllm")
     from vllm import LLM

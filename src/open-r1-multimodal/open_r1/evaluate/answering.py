@@ -1,7 +1,7 @@
 """Answers a benchmark's questions with a model: greedily, in batches of like length.
 
-The prompts are rendered and the completions decoded by the code that training rolls out with (`rollout`); only the
-sampling is greedy here.
+The prompts are rendered and the completions decoded by the code that training rolls out with
+(`engines.backends`); only the sampling is greedy here.
 """
 
 import copy
@@ -9,7 +9,8 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,44 +33,41 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a weight file, for its fingerprint
 
 @dataclass(frozen=True)
 class Response:
-    """What came back for one item; `error` says why there was nothing to ask."""
+    """The response to one item; `error` says why it could not be asked."""
 
     response: str
     tokens: int
     truncated: bool
     error: str | None = None
 
-    def to_row(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-# --- prompts and images -------------------------------------------------------------------------------------
+# --- prompts and images ---------------------------------------------------------------------------
 
 
 def choose_chat_template(name: str, own: str | None, folder: str = "") -> tuple[str, str]:
     """The name and the text of the chat template to evaluate with.
 
     Args:
-        name: `base`, `instruct` or a file; or `auto`: a template that knows `style`, as those that this project saves
-            with its checkpoints do, is used as it is; otherwise a checkpoint that ships ChatML is an instruct model,
-            and one that does not is a base model. The path never matters.
+        name: `base`, `instruct` or a file; or `auto`, which never looks at the path: a template
+            that knows `style`, as those that this project saves with its checkpoints do, is used as
+            it is; otherwise a checkpoint that ships ChatML is an instruct model, any other a base
+            model.
         own: the checkpoint's chat template, if it has one.
         folder: where its family's templates are; see `Family.templates`.
 
     Raises:
-        FileNotFoundError: no such file or name.
+        Mistake: no such file or name.
     """
-    if name != "auto":
-        return name, load_chat_template(name, folder)
-    if own is None or not re.search(r"\bstyle\b", own):
+    if name == "auto" and own is not None and re.search(r"\bstyle\b", own):
+        names = {load_chat_template(name, folder): name for name in ("base", "instruct")}
+        return names.get(own, "checkpoint"), own
+    if name == "auto":
         name = "instruct" if "<|im_start|>" in (own or "") else "base"
-        return name, load_chat_template(name, folder)
-    known = {load_chat_template(known, folder): known for known in ("base", "instruct")}
-    return known.get(own, "checkpoint"), own
+    return name, load_chat_template(name, folder)
 
 
 def check_prompts(items: Sequence[Item], processor: ProcessorMixin) -> None:
-    """Raise ValueError, which names the question, for a prompt that the model would not read as text."""
+    """Raise Mistake, with the question, for a prompt that the model would not read as text."""
     controls = control_tokens(processor)
     for item in items:
         try:
@@ -78,21 +76,13 @@ def check_prompts(items: Sequence[Item], processor: ProcessorMixin) -> None:
             raise Mistake(f"question {item.id}: {error}") from error
 
 
-def known_size(data: bytes | None) -> tuple[int, int] | None:
-    """Height and width from the header; None for an image that `open_image` would not take."""
-    try:
-        return image_size(data)
-    except BrokenImage:
-        return None
-
-
 def messages(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
     """One user turn, its images first."""
     parts = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-# --- answers ------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 class Answerer:
@@ -107,35 +97,47 @@ class Answerer:
     def __init__(self, backend: Backend, processor: ProcessorMixin, max_new_tokens: int) -> None:
         self.backend, self.processor = backend, processor
         self.generation_config = GenerationConfig(**generation_settings(processor, max_new_tokens))
-        # The other thread sets the padding of the processor's tokenizer; one in use must not be changed.
+        # The other thread sets the padding of the processor's tokenizer, while this one is in use.
         self.tokenizer = copy.deepcopy(processor.tokenizer)
 
     def length(self, item: Item) -> int:
         """About how many tokens the prompt has; batches are sorted by it."""
+        sizes = []
+        for data in item.images:
+            with suppress(BrokenImage):
+                sizes.append(image_size(data))
         text = len(self.tokenizer(item.prompt)["input_ids"])
-        sizes = [size for data in item.images if (size := known_size(data))]
         return text + family_of_processor(self.processor).count_image_tokens(self.processor, sizes)
 
-    def encode(self, item: Item) -> Prompt:
-        """Everything that can be done before the model is free; runs in another thread. Raises BrokenImage."""
-        return self.backend.encode(messages([open_image(data) for data in item.images], item.prompt))
+    def encode(self, item: Item) -> Prompt | Response:
+        """What can be done before the model is free, also in another thread.
 
-    def answer(self, prompts: Sequence[Prompt]) -> list[Response]:
+        An item without a usable image has its response already, which says so.
+        """
+        try:
+            images = [open_image(data) for data in item.images]
+        except BrokenImage as error:
+            return Response("", 0, False, str(error))
+        return self.backend.encode(messages(images, item.prompt))
+
+    def answer(self, encoded: Sequence[Prompt | Response]) -> list[Response]:
         """Answer encoded items, in their order."""
+        prompts = [prompt for prompt in encoded if not isinstance(prompt, Response)]
+        if not prompts:
+            return list(encoded)
         completions = self.backend.generate(prompts, [1] * len(prompts), self.generation_config)
-        ends = set(self.generation_config.eos_token_id)
-        return [
-            Response(
-                response=self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-                tokens=len(ids),
-                truncated=not ids or ids[-1] not in ends,
-            )
-            for ids in completions.ids
-        ]
+        answers = iter(map(self.read, completions.ids))
+        return [prompt if isinstance(prompt, Response) else next(answers) for prompt in encoded]
+
+    def read(self, ids: Sequence[int]) -> Response:
+        """A completion as text."""
+        cleaning = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        has_end = bool(ids) and ids[-1] in self.generation_config.eos_token_id
+        return Response(self.tokenizer.decode(ids, **cleaning), len(ids), truncated=not has_end)
 
 
 def generation_settings(processor: ProcessorMixin, max_new_tokens: int) -> dict[str, Any]:
-    """Every setting of the generation, so that none is inherited from a checkpoint (Qwen2-VL: penalty 1.05)."""
+    """Every setting, so that none is inherited from a checkpoint (Qwen2-VL's penalty is 1.05)."""
     return {
         "do_sample": False,
         "num_beams": 1,
@@ -156,12 +158,12 @@ def load_prompting(
 
     Args:
         prompt: see `choose_chat_template`.
-        max_pixels: larger images are shrunk to this area. None: the checkpoint's own bound, which is the one that it
-            was trained with; or the paper's for a published checkpoint, whose bound holds for no training.
+        max_pixels: larger images are shrunk to this area. None: the bound that the checkpoint was
+            trained with, or the paper's for a published checkpoint, whose own is of no training.
         template_kwargs: that the chat template will be rendered with.
 
     Raises:
-        OSError, ValueError: what `load_processor`, `choose_chat_template` and `check_template` raise.
+        Mistake: what `load_processor`, `choose_chat_template` and `check_template` raise.
     """
     processor = load_processor(str(folder), max_pixels=max_pixels)
     family = family_of_processor(processor)
@@ -173,7 +175,7 @@ def load_prompting(
 
 
 def model_fingerprint(folder: Path) -> str:
-    """What tells a model from another at the same place: the Hub's commit, or a hash of samples of its weights.
+    """What tells a model from another at its place: the Hub's commit, or a hash of sampled weights.
 
     For a LoRA run's folder, of the adapter and of its base.
     """
@@ -192,11 +194,11 @@ def model_fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
-# --- the loop -----------------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 
 def make_batches(answerer: Answerer, items: Sequence[Item], batch_size: int) -> list[list[Item]]:
-    """Batches of like length, so that little is padding; the longest first: memory runs out at once or never."""
+    """Batches of like length, for little padding; the longest first: memory runs out at once or never."""
     ordered = sorted(items, key=answerer.length, reverse=True)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
@@ -207,8 +209,8 @@ def answer_batches(answerer: Answerer, batches: Sequence[Sequence[Item]]) -> Ite
     Without a batch there is nothing to do: of several processes, one may get none.
     """
 
-    def encode(batch: Sequence[Item]) -> list[Any]:
-        return [encode_or_fail(answerer, item) for item in batch]
+    def encode(batch: Sequence[Item]) -> list[Prompt | Response]:
+        return [answerer.encode(item) for item in batch]
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = pool.submit(encode, batches[0]) if batches else None
@@ -216,15 +218,4 @@ def answer_batches(answerer: Answerer, batches: Sequence[Sequence[Item]]) -> Ite
             encoded = ahead.result()
             if number < len(batches):
                 ahead = pool.submit(encode, batches[number])
-            prompts = [prompt for prompt in encoded if not isinstance(prompt, Response)]
-            answers = iter(answerer.answer(prompts) if prompts else [])
-            responses = [prompt if isinstance(prompt, Response) else next(answers) for prompt in encoded]
-            yield list(zip(batch, responses, strict=True))
-
-
-def encode_or_fail(answerer: Answerer, item: Item) -> Any:
-    """The encoded item, or the response that says why there is none."""
-    try:
-        return answerer.encode(item)
-    except BrokenImage as error:
-        return Response(response="", tokens=0, truncated=False, error=str(error))
+            yield list(zip(batch, answerer.answer(encoded), strict=True))

@@ -2,79 +2,125 @@
 
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from open_r1.answers.checker import is_blank
 from open_r1.answers.statistics import TOTAL, Row, gold_index
 from open_r1.base.errors import Mistake
-from open_r1.base.fields import (
-    COUNT,
-    FLAG,
-    NAME,
-    SHARE,
-    TEXT,
-    Check,
-    Fields,
-    are,
-    check,
-    is_integer,
-    is_share,
-    is_text,
-    is_usable,
-    maybe,
-)
+from open_r1.base.fields import Count, Expected, Flag, Name, Record, Share, Text, check
 from open_r1.base.files import read_json
 
 ROUNDING = 1e-9  # by which a computed bound may leave [0, 1]
 
 
-def _is_option(value: Any) -> bool:
-    return is_text(value) and not is_blank(value)
+def _must_be_options(options: list[str]) -> list[str]:
+    if not options or any(map(is_blank, options)):
+        raise ValueError
+    return options
 
 
-def _is_interval(value: Any) -> bool:
-    return are(is_usable)(value) and len(value) == 2 and -ROUNDING <= value[0] <= value[1] <= 1 + ROUNDING
+def _must_be_interval(bounds: list[float]) -> list[float]:
+    low, high = bounds
+    if not -ROUNDING <= low <= high <= 1 + ROUNDING:
+        raise ValueError
+    return bounds
 
 
-def _are_shares(value: Any) -> bool:
-    return isinstance(value, dict) and all(NAME.holds(name) and is_share(share) for name, share in value.items())
+Interval = Annotated[
+    list[float],
+    Field(min_length=2, max_length=2),
+    AfterValidator(_must_be_interval),
+    Expected("two numbers from 0 to 1, the lower one first"),
+]
 
 
-def _is_prompt(value: Any) -> bool:
-    return isinstance(value, dict) and NAME.holds(value.get("name")) and NAME.holds(value.get("style"))
+Options = Annotated[
+    list[Text],
+    AfterValidator(_must_be_options),
+    Expected("a list of texts, none of them blank"),
+]
 
 
-OPTIONS = Check(lambda value: are(_is_option)(value) and len(value) > 0, "a list of texts, none of them blank")
-ID = Check(lambda value: is_text(value) or is_integer(value), "a text or a whole number")
-INTERVAL = Check(_is_interval, "two numbers from 0 to 1, the lower one first")
-# A response: what every file has, and what the evaluation writes beside it, also before it is judged.
-ROW: Fields = {"question": TEXT, "options": OPTIONS, "task": NAME, "ground_truth": TEXT, "response": TEXT}
-ROW_OPTIONAL: Fields = {
-    "id": ID,
-    "rotation": COUNT,
-    "type": maybe(NAME),
-    "source": maybe(NAME),
-    "truncated": FLAG,
-    "error": maybe(TEXT),
-}
-ABOUT: Fields = {
-    "benchmark": NAME,
-    "parser": NAME,
-    "prompt": maybe(Check(_is_prompt, "an object with a name and a style")),
-}
-SCORE: Fields = {"accuracy": SHARE, "n": COUNT, "interval": INTERVAL, "chance": SHARE}
-SHARES: Fields = {"unparsable_share": SHARE, "truncated_share": SHARE}
-SHARES_OPTIONAL: Fields = {"unread_shares": Check(_are_shares, "shares by name")}
+class ResultRow(Record):
+    """A response: what every file has, and what an evaluation writes beside it, judged or not."""
+
+    question: Text
+    options: Options
+    task: Name
+    ground_truth: Text
+    response: Text
+    id: Annotated[int | Text, Expected("a text or a whole number")] = 0
+    rotation: Count = 0
+    type: Name | None = None
+    source: Name | None = None
+    truncated: Flag = False
+    error: Annotated[Text | None, Expected("text or null")] = None
+
+
+class AnsweredRow(ResultRow):
+    """A row of an evaluation under way."""
+
+    id: Annotated[int | Text, Expected("a text or a whole number")]
+    rotation: Count
+
+
+class JudgedRow(Record):
+    """What a row has beside its response once it is judged."""
+
+    correct: Flag
+
+
+class Prompt(Record):
+    """The template of an evaluation's prompts."""
+
+    name: Name
+    style: Name
+
+
+class About(Record):
+    """What a result file says of the evaluation; a file of the reference's says nothing."""
+
+    benchmark: Name = ""
+    parser: Name = ""
+    prompt: Annotated[Prompt | None, Expected("an object with a name and a style")] = None
+
+
+class Score(Record):
+    """One score, all in [0, 1]."""
+
+    accuracy: Share
+    n: Count
+    interval: Interval
+    chance: Share
+    bounds: Interval = Field(default=[0, 1])
+
+
+class Scored(Record):
+    """What a result file has once it is scored."""
+
+    scores: dict[Name, Score]
+
+
+class Shares(Record):
+    """What went wrong with responses."""
+
+    unparsable_share: Share
+    truncated_share: Share
+    unread_shares: Annotated[dict[Name, Share], Expected("shares by name")] = Field(default={})
 
 
 def read_result(path: Path) -> dict[str, Any]:
     """A result file, or a plain list of rows as its `results`.
 
     Raises:
-        OSError, ValueError: missing, or something else; one line that names the file, the row and the field.
+        OSError, Mistake: missing, or something else; one line that names file, row and field.
     """
-    content = read_json(path)
-    result = {"results": content} if isinstance(content, list) else check(content, {}, ABOUT, path)
+    result = read_json(path)
+    if isinstance(result, list):
+        result = {"results": result}
+    check(About, result, path)
     check_rows(result.get("results"), path)
     return result
 
@@ -85,11 +131,11 @@ def read_scored(path: Path) -> dict[str, Any]:
     if "scores" not in result:
         raise Mistake(f"{path}: no scores in it; score it with test_qwen2vl_CVBench.py --precomputed_json {path}")
     for number, row in enumerate(result["results"]):
-        check(row, {"correct": FLAG}, {}, f"{path}: row {number}")
-    for name, score in check(result["scores"], {TOTAL: Check(bool, "a score")}, {}, f"{path}: scores").items():
-        check({"name": name}, {"name": NAME}, {}, f"{path}: scores")
-        check(score, SCORE, {"bounds": INTERVAL}, f"{path}: scores: {name}")
-    check(result.get("shares"), SHARES, SHARES_OPTIONAL, f"{path}: shares")
+        check(JudgedRow, row, f"{path}: row {number}")
+    check(Scored, result, path)
+    if TOTAL not in result["scores"]:
+        raise Mistake(f"{path}: scores: missing {TOTAL}")
+    check(Shares, result.get("shares"), f"{path}: shares")
     return result
 
 
@@ -97,7 +143,7 @@ def check_rows(rows: Any, origin: object) -> list[Row]:
     """The rows, if that is what they are, each with its right option and none there twice.
 
     Raises:
-        ValueError: something else; the message names the origin and the row.
+        Mistake: something else; the message names the origin and the row.
     """
     if not isinstance(rows, list) or not rows:
         raise Mistake(f"{origin}: no list of responses; expected a result of test_qwen2vl_CVBench.py, or its rows")
@@ -105,7 +151,7 @@ def check_rows(rows: Any, origin: object) -> list[Row]:
     seen: set[tuple[Hashable, int]] = set()
     for number, row in enumerate(rows):
         where = f"{origin}: row {number}"
-        check(row, ROW, ROW_OPTIONAL, where)
+        check(ResultRow, row, where)
         try:
             gold_index(row)
         except Mistake as error:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from open_r1.answers.statistics import judge_row, response_shares, score, table, unread_warning
 from open_r1.base.errors import Mistake, naming_option, printable
-from open_r1.base.fields import check
+from open_r1.base.fields import Record, check
 from open_r1.base.files import append_rows, read_json, read_rows, replace_file, to_json
 from open_r1.base.hub import model_folder
 from open_r1.base.locks import owned
-from open_r1.evaluate.results import ROW, ROW_OPTIONAL, read_result
+from open_r1.evaluate.results import AnsweredRow, read_result
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read
 
 if TYPE_CHECKING:  # re-scoring starts without torch
@@ -24,27 +24,32 @@ if TYPE_CHECKING:  # re-scoring starts without torch
 
     from open_r1.evaluate.answering import Answerer
 
-MEASURED = ("parser", "accuracy", "scores", "shares", "results")  # in a result file, what scoring adds
+MEASURED = ("parser", "accuracy", "scores", "shares", "results")  # what scoring adds to a result
 
 
-# --- names and places ---------------------------------------------------------------------------------------
+# --- names and places -----------------------------------------------------------------------------
 
 
 def newest_grpo_output(outputs: Path) -> Path | None:
-    """The newest model that a GRPO run left: a folder with trajectories, or a complete checkpoint in one."""
-    runs = [folder.parent for folder in outputs.glob("*/trajectories")]
-    # Both files are written when the rest of the model is there.
-    marks = [mark for run in runs for mark in (run / "trainer_state.json", *run.glob("checkpoint-*/complete.json"))]
-    models = ("config.json", "adapter_config.json")
-    found = [mark for mark in marks if mark.is_file() and any(mark.with_name(name).is_file() for name in models)]
-    return max(found, key=lambda mark: mark.stat().st_mtime).parent if found else None
+    """The newest model of a GRPO run: a folder with trajectories, or a complete checkpoint in one."""
+    times = {}
+    for trajectories in outputs.glob("*/trajectories"):
+        run = trajectories.parent
+        # Both files are written when the rest of the model is there.
+        for mark in (*run.glob("trainer_state.json"), *run.glob("checkpoint-*/complete.json")):
+            model = mark.parent
+            if (model / "config.json").is_file() or (model / "adapter_config.json").is_file():
+                times[model] = mark.stat().st_mtime
+    return max(times, key=times.get, default=None)
 
 
 def model_name(model_path: str) -> str:
-    """The model's name for a file: its last path component, with the run's name before a `checkpoint-N`."""
-    path = os.path.abspath(model_path) if os.path.isdir(model_path) else model_path  # whatever "." and ".." lead to
-    names = [part for part in path.split("/") if part]
-    return "_".join(names[-2:] if path.rstrip("/").rpartition("/")[2].startswith("checkpoint-") else names[-1:])
+    """The model's name for a file: its folder's, with the run's name before a `checkpoint-N`."""
+    path = Path(model_path)
+    if path.is_dir():
+        path = Path(os.path.abspath(path))  # "." and ".." have names
+    is_checkpoint = path.name.startswith("checkpoint-") and path.parent.name
+    return f"{path.parent.name}_{path.name}" if is_checkpoint else path.name
 
 
 def result_path(args: argparse.Namespace) -> Path:
@@ -60,14 +65,14 @@ def partial_paths(path: Path) -> list[Path]:
 
 
 def put_aside(path: Path) -> None:
-    """Rename a file that is in the way by the time it was written, so that nothing measured is ever lost."""
+    """Rename a file by the time it was written, so that nothing measured is ever lost."""
     written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
     aside = path.with_name(f"{path.stem}.{written}{path.suffix}.old")
     path.replace(aside)
     print(printable(f"{path} was made with other settings; it is now {aside.name}"))
 
 
-# --- results ------------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 def make_result(rows: Sequence[dict[str, Any]], about: dict[str, Any], parser: str) -> dict[str, Any]:
@@ -101,45 +106,50 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     replace_file(path, to_json(result, indent=1))
 
 
-def report(path: Path, result: dict[str, Any]) -> None:
-    """Print what was measured."""
+def publish(path: Path, result: dict[str, Any]) -> None:
+    """Write a result file, beside an earlier one with another content, and print what was measured."""
+    if path.exists() and read_json(path) != result:
+        put_aside(path)
+    write_result(path, result)
     counts, prompt = result["shares"], result.get("prompt")
     print(table(result["scores"]))
-    print(
-        f"{counts['responses']} responses: {counts['unparsable_share']:.1%} without a readable answer, "
-        f"{counts['truncated_share']:.1%} cut off"
-        + (f"; {counts['image_errors']} without a usable image count as wrong" if counts["image_errors"] else "")
-    )
+    line = f"{counts['responses']} responses: {counts['unparsable_share']:.1%} without a readable answer"
+    line += f", {counts['truncated_share']:.1%} cut off"
+    if counts["image_errors"]:
+        line += f"; {counts['image_errors']} without a usable image count as wrong"
+    print(line)
     if warning := unread_warning(counts):
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"prompt: {prompt['name']}, {prompt['style']}; " if prompt else "", f"parser: {result['parser']}", sep="")
+    start = f"prompt: {prompt['name']}, {prompt['style']}; " if prompt else ""
+    print(f"{start}parser: {result['parser']}")
     print(printable(path))
 
 
 def join_rows(rows: Sequence[dict[str, Any]], items: Sequence[Item], origin: Path) -> list[dict[str, Any]]:
-    """Rows as the reference writes them, in the data set's order, with the id, type and source of their questions.
+    """The reference's rows, in the data set's order, with their questions' id, type and source.
 
     Raises:
-        ValueError: a row asks something else than the question at its place; the message names it.
+        Mistake: a row asks something else than the question at its place; the message names it.
     """
     if len(rows) > len(items):
         raise Mistake(f"{origin}: {len(rows)} rows, but the data set has {len(items)} questions")
+    joined = []
     for number, (row, item) in enumerate(zip(rows, items, strict=False)):
-        if row["question"] not in (item.question, item.prompt) or row["ground_truth"] != item.answer:
+        is_asked = row["question"] in (item.question, item.prompt)
+        if not is_asked or row["ground_truth"] != item.answer:
             raise Mistake(
-                f"{origin}: row {number}: {row['question']!r} is not the data set's {item.question!r} with the answer "
-                f"{item.answer}; give the --dataset_path that was evaluated"
+                f"{origin}: row {number}: {row['question']!r} is not the data set's {item.question!r} "
+                f"with the answer {item.answer}; give the --dataset_path that was evaluated"
             )
-    return [
-        {**row, "id": item.id, "rotation": item.rotation, "type": item.type, "source": item.source}
-        for row, item in zip(rows, items, strict=False)
-    ]
+        known = {"id": item.id, "rotation": item.rotation, "type": item.type, "source": item.source}
+        joined.append(row | known)
+    return joined
 
 
 def rescore(args: argparse.Namespace) -> None:
-    """Read saved responses again: a result file of this script or of the reference, or a plain list of rows.
+    """Read saved responses again: a result file, ours or the reference's, or a plain list of rows.
 
-    The reference's rows know neither type nor source; with --dataset_path they get them, by their place in it.
+    The reference's rows know neither type nor source; from --dataset_path they get them, by place.
     """
     content = read_result(args.precomputed_json)
     rows = content["results"]
@@ -150,18 +160,14 @@ def rescore(args: argparse.Namespace) -> None:
         items = read(BENCHMARKS[about["benchmark"]], args.dataset_path)
         rows = join_rows(rows, items, args.precomputed_json)
     path = args.output_dir / args.precomputed_json.name
-    result = make_result(rows, about, args.parser)
-    if path.exists() and read_json(path) != result:
-        put_aside(path)
-    write_result(path, result)
-    report(path, result)
+    publish(path, make_result(rows, about, args.parser))
 
 
-# --- unfinished work ----------------------------------------------------------------------------------------
+# --- unfinished work ------------------------------------------------------------------------------
 
 
 def collect(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[str, Any]]:
-    """What has been answered under these settings, by id and rotation; work whose first line is another is put aside.
+    """What has been answered under these settings, by id and rotation; other work is put aside.
 
     Raises:
         ValueError: a line in the middle is damaged.
@@ -169,16 +175,17 @@ def collect(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[
     done = {}
     for partial in partial_paths(path):
         header, *rows = read_rows(partial) or [settings]
-        if check(header, {}, {}, f"{partial}: line 1") != settings:
+        check(Record, header, f"{partial}: line 1")
+        if header != settings:
             put_aside(partial)
             continue
         for line, row in enumerate(rows, start=2):
-            check(row, ROW | ROW_OPTIONAL, {}, f"{partial}: line {line}")
+            check(AnsweredRow, row, f"{partial}: line {line}")
             done[row["id"], row["rotation"]] = row
     return done
 
 
-# --- the run ------------------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> None:
@@ -202,40 +209,34 @@ def evaluate(args: argparse.Namespace) -> None:
     import accelerate
     import torch
     import transformers
+    from accelerate.utils import parse_flag_from_env
 
-    from open_r1.evaluate.answering import (
-        BACKENDS,
-        Answerer,
-        check_prompts,
-        generation_settings,
-        load_prompting,
-        messages,
-        model_fingerprint,
-    )
+    from open_r1.evaluate import answering
     from open_r1.models.families import family_of_processor
 
-    # accelerate takes processes on the CPU for one another's strangers, each the main one, unless it is told of it.
-    on_cpu = not torch.accelerator.is_available() or accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
+    # Unless accelerate is told of the CPU, it takes each process there for the only one.
+    on_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     # A process that is done waits for the slowest, which may take longer than the default timeout.
     state = accelerate.PartialState(cpu=on_cpu, timeout=timedelta(days=1))
-    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if state.device.type == "cuda" else "float32"
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if state.device.type == "cuda" else "float32"
     style = "reasoning" if args.use_reasoning_prompt else "direct"
-    processor, prompt_name = load_prompting(folder, args.prompt, args.max_pixels, style=style)
-    check_prompts(items, processor)
+    processor, prompt_name = answering.load_prompting(folder, args.prompt, args.max_pixels, style=style)
+    answering.check_prompts(items, processor)
     least_pixels, most_pixels = family_of_processor(processor).pixel_bounds(processor)
     settings = {
         "benchmark": args.benchmark,
         "questions": digest(items),
-        "model": model_fingerprint(folder),
+        "model": answering.model_fingerprint(folder),
         "prompt": {"name": prompt_name, "style": style, "template": processor.chat_template},
-        "generation": generation_settings(processor, args.max_new_tokens),
+        "generation": answering.generation_settings(processor, args.max_new_tokens),
         "pixels": {"min": least_pixels, "max": most_pixels},
         "backend": args.backend,
         "dtype": dtype,
     }
     state.print(f"{args.model_path}: {len(items)} prompts, chat template {prompt_name}, style {style}")
     path = result_path(args)
-    path.parent.mkdir(parents=True, exist_ok=True)
     earlier = read_json(path) if path.exists() else None
     answered = isinstance(earlier, dict) and settings.items() <= earlier.items()
     state.wait_for_everyone()  # nobody writes before all have read
@@ -246,32 +247,28 @@ def evaluate(args: argparse.Namespace) -> None:
             rescore(args)
         return
 
-    if state.is_main_process:
-        collect(path, settings)  # mends or puts aside what a killed run left
-    state.wait_for_everyone()
-    done = collect(path, settings)
-    missing = [item for item in items if item.key not in done]
+    with state.main_process_first():  # which mends or puts aside what a killed run left
+        done = collect(path, settings)
     state.wait_for_everyone()  # nobody writes before all have read
-    if missing:
-        backend = BACKENDS[args.backend](folder, processor, state.device, dtype, style=style)
+    if missing := [item for item in items if item.key not in done]:
+        backend = answering.BACKENDS[args.backend](folder, processor, state.device, dtype, style=style)
         partial = path.with_name(f"{path.stem}.partial{state.process_index}.jsonl")
         if not partial.exists() or partial.stat().st_size == 0:
             append_rows(partial, [settings])
+        answerer = answering.Answerer(backend, processor, args.max_new_tokens)
         try:
-            answer(Answerer(backend, processor, args.max_new_tokens), missing, args.bs, partial, state)
+            answer(answerer, missing, args.bs, partial, state)
         except torch.OutOfMemoryError as error:
             raise Mistake(f"--bs {args.bs}: out of memory; a smaller one continues where this was") from error
     if not state.is_main_process:
         return
 
     done = collect(path, settings)
-    example = processor.apply_chat_template(
-        messages(items[0].images, items[0].prompt), add_generation_prompt=True, style=style
-    )
+    example = answering.messages(items[0].images, items[0].prompt)
     about = {
         "args": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         **settings,
-        "prompt_example": example,
+        "prompt_example": processor.apply_chat_template(example, add_generation_prompt=True, style=style),
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -279,13 +276,9 @@ def evaluate(args: argparse.Namespace) -> None:
             "device": torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type,
         },
     }
-    result = make_result([done[item.key] for item in items], about, args.parser)
-    if path.is_file():
-        put_aside(path)
-    write_result(path, result)
+    publish(path, make_result([done[item.key] for item in items], about, args.parser))
     for partial in partial_paths(path):
         partial.unlink()
-    report(path, result)
 
 
 def answer(answerer: "Answerer", items: Sequence[Item], batch_size: int, partial: Path, state: "PartialState") -> None:
@@ -302,10 +295,10 @@ def answer(answerer: "Answerer", items: Sequence[Item], batch_size: int, partial
     count, start = sum(map(len, batches)), time.perf_counter()
     with tqdm(total=count, desc="answering", unit="question", disable=not state.is_local_main_process) as bar:
         for answered in answer_batches(answerer, batches):
-            append_rows(partial, [{**item.to_row(), **response.to_row()} for item, response in answered])
+            append_rows(partial, [item.to_row() | vars(response) for item, response in answered])
             bar.update(len(answered))
     seconds = time.perf_counter() - start
     rate = f"{count} questions in {seconds:.1f} s, {count / seconds:.2f} a second"
-    told = gather_object([f"process {state.process_index}: {rate}"])
+    rates = gather_object([f"process {state.process_index}: {rate}"])
     if state.is_main_process:  # whose bar is gone: a line of another process could run into it
-        print("\n".join(told))
+        print("\n".join(rates))

@@ -15,11 +15,7 @@ MODEL, ADAPTER = "model", "adapter_model"  # names of weight files, without thei
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that holds an object.
-
-    Raises:
-        OSError, ValueError: it is missing, or holds something else.
-    """
+    """The content of a JSON file; Mistake where it is missing or holds something else than an object."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise Mistake(f"{path}: expected an object, not {type(content).__name__}")
@@ -27,11 +23,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a model's config.json.
-
-    Raises:
-        OSError, ValueError: there is none; an adapter's folder is told apart.
-    """
+    """The content of a model's config.json; Mistake where there is none."""
     if (folder / "config.json").is_file():
         return read_object(folder / "config.json")
     if (folder / "adapter_config.json").is_file():
@@ -40,11 +32,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_processor_files(folder: Path) -> None:
-    """See that a folder has the files of a processor and a tokenizer, and that they are JSON.
-
-    Raises:
-        OSError, ValueError: it has not; in one line.
-    """
+    """See that a folder has the files of a processor and a tokenizer, and that they are JSON, else Mistake."""
     for names in (("processor_config.json", "preprocessor_config.json"), ("tokenizer.json", "vocab.json")):
         if not any((folder / name).is_file() for name in names):
             raise FileMistake(f"{folder} holds no {names[0]}; copy it from the model that this one was made from")
@@ -53,28 +41,14 @@ def check_processor_files(folder: Path) -> None:
             read_object(folder / name)
 
 
-def base_name(folder: Path) -> str:
-    """The name of the base model in an adapter's folder.
-
-    Raises:
-        OSError, ValueError: its configuration does not name one.
-    """
-    path = folder / "adapter_config.json"
-    name = read_object(path).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise FileMistake(f"{path}: names no base model (base_model_name_or_path)")
-    return name
-
-
 def check_weight_files(folder: Path, name: str = MODEL) -> None:
-    """See that a folder has all of its weight files, and that none is cut off; their headers alone are read.
+    """See that a folder has all of its weight files, and that none is cut off, else Mistake.
 
-    Raises:
-        OSError, ValueError: it has not; in one line.
+    The files' headers alone are read.
     """
-    index = folder / f"{name}.safetensors.index.json"
-    if (folder / f"{name}.safetensors").is_file():
-        tensor_names(folder / f"{name}.safetensors")
+    single, index = folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json"
+    if single.is_file():
+        check_whole(single)
     elif index.is_file():
         shards = read_object(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
@@ -82,7 +56,7 @@ def check_weight_files(folder: Path, name: str = MODEL) -> None:
         for shard in sorted(set(shards.values())):
             if not (folder / shard).is_file():
                 raise FileMistake(f"{folder / shard} is missing, and {index.name} names it; fetch the model again")
-            tensor_names(folder / shard)
+            check_whole(folder / shard)
     elif pickles := sorted(path.name for path in folder.glob("*model*.bin")):
         raise FileMistake(
             f"{folder}: {pickles[0]} is a pickle, which runs code when it is opened; save it as safetensors"
@@ -91,14 +65,10 @@ def check_weight_files(folder: Path, name: str = MODEL) -> None:
         raise FileMistake(f"{folder} holds no {name}.safetensors")
 
 
-def tensor_names(path: Path) -> set[str]:
-    """The names of the tensors in a safetensors file.
-
-    Raises:
-        OSError: the file is no whole one.
-    """
+def check_whole(path: Path) -> None:
+    """Raise Mistake where a safetensors file is cut off or damaged."""
     try:
-        with safe_open(path, framework="np") as file:
-            return set(file.keys())
+        with safe_open(path, framework="np"):
+            pass
     except SafetensorError as error:
         raise FileMistake(f"{path}: not a whole safetensors file ({first_line(error)}); fetch it again") from error

@@ -1,4 +1,4 @@
-"""Loads a policy and its processor as a recipe says: dtype, attention, pixel bounds, adapters, what is trained."""
+"""Loads a policy and its processor as a recipe says: dtype, attention, adapters, what is trained."""
 
 import importlib.util
 import logging
@@ -30,31 +30,23 @@ from open_r1.base.hub import model_folder
 from open_r1.base.prompts import load_chat_template
 from open_r1.configs import FreezeArguments
 from open_r1.models.families import FAMILIES, PARTS, Family, end_token_ids, family_of, family_of_processor, find_family
-from open_r1.models.files import (
-    ADAPTER,
-    base_name,
-    check_processor_files,
-    check_weight_files,
-    read_config,
-)
+from open_r1.models.files import ADAPTER, check_processor_files, check_weight_files, read_config, read_object
 from open_r1.models.templates import try_template
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 def resolve_dtype(name: str | None) -> torch.dtype | str:
-    """`"bfloat16"`, `"float16"`, `"float32"` -> the torch dtype; `"auto"` and None keep the checkpoint's."""
+    """The torch dtype of a name such as `"bfloat16"`; `"auto"` and None keep the checkpoint's."""
     if name in (None, "auto"):
         return "auto"
-    if name not in DTYPES:
-        raise Mistake(f"dtype: {name!r} is none of auto, {', '.join(DTYPES)}")
+    if name not in ("bfloat16", "float16", "float32"):
+        raise Mistake(f"dtype: {name!r} is none of auto, bfloat16, float16, float32")
     return getattr(torch, name)
 
 
 def resolve_attn_implementation(name: str | None, dtype: torch.dtype | str) -> str:
-    """`"auto"` and None -> `"flash_attention_2"` where it is usable, else `"sdpa"`; other names pass unchanged.
+    """`"auto"` and None -> `"flash_attention_2"` where it can be used, else `"sdpa"`.
 
-    flash-attn is usable with its package, an NVIDIA GPU of compute capability 8.0 or more, and 16-bit weights.
+    It takes the package flash-attn, a GPU of compute capability 8.0 or more, and 16-bit weights.
     """
     if name not in (None, "auto"):
         return name
@@ -69,7 +61,7 @@ def resolve_attn_implementation(name: str | None, dtype: torch.dtype | str) -> s
 
 @contextmanager
 def naming_model() -> Iterator[None]:
-    """In the block, what is wrong with the model of a recipe is told with the settings that name it; an OSError."""
+    """In the block, a mistake about a recipe's model names the settings that choose the model."""
     try:
         yield
     except (OSError, Mistake) as error:
@@ -83,9 +75,7 @@ def check_model(model_args: ModelConfig) -> Family:
         Its family.
 
     Raises:
-        OSError, ValueError: there is no such model, or it is not whole, or of a type that this project was not tested
-            with, or the recipe cannot train it.
-        ImportError: the recipe quantises, and bitsandbytes is not there.
+        Mistake: what `check_model_files` raises, or the recipe cannot train the model.
     """
     with naming_model():
         family = check_model_files(model_args.model_name_or_path, model_args.model_revision)
@@ -100,14 +90,13 @@ def check_model(model_args: ModelConfig) -> Family:
 
 
 def check_model_files(model_name_or_path: str | Path, revision: str = "main") -> Family:
-    """Fetch a model from the Hub, and see that its files are there and whole; of its weights the headers are read.
+    """Fetch a model from the Hub, and see that its files are whole; of weights the headers are read.
 
     Returns:
         Its family.
 
     Raises:
-        OSError, ValueError: there is no such model, or it is not whole, or of a type that this project was not tested
-            with.
+        Mistake: there is no such model, or it is not whole, or of no supported family.
     """
     folder = model_folder(model_name_or_path, revision)
     family = family_of_folder(folder)
@@ -116,7 +105,7 @@ def check_model_files(model_name_or_path: str | Path, revision: str = "main") ->
 
 
 def family_of_folder(folder: Path) -> Family:
-    """The family that a model's config.json names. Raises what `check_model_files` raises."""
+    """The family that a model's config.json names; raises what `check_model_files` raises."""
     model_type = read_config(folder).get("model_type")
     if not isinstance(model_type, str):
         raise FileMistake(f"{folder / 'config.json'}: names no model_type")
@@ -127,20 +116,16 @@ def family_of_folder(folder: Path) -> Family:
 
 
 def check_weights(model_name_or_path: str | Path, revision: str = "main") -> None:
-    """See that a model's weights are all there and of its shapes; none is read.
-
-    Raises:
-        OSError: they are not, or its configuration describes no model.
-    """
+    """Raise Mistake unless the weights have the names and shapes of the configuration; none is read."""
     if not is_deepspeed_zero3_enabled():  # then transformers takes no device_map
         read_weights(model_folder(model_name_or_path, revision), device_map="meta")
 
 
 @contextmanager
 def reading(files: str | Path, what: str) -> Iterator[None]:
-    """In the block, a library reads a model's files: whatever it raises about them becomes one line, an OSError.
+    """In the block, a library reads a model's files: what it raises about them becomes a Mistake.
 
-    Libraries raise of all kinds about damaged files: a failed assertion, or `tokenizers` a plain Exception.
+    Libraries raise errors of all kinds about damaged files, `tokenizers` for one a plain Exception.
     """
     try:
         yield
@@ -150,48 +135,43 @@ def reading(files: str | Path, what: str) -> Iterator[None]:
 
 
 def read_weights(name_or_folder: str | Path, **settings: Any) -> PreTrainedModel:
-    """transformers' `from_pretrained`, where every weight must come from the checkpoint; nothing of it runs code.
+    """transformers' `from_pretrained`: every weight comes from the checkpoint, no file runs code.
 
     Raises:
-        OSError: weights are missing or of another shape, or transformers cannot load them.
+        Mistake: weights are missing or of another shape, or transformers cannot load them.
     """
-    with reading(name_or_folder, "model"), disabled(logging.getLogger("transformers.modeling_utils")):
-        model, found = AutoModelForImageTextToText.from_pretrained(
-            name_or_folder,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # they are told below
-            output_loading_info=True,
-            **settings,
-        )
-    missing, mismatched = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.disabled = True  # what it would warn of is raised below
+    try:
+        with reading(name_or_folder, "model"):
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                name_or_folder,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **settings,
+            )
+    finally:
+        logger.disabled = False
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
     if missing:
-        raise FileMistake(f"{name_or_folder}: weights are missing: {_some(missing)}; fetch or save the model again")
+        raise FileMistake(f"{name_or_folder}: weights are missing: {_first(missing)}; fetch or save the model again")
     if mismatched:
         shapes = [f"{name} is {list(there)}, not {list(needed)}" for name, there, needed in mismatched]
-        raise FileMistake(f"{name_or_folder}: weights of another shape than config.json says: {_some(shapes)}")
-    if found["error_msgs"]:
-        raise FileMistake(f"{name_or_folder}: {_some(found['error_msgs'])}")
+        raise FileMistake(f"{name_or_folder}: weights of another shape than config.json says: {_first(shapes)}")
+    if report["error_msgs"]:
+        raise FileMistake(f"{name_or_folder}: {_first(report['error_msgs'])}")
     return model
 
 
-def _some(texts: Sequence[str]) -> str:
+def _first(texts: Sequence[str]) -> str:
     """The first of them, and how many more there are."""
     return texts[0] + (f" and {len(texts) - 1} more" if len(texts) > 1 else "")
 
 
-@contextmanager
-def disabled(logger: logging.Logger) -> Iterator[None]:
-    """In the block, the logger says nothing."""
-    logger.disabled, before = True, logger.disabled
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
 def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-    """A context in which a parameter is whole on this process; under ZeRO-3 all of a run enter it."""
+    """A context in which a parameter is whole in this process; under ZeRO-3 all processes enter it."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed  # imported by now
@@ -200,11 +180,7 @@ def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
 
 
 def check_finite(model: nn.Module, name: str | Path) -> None:
-    """See that no weight is NaN or infinite; one pass, without a copy.
-
-    Raises:
-        ValueError: one is; named.
-    """
+    """Raise Mistake with the name of a weight that is NaN or infinite; no weight is copied."""
     for parameter_name, parameter in model.named_parameters():
         with whole(parameter):
             extremes = parameter.detach().aminmax() if parameter.is_floating_point() and parameter.numel() else ()
@@ -230,7 +206,7 @@ def load_model(
         quantization_config: for QLoRA.
 
     Raises:
-        OSError, ValueError: what `check_model_files` raises; or weights are missing, of another shape, or not finite.
+        Mistake: what `check_model_files` and `read_weights` raise; or a weight is not finite.
     """
     check_model_files(model_name_or_path, revision)
     folder = Path(model_name_or_path).expanduser()
@@ -249,29 +225,32 @@ def load_model(
 
 
 def adapter_base(folder: str | Path) -> Path | None:
-    """The folder of the base model that a LoRA run's folder names; None for a folder of whole weights.
+    """The folder of the base model that a LoRA run's folder names; None for whole weights.
 
     Raises:
-        OSError, ValueError: the adapter's configuration is damaged, or there is no such base model, here or on the hub.
+        Mistake: the adapter's configuration is damaged, or there is no such base model.
     """
-    if not (Path(folder) / "adapter_config.json").is_file():
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
         return None
-    base = base_name(Path(folder))
+    name = read_object(path).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise FileMistake(f"{path}: names no base model (base_model_name_or_path)")
     try:
-        return model_folder(base)
+        return model_folder(name)
     except OSError as error:
         raise FileMistake(f"{folder} is an adapter without its base model: {error}") from error
 
 
 def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | Path | None = None) -> PreTrainedModel:
-    """A model to use: `load_model`, or for a LoRA run's folder its base with the adapter merged into the weights.
+    """`load_model`, or for a LoRA run's folder its base model with the adapter merged into it.
 
     Args:
         dtype: see `load_model`.
         base: folder in place of the base model that the adapter names.
 
     Raises:
-        OSError, ValueError: what `adapter_base` and `load_model` raise; or the adapter is not whole.
+        Mistake: what `adapter_base` and `load_model` raise; or the adapter is not whole.
     """
     base = base or adapter_base(folder)
     if base is None:
@@ -285,7 +264,7 @@ def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | 
 
 
 def restore_weights(model: nn.Module, folder: str | Path) -> None:
-    """Put the weights that a run saved back into its model, in place: all of them, or those of its adapters.
+    """Put the weights that a run saved back into its model: all of them, or those of its adapters.
 
     transformers 5.17 saves some families under the names that their weights have on the Hub, and its `Trainer` loads by
     the names in memory, without an error when none matches. `from_pretrained` knows both.
@@ -295,7 +274,7 @@ def restore_weights(model: nn.Module, folder: str | Path) -> None:
         folder: a checkpoint of the run.
 
     Raises:
-        OSError, ValueError: the folder does not hold exactly the weights of this model; it is one line.
+        Mistake: the folder does not hold exactly the weights of this model.
     """
     folder = Path(folder)
     if isinstance(model, PeftModel):
@@ -307,8 +286,8 @@ def restore_weights(model: nn.Module, folder: str | Path) -> None:
             check_adapter(model, place, name)
         return
     check_weight_files(folder)
-    # The widest of the model's, so that nothing is rounded on the way.
-    dtype = max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda kind: kind.itemsize)
+    # The widest dtype of the model, so that nothing is rounded on the way.
+    dtype = max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda dtype: dtype.itemsize)
     saved = read_weights(folder, dtype=dtype)
     with reading(folder, "model"):
         model.load_state_dict(saved.state_dict())
@@ -317,11 +296,6 @@ def restore_weights(model: nn.Module, folder: str | Path) -> None:
 def adapter_folder(folder: Path, name: str) -> Path:
     """Where PEFT puts an adapter of a model that is saved in a folder."""
     return folder if name == "default" else folder / name
-
-
-def is_equal(tensor: torch.Tensor, saved: torch.Tensor) -> bool:
-    """Whether a tensor is the saved one, NaN included, which is not for this function to find."""
-    return tensor.shape == saved.shape and torch.allclose(tensor, saved.to(tensor), rtol=0, atol=0, equal_nan=True)
 
 
 def check_adapter(model: PeftModel, folder: str | Path, name: str = "default") -> None:
@@ -333,7 +307,7 @@ def check_adapter(model: PeftModel, folder: str | Path, name: str = "default") -
         name: of the adapter in the model.
 
     Raises:
-        OSError: it is another one.
+        Mistake: it is another one.
     """
     path = Path(folder) / f"{ADAPTER}.safetensors"
     saved = load_file(path)
@@ -341,22 +315,22 @@ def check_adapter(model: PeftModel, folder: str | Path, name: str = "default") -
         for parameter_name, parameter in model.named_parameters():
             if f".{name}." in parameter_name:
                 stack.enter_context(whole(parameter))
-        own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        if missing := sorted(own.keys() - saved.keys()):
-            raise FileMistake(f"{path}: weights are missing: {_some(missing)}")
-        if foreign := sorted(saved.keys() - own.keys() - model.state_dict().keys()):
-            raise FileMistake(f"{path}: weights for which this adapter has no place: {_some(foreign)}")
-        other = [key for key, tensor in own.items() if not is_equal(tensor, saved[key])]
+        weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        if missing := sorted(weights.keys() - saved.keys()):
+            raise FileMistake(f"{path}: weights are missing: {_first(missing)}")
+        if foreign := sorted(saved.keys() - weights.keys() - model.state_dict().keys()):
+            raise FileMistake(f"{path}: weights that this adapter has no place for: {_first(foreign)}")
+        other = [
+            key
+            for key, weight in weights.items()
+            if not torch.equal(weight.nan_to_num(), saved[key].to(weight).nan_to_num())  # NaN is told elsewhere
+        ]
         if other:
-            raise FileMistake(f"{path}: weights that did not reach the model: {_some(other)}")
+            raise FileMistake(f"{path}: weights that did not reach the model: {_first(other)}")
 
 
 def load_model_from_args(model_args: ModelConfig) -> PreTrainedModel:
-    """`load_model` with the values of TRL's `ModelConfig`.
-
-    Raises:
-        OSError, ValueError, ImportError: see `check_model`.
-    """
+    """`check_model`, then `load_model` with the values of TRL's `ModelConfig`."""
     check_model(model_args)
     return load_model(
         model_args.model_name_or_path,
@@ -384,8 +358,8 @@ def load_processor(
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        OSError, ValueError: there is no such model, or it has no processor and tokenizer of a known family that can be
-            loaded; the tokenizer is another model's; no such chat template; no image has a size within the bounds.
+        Mistake: there is no such model or chat template; its processor or tokenizer cannot be
+            loaded, or is another model's; no image has a size within the bounds.
     """
     folder = model_folder(model_name_or_path, revision)
     family = family_of_folder(folder) if (folder / "config.json").is_file() else None  # an adapter's has none
@@ -394,7 +368,7 @@ def load_processor(
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, padding_side="left")
     known = dict.fromkeys(family.processor for family in FAMILIES.values())
     if type(processor) not in known:
-        names = ", ".join(each.__name__ for each in known)
+        names = ", ".join(processor_class.__name__ for processor_class in known)
         raise FileMistake(
             f"{folder} holds no processor for images and text ({names}) but a {type(processor).__name__}; "
             "copy the processor's and tokenizer's files of the model that it was made from"
@@ -412,7 +386,7 @@ def check_tokens(folder: Path, processor: ProcessorMixin, family: Family) -> Non
     """See that the tokenizer in a model's folder is the model's.
 
     Raises:
-        ValueError: they take a token for different ones, or the model has no place for some.
+        Mistake: a special token has another id there, or the model has no place for some token.
     """
     with reading(folder / "config.json", "configuration"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -436,7 +410,7 @@ def check_template(processor: ProcessorMixin, source: str, **template_kwargs: An
     """See that a processor's chat template shows an image where a message has one.
 
     Raises:
-        ValueError: it does not, or cannot be rendered; see `try_template`.
+        Mistake: it does not, or cannot be rendered; see `try_template`.
     """
     text = try_template(processor, source, **template_kwargs)
     if (marks := text.count(processor.image_token)) != 1:
@@ -447,7 +421,7 @@ def check_template(processor: ProcessorMixin, source: str, **template_kwargs: An
 
 
 def reset_generation_config(model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:
-    """Drop every sampling setting that the checkpoint carries (Qwen2-VL: top_k 1, repetition penalty 1.05).
+    """Drop the sampling settings of a checkpoint (Qwen2-VL: top_k 1, repetition penalty 1.05).
 
     `generate` fills what a caller leaves unset from the model, and samples drawn that way would not follow the
     policy whose log-probabilities are trained. What is left says only where a completion ends.
@@ -493,11 +467,7 @@ def accept_missing_images(model: PreTrainedModel, always_encode: bool) -> None:
 
 
 def frozen_parts(freeze_vision: bool = False, freeze_llm: bool = False, freeze_merger: bool | None = None) -> list[str]:
-    """The names in `PARTS` that are not trained.
-
-    Raises:
-        ValueError: when nothing would be left to train.
-    """
+    """The names in `PARTS` that are not trained; Mistake when nothing would be left to train."""
     flags = (freeze_vision, freeze_vision if freeze_merger is None else freeze_merger, freeze_llm)
     if all(flags):
         raise Mistake("freeze_vision, freeze_merger, freeze_llm: nothing is left to train; unset one")
@@ -507,7 +477,7 @@ def frozen_parts(freeze_vision: bool = False, freeze_llm: bool = False, freeze_m
 def freeze(
     model: PreTrainedModel, freeze_vision: bool = False, freeze_llm: bool = False, freeze_merger: bool | None = None
 ) -> None:
-    """Stop gradients into the vision tower, the language model (head included) or the merger between them.
+    """Stop gradients into the vision tower, the language model with its head, or the merger.
 
     `freeze_merger` None follows `freeze_vision`. Raises what `frozen_parts` raises.
     """
@@ -518,7 +488,7 @@ def freeze(
 
 
 def get_adapter_config(model_args: ModelConfig, freezing: FreezeArguments, family: Family) -> PeftConfig | None:
-    """TRL's LoRA configuration for a recipe, with no adapter in a frozen part; None without `use_peft`."""
+    """TRL's LoRA configuration of a recipe, no adapter in a frozen part; None without `use_peft`."""
     config = get_peft_config(model_args)
     frozen = frozen_parts(freezing.freeze_vision, freezing.freeze_llm, freezing.freeze_merger)
     if config is not None and frozen:
@@ -527,14 +497,14 @@ def get_adapter_config(model_args: ModelConfig, freezing: FreezeArguments, famil
 
 
 def count_elements(parameter: nn.Parameter) -> int:
-    """Elements of a parameter as the model has it: whole under ZeRO-3, unpacked when quantised to 4 bits."""
+    """Elements of a parameter: whole under ZeRO-3, unpacked where it is quantised to 4 bits."""
     if hasattr(parameter, "quant_state"):  # bitsandbytes keeps two weights in a byte
         return parameter.quant_state.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def parameter_table(model: nn.Module) -> str:
-    """How many parameters each part of the model has and how many of them are trained, one line a part."""
+    """How many parameters each part of the model has and how many are trained, a line a part."""
     total, trained, family = Counter(), Counter(), family_of(model)
     for name, parameter in model.named_parameters():
         count, part = count_elements(parameter), family.part_of(name)

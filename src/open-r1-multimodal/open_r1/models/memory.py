@@ -1,9 +1,9 @@
 """Counts the memory that a recipe needs on each GPU, from the model's configuration alone.
 
-The model is built without its numbers (torch's `meta` device), so a count takes a second and no download of weights.
-Counted are weights, gradients, optimiser, reference model, what autograd keeps for one micro-batch, the LM head's
-tiles, the rollout's cache, and of a known card the share that vLLM takes; not counted are the CUDA context (about
-0.5 GB) and the allocator's fragments.
+The model is built without its numbers (torch's `meta` device), so a count takes a second and no
+download of weights. Counted are weights, gradients, optimiser, reference model, what autograd keeps
+for one micro-batch, the LM head's tiles, the rollout's cache, and of a known card the share that
+vLLM takes; not counted are the CUDA context (about 0.5 GB) and the allocator's fragments.
 """
 
 import math
@@ -57,7 +57,7 @@ class Launch:
 
     @property
     def processes_here(self) -> int:
-        """Those of one machine."""
+        """Processes of one machine."""
         return self.num_processes // self.num_machines
 
     def share(self, amount: float, from_stage: int) -> float:
@@ -107,9 +107,9 @@ class Count:
         return sum(self.base.values()) + max(sum(phase.values()) for phase in phases)
 
     def with_vllm(self, share: float, card: float, sleeps: bool) -> "Count":
-        """The same on a card of so many bytes of which vLLM takes a share: all the time, or while it samples.
+        """The same with the share that vLLM takes of a card of so many bytes.
 
-        Awake it keeps its weights and cache between rollouts; asleep (TRL's `vllm_enable_sleep_mode`) neither.
+        It keeps weights and cache all the time, or with TRL's `vllm_enable_sleep_mode` during a rollout.
         """
         engine = {"vLLM": share * card}
         if sleeps:
@@ -117,16 +117,16 @@ class Count:
         return replace(self, base=self.base | engine)
 
     def largest_share(self, card: float, sleeps: bool) -> float:
-        """The most of a card, in hundredths, that vLLM can take beside this; 0 where nothing is left.
+        """The largest share of a card, in hundredths, that is left for vLLM; 0 where nothing is.
 
-        With 72 GB all the time and 8 GB for a phase of a step, on a card of 100 GB: 0.2; 0.28 for a vLLM that sleeps.
+        With 72 GB all the time and 8 GB for a phase, on a card of 100 GB: 0.2, or 0.28 if it sleeps.
         """
         beside = sum(self.base.values()) + sum(self.rollout.values()) if sleeps else self.peak
         return max(math.floor(100 * (card - beside) / card) / 100, 0.0) if self.peak <= card else 0.0
 
 
 class _SavedAttention(torch.autograd.Function):
-    """What fused attention keeps for the backward pass: its inputs, its output, and a number for each query."""
+    """What fused attention keeps for the backward pass: inputs, output, and a number a query."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 def build_model(
     config: PreTrainedConfig, model_args: ModelConfig, freezing: FreezeArguments, launch: Launch
 ) -> PreTrainedModel:
-    """The policy as it will be trained (frozen, with its adapter, in its dtype), without numbers."""
+    """The policy as it is trained (frozen, with its adapter, in its dtype), without numbers."""
     dtype = resolve_dtype(model_args.dtype)
     if dtype == "auto":
         dtype = config.dtype or torch.float32
@@ -163,11 +163,7 @@ def build_model(
 
 
 def load_config(model_name_or_path: str, revision: str = "main") -> PreTrainedConfig:
-    """The configuration of a model on the Hub or in a folder.
-
-    Raises:
-        OSError: there is no such model, its configuration describes none, or one that this project was not tested with.
-    """
+    """The configuration of a model; Mistake where there is none of a supported family."""
     with naming_model():
         folder = model_folder(model_name_or_path, revision, ["config.json"])
         family_of_folder(folder)
@@ -176,7 +172,7 @@ def load_config(model_name_or_path: str, revision: str = "main") -> PreTrainedCo
 
 
 def weight_bytes(model: nn.Module, model_args: ModelConfig) -> float:
-    """The weights as they lie in memory: bitsandbytes quantises every linear layer but the head and the adapters."""
+    """Bytes of the weights; bitsandbytes quantises all linear layers but the head and adapters."""
     quantised = set()
     if model_args.load_in_4bit or model_args.load_in_8bit:
         quantised = {
@@ -192,7 +188,7 @@ def weight_bytes(model: nn.Module, model_args: ModelConfig) -> float:
 
 @contextmanager
 def _count_saved(model: nn.Module) -> Iterator[Counter[str]]:
-    """While it is open, add up what autograd keeps (bytes, each storage once), by the kind of layer it is kept for.
+    """In the block, add up the bytes that autograd keeps (each storage once), by kind of layer.
 
     A kind is `block` of the vision tower, or of the decoder what its configuration calls the layer.
     """
@@ -271,10 +267,10 @@ def rollout_bytes(model: PreTrainedModel, load: Load) -> float:
 
 
 def cache_bytes(config: PreTrainedConfig, size: int) -> tuple[int, int]:
-    """What a decoder's cache holds for a token, and for a completion whatever its length, in weights of `size` bytes.
+    """Bytes of a decoder's cache: for each token, and for a completion of any length.
 
-    A layer that attends keeps keys and values of each token. A gated delta net keeps the last inputs of its
-    convolution, and its state in float32.
+    A layer that attends keeps keys and values of each token, in numbers of `size` bytes. A gated
+    delta net keeps the last inputs of its convolution, and its state in float32.
     """
     kinds = getattr(config, "layer_types", None) or []
     recurrent = kinds.count("linear_attention")
@@ -312,9 +308,8 @@ def count_memory(
     elements = sum(p.numel() for p in trained)
     gradients = sum(p.nbytes for p in trained)
     has_zero = launch.zero_stage is not None
-    summed = (
-        FP32 * elements if has_zero else gradients
-    )  # over micro-batches; open_r1.running.entry.accumulate_in_float32
+    # gradients summed over micro-batches: DeepSpeed is told to do it in float32 (running.entry.accumulate_in_float32)
+    summed = FP32 * elements if has_zero else gradients
     base = {
         "weights": launch.share(weights, from_stage=3),
         # Adam's two moments; DeepSpeed keeps them, and a master copy of the weights, in float32
@@ -349,7 +344,7 @@ def count_memory(
 def count_run(
     script_args: Any, args: TrainingArguments, model_args: ModelConfig, launch: Launch, is_cpu: bool = False
 ) -> Count:
-    """Count a training step of GRPO or SFT at the limits of its settings, without what vLLM takes; see `with_vllm`.
+    """Count a step of GRPO or SFT at the limits of its settings, without vLLM; see `with_vllm`.
 
     Args:
         script_args, args, model_args: of the run.
@@ -357,8 +352,7 @@ def count_run(
         is_cpu: see `count_memory`.
 
     Raises:
-        ValueError: no longest prompt is set, or the model is of a type that this project was not tested with.
-        OSError: there is no such model.
+        Mistake: no longest prompt is set, or what `load_config` raises.
     """
     if script_args.max_prompt_length is None:
         raise Mistake("max_prompt_length: memory is counted for the longest prompt; set it")

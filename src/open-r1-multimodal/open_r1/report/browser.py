@@ -5,7 +5,6 @@ import io
 import math
 import re
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from open_r1.base.fields import is_usable
 from open_r1.base.images import DECODE_ERRORS, opened, to_rgb
+from open_r1.base.trajectories import Completion
 from open_r1.report.runs import Trajectories
+from open_r1.report.statistics import steps_of
 
 TEXT_LIMIT = 4000  # characters of one text in the page; longer ones keep this much of their beginning and end
 TEXT_HEAD = 3000
@@ -25,7 +26,6 @@ QUOTE = 160  # characters of a short text, and of an example on either side of i
 # Bytes that the page spends on the completions of each source, and on images before base64 adds a third.
 TEXT_BUDGETS = {"train": 6_000_000, "eval": 3_000_000}
 IMAGE_BUDGET = 6_000_000
-ROW_BYTES = 200  # of a completion beside its text
 
 _TAG = re.compile(r"</?(?:think|answer)>")
 # Control characters by their pictures, U+2400 on: a random model writes them, and nobody would see them. Half a
@@ -36,63 +36,24 @@ _VISIBLE = {
     **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),
 }
 
-Steps = dict[int, list[list[int]]]  # step -> the rows of each group, in the file's order
 
-
-def steps_of(trajectories: Trajectories) -> Steps:
-    """The rows of every step, group by group."""
-    groups: dict[int, list[int]] = {}
-    for index, group in enumerate(trajectories.rows["group"].tolist()):
-        groups.setdefault(group, []).append(index)
-    steps: Steps = {}
-    for rows in groups.values():
-        steps.setdefault(int(trajectories.rows["step"][rows[0]]), []).append(rows)
-    return dict(sorted(steps.items()))
-
-
-def choose_steps(prompts: Mapping[int, Collection[int]], count: int, required: Collection[int] = ()) -> list[int]:
-    """About `count` steps to show: the first, the last, the required ones, and others evenly between.
-
-    Of each stretch of steps the one is taken in which most prompts of the steps before it recur, so that one can see
-    what became of them; of equals the one in the middle.
-
-    Args:
-        prompts: step, in order -> the prompts that it asks.
-    """
-    steps = list(prompts)
-    if len(steps) <= count:
-        return steps
-    wanted = {steps[0], steps[-1], *required}
-    chosen, seen = {steps[0]}, set(prompts[steps[0]])
-    edges = np.linspace(1, len(steps) - 1, max(count - 1, 1)).round().astype(int)  # of count - 2 stretches
-    for low, high in pairwise(edges):
-        stretch = steps[low:high]
-        middle = (len(stretch) - 1) / 2
-        taken = [step for step in stretch if step in wanted] or [
-            max(
-                enumerate(stretch),
-                key=lambda place: (len(seen.intersection(prompts[place[1]])), -abs(place[0] - middle)),
-            )[1]
-        ]
-        chosen.update(taken)
-        for step in taken:
-            seen.update(prompts[step])
-    return sorted(chosen | wanted)
+def spread(steps: Sequence[int]) -> list[int]:
+    """The steps in an order of which every beginning lies evenly over all: van der Corput's."""
+    digits = len(steps).bit_length()
+    places = sorted(range(len(steps)), key=lambda place: f"{place:0{digits}b}"[::-1])
+    return [steps[place] for place in places]
 
 
 def choose_groups(
-    trajectories: Trajectories, groups: Sequence[list[int]], often: np.ndarray, required: set[int]
+    trajectories: Trajectories, groups: Sequence[list[int]], required: set[int]
 ) -> list[tuple[int, list[int]]]:
-    """At most `MAX_GROUPS` of a step's groups, with their numbers in it: required rows, then prompts that recur.
+    """At most `MAX_GROUPS` of a step's groups, with their numbers in it.
 
-    Args:
-        often: prompt -> in how many groups of the file it is asked.
+    Those of required rows, then the oldest prompts, so that of every evaluation they are the same.
     """
 
-    def rank(place: int) -> tuple:
-        rows = groups[place]
-        prompt = trajectories.rows["prompt"][rows[0]]
-        return required.isdisjoint(rows), -often[prompt], prompt
+    def rank(place: int) -> tuple[bool, int]:
+        return required.isdisjoint(groups[place]), trajectories.rows["prompt"][groups[place][0]]
 
     places = sorted(sorted(range(len(groups)), key=rank)[:MAX_GROUPS])
     return [(place + 1, groups[place]) for place in places]
@@ -109,19 +70,19 @@ class Shared:
         self._image_numbers: dict[str, int] = {}
         self._budget = IMAGE_BUDGET
 
-    def prompt(self, trajectories: Trajectories, index: int, record: Mapping[str, Any]) -> int:
+    def prompt(self, trajectories: Trajectories, index: int, record: Completion) -> int:
         """The number of a completion's prompt."""
         key = id(trajectories), int(trajectories.rows["prompt"][index])
         if key not in self._prompt_numbers:
             self._prompt_numbers[key] = len(self.prompts)
-            head, question, tail = trajectories.question(record["prompt"])
+            head, question, tail = trajectories.question(record.prompt)
             self.prompts.append(
                 {
                     "head": segments(head),
                     "question": segments(question.strip()),
                     "tail": segments(tail),
-                    "opens_think": record["prompt"].endswith("<think>"),
-                    "images": [self.image(path) for path in record["images"][:MAX_IMAGES]],
+                    "opens_think": record.prompt.endswith("<think>"),
+                    "images": [self.image(path) for path in record.images[:MAX_IMAGES]],
                 }
             )
         return self._prompt_numbers[key]
@@ -130,23 +91,22 @@ class Shared:
         """The number of an image."""
         if path not in self._image_numbers:
             self._image_numbers[path] = len(self.images)
-            record = {"name": visible(Path(path).name)[:QUOTE]}
-            try:
-                if path not in self.known_images:
-                    raise PermissionError(path)
-                data, kind = thumbnail(Path(path))
-            except PermissionError:
-                record["missing"] = "not named by the run's data"
-            except DECODE_ERRORS as error:
-                record["missing"] = "no such file" if isinstance(error, FileNotFoundError) else "cannot be decoded"
-            else:
-                self._budget -= len(data)
-                if self._budget >= 0:
-                    record["source"] = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-                else:
-                    record["missing"] = "left out to keep this page small"
-            self.images.append(record)
+            self.images.append({"name": visible(Path(path).name)[:QUOTE], **self._content(path)})
         return self._image_numbers[path]
+
+    def _content(self, path: str) -> dict[str, str]:
+        try:
+            if path not in self.known_images:
+                return {"missing": "not named by the run's data"}
+            data, kind = thumbnail(Path(path))
+        except FileNotFoundError:
+            return {"missing": "no such file"}
+        except DECODE_ERRORS:
+            return {"missing": "cannot be decoded"}
+        self._budget -= len(data)
+        if self._budget < 0:
+            return {"missing": "left out to keep this page small"}
+        return {"source": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}
 
 
 def browser_data(
@@ -167,21 +127,22 @@ def browser_data(
 
 
 def embed(trajectories: Trajectories, required: set[int], budget: int, shared: Shared) -> dict[str, Any]:
-    """As many steps of one source as fit the budget (in bytes), in whole groups."""
+    """As many steps of one source as fit the budget (in bytes), in whole groups.
+
+    First the first and the last step and those of required rows, then others evenly between.
+    """
     steps, correct = steps_of(trajectories), trajectories.correct()
-    asked = {step: [int(trajectories.rows["prompt"][rows[0]]) for rows in groups] for step, groups in steps.items()}
-    often = np.bincount([prompt for prompts in asked.values() for prompt in prompts], minlength=1)
-    groups = {step: choose_groups(trajectories, steps[step], often, required) for step in steps}
-    size = np.minimum(trajectories.rows["size"], TEXT_LIMIT) + ROW_BYTES
-    total = sum(int(size[rows].sum()) for chosen in groups.values() for _, rows in chosen)
-    required_steps = {int(trajectories.rows["step"][index]) for index in required}
-    chosen = choose_steps(asked, max(2, int(len(steps) * budget / max(total, 1))), required_steps)
-    first = [step for step in chosen if step in {chosen[0], chosen[-1], *required_steps}]
+    every_step = list(steps)
+    of_required = trajectories.rows["step"][sorted(required)].tolist()
+    order = [*every_step[:1], *every_step[-1:], *of_required, *spread(every_step)]
     records: dict[int, dict[str, Any]] = {}
-    for step in [*first, *(step for step in chosen if step not in first)]:
-        of_step = [group_record(trajectories, correct, number, rows, shared) for number, rows in groups[step]]
+    for step in dict.fromkeys(order):
+        of_step = [
+            group_record(trajectories, correct, number, rows, shared)
+            for number, rows in choose_groups(trajectories, steps[step], required)
+        ]
         budget -= len(htmlsafe_json_dumps(of_step))
-        if budget < 0 and records:  # escapes may take more than was reckoned
+        if budget < 0 and records:
             break
         records[step] = {"step": step, "asked": len(steps[step]), "groups": of_step}
     return {
@@ -199,17 +160,17 @@ def group_record(
     return {
         "number": number,
         "prompt": shared.prompt(trajectories, rows[0], records[0]),
-        "solution": shown(records[0].get("solution")),
+        "solution": shown(records[0].solution),
         "completions": [
             {
-                "text": segments(record["completion"], record.get("reflections", ())),
-                "rewards": [rounded(record["rewards"].get(name)) for name in trajectories.rewards],
-                "advantage": rounded(record["advantage"]),
-                "length": record["length"],
-                "truncated": not record["ended"],
+                "text": segments(record.completion, record.reflections or ()),
+                "rewards": [rounded(record.rewards.get(name)) for name in trajectories.rewards],
+                "advantage": rounded(record.advantage),
+                "length": record.length,
+                "truncated": not record.ended,
                 "correct": None if math.isnan(correct[index]) else bool(correct[index]),
-                "reflective": bool(record.get("reflections")),
-                "considered": shown(record.get("considered")) if record.get("self_corrected") else None,
+                "reflective": bool(record.reflections),
+                "considered": shown(record.considered) if record.self_corrected else None,
             }
             for index, record in zip(rows, records, strict=True)
         ],

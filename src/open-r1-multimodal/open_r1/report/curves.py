@@ -1,13 +1,13 @@
 """Says which curves a report has and what each one shows."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from open_r1.report.runs import ACCURACY, FORMAT, Run, Series, Trajectories
-from open_r1.report.statistics import PASS_RATES, by_step, group_accuracy, pass_rates, quartiles
+from open_r1.report.statistics import by_step, group_accuracy, quartiles
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves on common axes; `stacked` ones add up.
-
-    `percent` values are shares in [0, 1], drawn over the whole of it unless they are `rare`.
-    """
+    """Curves on common axes; `percent` ones are shares, drawn over all of [0, 1] unless they are `rare`."""
 
     label: str
     lines: Sequence[Line]
     percent: bool = False
     rare: bool = False
-    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,73 +42,64 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Histogram:
-    """Shares, as bars side by side in every bin: label -> (bins,). `name` is its id in the page."""
-
-    name: str
-    title: str
-    bins: Sequence[str]
-    shares: Mapping[str, np.ndarray]
-    axes: tuple[str, str]
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class Curves:
     """What there is to draw of a run.
 
     Attributes:
-        accuracy, length: of the paper's figure.
-        reflection, success: below it, shares of the completions and of their self-corrections.
+        paper: rows of the paper's figure, each a panel for the left axis and one for the right.
         charts: the others.
         missing: titles without data.
-        histograms: what is not drawn against steps.
     """
 
-    accuracy: list[Line]
-    length: list[Line]
-    reflection: list[Line]
-    success: list[Line]
-    charts: list[Chart]
-    missing: list[str]
-    histograms: Sequence[Histogram] = ()
+    paper: Sequence[tuple[Panel, Panel]]
+    charts: Sequence[Chart]
+    missing: Sequence[str]
 
 
 def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
     """The curves of a run, from every completion where there are completions, else from the log."""
-    if is_sft(run, train):
+
+    def logged(name: str, title: str, unit: str, label: str, metric: str) -> Chart:
+        return Chart(name, title, [Panel(unit, [Line(label, run.series(metric))])])
+
+    entropy = logged("entropy", "Entropy", "nats a token", "entropy", "entropy")
+    if is_sft(run):
+        line = Line("token accuracy", run.series("mean_token_accuracy"))
+        note = "Share of the answer's tokens that the model ranks first."
+        token_accuracy = [Panel("share", [line], percent=True)]
         charts = [
-            Chart("loss", "Loss", [Panel("loss", [Line("loss", run.series("loss"))])]),
-            Chart(
-                "token-accuracy",
-                "Token accuracy",
-                [Panel("share", [Line("token accuracy", run.series("mean_token_accuracy"))], percent=True)],
-                "Share of the answer's tokens that the model ranks first.",
-            ),
-            Chart("learning-rate", "Learning rate", [Panel("", [Line("learning rate", run.series("learning_rate"))])]),
-            Chart("entropy", "Entropy", [Panel("nats a token", [Line("entropy", run.series("entropy"))])]),
+            logged("loss", "Loss", "loss", "loss", "loss"),
+            Chart("token-accuracy", "Token accuracy", token_accuracy, note),
+            logged("learning-rate", "Learning rate", "", "learning rate", "learning_rate"),
+            entropy,
         ]
-        return _with_data([[], [], [], []], charts)
+        return _with_data([], charts)
 
     steps = train.rows["step"]
 
-    def rewards(name: str) -> Series:
+    def reward(name: str) -> Series:
         values = train.rewards.get(name)
         return by_step(steps, values) if values is not None else run.series(f"rewards/{name}/mean")
 
-    def per_step(column: np.ndarray, logged: str) -> Series:
-        return by_step(steps, column.astype(float)) if len(train) else run.series(logged)
+    def per_step(column: np.ndarray, metric: str) -> Series:
+        return by_step(steps, column.astype(float)) if len(train) else run.series(metric)
 
-    accuracy, form = Line("accuracy", rewards(ACCURACY)), Line("format", rewards(FORMAT))
-    others = [Line(name, rewards(name)) for name in reward_names(run, train) if name not in (ACCURACY, FORMAT)]
+    accuracy, form = Line("accuracy", reward(ACCURACY)), Line("format", reward(FORMAT))
+    other_names = [name for name in reward_names(run, train) if name not in (ACCURACY, FORMAT)]
+    others = [Line(name, reward(name)) for name in other_names]
     held_out_lines = held_out_accuracies(run, held_out)
     lengths = per_step(train.rows["length"], "completions/mean_length")
     spread = by_step(steps, train.rows["length"].astype(float), quartiles) if len(train) else None
     length = Line("length in tokens", lengths, *(spread.values.T if spread else (None, None)))
+    truncated = Line("truncated", per_step(~train.rows["ended"], "completions/clipped_ratio"))
     corrections = [Line("self-corrections that end right", correction_success(run, train))]
     reflections = [
         Line("reflective", reflection_share(run, train, "reflective", "reflection/share")),
         Line("self-corrected", reflection_share(run, train, "self_corrected", "reflection/self_correction")),
+    ]
+    without_signal = [
+        Line("groups without signal", run.series("frac_reward_zero_std")),
+        Line("with signal, after refills", run.series("signal/share")),
     ]
     charts = [
         Chart("rewards", "Accuracy and format reward", [Panel("mean reward", [accuracy, form], percent=True)]),
@@ -126,63 +113,49 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
         Chart(
             "length",
             "Completion length",
-            [
-                Panel("tokens", [length]),
-                Panel(
-                    "truncated", [Line("truncated", per_step(~train.rows["ended"], "completions/clipped_ratio"))], True
-                ),
-            ],
+            [Panel("tokens", [length]), Panel("truncated", [truncated], percent=True)],
             "Band: the middle half of the completions." if spread else "",
         ),
         Chart(
             "reflection",
             "Reflection and self-correction",
-            [Panel("of completions", reflections, True, rare=True), Panel("success", corrections, True)],
+            [
+                Panel("of completions", reflections, percent=True, rare=True),
+                Panel("success", corrections, percent=True),
+            ],
             "Reflective: reconsiders (“wait, let me check”). Self-corrected: then answers another option.",
         ),
-        Chart("entropy", "Entropy", [Panel("nats a token", [Line("entropy", run.series("entropy"))])]),
-        Chart("kl", "KL to the reference model", [Panel("nats a token", [Line("KL", run.series("kl"))])]),
+        entropy,
+        logged("kl", "KL to the reference model", "nats a token", "KL", "kl"),
         Chart(
             "signal",
             "Reward spread and groups without signal",
             [
                 Panel("std of rewards", [Line("std of rewards", run.series("reward_std"))]),
-                Panel(
-                    "of groups",
-                    [
-                        Line("groups without signal", run.series("frac_reward_zero_std")),
-                        Line("with signal, after refills", run.series("signal/share")),
-                    ],
-                    True,
-                ),
+                Panel("of groups", without_signal, percent=True),
             ],
             "A group whose completions all earn the same reward teaches nothing.",
         ),
-        Chart("time", "Seconds a step", [Panel("seconds", step_time(run), stacked=True)]),
-        Chart("gradient", "Gradient norm", [Panel("norm", [Line("gradient norm", run.series("grad_norm"))])]),
+        Chart("time", "Seconds a step", [Panel("seconds", step_time(run))]),
+        logged("gradient", "Gradient norm", "norm", "gradient norm", "grad_norm"),
     ]
-    accuracies = [accuracy, *(Line(line.label, line.points, marked=True) for line in held_out_lines)]
-    curves = _with_data([accuracies, [Line("completion length", lengths)], reflections, corrections], charts)
-    return replace(curves, histograms=[pass_rate_histogram(train)] if train.rewards else [])
+    accuracies = [accuracy, *(replace(line, low=None, high=None) for line in held_out_lines)]
+    paper = [
+        (
+            Panel("accuracy", accuracies, percent=True, rare=True),
+            Panel("completion length (tokens)", [Line("completion length", lengths)]),
+        ),
+        (
+            Panel("reflection", reflections, percent=True, rare=True),
+            Panel("ends right", corrections, percent=True),
+        ),
+    ]
+    return _with_data(paper, charts)
 
 
-def pass_rate_histogram(train: Trajectories) -> Histogram:
-    """How hard the prompts are for the model, when training starts and when it ends."""
-    return Histogram(
-        "pass-rates",
-        "Pass rates of prompts",
-        PASS_RATES,
-        pass_rates(train),
-        ("completions of a prompt that succeed", "of prompts"),
-        "A completion succeeds when its first reward is above 0.5. Every sampled group counts, replaced ones too.",
-    )
-
-
-def is_sft(run: Run, train: Trajectories) -> bool:
-    """Whether a run was supervised; an older one that does not say so has no rewards and no completions."""
-    if "command" in run.info:
-        return run.info["command"] == "sft"
-    return bool(run.events) and not len(train) and not any("reward" in event for event in run.events)
+def is_sft(run: Run) -> bool:
+    """Whether a run was supervised."""
+    return run.info.command == "sft"
 
 
 def reward_names(run: Run, train: Trajectories) -> list[str]:
@@ -227,33 +200,27 @@ def correction_success(run: Run, train: Trajectories) -> Series:
 
 
 def step_time(run: Run) -> list[Line]:
-    """The seconds of a step, divided; what the parts leave over is the rest."""
-    total = run.series("step_time")
-    parts = []
-    for name in ("rollout", "scoring", "update"):
-        part = run.series(f"time/{name}")
-        found = dict(zip(part.steps.tolist(), part.values.tolist(), strict=True))
-        if found:
-            parts.append((name, np.array([found.get(step, 0.0) for step in total.steps.tolist()])))
-    rest = total.values - sum(values for _, values in parts)
-    # Clocks that start and stop at other times may leave a little less than nothing.
-    parts.append(("rest" if parts else "step", np.maximum(rest, 0)))
-    return [Line(name, Series(total.steps, values)) for name, values in parts]
+    """The seconds of a step, and of its parts."""
+    names = {"step": "step_time"} | {part: f"time/{part}" for part in ("rollout", "scoring", "update")}
+    return [Line(label, run.series(name)) for label, name in names.items()]
 
 
-def _with_data(paper: Sequence[Sequence[Line]], charts: Sequence[Chart]) -> Curves:
+def _with_data(paper: Sequence[tuple[Panel, Panel]], charts: Sequence[Chart]) -> Curves:
     """Leaves out what has no data: curves, panels (`missing` has their first curve's label), charts (their title)."""
+
+    def drawable(panel: Panel) -> Panel:
+        return replace(panel, lines=[line for line in panel.lines if len(line.points)])
+
+    rows = [(drawable(left), drawable(right)) for left, right in paper]
     drawn, missing = [], []
     for chart in charts:
-        panels = [
-            replace(panel, lines=lines)
-            for panel in chart.panels
-            if (lines := [x for x in panel.lines if len(x.points)])
-        ]
-        if panels:
-            drawn.append(replace(chart, panels=panels))
-            empty = [panel for panel in chart.panels if not any(len(line.points) for line in panel.lines)]
-            missing += [panel.lines[0].label for panel in empty]
+        panels = [drawable(panel) for panel in chart.panels]
+        filled = [panel for panel in panels if panel.lines]
+        if filled:
+            drawn.append(replace(chart, panels=filled))
+            for panel, kept in zip(chart.panels, panels, strict=True):
+                if not kept.lines:
+                    missing.append(panel.lines[0].label)
         else:
             missing.append(chart.title)
-    return Curves(*([line for line in lines if len(line.points)] for lines in paper), drawn, missing)
+    return Curves([row for row in rows if row[0].lines or row[1].lines], drawn, missing)

@@ -23,20 +23,14 @@ class NotMeasured(Exception):
 
 @dataclass(frozen=True)
 class Sign:
-    """What may keep reflection from coming.
-
-    Attributes:
-        name: in the page.
-        limit: it is seen from this value on.
-        measure: the run and its completions -> the value, and its numbers in words; raises NotMeasured.
-        seen, unseen: what it means, and what it means that it is not there; with {limit}.
-    """
+    """What may keep reflection from coming."""
 
     name: str
-    limit: float
+    limit: float  # it is seen from this value on
+    # the run and its completions -> the value, and its numbers in words; raises NotMeasured
     measure: Callable[[Run, Trajectories], tuple[float, str]]
-    seen: str
-    unseen: str
+    seen: str  # what it means, with {limit}
+    unseen: str  # what it means that it is not there
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class Finding:
     name: str
     seen: bool | None
     numbers: str
-    meaning: str
+    meaning: str = ""
 
 
 def zero_signal(run: Run, train: Trajectories) -> tuple[float, str]:
@@ -88,16 +82,16 @@ def contradictions(run: Run, train: Trajectories) -> tuple[float, str]:
     """The share of completions whose thought names another option last than their answer, where both name one."""
     chosen = np.unique(np.linspace(0, len(train) - 1, min(len(train), MAX_READ), dtype=int))
     records = [train.read(index) for index in chosen]
-    asked = [record for record in records if record.get("options")]
+    asked = [record for record in records if record.options]
     if not asked:
         raise NotMeasured("no completions of questions with known options")
-    read = [concluded(record["completion"], record["options"]) for record in asked]
-    both = [(thought, answer) for thought, answer in read if thought is not None and answer is not None]
+    read = [concluded(record.completion, record.options) for record in asked]
+    both = [pair for pair in read if None not in pair]
     if not both:
         raise NotMeasured(f"of {len(asked):,} completions read, none names an option in its thought and its answer")
     other = sum(thought != answer for thought, answer in both)
-    numbers = f"{other:,} of {len(both):,} ({other / len(both):.0%}), of {len(asked):,} completions read"
-    return other / len(both), numbers
+    share = other / len(both)
+    return share, f"{other:,} of {len(both):,} ({share:.0%}), of {len(asked):,} completions read"
 
 
 def blind(run: Run, train: Trajectories) -> tuple[float, str]:
@@ -109,13 +103,13 @@ def blind(run: Run, train: Trajectories) -> tuple[float, str]:
     names = [name for name in without if name in with_image and len(without[name]) and len(with_image[name])]
     if not names:
         raise NotMeasured("needs held-out questions (eval_strategy), which the end of a run asks without their images")
-    found = []
+    shares = []
     for name in names:
         blind, seeing = without[name][-1], with_image[name][-1]
         of_set = f" of {name}" if name else ""
         numbers = f"{blind:.0%} of the held-out questions{of_set} without their images, {seeing:.0%} with them"
-        found.append((blind / max(seeing, blind, 1e-6), numbers))
-    return max(share for share, _ in found), "; ".join(numbers for _, numbers in found)
+        shares.append((blind / max(seeing, blind, 1e-6), numbers))
+    return max(shares)[0], "; ".join(numbers for _, numbers in shares)
 
 
 SIGNS = (
@@ -168,7 +162,7 @@ def diagnose(run: Run, train: Trajectories) -> list[Finding]:
         try:
             value, numbers = sign.measure(run, train)
         except NotMeasured as reason:
-            findings.append(Finding(sign.name, None, str(reason), ""))
+            findings.append(Finding(sign.name, None, str(reason)))
         else:
             seen = bool(value >= sign.limit)
             meaning = (sign.seen if seen else sign.unseen).format(limit=sign.limit)

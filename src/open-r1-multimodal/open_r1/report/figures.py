@@ -4,14 +4,12 @@ Curves in the page take their colours from its style sheet (light and dark) and 
 """
 
 import io
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -19,15 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LinearLocator, MaxNLocator
 
 from open_r1.base.files import FIGURE_MARK, replacing
-from open_r1.report.curves import Chart, Curves, Histogram, Line, Panel
+from open_r1.report.curves import Chart, Curves, Line, Panel
 from open_r1.report.statistics import moving_average
 
-MAX_POINTS = 600  # of a curve; more cannot be told apart
 SMOOTH_FROM = 40  # points from which on a moving average is drawn over them
 # No curve is told from another by colour alone; `page.css` draws the same in legends.
 DASHES = ("-", (0, (4, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
-# The numbers of colours in the paper's figure, whichever of its curves there are.
-LENGTH_CURVE, REFLECTION_CURVE, SUCCESS_CURVE = 2, 3, 5
+# Of each row of the paper's figure the number of the first colour on its left and right axis.
+PAPER_CURVES = ((0, 2), (3, 5))
 
 # In a figure for the page each colour is a mark, replaced by the style sheet's variable once the SVG is written.
 PAGE_COLOURS = ("#010101", "#010102", "#010103", "#010104", "#010105", "#010106")
@@ -45,7 +42,9 @@ WIDE, NARROW = (12.6, 4.9), (5.4, 3.9)  # inches; one is 72 units of an SVG
 BELOW = 0.5  # height of what stands below the paper's figure, as a share of its own
 CARD = (5.4, 3.5)
 PANELS = 5  # beside each other
-_MARK = re.compile("|".join(VARIABLES))
+SVG = "http://www.w3.org/2000/svg"
+ElementTree.register_namespace("", SVG)
+ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,15 @@ def legend(chart: Chart) -> list[tuple[int, str]]:
 
 def accuracy_length_legend(curves: Curves) -> list[tuple[int, str]]:
     """The same for the paper's figure."""
-    starts = (0, LENGTH_CURVE, REFLECTION_CURVE, SUCCESS_CURVE)
-    lines = (curves.accuracy, curves.length, curves.reflection, curves.success)
-    return [
-        (number, line.label)
-        for start, some in zip(starts, lines, strict=True)
-        for number, line in enumerate(some, start)
-    ]
+    return [(number, line.label) for number, _, line in _paper_lines(curves)]
+
+
+def _paper_lines(curves: Curves) -> Iterator[tuple[int, Panel, Line]]:
+    """Number, panel and curve of all that the paper's figure shows."""
+    for panels, starts in zip(curves.paper, PAPER_CURVES, strict=False):
+        for panel, start in zip(panels, starts, strict=True):
+            for number, line in enumerate(panel.lines, start):
+                yield number, panel, line
 
 
 def chart_svg(chart: Chart) -> Markup:
@@ -93,29 +94,11 @@ def chart_svg(chart: Chart) -> Markup:
         return _inline(figure, chart.name, f"{chart.title}. {text}.")
 
 
-def histogram_svg(histogram: Histogram) -> Markup:
-    """A histogram for the page."""
-    with rc_context(_rc(histogram.name)):
-        figure = Figure(CARD, layout="constrained")
-        axes, places, width = figure.subplots(), np.arange(len(histogram.bins)), 0.8 / len(histogram.shares)
-        for at, shares in enumerate(histogram.shares.values()):
-            left = places - 0.4 + at * width
-            axes.bar(left, shares, width, align="edge", color=PAGE.curves[at % len(PAGE.curves)], alpha=0.75)
-        _frame(axes, histogram.axes[1], PAGE, parts=4)
-        _as_shares(axes)
-        axes.set_xticks(places, histogram.bins)
-        axes.set_xlabel(histogram.axes[0])
-        text = [
-            f"{label}: "
-            + ", ".join(f"{name} {100 * share:.1f} %" for name, share in zip(histogram.bins, shares, strict=True))
-            for label, shares in histogram.shares.items()
-        ]
-        return _inline(figure, histogram.name, f"{histogram.title}. {'; '.join(text)}.")
-
-
 def accuracy_length_title(curves: Curves) -> str:
     """What the paper's figure shows."""
-    return "Accuracy, completion length and reflection" if curves.reflection else "Accuracy and completion length"
+    if len(curves.paper) > 1:
+        return "Accuracy, completion length and reflection"
+    return "Accuracy and completion length"
 
 
 def accuracy_length_svg(curves: Curves, name: str, size: tuple[float, float]) -> Markup:
@@ -125,9 +108,8 @@ def accuracy_length_svg(curves: Curves, name: str, size: tuple[float, float]) ->
     """
     with rc_context(_rc(name)):
         figure = _accuracy_length(curves, PAGE, size)
-        text = [describe(line, True) for line in curves.accuracy] + [describe(line, False) for line in curves.length]
-        text += [describe(line, True) for line in (*curves.reflection, *curves.success)]
-        return _inline(figure, name, f"{accuracy_length_title(curves)}. {'; '.join(text)}.")
+        text = "; ".join(describe(line, panel.percent) for _, panel, line in _paper_lines(curves))
+        return _inline(figure, name, f"{accuracy_length_title(curves)}. {text}.")
 
 
 def save_accuracy_length(curves: Curves, path: Path) -> None:
@@ -142,7 +124,7 @@ def save_recipes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Held-out accuracy against completions: a panel a recipe, with a band over its seeds and the reference dashed.
 
     Args:
-        rows: see `report.sweep.compare_recipes`; the first one is the reference.
+        rows: see `report.comparison.compare_recipes`; the first one is the reference.
         path: PNG or SVG.
     """
     columns = min(PANELS, len(rows))
@@ -151,10 +133,12 @@ def save_recipes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         figure = Figure((2.6 * columns + 0.6, 2.3 * lines + 0.4), layout="constrained")
         panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for axes, row in zip(panels.flat, rows, strict=False):
-            reference, own = rows[0]["curve"], row["curve"]
+            reference, curve = rows[0]["curve"], row["curve"]
+            sampled = curve["completions"]
             axes.plot(reference["completions"], reference["accuracy"], color=PAPER.ink, alpha=0.5, linestyle=DASHES[1])
-            axes.fill_between(own["completions"], own["low"], own["high"], color=PAPER.curves[0], alpha=0.16, lw=0)
-            axes.plot(own["completions"], own["accuracy"], color=PAPER.curves[0], linewidth=2)
+            colour = PAPER.curves[0]
+            axes.fill_between(sampled, curve["low"], curve["high"], color=colour, alpha=0.16, lw=0)
+            axes.plot(sampled, curve["accuracy"], color=PAPER.curves[0], linewidth=2)
             axes.set_title(row["recipe"], fontsize=10)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
         for axes in panels.flat:  # when all is drawn: a limit ends the scaling of the axis that they share
@@ -174,15 +158,6 @@ def describe(line: Line, percent: bool) -> str:
     return f"{line.label}: {first} at step {steps[0]}, {last} at step {steps[-1]}"
 
 
-def thin(values: np.ndarray, limit: int = MAX_POINTS) -> np.ndarray:
-    """Increasing indices of at most `limit` values: both ends, and the lowest and highest of each stretch between."""
-    if len(values) <= limit:
-        return np.arange(len(values))
-    stretches = np.array_split(np.arange(len(values)), limit // 2 - 1)
-    extremes = [part[at] for part in stretches for at in (values[part].argmin(), values[part].argmax())]
-    return np.unique([0, *extremes, len(values) - 1])
-
-
 def _save(figure: Figure, path: Path, suffix: str) -> None:
     figure.savefig(path, format=suffix[1:], dpi=150, metadata=FIGURE_MARK[suffix])
 
@@ -196,44 +171,38 @@ def _rc(salt: str) -> dict[str, object]:
         "font.size": 12,
         "text.parse_math": False,
         "axes.formatter.useoffset": False,
+        "path.simplify_threshold": 0.5,  # of a curve with more points than can be told apart
     }
 
 
 def _accuracy_length(curves: Curves, theme: Theme, size: tuple[float, float]) -> Figure:
-    heights = [1, BELOW] if curves.reflection else [1]
+    heights = [1, BELOW][: len(curves.paper)]
     figure = Figure((size[0], size[1] * sum(heights)), layout="constrained")
-    left, *below = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    _draw_panel(left, Panel("accuracy", curves.accuracy, percent=True, rare=True), theme, 0, parts=5)
-    if curves.length:
-        right = left.twinx()
-        _draw_panel(right, Panel("completion length (tokens)", curves.length), theme, LENGTH_CURVE, parts=5)
-        right.grid(False)
-        right.yaxis.label.set_color(theme.curves[LENGTH_CURVE])
-        right.tick_params(axis="y", labelcolor=theme.curves[LENGTH_CURVE])
-    if curves.accuracy:
-        left.yaxis.label.set_color(theme.curves[0])
-        left.tick_params(axis="y", labelcolor=theme.curves[0])
-    else:
-        left.yaxis.set_visible(False)
-    for axes in below:
-        _draw_panel(axes, Panel("reflection", curves.reflection, percent=True, rare=True), theme, REFLECTION_CURVE, 3)
-        if curves.success:
-            right = axes.twinx()
-            _draw_panel(right, Panel("ends right", curves.success, percent=True), theme, SUCCESS_CURVE, parts=2)
-            right.grid(False)
-            right.yaxis.label.set_color(theme.curves[SUCCESS_CURVE])
-            right.tick_params(axis="y", labelcolor=theme.curves[SUCCESS_CURVE])
-    _label_steps([left, *below][-1])
+    rows = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, panels, (on_left, on_right) in zip(rows, curves.paper, PAPER_CURVES, strict=False):
+        left, right = panels
+        parts = 5 if axes is rows[0] else 3
+        _draw_panel(axes, left, theme, on_left, parts)
+        axes.yaxis.set_visible(bool(left.lines))
+        if right.lines:
+            twin = axes.twinx()
+            _draw_panel(twin, right, theme, on_right, min(parts, 2) if right.percent else parts)
+            twin.grid(False)
+            _colour_axis(twin, theme.curves[on_right])
+    _colour_axis(rows[0], theme.curves[0])
+    _label_steps(rows[-1])
     return figure
+
+
+def _colour_axis(axes: Axes, colour: str) -> None:
+    axes.yaxis.label.set_color(colour)
+    axes.tick_params(axis="y", labelcolor=colour)
 
 
 def _draw_panel(axes: Axes, panel: Panel, theme: Theme, number: int, parts: int) -> None:
     """Draw a panel's curves in the theme's colours from `number` on, with about `parts` intervals between ticks."""
-    if panel.stacked:
-        _draw_stack(axes, panel, theme, number)
-    else:
-        for at, line in enumerate(panel.lines, start=number):
-            _draw_line(axes, line, theme.curves[at % len(theme.curves)], DASHES[at % len(DASHES)])
+    for at, line in enumerate(panel.lines, start=number):
+        _draw_line(axes, line, theme.curves[at % len(theme.curves)], DASHES[at % len(DASHES)])
     _frame(axes, panel.label, theme, parts)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if panel.percent:
@@ -272,55 +241,36 @@ def _label_steps(axes: Axes) -> None:
 def _draw_line(axes: Axes, line: Line, colour: str, dashes: object) -> None:
     steps, values = line.points.steps, line.points.values
     if line.low is not None:
-        at = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS, dtype=int))
-        axes.fill_between(steps[at], line.low[at], line.high[at], color=colour, alpha=0.16, linewidth=0)
-    at = thin(values)
+        axes.fill_between(steps, line.low, line.high, color=colour, alpha=0.16, linewidth=0)
+    style = {"color": colour, "linestyle": dashes, "label": line.label}
     if line.marked or len(steps) == 1:
-        axes.plot(steps[at], values[at], color=colour, linestyle=dashes, marker="o", markersize=5, label=line.label)
+        axes.plot(steps, values, marker="o", markersize=5, **style)
     elif len(steps) < SMOOTH_FROM:
-        axes.plot(steps, values, color=colour, linestyle=dashes, linewidth=2, label=line.label)
+        axes.plot(steps, values, linewidth=2, **style)
     else:
-        axes.plot(steps[at], values[at], color=colour, linewidth=0.8, alpha=0.35)
-        smooth = moving_average(values, len(values) // 25 | 1)
-        at = thin(smooth)
-        axes.plot(steps[at], smooth[at], color=colour, linestyle=dashes, linewidth=2.2, label=line.label)
-
-
-def _draw_stack(axes: Axes, panel: Panel, theme: Theme, number: int) -> None:
-    steps = panel.lines[0].points.steps
-    at = thin(sum(line.points.values for line in panel.lines))
-    if len(steps) == 1:  # an area needs two points
-        steps, at = np.array([steps[0] - 0.5, steps[0] + 0.5]), np.array([0, 0])
-        values = [line.points.values[at] for line in panel.lines]
-    else:
-        steps, values = steps[at], [line.points.values[at] for line in panel.lines]
-    colours = [theme.curves[(number + k) % len(theme.curves)] for k in range(len(panel.lines))]
-    axes.stackplot(steps, values, colors=colours, alpha=0.75, linewidth=0)
+        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
+        axes.plot(steps, moving_average(values, len(values) // 25 | 1), linewidth=2.2, **style)
 
 
 def _inline(figure: Figure, name: str, description: str) -> Markup:
-    """The figure as an <svg> element of an HTML page: ids of its own, the page's colours and fonts, a description."""
+    """The figure as an <svg> element of the page, with a description."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
-            # A style element would reach the whole page.
-            if child.tag.rpartition("}")[2] in ("metadata", "style"):
+            if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style"):  # a style would reach the whole page
                 parent.remove(child)
-    used = set(re.findall(r"#([^\s\"')]+)", " ".join(value for node in root.iter() for value in node.attrib.values())))
     for node in root.iter():
-        node.tag = node.tag.rpartition("}")[2]
-        attributes = {key.rpartition("}")[2]: value for key, value in node.attrib.items()}
-        if attributes.get("id") not in used:
-            attributes.pop("id", None)
-        node.attrib.clear()
-        for key, value in attributes.items():
-            node.set(key, _MARK.sub(lambda match: VARIABLES[match[0]], value))
+        if "_" in node.get("id", ""):  # matplotlib's names of parts, alike in all figures; nothing refers to them
+            del node.attrib["id"]
     del root.attrib["width"], root.attrib["height"]
     root.set("role", "img")
     root.set("aria-labelledby", f"{name}-title")
-    title = ElementTree.Element("title", id=f"{name}-title")
+    title = ElementTree.Element(f"{{{SVG}}}title", id=f"{name}-title")
     title.text = description
     root.insert(0, title)
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
+    svg = ElementTree.tostring(root, encoding="unicode")
+    for mark, variable in VARIABLES.items():
+        svg = svg.replace(mark, variable)
+    return Markup(svg)

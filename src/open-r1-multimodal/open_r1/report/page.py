@@ -8,8 +8,7 @@ what it writes, and the page's script puts text only where text belongs.
 import base64
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,32 +20,19 @@ from markupsafe import Markup
 from open_r1.answers.checker import extract_answer
 from open_r1.base.files import MADE_BY, check_replaceable, replace_file
 from open_r1.report import figures
-from open_r1.report.browser import QUOTE, Steps, browser_data, shown, steps_of, visible
+from open_r1.report.browser import QUOTE, browser_data, shown, visible
 from open_r1.report.curves import Curves, collect, is_sft
 from open_r1.report.diagnosis import diagnose
 from open_r1.report.runs import KnownImages, Run, Trajectories, read_run, scan_trajectories
-from open_r1.report.statistics import first_and_last_tenth, reflection_statistics
+from open_r1.report.statistics import (
+    PASS_RATES,
+    first_and_last_tenth,
+    pass_rates,
+    reflection_statistics,
+    steps_of,
+)
 
 MAX_EXAMPLES = 6
-# The arguments that the page names, where the run has them.
-SETTINGS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "beta",
-    "loss_type",
-    "scale_rewards",
-    "num_generations",
-    "num_iterations",
-    "temperature",
-    "max_completion_length",
-    "max_prompt_length",
-    "max_pixels",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "freeze_vision",
-    "use_peft",
-    "seed",
-)
 KEY_CHARTS = ("rewards", "held-out", "length", "loss", "token-accuracy")  # their first panels head the page
 
 
@@ -62,22 +48,21 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         The path of the page.
 
     Raises:
-        OSError, ValueError: not a run, a damaged file, somebody else's file in the place of ours, or no room to write;
-            one line.
+        OSError, Mistake: not a run, a damaged file, somebody else's file in our place, a full disk.
     """
     output = output or run / "report.html"
     pictures = [output.with_name(f"accuracy_length{ending}") for ending in (".png", ".svg")]
     check_replaceable(output, *pictures)
-    with ExitStack() as stack:
-        log = read_run(run)
-        train, held_out = (
-            stack.enter_context(scan_trajectories(run / f"trajectories/{name}.jsonl")) for name in ("train", "eval")
-        )
+    log = read_run(run)
+    with (
+        scan_trajectories(run / "trajectories/train.jsonl") as train,
+        scan_trajectories(run / "trajectories/eval.jsonl") as held_out,
+    ):
         curves = collect(log, train, held_out)
         page = render(log, train, held_out, curves)
     # Lone surrogates, of a file name that is not UTF-8, cannot be written.
     replace_file(output, page.encode("utf-8", errors="replace"))
-    if curves.accuracy or curves.length:
+    if curves.paper:
         for picture in pictures:
             figures.save_accuracy_length(curves, picture)
     return output
@@ -96,7 +81,7 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     script = (here / "page.js").read_text(encoding="utf-8")
     picked = pick_examples(train)
-    quoted = examples(train, picked)
+    quoted = [quotation(train, index, train.correct()[index]) for index in picked]
     data = browser_data({"train": train, "eval": held_out}, {"train": picked, "eval": ()}, KnownImages(run))
     first = find_group(data, quoted[0]["step"], quoted[0]["group"]) if quoted else None
     return environment.get_template("page.html.jinja").render(
@@ -105,18 +90,19 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         name=run.path.resolve().name,
+        info=run.info,
         summary=summary(run, train, held_out),
         figures=key_figures(curves),
-        settings=[(name, run.info["arguments"][name]) for name in SETTINGS if name in run.info.get("arguments", {})],
         accuracy_length=[
             figures.accuracy_length_svg(curves, f"accuracy-length-{name}", size)
             for name, size in (("wide", figures.WIDE), ("narrow", figures.NARROW))
-            if curves.accuracy or curves.length
+            if curves.paper
         ],
         accuracy_length_title=figures.accuracy_length_title(curves),
         accuracy_length_legend=figures.accuracy_length_legend(curves),
         charts=[(chart, figures.legend(chart), figures.chart_svg(chart)) for chart in curves.charts],
-        histograms=[(each, list(enumerate(each.shares)), figures.histogram_svg(each)) for each in curves.histograms],
+        pass_rate_kinds=PASS_RATES,
+        pass_rates=pass_rates(train) if train.rewards else {},
         missing=curves.missing,
         warnings=[(step, visible(guard), visible(sentence)) for step, guard, sentence in run.warnings],
         reflections=[
@@ -127,7 +113,7 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
         examples=quoted,
         first_pictures=pictures(data, first) if first else [],
         pair=before_and_after(data, first),
-        signs=[] if is_sft(run, train) or not (train or run.events) else diagnose(run, train),
+        signs=[] if is_sft(run) or not (train or run.events) else diagnose(run, train),
         browser=data,
     )
 
@@ -137,23 +123,22 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
 
 def summary(run: Run, train: Trajectories, held_out: Trajectories) -> dict[str, Any]:
     """What the run is and how far it came."""
-    done = run.steps_done or int(train.rows["step"].max(initial=0))
-    if run.max_steps is not None and done >= run.max_steps:
+    logged = max((event["step"] for event in run.events), default=0)
+    done = logged or int(train.rows["step"].max(initial=0))
+    of_steps = max(run.info.max_steps or 0, 0)
+    if 0 < of_steps <= done:
         state = "finished"
     elif done:
         state = f"stopped at step {done} or still running"
     else:
         state = "no step finished yet"
+    last_time = max((event.get("time") or 0 for event in run.events), default=0)
     return {
-        "kind": "SFT" if is_sft(run, train) else "GRPO",
-        "model": run.info.get("model"),
-        "dataset": run.info.get("dataset"),
-        "eval_dataset": run.info.get("eval_dataset"),
-        "processes": run.info.get("world_size"),
+        "kind": "SFT" if is_sft(run) else "GRPO",
         "steps": done,
-        "max_steps": run.max_steps,
+        "max_steps": of_steps,
         "state": state,
-        "last_time": None if run.last_time is None else utc(datetime.fromtimestamp(run.last_time, UTC)),
+        "last_time": utc(datetime.fromtimestamp(last_time, UTC)) if last_time else None,
         "completions": len(train),
         "held_out_completions": len(held_out),
         "made": utc(datetime.now(UTC)),
@@ -192,17 +177,12 @@ def pick_examples(trajectories: Trajectories, count: int = MAX_EXAMPLES) -> list
     return sorted(chosen)
 
 
-def examples(trajectories: Trajectories, rows: Iterable[int]) -> list[dict[str, Any]]:
-    """Quotations of completions around their first reflections."""
-    steps, correct = steps_of(trajectories), trajectories.correct()
-    return [quotation(trajectories, steps, index, correct[index]) for index in rows]
-
-
-def quotation(trajectories: Trajectories, steps: Steps, index: int, correct: float) -> dict[str, Any]:
+def quotation(trajectories: Trajectories, index: int, correct: float) -> dict[str, Any]:
     """What a completion says around its first reflection, and where the page's browser has the whole of it."""
     record = trajectories.read(index)
-    step, text, (start, end) = record["step"], record["completion"], min(record["reflections"])
-    group, rows = next((number, rows) for number, rows in enumerate(steps[step], start=1) if index in rows)
+    step, text, (start, end) = record.step, record.completion, min(record.reflections)
+    groups = enumerate(steps_of(trajectories)[step], start=1)
+    group, rows = next((number, rows) for number, rows in groups if index in rows)
     return {
         "step": step,
         "group": group,
@@ -210,18 +190,20 @@ def quotation(trajectories: Trajectories, steps: Steps, index: int, correct: flo
         "before": visible(("…" if start > QUOTE else "") + text[max(0, start - QUOTE) : start]),
         "reflection": visible(text[start : min(end, start + QUOTE)]),
         "after": visible(text[end : end + QUOTE] + ("…" if end + QUOTE < len(text) else "")),
-        "considered": shown(record.get("considered")),
+        "considered": shown(record.considered),
         "answer": shown(extract_answer(text)),
-        "corrected": record.get("self_corrected", False),
+        "corrected": record.self_corrected,
         "correct": None if math.isnan(correct) else bool(correct),
     }
 
 
 def find_group(data: Mapping[str, Any], step: int, number: int) -> dict[str, Any] | None:
     """A prompt's completions in one step of training, among what the page's browser holds."""
-    steps = data["sources"]["train"]["steps"]
-    groups = (group for each in steps if each["step"] == step for group in each["groups"])
-    return next((group for group in groups if group["number"] == number), None)
+    for of_step in data["sources"]["train"]["steps"]:
+        for group in of_step["groups"]:
+            if (of_step["step"], group["number"]) == (step, number):
+                return group
+    return None
 
 
 def pictures(data: Mapping[str, Any], group: Mapping[str, Any]) -> list[str]:
@@ -240,9 +222,9 @@ def before_and_after(data: Mapping[str, Any], first: Mapping[str, Any] | None) -
     """
     asked: dict[int, list[tuple[str, int, dict[str, Any]]]] = {}
     for name, source in data["sources"].items():
-        for step in source["steps"]:
-            for group in step["groups"]:
-                asked.setdefault(group["prompt"], []).append((name, step["step"], group))
+        for of_step in source["steps"]:
+            for group in of_step["groups"]:
+                asked.setdefault(group["prompt"], []).append((name, of_step["step"], group))
     pairs = [(places[0], places[-1]) for places in asked.values() if places[0][1] < places[-1][1]]
     if not pairs:
         return None
@@ -250,8 +232,9 @@ def before_and_after(data: Mapping[str, Any], first: Mapping[str, Any] | None) -
     def rank(pair: tuple) -> tuple[bool, bool, bool, int]:
         (_, start, before), (_, end, after) = pair
         is_first = first is not None and before["prompt"] == first["prompt"]
-        reflective = [each for each in after["completions"] if each["reflective"]]
-        return is_first, any(each["correct"] for each in reflective), bool(reflective), end - start
+        reflective = [completion for completion in after["completions"] if completion["reflective"]]
+        is_right = any(completion["correct"] for completion in reflective)
+        return is_first, is_right, bool(reflective), end - start
 
     before, after = max(pairs, key=rank)
     return {
@@ -265,13 +248,16 @@ def before_and_after(data: Mapping[str, Any], first: Mapping[str, Any] | None) -
 def side(name: str, step: int, group: Mapping[str, Any], prefers_reflective: bool) -> dict[str, Any]:
     """The first completion of a group, or the first that reflects, and how many of the group are right."""
     completions = group["completions"]
-    reflective = [place for place, each in enumerate(completions) if each["reflective"] and prefers_reflective]
-    place = reflective[0] if reflective else 0
-    judged = [each["correct"] for each in completions if each["correct"] is not None]
+    place = 0
+    if prefers_reflective:
+        reflective = [at for at, completion in enumerate(completions) if completion["reflective"]]
+        place = reflective[0] if reflective else 0
+    correct = [completion["correct"] for completion in completions]
+    judged = [is_right for is_right in correct if is_right is not None]
     return {
         "step": step,
         "link": f"#{name}/{step}/{group['number']}/{place + 1}",
         "tally": f"{sum(judged)} of {len(judged)} correct" if judged else f"{len(completions)} completions",
-        "reflective": bool(reflective),
+        "reflective": prefers_reflective and completions[place]["reflective"],
         "text": completions[place]["text"],
     }

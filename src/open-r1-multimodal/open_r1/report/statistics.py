@@ -20,6 +20,17 @@ def by_step(steps: np.ndarray, values: np.ndarray, reduce: Callable[[np.ndarray]
     return Series(unique, np.array([reduce(part) for part in parts]))
 
 
+def steps_of(trajectories: Trajectories) -> dict[int, list[list[int]]]:
+    """Step, in order -> the rows of each of its groups, in the file's order."""
+    groups: dict[int, list[int]] = {}
+    for index, group in enumerate(trajectories.rows["group"].tolist()):
+        groups.setdefault(group, []).append(index)
+    steps: dict[int, list[list[int]]] = {}
+    for rows in groups.values():
+        steps.setdefault(int(trajectories.rows["step"][rows[0]]), []).append(rows)
+    return dict(sorted(steps.items()))
+
+
 def quartiles(values: np.ndarray) -> np.ndarray:
     """(2,) the lower and the upper quartile."""
     return np.quantile(values, (0.25, 0.75))
@@ -53,13 +64,10 @@ PASS_RATES = ("none", "< 1/3", "middle", "> 2/3", "all")  # of a group's complet
 
 
 def pass_rates(trajectories: Trajectories) -> dict[str, np.ndarray]:
-    """Shares (5,) of the groups in which so many completions succeed, `PASS_RATES`; by the first reward, above 0.5.
+    """Shares (5,) of the groups in which so many completions succeed (`PASS_RATES`), by a label.
 
-    Args:
-        trajectories: with at least one reward.
-
-    Returns:
-        Those of the first and of the last tenth of the steps, at least one each, by a label.
+    In the first and in the last tenth of the steps, at least one each. Success is a first reward
+    above 0.5; there must be a reward.
     """
     reward = next(iter(trajectories.rewards.values()))
     known = ~np.isnan(reward)
@@ -89,21 +97,14 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Reflections:
-    """How often completions reconsider, and whether it helps.
+    """How often completions reconsider, and whether it helps; pairs count the right and the judged."""
 
-    Attributes:
-        measured: completions in which reflections were looked for.
-        reflective, first_step: how many have one, and the first step with one.
-        accuracy_with, accuracy_without: (right, judged) of those with and without a reflection.
-        corrections, corrected_right: how many changed their option, and how many of these (right, judged) ended right.
-    """
-
-    measured: int
+    measured: int  # completions in which reflections were looked for
     reflective: int
     first_step: int | None
     accuracy_with: tuple[int, int]
     accuracy_without: tuple[int, int]
-    corrections: int
+    corrections: int  # that changed their option
     corrected_right: tuple[int, int]
 
 

@@ -1,18 +1,14 @@
-"""Shows progress while a run trains, and writes its log and `run.json`.
-
-`RunLog` writes `run.json`, what was run, and `log.jsonl`, one line a log event. `ProgressLines` prints one line a log
-event, `Warnings` one when a guard of `guards.py` begins to warn.
-"""
+"""Shows progress while a run trains, and writes its log and `run.json`."""
 
 import json
 import os
 import re
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -21,7 +17,6 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -39,8 +34,7 @@ from open_r1.running.provenance import (
 )
 
 LOG = "log.jsonl"
-SHORT = {"accuracy_reward": "accuracy", "format_reward": "format"}  # in a line; other rewards keep their name
-RECENT_STEPS = 20  # whose seconds the ETA expects of the steps to come
+SHORT = {"accuracy_reward": "accuracy", "format_reward": "format"}  # names of rewards in a line
 
 
 def add_run_callbacks(
@@ -52,7 +46,7 @@ def add_run_callbacks(
     record: Mapping[str, Any] | None = None,
     continued: Path | None = None,
 ) -> None:
-    """Give a trainer its run files, and lines of progress in place of transformers' bar and dictionaries.
+    """Give a trainer its run files, and lines of progress in place of transformers' bar.
 
     Args:
         trainer: of GRPO or SFT.
@@ -60,7 +54,8 @@ def add_run_callbacks(
         script_args: dataclass with `dataset_name` and `eval_dataset_name`.
         model_args: dataclass with `model_name_or_path`.
         recipes: names of the files that the settings come from.
-        record: more for `run.json`: `arguments` as they were given, before the trainer filled them in, and `data`.
+        record: more for `run.json`, which wins over what is found here: `arguments` as they were
+            before the trainer filled them in, and `data`.
         continued: folder of the run that this one goes on with; None: its own.
     """
     for callback in (ProgressCallback, PrinterCallback):
@@ -105,67 +100,55 @@ class RunLog(TrainerCallback):
     def __init__(self, run: Mapping[str, Any], continued: Path | None = None):
         self.run, self.continued = run, continued
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, **kwargs):
         """Describe the run, and drop the log of steps that are about to be repeated."""
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        record = {**self.run, "started": started, "world_size": args.world_size, "max_steps": state.max_steps}
+        record = {**self.run, "started": started, "world_size": args.world_size}
+        record["max_steps"] = state.max_steps
         if state.global_step:
             then = read_record(self.continued or folder)
-            record |= self.resumed(then, args, state.global_step, started, optimizer)
+            kept = settings_in_force(args, kwargs.get("optimizer"))
+            record |= describe_resume(then, record, state.global_step, kept)
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / RUN, json.dumps(record, indent=2).encode() + b"\n")
         # A run that starts anew keeps nothing, not even an evaluation before its first step.
         keep_rows(folder / LOG, lambda row: 0 < state.global_step >= row["step"])
 
-    def resumed(
-        self, then: Mapping[str, Any], args: TrainingArguments, step: int, now: str, optimizer: Any
-    ) -> dict[str, Any]:
-        """Say what a run goes on with that it did not begin with, and what it keeps against its arguments.
-
-        Args:
-            then: its `run.json` so far.
-            args, optimizer: of this launch.
-            step, now: where and when it goes on.
-
-        Returns:
-            What `run.json` holds of it.
-        """
-        kept = settings_in_force(args, optimizer)
-        changed = changes(then, self.run, but=kept)
-        for text in changed:
-            print(f"warning: changed since this run began: {text}", file=sys.stderr)
-        for name, value in kept.items():
-            print(
-                f"warning: {name} stays {value}, not {getattr(args, name)}: a resume restores the optimizer as it was; "
-                "to change it, train from the checkpoint's weights (MODEL) in another OUTPUT",
-                file=sys.stderr,
-            )
-        earlier = then.get("resumes")
-        resume = {"step": step, "time": now, "changed": changed, "kept": kept}
-        found = {"resumes": [*(earlier if isinstance(earlier, list) else []), resume]}
-        if isinstance(then.get("started"), str):
-            found["started"] = then["started"]
-        if "arguments" in self.run:
-            found["arguments"] = {**self.run["arguments"], **kept}
-        return found
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
-        """Write the event down."""
+    def on_log(self, args: TrainingArguments, state: TrainerState, control, logs, **kwargs):
         if state.is_world_process_zero:
             row = {"step": state.global_step, "time": time.time(), **without_secrets(logs)}
             append_rows(Path(args.output_dir) / LOG, [row])
+
+
+def describe_resume(
+    then: Mapping[str, Any], now: Mapping[str, Any], step: int, kept: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Say what a run goes on with that it did not begin with; returns what `run.json` holds of it.
+
+    Args:
+        then, now: the record of the run so far, and of this launch.
+        step: where it goes on.
+        kept: what it keeps of the optimizer's settings against its arguments.
+    """
+    changed = changes(then, now, but=kept)
+    for text in changed:
+        print(f"warning: changed since this run began: {text}", file=sys.stderr)
+    for name, value in kept.items():
+        print(
+            f"warning: {name} stays {value}, not {now['arguments'][name]}: a resume restores the "
+            "optimizer as it was; to change it, train from the checkpoint's weights (MODEL) in another "
+            "OUTPUT",
+            file=sys.stderr,
+        )
+    resume = {"step": step, "time": now["started"], "changed": changed, "kept": kept}
+    return {
+        "started": then.get("started", now["started"]),
+        "arguments": {**now["arguments"], **kept},
+        "resumes": [*then.get("resumes", []), resume],
+    }
 
 
 def has_begun(args: TrainingArguments) -> bool:
@@ -177,30 +160,26 @@ def has_begun(args: TrainingArguments) -> bool:
 
 
 def describe(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The figures of a log event that tell how training goes, as cells of equal width from event to event.
+    """The figures of a log event that tell how training goes, as cells of a fixed width.
 
     Args:
         logs: of GRPO or SFT, as the trainer logs them.
         prefix: "eval_" for an evaluation, "blind_" for one without images.
     """
-    found = (re.fullmatch(rf"{prefix}rewards/(.+)/mean", key) for key in logs)
-    names = [match[1] for match in found if match]
+    is_reward = re.compile(rf"{prefix}rewards/(.+)/mean").fullmatch
+    names = [match[1] for match in map(is_reward, logs) if match]
     if names:
         cells = [] if prefix else [("reward", "reward", "6.3f")]  # "held-out" stands there
         cells += [(SHORT.get(name, name), f"rewards/{name}/mean", "5.3f") for name in names]
         cells += [("length", "completions/mean_length", "4.0f"), ("kl", "kl", "6.4f")]
     else:
         cells = [("loss", "loss", "7.4f"), ("token accuracy", "mean_token_accuracy", "5.3f")]
-    values = [(label, logs[prefix + key], form) for label, key, form in cells if prefix + key in logs]
-    return [f"{label} {'-' if value is None else format(value, form)}" for label, value, form in values]
-
-
-def evaluations(logs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The evaluations in a log event: the prefix of their figures, the kind (eval, blind) and the name of their set."""
-    found = (
-        re.fullmatch(r"((eval|blind)_(?:(.+)_)?)(?:completions/mean_length|mean_token_accuracy)", key) for key in logs
-    )
-    return [(match[1], match[2], match[3] or "") for match in found if match] or [("eval_", "eval", "")]
+    texts = []
+    for label, key, form in cells:
+        if prefix + key in logs:
+            value = logs[prefix + key]
+            texts.append(f"{label} {'-' if value is None else format(value, form)}")
+    return texts
 
 
 class ProgressLines(TrainerCallback):
@@ -209,90 +188,59 @@ class ProgressLines(TrainerCallback):
     def __init__(self) -> None:
         self.bar: tqdm | None = None  # of an evaluation
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock; steps before a resume took another session's time."""
-        self.first_step, self.start = state.global_step, time.perf_counter()
-        self.steps_seconds = 0.0
-        self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
-        self.since_log: list[float] = []
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, **kwargs):
+        self.first_step, self.start = state.global_step, time.perf_counter()  # of this session
+        self.seconds: list[float] = []  # of the steps since the last line
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """A step starts with its rollout."""
+    def on_step_begin(self, *args, **kwargs):
         self.step_start = time.perf_counter()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Its update is done."""
-        seconds = time.perf_counter() - self.step_start
-        self.steps_seconds += seconds
-        self.recent.append(seconds)
-        self.since_log.append(seconds)
+    def on_step_end(self, *args, **kwargs):
+        self.seconds.append(time.perf_counter() - self.step_start)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control, logs, **kwargs):
         """Print the event; the summary at the end of training is left to the run files."""
-        self.close_bar()
-        is_evaluation = any(key.startswith(("eval_", "blind_")) for key in logs)
-        if not state.is_world_process_zero or not (is_evaluation or "loss" in logs):
-            return
-        cells = [f"step {state.global_step:{len(str(state.max_steps))}}/{state.max_steps}"]
-        if is_evaluation:
-            for prefix, kind, name in evaluations(logs):
-                title = {"blind": "without image", "eval": "held-out"}[kind] + (f" {name}" if name else "")
-                cells += [f"{title:13}" if f"{prefix}reward" in logs else title, *describe(logs, prefix)]
-        else:
-            seconds = sum(self.since_log) / max(len(self.since_log), 1)
-            self.since_log.clear()
-            left = self.seconds_left(state)
-            cells += [*describe(logs), f"{seconds:5.1f} s", f"ETA {tqdm.format_interval(left)}"]
-        print("  ".join(cells), flush=True)
-
-    def seconds_left(self, state: TrainerState) -> float:
-        """What the steps to come take: as long as recent ones, and their share of evaluations and checkpoints."""
-        done = state.global_step - self.first_step
-        if not done:
-            return 0.0
-        between = max(time.perf_counter() - self.start - self.steps_seconds, 0.0) / done
-        return (state.max_steps - state.global_step) * (sum(self.recent) / len(self.recent) + between)
-
-    def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show on a terminal how far an evaluation is; nothing of it stays."""
-        if state.is_world_process_zero:
-            if self.bar is None:
-                self.bar = tqdm(total=len(eval_dataloader), desc="held-out", leave=False, disable=None)
-            self.bar.update(1)
-
-    def close_bar(self) -> None:
-        """The evaluation is over."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+        kinds = {"eval_": "held-out", "blind_": "without image"}
+        prefix = next((kind for kind in kinds if any(key.startswith(kind) for key in logs)), "")
+        if not state.is_world_process_zero or not (prefix or "loss" in logs):
+            return
+        cells = [f"step {state.global_step:{len(str(state.max_steps))}}/{state.max_steps}"]
+        if prefix:
+            title = kinds[prefix]
+            cells += [f"{title:13}" if f"{prefix}reward" in logs else title, *describe(logs, prefix)]
+        else:
+            # as long as the steps of this session took, evaluations and checkpoints included
+            done, elapsed = state.global_step - self.first_step, time.perf_counter() - self.start
+            left = tqdm.format_interval((state.max_steps - state.global_step) * elapsed / max(done, 1))
+            cells += [*describe(logs), f"{fmean(self.seconds or [0.0]):5.1f} s", f"ETA {left}"]
+            self.seconds.clear()
+        print("  ".join(cells), flush=True)
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control, **kwargs):
+        """Show on a terminal how far an evaluation is; nothing of it stays."""
+        if state.is_world_process_zero:
+            if self.bar is None:
+                batches = len(kwargs["eval_dataloader"])
+                self.bar = tqdm(total=batches, desc="held-out", leave=False, disable=None)
+            self.bar.update(1)
 
 
 # --- warnings -------------------------------------------------------------------------------------------------
 
 
 class Warnings(TrainerCallback):
-    """Tell what the guards find, when it begins: on the terminal, and as an event of its own in `log.jsonl`."""
+    """Print what the guards find, when it begins, and log it as an event of its own."""
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control, logs, **kwargs):
         """Look at a step's event, and at those before it, which a checkpoint brings along."""
         if not state.is_world_process_zero or "loss" not in logs:
             return
-        found = new_warnings([event for event in state.log_history if "loss" in event])
-        for name, sentence in found.items():
-            print(f"warning: step {state.global_step}: {name}: {sentence}", file=sys.stderr, flush=True)
-        rows = [{"step": state.global_step, "time": time.time(), "guard": k, "warning": v} for k, v in found.items()]
-        if rows:
-            append_rows(Path(args.output_dir) / LOG, rows)
+        step = state.global_step
+        warnings = new_warnings([event for event in state.log_history if "loss" in event])
+        for name, sentence in warnings.items():
+            print(f"warning: step {step}: {name}: {sentence}", file=sys.stderr, flush=True)
+            row = {"step": step, "time": time.time(), "guard": name, "warning": sentence}
+            append_rows(Path(args.output_dir) / LOG, [row])

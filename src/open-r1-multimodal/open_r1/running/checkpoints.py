@@ -1,4 +1,4 @@
-"""Saves, finds and checks checkpoints: a run resumes only from one that is whole, and no file of it runs code."""
+"""Saves, finds and checks checkpoints: a run resumes from whole ones, and no file of them runs code."""
 
 import functools
 import json
@@ -20,45 +20,45 @@ from accelerate.utils import is_peft_model, patch_environment
 from torch import nn
 from torch.serialization import load, register_package, safe_globals
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from open_r1.base.errors import MissingFile, Mistake
 from open_r1.base.files import MANIFEST, delete, replacing
 from open_r1.models.loading import adapter_folder, check_adapter, restore_weights
 
-NO_MANIFEST = f"{MANIFEST} lists no files"
 # What a checkpoint holds for resuming alone. The rest is the model, as `save_model` writes it.
 RESUME_FILES = ("optimizer*", "scheduler*", "rng_state*", "global_step*", "latest", "zero_to_*", MANIFEST)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every `checkpoint-*` in a run's folder, complete or not, oldest step first.
-
-    A link counts, whether or not there is a folder where it leads.
-    """
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() or path.is_symlink()]
-    return sorted((int(match[1]), path) for path in found if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)))
-
-
-def lost_link(path: Path) -> str | None:
-    """What a link is that leads nowhere, in words; None for anything else."""
-    return f"a link to {path.readlink()}, which is not there" if path.is_symlink() and not path.exists() else None
+    """(step, path) of every `checkpoint-*` in a run's folder, whole or not, oldest step first."""
+    paths = Path(output_dir).glob("checkpoint-*")
+    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in paths]
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; of one that is a link the link alone, since what it leads to is not this run's to delete."""
+    """Delete a checkpoint; of a link the link alone: what it leads to is not this run's to delete."""
     if checkpoint.is_symlink():
-        print(f"{checkpoint}: removed, a link; {checkpoint.readlink()}, where it led, is left as it is")
+        target = checkpoint.readlink()
+        print(f"{checkpoint}: removed, a link; {target}, where it led, is left as it is")
     else:
         unseal(checkpoint)  # first, so that a kill in between leaves no checkpoint that looks whole
     delete(checkpoint)
 
 
 def seal(checkpoint: Path) -> None:
-    """Declare a checkpoint complete: its manifest, {file: size in bytes}, appears at once and last."""
-    with replacing(checkpoint / MANIFEST) as temporary:  # what a killed run left of one is no file of the checkpoint
-        files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
-        temporary.write_text(json.dumps({str(path.relative_to(checkpoint)): path.stat().st_size for path in files}))
+    """Declare a checkpoint complete: its manifest, {file: bytes}, appears at once and last."""
+    with replacing(checkpoint / MANIFEST) as temporary:
+        files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+        sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+        sizes.pop(MANIFEST, None)  # an older one
+        temporary.write_text(json.dumps(sizes))
+
+
+def is_sealed(checkpoint: Path) -> bool:
+    """Whether a checkpoint was declared complete."""
+    return (checkpoint / MANIFEST).exists()
 
 
 def unseal(checkpoint: Path) -> None:
@@ -67,107 +67,96 @@ def unseal(checkpoint: Path) -> None:
 
 
 def find_defect(checkpoint: str | Path) -> str | None:
-    """Why a checkpoint is not complete, in words, or None when it is."""
-    manifest = Path(checkpoint) / MANIFEST
-    if lost := lost_link(Path(checkpoint)):
-        return lost
-    if not manifest.is_file():
+    """Why a checkpoint is not complete, in words, or None when it is.
+
+    Raises:
+        Mistake: it is a link that leads nowhere, or its manifest lists no files.
+    """
+    path = Path(checkpoint)
+    if path.is_symlink() and not path.exists():
+        raise Mistake(
+            f"{path}: a link to {path.readlink()}, which is not there; "
+            "bring it back, or delete the link to go on from the one before"
+        )
+    if not is_sealed(path):
         return f"half-written (no {MANIFEST})"
-    text = manifest.read_bytes()
+    text = (path / MANIFEST).read_bytes()
     if not text.strip(b"\0"):  # as a crash of the machine leaves it
         return f"half-written ({MANIFEST} is empty)"
     try:
         sizes = json.loads(text).items()
-    except (ValueError, AttributeError, RecursionError):
-        return NO_MANIFEST
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise Mistake(
+            f"{path}: {MANIFEST} lists no files; delete the folder to go on from the one before it"
+        ) from error
     for name, size in sizes:
-        path = Path(checkpoint) / name
-        if not path.is_file():
+        if not (path / name).is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if (path / name).stat().st_size != size:
+            return f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
     return None
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest complete checkpoint of a run; every newer one that is not is reported in a line and passed over.
-
-    Raises:
-        ValueError: a newer one has a manifest that no interrupted run leaves, or is a link that leads nowhere.
-    """
+    """The newest complete checkpoint of a run; newer ones are named and passed over."""
     for _, checkpoint in reversed(list_checkpoints(output_dir)):
         defect = find_defect(checkpoint)
         if defect is None:
             return str(checkpoint)
-        if lost_link(checkpoint):
-            raise Mistake(f"{checkpoint}: {defect}; bring it back, or delete the link to go on from the one before")
-        if defect == NO_MANIFEST:
-            raise Mistake(f"{checkpoint}: {defect}; delete the folder to go on from the one before it")
         PartialState().print(f"{checkpoint}: passed over, {defect}")
     return None
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> str | None:
-    """`auto`: the newest complete checkpoint of the output folder, if it has one; `none`: start anew; else the path.
+    """The checkpoint that a run goes on from, if any.
+
+    Args:
+        resume_from_checkpoint: `auto`: the newest complete one of the output folder; `none`; a path.
+        output_dir: the run's folder.
 
     Raises:
-        FileNotFoundError: when the path is no folder, or one that a run cannot continue from.
-        ValueError: there is no checkpoint, and an earlier run's work, which a new run would write over.
+        MissingFile: the path is no checkpoint, or one that is known to be half-written.
+        Mistake: an earlier run's work would be written over.
     """
-    if resume_from_checkpoint == "auto":
-        checkpoint = last_complete_checkpoint(output_dir)
-    elif resume_from_checkpoint in (None, "none"):
-        checkpoint = None
-    else:
-        checkpoint = named_checkpoint(resume_from_checkpoint)
-    if checkpoint is None:
+    if resume_from_checkpoint == "auto" and (newest := last_complete_checkpoint(output_dir)):
+        return newest
+    if resume_from_checkpoint in ("auto", "none", None):
         check_unused(output_dir, resume_from_checkpoint)
-    return checkpoint
-
-
-def named_checkpoint(name: str) -> str:
-    """The path, if it is a checkpoint and not known to be half-written.
-
-    Raises:
-        FileNotFoundError: it is not.
-    """
-    path = Path(name)
-    if lost := lost_link(path):
-        raise MissingFile(f"resume_from_checkpoint: {path} is {lost}")
+        return None
+    path = Path(resume_from_checkpoint)
     if not path.is_dir():
         raise MissingFile(f"resume_from_checkpoint: no folder {path}")
     if not (path / "trainer_state.json").is_file():
-        raise MissingFile(f"resume_from_checkpoint: {path} is no checkpoint of a run (no trainer_state.json)")
-    if (path / MANIFEST).exists() and (defect := find_defect(path)):
+        reason = "is no checkpoint of a run (no trainer_state.json)"
+        raise MissingFile(f"resume_from_checkpoint: {path} {reason}")
+    if is_sealed(path) and (defect := find_defect(path)):
         raise MissingFile(f"resume_from_checkpoint: {path}: {defect}")
-    return name
+    return resume_from_checkpoint
 
 
 def check_unused(output_dir: str | Path, resume_from_checkpoint: str | None = None) -> None:
-    """See that a run which starts anew writes over nothing of worth: the model of a run that ended or, when it is told
-    to start anew, also checkpoints and rollouts. What a run leaves that was killed before its first checkpoint is
-    nothing when it is continued.
+    """Raise Mistake if a run that starts anew would write over something of worth.
 
-    Raises:
-        ValueError: there is something; the message names it.
+    That is the model of a run that ended or, when it is told to start anew, also checkpoints and
+    rollouts. What a run that was killed before its first checkpoint left is nothing to `auto`.
     """
     folder = Path(output_dir)
-    rows = [path for path in folder.glob("trajectories/*.jsonl") if path.stat().st_size]
-    logs = [*rows, *folder.glob("log.jsonl")]
-    found = sorted(folder.glob("*.safetensors")) if logs else []
+    rollouts = [path for path in folder.glob("trajectories/*.jsonl") if path.stat().st_size]
+    has_run = rollouts or (folder / "log.jsonl").exists()
+    works = sorted(folder.glob("*.safetensors")) if has_run else []
     if resume_from_checkpoint != "auto":
-        past = [path for _, path in list_checkpoints(folder)]
-        found += [path for path in past if (path / MANIFEST).exists() or lost_link(path)] + rows
-    if found:
-        name = found[0].relative_to(folder)
+        paths = [path for _, path in list_checkpoints(folder)]
+        works += [path for path in paths if is_sealed(path) or path.is_symlink()] + rollouts
+    if works:
+        name = works[0].relative_to(folder)
         raise Mistake(
-            f"{folder}: holds an earlier run ({name}), and a new one would write over it; choose another OUTPUT, or "
-            "move this one away"
+            f"{folder}: holds an earlier run ({name}), and a new one would write over it; "
+            "choose another OUTPUT, or move this one away"
         )
 
 
 def read_state(checkpoint: str) -> TrainerState:
-    """What the trainer noted in a checkpoint: the optimiser steps that were done, among much else."""
+    """What the trainer noted in a checkpoint: the optimizer steps that were done, among much else."""
     return TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
 
 
@@ -181,7 +170,7 @@ def is_finished(checkpoint: str, args: TrainingArguments) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the state of a run is split: by DeepSpeed's ZeRO (stage 0: whole on every process), over processes."""
+    """How the state of a run is split over processes by DeepSpeed's ZeRO; stage 0: not at all."""
 
     zero_stage: int
     processes: int
@@ -193,7 +182,7 @@ class Layout:
 
     @classmethod
     def of_deepspeed(cls, zero_stage: str | int | None, config_file: str | None, processes: int) -> "Layout":
-        """From what accelerate is told of DeepSpeed: a stage, or a file of DeepSpeed's own that names it."""
+        """From what accelerate is told of DeepSpeed: a stage, or DeepSpeed's own file with it."""
         if config_file:
             zero_stage = json.loads(Path(config_file).read_text())["zero_optimization"]["stage"]
         stage = 2 if zero_stage is None else int(zero_stage)
@@ -205,29 +194,26 @@ class Layout:
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
             return cls(0, processes)
-        stage, path = (os.environ.get(f"ACCELERATE_DEEPSPEED_{name}") for name in ("ZERO_STAGE", "CONFIG_FILE"))
-        return cls.of_deepspeed(stage, path, processes)
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        return cls.of_deepspeed(stage, os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), processes)
 
     @classmethod
     def of_config(cls, path: str, processes: int) -> "Layout":
-        """That of a launch with a file of accelerate's.
-
-        Raises:
-            ValueError: when accelerate cannot read it.
-        """
+        """That of a launch with a file of accelerate's, or a Mistake of what is none."""
         try:
             config = load_config_from_file(path)
             if config.distributed_type != DistributedType.DEEPSPEED:
                 return cls(0, processes)
-            settings = config.deepspeed_config
-            return cls.of_deepspeed(settings.get("zero_stage"), settings.get("deepspeed_config_file"), processes)
+            stage = config.deepspeed_config.get("zero_stage")
+            path_of_its_own = config.deepspeed_config.get("deepspeed_config_file")
+            return cls.of_deepspeed(stage, path_of_its_own, processes)
         # of a file that is no YAML, no mapping, or one of something else
         except (OSError, ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
             raise Mistake(f"ACCELERATE_CONFIG: {path} does not describe a launch: {error}") from error
 
     @classmethod
     def of_checkpoint(cls, checkpoint: str | Path) -> "Layout | None":
-        """That of the launch which wrote a checkpoint, by its files' names; None when it holds the model alone."""
+        """That of the launch which wrote a checkpoint, by its files' names; None: only the model."""
         parts = list(Path(checkpoint).glob("global_step*/*zero_pp_rank_*_optim_states.pt"))
         if parts:
             split_weights = any(Path(checkpoint).glob("global_step*/*zero_pp_rank_*_model_states.pt"))
@@ -237,47 +223,42 @@ class Layout:
 
 
 def check_layout(checkpoint: str, layout: Layout) -> None:
-    """See that a launch can load the optimiser's state of a checkpoint.
-
-    Raises:
-        ValueError: when it was written under another layout, or without that state.
-    """
+    """Raise Mistake if a launch cannot load the optimizer's state of a checkpoint."""
     saved = Layout.of_checkpoint(checkpoint)
-    anew = "or start anew in another OUTPUT"
     if saved is None:
         raise Mistake(
-            f"{checkpoint}: holds the model without optimizer and schedule (save_only_model), so the run cannot go on; "
-            f"train from it (MODEL={checkpoint}) in another OUTPUT"
+            f"{checkpoint}: holds the model without optimizer and schedule (save_only_model), so the run "
+            f"cannot go on; train from it (MODEL={checkpoint}) in another OUTPUT"
         )
-    if saved.zero_stage != layout.zero_stage or (saved.zero_stage and saved.processes != layout.processes):
+    is_split_alike = not saved.zero_stage or saved.processes == layout.processes
+    if saved.zero_stage != layout.zero_stage or not is_split_alike:
         raise Mistake(
             f"{checkpoint}: was written by {saved}, and this is {layout}; launch as then "
-            f"(NUM_PROCESSES, NUM_MACHINES, ACCELERATE_CONFIG), {anew}"
+            "(NUM_PROCESSES, NUM_MACHINES, ACCELERATE_CONFIG), or start anew in another OUTPUT"
         )
 
 
 def copy_model(checkpoint: str, output_dir: str) -> None:
-    """Copy a checkpoint's model and processor, without what only a resume needs, into the run's folder."""
-    shutil.copytree(checkpoint, output_dir, ignore=shutil.ignore_patterns(*RESUME_FILES), dirs_exist_ok=True)
+    """Copy a checkpoint's model and processor, without what only a resume needs, into a folder."""
+    ignore = shutil.ignore_patterns(*RESUME_FILES)
+    shutil.copytree(checkpoint, output_dir, ignore=ignore, dirs_exist_ok=True)
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Seal every checkpoint once all processes have written their part, and delete old ones only after that.
+    """Seal every checkpoint once all processes have written their part; delete old ones after that.
 
-    It takes `save_total_limit` over from the trainer, which would delete the last good checkpoint before the new
-    one is complete and counts half-written ones as good.
+    It takes `save_total_limit` over from the trainer, which would delete the last good checkpoint
+    before the new one is complete, and counts half-written ones as good.
     """
 
     def __init__(self, args: TrainingArguments):
         self.limit = args.save_total_limit
         args.save_total_limit = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Log, save and evaluate as often as these arguments say: a resumed state brings the numbers of its own.
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, **kwargs):
+        """Take back the seals of checkpoints that are going to be written over, never through a link.
 
-        And take back the seals of checkpoints that this run is going to write over, but never through a link.
+        And log, save and evaluate as often as these arguments say, not as the resumed state does.
         """
         state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero:
@@ -285,30 +266,35 @@ class CompleteCheckpoints(TrainerCallback):
                 if step > state.global_step:
                     remove(checkpoint) if checkpoint.is_symlink() else unseal(checkpoint)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Seal the new checkpoint; keep the newest `save_total_limit` complete ones and the best."""
+    def on_save(self, args: TrainingArguments, state: TrainerState, control, **kwargs):
+        """Seal the new checkpoint; keep `save_total_limit` complete ones and the best."""
         PartialState().wait_for_everyone()
         if not state.is_world_process_zero:
             return
         seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if not self.limit:
             return
-        past = [path for step, path in list_checkpoints(args.output_dir) if step <= state.global_step]
-        complete = [path for path in past if find_defect(path) is None]
-        best = os.path.realpath(state.best_model_checkpoint or ".")  # OUTPUT may have been told in other words
+        checkpoints = list_checkpoints(args.output_dir)
+        past = [path for step, path in checkpoints if step <= state.global_step]
+        newest = [path for path in past if is_sealed(path)][-self.limit :]
+        best = os.path.realpath(state.best_model_checkpoint or ".")  # or a relative path
         for checkpoint in past:
-            if checkpoint not in complete[-self.limit :] and os.path.realpath(checkpoint) != best:
+            if checkpoint not in newest and os.path.realpath(checkpoint) != best:
                 remove(checkpoint)
 
 
 @functools.cache  # once is enough, and all that torch takes
 def know_the_first_cpu() -> None:
     """Teach `torch.load` that "cpu:0" is the CPU."""
-    register_package(0, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None)
+
+    def restore(storage: Any, place: str) -> Any:
+        return storage if place == "cpu:0" else None
+
+    register_package(0, lambda storage: None, restore)
 
 
 def deepspeed_classes() -> list[type]:
-    """What DeepSpeed's states hold beside tensors, numbers and containers: classes of a few numbers each."""
+    """What DeepSpeed's states hold beside tensors, numbers and containers: small classes of numbers."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -318,9 +304,9 @@ def deepspeed_classes() -> list[type]:
 
 @contextmanager
 def loading_no_code(classes: Sequence[type] = ()) -> Iterator[None]:
-    """In the block `torch.load` builds tensors, numbers, containers and these classes, and calls nothing else.
+    """In the block `torch.load` builds tensors, numbers, containers and these classes, nothing else.
 
-    A pickle can call any function when it is loaded. transformers has its files loaded with `weights_only=True`;
+    A pickle can call any function when it is loaded. transformers loads with `weights_only=True`;
     DeepSpeed asks for `weights_only=False`, which torch's environment variable overrules.
 
     Raises:
@@ -331,22 +317,24 @@ def loading_no_code(classes: Sequence[type] = ()) -> Iterator[None]:
             yield
     except pickle.UnpicklingError as error:
         # torch names no file in its error, but its frame has it
-        *_, file = (frame.f_locals["f"] for frame, _ in walk_tb(error.__traceback__) if frame.f_code is load.__code__)
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {asked[1]}, and could run code" if asked else "it is damaged, or no run saved it"
+        frames = [frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code is load.__code__]
+        reason = "it is damaged, or no run saved it"
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"it asks for {asked[1]}, and could run code"
         raise Mistake(
-            f"{file}: not loaded: {reason}; resume from another checkpoint, or start anew in another OUTPUT"
+            f"{frames[-1].f_locals['f']}: not loaded: {reason}; "
+            "resume from another checkpoint, or start anew in another OUTPUT"
         ) from error
 
 
 class LoadWeightsMixin:
-    """In front of a `Trainer`: the weights that come back are all there, when a run goes on and when it ends, and no
-    file of a checkpoint runs code.
+    """In front of a `Trainer`: weights come back whole, and no file of a checkpoint runs code.
 
-    Outside DeepSpeed `restore_weights` loads them, for a resume and for `load_best_model_at_end`. DeepSpeed loads its
-    own files, which are parts of this process's memory; an adapter, of which it accepts any share, is compared.
-    An adapter is saved alone: under ZeRO-1 and 2 accelerate would copy all weights for it, 4.4 GB of a 2B model.
-    And several CPU processes are told to load the optimizer to "cpu:0", a place that `torch.load` does not know.
+    Outside DeepSpeed `restore_weights` loads them, for a resume and for `load_best_model_at_end`.
+    DeepSpeed loads its own files, which are parts of this process's memory; an adapter, of which it
+    accepts any share, is compared. An adapter is saved alone: under ZeRO-1 and 2 accelerate would
+    copy all weights for it, 4.4 GB of a 2B model. And several CPU processes are told to load the
+    optimizer to "cpu:0", a place that `torch.load` does not know.
     """
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -358,12 +346,10 @@ class LoadWeightsMixin:
         elif self.args.should_save:
             self._save(output_dir)
 
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
-    ) -> tuple[nn.Module, DataLoader]:
+    def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, DataLoader]:
         """The trainer's: here it loads all states of a checkpoint but that of random numbers."""
         with self._loading_states():
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            return super()._prepare_for_training(*args)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with self._loading_states():
@@ -372,7 +358,7 @@ class LoadWeightsMixin:
     def _loading_states(self) -> AbstractContextManager[None]:
         return loading_no_code(deepspeed_classes() if self.is_deepspeed_enabled else [])
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -391,7 +377,7 @@ class LoadWeightsMixin:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         know_the_first_cpu()
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.is_deepspeed_enabled:  # which has loaded the weights by now
+        if checkpoint is not None and self.is_deepspeed_enabled:  # the weights are loaded by now
             self._check_adapters(checkpoint)
 
     def _check_adapters(self, checkpoint: str) -> None:

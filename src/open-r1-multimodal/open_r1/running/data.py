@@ -1,11 +1,13 @@
-"""Prepares examples as the `datasets.Dataset` that a trainer takes: images checked, long prompts left out."""
+"""Prepares examples as the data set that a trainer takes: images checked, long prompts left out."""
 
 import hashlib
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ from trl import ModelConfig
 from trl.data_utils import prepare_multimodal_messages
 
 from open_r1.base.errors import Mistake, printable
-from open_r1.base.files import replacing
 from open_r1.base.images import EXTENSIONS, BrokenImage, ImageSource, check_image, image_bytes, image_size, opened
 from open_r1.base.prompts import join_options
 from open_r1.configs import DataArguments
@@ -34,19 +35,19 @@ from open_r1.tasks.unshown import NOTHING, PROMPT_FIELDS, unshown_texts
 
 Row = dict[str, Any]
 ROTATION_OF = "rotation_of"  # which question a row asks in one of two orders of its options
-# The images that may break during a run before it stops: a share of the prompts, but this many at least.
+# How many images may break before a run stops: a share of the prompts, but this many at least.
 BROKEN_SHARE, LEAST_BROKEN = 0.01, 10
 
 
 def most_broken(prompts: int) -> int:
-    """How many images may break during a run over so many prompts; of a small set not more than half."""
+    """How many images may break during a run over so many prompts; half of them at most."""
     return max(min(LEAST_BROKEN, prompts // 2), int(BROKEN_SHARE * prompts))
 
 
 def load_processor_from_args(
     model_args: ModelConfig, data_args: DataArguments, template_kwargs: dict[str, Any]
 ) -> ProcessorMixin:
-    """`load_processor` with the values of a recipe, and its chat template tried; raises what `try_template` raises."""
+    """`load_processor` with the values of a recipe, and its chat template tried."""
     processor = load_processor(
         model_args.model_name_or_path,
         chat_template=data_args.chat_template,
@@ -54,7 +55,8 @@ def load_processor_from_args(
         max_pixels=data_args.max_pixels,
         revision=model_args.model_revision,
     )
-    try_template(processor, data_args.chat_template or str(model_args.model_name_or_path), **template_kwargs)
+    name = data_args.chat_template or str(model_args.model_name_or_path)
+    try_template(processor, name, **template_kwargs)
     return processor
 
 
@@ -67,37 +69,38 @@ def load_datasets_from_args(
     rotate_options: bool = False,
     has_begun: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
-    """`load_dataset` with the values of a recipe: what to train on, and what is held out, which is never rotated."""
-    columns = columns_of(data_args)
-
-    def load(name: str, split: str, rotate_options: bool = False) -> Dataset:
-        return load_dataset(
-            name,
-            processor,
-            data_args.max_prompt_length,
-            columns=columns,
-            config=data_args.dataset_config,
-            split=split,
-            checks=checks,
-            max_answer_length=max_answer_length,
-            rotate_options=rotate_options,
-            has_begun=has_begun,
-            drop_unshown=data_args.drop_unshown,
-            **template_kwargs,
-        )
-
-    train = load(data_args.dataset_name, data_args.dataset_train_split, rotate_options)
-    held_out = data_args.eval_dataset_name
-    return train, load(held_out, data_args.dataset_test_split) if held_out else None
+    """`load_dataset` with the values of a recipe: what to train on; what is held out, never rotated."""
+    load = partial(
+        load_dataset,
+        processor=processor,
+        max_prompt_length=data_args.max_prompt_length,
+        columns=columns_of(data_args),
+        config=data_args.dataset_config,
+        checks=checks,
+        max_answer_length=max_answer_length,
+        has_begun=has_begun,
+        drop_unshown=data_args.drop_unshown,
+        **template_kwargs,
+    )
+    train, held_out = data_args.dataset_name, data_args.eval_dataset_name
+    return (
+        load(train, split=data_args.dataset_train_split, rotate_options=rotate_options),
+        load(held_out, split=data_args.dataset_test_split) if held_out else None,
+    )
 
 
 def columns_of(data_args: DataArguments) -> Columns:
     """The columns that a recipe names."""
-    return Columns(data_args.question_column, data_args.answer_column, data_args.image_column, data_args.options_column)
+    return Columns(
+        data_args.question_column,
+        data_args.answer_column,
+        data_args.image_column,
+        data_args.options_column,
+    )
 
 
 def opens_think(processor: ProcessorMixin, **template_kwargs: str) -> bool:
-    """Whether the chat template ends a prompt inside an opened `<think>`, so that completions start there."""
+    """Whether the chat template ends a prompt inside an opened `<think>`: completions start there."""
     return _around_question(processor, **template_kwargs).rstrip().endswith("<think>")
 
 
@@ -112,11 +115,7 @@ def _around_question(processor: ProcessorMixin, **template_kwargs: str) -> str:
 
 
 def store_image(source: ImageSource) -> str:
-    """The path of an image file; what carries its bytes is written, unchanged, to a file in the datasets' cache.
-
-    Raises:
-        BrokenImage: the bytes are no image.
-    """
+    """The path of an image file; bytes are written to a file in the cache of `datasets`."""
     data = image_bytes(source)
     if data is None:
         return str(source["path"] if isinstance(source, dict) else source)
@@ -126,17 +125,14 @@ def store_image(source: ImageSource) -> str:
     path = Path(datasets.config.HF_DATASETS_CACHE, "open_r1_images", f"{digest}.{extension}")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, shared=True) as temporary:  # every process of a run may write it
-            temporary.write_bytes(data)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # every process of a run may write it
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
     return str(path)
 
 
 def render_prompt(example: Row, processor: ProcessorMixin, **template_kwargs: str) -> str:
-    """The text of an example's prompt, with one image token for each of its images.
-
-    Raises:
-        ValueError: the chat template shows other images than those of the example, or cannot be rendered.
-    """
+    """The text of an example's prompt; a Mistake where it has not one image token an image."""
     images = example["images"]
     messages = prepare_multimodal_messages(example["prompt"], images=images)
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
@@ -148,13 +144,10 @@ def render_prompt(example: Row, processor: ProcessorMixin, **template_kwargs: st
 def count_prompt_tokens(
     example: Row, processor: ProcessorMixin, text: str | None = None, **template_kwargs: str
 ) -> int:
-    """Length of an example's prompt in tokens, those of its images included, from the images' headers alone.
+    """Length of an example's prompt in tokens, image tokens included, from the images' headers alone.
 
     Args:
         text: what `render_prompt` made of it; None renders it.
-
-    Raises:
-        ValueError: as `render_prompt` does.
     """
     text = render_prompt(example, processor, **template_kwargs) if text is None else text
     sizes = [image_size(image) for image in example["images"]]
@@ -164,42 +157,35 @@ def count_prompt_tokens(
     return len(processor.tokenizer(text)["input_ids"]) - len(sizes) + images
 
 
-def warn_of_unshown(*sets: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None) -> None:
-    """Name the columns that belong into a prompt, and that a trainer shows no model; empty ones do not count."""
-    alone = [each for given in sets for each in (given.values() if isinstance(given, dict) else [given])]
-    found = {}  # names in their order
-    for data in alone:
-        for name in (name for name in getattr(data, "column_names", None) or () if name in PROMPT_FIELDS):
-            is_stream = isinstance(data, IterableDataset)
-            if is_stream or any(cell.as_py() not in NOTHING for cell in data.data.column(name)):
-                found[name] = None
-    if found:
-        print(f"warning: no prompt shows the columns {', '.join(found)}; only rewards get them", file=sys.stderr)
+def warn_of_unshown(*sets: Any) -> None:
+    """Name the columns that belong into a prompt, and that a trainer shows no model.
+
+    Args:
+        sets: data sets of either kind, dictionaries of such, or None; empty columns do not count.
+    """
+    unshown = {}  # names in their order
+    for data in sets:
+        for part in data.values() if isinstance(data, dict) else [data]:
+            names = getattr(part, "column_names", None) or ()
+            for name in (name for name in names if name in PROMPT_FIELDS):
+                is_stream = isinstance(part, IterableDataset)  # whose cells are not known yet
+                if is_stream or any(cell.as_py() not in NOTHING for cell in part.data.column(name)):
+                    unshown[name] = None
+    if unshown:
+        names = ", ".join(unshown)
+        print(f"warning: no prompt shows the columns {names}; only rewards get them", file=sys.stderr)
 
 
 def in_two_orders(example: Row, question: int) -> list[Row]:
-    """A question as it is, and with its first option last; both under its number, `ROTATION_OF`.
-
-    Raises:
-        ValueError: its text does not list two options or more as SAT's do, or its answer is none of them by its text.
-    """
+    """A question as it is, and with its first option last; both under its number, `ROTATION_OF`."""
     *system, asked = example["prompt"]
     options, rotated = example["options"], [*example["options"][1:], *example["options"][:1]]
     before, listed, after = asked["content"].rpartition(join_options(options) if options else "\n")
     if len(options) < 2 or not listed or example["solution"] not in options:
         raise Mistake("rotate_options: needs a question that lists its options, 'a, b or c', its answer among them")
-    again = {**example, "prompt": [*system, {**asked, "content": before + join_options(rotated) + after}]}
-    return [{**example, ROTATION_OF: question}, {**again, "options": rotated, ROTATION_OF: question}]
-
-
-def find_broken(images: Sequence[str]) -> BrokenImage | None:
-    """What is wrong with the first of these files that is no picture."""
-    try:
-        for path in images:
-            check_image(path)
-    except BrokenImage as error:
-        return error
-    return None
+    again = {**asked, "content": before + join_options(rotated) + after}
+    first = {**example, ROTATION_OF: question}
+    return [first, {**first, "prompt": [*system, again], "options": rotated}]
 
 
 @contextmanager
@@ -226,29 +212,31 @@ def load_dataset(
     drop_unshown: bool = False,
     **template_kwargs: str,
 ) -> Dataset:
-    """Read a data set; leave out, never truncate, what is too long, and texts that spell a control token.
+    """Read a data set; what is too long or spells a control token is left out, never truncated.
 
     Args:
         source, columns, config, split: see `mixture.parts_of`.
         processor: renders and measures the prompts.
         max_prompt_length: in tokens, image tokens included; None keeps every length.
-        checks: each raises ValueError for a row that cannot be trained on.
+        checks: each raises Mistake for a row that cannot be trained on.
         max_answer_length: in tokens; None keeps every length.
-        rotate_options: every row is followed by itself with its options in another order; see `in_two_orders`.
+        rotate_options: every row is followed by itself in another order of its options; see
+            `in_two_orders`.
         has_begun: a run that found every image whole goes on: those that broke since (`most_broken` at most) are named,
             and their rows stay, so that the others keep their places.
         drop_unshown: rows whose prompts do not show all that they hold are named, and stay.
         template_kwargs: for the chat template.
 
     Raises:
-        OSError, ValueError: one line that names the file and the row with what is wrong, an image that cannot be
-            opened and what a prompt does not show included; or no example is left.
+        Mistake: something is wrong with a row (an image that cannot be opened, what its prompt does
+            not show), which is named; or no example is left.
     """
     state = PartialState()
-    controls, left_out, kept, lost = control_tokens(processor), Counter(), [], []
-    hidden = []  # rows, and what their prompts do not show of them
+    controls, left_out, kept = control_tokens(processor), Counter(), []
+    lost, hidden = [], []  # rows, in words: with a broken image; with more than their prompt shows
     examples = iter_mixture(parts_of(source, columns, config, split), must_exist=not has_begun)
-    for origin, row, example, unshown in tqdm(examples, desc="examples", unit="", disable=not state.is_main_process):
+    bar = tqdm(examples, desc="examples", unit="", disable=not state.is_main_process)
+    for origin, row, example, unshown in bar:
         with naming(origin, row):
             example["images"] = [store_image(image) for image in example["images"]]
             for check in checks:
@@ -256,9 +244,14 @@ def load_dataset(
             rows = in_two_orders(example, len(kept) // 2) if rotate_options else [example]
             answer = example["solution"] or ""
             texts = [*(message["content"] for message in example["prompt"]), answer]
-            broken = find_broken(example["images"])
-            if broken and not has_begun:
-                raise broken
+            broken = None
+            try:
+                for path in example["images"]:
+                    check_image(path)
+            except BrokenImage as error:
+                if not has_begun:
+                    raise
+                broken = error
             if any(token in text for text in texts for token in controls):
                 left_out["a control token of the model in their text"] += 1
             elif max_answer_length and len(processor.tokenizer(answer)["input_ids"]) > max_answer_length:
@@ -267,33 +260,36 @@ def load_dataset(
                 lost.append(f"{origin}: row {row}: {broken}")
                 kept += rows
             else:
-                prompts = [render_prompt(each, processor, **template_kwargs) for each in rows]
+                prompts = [render_prompt(asked, processor, **template_kwargs) for asked in rows]
                 unshown += unshown_texts(example["prompt"], prompts[0])
                 lengths = map(count_prompt_tokens, rows, repeat(processor), prompts)
                 if max(lengths) > (max_prompt_length or math.inf):
-                    left_out[f"a prompt over {max_prompt_length} tokens (max_prompt_length, or fewer max_pixels)"] += 1
+                    reason = f"a prompt over {max_prompt_length} tokens"
+                    left_out[f"{reason} (max_prompt_length, or fewer max_pixels)"] += 1
                 else:
                     kept += rows
             if unshown:
                 hidden.append(f"{origin}: row {row}: its prompt does not show {', '.join(unshown)}")
-    if hidden and not drop_unshown:
-        raise Mistake(
-            f"{hidden[0]}; rows like this: {len(hidden)}; mend them, or train without it by --drop_unshown true"
-        )
     if hidden:
-        state.print(f"warning: {printable(hidden[0])}; rows like this: {len(hidden)}, all trained on (drop_unshown)")
+        line = f"{hidden[0]}; rows like this: {len(hidden)}"
+        if not drop_unshown:
+            raise Mistake(f"{line}; mend them, or train without it by --drop_unshown true")
+        state.print(f"warning: {printable(line)}, all trained on (drop_unshown)")
     if len(lost) > most_broken(len(kept)):
-        raise Mistake(f"{lost[0]}; so are {len(lost) - 1} others since the run began; restore the data")
+        others = f"so are {len(lost) - 1} others since the run began"
+        raise Mistake(f"{lost[0]}; {others}; restore the data")
     for line in lost:
         state.print(f"warning: {printable(line)}; completions about it earn nothing")
     reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
     if not kept:
         raise Mistake(f"{source}: no example left; left out {reasons}")
     if left_out:
-        state.print(f"{source}: kept {len(kept)} of {len(kept) + left_out.total()} examples; left out {reasons}")
-    names = dict.fromkeys(name for example in kept for name in example)  # `from_list` takes those of the first row
+        all_rows = len(kept) + left_out.total()
+        state.print(f"{source}: kept {len(kept)} of {all_rows} examples; left out {reasons}")
+    names = dict.fromkeys(name for row in kept for name in row)
+    rows = [{name: row.get(name) for name in names} for row in kept]  # each with all names
     try:
-        # A field of an own kind in every row reaches the rewards as it is.
-        return Dataset.from_list([{name: row.get(name) for name in names} for row in kept], on_mixed_types="use_json")
+        # A field of another kind in every row reaches the rewards as it is.
+        return Dataset.from_list(rows, on_mixed_types="use_json")
     except (pa.ArrowException, OverflowError, TypeError) as error:
         raise Mistake(f"{source}: a field holds what a table cannot: {error}") from error

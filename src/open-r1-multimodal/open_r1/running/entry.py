@@ -30,13 +30,13 @@ from open_r1.running.checkpoints import (
     read_state,
     resolve_checkpoint,
 )
-from open_r1.running.failures import full_disk, told_once
+from open_r1.running.failures import exit_on_error, full_disk
 from open_r1.running.machines import check_shared, decide_once
 from open_r1.running.orphans import follow_launcher
-from open_r1.running.provenance import all_arguments, check_same_run, describe_inputs, run_of
+from open_r1.running.provenance import all_arguments, check_same_run, describe_inputs
 from open_r1.settings.recipes import PLANNED_PROCESSES, read_recipe, split_arguments
 
-# What libraries warn about at every start although it is as it should be: logger -> part of the message.
+# What libraries warn about at every start without need: logger -> part of the message.
 NOISE = {
     # the recipe's accumulation is in DeepSpeed's configuration, where transformers puts it
     "accelerate.accelerator": "Gradient accumulation steps mismatch",
@@ -48,39 +48,40 @@ NOISE = {
 
 
 def resolve_report_to(report_to: list[str]) -> list[str]:
-    """`auto`: wandb when a key or an offline mode is set, else tensorboard, so that no prompt ever blocks a run."""
+    """`auto` is wandb when a key or an offline mode is set, else tensorboard: no prompt blocks a run."""
     if report_to != ["auto"]:
         return report_to
-    has_key = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in read_text(Path("~/.netrc").expanduser())
-    return ["wandb" if has_key or os.environ.get("WANDB_MODE") == "offline" else "tensorboard"]
-
-
-def read_text(path: Path) -> str:
-    """The file's text, or nothing when there is no such file."""
-    return path.read_text() if path.is_file() else ""
+    netrc = Path("~/.netrc").expanduser()
+    has_login = netrc.is_file() and "api.wandb.ai" in netrc.read_text()
+    is_offline = os.environ.get("WANDB_MODE") == "offline"
+    return ["wandb" if has_login or is_offline or "WANDB_API_KEY" in os.environ else "tensorboard"]
 
 
 def prepare_process() -> None:
-    """Silence noise, and look for modules where a user means them: nowhere near the script or the current folder."""
+    """Silence noise, and find no module beside the script or in the current folder by accident."""
     quiet()
-    # Python looks first beside the script it runs, where open_r1's modules would hide a user's of the same names.
+    # Python looks first beside the script, where open_r1's modules would hide a user's of the same names.
     sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parents[1])]
-    os.environ["PYTHONSAFEPATH"] = "1"  # of Pythons started from here: `-c` and `-m` would look in the current folder
+    os.environ["PYTHONSAFEPATH"] = "1"  # for Pythons started from here with `-c` and `-m`
 
 
 def quiet() -> None:
-    """Silence what is only noise at the start of a run: single messages, never a logger, and bars of local files."""
+    """Silence noise at the start of a run: single messages, never a logger, and bars of local files."""
     for name, part in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
+    # DeepSpeed's calls
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        # Each process says that a helper is built, and each time; nothing else in this file of DeepSpeed's prints.
+        # It prints that a helper is built, in each process and each time, and nothing else.
         importlib.import_module("deepspeed.comm.torch").print = lambda *_: None
-    warnings.filterwarnings("ignore", "Both num_training_steps and num_stable_steps are specified")  # as it should be
+    warnings.filterwarnings("ignore", "Both num_training_steps and num_stable_steps are specified")
     downloads_are_shown = not are_progress_bars_disabled()
     disable_progress_bar()  # of loading and writing weights; it takes the bars of downloads along
     if downloads_are_shown:
         enable_progress_bars()
+
+
+Settings = tuple[Any, TrainingArguments, Any]  # script, trainer and model arguments
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,6 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
         arguments: of its command line.
         config_file: accelerate's, of the launch.
         processes: that are going to run, on all machines.
-
-    Returns:
-        How each of them is going to train.
-
-    Raises:
-        Mistake: for the first thing found.
     """
     prepare_process()
     os.environ[PLANNED_PROCESSES] = str(processes)
@@ -124,10 +119,9 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
         checkpoint = find_checkpoint(command, settings, layout)
         if not (checkpoint and is_finished(checkpoint, settings[1])):
             prepared = command.prepare(*settings)
-            if checkpoint:
+            if checkpoint:  # the data of the run that it is of
                 describe_data(settings[1], prepared, checkpoint)
-            model_args = settings[2]
-            check_weights(model_args.model_name_or_path, model_args.model_revision)
+            check_weights(settings[2].model_name_or_path, settings[2].model_revision)
     return settings[1]
 
 
@@ -138,17 +132,13 @@ def silence() -> Iterator[None]:
         yield
 
 
-def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, TrainingArguments, Any]:
-    """Script, trainer and model arguments of a command line.
-
-    Raises:
-        ValueError, OSError, ImportError: for a setting with which nothing would be trained.
-    """
+def read_settings(command: Command, arguments: Sequence[str]) -> Settings:
+    """Script, trainer and model arguments of a command line; raises Mistake where none would train."""
     script_args, args, model_args = read_recipe(command.arguments, arguments)
     if args.eval_strategy != "no" and script_args.eval_dataset_name is None:
         raise Mistake(
-            f"eval_strategy {args.eval_strategy.value}: there are no held-out examples; name them in "
-            "eval_dataset_name, or eval_strategy: no"
+            f"eval_strategy {args.eval_strategy.value}: there are no held-out examples; name them "
+            "in eval_dataset_name, or eval_strategy: no"
         )
     check_bfloat16(args, model_args)
     check_attention(model_args)
@@ -158,12 +148,8 @@ def read_settings(command: Command, arguments: Sequence[str]) -> tuple[Any, Trai
     return script_args, args, model_args
 
 
-def find_checkpoint(command: Command, settings: tuple[Any, TrainingArguments, Any], layout: Layout) -> str | None:
-    """Where the run continues, if anywhere.
-
-    Raises:
-        ValueError, OSError: when it cannot continue there as it is launched.
-    """
+def find_checkpoint(command: Command, settings: Settings, layout: Layout) -> str | None:
+    """Where the run continues, if anywhere; raises Mistake if it cannot, launched like this."""
     args = settings[1]
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if checkpoint and args.resume_from_checkpoint == "auto":
@@ -173,18 +159,15 @@ def find_checkpoint(command: Command, settings: tuple[Any, TrainingArguments, An
     return checkpoint
 
 
-def describe_settings(command: Command, settings: tuple[Any, TrainingArguments, Any], processes: int) -> dict[str, Any]:
+def describe_settings(command: Command, settings: Settings, processes: int) -> dict[str, Any]:
     """What `run.json` holds of a launch's settings, as they were given."""
     return {"command": command.name, "world_size": processes, "arguments": all_arguments(*settings)}
 
 
 def describe_data(args: TrainingArguments, prepared: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
-    """What `run.json` holds of what `Command.prepare` returned.
-
-    Raises:
-        ValueError: the run goes on by itself, and began with other data.
-    """
-    data = describe_inputs(prepared["train_dataset"], prepared["eval_dataset"], prepared["processing_class"])
+    """What `run.json` holds of the data; raises Mistake if the run that continues began with others."""
+    inputs = (prepared[name] for name in ("train_dataset", "eval_dataset", "processing_class"))
+    data = describe_inputs(*inputs)
     if checkpoint and args.resume_from_checkpoint == "auto":
         check_same_run(args.output_dir, {"data": data})
     return data
@@ -194,52 +177,51 @@ def run(command: Command) -> None:
     """The whole of a training command; `launch.py` starts it in every process."""
     follow_launcher()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the other signals: at once, and the launcher says so
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once; the launcher says why
     prepare_process()
     take_traceback_option()
-    with told_once():
+    with exit_on_error():
         train(command, sys.argv[1:])
 
 
 def train(command: Command, arguments: Sequence[str]) -> None:
-    """Train as the command line says.
-
-    Raises:
-        Mistake: for what a user can mend.
-    """
+    """Train as the command line says, in an output folder that is this run's own meanwhile."""
     settings = read_settings(command, arguments)
-    os.makedirs(settings[1].output_dir, exist_ok=True)
-    with owned(settings[1].output_dir):
-        check_shared(settings[1].output_dir)
+    output_dir = settings[1].output_dir
+    os.makedirs(output_dir, exist_ok=True)
+    with owned(output_dir):
+        check_shared(output_dir)
         train_with(command, settings, arguments)
 
 
 def accumulate_in_float32(args: TrainingArguments) -> None:
-    """Let DeepSpeed add up the gradients of a step's micro-batches in float32, which it does in the model's dtype.
+    """Let DeepSpeed sum the gradients of a step's micro-batches in float32, not in the model's dtype.
 
-    In bfloat16 a sum stands still once it is 256 times what is added; a step on one GPU adds eight micro-batches up.
-    docs/memory.md says what this takes. Stage 1 does it with another optimiser, and keeps DeepSpeed's default.
+    In bfloat16 a sum stands still once it is 256 times what is added, and a step on one GPU adds
+    eight micro-batches up. docs/memory.md says what this takes. Stage 1 uses another optimiser for
+    it, and keeps DeepSpeed's default.
     """
     plugin = args.deepspeed_plugin
     if plugin is not None and plugin.zero_stage >= 2:
         plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
-def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], arguments: Sequence[str]) -> None:
+def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -> None:
     """`train`, with the settings read and the output folder its own."""
+    script_args, args, model_args = settings
     layout = Layout.of_this_process()
     checkpoint = decide_once(lambda: find_checkpoint(command, settings, layout))
-    record = describe_settings(command, settings, layout.processes)  # before the trainer fills them in
-    script_args, args, model_args = settings
+    is_done = checkpoint is not None and is_finished(checkpoint, args)
+    # Before the trainer fills them in
+    record = describe_settings(command, settings, layout.processes)
     accumulate_in_float32(args)
     prepared = command.prepare(*settings)
-    if not (checkpoint and is_finished(checkpoint, args)):
+    if not is_done:
         record["data"] = decide_once(lambda: describe_data(args, prepared, checkpoint))
     trainer = command.build_trainer(*settings, prepared)
     say = print if trainer.is_world_process_zero() else (lambda *_: None)
     say(parameter_table(trainer.model))
-    # A trainer that resumes at its last step would take one step more.
-    if checkpoint and is_finished(checkpoint, args):
+    if is_done:  # a trainer that resumes at its last step would take one step more
         say(f"{checkpoint}: nothing left to do, max_steps is {args.max_steps}")
         if trainer.is_world_process_zero():
             copy_model(checkpoint, args.output_dir)
@@ -247,17 +229,17 @@ def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], a
         return
     if checkpoint:
         say(f"resuming from {checkpoint}")
-    # Read now: training removes the checkpoint it came from once it has save_total_limit newer ones.
+    # Read now: training removes this checkpoint once it has save_total_limit newer ones.
     steps_before = read_state(checkpoint).global_step if checkpoint else 0
     trainer.add_callback(CompleteCheckpoints(args))
     recipes, _ = split_arguments(arguments)
-    continued = run_of(checkpoint) if checkpoint else None
+    continued = Path(checkpoint).parent if checkpoint else None
     add_run_callbacks(trainer, command.name, script_args, model_args, recipes, record, continued)
     with full_disk(args.output_dir):
         trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step == steps_before:
-        raise Mistake(f"{script_args.dataset_name}: too few examples for a step; nothing was trained, nothing saved")
-    with full_disk(args.output_dir):
+        if trainer.state.global_step == steps_before:
+            data = script_args.dataset_name
+            raise Mistake(f"{data}: too few examples for a step; nothing was trained, nothing saved")
         trainer.save_model(args.output_dir)
         trainer.save_state()
     say(f"saved {args.output_dir}")
@@ -266,9 +248,9 @@ def train_with(command: Command, settings: tuple[Any, TrainingArguments, Any], a
 
 
 def report(output_dir: str) -> None:
-    """Write the run's report and say where. Training is done and saved: what is wrong with a report ends no run."""
+    """Write the report of a run that is saved, and say where; an error in it does not end the run."""
     try:
-        from open_r1.report.page import write_report  # loads matplotlib, which training does without
+        from open_r1.report.page import write_report  # imports matplotlib
 
         print(f"report: {write_report(Path(output_dir))}")
     except Exception as error:

@@ -51,11 +51,7 @@ class Guard:
 
 
 def column(events: Events, name: str) -> list[float]:
-    """A metric of every event.
-
-    Raises:
-        KeyError: one of them has no such number.
-    """
+    """A metric of every event; KeyError where one of them has no such number."""
     values = [event.get(name) for event in events]
     if not all(map(is_usable, values)):
         raise KeyError(name)
@@ -163,5 +159,5 @@ GUARDS = (
 
 def new_warnings(events: Events) -> dict[str, str]:
     """Name -> sentence of each guard that begins to warn at the last event."""
-    found = {guard.name: guard.warning(events) for guard in GUARDS}
-    return {name: sentence for name, sentence in found.items() if sentence}
+    warnings = {guard.name: guard.warning(events) for guard in GUARDS}
+    return {name: sentence for name, sentence in warnings.items() if sentence}

@@ -2,10 +2,11 @@
 
     python launch.py SCRIPT RECIPE [ARGUMENTS]
 
-`launch.sh` calls it, on each of several machines, and tells what it takes from the environment. What is wrong there is
-told at once, and what one process can find wrong before the others start, in one line (exit code 2). Of processes that
-fail, the first tells why; the last line names its rank. A signal (Ctrl-C, SIGTERM, SIGHUP) ends them all in one line
-that says where the same command continues.
+`launch.sh` calls it, on each of several machines, and tells what it takes from the environment.
+What is wrong there, and what one process can find wrong before the others start, is told in one
+line (exit code 2). Of processes that fail, one tells why; the last line names the first to fail.
+A signal (Ctrl-C, SIGTERM, SIGHUP) ends them all in one line that says where the same command
+continues.
 """
 
 import contextlib
@@ -22,21 +23,18 @@ import time
 import warnings
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
-if str(Path(__file__).parent) in sys.path:  # where Python looks first; open_r1's modules are no top-level ones
+if str(Path(__file__).parent) in sys.path:  # the script's folder, whose modules are open_r1's
     sys.path.remove(str(Path(__file__).parent))
 
 from open_r1.base.errors import STOPS, Mistake, Stopped, first_line, take_traceback_option
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.running.failures import continues, ended_by, last_word, told_once
+from open_r1.running.failures import continues, ended_by, exit_on_error, last_word
 from open_r1.running.launch_settings import LaunchSettings, read_launch
 from open_r1.running.orphans import follow_launcher, lead
-
-if TYPE_CHECKING:  # which imports torch: the launcher does so beside the check
-    from transformers import TrainingArguments
 
 STALE_SECONDS = 60
 OTHER_TORCH = (
@@ -45,110 +43,95 @@ OTHER_TORCH = (
 HANDLED_SECONDS = 1  # after which a handler has run, if it can
 
 
-def check(launch: LaunchSettings, told: SimpleQueue, precision: SimpleQueue) -> None:
-    """Everything that the processes would find wrong before they load weights; tells where they will leave what.
+def check(launch: LaunchSettings, plan: SimpleQueue) -> None:
+    """Find everything that the processes would find wrong before they load weights.
 
     Args:
         launch: what is going to run.
-        told: gets the output folder, and whether the same command goes on there.
-        precision: gets what the run computes in.
+        plan: receives the output folder, whether the same command continues there, and the precision
+            that the settings ask for, by accelerate's name. accelerate gets it whatever its own
+            configuration file says: with neither bf16 nor fp16 transformers would follow that file,
+            and DeepSpeed would cast the float32 weights of the recipe.
     """
     follow_launcher()
     for number in STOPS:
         if signal.getsignal(number) is stop:  # its parent's, who speaks for it
             signal.signal(number, signal.SIG_DFL)
-    with told_once():
+    with exit_on_error():
         if os.environ.get("DS_ACCELERATOR") != "cpu":
             check_gpus(launch.num_processes // launch.machine.count)
         entry = importlib.import_module("open_r1.running.entry")
         command = importlib.import_module(f"open_r1.{launch.script.stem}").COMMAND
         args = entry.check(command, launch.arguments, launch.config_file, launch.num_processes)
-        told.put((args.output_dir, args.resume_from_checkpoint == "auto"))
-        precision.put(mixed_precision(args))
-
-
-def mixed_precision(args: "TrainingArguments") -> str:
-    """What accelerate calls the precision that a run's settings ask for.
-
-    It is handed to accelerate whatever the launch's own file says: with neither bf16 nor fp16, transformers would take
-    that file's word, and DeepSpeed would cast the float32 weights of the recipe.
-    """
-    return "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
+        precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
+        plan.put((args.output_dir, args.resume_from_checkpoint == "auto", precision))
 
 
 def check_gpus(processes: int) -> None:
-    """See that torch can use a GPU for every process; a driver may list them that are too old, or is too old itself.
+    """Raise Mistake unless torch can use a GPU for each process: one of them or the driver may be too old."""
+    import torch
 
-    Raises:
-        Mistake: when it cannot.
-    """
-    torch = importlib.import_module("torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's paragraphs about the same
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
         reason = ""
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:
             reason = f" ({first_line(error).partition('. ')[0].rstrip('.')})"
-        old = gpu_without_kernels() if found else None
-    if found < processes:
+        old = gpu_without_kernels() if usable else None
+    if usable < processes:
         raise Mistake(
-            f"{processes} processes need a GPU each, and torch {torch.__version__} can use {found}{reason}; "
-            f"update the driver (CUDA 13 needs 580 or newer), {OTHER_TORCH}"
+            f"{processes} processes need a GPU each, and torch {torch.__version__} can use "
+            f"{usable}{reason}; update the driver (CUDA 13 needs 580 or newer), {OTHER_TORCH}"
         )
     if old:
         raise Mistake(f"{old}; {OTHER_TORCH}")
 
 
 def gpu_without_kernels() -> str | None:
-    """The first GPU that is older than all that torch was built for, and what it was built for; None: there is none."""
-    torch = importlib.import_module("torch")
-    built_for = [int(found[1]) for name in torch.cuda.get_arch_list() if (found := re.match(r"sm_(\d+)", name))]
+    """In words, the first GPU that is older than all that torch was built for; None if there is none."""
+    import torch
+
+    names = (re.match(r"sm_(\d+)", name) for name in torch.cuda.get_arch_list())
+    built_for = [int(name[1]) for name in names if name]
     for device in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(device)
         if built_for and 10 * major + minor < min(built_for):
             return (
-                f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and torch "
-                f"{torch.__version__} was built for {min(built_for) / 10} and newer"
+                f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and "
+                f"torch {torch.__version__} was built for {min(built_for) / 10} and newer"
             )
     return None
 
 
 def clear_stale_builds(folder: Path) -> None:
-    """Delete the locks that a killed compiler left in torch's folder of extensions: torch would wait for ever.
+    """Delete locks that a killed compiler left in torch's folder of extensions: torch would wait for ever.
 
-    A lock is stale when it is a minute old and nobody compiles beside it (ninja works in the extension's folder).
+    A lock is stale when it is a minute old and no process (ninja) works in the folder that holds it.
     """
+    working_in = {process.info["cwd"] for process in psutil.process_iter(["cwd"])}
     for lock in folder.glob("*/lock"):
-        if time.time() - lock.stat().st_mtime > STALE_SECONDS and str(lock.parent) not in working_folders():
+        is_old = time.time() - lock.stat().st_mtime > STALE_SECONDS
+        if is_old and str(lock.parent) not in working_in:
             lock.unlink(missing_ok=True)
 
 
-def working_folders() -> set[str]:
-    """The current folders of all processes that this user may look at."""
-    return {process.info["cwd"] for process in psutil.process_iter(["cwd"])}
-
-
 def stop(number: int, _: Any = None) -> None:
-    """Signal handler: unwind, once.
-
-    Raises:
-        Stopped: always.
-    """
+    """Signal handler: unwind, once."""
     for other in STOPS:
         signal.signal(other, signal.SIG_IGN)
     raise Stopped(number)
 
 
-def say_stopped(number: int, told: SimpleQueue) -> None:
-    """The last line of a launch that a signal ends."""
-    state = "nothing has started" if told.empty() else continues(*told.get())
+def say_stopped(number: int, run: list) -> None:
+    """The last line of a launch that a signal ends; `run` is empty until the check is done."""
+    state = continues(*run) if run else "nothing has started"
     print(f"\nstopped by {signal.Signals(number).name}; {state}", file=sys.stderr, flush=True)
 
 
-def hear_signals(told: SimpleQueue) -> None:
-    """End by a signal also while torch waits for other machines: its C++ lets no handler of Python's run meanwhile."""
+def hear_signals(run: list) -> None:
+    """End by a signal also while torch's C++ waits for other machines, and no handler of Python's runs."""
     heard, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell)
@@ -156,15 +139,15 @@ def hear_signals(told: SimpleQueue) -> None:
     def listen() -> None:
         while number := os.read(heard, 1)[0]:
             time.sleep(HANDLED_SECONDS)
-            if signal.getsignal(number) is stop and not psutil.Process().children():  # `stop` did not run
-                say_stopped(number, told)
+            has_begun = psutil.Process().children()
+            if signal.getsignal(number) is stop and not has_begun:  # `stop` did not run
+                say_stopped(number, run)
                 os._exit(128 + number)
 
     threading.Thread(target=listen, daemon=True).start()
 
 
 def end_children() -> None:
-    """Leave no process behind."""
     children = psutil.Process().children(recursive=True)
     for process in children:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -173,19 +156,16 @@ def end_children() -> None:
         process.kill()
 
 
-def start(launch: LaunchSettings, told: SimpleQueue) -> None:
-    """Check in a process of its own, which takes what it read along, and launch.
+def start(launch: LaunchSettings, run: list) -> None:
+    """Check in a process of its own, whose memory goes with it, and launch; exit if either fails.
 
     Args:
         launch: what to start.
-        told: what `check` tells.
-
-    Raises:
-        SystemExit: when the check or a process of the launch fails.
+        run: receives the arguments of `continues` once the check is done.
     """
     fork = multiprocessing.get_context("fork")
-    precision = fork.SimpleQueue()
-    checking = fork.Process(target=check, args=[launch, told, precision], daemon=True)
+    plan = fork.SimpleQueue()
+    checking = fork.Process(target=check, args=[launch, plan], daemon=True)
     checking.start()
     # Imports torch, as the check does meanwhile.
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -195,35 +175,41 @@ def start(launch: LaunchSettings, told: SimpleQueue) -> None:
 
     checking.join()
     if checking.exitcode:
-        sys.exit(checking.exitcode if checking.exitcode > 0 else f"error: signal {-checking.exitcode} ended the check")
+        number = -checking.exitcode
+        sys.exit(f"error: signal {number} ended the check" if number > 0 else checking.exitcode)
+    *place, precision = plan.get()
+    run += place
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         clear_stale_builds(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
-    # accelerate gives processes under DeepSpeed the current folder, where a random.py would go before Python's.
+    # Under DeepSpeed accelerate puts the current folder on PYTHONPATH: a random.py there would be imported.
     settings_of_launch.env_var_path_add = lambda name, _: os.environ.get(name, "")
-    logging.disable(logging.ERROR)  # in this process: what torch's launcher says of failures is in the last word
+    logging.disable(logging.ERROR)  # in this process: `last_word` says what torch's launcher would
     machine = f"machine {launch.machine.rank} of {launch.machine.count}"
     meeting = f"{launch.machine.address}:{launch.machine.port}"
     if launch.machine.count > 1:
         print(f"{machine}: meets the others at {meeting}", flush=True)
-        hear_signals(told)
-    # A free port, unless machines meet at one; and each starts its own processes, none by pdsh on others.
-    defaults = ["--main_process_port", "0", "--deepspeed_multinode_launcher", "standard"]
-    defaults += ["--mixed_precision", precision.get()]
+        hear_signals(run)
     try:
-        launch_command(launch_command_parser().parse_args([*defaults, *launch.for_accelerate()]))
+        launch_command(launch_command_parser().parse_args(launch.for_accelerate(precision)))
     except ChildFailedError as error:
         code, line = last_word(error.failures, launch.num_processes)
-    except subprocess.CalledProcessError as error:  # of the one process of a launch that is not distributed
-        code, line = (error.returncode, "") if error.returncode > 0 else ended_by("the process", -error.returncode)
+    except subprocess.CalledProcessError as error:  # of one process, without torch's launcher
+        code, line = error.returncode, ""
+        if code < 0:
+            code, line = ended_by("the process", -code)
     except ConnectionError:  # accelerate's, of machine 0
-        code, line = 2, f"error: MASTER_PORT: {launch.machine.port} is in use; choose another, on all machines"
+        port = launch.machine.port
+        code, line = 2, f"error: MASTER_PORT: {port} is in use; choose another, on all machines"
     except DistError as error:
-        every = "start every machine with the same NUM_MACHINES, MASTER_ADDR and MASTER_PORT, within ten minutes"
-        code, line = 1, f"error: {machine} did not meet the others at {meeting} ({first_line(error)}); {every}"
+        code = 1
+        line = (
+            f"error: {machine} did not meet the others at {meeting} ({first_line(error)}); start "
+            "every machine with the same NUM_MACHINES, MASTER_ADDR and MASTER_PORT, within ten minutes"
+        )
     else:
         return
     if code > 128:  # a signal's: nothing is wrong with the run itself
-        line += f"; {continues(*told.get())}"
+        line += f"; {continues(*run)}"
     print(line, end="\n" if line else "", file=sys.stderr)
     sys.exit(code)
 
@@ -234,18 +220,20 @@ def main() -> None:
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under `nohup`
             signal.signal(number, stop)
-    told = multiprocessing.get_context("fork").SimpleQueue()
+    run: list = []
     try:
-        with told_once():
+        with exit_on_error():
             launch = read_launch(sys.argv[1], sys.argv[2], sys.argv[3:], os.environ)
         if launch.is_examined:
-            os.execv(sys.executable, [sys.executable, str(REPO_ROOT / "scripts/doctor.py"), *launch.for_doctor()])
+            doctor = str(REPO_ROOT / "scripts/doctor.py")
+            os.execv(sys.executable, [sys.executable, doctor, *launch.for_doctor()])
         lead()
-        os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's --signals_to_handle: `stop` handles the others
-        start(launch, told)
+        # torchrun's --signals_to_handle: `stop` handles the others
+        os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+        start(launch, run)
     except Stopped as stopped:
         end_children()
-        say_stopped(stopped.number, told)
+        say_stopped(stopped.number, run)
         sys.exit(128 + stopped.number)
 
 

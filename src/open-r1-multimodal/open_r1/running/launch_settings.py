@@ -1,74 +1,71 @@
-"""Reads from environment variables and arguments how a training is launched: recipes, GPUs, processes, machines.
+"""Reads from environment variables and arguments how a run is launched: recipes, GPUs, processes, machines.
 
-`launch.sh` says at its head what each variable means. Nothing here needs torch, so that a mistake is told at once.
+`launch.sh` says at its head what each variable means. Nothing here imports torch, so that an error
+is printed at once.
 
     read_launch("grpo", "grpo_sat", ["--beta", "0"], {"NUM_PROCESSES": "4", "OUTPUT": "out"})
-    -> 4 processes of grpo.py --output_dir out --beta 0 --config .../configs/grpo_sat.yaml, on 4 or more GPUs
+    -> 4 processes of grpo.py --output_dir out --beta 0 --config .../configs/grpo_sat.yaml
 """
 
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from open_r1.base.errors import MissingFile, Mistake
+from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 
 FOLDER = REPO_ROOT / "src/open-r1-multimodal"
 VARIABLES = {"DATA": "--dataset_name", "OUTPUT": "--output_dir", "MODEL": "--model_name_or_path"}
-# use_cpu goes to the trainer alone: told of it, accelerate would put plain DDP in DeepSpeed's place.
+# use_cpu goes to the trainer alone: accelerate would put plain DDP in DeepSpeed's place.
 ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--dtype", "float32"]
 LISTED_GPU = re.compile(r"^GPU [0-9]+: (.*) \(UUID: GPU-.*\)$", re.MULTILINE)
 NVIDIA_SMI_SECONDS = 10
+COUNTS = range(1, 10_000)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """This machine among those of a launch, and where they meet: an address and port of machine 0."""
+    """This machine among those of a launch."""
 
     rank: int = 0
     count: int = 1
-    address: str = ""
-    port: int = 0
+    address: str = ""  # of machine 0, where all meet
+    port: int = 0  # 0: any free one
 
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """A launch, of which this machine starts its part.
-
-    Args:
-        script: the training script.
-        arguments: what it is given.
-        config_file: accelerate's, which says how to launch.
-        num_processes: on all machines.
-        machine: this one.
-        is_examined: whether the doctor looks at it, and nothing starts.
-    """
+    """A launch, of which this machine starts its part."""
 
     script: Path
-    arguments: list[str]
-    config_file: str
-    num_processes: int
+    arguments: list[str]  # of the script
+    config_file: str  # accelerate's
+    num_processes: int  # on all machines
     machine: Machine = Machine()
-    is_examined: bool = False
+    is_examined: bool = False  # the doctor looks at it, and nothing starts
 
-    def for_accelerate(self) -> list[str]:
-        """The arguments of `accelerate launch`."""
-        arguments = ["--config_file", self.config_file, "--num_processes", str(self.num_processes)]
+    def for_accelerate(self, precision: str) -> list[str]:
+        """The arguments of `accelerate launch`, for precision "bf16", "fp16" or (float32) "no"."""
+        options = {"config_file": self.config_file, "num_processes": self.num_processes}
+        options |= {"mixed_precision": precision, "main_process_port": self.machine.port}
         if self.machine.count > 1:
-            arguments += ["--num_machines", str(self.machine.count), "--machine_rank", str(self.machine.rank)]
-            arguments += ["--main_process_ip", self.machine.address, "--main_process_port", str(self.machine.port)]
+            options |= {"num_machines": self.machine.count, "machine_rank": self.machine.rank}
+            options |= {"main_process_ip": self.machine.address}
+            # Each machine starts its own processes, none of another by pdsh.
+            options |= {"deepspeed_multinode_launcher": "standard"}
+        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         return [*arguments, str(self.script), *self.arguments]
 
     def for_doctor(self) -> list[str]:
         """The arguments of `scripts/doctor.py`."""
         arguments = ["--script", self.script.stem, "--accelerate_config", self.config_file]
-        arguments += ["--num_processes", str(self.num_processes), "--num_machines", str(self.machine.count)]
+        arguments += ["--num_processes", str(self.num_processes)]
+        arguments += ["--num_machines", str(self.machine.count)]
         return [*arguments, *self.arguments]
 
 
@@ -80,25 +77,30 @@ def read_launch(name: str, recipe: str, arguments: Sequence[str], environ: Mutab
         recipe: the name of its recipe, for an environment that names none.
         arguments: of the command.
         environ: the environment variables; what the processes of the launch need is set in them.
-
-    Raises:
-        Mistake: for the first that cannot be.
     """
-    of_script = script_arguments(recipe, [argument for argument in arguments if argument != "--doctor"], environ)
+    without_doctor = [argument for argument in arguments if argument != "--doctor"]
+    for_script = script_arguments(recipe, without_doctor, environ)
     gpus = count_gpus(environ)
-    processes = read_number(environ, "NUM_PROCESSES", str(gpus or 2), 1, 9999, "is not a number of processes")
+    processes = read_number(environ, "NUM_PROCESSES", str(gpus or 2), COUNTS, "a number of processes")
     machine = read_machine(environ)
-    drop_bad_threads(environ)
+    threads = environ.get("OMP_NUM_THREADS") or "1"
+    if not re.fullmatch("[1-9][0-9]*", threads):  # accelerate would end in a traceback
+        del environ["OMP_NUM_THREADS"]
+        print(f"OMP_NUM_THREADS: {threads!r} is not a number of threads, and left out", file=sys.stderr)
     if gpus and processes > gpus:
         raise Mistake(f"NUM_PROCESSES: {processes} is more than the {gpus} GPUs of this machine")
     if not gpus:
         print("no GPU found: training on CPU processes in float32", flush=True)
         prepare_cpu(environ, processes)
-        of_script = [*ON_CPU, *of_script]
+        for_script = [*ON_CPU, *for_script]
+    strategy = environ.get("ACCELERATE_CONFIG") or ("zero2" if gpus else "cpu")
+    config_file = strategy if os.path.isfile(strategy) else f"{FOLDER}/configs/{strategy}.yaml"
+    if not os.path.isfile(config_file):
+        raise Mistake(f"ACCELERATE_CONFIG: no file {config_file}")
     return LaunchSettings(
         script=FOLDER / f"open_r1/{name}.py",
-        arguments=of_script,
-        config_file=find_config(environ.get("ACCELERATE_CONFIG") or ("zero2" if gpus else "cpu")),
+        arguments=for_script,
+        config_file=config_file,
         num_processes=processes * machine.count,
         machine=machine,
         is_examined="--doctor" in arguments,
@@ -106,46 +108,35 @@ def read_launch(name: str, recipe: str, arguments: Sequence[str], environ: Mutab
 
 
 def script_arguments(recipe: str, arguments: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """What the training script is given: arguments win over DATA, OUTPUT and MODEL, and all of them over the recipes.
-
-    Raises:
-        Mistake: recipes are named elsewhere than in CONFIG, or not at all.
-    """
+    """The training script's: arguments win over DATA, OUTPUT and MODEL, and all of them over recipes."""
     if any(argument.partition("=")[0] == "--config" for argument in arguments):
         raise Mistake("--config: name the recipes in CONFIG")
     named = environ.get("CONFIG") or f"{REPO_ROOT}/configs/{recipe}.yaml"
-    is_one = os.path.isfile(named) or os.path.isfile(REPO_ROOT / named)  # which may have blanks in its name
+    # One file, which may have blanks in its name, or several
+    is_one = os.path.isfile(named) or os.path.isfile(REPO_ROOT / named)
     recipes = [named] if is_one else named.split()
     if not recipes:
         raise Mistake("CONFIG: names no recipe")
-    given = [(option, environ[variable]) for variable, option in VARIABLES.items() if environ.get(variable)]
-    return [*sum(given, ()), *arguments, *(part for path in recipes for part in ("--config", path))]
+    variables = [(option, environ[name]) for name, option in VARIABLES.items() if environ.get(name)]
+    configs = [part for path in recipes for part in ("--config", path)]
+    return [*sum(variables, ()), *arguments, *configs]
 
 
-def read_number(environ: Mapping[str, str], name: str, default: str, lowest: int, highest: int, complaint: str) -> int:
-    """A variable that is a whole number in these bounds.
-
-    Raises:
-        Mistake: it is not; `complaint` says what is missing.
-    """
+def read_number(environ: Mapping[str, str], name: str, default: str, allowed: range, meaning: str) -> int:
     text = environ.get(name) or default
-    if not re.fullmatch("0|[1-9][0-9]{0,4}", text) or not lowest <= int(text) <= highest:
-        raise Mistake(f"{name}: '{text}' {complaint}")
+    if not re.fullmatch("0|[1-9][0-9]{0,4}", text) or int(text) not in allowed:
+        raise Mistake(f"{name}: '{text}' is not {meaning}")
     return int(text)
 
 
 def read_machine(environ: Mapping[str, str]) -> Machine:
-    """Which machine this is, and where several meet; of one alone a cluster may set the address all the same.
-
-    Raises:
-        Mistake: a variable says what cannot be.
-    """
-    count = read_number(environ, "NUM_MACHINES", "1", 1, 9999, "is not a number of machines")
-    complaint = f"is not the number of a machine, of NUM_MACHINES={count} from 0 on"
-    rank = read_number(environ, "MACHINE_RANK", "" if count > 1 else "0", 0, count - 1, complaint)
+    """Which machine this is, and where several meet; for one alone a cluster may set an address too."""
+    count = read_number(environ, "NUM_MACHINES", "1", COUNTS, "a number of machines")
+    meaning = f"the number of a machine, of NUM_MACHINES={count} from 0 on"
+    rank = read_number(environ, "MACHINE_RANK", "" if count > 1 else "0", range(count), meaning)
     if count == 1:
         return Machine()
-    port = read_number(environ, "MASTER_PORT", "29500", 1, 65535, "is not a port, 1 to 65535")
+    port = read_number(environ, "MASTER_PORT", "29500", range(1, 65536), "a port, 1 to 65535")
     address = environ.get("MASTER_ADDR", "")
     if not re.fullmatch(r"[0-9A-Za-z._-]+", address):
         raise Mistake(
@@ -154,56 +145,27 @@ def read_machine(environ: Mapping[str, str]) -> Machine:
     return Machine(rank, count, address, port)
 
 
-def drop_bad_threads(environ: MutableMapping[str, str]) -> None:
-    """Leave out an OMP_NUM_THREADS that is no number of threads: libraries would take it in different ways."""
-    if not re.fullmatch("[1-9][0-9]*", environ.get("OMP_NUM_THREADS") or "1"):
-        threads = environ.pop("OMP_NUM_THREADS")
-        print(f"OMP_NUM_THREADS: '{threads}' is not a number of threads, and left out", file=sys.stderr)
-
-
 def prepare_cpu(environ: MutableMapping[str, str], processes: int) -> None:
     """Set what DeepSpeed and torch need to know in processes on the CPU."""
     environ["DS_ACCELERATOR"] = "cpu"
-    # What DeepSpeed compiles for the CPU belongs to this environment: others would compile it again, every time.
+    # What DeepSpeed compiles for the CPU fits this environment alone.
     if not environ.get("TORCH_EXTENSIONS_DIR") and os.access(sys.prefix, os.W_OK):
         environ["TORCH_EXTENSIONS_DIR"] = f"{sys.prefix}/torch_extensions"
     if not environ.get("OMP_NUM_THREADS"):
         environ["OMP_NUM_THREADS"] = str(math.ceil((os.cpu_count() or 1) / processes))
 
 
-def find_config(name: str) -> str:
-    """accelerate's configuration: a file, or the name of one of this project's.
-
-    Raises:
-        Mistake: there is none.
-    """
-    path = name if os.path.isfile(name) else f"{FOLDER}/configs/{name}.yaml"
-    if not os.path.isfile(path):
-        raise MissingFile(f"ACCELERATE_CONFIG: no file {path}")
-    return path
-
-
 def count_gpus(environ: Mapping[str, str]) -> int:
-    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves visible.
-
-    Raises:
-        Mistake: it names one that is not there, or a GPU hangs.
-    """
+    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves visible."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and (not visible or visible.startswith("-1")):
         return 0  # without asking nvidia-smi, which may wait for a GPU that hangs
-    names = listed_gpus()
-    if names is None:
-        raise Mistake(
-            f"nvidia-smi does not answer within {NVIDIA_SMI_SECONDS} s; restart the machine, or go on without its GPU: "
-            "CUDA_VISIBLE_DEVICES=-1"
-        )
-    listed = len(names)
+    listed = len(listed_gpus())
     if visible is None or not listed:
         return listed
     count = 0
-    for device in visible.replace(",", " ").split():  # as CUDA reads it: numbers or UUIDs, up to the first that is none
-        if not re.fullmatch("(GPU|MIG)-.*|[0-9]+", device):
+    for device in visible.replace(",", " ").split():
+        if not re.fullmatch("(GPU|MIG)-.*|[0-9]+", device):  # where CUDA stops reading, too
             break
         if device.isdecimal() and int(device) >= listed:
             raise Mistake(f"CUDA_VISIBLE_DEVICES: there is no GPU {device}; this machine's are 0 to {listed - 1}")
@@ -211,19 +173,29 @@ def count_gpus(environ: Mapping[str, str]) -> int:
     return count
 
 
-def listed_gpus() -> list[str] | None:
-    """The names of the NVIDIA GPUs of this machine; none where nvidia-smi is missing or fails.
+def listed_gpus() -> list[str]:
+    """The names of this machine's NVIDIA GPUs; none where nvidia-smi is missing or finds no driver.
 
-    With a broken driver it prints its error where else it lists them. None when it does not answer: there is a GPU
-    then, and it hangs.
+    Raises:
+        Mistake: nvidia-smi does not answer; there is a GPU then, and it hangs.
     """
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
+    command, seconds = ["nvidia-smi", "--list-gpus"], NVIDIA_SMI_SECONDS
     try:
-        listing = subprocess.run([command, "--list-gpus"], capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS)
-    except subprocess.TimeoutExpired:
-        return None
+        listing = subprocess.run(command, capture_output=True, errors="replace", timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise Mistake(
+            f"nvidia-smi does not answer within {seconds} s; restart the machine, or go on without "
+            "its GPU: CUDA_VISIBLE_DEVICES=-1"
+        ) from error
     except OSError:
         return []
     return [] if listing.returncode else LISTED_GPU.findall(listing.stdout)
+
+
+def print_gpu() -> None:
+    """For `setup.sh`, which has no packages yet: print the first GPU's name if a launch would use one."""
+    try:
+        if count_gpus(os.environ):
+            print(listed_gpus()[0])
+    except Mistake as mistake:
+        sys.exit(f"error: {mistake}")

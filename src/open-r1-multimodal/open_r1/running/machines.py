@@ -1,4 +1,4 @@
-"""Keeps the processes of several machines together: what one decides holds for all, in one shared folder."""
+"""Keeps the processes of several machines together: one decides for all, in one shared folder."""
 
 import os
 import platform
@@ -13,22 +13,14 @@ from open_r1.base.errors import Mistake
 from open_r1.base.locks import holder
 
 T = TypeVar("T")
-SEEN_SECONDS = 60  # after which a network file system shows a new file to all of its machines (NFS: acdirmax)
-
-
-def count_machines() -> int:
-    """How many launchers torch's launcher has brought together."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", 1))
+SEEN_SECONDS = 60  # after which NFS shows a new file to all machines (acdirmax)
 
 
 def decide_once(decide: Callable[[], T]) -> T:
-    """What the main process decides or raises, in every process: of a shared folder each may see another state.
-
-    Args:
-        decide: called in the main process alone; all others wait for it.
+    """What the main process decides or raises, in every process; each may see another state of a folder.
 
     Raises:
-        Mistake: in all processes, for what `decide` raises as Mistake or OSError.
+        Mistake: in all processes, for what `decide` raises as Mistake or OSError in the main one.
     """
     outcome: list = [None]
     if PartialState().is_main_process:
@@ -48,15 +40,16 @@ def check_shared(folder: str) -> None:
     Raises:
         Mistake: in all processes; it names a machine on which it is another.
     """
-    if count_machines() == 1:
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:  # launchers that torch has brought together
         return
     owner, main = decide_once(lambda: (holder(folder), platform.node()))
     deadline = time.monotonic() + SEEN_SECONDS
     while holder(folder) != owner and time.monotonic() < deadline:
         time.sleep(1)
-    strangers = [name for name in gather_object([platform.node() if holder(folder) != owner else ""]) if name]
+    stranger = platform.node() if holder(folder) != owner else ""
+    strangers = [name for name in gather_object([stranger]) if name]
     if strangers:
         raise Mistake(
-            f"{folder}: on {strangers[0]} this is not the folder that {main} writes; the machines of a run need an "
-            "OUTPUT on a file system that they share"
+            f"{folder}: on {strangers[0]} this is not the folder that {main} writes; the machines of "
+            "a run need an OUTPUT on a file system that they share"
         )

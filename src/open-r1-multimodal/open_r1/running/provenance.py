@@ -1,5 +1,6 @@
 """Records what a run is made of (settings, data, code), and says what changed when it is resumed."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from packaging.requirements import Requirement
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 
 from open_r1.base.errors import Mistake
@@ -23,7 +23,6 @@ from open_r1.base.files import read_json
 from open_r1.base.prompts import REPO_ROOT
 
 RUN = "run.json"
-GIT_SECONDS = 10
 _SECRET = re.compile(r"(?:^|_)(?:token|password|secret|api_key)$", re.IGNORECASE)
 
 # A run that goes on may change these settings; every other one, those of later versions of TRL included, decides what
@@ -53,14 +52,15 @@ FREE = (
 
 
 def is_free(name: str) -> bool:
-    """Whether a run that goes on may have another value of a setting; the names of `FREE` are patterns."""
-    return any(re.fullmatch(pattern, name) for pattern in FREE)
+    """Whether a run that goes on may have another value of a setting."""
+    return re.fullmatch("|".join(FREE), name) is not None
 
 
 def without_secrets(value: Any) -> Any:
-    """A copy for JSON: tokens and passwords are left out at any depth, what JSON has no word for becomes text."""
+    """A copy for JSON without tokens and passwords; what JSON has no word for becomes text."""
     if isinstance(value, Mapping):
-        return {str(key): without_secrets(item) for key, item in value.items() if not _SECRET.search(str(key))}
+        items = ((str(key), item) for key, item in value.items())
+        return {key: without_secrets(item) for key, item in items if not _SECRET.search(key)}
     if isinstance(value, list | tuple | set):
         return [without_secrets(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -77,23 +77,22 @@ def all_arguments(script_args: Any, args: TrainingArguments, model_args: Any) ->
 
 
 def describe_data(dataset: Any) -> dict[str, Any] | None:
-    """How many examples a trainer gets, and digests of them; None for a stream, which is not read before its time.
+    """How many examples a trainer gets, and digests of them; None for a stream, which is not read.
 
     Returns:
-        `rows`: their number; `content`: of every field, an image by its file's name; `images`: of the files' bytes, of
-        which some may break while a run goes on.
+        `rows`: their number; `content`: of every field, an image by its file's name; `images`: of
+        the files' bytes, of which some may break while a run goes on.
     """
     if not isinstance(dataset, Dataset):
         return None
-    content, names = hashlib.sha256(), []
+    content, files = hashlib.sha256(), {}  # files in their order, each once
     for row in dataset:
-        images = row.get("images") or []
-        names += images
-        row = {**row, "images": [os.path.basename(name) for name in images]}
+        names = row.get("images") or []
+        files |= dict.fromkeys(names)
+        row = {**row, "images": [os.path.basename(name) for name in names]}
         content.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    files = list(dict.fromkeys(names))
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(file_digest, files))
+        digests = pool.map(file_digest, files)
     images = hashlib.sha256("\n".join(digests).encode())
     return {"rows": len(dataset), "content": content.hexdigest(), "images": images.hexdigest()}
 
@@ -108,16 +107,17 @@ def file_digest(path: str) -> str:
 
 
 def describe_inputs(train: Any, held_out: Any, processor: ProcessorMixin) -> dict[str, Any]:
-    """What a trainer learns from and is measured on: `describe_data` of both sets, and a digest of the template."""
+    """`describe_data` of what a trainer learns from and is measured on, and the template's digest."""
     template = hashlib.sha256(str(processor.chat_template).encode()).hexdigest()
-    return {"train": describe_data(train), "held_out": describe_data(held_out), "chat_template": template}
+    sets = {"train": describe_data(train), "held_out": describe_data(held_out)}
+    return {**sets, "chat_template": template}
 
 
 def describe_code() -> dict[str, Any]:
-    """Which code runs: this project's commit and whether its files differ from it, and the versions of the rest.
+    """Which code runs: this project's commit, whether its files differ from it, and versions.
 
-    Returns:
-        `commit` and `changed` are None where the project is no git repository, or there is no git.
+    `commit` and `changed` are None where there is no git, or no repository that has this file: an
+    environment may lie in one of the user's.
     """
     commit = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", __file__) else None
     changed = _git("status", "--porcelain", "--untracked-files=no") if commit else None
@@ -129,26 +129,24 @@ def describe_code() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says about this project, None when it fails: installed in an environment, the project has no commit."""
+    """What git says about this project, None when it fails."""
     command = ["git", "-C", str(REPO_ROOT), *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def installed_versions() -> dict[str, str]:
     """The versions of what requirements.txt and requirements-gpu.txt name and is installed."""
+    files = [REPO_ROOT / "requirements.txt", REPO_ROOT / "requirements-gpu.txt"]
+    texts = [path.read_text() for path in files if path.is_file()]
+    lines = "\n".join(texts).splitlines()
+    names = [re.match(r"[\w.-]+", line)[0] for line in lines if re.match(r"\w", line)]
     versions = {}
-    for path in (REPO_ROOT / "requirements.txt", REPO_ROOT / "requirements-gpu.txt"):
-        lines = path.read_text().splitlines() if path.is_file() else []
-        for line in lines:
-            if line.strip() and not line.startswith(("#", "-")):
-                name = Requirement(line.partition(" #")[0]).name
-                try:
-                    versions[name] = version(name)
-                except PackageNotFoundError:
-                    continue
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return versions
 
 
@@ -164,21 +162,14 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def run_of(checkpoint: str | Path) -> Path:
-    """The folder of the run that a checkpoint belongs to: where it is named or, of a link, where it leads."""
-    path = Path(checkpoint).absolute()
-    places = (path.parent, path.resolve().parent)
-    return next((place for place in places if (place / RUN).is_file()), places[0])
-
-
 def derived(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a record, with those that follow from several: examples of one optimiser step and rollout."""
-    arguments, processes = record["arguments"], record["world_size"]
-    batch = arguments["per_device_train_batch_size"] * processes
-    found = {"command": record["command"], "examples_per_step": batch * arguments["gradient_accumulation_steps"]}
-    if steps := arguments.get("steps_per_generation"):
-        found["examples_per_rollout"] = batch * steps
-    return {**arguments, **found}
+    """The settings of a record, with those that follow from several: examples of a step, a rollout."""
+    settings = {"command": record["command"], **record["arguments"]}
+    batch = settings["per_device_train_batch_size"] * record["world_size"]
+    settings["examples_per_step"] = batch * settings["gradient_accumulation_steps"]
+    if steps := settings.get("steps_per_generation"):
+        settings["examples_per_rollout"] = batch * steps
+    return settings
 
 
 def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -203,47 +194,43 @@ def is_same(one: Any, other: Any) -> bool:
 
 
 def changed_inputs(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What of data and template differs between two records, in words.
+    """What of data and template differs between two records, in words; streams are not compared.
 
     Returns:
-        What changes the questions that are learned from; and what does not, or only for some of them.
+        What changes the questions that are learned from; and what does not, or not all of them.
     """
     before, after = then.get("data"), now.get("data")
-    if not isinstance(before, dict) or not isinstance(after, dict):
-        return [], []
-    learned, told = [], []
-    for name, what in (("train", "the training examples"), ("held_out", "the held-out examples")):
-        old, new = before.get(name), after.get(name)
-        if not isinstance(old, dict) or not isinstance(new, dict):
-            continue
-        if old.get("content") != new["content"]:
-            rows = "" if old.get("rows") == new["rows"] else f" ({old.get('rows')} then, {new['rows']} now)"
-            (learned if name == "train" else told).append(what + rows)
-        elif old.get("images") != new["images"]:
-            told.append(f"image files of {what}")
-    if before.get("chat_template") != after["chat_template"]:
+    learned, noted = [], []
+    if not before or not after:
+        return learned, noted
+    for name, words in (("train", "the training examples"), ("held_out", "the held-out examples")):
+        old, new = before[name], after[name]
+        if old and new and old["content"] != new["content"]:
+            rows = "" if old["rows"] == new["rows"] else f" ({old['rows']} then, {new['rows']} now)"
+            (learned if name == "train" else noted).append(words + rows)
+        elif old and new and old["images"] != new["images"]:
+            noted.append(f"image files of {words}")
+    if before["chat_template"] != after["chat_template"]:
         learned.append("the chat template")
-    return learned, told
+    return learned, noted
 
 
 def changed_code(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The commit and the versions that differ between two records, {name: (then, now)}."""
-    before, after = (
-        {"commit": code.get("commit"), **(code.get("versions") or {})} if isinstance(code, dict) else {}
-        for code in (then.get("code"), now.get("code"))
-    )
-    return {name: (before[name], after[name]) for name in before if name in after and before[name] != after[name]}
+    if "code" not in then or "code" not in now:
+        return {}
+    before, after = ({"commit": record["code"]["commit"], **record["code"]["versions"]} for record in (then, now))
+    names = [name for name in before if name in after and before[name] != after[name]]
+    return {name: (before[name], after[name]) for name in names}
 
 
 def check_same_run(folder: str | Path, now: Mapping[str, Any]) -> None:
-    """See that the run in a folder is the one that a launch continues, by what it left in `run.json`.
+    """Raise Mistake unless a launch that continues the run in a folder learns what that run did.
 
     Args:
-        folder: of the run.
-        now: the launch's record, or what is known of it by now: `command`, `world_size` and `arguments`, or `data`.
-
-    Raises:
-        ValueError: when that run learned something else, or in another way.
+        folder: of the run, with its `run.json`.
+        now: the launch's record, or what is known of it: `command`, `world_size` and `arguments`, or
+            `data`.
     """
     then, anew = read_record(folder), "choose another OUTPUT, or move this one away"
     if settings := changed_settings(then, now):
@@ -251,38 +238,35 @@ def check_same_run(folder: str | Path, now: Mapping[str, Any]) -> None:
         raise Mistake(f"{folder}: holds a run with {', '.join(texts)}; {anew}")
     if changed := changed_inputs(then, now)[0]:
         raise Mistake(
-            f"{folder}: {' and '.join(changed)} changed since its run began, so it cannot go on as it was; restore "
-            f"them, or {anew}; --resume_from_checkpoint with a checkpoint's path goes on with what is there now"
+            f"{folder}: {' and '.join(changed)} changed since its run began, so it cannot go on as it was; "
+            f"restore them, or {anew}; --resume_from_checkpoint with a checkpoint's path goes on with what "
+            "is there now"
         )
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
-    """All that a run goes on with and began without, in words: settings, `but` for some, data and code."""
+    """All that a run goes on with and began without, in words: settings (`but` some), data, code."""
     pairs = {**changed_settings(then, now), **changed_code(then, now)}
-    learned, told = changed_inputs(then, now)
-    return [f"{n} ({old} then, {new} now)" for n, (old, new) in pairs.items() if n not in but] + learned + told
+    texts = {name: f"{name} ({old} then, {new} now)" for name, (old, new) in pairs.items()}
+    learned, noted = changed_inputs(then, now)
+    return [text for name, text in texts.items() if name not in but] + learned + noted
 
 
 def settings_in_force(args: TrainingArguments, optimizer: Any) -> dict[str, Any]:
-    """What of an optimizer is another than these arguments say: a resume restores it with the values of its own.
+    """The settings of an optimizer that differ from the arguments, by the arguments' names.
 
-    Args:
-        args: of this launch.
-        optimizer: of a trainer that has begun.
-
-    Returns:
-        The values that the optimizer goes by, by the names of the arguments.
+    A resume restores an optimizer with the values that it was saved with.
     """
-    groups = getattr(optimizer, "param_groups", None)
-    if not groups:
+    if optimizer is None:
         return {}
-    _, given = Trainer.get_optimizer_cls_and_kwargs(args)  # those of other optimizers go by numbers of their own
-    group = groups[0]
-    found = {"weight_decay": max(each.get("weight_decay", 0.0) for each in groups)}
-    if "initial_lr" in group:
-        found["learning_rate"] = group["initial_lr"]
-    if "betas" in given:
-        found["adam_beta1"], found["adam_beta2"] = group["betas"]
-    if "eps" in given:
-        found["adam_epsilon"] = group["eps"]
-    return {name: value for name, value in found.items() if value != getattr(args, name)}
+    _, expected = Trainer.get_optimizer_cls_and_kwargs(args)  # some optimizers have no betas or eps
+    groups = optimizer.param_groups
+    first = groups[0]
+    values = {"weight_decay": max(group.get("weight_decay", 0.0) for group in groups)}
+    if "initial_lr" in first:
+        values["learning_rate"] = first["initial_lr"]
+    if "betas" in expected:
+        values["adam_beta1"], values["adam_beta2"] = first["betas"]
+    if "eps" in expected:
+        values["adam_epsilon"] = first["eps"]
+    return {name: value for name, value in values.items() if value != getattr(args, name)}

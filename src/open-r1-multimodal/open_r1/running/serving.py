@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 
 from trl import ModelConfig
 
@@ -32,18 +31,8 @@ FOR_TRL = (
 UNUSED = ("--dataset_name", "-", "--output_dir", "-", "--use_cpu", "true", "--report_to", "none")
 
 
-def serve_arguments(
-    script_args: GRPOScriptArguments, args: Qwen2VLGRPOConfig, model_args: ModelConfig, more: Sequence[str] = ()
-) -> list[str]:
-    """What follows `vllm serve`: the model, its port, the longest row in tokens, and `engine_settings`.
-
-    Args:
-        script_args, args, model_args: of the recipe.
-        more: vLLM's own arguments; they win.
-
-    Raises:
-        OSError, ValueError: no such model, or none that this project was tested with.
-    """
+def serve_arguments(script_args: GRPOScriptArguments, args: Qwen2VLGRPOConfig, model_args: ModelConfig) -> list[str]:
+    """What follows `vllm serve`: model, port, the longest row in tokens, and `engine_settings`."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
     dtype = model_args.dtype
     if dtype in (None, "auto"):
@@ -54,18 +43,16 @@ def serve_arguments(
     length = longest_row(script_args, args)
     arguments += ["--max-model-len", str(length)] if length else []
     for option, value in settings.items():
-        arguments += [f"--{option.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else value]
-    return [*arguments, *FOR_TRL, *more]
+        text = json.dumps(value) if isinstance(value, dict) else value
+        arguments += [f"--{option.replace('_', '-')}", text]
+    return [*arguments, *FOR_TRL]
 
 
 def main() -> None:
-    """Become the server.
-
-    Raises:
-        Mistake: vLLM is not installed.
-    """
-    recipe = read_recipe((GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig), [*UNUSED, *sys.argv[1:]])
-    arguments = serve_arguments(*recipe, more=shlex.split(os.environ.get("VLLM_ARGUMENTS", "")))
+    """Become the server."""
+    kinds = (GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig)
+    arguments = serve_arguments(*read_recipe(kinds, [*UNUSED, *sys.argv[1:]]))
+    arguments += shlex.split(os.environ.get("VLLM_ARGUMENTS", ""))  # vLLM's own, which win
     if os.environ.get("DRY_RUN"):
         setting = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
         print(f"{setting} vllm serve {shlex.join(arguments)}")

@@ -1,8 +1,8 @@
-"""Says which settings of `generation_kwargs` act on a rollout, and refuses the others with a reason.
+"""Which settings of `generation_kwargs` act on a rollout; the others are refused.
 
-A rollout knows the settings that transformers' `generate` makes into processors of the next token's scores, and what
-ends a completion. Every other name of `GenerationConfig`, also one of a later version, would change nothing, or break
-what TRL takes for granted of a completion; it is refused before weights are loaded.
+A rollout knows the settings that transformers' `generate` makes into processors of the next token's
+scores, and what ends a completion. Every other name would change nothing, or break what TRL takes
+for granted of a completion.
 """
 
 import difflib
@@ -30,49 +30,20 @@ _SHARES = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _TEMPERATURE = "completions are scored at the trainer's own temperature; set that one"
 _LENGTH = "max_completion_length says how long a completion may be"
 _END = (
-    "whether a completion is whole or was cut is told by its last token, so an end-of-text token alone may end one "
-    "before max_completion_length"
+    "whether a completion is whole or was cut is told by its last token, so an end-of-text token "
+    "alone may end one before max_completion_length"
 )
 _PLAIN = "completions are sampled token by token, without beams, drafts or a second pass"
-_PROMPT = "a completion starts from the whole prompt, as the chat template writes it"
-_CACHE = "a rollout keeps and compiles its cache in its own way"
-_OUTPUT = "a rollout returns token ids alone"
 _COUNT = "num_generations says how many completions a prompt gets"
 
-# Names of GenerationConfig, and of vLLM's SamplingParams, that are refused. One that is in neither table is, too.
+# Names of GenerationConfig, and of vLLM's SamplingParams, that are refused for a reason of their
+# own.
 REFUSED: dict[str, str] = {
     "temperature": _TEMPERATURE,
     **dict.fromkeys(("max_new_tokens", "max_length"), _LENGTH),
     "min_length": "it counts the prompt too; min_new_tokens counts the completion alone",
     **dict.fromkeys(("stop_strings", "max_time", "forced_eos_token_id"), f"{_END}; eos_token_id names others"),
-    **dict.fromkeys(
-        (
-            *("num_beams", "num_beam_groups", "early_stopping", "length_penalty", "diversity_penalty", "constraints"),
-            *("force_words_ids", "guidance_scale", "penalty_alpha", "low_memory", "dola_layers", "use_mtp"),
-            *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "speculation_type"),
-            *("assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind"),
-            *("assistant_ensemble_weight", "prompt_lookup_num_tokens", "max_matching_ngram_size"),
-        ),
-        _PLAIN,
-    ),
-    **dict.fromkeys(
-        (
-            *("bos_token_id", "forced_bos_token_id", "decoder_start_token_id", "token_healing"),
-            *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
-        ),
-        _PROMPT,
-    ),
-    **dict.fromkeys(
-        (
-            *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
-            *("compile_config", "disable_compile", "continuous_batching_config"),
-        ),
-        _CACHE,
-    ),
-    **dict.fromkeys(
-        ("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-        _OUTPUT,
-    ),
+    **dict.fromkeys(("num_beams", "penalty_alpha", "guidance_scale", "prompt_lookup_num_tokens"), _PLAIN),
     "num_return_sequences": _COUNT,
 }
 REFUSED_BY_VLLM: dict[str, str] = {
@@ -89,8 +60,8 @@ def next_token_processors(
 ) -> LogitsProcessorList:
     """What transformers' own `generate` does to the scores of the next token under these settings.
 
-    A private seam, the only one that gives every setting the meaning that it has there; tests/test_decoding.py fails
-    when it reads other names than `TAKEN`.
+    A private seam, the only one that gives every setting the meaning that it has there;
+    tests/test_decoding.py fails when it reads other names than `TAKEN`.
     """
     model._prepare_special_tokens(settings, device=device)
     return model._get_logits_processor(settings, input_ids_seq_length=prompt_length, device=str(device))
@@ -105,7 +76,7 @@ def check_generation(settings: Mapping[str, Any] | None, vocabulary: int, use_vl
         use_vllm: whether they are names of vLLM's `SamplingParams` instead of `GenerationConfig`.
 
     Raises:
-        ValueError: in one line, for the first that does not.
+        Mistake: for the first that does not.
     """
     names, refused = (_names_of_vllm(), REFUSED_BY_VLLM) if settings and use_vllm else (TAKEN, REFUSED)
     for name, value in (settings or {}).items():
@@ -120,21 +91,24 @@ def check_generation(settings: Mapping[str, Any] | None, vocabulary: int, use_vl
 
 
 def with_tokens(settings: Mapping[str, Any] | None, end: str, ends: Sequence[int], ban: Mapping[str, Any]) -> dict:
-    """`generation_kwargs` with the tokens that end a completion, unless it names others, and with what must not occur.
+    """`generation_kwargs` with the tokens that end a completion and those that must not occur.
 
     Args:
         settings: of the recipe, which `check_generation` has seen; they win.
         end: the name under which the engine takes the ids that end a completion.
         ends: these ids.
-        ban: the engine's setting, a list of ids or a dictionary by them, that bans tokens; the recipe's own are banned
-            too, or keep their bias.
+        ban: the engine's setting, a list of ids or a dictionary by them, that bans tokens; the
+            recipe's own are banned too, or keep their bias.
     """
     settings = dict(settings or {})
-    given = settings.get(end)
-    settings[end] = [given] if isinstance(given, int) else list(ends if given is None else given)
+    named = settings.get(end)
+    settings[end] = [named] if isinstance(named, int) else list(ends if named is None else named)
     for name, banned in ban.items():
-        own = settings.get(name)
-        settings[name] = {**(own or {}), **banned} if isinstance(banned, dict) else sorted({*banned, *(own or [])})
+        of_recipe = settings.get(name)
+        if isinstance(banned, dict):
+            settings[name] = {**(of_recipe or {}), **banned}
+        else:
+            settings[name] = sorted({*banned, *(of_recipe or [])})
     return settings
 
 
@@ -146,18 +120,17 @@ def _names_of_vllm() -> frozenset[str]:
 
 def _try(name: str, value: Any, vocabulary: int) -> None:
     """Let transformers say what is wrong with a value: each setting by itself, on the scores of one token."""
+    model = GenerationMixin()
+    model.config = PreTrainedConfig(vocab_size=vocabulary)
     try:
         check_values({name: value})
-    except ValueError as error:
-        raise Mistake(f"generation_kwargs: {error}") from error
-    speaker = GenerationMixin()
-    speaker.config = PreTrainedConfig(vocab_size=vocabulary)
-    try:
         if name in _SHARES and not SHARE.admits(value):  # transformers would pass it over
-            raise Mistake(f"expected {SHARE}")
+            raise Mistake(f"{name} {value}: expected {SHARE.words}")
         settings = GenerationConfig(**{"do_sample": True, "eos_token_id": [0], "pad_token_id": 0, name: value})
-        process = next_token_processors(speaker, settings, prompt_length=1, device="cpu")
+        process = next_token_processors(model, settings, prompt_length=1, device="cpu")
         process(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, vocabulary))
         torch.tensor(settings.eos_token_id, dtype=torch.long)
+    except Mistake as error:
+        raise Mistake(f"generation_kwargs: {error}") from error
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise Mistake(f"generation_kwargs: {name} {value!r:.60}: {first_line(error)}") from error

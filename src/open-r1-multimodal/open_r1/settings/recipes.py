@@ -1,4 +1,4 @@
-"""Reads recipes (YAML), overlays and command-line overrides into dataclasses; a mistake in one is a line."""
+"""Reads recipes (YAML), overlays and command-line overrides into dataclasses."""
 
 import argparse
 import difflib
@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
+from trl import TrlParser
 
 from open_r1.base.errors import MissingFile, Mistake, settings_of
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.settings.limits import check_values
 
 BASE = "base"  # in a recipe: the files that it changes, one or a list, as seen from its own folder
-# Settings that may name a file or a folder -> what tells that they do, and not the Hub's or one of this project's.
+# Settings that may name a file or a folder -> what tells that they do, and not the Hub's or one of
+# this project's.
 PATHS: dict[str, Callable[[str], bool]] = {
     **dict.fromkeys(("model_name_or_path", "resume_from_checkpoint"), os.path.isdir),
     **dict.fromkeys(("dataset_name", "eval_dataset_name", "chat_template_path"), os.path.exists),
@@ -29,18 +30,15 @@ CONFIG.add_argument(
     default=argparse.SUPPRESS,
     metavar="RECIPE",
     help="A file of settings, as seen from here or from the repository's root. May be given several times: "
-    "`--config configs/grpo_sat.yaml --config configs/overlays/lora.yaml`; where they differ, the later one counts.",
+    "`--config configs/grpo_sat.yaml --config configs/overlays/lora.yaml`; where they differ, the "
+    "later one counts.",
 )
 # Set while a launch checks a recipe in one process: how many it is going to start.
 PLANNED_PROCESSES = "OPEN_R1_PLANNED_PROCESSES"
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The recipes that `--config` names in a command line, and its other arguments.
-
-    Raises:
-        ValueError: `--config` without a name.
-    """
+    """The recipes that `--config` names in a command line, and its other arguments."""
     try:
         named, others = CONFIG.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
@@ -49,17 +47,17 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def read_files(names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
-    """The files that recipes are made of, each with its own settings; where they differ, the later one counts.
+    """The files that recipes are made of, with their settings; of two, the later one counts.
 
     Args:
-        names: of recipes and overlays, as seen from the current folder or from the repository's root.
+        names: of recipes and overlays, as seen from the current folder or from the repository's
+        root.
 
     Returns:
-        Each file's path and settings; files and folders that they name are told by their absolute paths.
+        Each file's path and settings, in which files and folders have their absolute paths.
 
     Raises:
-        ValueError: a file does not hold settings.
-        OSError: a file is not there, or cannot be read.
+        Mistake: a file is not there, or does not hold settings.
     """
     files = []
     for name in names:
@@ -71,7 +69,7 @@ def read_files(names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def find(name: str, is_there: Callable[[str], bool], *folders: Path) -> Path | None:
-    """Where a name leads, as seen from these folders, then from the current one, then from the repository's root."""
+    """Where a name leads: from these folders, then the current one, then the repository's root."""
     places = (Path(folder, os.path.expanduser(name)) for folder in (*folders, Path(), REPO_ROOT)) if name else ()
     return next(filter(is_there, places), None)
 
@@ -85,7 +83,7 @@ def find_setting(setting: str, value: Any, *folders: Path) -> Any:
 
 
 def default_output(names: Sequence[str]) -> str | None:
-    """The folder of a run whose recipes name none: `outputs/` and their names, in the repository."""
+    """The folder of a run whose recipes name none: the repository's `outputs/` and their names."""
     return str(REPO_ROOT / "outputs" / "_".join(Path(name).stem for name in names)) if names else None
 
 
@@ -130,10 +128,10 @@ def count_processes() -> int:
     return int(os.environ.get(PLANNED_PROCESSES) or os.environ.get("WORLD_SIZE") or 1)
 
 
-class RecipeParser(HfArgumentParser):
-    """A parser that takes its defaults from recipes, as TRL's does, but reads them as strictly as arguments.
+class RecipeParser(TrlParser):
+    """TRL's parser, which takes its defaults from recipes, but reads them as strictly as arguments.
 
-    It raises `ValueError` where argparse prints a usage of 200 lines, and takes no abbreviations.
+    It raises `Mistake` where argparse prints a usage of 200 lines, and takes no abbreviations.
     """
 
     def __init__(self, dataclass_types: Sequence[type]):
@@ -146,7 +144,7 @@ class RecipeParser(HfArgumentParser):
         raise Mistake(message.removeprefix("argument "))
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """argparse's; what it does not know or means nothing is refused, before anything is made of the others."""
+        """argparse's; refuses what it does not know, and values that mean nothing."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             raise Mistake(self._unknown("argument", unknown[0]))
@@ -160,11 +158,12 @@ class RecipeParser(HfArgumentParser):
         """Take the settings of a file for defaults; those of a later file replace them.
 
         Raises:
-            ValueError: for an unknown name or a value that its setting does not take; it names the file.
+            Mistake: for an unknown name or a value that its setting does not take; it names the
+            file.
         """
         actions = {action.dest: action for action in reversed(self._actions)}  # --x, and not the --no_x after it
+        environment = settings.pop("env", {})  # TRL's word for variables to set
         try:
-            environment = settings.pop("env", {})  # TRL's word for variables to set
             if not isinstance(environment, dict):
                 raise Mistake(f"env: expected names and values, not {environment!r}")
             for name, value in settings.items():
@@ -175,12 +174,10 @@ class RecipeParser(HfArgumentParser):
                         raise Mistake(f"{name}: expected a list, [{', '.join(parts)}], not {value!r}")
                     settings[name] = [value]
                 self._check(actions[name], settings[name])
-        except ValueError as error:
+        except Mistake as error:
             raise Mistake(f"{path}: {error}") from error
         os.environ.update({name: str(value) for name, value in environment.items()})
-        for action in self._actions:
-            if action.dest in settings:
-                action.default, action.required = settings[action.dest], False
+        self.set_defaults_with_config(**settings)
 
     def _unknown(self, kind: str, name: str) -> str:
         known = [action.dest for action in self._actions]
@@ -188,21 +185,20 @@ class RecipeParser(HfArgumentParser):
         return f"unknown {kind} {name!r}" + (f"; did you mean {close[0]}?" if close else "; --help lists them")
 
     def _check(self, action: argparse.Action, value: Any) -> None:
-        if value is None:
-            if type(None) not in get_args(self.hints[action.dest]):
-                raise Mistake(f"{action.dest}: needs a value")
+        name, is_list = action.dest, action.nargs == "+"
+        if value is None and type(None) not in get_args(self.hints[name]):
+            raise Mistake(f"{name}: needs a value")
+        if value is None or action.type in (str, dict):  # what may also be something else is read by its dataclass
             return
-        if action.type in (str, dict):  # what may also be something else, and is read by its dataclass
-            return
-        if isinstance(value, list) != (action.nargs == "+"):
-            raise Mistake(f"{action.dest}: expected {'a list' if action.nargs == '+' else 'one value'}, not {value!r}")
-        for item in value if isinstance(value, list) else [value]:
+        if isinstance(value, list) != is_list:
+            raise Mistake(f"{name}: expected {'a list' if is_list else 'one value'}, not {value!r}")
+        for item in value if is_list else [value]:
             try:
                 read = action.type(str(item))
             except (ValueError, argparse.ArgumentTypeError) as error:
-                raise Mistake(f"{action.dest}: invalid {action.type.__name__} value: {item!r}") from error
+                raise Mistake(f"{name}: invalid {action.type.__name__} value: {item!r}") from error
             if action.choices and read not in action.choices:
-                raise Mistake(f"{action.dest}: {item!r} is none of {', '.join(map(str, action.choices))}")
+                raise Mistake(f"{name}: {item!r} is none of {', '.join(map(str, action.choices))}")
 
 
 def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -216,8 +212,8 @@ def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tu
         One instance of each type.
 
     Raises:
-        ValueError: for an unknown name, or a value that its setting or the dataclasses do not take.
-        OSError: when a recipe cannot be read.
+        Mistake: for a recipe that cannot be read, an unknown name, or a value that its setting does
+        not take.
     """
     parser = RecipeParser(dataclass_types)
     names, others = split_arguments(arguments)

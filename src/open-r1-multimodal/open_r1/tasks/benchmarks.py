@@ -9,23 +9,19 @@ import json
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Annotated, Any, Literal
 
 from open_r1.answers.statistics import Combination, gold_index
-from open_r1.base.errors import MissingFile, Mistake, first_line
-from open_r1.base.fields import NAME, PROSE, Check, Fields, are, check, is_integer, is_name, is_prose, maybe
-from open_r1.base.files import parse_json
+from open_r1.base.errors import MissingFile, Mistake
+from open_r1.base.fields import Expected, Name, Prose, Record, Text, check
 from open_r1.base.hub import fetch
 from open_r1.base.prompts import sat_question
 from open_r1.tasks import cvbench, sat
+from open_r1.tasks.examples import read_records
 
-BATCH_ROWS = 64  # read at a time
 LIMIT_SEED = 0
 
 
@@ -91,54 +87,74 @@ class Benchmark:
     name: str
     hub_id: str
     files: tuple[str, ...]
-    columns: Fields
+    columns: type[Record]
     convert: Callable[[Mapping[str, Any], int], list[Item]]
     combination: tuple[str, Combination] | None = None
     images: str | None = None
 
 
-# --- definitions --------------------------------------------------------------------------------------------
+# --- definitions ----------------------------------------------------------------------------------
 
 
-def is_image(cell: Any) -> bool:
-    """Whether it is a cell of an image as `image_data` reads it, or of one that is not there."""
-    if isinstance(cell, Mapping):
-        return all(is_image(cell.get(name)) and not isinstance(cell.get(name), Mapping) for name in ("bytes", "path"))
-    return cell is None or isinstance(cell, bytes | str)
+Encoded = bytes | Text | None
 
 
-IMAGE = Check(is_image, "an image: bytes, a path, or {bytes, path}")
-ID = Check(lambda value: is_name(value) or is_integer(value), "a whole number or a name")
-TEXTS = Check(are(is_prose), "a list of texts")
+class EncodedImage(Record):
+    """An image as `datasets` writes it."""
 
-CVBENCH: Fields = {"idx": ID, "type": NAME, "task": NAME, "source": NAME, "question": PROSE, "prompt": PROSE}
-CVBENCH |= {"choices": TEXTS, "answer": PROSE, "image": IMAGE}
+    bytes: Encoded = None
+    path: Encoded = None
+
+
+Cell = Encoded | EncodedImage
+ImageCell = Annotated[Cell, Expected("an image: bytes, a path, or {bytes, path}")]
+Id = Annotated[int | Name, Expected("a whole number or a name")]
+Texts = Annotated[list[str], Expected("a list of texts")]
+
+
+class CVBenchRow(Record):
+    """The columns of CV-Bench that are read."""
+
+    idx: Id
+    type: Name
+    task: Name
+    source: Name
+    question: Prose
+    prompt: Prose
+    choices: Texts
+    answer: Prose
+    image: ImageCell
 
 
 def cvbench_items(row: Mapping[str, Any], number: int) -> list[Item]:
     """CV-Bench asks its `prompt` column as it is."""
-    question = cvbench.convert_row(row)
     return [
         Item(
-            id=question.idx,
-            task=question.task,
-            type=question.type,
-            source=question.source,
-            question=question.question,
-            options=question.choices,
-            answer=f"({question.answer})",
-            prompt=question.prompt,
-            images=(question.image,),
+            id=row["idx"],
+            task=row["task"],
+            type=row["type"],
+            source=row["source"],
+            question=row["question"],
+            options=tuple(row["choices"]),
+            answer=f"({row['answer'].strip('()')})",
+            prompt=row["prompt"],
+            images=(row["image"],),
         )
     ]
 
 
-SAT: Fields = {"question": PROSE, "question_type": NAME, "correct_answer": maybe(PROSE)}
-SAT |= {"answers": maybe(TEXTS), "image_bytes": maybe(Check(are(is_image), "a list of images"))}
+class SATRow(Record):
+    """The columns of SAT that are read."""
+
+    question: Prose
+    question_type: Name
+    correct_answer: Prose | None
+    answers: Texts | None
+    image_bytes: Annotated[list[Cell] | None, Expected("a list of images or null")]
 
 
 def sat_items(row: Mapping[str, Any], number: int) -> list[Item]:
-    """Circular evaluation, as SAT's card asks for: the question once for each rotation of its options."""
+    """Circular evaluation, as SAT's card asks for: a question once for each rotation of its options."""
     options = tuple(dict.fromkeys(row["answers"] or ()))
     if row["correct_answer"] not in options:
         return []
@@ -158,8 +174,19 @@ def sat_items(row: Mapping[str, Any], number: int) -> list[Item]:
     ]
 
 
-BLINK: Fields = {"idx": ID, "sub_task": NAME, "question": PROSE, "prompt": PROSE, "choices": TEXTS, "answer": PROSE}
-BLINK |= dict.fromkeys(("image_1", "image_2", "image_3", "image_4"), IMAGE)
+class BLINKRow(Record):
+    """The columns of BLINK that are read."""
+
+    idx: Id
+    sub_task: Name
+    question: Prose
+    prompt: Prose
+    choices: Texts
+    answer: Prose
+    image_1: ImageCell
+    image_2: ImageCell
+    image_3: ImageCell
+    image_4: ImageCell
 
 
 def blink_items(row: Mapping[str, Any], number: int) -> list[Item]:
@@ -178,8 +205,15 @@ def blink_items(row: Mapping[str, Any], number: int) -> list[Item]:
     ]
 
 
-VSR: Fields = {"caption": PROSE, "image": IMAGE, "label": Check(lambda value: value in (0, 1, "0", "1"), "0 or 1")}
-VSR |= {"relation": NAME}
+class VSRRow(Record):
+    """The columns of VSR that are read."""
+
+    caption: Prose
+    image: ImageCell
+    label: Annotated[Literal[0, 1, "0", "1"], Expected("0 or 1")]
+    relation: Name
+
+
 # The authors' groups of relations (`rel_meta_category_dict.txt` in their repository); others are `Unallocated`.
 VSR_CATEGORIES = {
     "Adjacency": "adjacent to, alongside, at the side of, at the right side of, at the left side of, attached to, "
@@ -198,7 +232,7 @@ VSR_IMAGES = "its files name images of COCO 2017 (train and val), which belong b
 
 
 def vsr_items(row: Mapping[str, Any], number: int) -> list[Item]:
-    """VSR gives captions that are true or false; the question is that of the R1-Zero paper's evaluation, verbatim."""
+    """VSR's captions are true or false; the question is that of the R1-Zero paper's evaluation."""
     statement = f'Does the statement "{row["caption"]}" accurately describes what you see?'
     question = f"Please analyze the provided image. {statement} Choose from (A) True or (B) False."
     return [
@@ -217,40 +251,41 @@ def vsr_items(row: Mapping[str, Any], number: int) -> list[Item]:
 BLINK_FILES = ("Relative_Depth/val-*.parquet", "Spatial_Relation/val-*.parquet")
 CVBENCH_FILES, CVBENCH_SCORE = tuple(cvbench.FILES.values()), ("CV-Bench", cvbench.official_score)
 BENCHMARKS = {
-    "CV-Bench": Benchmark("CVBench", cvbench.HUB_ID, CVBENCH_FILES, CVBENCH, cvbench_items, CVBENCH_SCORE),
-    "SAT-val": Benchmark("SAT-val", "array/SAT", ("SAT_val.parquet",), SAT, sat_items),
-    "SAT-test": Benchmark("SAT-test", "array/SAT", ("SAT_test.parquet",), SAT, sat_items),
-    "BLINK": Benchmark("BLINK", "BLINK-Benchmark/BLINK", BLINK_FILES, BLINK, blink_items),
+    "CV-Bench": Benchmark("CVBench", cvbench.HUB_ID, CVBENCH_FILES, CVBenchRow, cvbench_items, CVBENCH_SCORE),
+    "SAT-val": Benchmark("SAT-val", "array/SAT", ("SAT_val.parquet",), SATRow, sat_items),
+    "SAT-test": Benchmark("SAT-test", "array/SAT", ("SAT_test.parquet",), SATRow, sat_items),
+    "BLINK": Benchmark("BLINK", "BLINK-Benchmark/BLINK", BLINK_FILES, BLINKRow, blink_items),
     # the split that the R1-Zero paper asked, and the one whose objects VSR's own training set does not show
-    "VSR": Benchmark("VSR", "cambridgeltl/vsr_random", ("test.jsonl",), VSR, vsr_items, images=VSR_IMAGES),
+    "VSR": Benchmark("VSR", "cambridgeltl/vsr_random", ("test.jsonl",), VSRRow, vsr_items, images=VSR_IMAGES),
     "VSR-zeroshot": Benchmark(
-        "VSR-zeroshot", "cambridgeltl/vsr_zeroshot", ("test.jsonl",), VSR, vsr_items, images=VSR_IMAGES
+        "VSR-zeroshot", "cambridgeltl/vsr_zeroshot", ("test.jsonl",), VSRRow, vsr_items, images=VSR_IMAGES
     ),
 }
 
 
-# --- reading ------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read(benchmark: Benchmark, dataset_path: str | None = None, limit: int | None = None) -> list[Item]:
     """Everything to ask, in the files' order; images are read but not decoded.
 
     Args:
-        dataset_path: a file, a folder, or a data set on the Hub; None for the benchmark's own on the Hub.
+        dataset_path: a file, a folder, or a data set on the Hub (None: the benchmark's own).
         limit: at most this many questions; see `stratified`.
 
     Raises:
-        OSError, ValueError: nothing to read there, or a row that contradicts itself; in one line.
+        Mistake: nothing to read there, or a row that contradicts itself.
     """
     questions: list[tuple[list[Item], Path]] = []
     first: dict[int | str, str] = {}  # id -> where it is
     rows = 0
     for file in locate(benchmark, dataset_path or benchmark.hub_id):
-        for number, row in enumerate(read_rows(file)):
+        for number, row in enumerate(read_records(file)):
             where = f"{file}: row {number}"
-            if missing := [name for name in benchmark.columns if isinstance(row, dict) and name not in row]:
+            columns = benchmark.columns.model_fields
+            if missing := [name for name in columns if isinstance(row, dict) and name not in row]:
                 raise Mistake(f"{file}: no column {', '.join(missing)}; is this {benchmark.name}?")
-            check(row, benchmark.columns, {}, where)
+            check(benchmark.columns, row, where)
             try:
                 asked = benchmark.convert(row, rows)
                 for item in asked:
@@ -263,62 +298,44 @@ def read(benchmark: Benchmark, dataset_path: str | None = None, limit: int | Non
                     raise Mistake(f"{where}: has the idx {asked[0].id!r} of {same}; two questions need two")
             rows += 1
     if left_out := rows - len(questions):
-        print(f"{benchmark.name}: left out {left_out} of {rows} rows without a right option", file=sys.stderr)
+        line = f"{benchmark.name}: left out {left_out} of {rows} rows without a right option"
+        print(line, file=sys.stderr)
     if not questions:
         raise Mistake(f"{dataset_path or benchmark.hub_id}: no question in it")
     if limit is not None:
         questions = [questions[i] for i in stratified([items[0].task for items, _ in questions], limit)]
-    found = [with_images(item, folder) for items, folder in questions for item in items]
-    if benchmark.images and not any(data for item in found for data in item.images):
+    asked = []
+    for items, folder in questions:
+        for item in items:
+            images = tuple(image_data(cell, folder) for cell in item.images)
+            asked.append(replace(item, images=images))
+    if benchmark.images and not any(data for item in asked for data in item.images):
         raise MissingFile(f"{questions[0][1]}: none of the images is there; {benchmark.images}")
-    return found
+    return asked
 
 
 def locate(benchmark: Benchmark, dataset_path: str) -> list[Path]:
     """The files to read: the one named, or those of a folder or of a data set on the Hub.
 
     Raises:
-        OSError: no such file or folder, none of the expected files in it, or the Hub does not give it.
+        Mistake: there is no such file, folder or data set, or none of the expected files in it.
     """
     path = Path(dataset_path).expanduser()
     if path.is_file():
         return [path]
     if not path.is_dir():
         path = fetch(dataset_path, benchmark.files, repo_type="dataset")
-    found = []
+    files = []
     for pattern in benchmark.files:
         matches = sorted(path.glob(pattern))
         if not matches:
             raise MissingFile(f"{path}: no {pattern} in it; give a single file to evaluate that alone")
-        found += matches
-    return found
-
-
-def read_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet or JSON Lines file.
-
-    Raises:
-        ValueError: damaged, or something else.
-    """
-    if file.suffix == ".jsonl":
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield parse_json(line, f"{file}: line {number}")
-        return
-    try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS):
-            yield from batch.to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"{file}: not a complete parquet file ({first_line(error)})") from error
-
-
-def with_images(item: Item, folder: Path) -> Item:
-    return replace(item, images=tuple(image_data(cell, folder) for cell in item.images))
+        files += matches
+    return files
 
 
 def image_data(cell: Any, folder: Path) -> bytes | None:
-    """An image cell (bytes, {bytes, path}, a path, or nothing) -> the encoded image; None when it is not there."""
+    """A cell (bytes, {bytes, path}, a path or nothing) -> the encoded image; None if it is missing."""
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")
     if not isinstance(cell, str):
@@ -330,9 +347,9 @@ def image_data(cell: Any, folder: Path) -> bytes | None:
 
 
 def stratified(tasks: Sequence[str], limit: int) -> list[int]:
-    """The indices of `limit` questions, drawn with a fixed seed, from each task in proportion to its size.
+    """The indices of `limit` questions, drawn with a fixed seed; each task keeps its share.
 
-    Seats that do not divide go to the largest remainders, so that the shares are as close as they can be.
+    Seats that do not divide go to the largest remainders.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for index, task in enumerate(tasks):

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from open_r1.base.errors import MissingFile, Mistake
+from open_r1.base.errors import FileMistake, MissingFile, Mistake
 from open_r1.base.images import image_bytes, local_path
 from open_r1.base.prompts import IMAGE_PLACEHOLDER, sat_question, without_surrogates
 from open_r1.tasks.unshown import unshown_fields, unshown_in_messages, unshown_marks
@@ -51,15 +51,8 @@ class Columns:
 def read_examples(
     source: str | Path, columns: Columns | None = None, config: str | None = None, split: str = "train"
 ) -> list[dict[str, Any]]:
-    """`iter_examples` as a list."""
-    return list(iter_examples(source, columns, config, split))
-
-
-def iter_examples(
-    source: str | Path, columns: Columns | None = None, config: str | None = None, split: str = "train"
-) -> Iterator[dict[str, Any]]:
-    """The rows of `iter_rows` alone."""
-    return (row for row, _ in iter_rows(source, columns, config, split))
+    """The rows of `iter_rows` as a list, without what no prompt shows."""
+    return [row for row, _ in iter_rows(source, columns, config, split)]
 
 
 def iter_rows(
@@ -85,12 +78,11 @@ def iter_rows(
         empty), and every other field of the record as it is. With it what `tasks/unshown.py` finds, in words.
 
     Raises:
-        OSError: no such file, data set, or image.
-        ValueError: content of another form. Both messages are one line and name the file and the row.
+        Mistake: no such file, data set or image, or content of another form; it names the file and the row.
     """
     path = Path(source).absolute()
     folder = path.parent if path.is_file() else path if path.is_dir() else Path.cwd()
-    count = 0
+    row = None
     for row, record in enumerate(read_records(source, config, split)):
         try:
             yield to_row(mended(record), folder, columns or Columns(), must_exist)
@@ -99,8 +91,7 @@ def iter_rows(
         except Mistake as error:
             kind = MissingFile if isinstance(error, MissingFile) else Mistake
             raise kind(f"{source}: row {row}: {error}") from error
-        count += 1
-    if not count:
+    if row is None:
         raise Mistake(f"{source}: expected at least one record")
 
 
@@ -108,13 +99,23 @@ def iter_rows(
 
 
 def read_records(source: str | Path, config: str | None = None, split: str = "train") -> Iterable[Any]:
-    """The records of a file, a folder or a Hub data set, unchecked. Arguments and errors: see `iter_examples`."""
+    """The records of a file, a folder or a Hub data set, unchecked. Arguments and errors: see `iter_rows`.
+
+    A table is told by its suffix, JSON by that or its first character; all else is read by `datasets`.
+    """
     path = Path(source)
-    if path.is_file():
-        return read_file(path)
     if not path.exists() and is_local(str(source)):
         raise MissingFile(f"{path}: no such file{meant(path)}")
-    return read_dataset(str(source), config, split)
+    if not path.is_file():
+        return read_dataset(str(source), config, split)
+    if path.suffix == ".parquet":
+        return read_parquet(path)
+    if path.suffix in DELIMITERS:
+        return read_table(path)
+    with path.open("rb") as file:
+        if path.suffix in (".json", *LINES) or file.read(64).lstrip()[:1] in (b"", b"[", b"{"):
+            return read_list(path)
+    return read_dataset(str(path.parent), None, "train", path.name)
 
 
 def is_local(name: str) -> bool:
@@ -131,18 +132,6 @@ def meant(path: Path) -> str:
     if close := difflib.get_close_matches(path.stem, there, n=1):
         return f"; did you mean {there[close[0]]}?"
     return "; make it with src/data/SAT/prepare_dataset.sh" if path.name.startswith("SAT_") else ""
-
-
-def read_file(path: Path) -> Iterable[Any]:
-    """The records of a file: a table by its suffix, JSON by that or its first character, all else by `datasets`."""
-    if path.suffix == ".parquet":
-        return read_parquet(path)
-    if path.suffix in DELIMITERS:
-        return read_table(path)
-    with path.open("rb") as file:
-        if path.suffix in (".json", *LINES) or file.read(64).lstrip()[:1] in (b"", b"[", b"{"):
-            return read_list(path)
-    return read_dataset(str(path.parent), None, "train", path.name)
 
 
 def read_table(path: Path) -> Iterator[dict[str, str | None]]:
@@ -168,15 +157,10 @@ def read_list(path: Path) -> list[Any]:
         if getattr(error, "msg", None) != "Extra data":  # behind a first value: a file of lines
             raise Mistake(f"{path}: not a JSON file ({error})") from error
         records = None
-    if records is None:
-        return read_lines(path, text)
-    if not isinstance(records, list) or not records:
-        raise Mistake(f"{path}: expected a list with at least one record")
-    return records
-
-
-def read_lines(path: Path, text: str) -> list[Any]:
-    """One JSON value a line; blank lines do not count."""
+    if records is not None:
+        if not isinstance(records, list) or not records:
+            raise Mistake(f"{path}: expected a list with at least one record")
+        return records
     records = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -231,10 +215,9 @@ def read_dataset(name: str, config: str | None, split: str, file: str | None = N
         httpx.HTTPError,
         datasets.exceptions.DatasetsError,
     ) as error:  # a folder of any content, a network, a hub
-        kind = OSError if isinstance(error, OSError) else ValueError
         where = Path(name, file) if file else name
         reason = textwrap.shorten(one_line(error), 240, placeholder=" ...")  # it may list every suffix there is
-        raise kind(f"{where}: cannot be read as a data set: {reason}") from error
+        raise FileMistake(f"{where}: cannot be read as a data set: {reason}") from error
 
 
 def undecoded(feature: Any) -> Any:
@@ -271,12 +254,7 @@ def mended(value: Any) -> Any:
 
 
 def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True) -> tuple[dict[str, Any], list[str]]:
-    """One record -> what `iter_rows` yields for it, whose errors it raises without file and row.
-
-    Args:
-        folder: where relative image paths start.
-        must_exist: see `iter_rows`.
-    """
+    """One record -> what `iter_rows` yields for it; relative image paths start in `folder`."""
     if not isinstance(record, Mapping):
         raise Mistake("expected an object")
     fields = {key: value for key, value in record.items() if value is not None}  # null is absent
@@ -286,16 +264,16 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
     for key in asdict(columns).values():
         if key is not None and key not in record:
             raise Mistake(f"no field {key}; it has {names(record)} (null where a row has none)")
-    references = find_images(fields, columns.image)
+    image_field, references = find_images(fields, columns.image)
     form = None if columns.question else next((key for key in DIALOGUES if key in fields), None)
     if form and not isinstance(fields[form], str):
         system, user, answer = dialogue(form, fields[form])
-        unshown = unshown_in_messages(fields[form], form)
         if isinstance(user, list):
             text, inside = from_parts(user, form)
             references = references + inside
         else:
             text = without_marks(user, len(references), must_have=form != "prompt")
+        unshown = unshown_in_messages(fields[form], form)
     else:
         system, answer, unshown = [], None, []
         form, question = text_of(fields, columns.question, ("prompt", *QUESTIONS))
@@ -307,7 +285,7 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
         text = without_marks(question, len(references), must_have=False)
     if not text.strip():
         raise Mistake("the question is empty")
-    shown = [form, columns.image or first_image_field(fields)]
+    shown = [form, image_field]
     if not system and isinstance(fields.get("system"), str) and fields["system"].strip():  # LLaMA-Factory's
         system = [{"role": "system", "content": fields["system"]}]
         shown.append("system")
@@ -337,14 +315,12 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
 
 
 def dialogue(form: str, messages: Any) -> tuple[list[dict[str, str]], str | list[Any], str | None]:
-    """The system messages, the user's content and the assistant's text; ValueError unless it is one turn of each."""
-    pairs = [
-        (ROLES.get(role, role), content)
-        for message in (messages if isinstance(messages, list) else [])
-        if isinstance(message, Mapping)
-        for role in [str(message.get("role", message.get("from")))]
-        for content in [message.get("content", message.get("value"))]
-    ]
+    """The system messages, the user's content and the assistant's text, if there is one."""
+    pairs = []
+    if isinstance(messages, list) and all(isinstance(message, Mapping) for message in messages):
+        for message in messages:
+            role = str(message.get("role", message.get("from")))
+            pairs.append((ROLES.get(role, role), message.get("content", message.get("value"))))
     system = [{"role": "system", "content": text} for role, text in pairs[:1] if role == "system"]
     if system and not isinstance(system[0]["content"], str):
         raise Mistake(f"{form}: expected a system message with text")
@@ -363,25 +339,20 @@ def names(fields: Mapping[Any, Any]) -> str:
     return ", ".join(name if name.isprintable() else ascii(name) for name in map(str, fields))
 
 
-def first_image_field(fields: Mapping[str, Any]) -> str:
-    """The field in which images are looked for unless the user names one."""
-    return next((key for key in IMAGES if key in fields), IMAGES[0])
-
-
-def find_images(fields: Mapping[str, Any], column: str | None) -> list[Any]:
-    """The image references of a record: one, or a list of them."""
-    key = column or first_image_field(fields)
+def find_images(fields: Mapping[str, Any], column: str | None) -> tuple[str, list[Any]]:
+    """The field that the user named, or the usual one, and the image references in it: one, or a list of them."""
+    key = column or next((key for key in IMAGES if key in fields), IMAGES[0])
     value = fields.get(key, [])
     if key != "images" and not isinstance(value, list):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(item, str | bytes | Mapping) for item in value):
         raise Mistake(f"{key}: expected a list of strings (paths), or of images with their bytes")
-    return value
+    return key, value
 
 
-def text_of(fields: Mapping[str, Any], given: str | None, known: Sequence[str]) -> tuple[str | None, str | None]:
+def text_of(fields: Mapping[str, Any], column: str | None, known: Sequence[str]) -> tuple[str | None, str | None]:
     """The field that the user named, or the first known one that is there, and the text or number in it, if any."""
-    key = given or next((name for name in known if name in fields), None)
+    key = column or next((name for name in known if name in fields), None)
     if key not in fields:
         return key, None
     if not isinstance(fields[key], str | int | float):

@@ -54,7 +54,7 @@ def parts_of(
         columns, config, split: of a set that says nothing else.
 
     Raises:
-        OSError, ValueError: the file is no mixture, or names a set that is not there; one line with file and key.
+        Mistake: the file is no mixture, or names a set that is not there; it says the file and the key.
     """
     alone = Part(str(source), columns or Columns(), config, split)
     if not str(source).endswith(SUFFIXES):
@@ -76,7 +76,7 @@ def parts_of(
 
 
 def read_part(entry: Any, default: Part, folder: Path, where: str) -> Part:
-    """One entry of the list -> a data set; raises what `parts_of` raises, and names `where`."""
+    """One entry of the list -> a data set; `where` is its place for errors."""
     if not isinstance(entry, dict) or "path" not in entry:
         raise Mistake(f"{where}: expected path and fraction of a data set")
     if unknown := [str(key) for key in entry if key not in KEYS]:
@@ -91,10 +91,10 @@ def read_part(entry: Any, default: Part, folder: Path, where: str) -> Part:
     path = folder / entry["path"]
     if not path.exists() and is_local(entry["path"]):
         raise MissingFile(f"{where}: path: no file or folder {path}{meant(path)}")
-    own = {column: entry[f"{column}_column"] for column in asdict(Columns()) if f"{column}_column" in entry}
+    columns = {column: entry[f"{column}_column"] for column in asdict(Columns()) if f"{column}_column" in entry}
     return Part(
         path=str(path) if path.exists() else entry["path"],
-        columns=replace(default.columns, **own),
+        columns=replace(default.columns, **columns),
         name=entry.get("name", default.name),
         split=entry.get("split", default.split),
         fraction=fraction,
@@ -115,17 +115,13 @@ def rows_of_each(sizes: Sequence[int], fractions: Sequence[float]) -> list[int]:
 def iter_mixture(
     parts: Sequence[Part], must_exist: bool = True
 ) -> Iterator[tuple[str, int, dict[str, Any], list[str]]]:
-    """The examples of all sets, one set after the other.
-
-    Args:
-        parts: see `parts_of`.
-        must_exist: see `iter_rows`.
+    """The examples of all sets (`parts_of`), one set after the other; `must_exist` is that of `iter_rows`.
 
     Yields:
         The set, the number of the row in it, the row, and what of it no prompt shows.
 
     Raises:
-        OSError, ValueError: what `iter_rows` raises; or a set would give no row at all.
+        Mistake: as `iter_rows`; or a set would give no row at all.
     """
     counts: list[int | None] = [None] * len(parts)
     if all(part.fraction is not None for part in parts):

@@ -13,7 +13,6 @@ from typing import Any
 from open_r1.base.images import CORRUPT, EXTENSIONS, TOO_LARGE, TOO_LONG, BrokenImage, opened
 from open_r1.base.prompts import IMAGE_PLACEHOLDER, sat_question
 
-COLUMNS = ("image_bytes", "question", "answers", "question_type", "correct_answer")
 FOLDS = ("train", "static", "val", "test")
 
 # Text that would be read as an image or as a special token, and so break the count of image features.
@@ -24,7 +23,6 @@ class Skip(StrEnum):
     """Why a row is not kept; the value is what the user reads."""
 
     NULL = "null or empty field"
-    BAD_TEXT = "text is not UTF-8"
     TYPE = "question type not asked for"
     NO_IMAGE = "no image"
     SEVERAL_IMAGES = "several images"
@@ -55,19 +53,11 @@ class Example:
     images: tuple[tuple[bytes, str], ...]
 
 
-def image_bytes(cell: Sequence[bytes | Mapping[str, Any] | None] | None) -> list[bytes | None]:
-    """The bytes of each image of an `image_bytes` cell: a list of binary, or of structs {bytes, path}."""
-    return [item.get("bytes") if isinstance(item, Mapping) else item for item in cell or ()]
-
-
-def sniff_image(data: bytes) -> str | Skip:
-    """The true extension of an image (`"jpg"`), found by decoding it whole, or the reason not to use it."""
-    try:
-        with opened(data) as image:
-            image.load()
-            return EXTENSIONS[image.format]
-    except BrokenImage as error:
-        return Skip(error.reason)
+def image_extension(data: bytes) -> str:
+    """The true extension of an image (`"jpg"`), found by decoding it whole; raises BrokenImage."""
+    with opened(data) as image:
+        image.load()
+        return EXTENSIONS[image.format]
 
 
 def shuffled(options: Sequence[str], seed: int, row: int) -> tuple[str, ...]:
@@ -91,7 +81,7 @@ def convert_row(
     differ only in case or surrounding space is skipped, because no checker could tell right from wrong.
 
     Args:
-        row: the columns of `COLUMNS`.
+        row: the columns of SAT's files.
         index: of the row in the file; with `seed` it decides the order of the options.
         question_types: those to keep; None keeps all.
     """
@@ -101,7 +91,8 @@ def convert_row(
         return Skip.NULL
     if question_types is not None and row["question_type"] not in question_types:
         return Skip.TYPE
-    images = image_bytes(row["image_bytes"])
+    # binary, or structs {bytes, path}
+    images = [item["bytes"] if isinstance(item, Mapping) else item for item in row["image_bytes"] or ()]
     if not all(images) or not images:
         return Skip.NO_IMAGE
     if len(images) > 1 and not keep_multi_image:
@@ -115,10 +106,12 @@ def convert_row(
         return Skip.NOT_AN_OPTION
     if any(mark in text for mark in CONTROL_MARKS for text in texts):
         return Skip.MARK
-    extensions = [sniff_image(data) for data in images]  # last, because it costs most
-    for extension in extensions:
-        if isinstance(extension, Skip):
-            return extension
+    extensions = []
+    for data in images:  # last, because it costs most
+        try:
+            extensions.append(image_extension(data))
+        except BrokenImage as error:
+            return Skip(error.reason)
     return Example(
         question=question,
         options=shuffled(options, seed, index),

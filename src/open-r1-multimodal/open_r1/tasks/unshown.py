@@ -35,38 +35,36 @@ def unshown_fields(record: Mapping[str, Any], shown: Collection[str | None], ima
 
     Args:
         record: its fields that are not null.
-        shown: those that its prompt, its options and its answer are made of.
-        images: how many the prompt shows.
+        shown: the fields that its prompt, its options and its answer are made of.
+        images: how many images the prompt shows.
     """
-    found = []
+    unshown = []
     for name, value in record.items():
         if name in shown or value in NOTHING:
             continue
         medium = medium_of(value)
-        is_hidden_image = medium == "image" and (not images or NUMBERED_IMAGE.fullmatch(name) is not None)
-        if is_hidden_image:
-            found.append(f"the image in the field {name} (--image_column names it)")
+        if medium == "image" and (not images or NUMBERED_IMAGE.fullmatch(name)):
+            unshown.append(f"the image in the field {name} (--image_column names it)")
         elif medium in ("video", "audio"):
-            found.append(f"the {medium} in the field {name} (only images are shown; of a video give frames as images)")
+            unshown.append(
+                f"the {medium} in the field {name} (only images are shown; of a video give frames as images)"
+            )
         elif name in PROMPT_FIELDS:
-            found.append(f"the field {name}")
-    return found
+            unshown.append(f"the field {name}")
+    return unshown
 
 
 def unshown_in_messages(messages: Sequence[Any], form: str) -> list[str]:
     """What messages and their parts hold beside role and content: media, calls of tools, a thought kept apart."""
-    keys = []
-    for message in (message for message in messages if isinstance(message, Mapping)):
-        keys += [key for key in message if key not in SPOKEN and holds_text(message[key])]
+    keys = set()
+    for message in messages:
+        for key, value in message.items():  # a number or a flag is a note about a message
+            if key not in SPOKEN and isinstance(value, str | list | Mapping) and value not in NOTHING:
+                keys.add(key)
         content = message.get("content", message.get("value"))
-        for part in (part for part in (content if isinstance(content, list) else []) if isinstance(part, Mapping)):
-            keys += [key for key in part if key not in ("type", part.get("type")) and part[key] is not None]
-    return [f"the {key} of a message in {form}" for key in sorted(map(str, set(keys)))]
-
-
-def holds_text(value: Any) -> bool:
-    """Whether there may be words in a value; a number or a flag is a note about a message."""
-    return isinstance(value, str | list | Mapping) and value not in NOTHING
+        for part in content if isinstance(content, list) else []:
+            keys |= {key for key in part if key not in ("type", part.get("type")) and part[key] is not None}
+    return [f"the {key} of a message in {form}" for key in sorted(map(str, keys))]
 
 
 def unshown_marks(prompt: Sequence[Mapping[str, str]], images: int) -> list[str]:
@@ -85,8 +83,8 @@ def unshown_texts(prompt: Sequence[Mapping[str, str]], rendered: str) -> list[st
     rest, missing = " ".join(rendered.split()), []
     for message in prompt:
         text = " ".join(message["content"].split())
-        _, found, behind = rest.partition(text) if text else ("", "", rest)
-        if text and not found:
+        _, shown, behind = rest.partition(text) if text else ("", "", rest)
+        if text and not shown:
             missing.append(f"the {message['role']} message, which the chat template leaves out")
-        rest = behind if found else rest
+        rest = behind if shown else rest
     return missing

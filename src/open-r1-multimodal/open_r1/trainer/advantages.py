@@ -12,12 +12,14 @@ mean, and the advantage 0. `group_advantages` is TRL 1.16's arithmetic; tests/te
 Another advantage is a function with the signature of `leave_one_out`, named in a recipe: `advantage: module:function`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from trl.trainer.utils import nanstd
 
 from open_r1.base.errors import Mistake
+from open_r1.base.plugins import import_named
 
 EPSILON = 1e-4  # keeps a group of nearly equal rewards finite, as in TRL
 
@@ -70,7 +72,8 @@ def combined_rewards(
     """
     if aggregation == "sum_then_normalize":
         return total_rewards(rewards, weights)
-    total = total_rewards(normalize_each(rewards, group_size), weights)
+    # a lone reward of its group has no standard deviation: it counts as 0, as in TRL
+    total = (normalize_each(rewards, group_size) * weights).nansum(dim=1)
     return total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
 
@@ -143,43 +146,32 @@ def leave_one_out(rewards: torch.Tensor, weights: torch.Tensor, group_size: int)
     return (groups - baseline).nan_to_num(nan=0.0).view(-1)
 
 
-def reward_figures(
-    rewards: torch.Tensor,
-    weights: torch.Tensor,
-    group_size: int,
-    names: Sequence[str],
-    scale_rewards: str = "group",
-    aggregation: str = "sum_then_normalize",
-) -> dict[str, float]:
-    """What TRL logs of the rewards of a step, under its names; arguments: see `group_advantages`."""
-    figures = {}
-    for name, column in zip(names, rewards.T, strict=True):
-        figures |= {f"rewards/{name}/mean": column.nanmean(), f"rewards/{name}/std": nanstd(column)}
-    total = total_rewards(rewards, weights)
-    scale = spread(rewards, weights, group_size, scale_rewards, aggregation)
-    figures |= {
-        "reward": total.nanmean(),
-        "reward_std": nanstd(total),
-        "frac_reward_zero_std": torch.isclose(scale, torch.zeros_like(scale)).float().mean(),
-    }
-    return {name: value.item() for name, value in figures.items()}
-
-
 ADVANTAGES: dict[str, Advantage] = {"leave_one_out": leave_one_out}
 
 
-def checked(advantage: Advantage, name: str) -> Advantage:
-    """A function of the user's whose result is checked at every call.
+def choose_advantage(name: str | None, scale_rewards: str, aggregation: str) -> Advantage:
+    """The function from rewards to advantages that a recipe asks for.
 
     Args:
-        advantage: the function.
-        name: of it, as a recipe gives it.
+        name: of one in `ADVANTAGES`, or `module:name` of the user's own; None for `group_advantages`.
+        scale_rewards, aggregation: for `group_advantages`.
+
+    Raises:
+        Mistake: there is no such function.
     """
+    if name is None:
+        return partial(group_advantages, scale_rewards=scale_rewards, aggregation=aggregation)
+    return ADVANTAGES.get(name) or checked(import_named("advantage", "advantage", name, ADVANTAGES), name)
+
+
+def checked(advantage: Advantage, name: str) -> Advantage:
+    """The user's function of this name, with each result checked: it raises Mistake for what are no advantages."""
 
     def call(rewards: torch.Tensor, weights: torch.Tensor, group_size: int) -> torch.Tensor:
         values = advantage(rewards, weights, group_size)
-        if not (isinstance(values, torch.Tensor) and values.shape == rewards.shape[:1] and values.isfinite().all()):
-            shown = f"shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else type(values).__name__
+        is_tensor = isinstance(values, torch.Tensor)
+        if not (is_tensor and values.shape == rewards.shape[:1] and values.isfinite().all()):
+            shown = f"shape {tuple(values.shape)}" if is_tensor else type(values).__name__
             raise Mistake(f"advantage: {name} returned {shown}; expected a tensor of {len(rewards)} finite numbers")
         return values
 

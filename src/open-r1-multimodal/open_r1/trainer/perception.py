@@ -6,9 +6,10 @@ that is random here follows from numbers, so that a resumed run draws the same.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,24 +26,6 @@ KEPT = np.cumprod(1 - (1e-5 + (0.5e-2 - 1e-5) / (1 + np.exp(-np.linspace(-6, 6, 
 MIDDLE, STEEPNESS = 2 / 3, 30
 
 
-def seeded(*numbers: int) -> np.random.Generator:
-    """Random numbers that follow from these, none of them negative."""
-    return np.random.default_rng(numbers)
-
-
-def mask_prompt(
-    prompt: Prompt, family: Family, processor: ProcessorMixin, share: float, rng: np.random.Generator
-) -> Prompt:
-    """The prompt with each patch of its images black with probability `share`; one without images as it is.
-
-    PAPO's code blackens 14 x 14 squares of the image before it is resized; here they are the model's own patches.
-    """
-    if not prompt.image_inputs:
-        return prompt
-    masked = family.blacken(prompt.image_inputs, processor, share, rng)
-    return replace(prompt, image_inputs=masked, image_features=None)
-
-
 def mask_prompts(
     prompts: Sequence[Prompt],
     family: Family,
@@ -52,16 +35,23 @@ def mask_prompts(
 ) -> list[Prompt]:
     """Each row's prompt with masked images; neighbours of one prompt share the masked one.
 
-    One without images stays, and is scored too: under ZeRO-3 all ranks must run as many forward passes.
+    PAPO's code blackens 14 x 14 squares of the image before it is resized; here they are the
+    model's own patches. A prompt without an image stays, and is scored too: under ZeRO-3 all ranks
+    must run as many forward passes.
 
     Args:
         prompts: of each row.
-        family, processor, share: see `mask_prompt`.
+        family, processor: of the model.
+        share: the probability of each patch to be black.
         random_of: the random numbers of the group that a row begins.
     """
     masked = []
     for rows in rows_by_prompt(prompts):
-        masked += [mask_prompt(prompts[rows[0]], family, processor, share, random_of(rows[0]))] * len(rows)
+        prompt = prompts[rows[0]]
+        if prompt.image_inputs:
+            black = family.blacken(prompt.image_inputs, processor, share, random_of(rows[0]))
+            prompt = replace(prompt, image_inputs=black, image_features=None)
+        masked += [prompt] * len(rows)
     return masked
 
 
@@ -109,6 +99,31 @@ def batch_mean(
     if loss_type == "luspo":
         return totals.mean()
     return totals.sum() / tokens  # dapo, cispo, vespo
+
+
+def perception_gain(
+    logps: torch.Tensor, inputs: Mapping[str, Any], loss_type: str, longest: int, processes: int, batches: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PAPO's term of a micro-batch: the mean of `perception_kl`, which is 0 behind a prompt without an image.
+
+    Args:
+        logps: (B, C), of the policy, with a gradient.
+        inputs: of the micro-batch: `prompts`, `completion_mask` and `masked_logps` (B, C), and
+            `num_items_in_batch` (), the completion tokens of all processes' rollouts.
+        loss_type, longest: see `batch_mean`.
+        processes: that train.
+        batches: micro-batches of a rollout.
+
+    Returns:
+        The mean (), and without a gradient (2,): the sum of the divergence over the tokens that
+        follow an image, and their number.
+    """
+    mask = inputs["completion_mask"]
+    sees = torch.tensor([bool(prompt.image_inputs) for prompt in inputs["prompts"]], device=mask.device)
+    kl = perception_kl(logps, inputs["masked_logps"]) * sees[:, None]  # (B, C)
+    tokens = inputs["num_items_in_batch"].clamp(min=1) / processes / batches
+    sums = torch.stack([(kl.detach() * mask).sum(), (mask * sees[:, None]).sum()])
+    return batch_mean(kl, mask, loss_type, longest, tokens), sums
 
 
 def noise_step(start: float, progress: float) -> int:

@@ -6,32 +6,20 @@ takes figures of them.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import gather_object
 
 from open_r1.answers.reflection import analyse
 from open_r1.base.files import append_rows
-from open_r1.base.images import ImageSource
 from open_r1.base.trajectories import Completion
 from open_r1.rewards import completion_text
-from open_r1.trainer.rows import row_images
+from open_r1.trainer.rows import render, row_images
 from open_r1.trainer.sampling import ROW
-
-if TYPE_CHECKING:
-    from open_r1.engines.shared_prefix import Prompt
-
-# a prompt as the dataset has it, and its images -> its text, and the images' names
-Render = Callable[[Any, list[ImageSource]], tuple[str, list[str]]]
-
-
-def text_or_none(value: Any) -> str | None:
-    """A value for a trajectory's row."""
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 @dataclass
@@ -42,7 +30,6 @@ class Rollout:
         rows: as the dataset has them, one a completion.
         refill: which pass it is of those that make one generation step (`open_r1.trainer.sampling`).
         is_broken: which rows have an image that could not be opened.
-        prompts: each row's, where the prefix is shared; those of one group are one object.
         completions, ids: what was sampled, as reward functions get it.
         rewards: of each row F numbers; NaN for none.
         advantages: one of each row.
@@ -51,7 +38,6 @@ class Rollout:
     rows: list[dict[str, Any]]
     refill: int = 0
     is_broken: list[bool] = field(default_factory=list)
-    prompts: list["Prompt"] = field(default_factory=list)
     completions: list[Any] = field(default_factory=list)
     ids: list[list[int]] = field(default_factory=list)
     rewards: list[list[float]] = field(default_factory=list)
@@ -82,18 +68,12 @@ class Recorder:
         held_out: rows of the evaluation under way, each question's once.
 
     Args:
-        folder: where the files are.
-        is_writer: whether this process writes them.
-        reward_names: of the reward functions, in the order of a rollout's rewards.
-        end_tokens: the ids with which a completion ends by itself.
-        render: see `Render`.
+        trainer: of GRPO, ready but for this.
     """
 
-    def __init__(
-        self, folder: Path, is_writer: bool, reward_names: Sequence[str], end_tokens: Sequence[int], render: Render
-    ):
-        self.folder, self.is_writer, self.render = folder, is_writer, render
-        self.reward_names, self.end_tokens = reward_names, end_tokens
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.folder = Path(trainer.args.output_dir) / "trajectories"
         self.newest: list[dict[str, Any]] = []
         self.begin_evaluation(math.inf)
 
@@ -113,16 +93,18 @@ class Recorder:
             step: under way.
             dataset: the name of the evaluation set, where there are several.
         """
-        prompts = []
+        trainer, prompts = self.trainer, []
         for (prompt, images), repeats in groupby(rollout.rows, key=lambda row: (row["prompt"], row_images(row))):
-            prompts += [self.render(prompt, images)] * len(list(repeats))
+            rendered = render(trainer.processing_class, prompt, images, **trainer.chat_template_kwargs)
+            prompts += [rendered] * len(list(repeats))
         columns = (rollout.rows, prompts, rollout.completions, rollout.ids, rollout.rewards, rollout.advantages)
-        rows = []
+        records = []
         for row, (prompt, images), completion, ids, rewards, advantage in zip(*columns, strict=True):
-            text = completion_text(completion)
-            options = row.get("options") or None
-            if not (isinstance(options, list) and all(isinstance(option, str) for option in options)):
-                options = None
+            text, options, solution = completion_text(completion), row.get("options"), row.get("solution")
+            has_options = isinstance(options, list) and all(isinstance(option, str) for option in options)
+            options = options if has_options and options else None
+            if not (solution is None or isinstance(solution, str)):
+                solution = json.dumps(solution, ensure_ascii=False, default=str)
             reflection = analyse(text, options)
             # a reward function that has nothing to say about a completion returns None, TRL's NaN
             rewards = [None if math.isnan(reward) else reward for reward in rewards]
@@ -130,22 +112,22 @@ class Recorder:
                 step=step,
                 prompt=prompt,
                 images=images,
-                solution=text_or_none(row.get("solution")),
+                solution=solution,
                 options=options,
                 completion=text,
-                rewards=dict(zip(self.reward_names, rewards, strict=True)),
+                rewards=dict(zip(trainer.reward_func_names, rewards, strict=True)),
                 advantage=advantage,
                 length=len(ids),
-                ended=ids[-1] in self.end_tokens,
-                reflections=reflection.spans,
+                ended=ids[-1] in trainer.eos_token_ids,
+                reflections=[list(span) for span in reflection.spans],
                 considered=reflection.considered,
                 self_corrected=reflection.self_corrected,
                 row=row.get(ROW),
                 refill=rollout.refill,
                 dataset=dataset,
             )
-            rows.append(record.to_row())
-        return gather_object(rows)
+            records.append(record.to_row())
+        return gather_object(records)
 
     def add_training(self, rows: list[dict[str, Any]], refill: int, group_size: int) -> None:
         """Write down a pass of a rollout in training; the passes of one rollout count their groups on."""
@@ -164,5 +146,5 @@ class Recorder:
     def _write(self, name: str, rows: list[dict[str, Any]], start: int, group_size: int) -> None:
         for index, row in enumerate(rows, start=start):
             row["group"] = index // group_size
-        if self.is_writer:
+        if self.trainer.accelerator.is_main_process:
             append_rows(self.folder / f"{name}.jsonl", rows)

@@ -1,11 +1,18 @@
-"""Finds the images of a data set's row, and puts them into its prompt or takes them out."""
+"""The images of a data set's row: found, opened, put into its prompt, taken out of it; and its prompt as text."""
 
+import sys
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
+from accelerate.utils import gather_object
+from PIL import Image
+from transformers import ProcessorMixin
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
-from open_r1.base.errors import Mistake
-from open_r1.base.images import ImageSource
+from open_r1.base.errors import Mistake, printable
+from open_r1.base.images import BrokenImage, ImageSource, image_name, open_image
+from open_r1.engines.shared_prefix import images_of
 
 
 def row_images(row: dict[str, Any]) -> list[ImageSource]:
@@ -33,7 +40,7 @@ def with_images_inside(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose images are parts of its prompt.
 
     Raises:
-        ValueError: for images beside a prompt that is rendered text, and for parts that are neither image nor text.
+        Mistake: for images beside a prompt that is rendered text, and for parts that are neither image nor text.
     """
     images = row_images(row)
     if not is_conversational(row):
@@ -45,6 +52,15 @@ def with_images_inside(row: dict[str, Any]) -> dict[str, Any]:
     if others := sorted(kinds - {"image", "text"}):
         raise Mistake(f"prompt: a part of type {others[0]} is not shown to the model; of a video give frames as images")
     return {**{name: value for name, value in row.items() if name not in ("image", "images")}, "prompt": prompt}
+
+
+def prompts_with_images(rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """Each row's prompt with its images inside; equal neighbours share one object."""
+    prompts = []
+    for _, group in groupby(rows, key=lambda row: (row["prompt"], row_images(row))):
+        group = list(group)
+        prompts += [with_images_inside(group[0])["prompt"]] * len(group)
+    return prompts
 
 
 def without_images(row: dict[str, Any]) -> dict[str, Any]:
@@ -59,3 +75,65 @@ def without_images(row: dict[str, Any]) -> dict[str, Any]:
         ]
     nothing = {name: value for name, value in (("images", []), ("image", None)) if name in row}
     return {**row, **nothing, "prompt": prompt}
+
+
+def render(
+    processor: ProcessorMixin,
+    prompt: list[dict[str, Any]] | str,
+    images: list[ImageSource],
+    **template_kwargs: Any,
+) -> tuple[str, list[str]]:
+    """A prompt of the data set as text, and the names of its images.
+
+    Args:
+        processor: with the chat template.
+        prompt: of a row.
+        images: of the row, which go in front of the prompt's text.
+        template_kwargs: for the chat template.
+    """
+    if not isinstance(prompt, str):
+        messages = prepare_multimodal_messages(prompt, images=images)
+        images = images_of(messages)
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
+    return prompt, [image_name(image) or "(not a file)" for image in images]
+
+
+class ImageReader:
+    """Opens images in training; one that has broken since the data set was checked ends no run, many do.
+
+    Args:
+        allowed: how many images may break, see `open_r1.running.data.most_broken`.
+    """
+
+    def __init__(self, allowed: int):
+        self.allowed = allowed
+        self.broken: set[str] = set()  # what is wrong with each
+
+    def open(self, sources: Sequence[ImageSource]) -> tuple[list[Image.Image], bool]:
+        """The images, a blank in place of one that is broken, and whether one is."""
+        images, is_broken = [], False
+        for source in sources:
+            try:
+                images.append(open_image(source))
+            except BrokenImage as error:
+                images.append(Image.new("RGB", (56, 56), "white"))
+                is_broken = True
+                message = str(error)
+                if message not in self.broken:
+                    self.broken.add(message)
+                    line = f"warning: {printable(error)}; completions about it earn nothing"
+                    print(line, file=sys.stderr, flush=True)
+        return images, is_broken
+
+    def check(self) -> None:
+        """Add up what broke in all processes, which must all come here.
+
+        Raises:
+            Mistake: it is more than may break.
+        """
+        self.broken.update(gather_object(sorted(self.broken)))
+        if len(self.broken) > self.allowed:
+            raise Mistake(
+                f"{len(self.broken)} images broke during training (allowed: {self.allowed}); "
+                f"restore the data; one of them: {min(self.broken)}"
+            )

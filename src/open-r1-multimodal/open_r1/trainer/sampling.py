@@ -9,20 +9,19 @@ process, and a resumed run, finds it by itself.
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
+from datasets import Dataset
 from trl.trainer.utils import RepeatSampler, pad
 
-from open_r1.base.fields import COUNT, Check, are, check, is_count
-from open_r1.base.files import read_json, replace_file, to_json, whole_lines
+from open_r1.base.files import replace_file, to_json, whole_lines
 from open_r1.engines.shared_prefix import rows_by_prompt
+from open_r1.running.data import ROTATION_OF
 
 PASS_RATES = "pass_rates.json"  # in a run's folder
 ROW = "training_row"  # the column with a row's number, where prompts are drawn by it
@@ -166,12 +165,6 @@ def draw_prompts(
     return replace_prompts(rows, chance, {*taken, *rows}, size, draw)
 
 
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        row.isdecimal() and are(is_count)(n) and len(n) == 2 for row, n in value.items()
-    )
-
-
 @dataclass
 class PassRates:
     """How often each prompt was solved.
@@ -200,19 +193,13 @@ class PassRates:
             return 0.0
         return skip_solved if succeeded else skip_hopeless
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write them into a run's folder as those after a step; not if they count a later one."""
-        if self.step <= step:
-            replace_file(folder / PASS_RATES, to_json({"step": step, "counts": self.counts}))
+    def save(self, folder: Path) -> None:
+        """Write them into a run's folder, for whoever wants to look."""
+        replace_file(folder / PASS_RATES, to_json({"step": self.step, "counts": self.counts}))
 
     @classmethod
     def of_run(cls, folder: Path, step: int) -> "PassRates":
-        """Those of a run after a step: as it saved them then, or else counted from its trajectories."""
-        with suppress(OSError, ValueError):  # none, or damaged: the trajectories say the same
-            counts = Check(_are_counts, "two counts by row")
-            saved = check(read_json(folder / PASS_RATES), {"step": COUNT, "counts": counts}, {}, PASS_RATES)
-            if saved["step"] == step:
-                return cls({int(row): count for row, count in saved["counts"].items()}, step)
+        """Those of a run after a step, counted from its trajectories."""
         rates, path = cls(), folder / "trajectories/train.jsonl"
         if path.exists():
             with path.open("rb") as file:
@@ -223,78 +210,87 @@ class PassRates:
 # --- a rollout of several passes ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Refills:
-    """Samples on until enough groups of a rollout have signal. All processes decide by the same numbers.
+class PromptSamplingMixin:
+    """In front of TRL's `GRPOTrainer`: the order of the prompts, and rollouts of several passes.
 
-    Attributes:
-        settings: see `SignalArguments` of `open_r1.configs`.
-        pass_rates: of the prompts so far.
-        dataset: the training set, whose rows have their number as `ROW`.
-        group_size: completions of a prompt.
-        accelerator: of the run.
-        seed: of the step; what is drawn follows from it.
-        pad_id: what pads token ids.
+    All processes decide by the same numbers. With G = 2, `min_signal_groups` 0.5 and the rewards of
+    four prompts' completions
+
+        first pass    a: 0 1   b: 1 1   c: 0 0   d: 0 0    1 of 4 groups has signal: sample on
+        refill 1      e: 0 0   f: 1 0   g: 1 1   h: 0 0    f takes the place of b
+        learned from  a: 0 1   f: 1 0   c: 0 0   d: 0 0    2 of 4: enough
+
+    16 completions were sampled, of which 4 have signal; `rescale_by_signal` multiplies advantages
+    by 4 / 2.
+
+    It takes the settings `signal`, the prompts' `pass_rates`, and with these settings a training set
+    whose rows have their number as `ROW`.
     """
 
-    settings: Any
-    pass_rates: PassRates
-    dataset: Any
-    group_size: int
-    accelerator: Accelerator
-    seed: str
-    pad_id: int
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
+        """TRL's, as an `EpochSampler`; both orders of a question come before one process."""
+        sampler = super()._get_train_sampler(dataset)
+        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
+        settings = {name: getattr(sampler, name) for name in names}
+        columns = getattr(sampler.data_source, "column_names", None) or []
+        return EpochSampler(**settings, together=2 if ROTATION_OF in columns else 1)
 
-    def sample(
-        self, inputs: list[dict[str, Any]], take: Callable[[list[dict[str, Any]], int], dict[str, Any]]
-    ) -> tuple[dict[str, Any], dict[str, float]]:
-        """A rollout of this process, and what to log of it.
+    def _sample_groups(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """A rollout of this process, of as many passes as it takes.
 
         Args:
             inputs: the rows that the sampler gave this process, each once a completion.
-            take: a pass: rows and its number in, a batch with `advantages` (B,) and `rewards` (B, F) out.
+
+        Returns:
+            A batch with `advantages` (B,), `rewards` (B, F) and whatever else a pass gives.
         """
-        settings, size = self.settings, self.group_size
-        asked = gather_object([row[ROW] for row in inputs[::size]])  # of all processes, a row a group
-        rows = replace_prompts(asked, self.chance, set(asked), len(self.dataset), self.draw(0))
-        batch, has_signal = self.one_pass(inputs if rows == asked else self.own_rows(rows), 0, take)
+        settings, metrics, rows_in_all = self.signal, self._metrics["train"], len(self.train_dataset)
+        logged = {name: len(metrics.get(name, ())) for name in ("time/rollout", "time/scoring")}
+        asked = gather_object([row[ROW] for row in inputs[:: self.num_generations]])  # of all processes, a row a group
+        rows = replace_prompts(asked, self._chance, set(asked), rows_in_all, self._draw(0))
+        batch, has_signal = self._take_pass(inputs if rows == asked else self._rows_of_process(rows), 0)
         taken = {*asked, *rows}
         for refill in range(settings.max_refills + 1):
-            found = self.accelerator.gather(has_signal)  # (groups of all processes,)
-            with_signal = found.sum().item()
-            if refill == settings.max_refills or with_signal / len(found) >= settings.min_signal_groups:
+            with_signal, groups = self.accelerator.gather(has_signal).sum().item(), len(rows)
+            if refill == settings.max_refills or with_signal / groups >= settings.min_signal_groups:
                 break
-            rows = draw_prompts(len(rows), self.chance, taken, len(self.dataset), self.draw(refill + 1))
-            other, other_has_signal = self.one_pass(self.own_rows(rows), refill + 1, take)
+            rows = draw_prompts(groups, self._chance, taken, rows_in_all, self._draw(refill + 1))
+            other, other_has_signal = self._take_pass(self._rows_of_process(rows), refill + 1)
             swaps = find_swaps(has_signal.tolist(), other_has_signal.tolist())
-            batch = merge_rollouts(batch, other, swaps, size, self.pad_id)
+            batch = merge_rollouts(batch, other, swaps, self.num_generations, self._tokenizer.pad_token_id)
             has_signal[list(swaps)] = True
             taken.update(rows)
-        batch["num_items_in_batch"] = self.accelerator.gather(batch["completion_mask"].sum()).sum()
+        tokens = batch["completion_mask"].sum()
+        batch["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
         if settings.rescale_by_signal:
-            batch["advantages"] = batch["advantages"] * (len(found) / max(with_signal, 1))
-        return batch, {
-            "signal/refills": refill,
-            "signal/wasted": ((refill + 1) * len(found) - with_signal) * size,
-            "signal/share": with_signal / len(found),
+            batch["advantages"] = batch["advantages"] * (groups / max(with_signal, 1))
+        figures = {
+            "refills": refill,
+            "wasted": ((refill + 1) * groups - with_signal) * self.num_generations,
+            "share": with_signal / groups,
         }
+        self._log({f"signal/{name}": value for name, value in figures.items()})
+        for name, start in logged.items():  # a rollout's seconds are those of all its passes
+            if seconds := metrics.get(name, [])[start:]:
+                metrics[name][start:] = [sum(seconds)]
+        return batch
 
-    def one_pass(self, rows: list[dict[str, Any]], refill: int, take: Callable) -> tuple[dict[str, Any], torch.Tensor]:
+    def _take_pass(self, rows: list[dict[str, Any]], refill: int) -> tuple[dict[str, Any], torch.Tensor]:
         """A pass of this process, and which of its groups have signal (groups,)."""
-        batch = take(rows, refill)
-        return batch, find_signal(batch["advantages"], batch["rewards"], self.group_size)
+        batch = self._generate_and_score_completions(rows, refill)
+        return batch, find_signal(batch["advantages"], batch["rewards"], self.num_generations)
 
-    def own_rows(self, numbers: list[int]) -> list[dict[str, Any]]:
+    def _rows_of_process(self, numbers: list[int]) -> list[dict[str, Any]]:
         """What this process asks of a pass: its slice of the training set's rows, each once a completion."""
         groups = len(numbers) // self.accelerator.num_processes
         start = self.accelerator.process_index * groups
-        rows = [self.dataset[number] for number in numbers[start : start + groups]]
-        return [dict(row) for row in rows for _ in range(self.group_size)]
+        rows = [self.train_dataset[number] for number in numbers[start : start + groups]]
+        return [dict(row) for row in rows for _ in range(self.num_generations)]
 
-    def chance(self, row: int) -> float:
+    def _chance(self, row: int) -> float:
         """The probability that a row is passed over."""
-        return self.pass_rates.chance(row, self.settings.skip_solved, self.settings.skip_hopeless)
+        return self.pass_rates.chance(row, self.signal.skip_solved, self.signal.skip_hopeless)
 
-    def draw(self, refill: int) -> random.Random:
-        """The random numbers of a pass."""
-        return random.Random(f"{self.seed}/{refill}")
+    def _draw(self, refill: int) -> random.Random:
+        """The random numbers of a pass, which follow from seed, step and pass."""
+        return random.Random(f"{self.args.seed}/{self.state.global_step}/{refill}")

@@ -43,18 +43,17 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.schema == "cvbench" and args.rows < len(FILES):
         parser.error(f"--rows {args.rows}: cvbench has {len(FILES)} files, and each needs a row")
-    if args.schema == "sat" and args.output.is_dir():
-        parser.error(f"--output: {args.output} is a folder; name a file")
     return args
 
 
 def main() -> None:
     args = parse_args()
     level = scene.LEVELS[args.level]
-    check_replaceable(*([args.output] if args.schema == "sat" else [args.output / name for name in FILES.values()]))
     if args.schema == "sat":
+        check_replaceable(args.output)
         write_sat(args.output, args.rows, args.seed, level, args.questions)
     else:
+        check_replaceable(*(args.output / name for name in FILES.values()))
         write_cvbench(args.output, args.rows, args.seed, level)
 
 

@@ -1,5 +1,6 @@
 """Writes rendered questions as parquet files in SAT's and CV-Bench's schemas; a row follows from seed and index."""
 
+import io
 import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -12,9 +13,9 @@ from tqdm import tqdm
 
 from open_r1.base.files import MADE_BY, replacing
 from open_r1.tasks import cvbench
-from open_r1.world.questions import CV_QUESTIONS, QUESTIONS, STATIC, ask
-from open_r1.world.render import picture
-from open_r1.world.scene import Level
+from open_r1.world.questions import CV_QUESTIONS, QUESTIONS, STATIC, Asked, ask
+from open_r1.world.render import paint
+from open_r1.world.scene import Level, Seen
 
 BATCH_ROWS = 200  # written at a time
 SAT_SCHEMA = pa.schema(
@@ -45,6 +46,13 @@ CVBENCH_SCHEMA = pa.schema(
         ("bbox", pa.list_(pa.list_(pa.float64()))),
     ]
 )
+
+
+def picture(level: Level, asked: Asked, scene: Sequence[Seen]) -> bytes:
+    """One image of a question, encoded."""
+    buffer = io.BytesIO()
+    paint(level, asked, scene).save(buffer, level.format, compress_level=1, quality=90)  # of PNG and of JPEG
+    return buffer.getvalue()
 
 
 def row_rng(seed: int, row: int) -> random.Random:

@@ -1,6 +1,5 @@
 """Draws a scene: flat figures at the easy level, shaded solids at the full one."""
 
-import io
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -18,8 +17,7 @@ LIGHT = np.array([-0.45, 0.8, -0.4], np.float32)  # towards the light; of about 
 
 def render(level: Level, scene: Sequence[Seen]) -> Image.Image:
     """The picture of a scene, without marks and boxes."""
-    draw = draw_flat if level.name == "easy" else ray_cast
-    return draw(level, scene)
+    return draw_flat(level, scene) if level.name == "easy" else ray_cast(level, scene)
 
 
 def draw_flat(level: Level, scene: Sequence[Seen]) -> Image.Image:
@@ -140,10 +138,3 @@ def paint(level: Level, asked: Asked, scene: Sequence[Seen]) -> Image.Image:
         around = (left - width - 1, top - width - 1, right + width + 1, bottom + width + 1)
         draw.rectangle(around, outline=BOX_COLOURS[colour], width=width)
     return image
-
-
-def picture(level: Level, asked: Asked, scene: Sequence[Seen]) -> bytes:
-    """`paint`'s image, encoded."""
-    buffer = io.BytesIO()
-    paint(level, asked, scene).save(buffer, level.format, **dict(level.save_options))
-    return buffer.getvalue()

@@ -8,7 +8,6 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +23,10 @@ COLOURS = {
     "orange": (240, 130, 25),
     "cyan": (60, 200, 215),
 }
+
+
+class Unclear(Exception):
+    """A scene in which a question has no answer beyond doubt, or that has no room for its objects."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,6 @@ class Level:
     most: int  # objects in a scene
     hidden: float  # of an object's box that nearer ones may cover
     format: str
-    save_options: tuple[tuple[str, Any], ...]
 
     def project(self, x: float, y: float, z: float) -> tuple[float, float, float]:
         """A point of the world -> its u and v, and its depth along the optical axis in metres."""
@@ -71,7 +73,6 @@ LEVELS = {
         most=4,
         hidden=0.0,
         format="PNG",
-        save_options=(("compress_level", 1),),
     ),
     "full": Level(
         name="full",
@@ -86,7 +87,6 @@ LEVELS = {
         most=7,
         hidden=0.35,
         format="JPEG",
-        save_options=(("quality", 90),),
     ),
 }
 
@@ -153,10 +153,6 @@ def overlap(a: Box, b: Box) -> float:
     return max(0.0, width) * max(0.0, height)
 
 
-def area(box: Box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
 def in_frame(level: Level, box: Box) -> bool:
     return box[0] >= 2 and box[1] >= 2 and box[2] <= level.width - 2 and box[3] <= level.height - 2
 
@@ -164,10 +160,9 @@ def in_frame(level: Level, box: Box) -> bool:
 def is_clear(level: Level, scene: Sequence[Seen]) -> bool:
     """Whether every object is inside the image and hidden by nearer ones by no more than the level allows."""
     for seen in scene:
-        nearer = (other.box for other in scene if other.distance < seen.distance)
-        if not in_frame(level, seen.box):
-            return False
-        if sum(overlap(seen.box, box) for box in nearer) > level.hidden * area(seen.box):
+        left, top, right, bottom = seen.box
+        hidden = sum(overlap(seen.box, other.box) for other in scene if other.distance < seen.distance)
+        if not in_frame(level, seen.box) or hidden > level.hidden * (right - left) * (bottom - top):
             return False
     return True
 
@@ -179,8 +174,8 @@ def mark_box(level: Level, x: float, z: float) -> Box:
     return u - half, v - half, u + half, v + half
 
 
-def place(rng: random.Random, level: Level, kinds: Sequence[str]) -> list[Seen] | None:
-    """Objects of these kinds, each of another colour, standing apart and in clear view; None if it fails."""
+def place(rng: random.Random, level: Level, kinds: Sequence[str]) -> list[Seen]:
+    """Objects of these kinds, each of another colour, standing apart and in clear view; unclear if there is no room."""
     scene: list[Seen] = []
     for kind, colour in zip(kinds, rng.sample(list(COLOURS), len(kinds)), strict=True):
         for _ in range(20):
@@ -193,9 +188,5 @@ def place(rng: random.Random, level: Level, kinds: Sequence[str]) -> list[Seen] 
                 scene = candidate
                 break
         else:
-            return None
+            raise Unclear
     return scene
-
-
-def any_kinds(rng: random.Random, level: Level, fewest: int) -> list[str]:
-    return rng.choices(level.kinds, k=rng.randint(fewest, level.most))

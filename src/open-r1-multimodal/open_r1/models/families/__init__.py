@@ -5,7 +5,7 @@ of its own whose entry is added to `FAMILIES`. Two things are elsewhere: the tok
 `open_r1.models.image_tags`, and its chat templates, if it has its own, in `configs/chat_templates`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -32,14 +32,14 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (*QWEN_FA
 
 
 def find_family(model_type: str) -> Family:
-    """The family of this name in a configuration; ValueError for one that this project was not tested with."""
+    """The family of this name in a configuration; Mistake for one that this project was not tested with."""
     if model_type not in FAMILIES:
         raise Mistake(f"a {model_type!r} model; supported: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a model, also of one inside an adapter. Raises what `find_family` raises."""
+    """The family of a model, also of one inside an adapter; raises what `find_family` raises."""
     return find_family(model.config.model_type)
 
 
@@ -51,7 +51,8 @@ def family_of_processor(processor: ProcessorMixin) -> Family:
 def end_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: the tokenizer's own, and its family's."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    return sorted({tokenizer.eos_token_id, *_known_ids(tokenizer, [f.end_tokens for f in FAMILIES.values()])} - {None})
+    known = _known_ids(tokenizer, (token for family in FAMILIES.values() for token in family.end_tokens))
+    return sorted({tokenizer.eos_token_id, *known} - {None})
 
 
 def control_tokens(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[str]:
@@ -63,10 +64,10 @@ def control_tokens(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[
 def vision_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
     """The ids that a policy must never sample."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    return sorted(_known_ids(tokenizer, [family.vision_tokens for family in FAMILIES.values()]))
+    return sorted(_known_ids(tokenizer, (token for family in FAMILIES.values() for token in family.vision_tokens)))
 
 
-def _known_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[str]]) -> set[int]:
+def _known_ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> set[int]:
     """The ids of those tokens that the vocabulary has; a tokenizer alone does not say what family it is of."""
     vocab = tokenizer.get_vocab()
-    return {vocab[token] for some in tokens for token in some if token in vocab}
+    return {vocab[token] for token in tokens if token in vocab}

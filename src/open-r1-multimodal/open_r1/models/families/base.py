@@ -1,4 +1,4 @@
-"""What a model family is: all that the rest of the package asks about one, with what most families share."""
+"""What a model family is: all that the package asks about one, with what most families share."""
 
 import re
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Qwen2Tokenizer
 
-ImageInputs = dict[str, torch.Tensor]  # what a processor makes of images, by the names of the model's arguments
+ImageInputs = dict[str, torch.Tensor]  # images as a processor makes them, by the model's arguments
 Size = tuple[int, int]  # height and width in pixels
 
 PARTS = ("vision tower", "merger", "language model", "adapter")
@@ -24,16 +24,16 @@ class Family(ABC):
     Attributes:
         model_type: in its configuration.
         processor: the class of its processor.
-        end_tokens: each ends a completion, whatever the checkpoint says: a base model writes one, a chat model another.
-        vision_tokens: sampling one would announce an image that is not there and break the next forward pass.
+        end_tokens: each ends a completion: a base model writes one, a chat model another.
+        vision_tokens: never sampled: one would announce an image that is not there.
         config_tokens: the names of tokens' ids in its configuration, and the tokens.
         special_tokens: of a tiny tokenizer, behind its bytes.
-        tokenizer_roles: which of them the tokenizer's class takes as what, by the names of its arguments.
+        tokenizer_roles: what the tokenizer's class takes some of them as, by its arguments.
         unread_tokens: of the published tokenizer that neither this project nor the processor writes; the model need
             have no place for them.
         image_inputs: the model's arguments that hold images, in the order that its `get_image_features` takes them.
-        tower, merger: patterns in the names of the vision tower's modules, and of the layers between it and the
-            language model.
+        tower: name of the vision tower's module.
+        merger: pattern in the names of the layers between the vision tower and the language model.
         published_pixels: as large an area as the published checkpoints let an image have, or more: no recipe's prompt
             has room for it, and nothing was trained at it here.
         templates: the folder below `configs/chat_templates` with its `base` and `instruct`.
@@ -57,31 +57,36 @@ class Family(ABC):
     tokenizer_class: type[PreTrainedTokenizerBase] = Qwen2Tokenizer
     unread_tokens: tuple[str, ...] = ()
 
+    blocks = "encoder.layers"  # name of the vision tower's layers within it
     image_axis = 0  # of the image inputs, along which those of several prompts are joined
     has_image_rows = False  # whether the vision tower takes the patches of all images in one row, and where each ends
 
     # ---- parts of a model
 
     def part_of(self, name: str) -> str:
-        """The one of `PARTS` that a parameter or module belongs to, by its name in `named_parameters`."""
+        """The one of `PARTS` that a parameter or module of this name belongs to."""
         if "lora_" in name:
             return "adapter"
         if re.search(self.merger, name):
             return "merger"
-        return "vision tower" if re.search(self.tower, name) else "language model"
+        return "vision tower" if re.search(self._in_tower, name) else "language model"
+
+    @property
+    def _in_tower(self) -> str:
+        return rf"\b{self.tower}\."
 
     def modules_of(self, part: str) -> str:
-        """A pattern of the whole names of modules that belong to one of `PARTS`, but for the adapter's."""
+        """A pattern of the whole names of modules of one of `PARTS`, but for the adapter's."""
         return {
-            "vision tower": rf"(?!.*{self.merger}).*{self.tower}.*",
+            "vision tower": rf"(?!.*{self.merger}).*{self._in_tower}.*",
             "merger": rf".*{self.merger}.*",
-            "language model": rf"(?!.*{self.merger})(?!.*{self.tower}).*",
+            "language model": rf"(?!.*{self.merger})(?!.*{self._in_tower}).*",
         }[part]
 
     def trains_vision(self, model: nn.Module) -> bool:
         """Whether gradients go into a model's vision tower or merger, or into an adapter there."""
         return any(
-            re.search(f"{self.tower}|{self.merger}", name) and parameter.requires_grad
+            re.search(f"{self._in_tower}|{self.merger}", name) and parameter.requires_grad
             for name, parameter in model.named_parameters()
         )
 
@@ -92,24 +97,26 @@ class Family(ABC):
     # ---- images as a model takes them
 
     def images_of(self, inputs: Mapping[str, Any]) -> ImageInputs:
-        """The image inputs among a processor's outputs or a model's arguments; empty where there is no image."""
+        """The image inputs among a processor's outputs or a model's arguments; empty for none."""
         images = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
         return images if all(len(values) for values in images.values()) else {}
 
     def encode_images(self, model: PreTrainedModel, images: ImageInputs) -> Any:
-        """What the vision tower makes of images, as `join_features` and `image_features` of a packed batch take it."""
+        """What the vision tower makes of images, as `join_features` takes it."""
         return model.base_model.get_image_features(*(images[name].to(model.device) for name in self.image_inputs))
 
     def join_images(self, images: Sequence[ImageInputs], device: torch.device) -> ImageInputs:
         """The image inputs of several prompts as one, in their order; empty for none."""
-        images = [each for each in images if each]
+        images = [inputs for inputs in images if inputs]
         if not images:
             return {}
-        joined = {name: torch.cat([each[name] for each in images], dim=self.image_axis) for name in self.image_inputs}
-        return {name: values.to(device) for name, values in joined.items()}
+        return {
+            name: torch.cat([inputs[name] for inputs in images], dim=self.image_axis).to(device)
+            for name in self.image_inputs
+        }
 
     def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
-        """What TRL's own scoring takes beside the images of B prompts; `is_image` (B, T) is 1 at their tokens."""
+        """What TRL's scoring takes beside images of B prompts; `is_image` (B, T) is 1 at their tokens."""
         return {}
 
     @abstractmethod
@@ -132,7 +139,7 @@ class Family(ABC):
 
     @abstractmethod
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Positions (P,), or of M-RoPE (3, P), of a prompt: what a processor made of it, one row."""
+        """Positions (P,), or of M-RoPE (3, P), of a prompt as a processor made it, one row."""
 
     @abstractmethod
     def count_image_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
@@ -146,25 +153,25 @@ class Family(ABC):
     def bound_images(
         self, processor: ProcessorMixin, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> None:
-        """Let a processor enlarge smaller images and shrink larger ones to these areas; None keeps its own.
+        """Let a processor enlarge or shrink images to these areas; None keeps its own.
 
         Raises:
-            ValueError: no image has a size within the bounds.
+            Mistake: no image has a size within the bounds.
         """
 
     @abstractmethod
     def pixel_bounds(self, processor: ProcessorMixin) -> tuple[int, int]:
         """The smallest and the largest area that its processor gives an image."""
 
-    # ---- for the memory count: a model's parts on torch's `meta` device
-
-    @abstractmethod
     def vision_tower(self, model: nn.Module) -> nn.Module:
         """The vision tower of a policy, with or without an adapter."""
+        return find_module(model, self.tower)
 
-    @abstractmethod
     def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
-        """Its layers."""
+        """The layers of the vision tower."""
+        return self.vision_tower(model).get_submodule(self.blocks)
+
+    # ---- for the memory count: a model's parts on torch's `meta` device
 
     @abstractmethod
     def count_patches(self, config: PreTrainedConfig, pixels: int) -> int:
@@ -172,7 +179,7 @@ class Family(ABC):
 
     @abstractmethod
     def run_tower(self, model: nn.Module, patches: int, dtype: torch.dtype) -> torch.Tensor:
-        """A forward pass over patches without numbers, merger included; the last layer's states (patches, width)."""
+        """A forward pass over patches without numbers; the last layer's states (patches, width)."""
 
     # ---- a tiny model, for `open_r1.tiny`
 

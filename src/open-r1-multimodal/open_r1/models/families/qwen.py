@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from qwen_vl_utils.vision_process import smart_resize
 from torch import nn
 from transformers import (
     PreTrainedConfig,
@@ -22,13 +21,14 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from open_r1.base.errors import Mistake
-from open_r1.models.families.base import Family, ImageInputs, Size, black_pixel, find_module
+from open_r1.models.families.base import Family, ImageInputs, Size, black_pixel
 from open_r1.models.image_tags import QWEN_IMAGE_TAGS
 
 
 class QwenVL(Family):
     """What the Qwen families share: patches in rows of one tensor, a grid an image, M-RoPE."""
 
+    blocks = "blocks"
     has_image_rows = True
     video_processor = Qwen2VLVideoProcessor  # this and the side of a patch in pixels: of a tiny processor
     patch_size = 14
@@ -73,10 +73,7 @@ class QwenVL(Family):
 
     def count_image_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
         images = processor.image_processor
-        factor, bounds = images.patch_size * images.merge_size, images.size
-        resized = [smart_resize(*size, factor, bounds["shortest_edge"], bounds["longest_edge"]) for size in sizes]
-        # a thin image, which it rounds down to nothing, keeps one row of tokens, as the processor has it
-        return sum(max(height, factor) * max(width, factor) for height, width in resized) // factor**2
+        return sum(images.get_number_of_image_patches(*size) for size in sizes) // images.merge_size**2
 
     def bound_images(
         self, processor: ProcessorMixin, min_pixels: int | None = None, max_pixels: int | None = None
@@ -92,12 +89,6 @@ class QwenVL(Family):
     def pixel_bounds(self, processor: ProcessorMixin) -> tuple[int, int]:
         size = processor.image_processor.size
         return size["shortest_edge"], size["longest_edge"]
-
-    def vision_tower(self, model: nn.Module) -> nn.Module:
-        return find_module(model, "visual")
-
-    def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
-        return self.vision_tower(model).blocks
 
     def count_patches(self, config: PreTrainedConfig, pixels: int) -> int:
         patch, merge = config.vision_config.patch_size, config.vision_config.spatial_merge_size
@@ -225,7 +216,7 @@ _QWEN: dict[str, Any] = {
         "vision_end_token_id": "<|vision_end|>",
     },
     "image_inputs": ("pixel_values", "image_grid_thw"),
-    "tower": r"\bvisual\.",
+    "tower": "visual",
     "merger": r"\bvisual\.\w*merger",  # Qwen3-VL has a list of them too
     "published_pixels": 12845056,  # 16384 image tokens of Qwen2-VL
 }

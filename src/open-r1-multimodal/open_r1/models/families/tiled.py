@@ -37,7 +37,7 @@ TILES = {"size": {"longest_edge": 3 * TILE}, "max_image_size": {"longest_edge": 
 
 
 class Tiled(Family):
-    """Families that resize an image, cut it into square tiles of one size and make each as many tokens.
+    """Families that cut a resized image into square tiles and make each as many tokens.
 
     An image that fits one tile is one; another is its tiles and, behind them, all of it in one tile. Images are always
     enlarged to a tile, so `min_pixels` has nothing to say. Positions are those of text.
@@ -67,12 +67,9 @@ class Tiled(Family):
     def tiles_within(self, room: int) -> int:
         """The most tiles of an image where there is room for so many."""
 
-    @abstractmethod
-    def tile_patches(self, config: PreTrainedConfig) -> int:
-        """Patches of a tile."""
-
     def join_features(self, features: Sequence[Any]) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(pooler_output=torch.cat([each.pooler_output for each in features]))
+        tiles = torch.cat([prompt.pooler_output for prompt in features])
+        return BaseModelOutputWithPooling(pooler_output=tiles)
 
     def feature_tensors(self, features: Any) -> list[torch.Tensor]:
         return [features.pooler_output.flatten(0, 1)]  # (tiles * tokens, width)
@@ -111,8 +108,14 @@ class Tiled(Family):
         tile = self.tile_side(processor) ** 2
         return tile, self.most_tiles(processor) * tile
 
+    def tile_patches(self, config: PreTrainedConfig) -> int:
+        """Patches of a tile."""
+        vision = config.vision_config
+        return (_side(vision.image_size) // _side(vision.patch_size)) ** 2
+
     def count_patches(self, config: PreTrainedConfig, pixels: int) -> int:
-        return self.tiles_within(pixels // _side(config.vision_config.image_size) ** 2) * self.tile_patches(config)
+        tiles = self.tiles_within(pixels // _side(config.vision_config.image_size) ** 2)
+        return tiles * self.tile_patches(config)
 
     def tiny_vision(self, size: int, layers: int) -> dict[str, Any]:
         """The configuration of a vision tower of this width."""
@@ -127,15 +130,15 @@ class Tiled(Family):
 
 
 class SmolVLM(Tiled):
-    """SmolVLM2 and, as Idefics3, SmolVLM: N tiles of a prompt in (1, N, channels, side, side); text by Llama.
+    """SmolVLM2 and, as Idefics3, SmolVLM: N tiles of a prompt in (1, N, channels, side, side).
 
-    With `do_image_splitting` the longer side of every image becomes `size`, a multiple of the tile's.
+    With `do_image_splitting` every image's longer side becomes `size`, a multiple of the tile's.
     """
 
     image_axis = 1
 
     def mend(self, model: PreTrainedModel) -> None:
-        """Let weights in float32 run under autocast, where SmolVLM puts features in 16 bits into float32 embeddings."""
+        """Under autocast, turn features in 16 bits to the dtype of the embeddings they go into."""
         embeddings = model.get_input_embeddings()
         find_module(model, "connector").register_forward_hook(
             lambda module, args, features: features.to(embeddings.weight.dtype)
@@ -154,7 +157,7 @@ class SmolVLM(Tiled):
         return processor.image_seq_len
 
     def split(self, processor: ProcessorMixin, size: Size) -> tuple[int, int]:
-        """Rows and columns of tiles; 0, 0 for an image that is one tile. As the image processor resizes, twice."""
+        """Rows and columns of tiles, 0 for an image that is one; as the processor resizes, twice."""
         images, side = processor.image_processor, self.tile_side(processor)
         if not images.do_image_splitting:
             return 0, 0
@@ -174,7 +177,7 @@ class SmolVLM(Tiled):
         return rows * columns + 1
 
     def count_frame_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
-        """Two around each tile of a row, an end of each row, and three around the tile that shows all."""
+        """Two around each tile of a row, an end of a row, three around the tile that shows all."""
         one, two = (len(processor.tokenizer(ends, add_special_tokens=False)["input_ids"]) for ends in ("\n", "\n\n"))
         count = 0
         for rows, columns in (self.split(processor, size) for size in sizes):
@@ -194,15 +197,6 @@ class SmolVLM(Tiled):
     def tiles_within(self, room: int) -> int:
         across = _tiles_across(room)
         return across**2 + 1 if across > 1 else 1
-
-    def tile_patches(self, config: PreTrainedConfig) -> int:
-        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-
-    def vision_tower(self, model: nn.Module) -> nn.Module:
-        return find_module(model, "vision_model")
-
-    def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
-        return self.vision_tower(model).encoder.layers
 
     def run_tower(self, model: nn.Module, patches: int, dtype: torch.dtype) -> torch.Tensor:
         tower, config = self.vision_tower(model), model.config.vision_config
@@ -239,10 +233,12 @@ class Idefics3(SmolVLM):
 
 
 class InternVL(Tiled):
-    """InternVL3 as transformers has it: the tiles of all images in (tiles, channels, side, side); text by Qwen2."""
+    """InternVL3 as transformers has it: the tiles of all images in (tiles, channels, side, side)."""
+
+    blocks = "encoder.layer"
 
     def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
-        return {"num_tiles": [len(each.get("pixel_values", ())) for each in images]}
+        return {"num_tiles": [len(inputs.get("pixel_values", ())) for inputs in images]}
 
     def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
         vision = config.vision_config
@@ -271,17 +267,6 @@ class InternVL(Tiled):
     def tiles_within(self, room: int) -> int:
         """At most the 12 that the published models were trained with, and one that shows all."""
         return min(room, 13) if room > 2 else 1
-
-    def tile_patches(self, config: PreTrainedConfig) -> int:
-        height, width = config.vision_config.image_size
-        rows, columns = config.vision_config.patch_size
-        return (height // rows) * (width // columns)
-
-    def vision_tower(self, model: nn.Module) -> nn.Module:
-        return find_module(model, "vision_tower")
-
-    def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
-        return self.vision_tower(model).encoder.layer
 
     def run_tower(self, model: nn.Module, patches: int, dtype: torch.dtype) -> torch.Tensor:
         tower, config = self.vision_tower(model), model.config.vision_config
@@ -314,7 +299,7 @@ def _side(size: int | Sequence[int]) -> int:
 
 
 def _tiles_across(room: int) -> int:
-    """How many tiles SmolVLM may have side by side where there is room for so many, one for the whole image included.
+    """How many tiles SmolVLM may have side by side, of so many with the one that shows all.
 
     Its vocabulary names those of 6 rows and columns.
     """
@@ -330,7 +315,7 @@ _SMOLVLM: dict[str, Any] = {
     "tokenizer_class": GPT2Tokenizer,
     "tokenizer_roles": {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"},
     "image_inputs": ("pixel_values", "pixel_attention_mask"),
-    "tower": r"\bvision_model\.",
+    "tower": "vision_model",
     "merger": r"\bconnector\.",
     "published_pixels": 17 * 384**2,  # 4 x 4 tiles and one, of the 2.2B models; the smaller ones have larger tiles
     "templates": "smolvlm",
@@ -365,7 +350,7 @@ _INTERNVL: dict[str, Any] = {
         },
     },
     "image_inputs": ("pixel_values",),
-    "tower": r"\bvision_tower\.",
+    "tower": "vision_tower",
     "merger": r"\bmulti_modal_projector\.",
     "published_pixels": 13 * 448**2,  # 12 tiles and one
     "templates": "internvl",

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from trl import GRPOConfig
+from trl import GRPOConfig, ModelConfig
 
 from open_r1.base.errors import Mistake, first_line
 from open_r1.doctor.survey import Survey, survey
@@ -29,7 +30,8 @@ from open_r1.sft import check_answer
 from open_r1.tasks.mixture import iter_mixture, parts_of
 
 MEASURED_STEPS = 2
-# A dozen passes over short batches; of a larger model they take a CPU longer than anybody waits for a check.
+# A dozen passes over short batches; of a larger model they take a CPU longer than anybody waits for
+# a check.
 MAX_CPU_PARAMETERS = 200_000_000
 
 
@@ -38,27 +40,27 @@ class Missing(Exception):
 
 
 class part(cached_property):
-    """A cached property of a patient that is tried once.
+    """A cached property of a run that is tried once.
 
     Raises:
         Mistake: it cannot be made; for who asks first.
         Missing: likewise, for all who ask later.
     """
 
-    def __get__(self, patient: Any, owner: type | None = None) -> Any:
-        if patient is not None and self.attrname in patient.lost:
-            raise Missing(patient.lost[self.attrname])
+    def __get__(self, run: "Run", owner: type | None = None) -> Any:
+        if self.attrname in run.lost:
+            raise Missing(run.lost[self.attrname])
         try:
-            return super().__get__(patient, owner)
+            return super().__get__(run, owner)
         except Missing as error:
-            patient.lost[self.attrname] = str(error)
+            run.lost[self.attrname] = str(error)
             raise
         except (Mistake, OSError, RuntimeError) as error:  # RuntimeError: torch's, for shapes and memory
-            patient.lost[self.attrname] = f"no {self.attrname.replace('_', ' ')}, see above"
+            run.lost[self.attrname] = f"no {self.attrname.replace('_', ' ')}, see above"
             raise Mistake(first_line(error)) from error
 
 
-class Patient:
+class Run:
     """A run before it starts.
 
     Args:
@@ -73,49 +75,56 @@ class Patient:
         self.scratch = tempfile.TemporaryDirectory(prefix="doctor-")
 
     @part
-    def settings(self) -> tuple[Any, TrainingArguments, Any]:
+    def settings(self) -> tuple[Any, TrainingArguments, ModelConfig]:
         """Script, trainer and model arguments, as every process of the run gets them."""
         if not self.arguments:
             raise Missing("name a recipe with --config")
         with planned(self.launch):
             return read_settings(self.command, self.arguments)
 
+    script_args = property(lambda self: self.settings[0])
+    args = property(lambda self: self.settings[1])
+    model_args = property(lambda self: self.settings[2])
+
     @property
     def is_grpo(self) -> bool:
         """Whether completions are sampled and rewarded."""
-        return isinstance(self.settings[1], GRPOConfig)
+        return isinstance(self.args, GRPOConfig)
 
     @property
     def on_cpu(self) -> bool:
         """Whether the run has no GPU."""
-        return self.settings[1].use_cpu or not torch.cuda.is_available()
+        return self.args.use_cpu or not torch.cuda.is_available()
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
         """For the chat template."""
-        return self.settings[1].chat_template_kwargs or {}
+        return self.args.chat_template_kwargs or {}
 
     @part
     def model_outline(self) -> PreTrainedModel:
         """The policy without numbers, on torch's `meta` device."""
-        script_args, _, model_args = self.settings
+        model_args = self.model_args
         config = load_config(model_args.model_name_or_path, model_args.model_revision)
         check_model(model_args)
         check_weights(model_args.model_name_or_path, model_args.model_revision)
-        return build_model(config, model_args, script_args, self.launch)
+        return build_model(config, model_args, self.script_args, self.launch)
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the policy."""
+        return sum(parameter.numel() for parameter in self.model_outline.parameters())
 
     @part
     def processor(self) -> ProcessorMixin:
         """With the recipe's prompt and image bounds."""
         self.need("model_outline")
-        script_args, _, model_args = self.settings
-        return load_processor_from_args(model_args, script_args, self.template_kwargs)
+        return load_processor_from_args(self.model_args, self.script_args, self.template_kwargs)
 
     @part
     def prompt_opening(self) -> bool:
         """Whether completions start inside `<think>`."""
-        script_args, _, model_args = self.settings
-        source = script_args.chat_template or str(model_args.model_name_or_path)
+        source = self.script_args.chat_template or str(self.model_args.model_name_or_path)
         check_template(self.processor, source, **self.template_kwargs)
         return opens_think(self.processor, **self.template_kwargs)
 
@@ -124,29 +133,26 @@ class Patient:
         """Of GRPO; of SFT none."""
         if not self.is_grpo:
             return []
-        script_args, args, _ = self.settings
         return get_reward_funcs(
-            script_args.reward_funcs,
+            self.script_args.reward_funcs,
             think_prefilled=self.prompt_opening,
-            max_completion_length=args.max_completion_length,
+            max_completion_length=self.args.max_completion_length,
         )
 
     @part
     def train_set(self) -> Survey:
         """What is trained on, looked through."""
-        script_args = self.settings[0]
-        return self.survey(script_args.dataset_name, script_args.dataset_train_split)
+        return self.survey(self.script_args.dataset_name, self.script_args.dataset_train_split)
 
     @part
     def held_out_set(self) -> Survey | None:
         """What is held out, looked through, if anything is."""
-        script_args = self.settings[0]
-        name = script_args.eval_dataset_name
-        return self.survey(name, script_args.dataset_test_split) if name else None
+        name = self.script_args.eval_dataset_name
+        return self.survey(name, self.script_args.dataset_test_split) if name else None
 
     def survey(self, name: str, split: str) -> Survey:
         """A data set of the recipe, looked through; its answers as the run checks them."""
-        script_args = self.settings[0]
+        script_args = self.script_args
         check = check_answer
         if self.is_grpo:
             compares = any(reward_funcs_registry.get(name) in COMPARING for name in script_args.reward_funcs)
@@ -156,32 +162,37 @@ class Patient:
 
     @part
     def prepared_data(self) -> dict[str, Any]:
-        """All that the run's trainer takes beside the weights, as the run makes it: data sets, rewards, processor."""
+        """What the run's trainer takes beside the weights: data sets, rewards, processor."""
         self.need("processor", "reward_funcs")
-        if any(found.broken or found.unusable for found in filter(None, (self.train_set, self.held_out_set))):
+        surveys = [self.train_set, self.held_out_set]
+        if any(data.broken or data.unusable for data in surveys if data):
             raise Missing("images or answers are wrong, see above")
         return self.command.prepare(*self.settings)
+
+    @property
+    def rows(self) -> Dataset:
+        """The examples that are trained on."""
+        return self.prepared_data["train_dataset"]
 
     @part
     def trainer(self) -> Trainer:
         """The run's trainer in this process alone, set to two steps that leave nothing behind."""
         script_args, args, model_args = self.settings
-        parameters = sum(p.numel() for p in self.model_outline.parameters())
-        if self.on_cpu and parameters > MAX_CPU_PARAMETERS:
-            raise Missing(f"{parameters / 1e9:.1f} B parameters take a CPU minutes a batch; look at it on a GPU")
+        if self.on_cpu and self.num_parameters > MAX_CPU_PARAMETERS:
+            size = self.num_parameters / 1e9
+            raise Missing(f"{size:.1f} B parameters take a CPU minutes a batch; look at it on a GPU")
         models = 1 + (self.is_grpo and args.beta > 0 and not model_args.use_peft)
-        needed = models * weight_bytes(self.model_outline, model_args)
-        if needed > free_memory(self.on_cpu):
-            raise Missing(f"the weights take {needed / 1e9:.1f} GB, {free_memory(self.on_cpu) / 1e9:.1f} GB are free")
+        needed, free = models * weight_bytes(self.model_outline, model_args), free_memory(self.on_cpu)
+        if needed > free:
+            raise Missing(f"the weights take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
         return self.command.build_trainer(script_args, self.alone(args), model_args, self.prepared_data)
 
     def count(self, launch: Launch, args: TrainingArguments | None = None) -> Count:
         """The memory of a step under a launch, with the run's settings or others."""
         self.need("model_outline")
-        script_args, own, model_args = self.settings
-        if script_args.max_prompt_length is None:
+        if self.script_args.max_prompt_length is None:
             raise Missing("without max_prompt_length there is nothing to count for")
-        return count_run(script_args, args or own, model_args, launch, self.on_cpu)
+        return count_run(self.script_args, args or self.args, self.model_args, launch, self.on_cpu)
 
     def need(self, *parts: str) -> None:
         """Raise what these parts raise: what is wrong with them is told as theirs."""

@@ -1,0 +1,244 @@
+"""What GRPO logs beside TRL's metrics: rewards, the seconds of a step, and an evaluation's figures.
+
+The figures of an evaluation are over its questions, each once, where TRL has the means of uneven
+batches' means. Of several evaluation sets each logs under its own name, as transformers has it:
+`eval_easy_reward`.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+from trl.trainer.utils import nanstd
+
+from open_r1.answers.reflection import reflection_shares
+from open_r1.base.errors import Mistake
+from open_r1.trainer.advantages import spread, total_rewards
+from open_r1.trainer.recorder import Rollout
+from open_r1.trainer.trackers import as_text
+
+BLIND = "blind"  # the prefix of an evaluation that shows no images
+TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's metrics, never logged
+PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
+
+
+def check_best(metric: str | None, eval_dataset: Any) -> None:
+    """Raise Mistake where `metric_for_best_model` names none of several evaluation sets."""
+    if metric and isinstance(eval_dataset, dict):
+        figure = metric.removeprefix("eval_")
+        if not any(figure.startswith(f"{name}_") for name in eval_dataset):
+            known = " or ".join(f"eval_{name}_{figure}" for name in eval_dataset)
+            raise Mistake(f"metric_for_best_model: {metric} is of no evaluation set; {known} would be")
+
+
+def reward_figures(
+    rewards: torch.Tensor, weights: torch.Tensor, names: Sequence[str], scale: torch.Tensor
+) -> dict[str, float]:
+    """What TRL logs of rewards, under its names.
+
+    Args:
+        rewards: (B, F), NaN where a function says nothing.
+        weights: (F,).
+        names: of the F functions.
+        scale: (B,), see `advantages.spread`.
+    """
+    figures = {}
+    for name, column in zip(names, rewards.T, strict=True):
+        figures |= {f"rewards/{name}/mean": column.nanmean(), f"rewards/{name}/std": nanstd(column)}
+    total = total_rewards(rewards, weights)
+    figures |= {
+        "reward": total.nanmean(),
+        "reward_std": nanstd(total),
+        "frac_reward_zero_std": torch.isclose(scale, torch.zeros_like(scale)).float().mean(),
+    }
+    return {name: value.item() for name, value in figures.items()}
+
+
+def held_out_figures(rows: Sequence[Mapping[str, Any]], weights: Sequence[float], group_size: int) -> dict[str, float]:
+    """The figures of an evaluation under the names, and in the definitions, of TRL's of one batch.
+
+    Args:
+        rows: trajectory rows of all N completions, those of a question together.
+        weights: of the reward functions, in the order of the rows' `rewards`.
+        group_size: completions of each question.
+    """
+    names = list(rows[0]["rewards"])
+    values = [[row["rewards"][name] for name in names] for row in rows]
+    rewards = torch.tensor([[math.nan if value is None else value for value in row] for row in values])
+    weights = torch.tensor(weights)
+    figures = reward_figures(rewards, weights, names, spread(rewards, weights, group_size))
+    lengths = torch.tensor([row["length"] for row in rows], dtype=torch.float)
+    ended = torch.tensor([row["ended"] for row in rows])
+    figures["completions/clipped_ratio"] = 1 - ended.float().mean().item()
+    terminated = lengths[ended] if ended.any() else torch.zeros(1)
+    for kind, counts in (("length", lengths), ("terminated_length", terminated)):
+        figures |= {
+            f"completions/mean_{kind}": counts.mean().item(),
+            f"completions/min_{kind}": counts.min().item(),
+            f"completions/max_{kind}": counts.max().item(),
+        }
+    return figures
+
+
+class NamedEvaluationMixin:
+    """In front of a trainer of TRL's: each evaluation logs under its own prefix.
+
+    TRL's trainers have `eval_` for all.
+    """
+
+    evaluation_prefix = "eval"  # of the evaluation under way: `eval_{name}` of a set with a name
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """transformers', which calls it for each of several sets."""
+        self.evaluation_prefix = metric_key_prefix
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, which has nothing left to add to what an evaluation logs."""
+        if not self.model.training:
+            for name, values in self._metrics["eval"].items():
+                known = [value for value in values if not math.isnan(value)]
+                mean = sum(known) / len(known) if known else None  # as TRL logs it
+                logs[f"{self.evaluation_prefix}_{name}"] = mean
+            self._metrics["eval"].clear()
+        super().log(logs, start_time)
+
+
+class MetricsMixin(NamedEvaluationMixin):
+    """What `Qwen2VLGRPOTrainer` logs and leaves behind: `recorder` has the rows it takes figures of."""
+
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _group_size(self) -> int:
+        """Completions of one prompt, over all processes."""
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def _is_blind(self) -> bool:
+        """Whether an evaluation is under way that shows no images: `evaluate(metric_key_prefix=BLIND)`."""
+        return not self.model.training and self.evaluation_prefix.partition("_")[0] == BLIND
+
+    def _log(self, figures: Mapping[str, float]) -> None:
+        """Add to the means that the next log has."""
+        for name, value in figures.items():
+            self._metrics[self._mode()][name].append(value)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Log the seconds of the block as `time/{name}`."""
+        on_gpu = self.accelerator.device.type == "cuda"
+        synchronize = torch.cuda.synchronize if on_gpu else lambda: None
+        synchronize()
+        start = time.perf_counter()
+        yield
+        synchronize()
+        self._log({f"time/{name}": time.perf_counter() - start})
+
+    # For the log alone: a rollout's seconds and tokens.
+    def _generate(self, prompts):
+        with self._timed("rollout"):
+            output = super()._generate(prompts)
+        _, completion_ids, *_ = output
+        seconds = self._metrics[self._mode()]["time/rollout"][-1]
+        self._log({"rollout/tokens_per_second": sum(map(len, completion_ids)) / seconds})
+        return output
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        """TRL's, and the log of what is left of a step's seconds beside rollout and scoring."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            metrics = self._metrics["train"]
+            parts = (f"time/{name}" for name in ("rollout", "scoring", "update"))
+            logged = sum(sum(metrics.get(part, ())) for part in parts)
+            metrics["time/update"].append(sum(metrics["step_time"]) - logged)
+        return loss
+
+    def _log_samples(
+        self, prompts: list[Any], completions: list[Any], rewards: torch.Tensor, advantages: torch.Tensor
+    ) -> None:
+        """TRL's table of completions, and what rewards put into log and table themselves.
+
+        They do it by `log_metric` and `log_extra`. rewards (all B, F), advantages (all B,).
+        """
+        self._logs["prompt"].extend(gather_object(prompts))
+        self._logs["completion"].extend(gather_object(completions))
+        for name, column in zip(self.reward_func_names, rewards.T, strict=True):
+            self._logs["rewards"][name].extend(column.tolist())
+        self._logs["advantages"].extend(advantages.tolist())
+        # sorted: all processes gather in one order
+        for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
+            values = self._pending_extra_logs.get(column, [None] * len(prompts))
+            self._logs["extra"][column].extend(gather_object(values))
+        self._pending_extra_logs.clear()
+        for name in sorted(set(gather_object(list(self._pending_metrics)))):
+            values = self._pending_metrics.get(name, [])
+            sums = torch.tensor([sum(values), len(values)], dtype=torch.float32)
+            total, count = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
+            self._log({name: total / count})
+        self._pending_metrics.clear()
+
+    def _record(self, rollout: Rollout, batch: dict[str, Any]) -> None:
+        """Write down a rollout's completions, of all processes; log how they reflect."""
+        mode, size = self._mode(), self._group_size()
+        # A rollout in training serves the step under way, which the log counts when it is done.
+        step = self.state.global_step + (mode == "train")
+        dataset = self.evaluation_prefix.partition("_")[2] if mode == "eval" else ""
+        rows = self.recorder.describe(rollout, step, dataset or None)
+        if mode == "eval":
+            first = self.accelerator.process_index * len(rollout.rows)
+            counted = self.recorder.add_held_out(rows, size, self._is_blind())
+            # the tokens of rows beyond the questions do not count either
+            batch["completion_mask"][max(counted - first, 0) :] = 0
+            return
+        self.recorder.add_training(rows, rollout.refill, size)
+        self.pass_rates.add(rows)
+        groups = [{row["completion"] for row in rows[i : i + size]} for i in range(0, len(rows), size)]
+        identical = sum(len(texts) == 1 for texts in groups) / len(groups)
+        self._log({"completions/identical_groups": identical, **reflection_shares(rows)})
+
+    def offending_batch(self) -> list[dict[str, Any]]:
+        """In place of `FiniteMixin`'s: the newest rollout, with rewards and all of its trajectories."""
+        return self.recorder.newest
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
+        """TRL's. An evaluation begins here.
+
+        What its processes get beyond its questions, so that each has as many, will not count.
+        """
+        dataloader = super().get_eval_dataloader(eval_dataset)
+        is_counted = isinstance(dataloader.dataset, Dataset)
+        questions = len(dataloader.dataset) if is_counted else math.inf
+        self.recorder.begin_evaluation(questions * self.num_generations_eval)
+        return dataloader
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's; of an evaluation the figures over its questions."""
+        held_out = self.recorder.held_out
+        if self._mode() == "eval" and held_out:
+            metrics = self._metrics["eval"]
+            tokens = metrics.pop(TOKENS, [])
+            for name in metrics:
+                if name in PER_TOKEN or (name.startswith("clip_ratio/") and name.endswith("_mean")):
+                    total = sum(value * count for value, count in zip(metrics[name], tokens, strict=True))
+                    metrics[name] = [total / max(sum(tokens), 1)]
+            weights = self.reward_weights.tolist()
+            figures = held_out_figures(held_out, weights, self.num_generations_eval)
+            for name, value in {**figures, **reflection_shares(held_out)}.items():
+                metrics[name] = [value]
+            self.recorder.begin_evaluation(math.inf)
+            if self._is_blind():
+                logs = {f"{self.evaluation_prefix}_{name}": value for name, value in figures.items()}
+                metrics.clear()
+        if self.log_completions:
+            prompts = self._logs["prompt"]
+            self._logs["prompt"] = deque(map(as_text, prompts), maxlen=prompts.maxlen)
+        super().log(logs, start_time)
