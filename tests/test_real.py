@@ -18,7 +18,7 @@ from open_r1.answers.checker import judge
 from open_r1.base.prompts import REPO_ROOT, load_chat_template
 from open_r1.engines.agreement import InFloat32
 from open_r1.engines.decoding import generate
-from open_r1.engines.shared_prefix import encode_prompt
+from open_r1.engines.shared_prefix import encode_prompt, score_completions
 from open_r1.models.loading import load_model, load_processor
 from open_r1.running.data import load_dataset
 from open_r1.tiny import make_model as make_random_model
@@ -131,7 +131,7 @@ def test_packed_scores_are_those_of_the_plain_forward_pass(trainer, dtype):
         "Wait, let me check again.</think>\n<answer>right</answer>",
     ]
     row = with_images_inside(trainer.train_dataset[0])
-    prompt = encode_prompt(trainer._plain_model(), processor, row["prompt"])
+    prompt = encode_prompt(trainer.plain_model(), processor, row["prompt"])
     rows = [torch.tensor([*processor.tokenizer(text)["input_ids"], processor.tokenizer.eos_token_id]) for text in texts]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -145,7 +145,7 @@ def test_packed_scores_are_those_of_the_plain_forward_pass(trainer, dtype):
         return logps.gather(1, row[:, None])[:, 0]
 
     def packed() -> torch.Tensor:
-        logps, _, _ = trainer._score(model, [prompt] * 2, ids, mask, batch_size=2)
+        logps, *_ = score_completions(model, trainer.family, [prompt] * 2, ids, mask, batch_size=2)
         return torch.cat([logps[index, : len(row)] for index, row in enumerate(rows)])
 
     model.eval()

