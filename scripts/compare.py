@@ -23,6 +23,7 @@ from open_r1.base.errors import Mistake, printable, run, use_environment
 use_environment()
 
 from open_r1.answers.checker import Unread
+from open_r1.answers.collapse import constant_answers
 from open_r1.answers.statistics import TOTAL, unread_warning
 from open_r1.base.files import FIGURE_MARK, check_replaceable, replacing
 from open_r1.evaluate.results import read_scored
@@ -241,9 +242,9 @@ def main() -> None:
             print(f"\n{paired_table(f'{benchmark}, against {of_group[0]}', of_group, rows)}")
     draw(chart, models, columns)
     for name, result in zip(names, results, strict=True):
-        if warning := unread_warning(result["shares"]):
-            which = name if len(benchmarks) == 1 else f"{name}, {benchmark_of(result)}"
-            print(f"warning: {which}: {warning}", file=sys.stderr)
+        which = name if len(benchmarks) == 1 else f"{name}, {benchmark_of(result)}"
+        for warning in filter(None, [unread_warning(result["shares"]), *constant_answers(result["results"])]):
+            print(f"warning: {which}: {printable(warning)}", file=sys.stderr)
     for condition in differing(results, CONDITIONS):
         print(f"warning: the {condition} differ; the results are not like for like", file=sys.stderr)
     for benchmark, group in groups.items():

@@ -15,12 +15,14 @@ from open_r1.report.runs import read_run, scan_trajectories
 STEPS = 20
 SIGNALS, FORMAT = "Groups without signal", "Format alone"
 ENTROPY, THOUGHT, BLIND = "Entropy collapse", "Thought against answer", "Blind accuracy"
+COLLAPSE = "Answer collapse"
 HOSTILE = "</script><img src=x onerror='window.hit = 1'>{{ 7 * 7 }}"
 
 
 def found(run: Path) -> dict[str, Finding]:
-    with scan_trajectories(run / "trajectories/train.jsonl") as train:
-        return {finding.name: finding for finding in diagnose(read_run(run), train)}
+    folder = run / "trajectories"
+    with scan_trajectories(folder / "train.jsonl") as train, scan_trajectories(folder / "eval.jsonl") as held_out:
+        return {finding.name: finding for finding in diagnose(read_run(run), train, held_out)}
 
 
 def rewards(right: float, kept: float) -> dict[str, float]:
@@ -90,6 +92,32 @@ def test_thought_against_answer(tmp_path):
     assert found(write_run(tmp_path / "not", [same] * 9 + [other]))[THOUGHT].seen is False
 
 
+def answers_about_sides(step: int, answers: list[str]) -> list[dict]:
+    """Questions of which every other one has the right answer left."""
+    return [
+        row(
+            step=step,
+            prompt=PROMPT.format(f"{number}?"),
+            completion=f"Hm.</think><answer>{answer}</answer>",
+            solution=gold,
+            question_type="side",
+            rewards=rewards(float(answer == gold), 1.0),
+        )
+        for number, (answer, gold) in enumerate(zip(answers, ["left", "right"] * (len(answers) // 2), strict=True))
+    ]
+
+
+def test_answer_collapse_in_the_last_evaluation_or_else_the_last_steps(tmp_path):
+    varied, constant = answers_about_sides(1, ["left", "right"] * 20), answers_about_sides(2, ["left"] * 40)
+    line = '100% of the answers to "left", "right" are "left", and 50% of the right answers; 40 questions'
+    run = write_run(tmp_path / "held_out", rows=varied, eval_rows=varied + constant)
+    assert (found(run)[COLLAPSE].seen, found(run)[COLLAPSE].numbers) == (True, line)
+    assert found(write_run(tmp_path / "none", rows=varied + constant))[COLLAPSE].seen is True
+    assert found(write_run(tmp_path / "healthy", rows=constant, eval_rows=varied))[COLLAPSE].seen is False
+    curves = section(write_report(run).read_text(), "curves")
+    assert 'side 40 50.0 % "left" 100.0 % 50.0 % 100.0 % 50.0 %' in curves
+
+
 def test_blind_accuracy_of_several_sets_is_that_of_the_worst(tmp_path):
     accuracy = "rewards/accuracy_reward/mean"
     events = [
@@ -109,6 +137,7 @@ def test_what_was_not_measured_says_why(tmp_path):
         FORMAT: (None, "needs completions with the accuracy and the format reward"),
         ENTROPY: (None, "the log has no entropy"),
         THOUGHT: (None, "no completions of questions with known options"),
+        COLLAPSE: (None, "no readable answers to questions with known options"),
         BLIND: (None, "needs held-out questions (eval_strategy), which the end of a run asks without their images"),
     }
     bare = [row(completion="Hm.", rewards=rewards(0.0, 0.0))]
@@ -124,10 +153,10 @@ def test_every_grpo_run_has_the_section(tmp_path):
     questions = write_images(tmp_path / "images", 6)
     rows = fake_rows(questions, range(1, 5), 4, prompts=2, group=4)
     why = section(write_report(write_run(tmp_path / "run", rows, events=fake_events(4))).read_text(), "why")
-    assert "Why no aha?" in why and all(name in why for name in (SIGNALS, FORMAT, ENTROPY, THOUGHT, BLIND))
+    assert "Why no aha?" in why and all(name in why for name in (SIGNALS, FORMAT, ENTROPY, THOUGHT, BLIND, COLLAPSE))
     assert why.count("not measured") == 1  # nothing was held out
     old = write_run(tmp_path / "old", events=[{"step": 1, "reward": 0.5}])
-    assert section(write_report(old).read_text(), "why").count("not measured") == 5
+    assert section(write_report(old).read_text(), "why").count("not measured") == 6
     supervised = write_run(tmp_path / "sft", events=[{"step": 1, "loss": 0.5}], command="sft")
     assert section(write_report(supervised).read_text(), "why") == ""
     assert section(write_report(write_run(tmp_path / "new")).read_text(), "why") == ""  # nothing happened yet

@@ -21,6 +21,20 @@ from open_r1.running.data import DataArguments, load_dataset
 from open_r1.running.guards import GUARDS, new_warnings
 from support import make_trainer, read_jsonl, run_grpo, write_examples
 
+
+def answers(first: str, second: str, gold: str = "left", other: str = "right", questions: int = 6) -> list[dict]:
+    """Rows of a step: questions about the sides, in either order, half of which are answered by each."""
+    return [
+        {
+            "id": object(),
+            "options": ["left", "right"] if number % 4 < 2 else ["right", "left"],
+            "ground_truth": gold if number % 2 else other,
+            "model_answer": first if number % 2 else second,
+        }
+        for number in range(questions)
+    ]
+
+
 HEALTHY = {
     "loss": 0.0,
     "frac_reward_zero_std": 0.3,
@@ -32,6 +46,7 @@ HEALTHY = {
     "completions/identical_groups": 0.0,
     "kl": 0.01,
     "grad_norm": 0.5,
+    "answers": answers("left", "right"),
 }
 # What is logged of each step from 50 on -> the step at which the guard warns.
 TROUBLES = {
@@ -49,6 +64,8 @@ TROUBLES = {
     "KL explosion": (lambda step: {"kl": 2.0}, 54),
     "gradient explosion": (lambda step: {"grad_norm": 0.5 if step == 50 else 50.0}, 51),
     "identical completions": (lambda step: {"completions/identical_groups": 0.5}, 54),
+    # nine in ten of the answers from the eighth step on
+    "answer collapse": (lambda step: {"answers": answers("left", "left")}, 57),
 }
 
 
@@ -87,9 +104,32 @@ def test_a_sign_that_comes_and_goes_is_told_once(name, signs, expected):
     assert [warning for _, warning in told(events)].count(name) == expected
 
 
+@pytest.mark.parametrize(
+    "of_a_step",
+    [
+        answers("left", "left", other="left"),  # what is right is as one-sided
+        answers("left", "left", questions=1),  # ten questions
+        [{**row, "id": 0} for row in answers("left", "left")],  # sixty answers to one question
+        [{**row, "model_answer": None} for row in answers("left", "left")],  # nothing could be read
+        [{**row, "model_answer": row["options"][0]} for row in answers("left", "right", questions=40)],  # a base's way
+        [],  # numbers and free answers: questions without options
+    ],
+)
+def test_constant_answers_that_are_no_collapse(of_a_step):
+    assert told([{**HEALTHY, "step": step, "answers": of_a_step} for step in range(60)]) == []
+
+
+def test_a_collapse_is_told_in_words():
+    [warning] = new_warnings([{"answers": answers("left", "left")} for _ in range(10)]).values()
+    assert warning == (
+        'over 10 steps 100% of the answers to "left", "right" are "left", and 50% of the right answers: '
+        "whatever is asked, the answer is the same; lower learning_rate, or raise beta"
+    )
+
+
 def test_what_is_not_logged_warns_of_nothing():
     assert told([{"loss": 1.0, "mean_token_accuracy": 0.5} for _ in range(50)]) == []  # of SFT, whose norm was lost
-    assert told([dict.fromkeys(HEALTHY, float("nan")) for _ in range(50)]) == []
+    assert told([dict.fromkeys(HEALTHY, float("nan")) | {"answers": []} for _ in range(50)]) == []
 
 
 def test_thresholds_are_documented():

@@ -265,4 +265,4 @@ def test_the_answer_checker_reads_an_untuned_models_babble_as_a_person_does():
             wrong.append((row["response"], row["said"], answer))
     assert len(rows) == 50
     assert all(said is None for _, said, _ in wrong), "an answer that a person sees is read, and read right"
-    assert len(wrong) <= 2, wrong
+    assert len(wrong) <= 1, wrong

@@ -146,7 +146,7 @@ def test_completions_in_which_nobody_looked_for_reflections_count_nowhere(tmp_pa
     ]
     counts = reflection_statistics(scan(tmp_path, old + new))
     assert (counts.measured, counts.reflective, counts.first_step) == (5, 3, 2)
-    assert counts.accuracy_with == (1, 3) and counts.accuracy_without == (1, 2)
+    assert counts.accuracy_with == (1, 3) and counts.accuracy_without == (1, 2) and counts.format_with == (3, 3)
     assert counts.corrections == 2 and counts.corrected_right == (1, 2)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
-from open_r1.answers.checker import extract_answer, is_blank, is_correct
+from open_r1.answers.checker import bare_gold, extract_answer, is_blank, is_correct
 from open_r1.base.errors import Mistake, UserCodeError
 from open_r1.base.plugins import describe, import_named
 
@@ -70,11 +70,6 @@ def check_gold(row: Mapping[str, Any]) -> None:
     if gold is None or is_blank(gold):
         raise Mistake("no answer, which the accuracy reward compares with (--answer_column names its field)")
     is_correct(None, bare_gold(gold, row["options"]), row["options"])
-
-
-def bare_gold(solution: str, options: Sequence[str] | None) -> str:
-    """The gold answer without `<answer>` tags around it, unless they are an option's own."""
-    return solution if options and solution in options else extract_answer(solution) or solution
 
 
 def format_reward(completions: Sequence[Completion], think_prefilled: bool = False, **kwargs: Any) -> list[float]:

@@ -52,6 +52,11 @@ def extract_answer(text: str) -> str | None:
     return text[start + len(opening) : text.find(closing, start)].strip()
 
 
+def bare_gold(solution: str, options: Sequence[str] | None) -> str:
+    """The gold answer without `<answer>` tags around it, unless they are an option's own."""
+    return solution if options and solution in options else extract_answer(solution) or solution
+
+
 def is_correct(
     answer: str | None, gold: str, options: Sequence[str] | None = None, *, lettered: bool | None = None
 ) -> bool:

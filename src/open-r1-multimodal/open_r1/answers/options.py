@@ -246,6 +246,12 @@ _LETTERS = re.compile(
     rf"|\b(?!{_NO_NOUN})[A-Za-z]{{2,}}\s+(?P<label>[A-Z]){_ALONE}"  # of something else: "point A"
     rf"|(?<![A-Za-z0-9°])(?P<lone>(?![AI])[A-Z]{_ALONE}|[AI]{_NO_ARTICLE})"
 )
+# A right angle, "all right", "right now": no direction. "All right of the table" is one.
+_NO_SIDE = re.compile(r"[- ](?:angle[sd]?|triangles?|now|away)\b")
+# Two choices, two different instances: a number of what is spoken of, and not of what is seen.
+_OF_THE_QUESTION = re.compile(
+    r" (?:(?:different|possible|other) )?(?:choices|options|possibilities)\b| different instances\b"
+)
 _BARE_INTERJECTION = re.compile(r"\s*(?:$|[^\w\s]|\b(?:because|since)\b)")
 
 
@@ -265,6 +271,12 @@ def _stands_alone(text: str, start: int, end: int) -> bool:
     if text[start].isdigit() and before and before in ".,/-":
         return False  # not the 5 of 3.5, of 1,5 or of -5
     if text[end - 1].isdigit() and (after == "%" or (after and after in ".,/:-" and text[end + 1 : end + 2].isdigit())):
+        return False
+    if text.endswith("right", start, end):
+        is_all_right = text.endswith("all ", 0, start) and not text.startswith(" of", end)
+        if is_all_right or _NO_SIDE.match(text, end):
+            return False
+    if text[end - 1].isdigit() and _OF_THE_QUESTION.match(text, end):
         return False
     # "no" is an answer, "no doubt" is none
     return text[start:end] not in ("yes", "no") or _BARE_INTERJECTION.match(text, end) is not None

@@ -8,7 +8,8 @@ Phrases are found by the patterns below, not by a model: the measure costs nothi
 everyone can read what it counts. They are made to count nothing wrong rather than to find everything, so the shares
 are lower bounds with which to compare steps and runs. tests/data/reflections.jsonl is the hand-labelled table that
 holds them to that; of 30 reflective sentences in the thoughts of other models, they found about half, and none wrong
-among 18 others.
+among 18 others. Whether the text around a phrase makes sense they cannot tell: a model that was not trained says such
+words in babble, too. So the report says how many of the reflective completions keep the format and answer rightly.
 """
 
 import re

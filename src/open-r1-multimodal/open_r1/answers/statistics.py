@@ -139,16 +139,22 @@ def outcomes(rows: Sequence[Row]) -> dict[Hashable, float]:
     return shares
 
 
+def labels(row: Row) -> Sequence[str]:
+    """What answers call the options: their letters, where the right one is a letter, else their texts."""
+    options = row["options"]
+    is_lettered = _LETTER.fullmatch(row["ground_truth"])
+    return [f"({letter})" for letter in ascii_uppercase[: len(options)]] if is_lettered else options
+
+
 def gold_index(row: Row) -> int:
     """The position of the right option.
 
     Raises:
         Mistake: the ground truth is none of the options.
     """
-    gold, options = row["ground_truth"], row["options"]
-    names = [f"({letter})" for letter in ascii_uppercase[: len(options)]] if _LETTER.fullmatch(gold) else options
+    gold, names = row["ground_truth"], labels(row)
     if gold not in names:
-        raise Mistake(f"ground_truth: {gold!r} is none of its {len(options)} options")
+        raise Mistake(f"ground_truth: {gold!r} is none of its {len(names)} options")
     return names.index(gold)
 
 

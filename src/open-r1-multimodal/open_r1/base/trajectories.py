@@ -23,6 +23,7 @@ class Completion(Record):
     images: Annotated[list[Text], Expected("a list of paths")]
     solution: Text | None = None
     options: Annotated[list[Text] | None, Expected("a list of texts")] = None
+    question_type: Text | None = None  # as the data set names it
     completion: Text
     # null where a function gave none
     rewards: Annotated[dict[Text, float | None], Expected("numbers or null by name")]

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from open_r1.answers.collapse import constant_answers
 from open_r1.answers.statistics import judge_row, response_shares, score, table, unread_warning
 from open_r1.base.errors import Mistake, naming_option, printable
 from open_r1.base.fields import Record, check
@@ -118,8 +119,8 @@ def publish(path: Path, result: dict[str, Any]) -> None:
     if counts["image_errors"]:
         line += f"; {counts['image_errors']} without a usable image count as wrong"
     print(line)
-    if warning := unread_warning(counts):
-        print(f"warning: {warning}", file=sys.stderr)
+    for warning in filter(None, [unread_warning(counts), *constant_answers(result["results"])]):
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     start = f"prompt: {prompt['name']}, {prompt['style']}; " if prompt else ""
     print(f"{start}parser: {result['parser']}")
     print(printable(path))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from open_r1.report.runs import ACCURACY, FORMAT, Run, Series, Trajectories
-from open_r1.report.statistics import by_step, group_accuracy, quartiles
+from open_r1.report.statistics import by_step, group_accuracy, quartiles, reflection_statistics
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
     corrections = [Line("self-corrections that end right", correction_success(run, train))]
     reflections = [
         Line("reflective", reflection_share(run, train, "reflective", "reflection/share")),
+        Line("reflective and answered rightly", right_reflections(train)),
         Line("self-corrected", reflection_share(run, train, "self_corrected", "reflection/self_correction")),
     ]
     without_signal = [
@@ -123,7 +124,8 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
                 Panel("of completions", reflections, percent=True, rare=True),
                 Panel("success", corrections, percent=True),
             ],
-            "Reflective: reconsiders (“wait, let me check”). Self-corrected: then answers another option.",
+            f"Reflective: has words that reconsider (“wait, let me check”){counted_reflections(train)}. "
+            "Self-corrected: then answers another option.",
         ),
         entropy,
         logged("kl", "KL to the reference model", "nats a token", "KL", "kl"),
@@ -189,6 +191,20 @@ def reflection_share(run: Run, train: Trajectories, column: str, logged: str) ->
     if not measured.any():
         return run.series(logged)
     return by_step(train.rows["step"][measured], train.rows[column][measured].astype(float))
+
+
+def right_reflections(train: Trajectories) -> Series:
+    """Share of a step's completions that reflect and answer rightly."""
+    correct, measured = train.correct(), train.rows["has_reflections"]
+    right = np.where(np.isnan(correct), np.nan, train.rows["reflective"] & (correct == 1))
+    return by_step(train.rows["step"][measured], right[measured])
+
+
+def counted_reflections(train: Trajectories) -> str:
+    """How many reflective completions had the format and answered rightly, as the end of a sentence."""
+    counts = reflection_statistics(train)
+    (form, _), (right, judged) = counts.format_with, counts.accuracy_with
+    return f", as {counts.reflective:,} do: {form:,} with the format, {right:,} answered rightly" if judged else ""
 
 
 def correction_success(run: Run, train: Trajectories) -> Series:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from open_r1.answers.collapse import EXCESS, most_constant
 from open_r1.answers.reflection import concluded
+from open_r1.report.browser import visible
 from open_r1.report.runs import ACCURACY, FORMAT, Run, Trajectories
-from open_r1.report.statistics import by_step, first_and_last_tenth
+from open_r1.report.statistics import answers_at_the_end, by_step, first_and_last_tenth
 
 FLAT = 0.05  # a rise of accuracy that is no more than sampling
 MAX_READ = 500  # completions whose thoughts are read, evenly over the run: a long one takes milliseconds
@@ -31,6 +33,7 @@ class Sign:
     measure: Callable[[Run, Trajectories], tuple[float, str]]
     seen: str  # what it means, with {limit}
     unseen: str  # what it means that it is not there
+    of_held_out: bool = False  # its completions are those of held-out questions, where there are some
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,14 @@ def blind(run: Run, train: Trajectories) -> tuple[float, str]:
     return max(shares)[0], "; ".join(numbers for _, numbers in shares)
 
 
+def collapse(run: Run, completions: Trajectories) -> tuple[float, str]:
+    """By how much the most constant answer in the end is more frequent than it is right."""
+    found = most_constant([row for row, _ in answers_at_the_end(completions)])
+    if found is None:
+        raise NotMeasured("no readable answers to questions with known options")
+    return found.excess, visible(f"{found}; {found.questions:,} questions")
+
+
 SIGNS = (
     Sign(
         "Groups without signal",
@@ -152,15 +163,23 @@ SIGNS = (
         "earn little.",
         "It is right more often because it sees the image.",
     ),
+    Sign(
+        "Answer collapse",
+        EXCESS,
+        collapse,
+        "Nearly all answers are the same one, far more than are right: no reflection changes what is answered.",
+        "No answer is given nearly always, unless it is nearly always right; or fewer than 20 questions were asked.",
+        of_held_out=True,
+    ),
 )
 
 
-def diagnose(run: Run, train: Trajectories) -> list[Finding]:
+def diagnose(run: Run, train: Trajectories, held_out: Trajectories) -> list[Finding]:
     """What each sign says of a run."""
     findings = []
     for sign in SIGNS:
         try:
-            value, numbers = sign.measure(run, train)
+            value, numbers = sign.measure(run, held_out if sign.of_held_out and len(held_out) else train)
         except NotMeasured as reason:
             findings.append(Finding(sign.name, None, str(reason)))
         else:

@@ -26,6 +26,7 @@ from open_r1.report.diagnosis import diagnose
 from open_r1.report.runs import KnownImages, Run, Trajectories, read_run, scan_trajectories
 from open_r1.report.statistics import (
     PASS_RATES,
+    answers_by_type,
     first_and_last_tenth,
     pass_rates,
     reflection_statistics,
@@ -103,6 +104,10 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
         charts=[(chart, figures.legend(chart), figures.chart_svg(chart)) for chart in curves.charts],
         pass_rate_kinds=PASS_RATES,
         pass_rates=pass_rates(train) if train.rewards else {},
+        answers=[
+            (shown(answer.asked), shown(answer.answer), accuracy, answer, first)
+            for accuracy, answer, first in answers_by_type(held_out)
+        ],
         missing=curves.missing,
         warnings=[(step, visible(guard), visible(sentence)) for step, guard, sentence in run.warnings],
         reflections=[
@@ -113,7 +118,7 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
         examples=quoted,
         first_pictures=pictures(data, first) if first else [],
         pair=before_and_after(data, first),
-        signs=[] if is_sft(run) or not (train or run.events) else diagnose(run, train),
+        signs=[] if is_sft(run) or not (train or run.events) else diagnose(run, train, held_out),
         browser=data,
     )
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from open_r1.answers.statistics import wilson
-from open_r1.report.runs import Series, Trajectories
+from open_r1.answers.collapse import Habit, answered, habits, most_frequent, shown_first
+from open_r1.answers.statistics import Row, wilson
+from open_r1.report.runs import FORMAT, Series, Trajectories
 
 
 def by_step(steps: np.ndarray, values: np.ndarray, reduce: Callable[[np.ndarray], Any] = np.mean) -> Series:
@@ -86,6 +87,34 @@ def pass_rates(trajectories: Trajectories) -> dict[str, np.ndarray]:
     }
 
 
+MAX_ANSWERS = 2_000  # that are read in the end, evenly over its steps
+
+
+def answers_at_the_end(trajectories: Trajectories) -> list[tuple[Row, float]]:
+    """Answers of the last tenth of the steps (at least one) to questions with options, each with `correct()`."""
+    steps = np.unique(trajectories.rows["step"])
+    chosen = np.flatnonzero(np.isin(trajectories.rows["step"], steps[len(steps) - -(-len(steps) // 10) :]))
+    chosen = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), MAX_ANSWERS), dtype=int)]
+    correct = trajectories.correct()
+    pairs = ((answered(vars(trajectories.read(index))), float(correct[index])) for index in chosen)
+    return [(row, is_correct) for row, is_correct in pairs if row is not None]
+
+
+def answers_by_type(trajectories: Trajectories) -> list[tuple[float, Habit, Habit]]:
+    """Of each type of question with options: the accuracy in the end, the most frequent answer, the first option."""
+    pairs = answers_at_the_end(trajectories)
+
+    def kind(row: Row) -> str:
+        return row["type"] or "of no type"
+
+    correct: dict[str, list[float]] = {}
+    for row, is_correct in pairs:
+        correct.setdefault(kind(row), []).append(is_correct)
+    both = (habits((row for row, _ in pairs), kind, of_kind) for of_kind in (most_frequent, shown_first))
+    found = sorted(zip(*both, strict=True), key=lambda habit: habit[0].asked)
+    return [(float(np.mean(correct[answer.asked])), answer, first) for answer, first in found]
+
+
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     """(n,) centred means over `window` (odd) values, over fewer at the ends."""
 
@@ -102,6 +131,7 @@ class Reflections:
     measured: int  # completions in which reflections were looked for
     reflective: int
     first_step: int | None
+    format_with: tuple[int, int]  # of the reflective ones: with the format, and judged
     accuracy_with: tuple[int, int]
     accuracy_without: tuple[int, int]
     corrections: int  # that changed their option
@@ -111,16 +141,18 @@ class Reflections:
 def reflection_statistics(trajectories: Trajectories) -> Reflections:
     """Counts over all completions in which the run looked for reflections."""
     rows, correct = trajectories.rows, trajectories.correct()
+    form = trajectories.rewards.get(FORMAT, np.full(len(trajectories), np.nan))
     measured = rows["has_reflections"]
     with_one, corrected = measured & rows["reflective"], measured & rows["self_corrected"]
 
-    def right(chosen: np.ndarray) -> tuple[int, int]:
-        return int((correct[chosen] == 1).sum()), int((~np.isnan(correct[chosen])).sum())
+    def right(chosen: np.ndarray, reward: np.ndarray = correct) -> tuple[int, int]:
+        return int((reward[chosen] == 1).sum()), int((~np.isnan(reward[chosen])).sum())
 
     return Reflections(
         measured=int(measured.sum()),
         reflective=int(with_one.sum()),
         first_step=int(rows["step"][with_one].min()) if with_one.any() else None,
+        format_with=right(with_one, form),
         accuracy_with=right(with_one),
         accuracy_without=right(measured & ~rows["reflective"]),
         corrections=int(corrected.sum()),

@@ -21,8 +21,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from open_r1.answers.collapse import answered
+from open_r1.answers.statistics import Row
+from open_r1.base.errors import printable
 from open_r1.base.files import append_rows, keep_rows, replace_file
-from open_r1.running.guards import new_warnings
+from open_r1.running.guards import ANSWERS, LOOKED_AT, new_warnings
 from open_r1.running.provenance import (
     RUN,
     all_arguments,
@@ -78,7 +81,7 @@ def add_run_callbacks(
             continued,
         )
     )
-    trainer.add_callback(Warnings())  # behind the line and the event that it is about
+    trainer.add_callback(Warnings(getattr(trainer, "recorder", None)))  # behind the line and the event that it is about
 
 
 def whole_path(name: str | None) -> str | None:
@@ -232,15 +235,34 @@ class ProgressLines(TrainerCallback):
 
 
 class Warnings(TrainerCallback):
-    """Print what the guards find, when it begins, and log it as an event of its own."""
+    """Print what the guards find, when it begins, and log it as an event of its own.
+
+    Args:
+        recorder: of a GRPO run's completions, of which the newest rollout and the held-out questions are looked at;
+            None for SFT. A run that goes on begins anew with what was answered.
+    """
+
+    def __init__(self, recorder: Any = None):
+        self.recorder = recorder
+        self.asked: list[Row] = []  # since the newest event of a step
+        self.answers: dict[int, dict[str, list[Row]]] = {}  # what the events of steps are to have as well
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control, logs, **kwargs):
         """Look at a step's event, and at those before it, which a checkpoint brings along."""
-        if not state.is_world_process_zero or "loss" not in logs:
+        if not state.is_world_process_zero:
             return
-        step = state.global_step
-        warnings = new_warnings([event for event in state.log_history if "loss" in event])
+        step, is_step = state.global_step, "loss" in logs
+        if self.recorder is not None:
+            records = self.recorder.newest if is_step else self.recorder.held_out
+            self.asked += filter(None, map(answered, records))
+        if not is_step:
+            return
+        if self.recorder is not None:
+            self.answers = dict([*self.answers.items(), (step, {ANSWERS: self.asked})][-LOOKED_AT:])
+            self.asked = []
+        events = (event for event in state.log_history if "loss" in event)
+        warnings = new_warnings([{**event, **self.answers.get(event["step"], {})} for event in events])
         for name, sentence in warnings.items():
-            print(f"warning: step {step}: {name}: {sentence}", file=sys.stderr, flush=True)
+            print(f"warning: step {step}: {name}: {printable(sentence)}", file=sys.stderr, flush=True)
             row = {"step": step, "time": time.time(), "guard": name, "warning": sentence}
             append_rows(Path(args.output_dir) / LOG, [row])

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
+from open_r1.answers.collapse import EXCESS, Habit, most_constant, most_frequent
 from open_r1.base.fields import is_usable
 
-Events = Sequence[Mapping[str, Any]]  # what was logged of one step each, in order
+# What was logged of one step each, in order; and as `ANSWERS` what was answered (`answers.collapse.answered`).
+Events = Sequence[Mapping[str, Any]]
+ANSWERS = "answers"
 NO_SPREAD = 1e-6  # a standard deviation that is rounding alone
 
 
@@ -23,7 +26,8 @@ class Guard:
         window: how many logged steps it looks at.
         limit: it warns from this measure on.
         measure: the run's first `window` events and its newest -> a number; KeyError where a metric is missing.
-        sentence: what is told, with {value}, {limit} and {window}.
+        sentence: what is told, with {value}, {limit}, {window} and {found}.
+        found: the newest `window` events -> what else is to be told of them.
     """
 
     name: str
@@ -31,6 +35,7 @@ class Guard:
     limit: float
     measure: Callable[[Events, Events], float]
     sentence: str
+    found: Callable[[Events], object] = lambda newest: ""
 
     def value(self, events: Events) -> float | None:
         """The measure at the last event, where it comes to the limit; else None."""
@@ -47,7 +52,8 @@ class Guard:
         value = self.value(events)
         if value is None or any(self.value(events[:-back]) is not None for back in range(1, self.window + 1)):
             return None
-        return self.sentence.format(value=value, limit=self.limit, window=self.window)
+        found = self.found(events[-self.window :])
+        return self.sentence.format(value=value, limit=self.limit, window=self.window, found=found)
 
 
 def column(events: Events, name: str) -> list[float]:
@@ -93,6 +99,20 @@ def jump(first: Events, newest: Events) -> float:
     """How many times the median of the steps before the last gradient is."""
     *before, last = column(newest, "grad_norm")
     return last / max(median(before), NO_SPREAD)
+
+
+def most_constant_of(newest: Events) -> Habit | None:
+    """The answer that was most constant; KeyError where an event has none noted.
+
+    Many a base prefers the option shown first, which need not go wrong: that is left to the report.
+    """
+    return most_constant([row for event in newest for row in event[ANSWERS]], kinds=[most_frequent])
+
+
+def collapse(first: Events, newest: Events) -> float:
+    """By how much the most constant answer is more frequent than it is right."""
+    found = most_constant_of(newest)
+    return found.excess if found else 0.0
 
 
 GUARDS = (
@@ -154,7 +174,17 @@ GUARDS = (
         "for {window} steps, {value:.0%} of the groups or more held the same completion throughout; "
         "raise the temperature",
     ),
+    Guard(
+        "answer collapse",
+        10,
+        EXCESS,
+        collapse,
+        "over {window} steps {found}: whatever is asked, the answer is the same; lower learning_rate, or raise beta",
+        most_constant_of,
+    ),
 )
+
+LOOKED_AT = 1 + 2 * max(guard.window for guard in GUARDS)  # events, by `Guard.warning`
 
 
 def new_warnings(events: Events) -> dict[str, str]:

@@ -234,11 +234,12 @@ class MetricsMixin(NamedEvaluationMixin):
             figures = held_out_figures(held_out, weights, self.num_generations_eval)
             for name, value in {**figures, **reflection_shares(held_out)}.items():
                 metrics[name] = [value]
-            self.recorder.begin_evaluation(math.inf)
             if self._is_blind():
                 logs = {f"{self.evaluation_prefix}_{name}": value for name, value in figures.items()}
                 metrics.clear()
         if self.log_completions:
             prompts = self._logs["prompt"]
             self._logs["prompt"] = deque(map(as_text, prompts), maxlen=prompts.maxlen)
-        super().log(logs, start_time)
+        super().log(logs, start_time)  # whose callbacks may look at the rows
+        if self._mode() == "eval" and held_out:
+            self.recorder.begin_evaluation(math.inf)

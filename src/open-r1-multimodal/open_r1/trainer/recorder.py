@@ -114,6 +114,7 @@ class Recorder:
                 images=images,
                 solution=solution,
                 options=options,
+                question_type=str(row.get("question_type") or "") or None,
                 completion=text,
                 rewards=dict(zip(trainer.reward_func_names, rewards, strict=True)),
                 advantage=advantage,
