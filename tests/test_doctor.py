@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import DynamicCache, LlamaConfig
+from transformers import DynamicCache, LlamaConfig, Qwen2VLProcessor
 from trl import ModelConfig
 
 from open_r1 import grpo, sft
@@ -50,6 +50,7 @@ from open_r1.settings.recipes import merge_recipes
 from open_r1.tasks.examples import read_examples
 from open_r1.tiny import make_config as make_model_config
 from open_r1.tiny import make_model, make_processor, make_tokenizer
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import families, load_weights, make_config, make_trainer, run_grpo, write_examples
 
 # Trains two steps of the recipe at hand with a model of no size, which imports and allocates all that a run does,
@@ -218,6 +219,24 @@ def test_a_cache_holds_what_is_counted(model_type):
         assert (a_completion > 0) == (model_type == "qwen3_5")
 
 
+@pytest.mark.parametrize(
+    "use_peft, checkpointing, kept",
+    [(False, True, "all"), (False, False, "all"), (True, True, "adapter"), (True, False, "all")],
+)
+def test_autocasts_copies_are_counted(use_peft, checkpointing, kept):
+    """Two bytes a weight of a linear layer; a frozen one is held for the backward pass alone."""
+    config = make_model_config(make_tokenizer())
+    model_args = ModelConfig(dtype="float32", use_peft=use_peft, lora_target_modules=["q_proj", "v_proj"])
+    load = Load(1, 100, 10, 16, 4, 4)
+    settings = {"gradient_checkpointing": checkpointing, "has_autocast": True}
+    count = count_memory(config, model_args, FreezeArguments(), load, Launch(), **settings)
+    model = build_model(config, model_args, FreezeArguments(), Launch())
+    head = model.get_output_embeddings()
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    weights = [layer.weight for layer in layers if kept == "all" or layer.weight.requires_grad]
+    assert count.backward["16-bit copies"] == 2 * sum(weight.numel() for weight in weights)
+
+
 def test_what_is_kept_for_a_layer_is_that_of_its_kind():
     """A gated delta net keeps more than attention, in chunks: a count of one kind would miss it."""
     load = Load(1, 256, 128, 16, 4)
@@ -312,12 +331,39 @@ def shifted_positions(world: SimpleNamespace) -> list[str]:
     return []
 
 
+def forgotten_bounds(world: SimpleNamespace) -> list[str]:
+    original = Qwen2VLProcessor.save_pretrained
+
+    def save(self, folder):
+        original(self, folder)
+        path = Path(folder, "processor_config.json")
+        settings = json.loads(path.read_text())
+        settings["image_processor"]["size"]["longest_edge"] *= 2
+        path.write_text(json.dumps(settings))
+
+    world.patch.setattr(Qwen2VLProcessor, "save_pretrained", save)
+    return []
+
+
+def other_reference(world: SimpleNamespace) -> list[str]:
+    original = Qwen2VLGRPOTrainer.__init__
+
+    def make(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.ref_model.get_decoder().layers[0].mlp.down_proj.weight.data *= 2
+
+    world.patch.setattr(Qwen2VLGRPOTrainer, "__init__", make)
+    return []
+
+
 # What is broken -> where the first failing line is, and what it says.
 BROKEN = {
     wrong_pin: ("environment", "versions", "trl 1.0.1 is not ==1.16.0"),
     broken_image: ("data", "images", r"examples.json: row 3: image .*3_0.png: "),
     leak: ("data", "leaks", "2 of 2 held-out questions show an image of the training set, 0 ask the same of it"),
     lost_tags: ("prompt", "tags", "neither ends with <think> nor asks for"),
+    forgotten_bounds: ("prompt", "saved", "a saved processor has lost its image bounds"),
+    other_reference: ("model", "reference", "policy and reference, before the first step: .* differ"),
     dead_tower: ("model", "sight", "grey images change log-probabilities by 0.0e[+]00"),
     other_processor: ("model", "image tokens", ""),
     damaged_weights: ("model", "weights", "holds NaN or infinite weights"),
@@ -360,9 +406,29 @@ def test_nothing_fails_where_all_is_well(run, examined, monkeypatch):
         findings = takewhile(lambda finding: finding.family != "cost", findings)
     named = {(finding.family, finding.name): finding for finding in findings}
     assert [finding for finding in named.values() if finding.verdict in (Verdict.WARN, Verdict.FAIL)] == []
+    assert (("model", "reference") in named) == (run in ("GRPO", "LoRA"))
     if not RUNS[run]:
         assert {family for family, _ in named} == set(FAMILIES) - ({"rewards"} if run == "SFT" else set())
         assert "s a step" in named["cost", "hours"].what
+
+
+@pytest.mark.parametrize(
+    "share, last",
+    [
+        (1.5, "pass s a step, measured over 2 of 1/4 of its work, which is slower; 100 take"),
+        (9, "skip a step would take this CPU about 22 minutes: the log's first steps tell"),
+    ],
+)
+def test_what_a_slow_cpu_is_spared(share, last, examined, monkeypatch):
+    """Of steps that take more than five minutes a part is measured; of what takes longer still, nothing."""
+    monkeypatch.setattr(cost, "step_flops", lambda run: share * cost.MEASURED_SECONDS / cost.MEASURED_STEPS)
+    monkeypatch.setattr(Run, "speed", 1)
+    findings = list(examined())
+    model = [finding.verdict for finding in findings if finding.family == "model"]
+    assert model == [Verdict.PASS] * 2 + [Verdict.SKIP] * 4
+    hours = [finding for finding in findings if finding.name == "hours"]
+    assert last in re.sub(r"pass [0-9.]+ s", "pass s", f"{hours[-1].verdict} {hours[-1].what}")
+    assert [finding.what for finding in hours[:-1]] == ["measuring, which takes about 2 minutes"] * (share < 2)
 
 
 def test_what_would_not_end_a_run_is_warned_of(examined, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Checks what a run takes: memory and disk by counting, hours by measuring two steps."""
+"""Checks what a run takes: memory and disk by counting, hours by measuring steps."""
 
 import math
 import os
@@ -13,8 +13,9 @@ from open_r1.doctor.run import MEASURED_STEPS, Run, existing
 from open_r1.models.memory import Count, Launch, free_memory
 
 GB = 1e9
-MAX_CPU_FLOPS = 2e12  # of the steps that are measured; a laptop takes a minute
-FLOPS_A_TOKEN = 10  # and parameter: sampling, scoring by the reference, forward, backward
+LONG = 20  # seconds after which a line says what is waited for
+MEASURED_SECONDS = 300  # that the steps which are measured may take on a CPU
+PASSES = 5  # of a token: sampling, scoring by the reference, forward, and backward as two
 
 
 def memory(run: Run) -> Iterator[Finding]:
@@ -98,40 +99,64 @@ def disk(run: Run) -> Iterator[Finding]:
 
 
 def hours(run: Run) -> Iterator[Finding]:
-    """From two steps in this process, which does the work of all of them."""
+    """From two steps in this process, which does the work of all, or of a part of a step."""
     trainer, launch, steps = run.trainer, run.launch, total_steps(run)
     needed = run.count(Launch(), trainer.args).peak
+    parts, expected = 1.0, MEASURED_STEPS * step_flops(run) / run.speed if run.on_cpu else 0.0
+    if expected > MEASURED_SECONDS:
+        parts = parts_of_step(run)
     if getattr(run.args, "use_vllm", False):
         why = "vLLM generates in this recipe: the log's first steps tell"
     elif needed > free_memory(run.on_cpu):
         why = f"a step in one process takes {needed / GB:.1f} GB, more than is free"
-    elif run.on_cpu and flops(run) > MAX_CPU_FLOPS:
-        why = "a step takes a CPU minutes: the log's first steps tell"
+    elif expected / parts > MEASURED_SECONDS:
+        minutes = expected / MEASURED_STEPS / 60
+        why = f"a step would take this CPU about {minutes:.0f} minutes: the log's first steps tell"
     else:
         why = ""
     if why:
         yield skipped(why)
         return
+    if expected / parts > LONG:
+        yield passed(f"measuring, which takes about {math.ceil(expected / parts / 60)} minutes")
+    if parts > 1:
+        args = trainer.args
+        args.gradient_accumulation_steps = size = round(args.gradient_accumulation_steps / parts)
+        if run.is_grpo:
+            args.steps_per_generation = size
+            args.generation_batch_size = size * args.per_device_train_batch_size
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads * launch.processes_here, os.cpu_count() or 1))  # as those here together
     try:
-        seconds = trainer.train().metrics["train_runtime"] / MEASURED_STEPS
+        seconds = parts * trainer.train().metrics["train_runtime"] / MEASURED_STEPS
     finally:
         torch.set_num_threads(threads)
     seconds /= launch.num_machines if run.on_cpu else launch.num_processes
     minutes = seconds * steps / 60
     time = f"{minutes / 60:.1f} hours" if minutes > 60 else f"{minutes:.1f} minutes"
-    yield passed(f"{seconds:.1f} s a step, measured over {MEASURED_STEPS}; {steps} take {time}")
+    part = f" of 1/{parts:.0f} of its work, which is slower" if parts > 1 else ""
+    yield passed(f"{seconds:.1f} s a step, measured over {MEASURED_STEPS}{part}; {steps} take {time}")
 
 
-def flops(run: Run) -> float:
-    """A rough count for the steps that are measured."""
+def step_flops(run: Run) -> float:
+    """A rough count for a step that one process takes, at the recipe's limits."""
     args = run.trainer.args
-    examples = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    tokens = examples * run.script_args.max_prompt_length
+    examples = prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    tokens = 0
     if run.is_grpo:
-        tokens = tokens / args.num_generations + examples * args.max_completion_length
-    return MEASURED_STEPS * tokens * FLOPS_A_TOKEN * run.num_parameters
+        prompts, tokens = examples / args.num_generations, examples * args.max_completion_length
+    return PASSES * run.flops(prompts * run.script_args.max_prompt_length + tokens, prompts)
+
+
+def parts_of_step(run: Run) -> float:
+    """How often the least that can be trained on, a batch or a group, goes into a step."""
+    args = run.trainer.args
+    batch = args.per_device_train_batch_size
+    least = 1
+    if run.is_grpo:  # rotate_options asks a question in two groups
+        groups = 1 + run.script_args.rotate_options
+        least = math.lcm(batch, groups * args.num_generations) // batch
+    return max(args.gradient_accumulation_steps / least, 1)
 
 
 CHECKS: Checks = (memory, disk, hours)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from open_r1.base.errors import Mistake, first_line, printable
 from open_r1.doctor import cost, data, environment, model, prompt, recipe, rewards
-from open_r1.doctor.finding import Finding, failed, skipped
+from open_r1.doctor.finding import Check, Finding, failed, skipped
 from open_r1.doctor.run import Missing, Run
 from open_r1.running.entry import silence
 
@@ -27,15 +27,23 @@ def examine(run: Run) -> Iterator[Finding]:
     for family, checks in families:
         for check in checks:
             name = check.__name__.replace("_", " ")
-            findings = []
-            try:
-                with silence():
-                    findings += check(run)
-            except Missing as error:
-                findings.append(skipped(str(error)))
-            except (Mistake, OSError, RuntimeError) as error:  # RuntimeError: torch's, for shapes and memory
-                findings.append(failed(first_line(error)))
-            yield from (replace(finding, family=family, name=name) for finding in findings)
+            yield from (replace(finding, family=family, name=name) for finding in find(check, run))
+
+
+def find(check: Check, run: Run) -> Iterator[Finding]:
+    """What a check finds, each finding once it is there, or why it found nothing more."""
+    findings = check(run)
+    try:
+        while True:
+            with silence():
+                finding = next(findings, None)
+            if finding is None:
+                return
+            yield finding
+    except Missing as error:
+        yield skipped(str(error))
+    except (Mistake, OSError, RuntimeError) as error:  # RuntimeError: torch's, for shapes and memory
+        yield failed(first_line(error))
 
 
 def line(finding: Finding) -> str:

@@ -32,8 +32,8 @@ class Finding:
     name: str = ""
 
 
-# A family's checks, in their order. A check may find several things, or have nothing to look at.
-Checks = tuple[Callable[[Any], Iterator[Finding]], ...]
+Check = Callable[[Any], Iterator[Finding]]  # of a run: several findings, or none
+Checks = tuple[Check, ...]  # of a family, in their order
 
 
 def passed(what: str) -> Finding:

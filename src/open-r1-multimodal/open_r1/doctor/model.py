@@ -1,16 +1,25 @@
-"""Checks a model's log-probabilities on two examples: what must change them, and what not."""
+"""Checks a model's log-probabilities on two examples: what must change them, and what not.
+
+What should be equal may differ by rounding, which in 16 bits is 50 times as much with trained
+weights as with random ones. So the run's own is measured: its scores against those that the same
+weights give in float32.
+"""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from accelerate.utils import is_peft_model
 from PIL import Image
+from torch import nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import pad, selective_log_softmax
+from trl.trainer.utils import pad, selective_log_softmax, use_adapter
 
 from open_r1.base.images import open_image
 from open_r1.doctor.finding import Checks, Finding, failed, passed, skipped, warned
-from open_r1.doctor.run import Run
+from open_r1.doctor.run import Missing, Run
+from open_r1.engines.agreement import MULTIPLE, SHORT, InFloat32
 from open_r1.engines.shared_prefix import Prompt, encode_prompt
 from open_r1.models.families import family_of
 from open_r1.running.data import Row, count_prompt_tokens
@@ -18,9 +27,10 @@ from open_r1.trainer.rows import with_images_inside
 from open_r1.trainer.trainer import Scored
 
 TRIED = 32  # rows among which the shortest and the longest prompt are taken
-# By what a number computed in another order may differ in the mean over tokens.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+FLOOR = 1e-4  # nats, what float32 rounds and more (docs/measured.md)
 UNSEEN = 1e-6  # a difference between two images that is none
+PASSES = 4  # over the two examples, of all checks together
+SECONDS = 60  # that all checks may take on a CPU
 
 
 def questions(run: Run) -> list[Row]:
@@ -43,21 +53,24 @@ def plain_model(run: Run) -> PreTrainedModel:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def score(run: Run, rows: Sequence[Row], shared: bool | None = None) -> torch.Tensor:
+def score(run: Run, rows: Sequence[Row], shared: bool | None = None, model: nn.Module | None = None) -> torch.Tensor:
     """Log-probabilities of the tokens of right answers, in one batch through the run's trainer.
 
     Args:
         rows: examples with decoded images.
         shared: whether completions share their prompt; None: as the recipe says.
+        model: in place of the policy.
 
     Returns:
         (N,) in the order of rows, their completions and the tokens of these.
     """
-    with torch.no_grad():
-        return score_completions(run, rows, shared) if run.is_grpo else score_labels(run, rows)
+    with torch.no_grad(), run.trainer.accelerator.autocast():
+        if run.is_grpo:
+            return score_completions(run, rows, shared, model)
+        return score_labels(run, rows)
 
 
-def score_completions(run: Run, rows: Sequence[Row], shared: bool | None) -> torch.Tensor:
+def score_completions(run: Run, rows: Sequence[Row], shared: bool | None, model: nn.Module | None) -> torch.Tensor:
     """A short and a long completion of each row through GRPO's trainer."""
     trainer, processor = run.trainer, run.processor
     tokenizer, device = processor.tokenizer, trainer.accelerator.device
@@ -83,7 +96,7 @@ def score_completions(run: Run, rows: Sequence[Row], shared: bool | None) -> tor
         images = {**family.join_images(inputs, device), **family.stock_inputs(inputs, is_image)}
         images["num_images"] = [len(row["images"]) for row in rows for _ in range(2)]
     logps, _, _ = trainer._get_per_token_logps_and_entropies(
-        trainer.model,
+        model or trainer.model,
         torch.cat([prompt_ids, completion_ids], dim=1),
         torch.cat([prompt_mask, mask], dim=1),
         completion_ids.shape[1],
@@ -106,18 +119,72 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
     return apart.mean().item(), apart.max().item()
 
 
-def tolerance(run: Run) -> float:
-    """For the coarsest numbers that the run computes with."""
-    dtypes = {plain_model(run).dtype, torch.float32}
-    dtypes |= {torch.bfloat16} if run.args.bf16 else {torch.float16} if run.args.fp16 else set()
-    return max(TOLERANCES.get(dtype, 0) for dtype in dtypes)
+@dataclass(eq=False)
+class Scores:
+    """Scores of the two examples that several checks compare, made when first asked for."""
+
+    run: Run
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The examples, if scoring them does not take too long; else Missing."""
+        rows, run = questions(self.run), self.run
+        if run.on_cpu:
+            kwargs = run.template_kwargs
+            tokens = sum(count_prompt_tokens(row, run.processor, **kwargs) for row in rows)
+            images = sum(len(row["images"]) for row in rows)
+            # a short and a long completion of each, on TRL's path each with its prompt
+            seconds = PASSES * run.flops(2 * tokens, 2 * images) / run.speed
+            if seconds > SECONDS:
+                minutes = f"{seconds / 60:.0f} minutes"
+                raise Missing(f"scoring would take this CPU about {minutes}; look at it on a GPU")
+        return rows
+
+    @cached_property
+    def usual(self) -> torch.Tensor:
+        """Each by itself, on TRL's path."""
+        return torch.cat([score(self.run, [row], shared=False) for row in self.rows])
+
+    @cached_property
+    def exact(self) -> torch.Tensor:
+        """The same with every number in float32."""
+        with InFloat32(self.run.trainer.accelerator.device):
+            return torch.cat([score(self.run, [row], shared=False) for row in self.rows])
+
+    @cached_property
+    def as_trained(self) -> torch.Tensor:
+        """In a batch, as the recipe says."""
+        return score(self.run, self.rows)
+
+    @cached_property
+    def rounding(self) -> float:
+        """Mean distance of the usual scores from the exact ones, in nats; 0 in float32."""
+        if not rounds(self.run):
+            return 0.0
+        return difference(self.usual, self.exact)[0]
+
+    @property
+    def bound(self) -> float:
+        """How far the mean of scores may be from the exact ones."""
+        return max(FLOOR, MULTIPLE * self.rounding)
+
+    def compare(self, scores: torch.Tensor, what: str, remedy: str) -> Finding:
+        """Whether scores are as exact as the usual ones."""
+        mean, most = difference(scores, self.exact if rounds(self.run) else self.usual)
+        against = f" from float32 ({self.rounding:.1e} by rounding)" if rounds(self.run) else ""
+        what = f"{what}: log-probabilities differ by {mean:.1e}{against}, {most:.1e} at most"
+        return passed(what) if mean <= self.bound else failed(what, remedy)  # NaN is not
 
 
-def compare(run: Run, one: torch.Tensor, other: torch.Tensor, what: str, remedy: str) -> Finding:
-    """Whether scores that should be the same are."""
-    mean, most = difference(one, other)
-    what = f"{what}: log-probabilities differ by {mean:.1e}, {most:.1e} at most"
-    return passed(what) if mean <= tolerance(run) else failed(what, remedy)  # NaN is not
+@lru_cache(maxsize=1)
+def scores_of(run: Run) -> Scores:
+    """The one object that the checks of a run share."""
+    return Scores(run)
+
+
+def rounds(run: Run) -> bool:
+    """Whether it computes in 16 bits."""
+    return plain_model(run).dtype in SHORT or run.args.bf16 or run.args.fp16
 
 
 def weights(run: Run) -> Iterator[Finding]:
@@ -147,23 +214,39 @@ def image_tokens(run: Run) -> Iterator[Finding]:
 
 def batching(run: Run) -> Iterator[Finding]:
     """Neighbours in a batch, and the padding that they bring, change nothing."""
-    rows = questions(run)
-    alone = torch.cat([score(run, [row], shared=False) for row in rows])
+    scores = scores_of(run)
     remedy = "padding leaks into the numbers: try --attn_implementation sdpa"
-    yield compare(run, score(run, rows, shared=False), alone, "two prompts in a batch or alone", remedy)
+    yield scores.compare(score(run, scores.rows, shared=False), "two prompts in a batch", remedy)
+
+
+def reference(run: Run) -> Iterator[Finding]:
+    """KL is 0 before the first step."""
+    if not run.is_grpo or run.args.beta == 0:
+        return
+    scores, trainer = scores_of(run), run.trainer
+    if trainer.ref_model is not None:
+        referred = score(run, scores.rows, model=trainer.ref_model)
+    else:
+        with use_adapter(trainer.model, None):
+            referred = score(run, scores.rows)
+    mean, most = difference(scores.as_trained, referred)
+    what = "policy and reference, before the first step: log-probabilities differ by "
+    what += f"{mean:.1e}, {most:.1e} at most"
+    remedy = "they start from different weights: some are missing in the model's files"
+    yield passed(what) if mean <= FLOOR else failed(what, remedy)
 
 
 def sight(run: Run) -> Iterator[Finding]:
     """A grey picture in place of each image changes the answers."""
-    rows = questions(run)
-    if not rows[-1]["images"]:
+    scores = scores_of(run)
+    if not scores.rows[-1]["images"]:
         yield skipped(f"no image in the first {TRIED} rows")
         return
-    grey = [{**row, "images": [Image.new("RGB", image.size, "grey") for image in row["images"]]} for row in rows]
-    mean, most = difference(score(run, rows), score(run, grey))
+    grey = [{**row, "images": [Image.new("RGB", image.size, "grey") for image in row["images"]]} for row in scores.rows]
+    mean, most = difference(scores.as_trained, score(run, grey))
     what = f"grey images change log-probabilities by {mean:.1e}, {most:.1e} at most"
     remedy = "the vision tower's weights are dead, or this model does not look at images"
-    if mean > tolerance(run):
+    if mean > scores.bound:
         yield passed(what)
     else:
         yield warned(what, remedy) if mean > UNSEEN else failed(what, remedy)
@@ -176,10 +259,10 @@ def shared_prefix(run: Run) -> Iterator[Finding]:
     if not run.trainer.shared_prefix:
         yield skipped("the recipe turns it off")
         return
-    rows = questions(run)
-    packed, usual = score(run, rows, shared=True), score(run, rows, shared=False)
-    yield compare(run, packed, usual, "shared prefix against TRL's path", "train with --shared_prefix false")
+    scores = scores_of(run)
+    what, remedy = "shared prefix against TRL's path", "train with --shared_prefix false"
+    yield scores.compare(scores.as_trained, what, remedy)
 
 
 # image_tokens first: a forward pass would end in the middle where these do not fit
-CHECKS: Checks = (weights, image_tokens, batching, sight, shared_prefix)
+CHECKS: Checks = (weights, image_tokens, batching, reference, sight, shared_prefix)

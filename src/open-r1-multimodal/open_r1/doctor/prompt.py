@@ -1,13 +1,16 @@
-"""Checks the prompt of the first example: that it holds what is asked and what is rewarded."""
+"""Checks the prompt of the first example: what it holds, and what is saved of it."""
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
 from open_r1.doctor.run import Run
+from open_r1.models.families import family_of_processor
+from open_r1.models.loading import load_processor
 from open_r1.rewards import accuracy_reward, format_reward
 from open_r1.running.data import Row
 
@@ -51,4 +54,18 @@ def tags(run: Run) -> Iterator[Finding]:
         yield warned(what, remedy)
 
 
-CHECKS: Checks = (rendered, tags)
+def saved(run: Run) -> Iterator[Finding]:
+    """A checkpoint's processor renders what the run's does, under the same bounds for images."""
+    folder = Path(run.scratch.name, "processor")
+    run.processor.save_pretrained(folder)
+    again, bounds = load_processor(str(folder)), family_of_processor(run.processor).pixel_bounds
+    row, kwargs = run.rows[0], run.template_kwargs
+    same_text = render(again, row, **kwargs) == render(run.processor, row, **kwargs)
+    if not same_text or bounds(again) != bounds(run.processor):
+        lost = "its image bounds" if same_text else "its prompt"
+        yield failed(f"a saved processor has lost {lost}", "save_pretrained of its class is at fault")
+    else:
+        yield passed("a saved processor renders the same text, with the same image bounds")
+
+
+CHECKS: Checks = (rendered, tags, saved)

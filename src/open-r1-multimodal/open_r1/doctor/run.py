@@ -6,6 +6,7 @@ A part that cannot be made fails the check that asks first; checks that ask late
 import copy
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -20,6 +21,7 @@ from trl import GRPOConfig, ModelConfig
 
 from open_r1.base.errors import Mistake, first_line
 from open_r1.doctor.survey import Survey, survey
+from open_r1.models.families import family_of
 from open_r1.models.loading import check_model, check_template, check_weights
 from open_r1.models.memory import Count, Launch, build_model, count_run, free_memory, load_config, weight_bytes
 from open_r1.rewards import COMPARING, Reward, check_gold, get_reward_funcs, reward_funcs_registry
@@ -30,9 +32,6 @@ from open_r1.sft import check_answer
 from open_r1.tasks.mixture import iter_mixture, parts_of
 
 MEASURED_STEPS = 2
-# A dozen passes over short batches; of a larger model they take a CPU longer than anybody waits for
-# a check.
-MAX_CPU_PARAMETERS = 200_000_000
 
 
 class Missing(Exception):
@@ -115,6 +114,28 @@ class Run:
         """Of the policy."""
         return sum(parameter.numel() for parameter in self.model_outline.parameters())
 
+    def flops(self, tokens: float, images: float) -> float:
+        """Of a forward pass: two for each parameter that a token or patch goes through.
+
+        An image is as large as the recipe lets one be.
+        """
+        model, script_args = self.model_outline, self.script_args
+        family = family_of(model)
+        tower = sum(p.numel() for block in family.vision_blocks(model) for p in block.parameters())
+        patches = family.count_patches(model.config, script_args.max_pixels or 0)
+        return 2 * ((self.num_parameters - tower) * tokens + tower * patches * images)
+
+    @cached_property
+    def speed(self) -> float:
+        """FLOP/s of a model on this CPU: half of what products of matrices in float32 reach."""
+        one, other = torch.ones(512, 1024), torch.ones(1024, 4096)
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            one @ other
+            seconds.append(time.perf_counter() - start)
+        return 512 * 1024 * 4096 / sorted(seconds)[2]
+
     @part
     def processor(self) -> ProcessorMixin:
         """With the recipe's prompt and image bounds."""
@@ -178,9 +199,6 @@ class Run:
     def trainer(self) -> Trainer:
         """The run's trainer in this process alone, set to two steps that leave nothing behind."""
         script_args, args, model_args = self.settings
-        if self.on_cpu and self.num_parameters > MAX_CPU_PARAMETERS:
-            size = self.num_parameters / 1e9
-            raise Missing(f"{size:.1f} B parameters take a CPU minutes a batch; look at it on a GPU")
         models = 1 + (self.is_grpo and args.beta > 0 and not model_args.use_peft)
         needed, free = models * weight_bytes(self.model_outline, model_args), free_memory(self.on_cpu)
         if needed > free:

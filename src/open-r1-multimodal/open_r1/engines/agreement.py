@@ -71,7 +71,7 @@ def widen(value: Any) -> Any:
     """A tensor, or a dtype, of 16 bits as float32; whatever else as it is."""
     if isinstance(value, torch.Tensor):
         return value.float() if value.dtype in SHORT else value
-    return torch.float32 if value in SHORT else value
+    return torch.float32 if isinstance(value, torch.dtype) and value in SHORT else value
 
 
 def narrow(value: Any) -> Any:

@@ -257,6 +257,18 @@ def head_bytes(model: PreTrainedModel, load: Load, is_cpu: bool) -> float:
     return tile + FP32 * (scored * weight.shape[1] + weight.requires_grad * weight.numel())
 
 
+def copy_bytes(model: nn.Module, gradient_checkpointing: bool) -> float:
+    """Weights of linear layers as autocast rounds them to 16 bits.
+
+    It keeps those that are trained for the rest of a forward pass, which then holds them all. What is
+    frozen it rounds at each use, and without checkpointing autograd keeps that.
+    """
+    weights = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    weights.discard(model.get_output_embeddings().weight)  # the fused head takes slices of it
+    kept = (p for p in weights if p.requires_grad or not gradient_checkpointing)
+    return 2 * sum(p.numel() for p in kept if p.dtype == torch.float32)
+
+
 def rollout_bytes(model: PreTrainedModel, load: Load) -> float:
     """The cache of all completions at full length, and the scores of the next tokens in float32."""
     config = model.config.get_text_config()
@@ -293,6 +305,7 @@ def count_memory(
     has_reference: bool = False,
     gradient_checkpointing: bool = True,
     is_cpu: bool = False,
+    has_autocast: bool = False,
 ) -> Count:
     """Count a training step's memory on one GPU.
 
@@ -301,6 +314,7 @@ def count_memory(
         model_args: dtype, adapter, quantisation.
         has_reference: whether KL takes a model of its own; with an adapter it never does.
         is_cpu: count the CPU's way to run the LM head.
+        has_autocast: weights in float32 are rounded to 16 bits where they are used.
     """
     model = build_model(config, model_args, freezing, launch)
     weights = weight_bytes(model, model_args)
@@ -327,6 +341,8 @@ def count_memory(
         "LM head": head_bytes(model, load, is_cpu),
         **gathered,
     }
+    if has_autocast:
+        backward["16-bit copies"] = copy_bytes(model, gradient_checkpointing)
     update = {"gradients": backward["gradients"]}
     if has_zero:
         backward["reduce bucket"] = REDUCE_BUCKET * gradients / elements
@@ -373,6 +389,7 @@ def count_run(
         has_reference=is_grpo and args.beta > 0,
         gradient_checkpointing=args.gradient_checkpointing,
         is_cpu=is_cpu,
+        has_autocast=(args.bf16 or args.fp16) and launch.zero_stage is None,
     )
 
 

@@ -1,0 +1,131 @@
+"""The doctor on a real language model: rounding passes, planted faults fail, memory is what is counted."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from open_r1 import grpo
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.doctor import model as checks
+from open_r1.doctor.examination import find
+from open_r1.doctor.finding import Check, Finding, Verdict
+from open_r1.doctor.run import Run
+from open_r1.engines import shared_prefix
+from open_r1.engines.shared_prefix import Prompt
+from open_r1.models.memory import Launch, count_run
+from open_r1.settings.recipes import read_recipe
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
+from test_doctor import measure, save_model
+
+pytestmark = pytest.mark.real
+RECIPE = ["--config", str(REPO_ROOT / "tests/data/grpo.yaml")]
+CPU = ["--use_cpu", "true", "--bf16", "false"]
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    return Path("/tmp/real/qwen")
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "autocast"])
+def run(request, real_model, examples_json, tmp_path_factory) -> Run:
+    """A run in 32 bits, in 16, and in 32 whose products are of 16."""
+    arguments = [*RECIPE, *CPU, "--model_name_or_path", str(real_model), "--dataset_name", str(examples_json)]
+    arguments += ["--output_dir", str(tmp_path_factory.mktemp("out")), "--dtype", request.param]
+    if request.param == "autocast":
+        arguments += ["--dtype", "float32", "--bf16", "true"]
+    return Run(grpo.COMMAND, arguments, Launch())
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """On a machine that has other work the checks take longer than the doctor would wait."""
+    monkeypatch.setattr(checks, "SECONDS", 10_000)
+
+
+def found(check: Check, run: Run) -> Finding:
+    """What a check finds; the scores of the run's own path are taken anew."""
+    vars(checks.scores_of(run)).pop("as_trained", None)
+    [finding] = find(check, run)
+    return finding
+
+
+@pytest.mark.parametrize("check", checks.CHECKS[2:], ids=lambda check: check.__name__)
+def test_a_healthy_model_passes(run, check):
+    finding = found(check, run)
+    assert finding.verdict is Verdict.PASS, finding
+    assert checks.rounds(run) == (checks.scores_of(run).rounding > 0.01), "as much as trained weights round"
+
+
+def shift_positions(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    original = Prompt.continue_positions
+    monkeypatch.setattr(Prompt, "continue_positions", lambda self, count: original(self, count) + 1)
+
+
+def swap_images(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    original = shared_prefix.join_images
+    swapped = lambda family, prompts, device: original(family, prompts[::-1], device)  # noqa: E731
+    monkeypatch.setattr(shared_prefix, "join_images", swapped)
+
+
+def look_at_padding(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    original = Qwen2VLGRPOTrainer._get_per_token_logps_and_entropies
+
+    def score(self, model, ids, mask, *arguments, **kwargs):
+        return original(self, model, ids, torch.ones_like(mask), *arguments, **kwargs)
+
+    monkeypatch.setattr(Qwen2VLGRPOTrainer, "_get_per_token_logps_and_entropies", score)
+
+
+def spoil_reference(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    weight = run.trainer.ref_model.get_decoder().layers[1].mlp.down_proj.weight
+    monkeypatch.setattr(weight, "data", weight.data * 1.05)
+
+
+def kill_tower(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    for name, parameter in run.trainer.model.named_parameters():
+        if ".visual." in name:
+            monkeypatch.setattr(parameter, "data", torch.zeros_like(parameter))
+
+
+FAULTS = {
+    shift_positions: checks.shared_prefix,
+    swap_images: checks.shared_prefix,
+    look_at_padding: checks.batching,
+    spoil_reference: checks.reference,
+    kill_tower: checks.sight,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_fails(run, fault: Callable, monkeypatch):
+    assert checks.scores_of(run).bound > 0  # from the model as it is
+    fault(monkeypatch, run)
+    finding = found(FAULTS[fault], run)
+    assert finding.verdict is Verdict.FAIL and "nan" not in finding.what, finding
+
+
+MEMORY = {
+    "float32": ["--dtype", "float32"],
+    "LoRA, bfloat16": ["--dtype", "bfloat16", "--config", str(REPO_ROOT / "configs/overlays/lora.yaml")],
+    "autocast": ["--dtype", "float32", "--bf16", "true"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MEMORY)
+def test_count_is_the_peak_within_15_percent(case, real_model, examples_json, tmp_path):
+    sizes = {"per_device_train_batch_size": 16, "completions_per_step": 16, "num_generations": 16}
+    sizes |= {"max_prompt_length": 128, "max_completion_length": 32, "max_steps": 2}
+    arguments = [*RECIPE, *CPU, *MEMORY[case], "--dataset_name", str(examples_json), "--save_strategy", "no"]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--reward_funcs", "support:vowel_share"]
+    arguments += [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    measured = measure("grpo", real_model, save_model(tmp_path / "none", 64, 2), arguments)
+    script_args, args, model_args = read_recipe(
+        grpo.COMMAND.arguments, ["--model_name_or_path", str(real_model), *arguments]
+    )
+    counted = count_run(script_args, args, model_args, Launch(), is_cpu=True)
+    print(f"{case}: measured {measured / 1e9:.2f} GB, counted {counted.peak / 1e9:.2f} GB", counted)
+    assert counted.peak == pytest.approx(measured, rel=0.15)
