@@ -1,5 +1,5 @@
 #!/bin/sh
-# Set up and run the tests: the quick suite, or with --all also those marked distributed, browser, slow or vllm; what
+# Set up and run the tests: the quick suite, or with --all also those marked distributed, browser, real, slow or vllm; what
 # only the authors need: -m nightly. Other arguments go to pytest: `bash scripts/test.sh -k answers`,
 # `bash scripts/test.sh -m browser -n 0`.
 set -eu
@@ -9,6 +9,7 @@ sh "$ROOT/setup.sh"
 if [ "${1:-}" = "--all" ]; then
     shift
     set -- -m "not nightly" "$@"
+    "$PYTHON" -m uv pip install --quiet --python "$PYTHON" --no-deps -r "$ROOT/requirements-real.txt"
     # The report's tests open it in a browser; without one they say what to install.
     if { ! command -v chromium && ! command -v google-chrome || ! command -v chromedriver; } >/dev/null 2>&1 &&
         [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

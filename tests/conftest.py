@@ -60,6 +60,18 @@ def tiny_model(tiny_models: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real language model, SmolLM2-135M-Instruct in float32, as a Qwen2-VL with the tiny base's vision tower."""
+    from laptop.language_model import make_model
+
+    folder = tmp_path_factory.mktemp("real")
+    model, processor = make_model()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def examples_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared dataset of eight examples."""
     from support import write_examples

@@ -1,7 +1,6 @@
 """The doctor on a real language model: rounding passes, planted faults fail, memory is what is counted."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +21,6 @@ from test_doctor import measure, save_model
 pytestmark = pytest.mark.real
 RECIPE = ["--config", str(REPO_ROOT / "tests/data/grpo.yaml")]
 CPU = ["--use_cpu", "true", "--bf16", "false"]
-
-
-@pytest.fixture(scope="session")
-def real_model() -> Path:
-    return Path("/tmp/real/qwen")
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "autocast"])
@@ -114,7 +108,7 @@ MEMORY = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("case", MEMORY)
 def test_count_is_the_peak_within_15_percent(case, real_model, examples_json, tmp_path):
     sizes = {"per_device_train_batch_size": 16, "completions_per_step": 16, "num_generations": 16}

