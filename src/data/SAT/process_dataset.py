@@ -85,6 +85,8 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         a_folder = ", but a folder; name the parquet file in it" if path.is_dir() else ""
         raise Mistake(f"{path}: no such file{a_folder}")
     try:
+        # the system's pool gives memory back; arrow's own keeps the pages of a large row group
+        pa.set_memory_pool(pa.system_memory_pool())
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise Mistake(f"{path}: not a complete parquet file ({first_line(error)}); fetch it again") from error
