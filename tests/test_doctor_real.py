@@ -23,7 +23,7 @@ RECIPE = ["--config", str(REPO_ROOT / "tests/data/grpo.yaml")]
 CPU = ["--use_cpu", "true", "--bf16", "false"]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "autocast"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", pytest.param("autocast", marks=pytest.mark.nightly)])
 def run(request, real_model, examples_json, tmp_path_factory) -> Run:
     """A run in 32 bits, in 16, and in 32 whose products are of 16."""
     arguments = [*RECIPE, *CPU, "--model_name_or_path", str(real_model), "--dataset_name", str(examples_json)]

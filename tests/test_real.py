@@ -196,7 +196,8 @@ def test_first_tokens_are_drawn_with_the_models_probabilities(policy, world):
         logits = model(input_ids=prompt.input_ids[None], mm_token_type_ids=kinds, **prompt.image_inputs).logits
     probabilities, tokens = logits[0, -1].softmax(dim=-1).topk(10)
     torch.manual_seed(0)
-    settings = GenerationConfig(max_new_tokens=1, do_sample=True, top_k=0, eos_token_id=[2], pad_token_id=0)
+    settings = {"do_sample": True, "top_k": 0, "repetition_penalty": 1.0}
+    settings = GenerationConfig(max_new_tokens=1, eos_token_id=[2], pad_token_id=0, **settings)
     batches = [generate(model, [prompt], [at_once], settings) for _ in range(draws // at_once)]
     drawn = torch.tensor([ids[0] for batch in batches for ids in batch])
     for token, probability in zip(tokens, probabilities, strict=True):
