@@ -205,6 +205,7 @@ def test_first_tokens_are_drawn_with_the_models_probabilities(policy, world):
         assert abs(share - probability) < 4 * (probability * (1 - probability) / draws).sqrt()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_doctor_finds_a_healthy_model_healthy(real_model, world, dtype):
     recipe = ["--config", "tests/data/grpo.yaml", "--model_name_or_path", real_model]
@@ -215,6 +216,7 @@ def test_the_doctor_finds_a_healthy_model_healthy(real_model, world, dtype):
         assert f"pass  model  {check}" in said or "pass" in next(line for line in said.splitlines() if check in line)
 
 
+@pytest.mark.nightly
 def test_from_training_to_its_page(real_model, world, tmp_path):
     """Two steps in bfloat16 with LoRA as the scripts launch them, then evaluated, asked, exported, shown."""
     recipes = f"{REPO_ROOT}/tests/data/grpo.yaml {REPO_ROOT}/configs/overlays/lora.yaml"
@@ -244,6 +246,7 @@ def test_from_training_to_its_page(real_model, world, tmp_path):
     assert (tmp_path / "run/report.html").stat().st_size > 20_000
 
 
+@pytest.mark.nightly
 def test_the_answer_checker_reads_an_untuned_models_babble_as_a_person_does():
     """50 completions of the untrained model, judged by hand: the option that each commits itself to, or none."""
     rows = json.loads((Path(__file__).parent / "data/untuned.json").read_text())
