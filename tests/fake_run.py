@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from open_r1.answers.judgement import judgement_of
 from open_r1.base.prompts import sat_question
 from open_r1.world.parquet import sat_row
 from open_r1.world.scene import LEVELS
@@ -130,6 +131,9 @@ def fake_rows(
                             "accuracy_reward": float(right and formatted and ended),
                             "format_reward": float(formatted and ended),
                         },
+                        "judgement": judgement_of(
+                            text if ended else thought, asked["answer"], asked["options"], ended=ended
+                        ),
                         "length": min(length, 256),
                         "ended": ended,
                         "group": number,

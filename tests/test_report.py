@@ -215,7 +215,7 @@ def test_a_finished_run(tmp_path):
     assert "my run" in page.text and "finished" in page.text and "4 of 4 steps" in page.text
     assert "32 completions, 12 held-out" in page.text
     assert {"Accuracy, completion length and reflection", "Held-out accuracy", "Seconds a step"} <= set(page.titles())
-    assert len(page.titles()) == 10 and "Without data" not in page.text and "Pass rates" in page.text
+    assert len(page.titles()) == 13 and "Without data" not in page.text and "Pass rates" in page.text
     assert len(page.completions()) == 32 and len(page.completions("eval")) == 12
     assert all(image["source"].startswith("data:image/png;base64,") for image in page.data["images"])
 

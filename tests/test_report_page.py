@@ -130,7 +130,7 @@ def test_curves_are_drawn(page):
              return [box.width, box.height, Math.max(...lines.map((line) => line.width)) / box.width];
            })"""
     )
-    assert len(drawn) == 10  # the paper's figure once, in the width that fits
+    assert len(drawn) == 13  # the paper's figure once, in the width that fits
     assert all(width > 300 and height > 180 and share > 0.5 for width, height, share in drawn)
     colours = page.execute_script(
         """return [...document.querySelectorAll("#rewards-title ~ g path")]
@@ -139,7 +139,8 @@ def test_curves_are_drawn(page):
     assert {"rgb(59, 82, 196)", "rgb(194, 65, 12)"} <= set(colours)  # --curve-1 and --curve-2
 
 
-def test_browsing_by_step_and_prompt(page, rows):
+def test_browsing_by_step_and_prompt(page, report, rows):
+    show(page, report, "#train/1/1")
     assert status(page).startswith(f"Step 1, prompt 1 of {PROMPTS}")
     assert element(page, "previous").get_property("disabled")
     element(page, "next").click()
@@ -181,7 +182,8 @@ def test_the_same_prompt_at_an_earlier_step(page):
     assert len(page.find_elements(By.CSS_SELECTOR, "#columns h3")) == 1
 
 
-def test_filters_and_their_counts(page, rows):
+def test_filters_and_their_counts(page, report, rows):
+    show(page, report, "#train/1/1")
     kinds = {
         "all": lambda record: True,
         "correct": lambda record: record["rewards"]["accuracy_reward"] == 1,
@@ -199,6 +201,43 @@ def test_filters_and_their_counts(page, rows):
         assert chosen.get_attribute("aria-pressed") == "true"
         assert len(page.find_elements(By.CSS_SELECTOR, "#filters [aria-pressed=true]")) == 1
         assert len(cards(page)) == sum(map(holds, of_step[:GROUP]))
+
+
+def test_selects_show_why_a_completion_earned_nothing(page, report, rows):
+    show(page, report, "#train/1/1")
+    why = Select(element(page, "judgement"))
+    assert {option.text for option in why.options[1:]} == {record["judgement"] for record in rows}
+    chosen = next(record for record in rows if record["judgement"] != "right")["judgement"]
+    why.select_by_visible_text(chosen)
+    fitting = [record["judgement"] == chosen for record in rows]
+    assert button(page, "filter", "all").text.endswith(f"/ {sum(fitting)}")
+    assert len(cards(page)) == sum(fitting[:GROUP])
+    why.select_by_index(0)
+    Select(element(page, "advantage")).select_by_visible_text("positive")
+    Select(element(page, "reward")).select_by_visible_text("format above 0")
+    fitting = [record["advantage"] > 0 and record["rewards"]["format_reward"] > 0 for record in rows]
+    assert button(page, "filter", "all").text.endswith(f"/ {sum(fitting)}")
+
+
+def test_the_rollouts_open_on_a_group_that_teaches(browser, tmp_path, rows):
+    """Four groups of the first step have equal rewards; the first with signal is in the second."""
+    rows = [record | ({"advantage": 0.0} if record["step"] == 1 else {}) for record in rows]
+    show(browser, write_report(write_run(tmp_path / "run", rows)))
+    first = next(at for at, record in enumerate(rows) if record["advantage"])
+    assert status(browser).startswith(f"Step 2, prompt {(first - PROMPTS * GROUP) // GROUP + 1} of")
+
+
+def test_a_table_that_is_wider_than_the_screen_says_so(page, report):
+    emulate(page, 390)
+    show(page, report)
+    wider = page.find_elements(By.CSS_SELECTOR, ".scroll.wider")
+    said = "return getComputedStyle(arguments[0], '::before').content"
+    assert wider and all("scroll sideways" in page.execute_script(said, table) for table in wider)
+    emulate(page, 1280)
+    show(page, report)
+    assert page.find_elements(By.CSS_SELECTOR, "table") and not page.find_elements(
+        By.CSS_SELECTOR, "#why .scroll.wider"
+    )
 
 
 def test_held_out_completions(page):

@@ -275,6 +275,32 @@ def test_rewards_get_of_the_run_only_what_they_ask_for(own):
     assert not inspect.iscoroutinefunction(rewards[1])
 
 
+def test_parameters_stand_behind_a_reward(own):
+    own("def short(completions, limit=10, words=(), **_):\n    return [float(len(c) < limit) for c in completions]\n")
+    names = ["own_rewards:short(limit=3, words=['a', 'b'])", "own_rewards:short", "length(target_length=4)"]
+    rewards = get_reward_funcs(names, max_completion_length=9)
+    assert [reward.__name__ for reward in rewards] == ["short", "short", "length_reward"]
+    given = {"completions": ["abcde"], "completion_ids": [[1, 2]]}
+    assert [reward(**given) for reward in rewards] == [[0.0], [1.0], [0.5]]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("length(target=4)", "length has no parameter 'target'; it has target_length"),
+        ("accuracy(limit=4)", "accuracy has no parameter 'limit'; it has options"),
+        ("length(4)", "parameters of a reward are written as in length"),
+        ("length(target_length=4", "parameters of a reward are written as in length"),
+        ("length(target_length=print(1))", "parameters of a reward are written as in length"),
+        ("length(**{})", "parameters of a reward are written as in length"),
+        ("length(target_length=4) + 1", "parameters of a reward are written as in length"),
+    ],
+)
+def test_parameters_that_a_reward_has_not_are_one_line(name, message):
+    with pytest.raises(Mistake, match=f"^reward_funcs: .*{message}"):
+        get_reward_funcs([name])
+
+
 @pytest.mark.parametrize(
     "name, message",
     [

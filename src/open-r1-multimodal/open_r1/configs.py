@@ -104,7 +104,7 @@ class GRPOScriptArguments(FreezeArguments, DataArguments):
         default_factory=lambda: ["accuracy", "format"],
         help="Rewards by registry name (accuracy, bare_accuracy, format, length, "
         "order_consistency, repetition, soft_overlong; docs/running.md) or as "
-        "module:function; reward_weights weighs them.",
+        "module:function, with parameters as in 'length(target_length=500)'; reward_weights weighs them.",
     )
     rotate_options: bool = HfArg(
         default=False,

@@ -1,9 +1,11 @@
 """Reward functions in TRL's form: keyword lists with an entry per completion in, a float per completion out.
 
-A recipe names them in `reward_funcs`, by their name in `reward_funcs_registry` or as `module:function`. What a function
-of the user's own raises, or returns that is no reward, ends a run in one line that names it (`guarded`).
+A recipe names them in `reward_funcs`, by their name in `reward_funcs_registry` or as `module:function`, with values of
+their parameters in brackets: `length(target_length=500)`. What a function of the user's own raises, or returns that is
+no reward, ends a run in one line that names it (`guarded`).
 """
 
+import ast
 import functools
 import inspect
 import re
@@ -175,12 +177,13 @@ def get_reward_funcs(names: Sequence[str], **of_the_run: Any) -> list[Reward]:
     """The reward functions of a recipe.
 
     Args:
-        names: names in the registry, or `module:function` for a function of the user's own.
+        names: names in the registry, or `module:function` for a function of the user's own; either with values of its
+            parameters in brackets, as Python writes them: `my_rewards:short(limit=40)`.
         of_the_run: `think_prefilled` (see `format_reward`), `max_completion_length`: each bound to the reward functions
             that have a parameter of its name.
 
     Raises:
-        Mistake: a name is unknown, or does not lead to a function that can be called as TRL does.
+        Mistake: a name is unknown, or leads to no function that can be called as TRL does, with these parameters.
     """
     return [_get_reward(name, of_the_run) for name in names]
 
@@ -211,27 +214,41 @@ def _well_formed(text: str) -> bool:
 
 
 def _get_reward(name: str, of_the_run: Mapping[str, Any]) -> Reward:
-    if name in reward_funcs_registry:
-        return _bind(reward_funcs_registry[name], of_the_run)
-    reward = import_named("reward_funcs", "reward", name, reward_funcs_registry)
+    name, chosen = _split_parameters(name)
+    ours = reward_funcs_registry.get(name)
+    reward = ours or import_named("reward_funcs", "reward", name, reward_funcs_registry)
     try:
-        parameters = inspect.signature(reward).parameters.values()
+        parameters = inspect.signature(reward).parameters
     except (TypeError, ValueError):  # of a function that is not written in Python
-        parameters = []
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        parameters = {}
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         raise Mistake(
             f"reward_funcs: {name} must take **kwargs: TRL gives it prompts, completions, completion_ids, every column "
             "of the data, and more"
         )
-    return guarded(_bind(reward, of_the_run), name)
+    if unknown := chosen.keys() - parameters.keys():
+        own = [key for key, parameter in parameters.items() if parameter.default is not inspect.Parameter.empty]
+        raise Mistake(f"reward_funcs: {name} has no parameter {min(unknown)!r}; it has {', '.join(own) or 'none'}")
+    bound = {key: value for key, value in of_the_run.items() if key in parameters} | chosen
+    if bound:  # keeps __name__, under which TRL logs it
+        reward = functools.update_wrapper(functools.partial(reward, **bound), reward)
+    return reward if ours else guarded(reward, name)
 
 
-def _bind(reward: Reward, of_the_run: Mapping[str, Any]) -> Reward:
-    asked = inspect.signature(reward).parameters.keys() & of_the_run.keys()
-    if not asked:
-        return reward
-    bound = functools.partial(reward, **{name: of_the_run[name] for name in asked})
-    return functools.update_wrapper(bound, reward)  # keeps __name__, under which TRL logs it
+def _split_parameters(text: str) -> tuple[str, dict[str, Any]]:
+    """`"short(limit=40)"` as `"short"` and `{"limit": 40}`; values are literals, and nothing is run."""
+    name, bracket, rest = text.partition("(")
+    if not bracket:
+        return text, {}
+    try:
+        call = ast.parse(f"reward({rest}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or None in [keyword.arg for keyword in call.keywords]:
+            raise SyntaxError
+        return name.strip(), {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise Mistake(
+            f"reward_funcs: {text!r}: parameters of a reward are written as in {name}(limit=40, words=['a', 'b'])"
+        ) from error
 
 
 def guarded(reward: Reward, name: str) -> Reward:

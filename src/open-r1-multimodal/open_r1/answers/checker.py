@@ -72,7 +72,7 @@ def is_correct(
         Mistake: there are options, and the gold answer is none of them.
     """
     question = make_question(gold, options, lettered)
-    return _verdict(question, _read_strictly(answer, question), "tag").correct
+    return _verdict(question, read_strictly(answer, question), "tag").correct
 
 
 def judge(
@@ -100,7 +100,7 @@ def judge(
     if lenient:
         return _verdict(question, *_read(response, question))
     answer = extract_answer(response)
-    outcome = _unread(Response(response)) if answer is None else _read_strictly(answer, question)
+    outcome = _unread(Response(response)) if answer is None else read_strictly(answer, question)
     return _verdict(question, outcome, "tag")
 
 
@@ -216,7 +216,7 @@ def _read(text: str, question: Question) -> tuple[Answer | Unread, str]:
     return reason, ""
 
 
-def _read_strictly(answer: str | None, question: Question) -> Answer | Unread:
+def read_strictly(answer: str | None, question: Question) -> Answer | Unread:
     """The answer if the text is one, and nothing else."""
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return Unread.UNREADABLE

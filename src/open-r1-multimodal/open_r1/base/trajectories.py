@@ -28,6 +28,7 @@ class Completion(Record):
     # null where a function gave none
     rewards: Annotated[dict[Text, float | None], Expected("numbers or null by name")]
     advantage: Number
+    judgement: Text | None = None  # how its answer was read (open_r1.answers.judgement), under an accuracy reward
     length: Count  # in tokens
     ended: Flag
     reflections: Annotated[list[Span] | None, Expected("pairs of offsets")] = None

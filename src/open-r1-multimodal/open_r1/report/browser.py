@@ -168,6 +168,7 @@ def group_record(
                 "advantage": rounded(record.advantage),
                 "length": record.length,
                 "truncated": not record.ended,
+                "judgement": shown(record.judgement),
                 "correct": None if math.isnan(correct[index]) else bool(correct[index]),
                 "reflective": bool(record.reflections),
                 "considered": shown(record.considered) if record.self_corrected else None,

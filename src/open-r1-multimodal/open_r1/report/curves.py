@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from open_r1.report.runs import ACCURACY, FORMAT, Run, Series, Trajectories
+from open_r1.answers.judgement import Judgement
+from open_r1.report.runs import ACCURACY, FORMAT, JUDGEMENTS, Run, Series, Trajectories
 from open_r1.report.statistics import by_step, group_accuracy, quartiles, reflection_statistics
 
 
@@ -23,12 +24,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves on common axes; `percent` ones are shares, drawn over all of [0, 1] unless they are `rare`."""
+    """Curves on common axes; `percent` ones are shares, drawn over all of [0, 1] unless they are `rare`.
+
+    Those of a `stacked` panel have the same steps and are drawn as areas, one upon the other.
+    """
 
     label: str
     lines: Sequence[Line]
     percent: bool = False
     rare: bool = False
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,12 +109,19 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
     ]
     charts = [
         Chart("rewards", "Accuracy and format reward", [Panel("mean reward", [accuracy, form], percent=True)]),
+        logged("reward", "Total reward", "mean", "total reward", "reward"),
         *(Chart(f"reward-{n}", f"Reward: {line.label}", [Panel("mean", [line])]) for n, line in enumerate(others)),
         Chart(
             "held-out",
             "Held-out accuracy",
             [Panel("accuracy", held_out_lines, percent=True)],
             "Band: Wilson's 95 % interval over questions." if held_out_lines[0].low is not None else "",
+        ),
+        Chart(
+            "why-zero",
+            "Why completions earned no accuracy reward",
+            [Panel("of completions", reasons(train), percent=True, stacked=True)],
+            "Wrong form: a lenient reader finds the right answer, the reward does not.",
         ),
         Chart(
             "length",
@@ -139,6 +151,7 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
             "A group whose completions all earn the same reward teaches nothing.",
         ),
         Chart("time", "Seconds a step", [Panel("seconds", step_time(run))]),
+        logged("learning-rate", "Learning rate", "", "learning rate", "learning_rate"),
         logged("gradient", "Gradient norm", "norm", "gradient norm", "grad_norm"),
     ]
     accuracies = [accuracy, *(replace(line, low=None, high=None) for line in held_out_lines)]
@@ -183,6 +196,17 @@ def held_out_accuracies(run: Run, held_out: Trajectories) -> list[Line]:
 
 def _held_out_label(name: str) -> str:
     return f"held-out accuracy, {name}" if name else "held-out accuracy"
+
+
+def reasons(train: Trajectories) -> list[Line]:
+    """Share of a step's completions that earned no accuracy reward, for each reason that the run has."""
+    judgements, steps = train.rows["judgement"], train.rows["step"]
+    judged = judgements > 0
+    return [
+        Line(reason.value, by_step(steps[judged], (judgements[judged] == number).astype(float)))
+        for number, reason in enumerate(JUDGEMENTS, start=1)
+        if reason is not Judgement.RIGHT and (judgements == number).any()
+    ]
 
 
 def reflection_share(run: Run, train: Trajectories, column: str, logged: str) -> Series:

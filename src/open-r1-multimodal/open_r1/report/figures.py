@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -201,8 +202,14 @@ def _colour_axis(axes: Axes, colour: str) -> None:
 
 def _draw_panel(axes: Axes, panel: Panel, theme: Theme, number: int, parts: int) -> None:
     """Draw a panel's curves in the theme's colours from `number` on, with about `parts` intervals between ticks."""
+    below = 0.0
     for at, line in enumerate(panel.lines, start=number):
-        _draw_line(axes, line, theme.curves[at % len(theme.curves)], DASHES[at % len(DASHES)])
+        colour, dashes = theme.curves[at % len(theme.curves)], DASHES[at % len(DASHES)]
+        if panel.stacked:
+            _draw_area(axes, line, below, colour, dashes)
+            below = below + line.points.values
+        else:
+            _draw_line(axes, line, colour, dashes)
     _frame(axes, panel.label, theme, parts)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if panel.percent:
@@ -250,6 +257,16 @@ def _draw_line(axes: Axes, line: Line, colour: str, dashes: object) -> None:
     else:
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
         axes.plot(steps, moving_average(values, len(values) // 25 | 1), linewidth=2.2, **style)
+
+
+def _draw_area(axes: Axes, line: Line, below: np.ndarray | float, colour: str, dashes: object) -> None:
+    """The area of a curve's values, upon those `below` it; of a single step it is as wide as the step."""
+    steps, top = line.points.steps, below + line.points.values
+    steps, below, top = np.broadcast_arrays(steps, below, top)
+    if len(steps) == 1:
+        steps, below, top = [*steps, -0.5, 0.5], below.repeat(2), top.repeat(2)
+    axes.fill_between(steps, below, top, color=colour, alpha=0.45, linewidth=0)
+    axes.plot(steps, top, color=colour, linestyle=dashes, linewidth=1.2, label=line.label)
 
 
 def _inline(figure: Figure, name: str, description: str) -> Markup:

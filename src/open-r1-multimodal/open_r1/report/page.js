@@ -1,4 +1,11 @@
 "use strict";
+
+// A table that is wider than its place says so.
+const watcher = new ResizeObserver((entries) => {
+  for (const { target } of entries) target.classList.toggle("wider", target.scrollWidth > target.clientWidth);
+});
+document.querySelectorAll(".scroll").forEach((table) => watcher.observe(table));
+
 // The browser of completions. Everything that it shows comes from the JSON beside it and is untrusted:
 // text goes into the page as text nodes alone.
 (() => {
@@ -18,12 +25,37 @@
     truncated: (completion) => completion.truncated,
     reflective: (completion) => completion.reflective,
   };
-  const count = (completions, filter) => completions.filter(matches[filter]).length;
+  // Of the three selects: value -> [what it is called, what it takes]. Names come from the run: in maps they are harmless.
+  const anything = ["", ["all", () => true]];
+  const rewardOf = (completion, name) => completion.rewards[source().rewards.indexOf(name)] ?? NaN;
+  const embedded = Object.values(data.sources).flatMap(({ steps }) => steps.flatMap((step) => step.groups.flatMap((group) => group.completions)));
+  const selects = {
+    judgement: new Map([
+      anything,
+      ...embedded.filter(({ judgement }) => judgement).map(({ judgement }) => [judgement, [judgement, (completion) => completion.judgement === judgement]]),
+    ]),
+    advantage: new Map([
+      anything,
+      ["positive", ["positive", (completion) => completion.advantage > 0]],
+      ["negative", ["negative", (completion) => completion.advantage < 0]],
+      ["zero", ["zero", (completion) => completion.advantage === 0]],
+    ]),
+    reward: new Map([
+      anything,
+      ...Object.values(data.sources).flatMap(({ rewards }) => rewards).flatMap((name) => [
+        [`${name} above 0`, [`${name.replace(/_reward$/, "")} above 0`, (completion) => rewardOf(completion, name) > 0]],
+        [`${name} at most 0`, [`${name.replace(/_reward$/, "")} at most 0`, (completion) => rewardOf(completion, name) <= 0]],
+      ]),
+    ]),
+  };
+  const fits = (completion, filter) =>
+    matches[filter](completion) && Object.entries(selects).every(([name, options]) => options.get(state[name])[1](completion));
+  const count = (completions, filter) => completions.filter((completion) => fits(completion, filter)).length;
   const ofStep = (step) => step.groups.flatMap((group) => group.completions);
   const isEmpty = (name) => data.sources[name].steps.length === 0;
 
   // What is shown: positions in the data, but for `earlier`, a step's number ("" for none).
-  const state = { source: isEmpty("train") ? "eval" : "train", step: 0, group: 0, filter: "all", earlier: null, target: null };
+  const state = { source: isEmpty("train") ? "eval" : "train", step: 0, group: 0, filter: "all", judgement: "", advantage: "", reward: "", earlier: null, target: null };
   const source = () => data.sources[state.source];
   const step = () => source().steps[state.step];
   const group = () => step().groups[state.group];
@@ -67,6 +99,7 @@
     if (completion.correct !== null) {
       top.append(make("span", { class: completion.correct ? "badge good" : "badge bad" }, completion.correct ? "✓ correct" : "✗ wrong"));
     }
+    if (completion.judgement && completion.judgement !== "right") top.append(make("span", { class: "badge" }, completion.judgement));
     if (completion.truncated) top.append(make("span", { class: "badge" }, "truncated"));
     if (completion.reflective) top.append(make("span", { class: "badge" }, "reflective"));
     if (completion.considered !== null) top.append(make("span", { class: "badge" }, `first said ${completion.considered}`));
@@ -83,13 +116,13 @@
     const prompt = data.prompts[shown.prompt];
     const cards = shown.completions
       .map((completion, position) => [completion, position])
-      .filter(([completion]) => matches[state.filter](completion))
+      .filter(([completion]) => fits(completion, state.filter))
       .map(([completion, position]) => {
         const card = makeCompletion(completion, position, prompt);
         if (position === target) card.classList.add("target");
         return card;
       });
-    const list = cards.length ? make("div", { class: "completions" }, ...cards) : make("p", { class: "none" }, `No ${state.filter} completion here.`);
+    const list = cards.length ? make("div", { class: "completions" }, ...cards) : make("p", { class: "none" }, "No completion here is what the filters ask for.");
     return make("section", { "aria-label": title }, make("h3", {}, title), list);
   }
 
@@ -109,7 +142,7 @@
 
   function tally(completions) {
     const judged = completions.filter((completion) => completion.correct !== null);
-    return judged.length ? `${count(judged, "correct")} of ${judged.length} correct` : `${completions.length} completions`;
+    return judged.length ? `${judged.filter(matches.correct).length} of ${judged.length} correct` : `${completions.length} completions`;
   }
 
   function nextMatch() {
@@ -145,6 +178,10 @@
       button.setAttribute("aria-pressed", filter === state.filter);
       button.setAttribute("aria-label", `${label(button)}: ${here} in this step, ${all} embedded`);
       button.replaceChildren(`${label(button)} ${here} / ${all}`);
+    }
+    for (const [name, options] of Object.entries(selects)) {
+      makeOptions(byId(name), [...options].map(([value, [text]]) => [value, text]), state[name]);
+      byId(name).disabled = options.size < 2;
     }
     byId("match").disabled = nextMatch() === null;
     const parts = [`${steps.length} of ${total} steps are embedded`];
@@ -196,7 +233,7 @@
     const shown = count(group().completions, state.filter);
     byId("status").textContent =
       `Step ${step().step}, prompt ${group().number} of ${step().asked}: ${tally(group().completions)}; ` +
-      `showing ${state.filter === "all" ? "all" : `${shown} ${state.filter}`} of ${group().completions.length}.`;
+      `showing ${shown} of ${group().completions.length}.`;
     if (!keepPlace) return;
     const place = [state.source, step().step, group().number];
     if (state.target !== null) place.push(state.target + 1);
@@ -234,8 +271,7 @@
     const found = step().groups.findIndex((candidate) => candidate.number === Number(place[3]));
     state.group = Math.max(found, 0);
     state.target = place[4] && found >= 0 ? Number(place[4]) - 1 : null;
-    state.filter = "all";
-    state.earlier = null;
+    Object.assign(state, { filter: "all", judgement: "", advantage: "", reward: "", earlier: null });
     show();
     return true;
   }
@@ -263,6 +299,12 @@
       show();
     });
   }
+  for (const name of Object.keys(selects)) {
+    byId(name).addEventListener("change", (event) => {
+      state[name] = event.target.value;
+      show();
+    });
+  }
   byId("match").addEventListener("click", () => {
     const found = nextMatch();
     if (found) goToStep(...found);
@@ -277,6 +319,16 @@
     if (readHash()) revealTarget();
   });
 
+  // At first a group that teaches something, where there is one.
+  function goToSignal() {
+    source().steps.some((candidate, at) => {
+      const found = candidate.groups.findIndex((other) => other.completions.some((completion) => completion.advantage));
+      if (found >= 0) Object.assign(state, { step: at, group: found });
+      return found >= 0;
+    });
+  }
+
+  goToSignal();
   if (readHash()) revealTarget();
   else show(false); // a link to another section stays what it is
 })();

@@ -17,6 +17,7 @@ from typing import Annotated, Any, BinaryIO
 import numpy as np
 from pydantic import Field
 
+from open_r1.answers.judgement import Judgement
 from open_r1.base.errors import Mistake
 from open_r1.base.fields import Count, Expected, Record, Text, check, is_usable
 from open_r1.base.files import read_json
@@ -57,6 +58,8 @@ class RunInfo(Record):
     dataset: Text | None = None
     eval_dataset: Text | None = None
     arguments: dict[str, Any] = Field(default={})
+    recipes: Annotated[list[Text], Expected("a list of names"), Field(default=[])]
+    changed: dict[str, Any] = Field(default={})  # of the arguments those that the command line gave
 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[str, int, Any]]:
@@ -199,6 +202,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 # --- the completions ----------------------------------------------------------------------------------------
 
+JUDGEMENTS = tuple(Judgement)
+
 COLUMNS = np.dtype(
     [
         ("offset", np.int64),  # of the line in the file, in bytes
@@ -207,6 +212,7 @@ COLUMNS = np.dtype(
         ("prompt", np.int64),  # the same number for the same text and images, wherever they recur
         ("has_reflections", np.bool_),  # whether the run looked for them
         ("reflective", np.bool_),
+        ("judgement", np.int64),  # which of `JUDGEMENTS`, from 1 on; 0: none was made
         *((name, np.dtype(kind)) for name, kind in NUMBERS.items()),  # the record's own
     ]
 )
@@ -294,7 +300,8 @@ def _scan(file: BinaryIO) -> Trajectories:
         dataset = datasets.setdefault(record.dataset or "", len(datasets))
         group = groups.setdefault((record.step, dataset, record.group, prompt), len(groups))
         has_reflections, reflective = record.reflections is not None, bool(record.reflections)
-        rows.append((offset, dataset, group, prompt, has_reflections, reflective, *numbers(record)))
+        judgement = JUDGEMENTS.index(record.judgement) + 1 if record.judgement in JUDGEMENTS else 0
+        rows.append((offset, dataset, group, prompt, has_reflections, reflective, judgement, *numbers(record)))
         rewards.append(record.rewards)
     head, tail = _template({_IMAGE_TAGS.sub("", text) for text, *_ in prompts})
     columns = np.array(rows, dtype=COLUMNS)

@@ -232,7 +232,9 @@ def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -
     # Read now: training removes this checkpoint once it has save_total_limit newer ones.
     steps_before = read_state(checkpoint).global_step if checkpoint else 0
     trainer.add_callback(CompleteCheckpoints(args))
-    recipes, _ = split_arguments(arguments)
+    recipes, others = split_arguments(arguments)
+    options = {argument.partition("=")[0] for argument in others}
+    record["changed"] = {name: value for name, value in record["arguments"].items() if f"--{name}" in options}
     continued = Path(checkpoint).parent if checkpoint else None
     add_run_callbacks(trainer, command.name, script_args, model_args, recipes, record, continued)
     with full_disk(args.output_dir):

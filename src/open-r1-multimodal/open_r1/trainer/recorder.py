@@ -14,10 +14,12 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from open_r1.answers.checker import bare_gold
+from open_r1.answers.judgement import judgement_of
 from open_r1.answers.reflection import analyse
 from open_r1.base.files import append_rows
 from open_r1.base.trajectories import Completion
-from open_r1.rewards import completion_text
+from open_r1.rewards import COMPARING, bare_accuracy_reward, completion_text
 from open_r1.trainer.rows import render, row_images
 from open_r1.trainer.sampling import ROW
 
@@ -74,6 +76,8 @@ class Recorder:
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.folder = Path(trainer.args.output_dir) / "trajectories"
+        self.judges = any(reward in COMPARING for reward in trainer.reward_funcs)
+        self.needs_tag = bare_accuracy_reward not in trainer.reward_funcs
         self.newest: list[dict[str, Any]] = []
         self.begin_evaluation(math.inf)
 
@@ -105,6 +109,10 @@ class Recorder:
             options = options if has_options and options else None
             if not (solution is None or isinstance(solution, str)):
                 solution = json.dumps(solution, ensure_ascii=False, default=str)
+            ended, judgement = ids[-1] in trainer.eos_token_ids, None
+            if self.judges:
+                gold = bare_gold(solution, options)
+                judgement = judgement_of(text, gold, options, ended=ended, needs_tag=self.needs_tag).value
             reflection = analyse(text, options)
             # a reward function that has nothing to say about a completion returns None, TRL's NaN
             rewards = [None if math.isnan(reward) else reward for reward in rewards]
@@ -118,8 +126,9 @@ class Recorder:
                 completion=text,
                 rewards=dict(zip(trainer.reward_func_names, rewards, strict=True)),
                 advantage=advantage,
+                judgement=judgement,
                 length=len(ids),
-                ended=ids[-1] in trainer.eos_token_ids,
+                ended=ended,
                 reflections=[list(span) for span in reflection.spans],
                 considered=reflection.considered,
                 self_corrected=reflection.self_corrected,
