@@ -167,7 +167,7 @@ def test_reflection_is_in_the_papers_figure(tmp_path):
     run = write_run(tmp_path / "run", rows)
     write_report(run)
     figure = (run / "accuracy_length.svg").read_text()
-    labels = ("accuracy", "completion length", "reflective", "self-corrected", "self-corrections that end right")
+    labels = ("share of completions", "accuracy", "reflective", "tokens", "completion length")
     assert all(f">{label}<" in figure for label in labels)
     older = write_run(tmp_path / "older", [{key: value for key, value in row().items() if key != "reflections"}])
     write_report(older)

@@ -4,8 +4,9 @@ Curves in the page take their colours from its style sheet (light and dark) and 
 """
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -114,11 +115,36 @@ def accuracy_length_svg(curves: Curves, name: str, size: tuple[float, float]) ->
 
 
 def save_accuracy_length(curves: Curves, path: Path) -> None:
-    """The paper's figure as a file of its own, on white; the format follows from the name's ending."""
+    """Two small plots as a file of its own, on white: accuracy with the share that reflects, and completion length.
+
+    Each curve has its name at its end, so that no legend is needed. The format follows from the file's ending.
+    """
+    (accuracy, length), *others = curves.paper
+    reflective = [line for left, _ in others for line in left.lines[:1]]
+    panels = {
+        "share of completions": replace(accuracy, label="", lines=[*accuracy.lines, *reflective]),
+        "tokens": replace(length, label=""),
+    }
     with replacing(path) as temporary, rc_context(_rc("accuracy-length")):
-        figure = _accuracy_length(curves, PAPER, (8.0, 4.2))
-        figure.legend(loc="outside upper center", ncols=3, frameon=False)
+        figure = Figure((10.0, 3.2), layout="constrained")
+        for axes, (title, panel), number in zip(figure.subplots(1, 2), panels.items(), (0, 3), strict=True):
+            _draw_panel(axes, panel, PAPER, number, parts=4)
+            axes.set_title(title, loc="left", color=PAPER.ink, fontsize=12)
+            _name_curves(axes)
+            _label_steps(axes)
         _save(figure, temporary, path.suffix)
+
+
+def _name_curves(axes: Axes) -> None:
+    """Draw all curves without dashes, and write the name of each in its colour behind its end, none over another."""
+    low, high = axes.get_ylim()
+    lowest = -math.inf
+    named = [drawn for drawn in axes.lines if not drawn.get_label().startswith("_")]
+    for drawn in sorted(named, key=lambda drawn: drawn.get_ydata()[-1]):
+        drawn.set_linestyle("-")
+        lowest = max(drawn.get_ydata()[-1], lowest + 0.09 * (high - low))
+        place = {"transform": axes.get_yaxis_transform(), "va": "center", "clip_on": False}
+        axes.text(1.02, lowest, drawn.get_label(), color=drawn.get_color(), **place)
 
 
 def save_recipes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
