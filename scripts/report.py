@@ -2,6 +2,7 @@
 
 python scripts/report.py outputs/grpo_sat
 python scripts/report.py outputs/grpo_sat --output report.html
+python scripts/report.py outputs/grpo_sat outputs/grpo_sat_lora    their curves over one another
 """
 
 import argparse
@@ -13,6 +14,7 @@ from open_r1.base.errors import printable, run, use_environment
 
 use_environment()
 
+from open_r1.report.overlay import write_overlay
 from open_r1.report.page import write_report
 
 
@@ -21,10 +23,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder that training wrote (its output_dir)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: report.html in RUN)")
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="folder that training wrote (its output_dir); of several, the curves",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="page to write (default: report.html in RUN; of several, runs.html here)",
+    )
     args = parser.parse_args()
-    print(printable(write_report(args.run, args.output)))
+    if len(args.runs) > 1:
+        print(printable(write_overlay(args.runs, args.output or Path("runs.html"))))
+    else:
+        print(printable(write_report(*args.runs, args.output)))
 
 
 if __name__ == "__main__":

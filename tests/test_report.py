@@ -23,6 +23,7 @@ from open_r1.base.prompts import REPO_ROOT
 from open_r1.report import browser
 from open_r1.report.browser import segments, spread
 from open_r1.report.curves import collect
+from open_r1.report.overlay import overlay, read_curves, write_overlay
 from open_r1.report.page import utc, write_report
 from open_r1.report.runs import Trajectories, read_run, scan_trajectories
 from open_r1.report.statistics import (
@@ -455,6 +456,22 @@ def test_command_writes_the_page_and_the_figure(tmp_path):
     assert "<svg" in (page.parent / figures[1]).read_text() and sorted(run.rglob("*")) == before
     write_report(run)
     assert (run / "report.html").is_file() and (run / figures[0]).is_file()
+
+
+def test_the_curves_of_several_runs_are_drawn_over_one_another(tmp_path, monkeypatch):
+    a = write_run(tmp_path / "one/run", TINY, changed={"beta": 0}, recipes=["grpo_sat.yaml", "no_kl.yaml"])
+    b = write_run(tmp_path / "two/run", events=[{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4}], command="sft")
+    charts = overlay({name: read_curves(folder)[1] for name, folder in (("a", a), ("b", b), ("c", a))})
+    lines = {chart.title: [line.label for line in chart.panels[0].lines] for chart in charts}
+    assert lines["Accuracy"] == ["a", "c"] and lines["Loss"] == ["b"]
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run([sys.executable, SCRIPT, "one/run", "two/run"], capture_output=True, text=True)
+    assert done.stdout == "runs.html\n", done.stderr
+    page = Path("runs.html").read_text()
+    assert "one/run" in page and "two/run" in page and "beta 0" in page and "grpo_sat.yaml + no_kl.yaml" in page
+    assert page.count("<svg") == len(overlay({"a": read_curves(a)[1], "b": read_curves(b)[1]}))
+    with pytest.raises(Mistake, match=r"^7 runs: at most 6"):
+        write_overlay([a] * 7, tmp_path / "seven.html")
 
 
 HUGE = '{"step": ' + "9" * 9_999 + "}"  # more digits than Python reads

@@ -72,55 +72,64 @@ def write_report(run: Path, output: Path | None = None) -> Path:
 def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves) -> str:
     """The page's HTML."""
     here = Path(__file__).parent
+    script = (here / "page.js").read_text(encoding="utf-8")
+    picked = pick_examples(train)
+    quoted = [quotation(train, index, train.correct()[index]) for index in picked]
+    data = browser_data({"train": train, "eval": held_out}, {"train": picked, "eval": ()}, KnownImages(run))
+    first = find_group(data, quoted[0]["step"], quoted[0]["group"]) if quoted else None
+    return (
+        jinja_environment()
+        .get_template("page.html.jinja")
+        .render(
+            made_by=MADE_BY,
+            style=Markup((here / "page.css").read_text(encoding="utf-8")),
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            name=run.path.resolve().name,
+            info=run.info,
+            summary=summary(run, train, held_out),
+            figures=key_figures(curves),
+            accuracy_length=[
+                figures.accuracy_length_svg(curves, f"accuracy-length-{name}", size)
+                for name, size in (("wide", figures.WIDE), ("narrow", figures.NARROW))
+                if curves.paper
+            ],
+            accuracy_length_title=figures.accuracy_length_title(curves),
+            accuracy_length_legend=figures.accuracy_length_legend(curves),
+            charts=[(chart, figures.legend(chart), figures.chart_svg(chart)) for chart in curves.charts],
+            pass_rate_kinds=PASS_RATES,
+            pass_rates=pass_rates(train) if train.rewards else {},
+            answers=[
+                (shown(answer.asked), shown(answer.answer), accuracy, answer, first)
+                for accuracy, answer, first in answers_by_type(held_out)
+            ],
+            missing=curves.missing,
+            warnings=[(step, visible(guard), visible(sentence)) for step, guard, sentence in run.warnings],
+            reflections=[
+                (title, reflection_statistics(trajectories))
+                for title, trajectories in (("training", train), ("held-out", held_out))
+                if len(trajectories)
+            ],
+            examples=quoted,
+            first_pictures=pictures(data, first) if first else [],
+            pair=before_and_after(data, first),
+            signs=[] if is_sft(run) or not (train or run.events) else diagnose(run, train, held_out),
+            browser=data,
+        )
+    )
+
+
+def jinja_environment() -> Environment:
+    """Jinja for the pages: it escapes what it writes."""
     environment = Environment(
-        loader=FileSystemLoader(here),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    script = (here / "page.js").read_text(encoding="utf-8")
-    picked = pick_examples(train)
-    quoted = [quotation(train, index, train.correct()[index]) for index in picked]
-    data = browser_data({"train": train, "eval": held_out}, {"train": picked, "eval": ()}, KnownImages(run))
-    first = find_group(data, quoted[0]["step"], quoted[0]["group"]) if quoted else None
-    return environment.get_template("page.html.jinja").render(
-        made_by=MADE_BY,
-        style=Markup((here / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        name=run.path.resolve().name,
-        info=run.info,
-        summary=summary(run, train, held_out),
-        figures=key_figures(curves),
-        accuracy_length=[
-            figures.accuracy_length_svg(curves, f"accuracy-length-{name}", size)
-            for name, size in (("wide", figures.WIDE), ("narrow", figures.NARROW))
-            if curves.paper
-        ],
-        accuracy_length_title=figures.accuracy_length_title(curves),
-        accuracy_length_legend=figures.accuracy_length_legend(curves),
-        charts=[(chart, figures.legend(chart), figures.chart_svg(chart)) for chart in curves.charts],
-        pass_rate_kinds=PASS_RATES,
-        pass_rates=pass_rates(train) if train.rewards else {},
-        answers=[
-            (shown(answer.asked), shown(answer.answer), accuracy, answer, first)
-            for accuracy, answer, first in answers_by_type(held_out)
-        ],
-        missing=curves.missing,
-        warnings=[(step, visible(guard), visible(sentence)) for step, guard, sentence in run.warnings],
-        reflections=[
-            (title, reflection_statistics(trajectories))
-            for title, trajectories in (("training", train), ("held-out", held_out))
-            if len(trajectories)
-        ],
-        examples=quoted,
-        first_pictures=pictures(data, first) if first else [],
-        pair=before_and_after(data, first),
-        signs=[] if is_sft(run) or not (train or run.events) else diagnose(run, train, held_out),
-        browser=data,
-    )
+    return environment
 
 
 # --- the head of the page -----------------------------------------------------------------------------------
