@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import ModelCard
 import torch
 from accelerate.commands import launch as accelerate
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -303,6 +304,7 @@ def test_two_processes_log_the_reflections_of_both(tmp_path, tiny_model, example
         result = run_grpo(tiny_model, examples_json, output, *arguments, **env)
         assert result.returncode == 0, result.stderr[-3000:]
         assert f"report: {output}/report.html" in result.stdout and (output / "report.html").stat().st_size
+        assert "grpo" in ModelCard.load(output / "README.md").data.tags
         assert "{" not in result.stdout and result.stdout.count("\nstep ") == 5  # steps, evaluations
         assert json.loads((output / "run.json").read_text())["world_size"] == int(processes)
         rows = [log for log in read_jsonl(output / "log.jsonl") if "loss" in log or "eval_loss" in log]

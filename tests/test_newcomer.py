@@ -102,6 +102,7 @@ def test_the_papers_commands(newcomer):
         question = f'--image {image} --question "How many chairs are there?" --max_new_tokens 8'
         assert "completion:" in types("", f"python scripts/ask.py --model {model} {question}")
     assert types("", "python scripts/report.py outputs/grpo_sat").strip() == "outputs/grpo_sat/report.html"
+    assert types("", "python scripts/card.py outputs/grpo_sat").strip() == "outputs/grpo_sat/README.md"
     assert "peak" in types("", "python scripts/doctor.py --memory --config configs/grpo_sat.yaml --num_processes 4")
     types("", "python scripts/world.py --output world.parquet --rows 4 --level easy")
     types("src/data/SAT", "SAT_PARQUET=../../../world.parquet bash prepare_dataset.sh --total_num 4")

@@ -33,7 +33,7 @@ from open_r1.models.loading import (
     reset_generation_config,
 )
 from open_r1.rewards import format_reward
-from open_r1.running.callbacks import has_begun
+from open_r1.running.callbacks import ModelCardMixin, has_begun
 from open_r1.running.checkpoints import LoadWeightsMixin
 from open_r1.running.data import (
     LEAST_BROKEN,
@@ -99,7 +99,7 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
         return self.last
 
 
-class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, NamedEvaluationMixin, SFTTrainer):
+class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, ModelCardMixin, NamedEvaluationMixin, SFTTrainer):
     """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed; evaluation sets log by name."""
 
 

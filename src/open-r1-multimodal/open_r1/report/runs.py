@@ -48,6 +48,19 @@ class Event(Record):
     warning: Text = ""
 
 
+class DataInfo(Record):
+    """What a run says of a set of examples: how many, and the SHA-256 of all fields."""
+
+    rows: Count
+    content: Text
+
+
+class DataSets(Record):
+    """The sets of a run; None where one is read as a stream."""
+
+    train: DataInfo | None = None
+
+
 class RunInfo(Record):
     """What is read of run.json; an older run has less in it, or no such file."""
 
@@ -58,6 +71,8 @@ class RunInfo(Record):
     dataset: Text | None = None
     eval_dataset: Text | None = None
     arguments: dict[str, Any] = Field(default={})
+    reward_funcs: Annotated[list[Text], Expected("a list of names"), Field(default=[])]
+    data: DataSets = DataSets()
     recipes: Annotated[list[Text], Expected("a list of names"), Field(default=[])]
     changed: dict[str, Any] = Field(default={})  # of the arguments those that the command line gave
 

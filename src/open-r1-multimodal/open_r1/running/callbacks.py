@@ -25,6 +25,7 @@ from open_r1.answers.collapse import answered
 from open_r1.answers.statistics import Row
 from open_r1.base.errors import printable
 from open_r1.base.files import append_rows, keep_rows, replace_file
+from open_r1.report.card import write_card
 from open_r1.running.guards import ANSWERS, LOOKED_AT, new_warnings
 from open_r1.running.provenance import (
     RUN,
@@ -87,6 +88,18 @@ def add_run_callbacks(
 def whole_path(name: str | None) -> str | None:
     """A name, as it is found from any folder where it is a file or a folder."""
     return os.path.abspath(name) if name and os.path.exists(name) else name
+
+
+class ModelCardMixin:
+    """TRL's `create_model_card` with the card of a run (`open_r1.report.card`), where this trainer is that of one."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write `README.md`; a trainer in a script of the user's leaves TRL's."""
+        folder = Path(self.args.output_dir)
+        if not (folder / RUN).is_file():
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            write_card(folder)
 
 
 # --- run.json and log.jsonl -----------------------------------------------------------------------------------

@@ -244,6 +244,7 @@ def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -
             raise Mistake(f"{data}: too few examples for a step; nothing was trained, nothing saved")
         trainer.save_model(args.output_dir)
         trainer.save_state()
+        trainer.create_model_card()
     say(f"saved {args.output_dir}")
     if trainer.is_world_process_zero():
         report(args.output_dir)

@@ -4,7 +4,6 @@ These get the scalars from transformers' own callbacks, under its names for them
 resume they show repeated steps twice; `log.jsonl` holds every step once.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +13,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from open_r1.base.images import BrokenImage, open_image
+from open_r1.report.card import MAX_SHOWN_CHARS, code_block
 
 SHOWN_ROLLOUTS = 10  # in a whole run, beside the first
-MAX_SHOWN_CHARS = 10_000  # of a text
 MAX_SHOWN_PIXELS = 512  # a side
 
 
@@ -101,13 +100,6 @@ def rollout_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         values = ", ".join(f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in figures.items())
         parts.append(f"completion {number}: {values}\n\n{code_block(row['completion'])}")
     return "\n\n".join(parts)
-
-
-def code_block(text: str) -> str:
-    """The text in a Markdown code block that it cannot end: the fence is longer than any run of backticks in it."""
-    text = text[:MAX_SHOWN_CHARS]
-    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 3)
-    return f"{fence}\n{text}\n{fence}"
 
 
 def as_text(prompt: list[dict[str, Any]] | str) -> list[dict[str, Any]] | str:

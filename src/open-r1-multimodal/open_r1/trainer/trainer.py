@@ -34,6 +34,7 @@ from open_r1.models.loading import (
     reset_generation_config,
 )
 from open_r1.rewards import guarded, told_apart
+from open_r1.running.callbacks import ModelCardMixin
 from open_r1.running.checkpoints import LoadWeightsMixin
 from open_r1.running.data import most_broken, warn_of_unshown
 from open_r1.settings.generation import check_generation, with_tokens
@@ -57,7 +58,9 @@ class Scored:
     logps: torch.Tensor | None = None
 
 
-class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, PromptSamplingMixin, StockStepMixin, GRPOTrainer):
+class Qwen2VLGRPOTrainer(
+    MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardMixin, PromptSamplingMixin, StockStepMixin, GRPOTrainer
+):
     """TRL's `GRPOTrainer` for the models of `open_r1.models.families`; same signature and defaults.
 
     A dataset row holds `prompt`, conversational or (without images) a text; `images` or `image`, if

@@ -1,0 +1,165 @@
+"""Writes the model card of a run, its `README.md`: what was trained on what, what it scores, how to load and ask it."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from open_r1.answers.statistics import TOTAL, table
+from open_r1.base.fields import check
+from open_r1.base.files import replace_file
+from open_r1.base.trajectories import Completion
+from open_r1.evaluate.results import read_result
+from open_r1.report.curves import held_out_accuracies
+from open_r1.report.runs import Run, open_or_empty, read_lines, read_run, scan_trajectories
+
+CARD = "README.md"
+MAX_SHOWN_CHARS = 10_000  # of a text
+TAGS = ["trl", "grpo", "vision-language", "spatial-reasoning", "open-r1-multimodal"]
+SETTINGS = (
+    *("max_steps", "num_generations", "completions_per_step", "learning_rate", "beta", "loss_type", "scale_rewards"),
+    *("temperature", "max_completion_length", "max_pixels", "use_peft", "freeze_vision", "seed"),
+)
+
+
+def write_card(folder: Path, results: Sequence[Path] = ()) -> Path:
+    """Write `README.md` in a run's folder.
+
+    Args:
+        folder: that training wrote.
+        results: of evaluations of its model.
+
+    Raises:
+        OSError, Mistake: not a run, a damaged file.
+    """
+    path = folder / CARD
+    replace_file(path, model_card(folder, results).encode("utf-8", errors="replace"))
+    return path
+
+
+def model_card(folder: Path, results: Sequence[Path] = ()) -> str:
+    """The card's text, with the header that the Hub reads."""
+    run, evaluated = read_run(folder), [read_result(path) for path in results]
+    parts = [
+        f"# {folder.resolve().name}",
+        introduction(run),
+        "## Results",
+        held_out_line(folder, run),
+        *(benchmark_part(result) for result in evaluated),
+        "## How to load and ask it",
+        usage(folder, run),
+        "## How it was trained",
+        training_table(run),
+    ]
+    return "\n\n".join([f"---\n{header(folder, run, evaluated)}\n---", *filter(None, parts)]) + "\n"
+
+
+def header(folder: Path, run: Run, results: Sequence[dict[str, Any]]) -> str:
+    """The YAML header, made and checked by huggingface_hub."""
+    name = folder.resolve().name
+    scores = [
+        EvalResult(
+            task_type="visual-question-answering",
+            dataset_type=result["benchmark"],
+            dataset_name=result["benchmark"],
+            metric_type="accuracy",
+            metric_value=round(100 * result["scores"][TOTAL]["accuracy"], 2),
+        )
+        for result in results
+    ]
+    base = run.info.model
+    is_public = bool(base) and re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
+    data = ModelCardData(
+        base_model=base if is_public else None,
+        library_name="peft" if (folder / "adapter_config.json").is_file() else "transformers",
+        pipeline_tag="image-text-to-text",
+        tags=[tag for tag in TAGS if tag != "grpo" or run.info.command != "sft"],
+        model_name=name,
+        eval_results=scores or None,
+    )
+    return data.to_yaml().strip()
+
+
+def introduction(run: Run) -> str:
+    """One paragraph: what this model is."""
+    rewards = " and ".join(f"`{name}`" for name in run.info.reward_funcs)
+    how = f"with GRPO and the rewards {rewards}" if rewards else "by supervised fine-tuning"
+    data = run.info.data.train
+    digest = f" ({data.rows:,} examples, SHA-256 `{data.content[:16]}`)" if data else ""
+    return (
+        f"`{run.info.model}`, trained {how} on `{Path(run.info.dataset or '').name}`{digest} by an open "
+        "implementation of R1-Zero for vision-language models, on [TRL](https://github.com/huggingface/trl)."
+    )
+
+
+def held_out_line(folder: Path, run: Run) -> str:
+    """The accuracy of the last evaluation on held-out questions, with its interval; empty without one."""
+    with scan_trajectories(folder / "trajectories/eval.jsonl") as held_out:
+        lines = [line for line in held_out_accuracies(run, held_out) if len(line.points)]
+    sentences = []
+    for line in lines:
+        interval = "" if line.low is None else f" (95 % interval {100 * line.low[-1]:.1f} - {100 * line.high[-1]:.1f})"
+        step, accuracy = line.points.steps[-1], 100 * line.points.values[-1]
+        sentences.append(f"{line.label.capitalize()} at step {step}: {accuracy:.1f} %{interval}.")
+    return " ".join(sentences)
+
+
+def benchmark_part(result: dict[str, Any]) -> str:
+    """The scores of a result file, as the evaluation prints them."""
+    prompt = result.get("prompt") or {}
+    asked = f"prompt {prompt['name']}, {prompt['style']}; " if prompt else ""
+    return f"**{result['benchmark']}** ({asked}greedy):\n\n{table(result['scores'])}"
+
+
+def usage(folder: Path, run: Run) -> str:
+    """Code that loads the model and asks it one question."""
+    lines = ["from transformers import AutoModelForImageTextToText, AutoProcessor", ""]
+    if (folder / "adapter_config.json").is_file():
+        lines += [f'model = AutoModelForImageTextToText.from_pretrained("{run.info.model}", dtype="auto")']
+        lines += ['model.load_adapter("path/to/this")']
+    else:
+        lines += ['model = AutoModelForImageTextToText.from_pretrained("path/to/this", dtype="auto")']
+    style = (run.info.arguments.get("chat_template_kwargs") or {}).get("style", "reasoning")
+    lines += [
+        'processor = AutoProcessor.from_pretrained("path/to/this")',
+        'content = [{"type": "image", "url": "photo.jpg"}, {"type": "text", "text": "Which chair is closer?"}]',
+        "inputs = processor.apply_chat_template(",
+        '    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,',
+        f'    return_tensors="pt", style="{style}",',
+        ")",
+        "print(processor.decode(model.generate(**inputs, max_new_tokens=700)[0], skip_special_tokens=True))",
+    ]
+    note = "The chat template that it was trained with is saved beside it"
+    prompt = first_prompt(folder)
+    example = "." if prompt is None else f"; a prompt:\n\n{code_block(prompt)}"
+    return f"{code_block(chr(10).join(lines), 'python')}\n\n{note}{example}"
+
+
+def first_prompt(folder: Path) -> str | None:
+    """The prompt of a run's first completion."""
+    with open_or_empty(folder / "trajectories/train.jsonl") as file:
+        for origin, _, line in read_lines(file):
+            return check(Completion, line, origin).prompt
+    return None
+
+
+def training_table(run: Run) -> str:
+    """Recipe and settings, as Markdown."""
+    rows = [("recipe", " + ".join(run.info.recipes)), ("data", run.info.dataset), ("held-out", run.info.eval_dataset)]
+    rows += [(name, run.info.arguments[name]) for name in SETTINGS if name in run.info.arguments]
+    rows += [(f"changed: {name}", value) for name, value in run.info.changed.items() if name not in SETTINGS]
+    cells = (f"| {name} | {_cell(value)} |" for name, value in rows if value not in (None, ""))
+    return "\n".join(["| setting | value |", "|---|---|", *cells])
+
+
+def _cell(value: Any) -> str:
+    return "".join(f"\\{letter}" if letter in "|<>[]`*_\\" else letter for letter in " ".join(str(value).split())[:200])
+
+
+def code_block(text: str, language: str = "") -> str:
+    """The text in a Markdown code block that it cannot end: the fence is longer than any run of backticks in it."""
+    text = text[:MAX_SHOWN_CHARS]
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 3)
+    return f"{fence}{language}\n{text}\n{fence}"

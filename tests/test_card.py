@@ -1,0 +1,68 @@
+"""The model card of a run: huggingface_hub reads its header, and it says what the run's files say."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from fake_run import fake_events, fake_rows, write_images, write_run
+from open_r1.evaluate.run import make_result, write_result
+from open_r1.report.card import write_card
+
+FENCE = "```"
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    questions = write_images(tmp_path / "images", 6)
+    rows = list(fake_rows(questions, range(1, 5), 4, prompts=2, group=4))
+    rows[0]["prompt"] = f"{FENCE}\n<script>alert(1)</script>\n{FENCE}"
+    held_out = fake_rows(questions, (2, 4), 4, prompts=6, group=1)
+    about = {"recipes": ["grpo_sat.yaml", "no_kl.yaml"], "changed": {"max_steps": 4}, "dataset": "data/SAT_train.json"}
+    about["data"] = {"train": {"rows": 48, "content": "ab" * 32, "images": "cd" * 32}, "held_out": None}
+    return write_run(tmp_path / "my-run", rows, held_out, fake_events(4, eval_every=2), **about)
+
+
+def result(folder: Path) -> Path:
+    row = {"question": "Where?", "options": ["left", "right"], "task": "Relation", "ground_truth": "(A)"}
+    rows = [{**row, "id": n, "response": f"<answer>({'AB'[n % 4 == 0]})</answer>"} for n in range(20)]
+    about = {"benchmark": "CV-Bench", "prompt": {"name": "base", "style": "reasoning", "template": ""}}
+    write_result(folder / "CVBench_result.json", make_result(rows, about, "lenient"))
+    return folder / "CVBench_result.json"
+
+
+def test_the_card_says_what_the_files_say(run, tmp_path):
+    card = ModelCard.load(write_card(run, [result(tmp_path)]))
+    assert card.data.base_model == "Qwen/Qwen2-VL-2B" and card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "image-text-to-text" and "grpo" in card.data.tags
+    [score] = card.data.eval_results
+    assert (score.dataset_name, score.metric_value) == ("CV-Bench", 75.0)
+    for part in (
+        "48 examples, SHA-256 `abababababababab`",
+        "`accuracy_reward` and `format_reward`",
+        "Held-out accuracy at step 4: ",
+        "(95 % interval ",
+        "| Total    |    75.00 |",
+        'style="reasoning"',
+        "| recipe | grpo\\_sat.yaml + no\\_kl.yaml |",
+    ):
+        assert part in card.content, part
+
+
+def test_texts_of_a_run_cannot_leave_their_place(run):
+    info = json.loads((run / "run.json").read_text())
+    info["changed"] = {"dataset_name": "a | b\n\n# headline <img src=x>"}
+    (run / "run.json").write_text(json.dumps(info))
+    content = ModelCard.load(write_card(run)).content
+    assert "a \\| b # headline \\<img src=x\\>" in content
+    assert f"````\n{FENCE}\n<script>" in content, "a longer fence is around a prompt with fences"
+
+
+def test_an_adapter_is_loaded_onto_its_base_and_a_folder_is_no_base_of_the_hub(run, tmp_path):
+    (run / "adapter_config.json").write_text("{}")
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"model": str(tmp_path), "command": "sft", "reward_funcs": []}))
+    card = ModelCard.load(write_card(run))
+    assert card.data.library_name == "peft" and card.data.base_model is None and "grpo" not in card.data.tags
+    assert "load_adapter" in card.content and "supervised fine-tuning" in card.content
