@@ -13,10 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import ModelCard
 import torch
 from accelerate.commands import launch as accelerate
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from huggingface_hub import ModelCard
 from transformers import get_scheduler
 from trl import ModelConfig
 
