@@ -12,6 +12,7 @@ from PIL import Image
 
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
+from open_r1.evaluate import asking
 from open_r1.models.loading import load_processor
 from open_r1.running.data import DataArguments, load_dataset, load_datasets_from_args
 from open_r1.tasks.examples import Columns, iter_rows
@@ -226,7 +227,7 @@ def ask(tiny_model, folder, monkeypatch):
     script = load_script(REPO_ROOT / "scripts/ask.py")
     asked = []
     monkeypatch.setattr(
-        script,
+        asking,
         "load_transformers",
         lambda *_: SimpleNamespace(encode=asked.append, generate=lambda *_: SimpleNamespace(ids=[[1]])),
     )

@@ -1,0 +1,69 @@
+"""Asks a checkpoint one question: loads it, renders the prompt as the evaluation does, and answers greedily."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from open_r1.base.errors import Mistake, naming_option
+from open_r1.base.hub import model_folder
+from open_r1.base.images import open_image
+from open_r1.base.prompts import check_text
+from open_r1.engines.backends import load_transformers
+from open_r1.evaluate.answering import generation_settings, load_prompting, messages
+from open_r1.models.families import control_tokens
+from open_r1.tasks.unshown import unshown_texts
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as it is put to a model.
+
+    Attributes:
+        question: the user's text.
+        images: in front of it, as whatever `open_r1.base.images.open_image` takes.
+        system: texts of system messages before it.
+        unshown: what its record holds that no prompt shows (`open_r1.tasks.unshown`).
+        origin: of the record, for errors.
+    """
+
+    question: str
+    images: Sequence[Any] = ()
+    system: Sequence[str] = ()
+    unshown: Sequence[str] = ()
+    origin: str = "the question"
+
+
+def ask(model: str, asked: Asked, chat_template: str = "auto", max_new_tokens: int = 700) -> str:
+    """A checkpoint's greedy completion.
+
+    Args:
+        model: folder of a run (LoRA too) or Hub name.
+        asked: the question.
+        chat_template: base, instruct or a file; auto: as the evaluation chooses.
+        max_new_tokens: of the longest answer.
+
+    Raises:
+        Mistake: no such model, or a prompt that does not show all of its record.
+    """
+    conversation = messages([open_image(image) for image in asked.images], asked.question)
+    system = [{"role": "system", "content": [{"type": "text", "text": text}]} for text in asked.system]
+    conversation = [*system, *conversation]
+    with naming_option("--model"):
+        folder = model_folder(model)
+    processor, _ = load_prompting(folder, chat_template)
+    for text in (*asked.system, asked.question):
+        check_text(text, control_tokens(processor))
+    rendered = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    given = [
+        *({"role": "system", "content": text} for text in asked.system),
+        {"role": "user", "content": asked.question},
+    ]
+    if unshown := [*asked.unshown, *unshown_texts(given, rendered)]:
+        raise Mistake(f"{asked.origin}: its prompt does not show {', '.join(unshown)}")
+    backend = load_transformers(folder, processor, "cuda" if torch.cuda.is_available() else "cpu")
+    settings = GenerationConfig(**generation_settings(processor, max_new_tokens))
+    (ids,) = backend.generate([backend.encode(conversation)], [1], settings).ids
+    return processor.decode(ids, skip_special_tokens=True)
