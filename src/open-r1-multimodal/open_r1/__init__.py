@@ -6,6 +6,8 @@ import logging
 NOISE = {
     # the recipe's accumulation is in DeepSpeed's configuration, where transformers puts it
     "accelerate.accelerator": "Gradient accumulation steps mismatch",
+    # where there is no GPU, which every command says or needs not say
+    "DeepSpeed": "Setting accelerator to CPU",
     # on processors with bfloat16 of AVX-512; its own kernels serve there as elsewhere
     "bitsandbytes.backends.cpu.ops": "kernels-community",
     # CUDA's compiler is there without a GPU
