@@ -31,7 +31,7 @@ from open_r1.doctor.run import Run, planned
 from open_r1.models.memory import Count, Launch, count_run
 from open_r1.running.checkpoints import Layout
 from open_r1.running.entry import Command, prepare_process
-from open_r1.running.launch_settings import ON_CPU
+from open_r1.running.launch_settings import defaults_on_cpu
 from open_r1.settings.recipes import merge_recipes, read_recipe
 
 LAUNCH_CONFIGS = REPO_ROOT / "src/open-r1-multimodal/configs"
@@ -69,11 +69,6 @@ def format_count(count: Count) -> str:
     for phase, rows in (*phases, ("update", count.update)):
         lines += [f"{phase:<14}{name:<24}{size / 1e9:>8.2f}" for name, size in rows.items()]
     return "\n".join([*lines, f"{'peak':<38}{count.peak / 1e9:>8.2f}"])
-
-
-def defaults() -> list[str]:
-    """What a launch sets where nobody else does."""
-    return [] if torch.cuda.is_available() else ON_CPU
 
 
 def show(examined: Run, as_json: bool) -> None:
@@ -116,7 +111,9 @@ def main() -> None:
     named = [part for recipe in args.config for part in ("--config", recipe)]
     if not args.memory:
         prepare_process()
-        show(Run(command, [*named, *defaults(), *overrides] if named else [], launch), args.json)
+        # what a launch sets where nobody else does
+        defaults = [] if torch.cuda.is_available() else defaults_on_cpu(args.config, overrides)
+        show(Run(command, [*named, *defaults, *overrides] if named else [], launch), args.json)
         return
     model, count = count_recipe(command, [*named, *overrides], launch, args.cpu)
     if args.json:

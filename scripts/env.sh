@@ -1,5 +1,5 @@
 # Sourced by the other scripts, with ROOT set: chooses PYTHON. The active environment wins over .venv.
-# Python scripts choose alike: open_r1/base/errors.py.
+# Python scripts choose and wait alike: open_r1/base/errors.py.
 if [ -z "${PYTHON:-}" ]; then
     for candidate in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}" "$ROOT/.venv"; do
         if [ -n "$candidate" ] && [ -x "$candidate/bin/python" ]; then
@@ -9,6 +9,7 @@ if [ -z "${PYTHON:-}" ]; then
     done
 fi
 PYTHON="${PYTHON:-python3}"
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # a thread that waits for others leaves its core to them
 export PYTHONUTF8=1 # in a locale of ASCII, Python could not read files of its libraries
 letters="${PYTHONIOENCODING:-}"
 export PYTHONIOENCODING="${letters%%:*}:backslashreplace" # a terminal of few letters shows the others as escapes

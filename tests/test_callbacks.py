@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from tensorboard import plugin_util
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainerControl, TrainerState
+from transformers import AutoConfig, TrainerControl, TrainerState
 from trl import ModelConfig
 
+import open_r1
 from open_r1.answers.reflection import find_reflections
 from open_r1.base.errors import Mistake
 from open_r1.report import page
@@ -356,18 +357,37 @@ def test_rollouts_are_shown_first_and_after_every_tenth(tmp_path, monkeypatch, r
 # --- the command --------------------------------------------------------------------------------------------------
 
 
-def test_only_the_noise_is_silenced(monkeypatch):
-    (name, part), *_ = entry.NOISE.items()
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger(name)
-    monkeypatch.setattr(logger, "handlers", [handler])
-    monkeypatch.setattr(logger, "filters", [])
-    entry.quiet()
-    logger.warning("[RANK 0] %s, says a library", part)
-    logger.warning("something else")
+@pytest.fixture
+def said(monkeypatch):
+    """Makes a list of what a library's logger says."""
+
+    def listen(name: str) -> list[str]:
+        messages, handler = [], logging.Handler()
+        handler.emit = lambda record: messages.append(record.getMessage())
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [handler])
+        return messages
+
+    return listen
+
+
+@pytest.mark.parametrize("name, part", open_r1.NOISE.items())
+def test_only_the_noise_is_silenced(said, name, part):
+    messages = said(name)
+    logging.getLogger(name).warning("[RANK 0] %s, says a library", part)
+    logging.getLogger(name).warning("something else")
     assert messages == ["something else"]
+
+
+def test_nothing_is_said_of_a_configuration_that_is_nobodys(said):
+    """Transformers builds SmolVLM's default one at every start; what is wrong with a user's is still told."""
+    messages = said("transformers.configuration_utils")
+    logging.Logger.warning_once.cache_clear()
+    AutoConfig.for_model("smolvlm")
+    assert messages == []
+    AutoConfig.for_model("smolvlm", text_config={"vocab_size": 300, "pad_token_id": 301})
+    assert len(messages) == 1 and messages[0].endswith(
+        "between 0 and 299), got 301. This may result in unexpected behavior."
+    )
 
 
 def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, capsys):

@@ -22,14 +22,18 @@ pytestmark = pytest.mark.real
 RECIPE = ["--config", str(REPO_ROOT / "tests/data/grpo.yaml")]
 CPU = ["--use_cpu", "true", "--bf16", "false"]
 
+PRECISION = {
+    "float32": ["--dtype", "float32"],
+    "bfloat16": ["--dtype", "bfloat16"],
+    "autocast": ["--dtype", "float32", "--bf16", "true"],
+}
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", pytest.param("autocast", marks=pytest.mark.nightly)])
+
+@pytest.fixture(scope="module", params=PRECISION)
 def run(request, real_model, examples_json, tmp_path_factory) -> Run:
     """A run in 32 bits, in 16, and in 32 whose products are of 16."""
     arguments = [*RECIPE, *CPU, "--model_name_or_path", str(real_model), "--dataset_name", str(examples_json)]
-    arguments += ["--output_dir", str(tmp_path_factory.mktemp("out")), "--dtype", request.param]
-    if request.param == "autocast":
-        arguments += ["--dtype", "float32", "--bf16", "true"]
+    arguments += ["--output_dir", str(tmp_path_factory.mktemp("out")), *PRECISION[request.param]]
     return Run(grpo.COMMAND, arguments, Launch())
 
 
@@ -101,11 +105,8 @@ def test_a_planted_fault_fails(run, fault: Callable, monkeypatch):
     assert finding.verdict is Verdict.FAIL and "nan" not in finding.what, finding
 
 
-MEMORY = {
-    "float32": ["--dtype", "float32"],
-    "LoRA, bfloat16": ["--dtype", "bfloat16", "--config", str(REPO_ROOT / "configs/overlays/lora.yaml")],
-    "autocast": ["--dtype", "float32", "--bf16", "true"],
-}
+LORA = [*PRECISION["bfloat16"], "--config", str(REPO_ROOT / "configs/overlays/lora.yaml")]
+MEMORY = {"float32": PRECISION["float32"], "LoRA, bfloat16": LORA, "autocast": PRECISION["autocast"]}
 
 
 @pytest.mark.nightly

@@ -1,6 +1,7 @@
 """The commands: every script parses, launches agree with each other, signals end them."""
 
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -122,12 +123,36 @@ def test_config_names_recipes(launched, tmp_path, config, recipes, output):
 
 def test_what_the_environment_names_goes_before_the_recipe_and_after_arguments(launched):
     places = {"MODEL": "a model", "DATA": "my data.json", "OUTPUT": "out here"}
-    lines = launched("--dataset_name", "another.json", "--dtype", "bfloat16", **places)
+    lines = launched("--dataset_name", "another.json", **places)
     for name, value in zip(("model_name_or_path", "dataset_name", "output_dir"), places.values(), strict=True):
         assert lines[lines.index(f"--{name}") + 1] == value
     data = [lines[at + 1] for at, line in enumerate(lines) if line == "--dataset_name"]
     assert data == ["my data.json", "another.json"]  # the last of two counts
-    assert lines.index("float32") < lines.index("bfloat16")  # what the launch sets on a CPU
+
+
+FOR_GPUS, OF_MINE = "dtype: bfloat16\nbf16: true\n", "base: {configs}/grpo_sat.yaml\n"
+
+
+@pytest.mark.parametrize(
+    "recipe, arguments, precision",
+    [
+        (None, [], {"--dtype": "float32", "--bf16": "false"}),
+        (None, ["--dtype", "bfloat16"], {"--dtype": "bfloat16", "--bf16": "false"}),
+        (None, ["--bf16=true"], {"--dtype": "float32"}),
+        (OF_MINE, [], {"--dtype": "float32", "--bf16": "false"}),
+        (OF_MINE + "dtype: auto\n", [], {"--bf16": "false"}),
+        (FOR_GPUS, [], {}),
+    ],
+)
+def test_whoever_names_a_precision_gets_it_without_a_gpu(launched, tmp_path, capsys, recipe, arguments, precision):
+    """On the command line or in a recipe of theirs; this project's, which are for GPUs, become float32 on a CPU."""
+    path = tmp_path / "mine.yaml"
+    path.write_text((recipe or "").format(configs=REPO_ROOT / "configs"))
+    lines = launched(*arguments, CONFIG=str(path) if recipe else "configs/grpo_sat.yaml configs/overlays/no_kl.yaml")
+    given = {name: value for name, value in itertools.pairwise(lines) if name in ("--dtype", "--bf16")}
+    assert given == precision
+    said = " in float32 (--dtype bfloat16 trains in 16 bits)" if precision.get("--dtype") == "float32" else ""
+    assert capsys.readouterr().out == f"no GPU found: training on CPU processes{said}\n"
 
 
 TWO_MACHINES = {"NUM_MACHINES": "2", "MACHINE_RANK": "1", "MASTER_ADDR": "node-a"}
@@ -182,7 +207,7 @@ FOUR_GPUS = "\n".join(f"echo 'GPU {number}: NVIDIA H100 (UUID: GPU-{number})'" f
     ],
 )
 def test_a_launch_takes_the_gpus_that_it_sees(smi, name, env, processes, strategy):
-    """And without any, it goes in float32 on the CPU, which DeepSpeed and torch are told in the environment."""
+    """And without any, it goes on the CPU, which DeepSpeed and torch are told in the environment."""
     smi(FOUR_GPUS)
     environ = dict(env)
     launch = read_launch(name, f"{name}_sat", ["--beta", "0"], environ)

@@ -324,6 +324,18 @@ def test_python_and_shell_choose_alike(doors, bare_python):
         assert subprocess.run(command, env=env, capture_output=True, text=True).stdout == shell
 
 
+@pytest.mark.parametrize("given, policy", [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_leave_their_core_to_others(doors, given, policy):
+    """In what shells and Python scripts start, unless the user says otherwise; torch reads it when it is imported."""
+    in_shell = 'ROOT="$1"; . "$ROOT/scripts/env.sh"; printf %s "$OMP_WAIT_POLICY"'
+    code = "import os, sys; sys.path.insert(0, sys.argv[1]); from open_r1.base import errors\n"
+    code += "errors.use_environment(); print(os.environ['OMP_WAIT_POLICY'], end='')"
+    commands = ["sh", "-c", in_shell, "sh", doors], [sys.executable, "-c", code, doors / "src/open-r1-multimodal"]
+    for command in commands:
+        said = subprocess.run(command, env=new_shell(**given), capture_output=True, text=True, check=True)
+        assert said.stdout == policy
+
+
 def test_an_argument_with_spaces_survives(doors, bare_python, tmp_path):
     run = tmp_path / "no such run"
     result = start(bare_python, doors / "scripts/report.py", str(run))

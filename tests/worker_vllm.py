@@ -1,4 +1,4 @@
-"""Training with the real vLLM on a CPU, colocated or with a server: `worker_vllm.py FOLDER DTYPE [ADDRESS]`.
+"""The real vLLM on a CPU beside a trainer: `worker_vllm.py colocated|untrained|with_server FOLDER DTYPE [ADDRESS]`.
 
 What it saw is in FOLDER/seen.json.
 `test_vllm.py` runs it in an environment that has vLLM, and imports it where training is launched: vLLM for the CPU
@@ -17,7 +17,9 @@ from vllm.model_executor.layers import utils
 import open_r1.engines.vllm_backends
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import load_chat_template
+from open_r1.engines.agreement import TOKENS
 from open_r1.trainer.callbacks import check_engine
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import load_weights, make_trainer, vowel_share
 
 DIFFERENCE = "sampling/sampling_logp_difference/mean"
@@ -30,7 +32,7 @@ def use_weights_as_they_are(layer: torch.nn.Module, remove_weight: bool) -> None
 utils.dispatch_cpu_unquantized_gemm = use_weights_as_they_are
 
 
-def refused(trainer) -> str | None:
+def refused(trainer: Qwen2VLGRPOTrainer) -> str | None:
     """What the check before the first step says."""
     try:
         check_engine(trainer)
@@ -38,25 +40,38 @@ def refused(trainer) -> str | None:
         return str(error)
 
 
-def colocated(folder: Path, dtype: str) -> dict:
-    """Ten steps, and then whatever would make the engine sample something else."""
-    trainer = make_trainer(
+def colocate(folder: Path, dtype: str, **changes: object) -> Qwen2VLGRPOTrainer:
+    """A trainer of FOLDER/model on FOLDER/data whose process has an engine of its own."""
+    return make_trainer(
         *(folder / "model", folder / "data/examples.json", folder / dtype, vowel_share),
         use_vllm=True,
         vllm_mode="colocate",
         vllm_max_model_length=512,
         bf16=dtype == "bfloat16",
-        learning_rate=2e-4,
-        max_steps=10,
+        **changes,
     )
+
+
+def colocated(folder: Path, dtype: str) -> dict:
+    """Ten steps, and then what the check says."""
+    trainer = colocate(folder, dtype, learning_rate=2e-4, max_steps=10)
     seen = {"engine": str(trainer.vllm_generation.llm.model_config.dtype)}
     trainer.train()
     trainer.save_model(folder / dtype)
     seen["differences"] = [log[DIFFERENCE] for log in trainer.state.log_history if DIFFERENCE in log]
     before, after = load_weights(folder / "model"), load_weights(folder / dtype)
     seen["moved"] = sorted({trainer.family.part_of(key) for key in after if not torch.equal(before[key], after[key])})
-    seen["nothing"] = refused(trainer)
+    return seen | refusals(trainer)
 
+
+def untrained(folder: Path, dtype: str) -> dict:
+    """What the check says of the model as it is."""
+    return refusals(colocate(folder, dtype, max_completion_length=TOKENS))
+
+
+def refusals(trainer: Qwen2VLGRPOTrainer) -> dict[str, str | None]:
+    """What the check says of a right engine, and after each thing that makes it sample something else."""
+    seen = {"nothing": refused(trainer)}
     backend, policy = trainer.backend, trainer.processing_class
     backend.processor = copy.deepcopy(policy)
     backend.processor.chat_template = load_chat_template("instruct")
@@ -102,5 +117,6 @@ def with_server(folder: Path, dtype: str, address: str) -> dict:
 
 
 if __name__ == "__main__":
-    seen = (colocated if len(sys.argv) == 3 else with_server)(Path(sys.argv[1]), *sys.argv[2:])
-    Path(sys.argv[1], "seen.json").write_text(json.dumps(seen))
+    name, folder, *arguments = sys.argv[1:]
+    seen = {worker.__name__: worker for worker in (colocated, untrained, with_server)}[name](Path(folder), *arguments)
+    Path(folder, "seen.json").write_text(json.dumps(seen))

@@ -2,7 +2,21 @@
 
 import logging
 
-# bitsandbytes says it at every import on processors with bfloat16 of AVX-512; its own kernels serve there as elsewhere.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-    lambda record: "kernels-community" not in record.getMessage()
-)
+# What libraries warn about at every start without need: logger -> part of the message.
+NOISE = {
+    # the recipe's accumulation is in DeepSpeed's configuration, where transformers puts it
+    "accelerate.accelerator": "Gradient accumulation steps mismatch",
+    # where there is no GPU, which every command says or needs not say
+    "DeepSpeed": "Setting accelerator to CPU",
+    # on processors with bfloat16 of AVX-512; its own kernels serve there as elsewhere
+    "bitsandbytes.backends.cpu.ops": "kernels-community",
+    # CUDA's compiler is there without a GPU
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    # of SmolVLM's default configuration, which transformers compares every SmolVLM with
+    "transformers.configuration_utils": "pad_token_id must be `None` or an integer within the vocabulary "
+    "(between 0 and 31999), got 128002",
+    # the end-of-text tokens are those that open_r1.models.loading chose
+    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+}
+for name, part in NOISE.items():
+    logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())

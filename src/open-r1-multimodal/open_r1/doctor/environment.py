@@ -53,7 +53,7 @@ def gpus(run: Run) -> Iterator[Finding]:
         )
     else:
         hidden = f" of {len(listed)} in CUDA_VISIBLE_DEVICES" if listed else ""
-        yield passed(f"none{hidden}: CPU processes in float32")
+        yield passed(f"none{hidden}: CPU processes")
 
 
 def shared_memory(run: Run) -> Iterator[Finding]:

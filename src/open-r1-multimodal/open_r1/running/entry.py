@@ -1,7 +1,6 @@
 """What the commands `grpo.py` and `sft.py` share: read a recipe, start or resume, train, save."""
 
 import importlib
-import logging
 import os
 import signal
 import sys
@@ -36,16 +35,6 @@ from open_r1.running.orphans import follow_launcher
 from open_r1.running.provenance import all_arguments, check_same_run, describe_inputs
 from open_r1.settings.recipes import PLANNED_PROCESSES, read_recipe, split_arguments
 
-# What libraries warn about at every start without need: logger -> part of the message.
-NOISE = {
-    # the recipe's accumulation is in DeepSpeed's configuration, where transformers puts it
-    "accelerate.accelerator": "Gradient accumulation steps mismatch",
-    # the end-of-text tokens are those that open_r1.models.loading chose
-    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
-    # CUDA's compiler is there without a GPU
-    "torch.utils.cpp_extension": "No CUDA runtime is found",
-}
-
 
 def resolve_report_to(report_to: list[str]) -> list[str]:
     """`auto` is wandb when a key or an offline mode is set, else tensorboard: no prompt blocks a run."""
@@ -66,9 +55,7 @@ def prepare_process() -> None:
 
 
 def quiet() -> None:
-    """Silence noise at the start of a run: single messages, never a logger, and bars of local files."""
-    for name, part in NOISE.items():
-        logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
+    """Silence noise at the start of a run: single warnings, and bars of local files."""
     # DeepSpeed's calls
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":

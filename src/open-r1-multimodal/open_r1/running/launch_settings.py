@@ -21,8 +21,8 @@ from open_r1.base.prompts import REPO_ROOT
 
 FOLDER = REPO_ROOT / "src/open-r1-multimodal"
 VARIABLES = {"DATA": "--dataset_name", "OUTPUT": "--output_dir", "MODEL": "--model_name_or_path"}
-# use_cpu goes to the trainer alone: accelerate would put plain DDP in DeepSpeed's place.
-ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--dtype", "float32"]
+SHIPPED = REPO_ROOT / "configs"
+IN_FLOAT32 = {"dtype": "float32", "bf16": "false"}  # what 16 bits of a recipe in SHIPPED become on a CPU
 LISTED_GPU = re.compile(r"^GPU [0-9]+: (.*) \(UUID: GPU-.*\)$", re.MULTILINE)
 NVIDIA_SMI_SECONDS = 10
 COUNTS = range(1, 10_000)
@@ -79,7 +79,8 @@ def read_launch(name: str, recipe: str, arguments: Sequence[str], environ: Mutab
         environ: the environment variables; what the processes of the launch need is set in them.
     """
     without_doctor = [argument for argument in arguments if argument != "--doctor"]
-    for_script = script_arguments(recipe, without_doctor, environ)
+    recipes = recipes_of(recipe, without_doctor, environ)
+    for_script = script_arguments(recipes, without_doctor, environ)
     gpus = count_gpus(environ)
     processes = read_number(environ, "NUM_PROCESSES", str(gpus or 2), COUNTS, "a number of processes")
     machine = read_machine(environ)
@@ -90,9 +91,11 @@ def read_launch(name: str, recipe: str, arguments: Sequence[str], environ: Mutab
     if gpus and processes > gpus:
         raise Mistake(f"NUM_PROCESSES: {processes} is more than the {gpus} GPUs of this machine")
     if not gpus:
-        print("no GPU found: training on CPU processes in float32", flush=True)
         prepare_cpu(environ, processes)
-        for_script = [*ON_CPU, *for_script]
+        defaults = defaults_on_cpu(recipes, without_doctor)
+        precision = " in float32 (--dtype bfloat16 trains in 16 bits)" if "--dtype" in defaults else ""
+        print(f"no GPU found: training on CPU processes{precision}", flush=True)
+        for_script = [*defaults, *for_script]
     strategy = environ.get("ACCELERATE_CONFIG") or ("zero2" if gpus else "cpu")
     config_file = strategy if os.path.isfile(strategy) else f"{FOLDER}/configs/{strategy}.yaml"
     if not os.path.isfile(config_file):
@@ -107,8 +110,8 @@ def read_launch(name: str, recipe: str, arguments: Sequence[str], environ: Mutab
     )
 
 
-def script_arguments(recipe: str, arguments: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """The training script's: arguments win over DATA, OUTPUT and MODEL, and all of them over recipes."""
+def recipes_of(recipe: str, arguments: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The recipes that CONFIG names, else the command's own."""
     if any(argument.partition("=")[0] == "--config" for argument in arguments):
         raise Mistake("--config: name the recipes in CONFIG")
     named = environ.get("CONFIG") or f"{REPO_ROOT}/configs/{recipe}.yaml"
@@ -117,9 +120,29 @@ def script_arguments(recipe: str, arguments: Sequence[str], environ: Mapping[str
     recipes = [named] if is_one else named.split()
     if not recipes:
         raise Mistake("CONFIG: names no recipe")
+    return recipes
+
+
+def script_arguments(recipes: Sequence[str], arguments: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The training script's: arguments win over DATA, OUTPUT and MODEL, and all of them over recipes."""
     variables = [(option, environ[name]) for name, option in VARIABLES.items() if environ.get(name)]
     configs = [part for path in recipes for part in ("--config", path)]
     return [*sum(variables, ()), *arguments, *configs]
+
+
+def defaults_on_cpu(recipes: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Arguments of a run on the CPU, to stand before its own: those that turn this project's recipes into float32.
+
+    They are written for GPUs. What the command line or a recipe of the user's own names stays as it is.
+    """
+    from open_r1.settings.recipes import read_files  # needs packages, and setup.sh runs this file without any
+
+    files = read_files(recipes)
+    named = {name for path, settings in files if SHIPPED not in path.resolve().parents for name in settings}
+    named |= {argument.partition("=")[0].removeprefix("--") for argument in arguments}
+    precision = [part for name, value in IN_FLOAT32.items() if name not in named for part in (f"--{name}", value)]
+    # use_cpu goes to the trainer alone: accelerate would put plain DDP in DeepSpeed's place.
+    return ["--use_cpu", "true", *precision]
 
 
 def read_number(environ: Mapping[str, str], name: str, default: str, allowed: range, meaning: str) -> int:
