@@ -1,8 +1,4 @@
-"""Defines the benchmarks of the evaluation: where each is, and how its rows become questions.
-
-To add one, write a function from a row to its `Item`s and name it in `BENCHMARKS`; everything else (reading parquet
-files and JSON Lines from a file, a folder or the Hub, stratified limits, generation, resuming, scores) is shared.
-"""
+"""What a benchmark is, and how its files become questions: columns, reading, limits."""
 
 import hashlib
 import json
@@ -12,14 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from open_r1.answers.statistics import Combination, gold_index
 from open_r1.base.errors import MissingFile, Mistake
-from open_r1.base.fields import Expected, Name, Prose, Record, Text, check
+from open_r1.base.fields import Expected, Name, Record, Text, check
 from open_r1.base.hub import fetch
-from open_r1.base.prompts import sat_question
-from open_r1.tasks import cvbench
 from open_r1.tasks.examples import read_records
 
 LIMIT_SEED = 0
@@ -93,7 +87,7 @@ class Benchmark:
     images: str | None = None
 
 
-# --- definitions ----------------------------------------------------------------------------------
+# --- columns ---------------------------------------------------------------------------------------
 
 
 Encoded = bytes | Text | None
@@ -110,157 +104,6 @@ Cell = Encoded | EncodedImage
 ImageCell = Annotated[Cell, Expected("an image: bytes, a path, or {bytes, path}")]
 Id = Annotated[int | Name, Expected("a whole number or a name")]
 Texts = Annotated[list[str], Expected("a list of texts")]
-
-
-class CVBenchRow(Record):
-    """The columns of CV-Bench that are read."""
-
-    idx: Id
-    type: Name
-    task: Name
-    source: Name
-    question: Prose
-    prompt: Prose
-    choices: Texts
-    answer: Prose
-    image: ImageCell
-
-
-def cvbench_items(row: Mapping[str, Any], number: int) -> list[Item]:
-    """CV-Bench asks its `prompt` column as it is."""
-    return [
-        Item(
-            id=row["idx"],
-            task=row["task"],
-            type=row["type"],
-            source=row["source"],
-            question=row["question"],
-            options=tuple(row["choices"]),
-            answer=f"({row['answer'].strip('()')})",
-            prompt=row["prompt"],
-            images=(row["image"],),
-        )
-    ]
-
-
-class SATRow(Record):
-    """The columns of SAT that are read."""
-
-    question: Prose
-    question_type: Name
-    correct_answer: Prose | None
-    answers: Texts | None
-    image_bytes: Annotated[list[Cell] | None, Expected("a list of images or null")]
-
-
-def sat_items(row: Mapping[str, Any], number: int) -> list[Item]:
-    """Circular evaluation, as SAT's card asks for: a question once for each rotation of its options."""
-    options = tuple(dict.fromkeys(row["answers"] or ()))
-    if row["correct_answer"] not in options:
-        return []
-    rotations = [options[shift:] + options[:shift] for shift in range(len(options))]
-    return [
-        Item(
-            id=number,
-            rotation=shift,
-            task=row["question_type"],
-            question=row["question"],
-            options=rotated,
-            answer=row["correct_answer"],
-            prompt=sat_question(row["question"], rotated),
-            images=tuple(row["image_bytes"] or ()) or (None,),
-        )
-        for shift, rotated in enumerate(rotations)
-    ]
-
-
-class BLINKRow(Record):
-    """The columns of BLINK that are read."""
-
-    idx: Id
-    sub_task: Name
-    question: Prose
-    prompt: Prose
-    choices: Texts
-    answer: Prose
-    image_1: ImageCell
-    image_2: ImageCell
-    image_3: ImageCell
-    image_4: ImageCell
-
-
-def blink_items(row: Mapping[str, Any], number: int) -> list[Item]:
-    """BLINK asks its `prompt` column; up to four images. Only the answers of `val` are public."""
-    images = tuple(row[name] for name in ("image_1", "image_2", "image_3", "image_4") if row[name] is not None)
-    return [
-        Item(
-            id=row["idx"],
-            task=row["sub_task"],
-            question=row["question"],
-            options=tuple(row["choices"]),
-            answer=row["answer"],
-            prompt=row["prompt"],
-            images=images or (None,),
-        )
-    ]
-
-
-class VSRRow(Record):
-    """The columns of VSR that are read."""
-
-    caption: Prose
-    image: ImageCell
-    label: Annotated[Literal[0, 1, "0", "1"], Expected("0 or 1")]
-    relation: Name
-
-
-# The authors' groups of relations (`rel_meta_category_dict.txt` in their repository); others are `Unallocated`.
-VSR_CATEGORIES = {
-    "Adjacency": "adjacent to, alongside, at the side of, at the right side of, at the left side of, attached to, "
-    "at the back of, ahead of, against, at the edge of",
-    "Directional": "off, past, toward, down, deep down, up, away from, along, around, from, into, to, across, "
-    "across from, through, down from",
-    "Orientation": "facing, facing away from, parallel to, perpendicular to",
-    "Projective": "on top of, beneath, beside, behind, left of, right of, under, in front of, below, above, over, "
-    "in the middle of",
-    "Proximity": "by, close to, near, far from, far away from",
-    "Topological": "connected to, detached from, has as a part, part of, contains, within, at, on, in, with, "
-    "surrounding, among, consists of, out of, between, inside, outside, touching",
-}
-VSR_CATEGORY = {relation: name for name, relations in VSR_CATEGORIES.items() for relation in relations.split(", ")}
-VSR_IMAGES = "its files name images of COCO 2017 (train and val), which belong beside test.jsonl or in images/ there"
-
-
-def vsr_items(row: Mapping[str, Any], number: int) -> list[Item]:
-    """VSR's captions are true or false; the question is that of the R1-Zero paper's evaluation."""
-    statement = f'Does the statement "{row["caption"]}" accurately describes what you see?'
-    question = f"Please analyze the provided image. {statement} Choose from (A) True or (B) False."
-    return [
-        Item(
-            id=number,
-            task=VSR_CATEGORY.get(row["relation"], "Unallocated"),
-            question=question,
-            options=("True", "False"),
-            answer="(A)" if int(row["label"]) == 1 else "(B)",
-            prompt=question,
-            images=(row["image"],),
-        )
-    ]
-
-
-BLINK_FILES = ("Relative_Depth/val-*.parquet", "Spatial_Relation/val-*.parquet")
-CVBENCH_FILES, CVBENCH_SCORE = tuple(cvbench.FILES.values()), ("CV-Bench", cvbench.official_score)
-BENCHMARKS = {
-    "CV-Bench": Benchmark("CVBench", cvbench.HUB_ID, CVBENCH_FILES, CVBenchRow, cvbench_items, CVBENCH_SCORE),
-    "SAT-val": Benchmark("SAT-val", "array/SAT", ("SAT_val.parquet",), SATRow, sat_items),
-    "SAT-test": Benchmark("SAT-test", "array/SAT", ("SAT_test.parquet",), SATRow, sat_items),
-    "BLINK": Benchmark("BLINK", "BLINK-Benchmark/BLINK", BLINK_FILES, BLINKRow, blink_items),
-    # the split that the R1-Zero paper asked, and the one whose objects VSR's own training set does not show
-    "VSR": Benchmark("VSR", "cambridgeltl/vsr_random", ("test.jsonl",), VSRRow, vsr_items, images=VSR_IMAGES),
-    "VSR-zeroshot": Benchmark(
-        "VSR-zeroshot", "cambridgeltl/vsr_zeroshot", ("test.jsonl",), VSRRow, vsr_items, images=VSR_IMAGES
-    ),
-}
 
 
 # --- reading --------------------------------------------------------------------------------------
