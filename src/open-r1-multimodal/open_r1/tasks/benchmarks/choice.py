@@ -1,11 +1,14 @@
-"""Benchmarks of multiple choice that ask each question once: CV-Bench, BLINK, VSR."""
+"""Benchmarks of multiple choice that ask each question once: CV-Bench, BLINK, VSR, MMSI-Bench, MindCube and others."""
 
 from collections.abc import Mapping
+from string import ascii_uppercase
 from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from open_r1.base.fields import Expected, Name, Prose, Record
 from open_r1.tasks import cvbench
-from open_r1.tasks.benchmarks.base import Benchmark, Id, ImageCell, Item, Texts
+from open_r1.tasks.benchmarks.base import Benchmark, Id, ImageCell, ImageCells, Item, Letter, Texts, lettered
 
 
 class CVBenchRow(Record):
@@ -113,14 +116,199 @@ def vsr_items(row: Mapping[str, Any], number: int) -> list[Item]:
     ]
 
 
-BLINK_FILES = ("Relative_Depth/val-*.parquet", "Spatial_Relation/val-*.parquet")
-CVBENCH_FILES, CVBENCH_SCORE = tuple(cvbench.FILES.values()), ("CV-Bench", cvbench.official_score)
+class MMSIRow(Record):
+    """The columns of MMSI-Bench that are read."""
+
+    id: Id
+    images: ImageCells
+    question_type: Name
+    question: Prose
+    answer: Letter
+
+
+def mmsi_items(row: Mapping[str, Any], number: int) -> list[Item]:
+    """MMSI-Bench's question names its options ("Options: A: left, B: right"); two or more images.
+
+    Each question counts as much: `B` where B is right is 1, and three more that are wrong make it 1/4. Source: the
+    prompt in lmms-eval 0.7.2, `tasks/mmsi_bench`.
+    """
+    options = lettered(row["question"])
+    form = "Answer with the option's letter from the given choices directly. Enclose the option's letter within ``."
+    if not options:
+        return []
+    return [
+        Item(
+            id=row["id"],
+            task=row["question_type"],
+            type=row["question_type"].partition(" (")[0],
+            question=row["question"],
+            options=options,
+            answer=f"({row['answer']})",
+            prompt=f"{row['question'].strip()}\n{form}",
+            images=tuple(row["images"]),
+        )
+    ]
+
+
+class MindCubeRow(Record):
+    """The columns of MindCube that are read, as lmms-eval's copy has them."""
+
+    id: Name
+    images: ImageCells
+    question: Prose
+    input_prompt: Prose
+    gt_answer: Letter
+
+
+def mindcube_items(row: Mapping[str, Any], number: int) -> list[Item]:
+    """MindCube asks its `input_prompt` column, whose question names its options ("A. Above B. Under"), of 2 to 4 views.
+
+    The id says how the camera moves between the views: `among_...` objects, `around_...` (or `aroundnew_...`) them, or
+    `rotation_...`. Source: `mll-lab-nu/MindCube`, 8f7cbe9, and lmms-eval 0.7.2, `tasks/mindcube`.
+    """
+    movement, options = row["id"].partition("_")[0], lettered(row["question"])
+    if not options:
+        return []
+    return [
+        Item(
+            id=row["id"],
+            task="around" if movement == "aroundnew" else movement,
+            question=row["question"],
+            options=options,
+            answer=f"({row['gt_answer']})",
+            prompt=row["input_prompt"].replace("<image>", "").strip(),
+            images=tuple(row["images"]),
+        )
+    ]
+
+
+class ViewSpatialRow(Record):
+    """The columns of ViewSpatial-Bench that are read, as lmms-eval's copy has them."""
+
+    question_type: Name
+    images: ImageCells
+    question: Prose
+    choices: Prose
+    answer: Prose
+
+
+def viewspatial_items(row: Mapping[str, Any], number: int) -> list[Item]:
+    """ViewSpatial-Bench has its choices in one text, and the whole line of the right one as its answer ("D. back").
+
+    Source: `ZJU-REAL/ViewSpatial-Bench`, 0e86b63, `evaluate.py`, and lmms-eval 0.7.2, `tasks/viewspatial`.
+    """
+    form = "Reply only to the corresponding option.\nAnswer:"
+    return [
+        Item(
+            id=number,
+            task=row["question_type"],
+            type=row["question_type"].partition(" - ")[0],
+            question=row["question"],
+            options=lettered(row["choices"]),
+            answer=f"({row['answer'][:1]})",
+            prompt=f"Question: {row['question']}\nChoices: {row['choices']}\n{form}",
+            images=tuple(row["images"]),
+        )
+    ]
+
+
+class EmbSpatialRow(Record):
+    """The columns of EmbSpatial-Bench that are read."""
+
+    question_id: Id
+    data_source: Name
+    relation: Name
+    question: Prose
+    answer_options: Texts
+    answer: Annotated[int, Field(ge=0, lt=26), Expected("a whole number from 0 to 25")]
+    image: ImageCell
+
+
+def embspatial_items(row: Mapping[str, Any], number: int) -> list[Item]:
+    """EmbSpatial-Bench numbers its options from 0, and asks for them behind letters.
+
+    Source: lmms-eval 0.7.2, `tasks/embspatial`, without the line that asks for a letter and nothing else.
+    """
+    options = [f"{letter}) {option}" for letter, option in zip(ascii_uppercase, row["answer_options"], strict=False)]
+    return [
+        Item(
+            id=row["question_id"],
+            task=row["relation"],
+            source=row["data_source"],
+            question=row["question"],
+            options=tuple(row["answer_options"]),
+            answer=f"({ascii_uppercase[row['answer']]})",
+            prompt="\n".join([row["question"], *options]),
+            images=(row["image"],),
+        )
+    ]
+
+
+# Of BLINK's val split; its authors' Total is the mean over these tasks (`zeyofu/BLINK_Benchmark`, 0cca9a3,
+# `eval/evaluate.py`), not adjusted for chance.
+BLINK_TASKS = (
+    *("Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test", "Jigsaw"),
+    *("Multi-view_Reasoning", "Object_Localization", "Relative_Depth", "Relative_Reflectance"),
+    *("Semantic_Correspondence", "Spatial_Relation", "Visual_Correspondence", "Visual_Similarity"),
+)
+BLINK_FILES = tuple(f"{task}/val-*.parquet" for task in ("Relative_Depth", "Spatial_Relation"))
+ALL_BLINK_FILES = tuple(f"{task}/val-*.parquet" for task in BLINK_TASKS)
+CVBENCH_FILES = tuple(cvbench.FILES.values())
 CHOICE = {
-    "CV-Bench": Benchmark("CVBench", cvbench.HUB_ID, CVBENCH_FILES, CVBenchRow, cvbench_items, CVBENCH_SCORE),
-    "BLINK": Benchmark("BLINK", "BLINK-Benchmark/BLINK", BLINK_FILES, BLINKRow, blink_items),
+    "CV-Bench": Benchmark(
+        "CVBench",
+        cvbench.HUB_ID,
+        CVBENCH_FILES,
+        CVBenchRow,
+        cvbench_items,
+        combinations={"CV-Bench": cvbench.OFFICIAL_SCORE},
+        lmms=("cv_bench", "cv_bench_acc"),
+    ),
+    "BLINK": Benchmark("BLINK", "BLINK-Benchmark/BLINK", BLINK_FILES, BLINKRow, blink_items),  # as the R1-Zero paper
+    "BLINK-full": Benchmark(
+        "BLINK-full",
+        "BLINK-Benchmark/BLINK",
+        ALL_BLINK_FILES,
+        BLINKRow,
+        blink_items,
+        combinations={"BLINK": BLINK_TASKS},
+        lmms=("blink", "blink_acc"),
+    ),
     # the split that the R1-Zero paper asked, and the one whose objects VSR's own training set does not show
     "VSR": Benchmark("VSR", "cambridgeltl/vsr_random", ("test.jsonl",), VSRRow, vsr_items, images=VSR_IMAGES),
     "VSR-zeroshot": Benchmark(
         "VSR-zeroshot", "cambridgeltl/vsr_zeroshot", ("test.jsonl",), VSRRow, vsr_items, images=VSR_IMAGES
+    ),
+    "MMSI-Bench": Benchmark(
+        "MMSI-Bench",
+        "RunsenXu/MMSI-Bench",
+        ("MMSI_Bench.parquet",),
+        MMSIRow,
+        mmsi_items,
+        lmms=("mmsi_bench", "average"),
+    ),
+    "MindCube": Benchmark(  # MindCube-Tiny, which is what is compared
+        "MindCube",
+        "oscarqjh/MindCube_lmmseval",
+        ("tiny/*.parquet",),
+        MindCubeRow,
+        mindcube_items,
+        lmms=("mindcube_tiny", "overall_accuracy"),
+    ),
+    "ViewSpatial": Benchmark(
+        "ViewSpatial",
+        "oscarqjh/ViewSpatial_lmmseval",
+        ("**/test-*.parquet",),
+        ViewSpatialRow,
+        viewspatial_items,
+        lmms=("viewspatial", "overall_accuracy"),
+    ),
+    "EmbSpatial": Benchmark(
+        "EmbSpatial",
+        "FlagEval/EmbSpatial-Bench",
+        ("data/test-*.parquet",),
+        EmbSpatialRow,
+        embspatial_items,
+        lmms=("embspatial", "embspatial_acc"),
     ),
 }
