@@ -2,6 +2,7 @@
 
     python scripts/compare.py src/eval/results/CVBench_result_*_reasoning.json
     python scripts/compare.py src/eval/results/*_reasoning.json     several benchmarks: a line a score, a column a model
+    python scripts/compare.py logs/MODEL/*_samples_blink.jsonl      lmms-eval's log: as it scored it, and as we do
 
 The first result is the one that the others are compared with, of each benchmark its own. The
 difference of two results is paired: each question is its own control, and counts as it does in the
@@ -26,6 +27,7 @@ from open_r1.answers.checker import Unread
 from open_r1.answers.collapse import constant_answers
 from open_r1.answers.statistics import TOTAL, unread_warning
 from open_r1.base.files import FIGURE_MARK, check_replaceable, replacing
+from open_r1.evaluate.lmms_eval import read_samples
 from open_r1.evaluate.results import read_scored
 from open_r1.report.comparison import accuracy_cell, markdown, paired_table, percent
 from open_r1.tasks.benchmarks import BENCHMARKS
@@ -40,6 +42,7 @@ CONDITIONS = {
     "dtype": "number formats",
 }
 QUESTIONS = {"questions": "questions"}
+SAMPLES = ".jsonl"  # lmms-eval's files
 Result = Mapping[str, Any]
 Models = Sequence[tuple[str, Mapping[str, Result]]]  # name, and its results by benchmark
 
@@ -47,6 +50,12 @@ Models = Sequence[tuple[str, Mapping[str, Result]]]  # name, and its results by 
 def benchmark_of(result: Result) -> str:
     """What was asked; the evaluation records it."""
     return result.get("benchmark", "unnamed")
+
+
+def stem_of(path: Path) -> str:
+    """What tells a file from others; lmms-eval's begin with a date, in a folder that has the model's name."""
+    stem = path.stem.partition("_samples_")[0] if path.suffix == SAMPLES else path.stem
+    return path.parent.name if stem.replace("_", "").isdigit() else stem
 
 
 def name_results(
@@ -62,7 +71,7 @@ def name_results(
         Mistake: too many or too few chosen names.
     """
     benchmarks = [benchmark_of(result) for result in results]
-    stems = [path.stem for path in paths]
+    stems = list(map(stem_of, paths))
     kind, wanted = "results", stems
     if len(set(benchmarks)) > 1:
         files = [BENCHMARKS[name].name if name in BENCHMARKS else name for name in benchmarks]
@@ -206,7 +215,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="result file of the evaluation")
+    parser.add_argument(
+        "results", nargs="+", type=Path, metavar="RESULT", help="result file of the evaluation, or samples of lmms-eval"
+    )
     parser.add_argument(
         "--names",
         nargs="+",
@@ -219,7 +230,7 @@ def main() -> None:
     args = parser.parse_args()
     chart = args.chart or args.results[0].parent / "comparison.png"
     check_replaceable(chart)
-    results = [read_scored(path) for path in args.results]
+    results = [read_samples(path) if path.suffix == SAMPLES else read_scored(path) for path in args.results]
     names = list(map(printable, name_results(args.results, results, args.names)))
     models = by_model(names, results)
     benchmarks = list(dict.fromkeys(map(benchmark_of, results)))

@@ -70,7 +70,7 @@ def run(monkeypatch, capsys) -> Callable[..., tuple[str, str]]:
 @pytest.mark.parametrize("dress", ["{}", "It is near, so <answer> {} </answer>", "The answer is {}."])
 def test_oracle_scores_one(items, dress):
     rows = [row | {"response": dress.format(row["ground_truth"])} for row in respond(items, "")]
-    scores = statistics.score(judged(rows), CV_BENCH.combination)
+    scores = statistics.score(judged(rows), CV_BENCH.combinations)
     assert list(scores) == NAMES
     assert all(value["accuracy"] == 1 and value["interval"][1] == 1 for value in scores.values())
     assert json.loads(json.dumps(scores)) == scores  # plain numbers
@@ -82,13 +82,13 @@ def test_official_score_weighs_sources_and_total_weighs_questions():
         for i in range(n):
             rows.append({"id": len(rows), "task": "Count", "source": source, "options": ["1", "2"], "question": "?"})
             rows[-1] |= {"ground_truth": "(A)", "response": "(A)" if i < right else "(B)"}
-    scores = statistics.score(judged(rows), CV_BENCH.combination)
+    scores = statistics.score(judged(rows), CV_BENCH.combinations)
     assert scores["Total"]["accuracy"] == 5 / 10
     assert scores["CV-Bench"]["accuracy"] == ((1 / 4 + 1 / 2) / 2 + 3 / 4) / 2
     assert scores["CV-Bench"]["chance"] == 1 / 2 and scores["CV-Bench"]["n"] == 10
     low, high = scores["CV-Bench"]["interval"]
     assert low < scores["CV-Bench"]["accuracy"] < high
-    assert "CV-Bench" not in statistics.score(judged(rows[:6]), CV_BENCH.combination)  # without Omni3D
+    assert "CV-Bench" not in statistics.score(judged(rows[:6]), CV_BENCH.combinations)  # without Omni3D
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,12 @@ def test_wilson(successes, n, low, high):
 
 def test_bootstrap_is_seeded_and_as_wide_as_theory():
     right = {"ADE20K": (300, 600), "COCO": (400, 838), "Omni3D": (700, 1200)}
-    low, high = statistics.bootstrap(right, cvbench.official_score)
-    assert (low, high) == statistics.bootstrap(right, cvbench.official_score)
+    earned = {name: [1] * k + [0] * (n - k) for name, (k, n) in right.items()}
+    low, high = statistics.bootstrap(earned, cvbench.OFFICIAL_SCORE)
+    assert (low, high) == statistics.bootstrap(earned, cvbench.OFFICIAL_SCORE)
     weights = {"ADE20K": 1 / 4, "COCO": 1 / 4, "Omni3D": 1 / 2}
     variance = sum(weights[name] ** 2 * k / n * (1 - k / n) / n for name, (k, n) in right.items())
-    centre = cvbench.official_score({name: k / n for name, (k, n) in right.items()})
+    centre = statistics.mean_of(cvbench.OFFICIAL_SCORE, {name: k / n for name, (k, n) in right.items()})
     assert (low + high) / 2 == pytest.approx(centre, abs=1e-3)
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(variance), rel=0.05)
 
@@ -124,7 +125,7 @@ def test_baselines_by_hand():
     assert [scores[name]["majority"] for name in ("Total", "Count", "Depth")] == [4 / 7, 2 / 5, 1]
     assert scores["Total"]["chance"] == 1 / 4 and scores["Total"]["n"] == 7
     # of positions that are as frequent the first
-    assert statistics.majority_positions(rows) == {"Count": 1, "Depth": 0}
+    assert statistics.majority_answers(rows) == {"Count": 1, "Depth": 0}
 
 
 def test_the_article_is_no_answer_and_neither_are_two_options(items):
@@ -176,7 +177,7 @@ def test_bounds_of_rotations_and_of_the_combination():
         for source, answers in responses.items()
         for rotation, response in enumerate(answers)
     ]
-    scores = statistics.score(judged(rows), CV_BENCH.combination)
+    scores = statistics.score(judged(rows), CV_BENCH.combinations)
     assert scores["Total"]["n"] == scores["CV-Bench"]["n"] == 3  # questions, not responses
     assert scores["Total"]["bounds"] == pytest.approx([2 / 6, 5 / 6])
     assert scores[statistics.ALL_ROTATIONS]["bounds"] == pytest.approx([0, 2 / 3])

@@ -22,8 +22,9 @@ use_environment()
 
 from open_r1.answers.statistics import PARSERS
 from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.videos import MAX_FRAMES
 from open_r1.evaluate import run as evaluation
-from open_r1.tasks.benchmarks import BENCHMARKS
+from open_r1.tasks.benchmarks import BENCHMARKS, SUITES
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B"
@@ -60,11 +61,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=True,
         help="ask for reasoning in <think> and an answer in <answer>",
     )
-    add("--benchmark", choices=BENCHMARKS, default="CV-Bench", help="(default: %(default)s)")
+    add(
+        "--benchmark",
+        choices=[*BENCHMARKS, *SUITES],
+        default="CV-Bench",
+        metavar="NAME",
+        help=f"{', '.join(BENCHMARKS)}; or easi-8, eight spatial ones in turn (default: %(default)s)",
+    )
     add(
         "--dataset_path",
         type=given,
-        help="Hub id, parquet (or .jsonl) file, or folder (default: the benchmark's on the Hub)",
+        help="Hub id, parquet (or .jsonl) file, or folder, of easi-8 the one with a folder each (default: the "
+        "benchmark's on the Hub)",
     )
     add("--limit", type=positive, metavar="N", help="ask N questions only, the same share of each task, seeded")
     add("--bs", type=positive, help="questions a batch, after which they are saved (default: 32; 256 with vllm)")
@@ -75,6 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="larger images are shrunk to this area (default: what the checkpoint was trained at; 401408, the paper's, "
         "for a published one)",
     )
+    add("--max_frames", type=positive, default=MAX_FRAMES, help="of a video, evenly spaced (default: %(default)s)")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="auto: bfloat16 on a GPU")
     add(
         "--backend", choices=BATCH_SIZES, default="hf", help="what generates: hf is transformers (default: %(default)s)"
@@ -93,6 +102,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="score the responses of a result file; loads no model. One of the reference gets 2D, 3D and the official "
         "score with the --dataset_path that it asked",
+    )
+    add(
+        "--export",
+        choices=["lmms-eval"],
+        help="also write the responses as lmms-eval logs them, a JSON line a question",
     )
     args = parser.parse_args(argv)
     args.bs = args.bs or BATCH_SIZES[args.backend]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from functools import lru_cache
 
-from open_r1.answers.values import is_blank, is_quantity, normalize, same_value, tidy
+from open_r1.answers.values import figures, is_blank, is_quantity, normalize, same_value, tidy
 from open_r1.base.errors import Mistake
 
 Answer = int | str  # the index of an option; without options, the answer as it stands
@@ -288,7 +288,6 @@ def _main_clause(passage: str) -> str:
     return passage[: match.start()] if match and match.start() > 0 else passage
 
 
-_FIGURE = re.compile(r"(?<![\w.,])[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _IS = re.compile(r"=|≈|\b(?:is|are|was|be|equals)\b")
 _SURROUNDINGS = " \t.,:;$*"
 
@@ -319,20 +318,20 @@ class Open:
         return figure if figure is not None else clause.strip(_SURROUNDINGS) or None
 
     def named(self, passages: Sequence[str]) -> Outcome:
-        figures: dict[str, None] = {}
+        named: dict[str, None] = {}
         for passage in passages:
             passage = _main_clause(passage)
             *_, last = [0, *(match.end() for match in _IS.finditer(passage))]
             for part in (passage[last:], passage):
                 if (value := self.stated(part)) is not None:
-                    figures[value] = None
+                    named[value] = None
                     break
-                if numbers := dict.fromkeys(_FIGURE.findall(part)):
-                    figures |= numbers
+                if numbers := figures(part):
+                    named |= numbers
                     break
-        if len(figures) > 1:
+        if len(named) > 1:
             return Unread.SEVERAL
-        return next(iter(figures), None)
+        return next(iter(named), None)
 
 
 Question = Choice | Open

@@ -3,7 +3,7 @@
 A row is one response, as a dictionary with the reference's keys (`question`, `options`, `task`, `ground_truth`,
 `response`, `model_answer`, `correct`), `reading` (the rule that found the answer, or why there is none) and, when they
 are known, `id`, `rotation`, `type`, `source`, `truncated` and `error`. Rows of one `id` are the same question with its
-options rotated (circular evaluation).
+options rotated (circular evaluation). A row without options asks for a number, and has `credit`, how close it came.
 """
 
 import math
@@ -11,15 +11,17 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from string import ascii_uppercase
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from open_r1.answers.checker import Unread, judge
+from open_r1.answers.values import only_number
 from open_r1.base.errors import Mistake
 
 Row = Mapping[str, Any]
-Combination = Callable[[Mapping[str, Any]], Any]  # accuracy by source -> one number; also of arrays
+Means = str | tuple["Means", ...]  # a score's name, or of what a score is the mean: CV-Bench's ((a, b), c)
 
 Z_95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 BOOTSTRAP_SAMPLES = 10_000
@@ -27,7 +29,10 @@ BOOTSTRAP_SEED = 0
 PARSERS = ("lenient", "strict")
 UNREAD_WARNING_SHARE = 0.05
 TOTAL = "Total"
-ALL_ROTATIONS = "Total, right in every rotation"
+EVERY_ROTATION = ", right in every rotation"
+ALL_ROTATIONS = TOTAL + EVERY_ROTATION
+CHANCE_ADJUSTED = ", chance-adjusted"
+THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the mean relative accuracy
 _LETTER = re.compile(r"\([A-Z]\)")
 
 
@@ -49,17 +54,57 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     return 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half
 
 
-def bootstrap(right: Mapping[str, tuple[int, int]], combine: Combination) -> tuple[float, float]:
-    """Percentile bootstrap 95 % interval of a combination of proportions, resampled within each of them.
+def mean_of(means: Means, shares: Mapping[str, Any]) -> Any:
+    """The mean, or mean of means, of numbers or arrays by name.
+
+    >>> mean_of((("ADE20K", "COCO"), "Omni3D"), {"ADE20K": 0.5, "COCO": 0.75, "Omni3D": 0.875})
+    0.75
+    """
+    if isinstance(means, str):
+        return shares[means]
+    return sum(mean_of(part, shares) for part in means) / len(means)
+
+
+def names_in(means: Means) -> list[str]:
+    """Every name of which it is the mean."""
+    return [means] if isinstance(means, str) else [name for part in means for name in names_in(part)]
+
+
+def bootstrap(values: Mapping[str, Sequence[float]], means: Means) -> tuple[float, float]:
+    """Percentile bootstrap 95 % interval of a mean of groups' means, resampled within each group.
 
     Args:
-        right: name -> (right answers, answers). Resampling n zeros and ones and counting the ones is a binomial draw.
-        combine: name -> proportion to the combined number; called once, with arrays (samples,).
+        values: name -> what each question earned. Of questions that earned the same, one draw says how many there are.
     """
     rng = np.random.default_rng(BOOTSTRAP_SEED)
-    draws = {name: rng.binomial(n, k / n, BOOTSTRAP_SAMPLES) / n for name, (k, n) in right.items()}
-    low, high = np.quantile(combine(draws), (0.025, 0.975))
+    draws = {}
+    for name, earned in values.items():
+        levels, counts = np.unique(-np.asarray(earned, dtype=float), return_counts=True)
+        draws[name] = rng.multinomial(len(earned), counts / len(earned), BOOTSTRAP_SAMPLES) @ -levels / len(earned)
+    low, high = np.quantile(mean_of(means, draws), (0.025, 0.975))
     return float(low), float(high)
+
+
+def relative_accuracy(answer: float, gold: float) -> float:
+    """Mean relative accuracy of a number: the share of ten thresholds t with |answer - gold| / gold <= 1 - t.
+
+    The thresholds are 0.5, 0.55 to 0.95. An answer of 4.2 to a gold answer of 5 is off by 0.16 of it: good enough for
+    0.5, 0.55, 0.6, 0.65, 0.7, 0.75 and 0.8, so that it earns 0.7.
+
+    Source: VSI-Bench, in its authors' code (`vision-x-nyu/thinking-in-space`, e6a72f3; the paper writes < for <=). It
+    decides in floating point, as here: 8 for 10 is off by more than 1 - 0.8.
+    """
+    return float(np.mean(abs(answer - gold) / gold <= 1 - THRESHOLDS))
+
+
+def chance_adjusted(accuracy: float, chance: float) -> float:
+    """Where an accuracy lies between chance, 0, and all right, 1.
+
+    Of questions with n_i options it is sum(right_i - 1/n_i) / sum(1 - 1/n_i), SITE's chance-adjusted accuracy
+    (`wenqi-wang20/SITE-Bench`, 36295bb). One of 4 options right and one of 2 wrong: (3/4 - 1/2) / (3/4 + 1/2) = 0.2, as
+    of an accuracy of 1/2 at a chance of 3/8.
+    """
+    return (accuracy - chance) / (1 - chance)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -103,18 +148,30 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray) -> tuple[float, floa
 def judge_row(row: Row, parser: str) -> dict[str, Any]:
     """The row with `model_answer`, `correct` and `reading` as the package's answer checker reads its response.
 
-    What it finds unreadable counts as cut off where generation is known to have been.
+    What it finds unreadable counts as cut off where generation is known to have been. A number also has its `credit`,
+    and is correct if that is 1: it is off by 5 % at most.
 
     Raises:
-        Mistake: the ground truth is none of the options.
+        Mistake: the ground truth is none of the options, or no number.
     """
     gold, options = row["ground_truth"], row["options"]
     lettered = _LETTER.fullmatch(gold) is not None
     verdict = judge(row["response"], gold, options, lettered=lettered, lenient=parser == "lenient")
-    reading = verdict.reading
-    if row.get("truncated") and reading == Unread.UNREADABLE.value:
-        reading = Unread.CUT_OFF.value
-    return {**row, "model_answer": verdict.answer, "correct": verdict.correct, "reading": reading}
+    judged = {**row, "model_answer": verdict.answer, "correct": verdict.correct, "reading": verdict.reading}
+    if not options:
+        number = only_number(verdict.answer or "")
+        credit = 0.0 if number is None else relative_accuracy(number, right_answer(row))
+        judged |= {"correct": credit == 1, "credit": credit}
+        if number is None and verdict.answer is not None:
+            judged |= {"model_answer": None, "reading": Unread.UNREADABLE.value}
+    if row.get("truncated") and judged["reading"] == Unread.UNREADABLE.value:
+        judged["reading"] = Unread.CUT_OFF.value
+    return judged
+
+
+def credit(row: Row) -> float:
+    """What a judged row earns, in [0, 1]."""
+    return row.get("credit", row["correct"])
 
 
 def is_unread(row: Row) -> bool:
@@ -131,11 +188,11 @@ def by_question(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def outcomes(rows: Sequence[Row]) -> dict[Hashable, float]:
-    """Question -> the share of its rotations answered right, of which the Total is the mean."""
+    """Question -> what it earns, the share of its rotations answered right, of which the Total is the mean."""
     shares = {}
     for position, rotations in enumerate(by_question(rows)):
         key = rotations[0].get("id", position), rotations[0]["question"]
-        shares[key] = sum(row["correct"] for row in rotations) / len(rotations)
+        shares[key] = sum(map(credit, rotations)) / len(rotations)
     return shares
 
 
@@ -146,24 +203,28 @@ def labels(row: Row) -> Sequence[str]:
     return [f"({letter})" for letter in ascii_uppercase[: len(options)]] if is_lettered else options
 
 
-def gold_index(row: Row) -> int:
-    """The position of the right option.
+def right_answer(row: Row) -> int | float:
+    """The position of the right option or, of a question without options, the right number.
 
     Raises:
-        Mistake: the ground truth is none of the options.
+        Mistake: the ground truth is none of the options, or no number above 0.
     """
     gold, names = row["ground_truth"], labels(row)
-    if gold not in names:
-        raise Mistake(f"ground_truth: {gold!r} is none of its {len(names)} options")
-    return names.index(gold)
+    number = None if names else only_number(gold)
+    if names and gold in names:
+        return names.index(gold)
+    if number is not None and number > 0:
+        return number
+    what = f"none of its {len(names)} options" if names else "no number above 0, and there are no options"
+    raise Mistake(f"ground_truth: {gold!r} is {what}")
 
 
-def majority_positions(rows: Iterable[Row]) -> dict[str, int]:
-    """Task -> the position at which the right option stands most often, the first of several."""
-    counts: dict[str, Counter[int]] = defaultdict(Counter)
+def majority_answers(rows: Iterable[Row]) -> dict[str, int | float]:
+    """Task -> the position at which the right option stands most often, or the number; of several the first."""
+    counts: dict[str, Counter[int | float]] = defaultdict(Counter)
     for row in rows:
-        counts[row["task"]][gold_index(row)] += 1
-    return {task: min(count, key=lambda position: (-count[position], position)) for task, count in counts.items()}
+        counts[row["task"]][right_answer(row)] += 1
+    return {task: min(count, key=lambda answer: (-count[answer], answer)) for task, count in counts.items()}
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -187,18 +248,27 @@ def proportion(
     }
 
 
-def score(rows: Sequence[Row], combination: tuple[str, Combination] | None = None) -> dict[str, dict[str, Any]]:
-    """Every score of judged rows, by name: the Total, each task, type and source, and the combination.
+def score(
+    rows: Sequence[Row],
+    combinations: Mapping[str, Means] = MappingProxyType({}),
+    *,
+    circular: bool = False,
+    adjusted: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Every score of judged rows, by name: the Total, each task, type and source, and the combinations.
 
-    Each holds `accuracy` (micro average), `n` (questions), `interval` (95 %: Wilson; bootstrap for the combination),
+    Each holds `accuracy` (micro average), `n` (questions), `interval` (95 %: Wilson; bootstrap for a combination),
     `bounds` (the accuracy if every response that could not be read were wrong, as it is counted, or right) and two
-    baselines: `chance`, a uniform guess, and `majority`, the most frequent position of each task. A question
-    in several rotations counts once, with its mean; one more score then asks for all its rotations to be right.
+    baselines: `chance`, a uniform guess (0 for a number), and `majority`, each task's most frequent position or number.
+    A question in several rotations counts once, with its mean; one more score then asks for all its rotations to be
+    right.
 
     Args:
-        combination: a name and a formula over the sources' accuracies; left out when a source is missing.
+        combinations: by name, means over accuracies of groups; one is left out when a group that it needs is missing.
+        circular: whether tasks and types, too, are scored by questions that are right in all their rotations.
+        adjusted: whether the Total and the tasks are also given as `chance_adjusted`.
     """
-    constant = majority_positions(rows)
+    constant = majority_answers(rows)
     names: dict[str, list[int]] = {TOTAL: []}
     questions = by_question(rows)
     for field in ("task", "type", "source"):
@@ -210,36 +280,57 @@ def score(rows: Sequence[Row], combination: tuple[str, Combination] | None = Non
     def mean(value: Callable[[Row], float]) -> list[float]:
         return [math.fsum(map(value, question)) / len(question) for question in questions]
 
-    right = mean(lambda row: row["correct"])
-    best = mean(lambda row: row["correct"] or is_unread(row))
-    chance = mean(lambda row: 1 / len(row["options"]))
-    majority = mean(lambda row: gold_index(row) == constant[row["task"]])
-    scores = {
-        name: proportion(*([values[index] for index in indices] for values in (right, best, chance, majority)))
-        for name, indices in names.items()
-    }
+    def by_majority(row: Row) -> float:
+        right, answer = right_answer(row), constant[row["task"]]
+        return right == answer if row["options"] else relative_accuracy(answer, right)
+
+    def guess(row: Row) -> float:
+        return 1 / len(row["options"]) if row["options"] else 0.0
+
+    right = mean(credit)
+    best = mean(lambda row: is_unread(row) or credit(row))
+    columns = right, best, mean(guess), mean(by_majority)
+
+    def scored(indices: Sequence[int], columns: Iterable[Sequence[float]]) -> dict[str, Any]:
+        return proportion(*([values[index] for index in indices] for values in columns))
+
+    scores = {name: scored(indices, columns) for name, indices in names.items()}
     if len(rows) > len(questions):
-        all_right, all_best, all_majority = (
-            [float(value == 1) for value in values] for values in (right, best, majority)
-        )
-        all_chance = [math.prod(1 / len(row["options"]) for row in question) for question in questions]
-        scores[ALL_ROTATIONS] = proportion(all_right, all_best, all_chance, all_majority)
-    if combination is not None:
-        name, combine = combination
-        sources = {row["source"] for row in rows if row.get("source") is not None}
-        try:
-            combined = {
-                key: float(combine({source: scores[source][key] for source in sources}))
-                for key in ("accuracy", "chance", "majority")
-            }
-            best_combined = float(combine({source: scores[source]["bounds"][1] for source in sources}))
-        except KeyError:  # a source that the formula needs is not among the rows
-            return scores
-        counts = {s: (round(scores[s]["accuracy"] * scores[s]["n"]), scores[s]["n"]) for s in sorted(sources)}
-        interval = list(bootstrap(counts, combine))
-        bounds = [combined["accuracy"], best_combined]
-        scores[name] = {**combined, "n": sum(n for _, n in counts.values()), "interval": interval, "bounds": bounds}
+        all_right, all_best, all_majority = ([float(value == 1) for value in columns[at]] for at in (0, 1, 3))
+        in_every = all_right, all_best, [math.prod(map(guess, question)) for question in questions], all_majority
+        for name in names if circular else [TOTAL]:
+            scores[name + EVERY_ROTATION] = scored(names[name], in_every)
+    if adjusted:
+        tasks = dict.fromkeys(row["task"] for row in rows)
+        levels = {name: scores[name] for name in (TOTAL, *tasks) if scores[name]["chance"] < 1}
+        scores |= {name + CHANCE_ADJUSTED: above_chance(level) for name, level in levels.items()}
+    for name, means in combinations.items():
+        groups = sorted(names_in(means))
+        if names.keys() >= set(groups):
+            earned = {group: [right[index] for index in names[group]] for group in groups}
+            scores[name] = combined(means, {group: scores[group] for group in groups}, earned)
     return scores
+
+
+def combined(
+    means: Means, scores: Mapping[str, Mapping[str, Any]], earned: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """The score that is a mean over groups; `earned` is what each group's questions earned."""
+    shares = {
+        key: float(mean_of(means, {group: score[key] for group, score in scores.items()}))
+        for key in ("accuracy", "chance", "majority")
+    }
+    best = float(mean_of(means, {group: score["bounds"][1] for group, score in scores.items()}))
+    n, interval = sum(map(len, earned.values())), list(bootstrap(earned, means))
+    return {**shares, "n": n, "interval": interval, "bounds": [shares["accuracy"], best]}
+
+
+def above_chance(level: Mapping[str, Any]) -> dict[str, Any]:
+    """A score as `chance_adjusted`; its interval and bounds are so, too, and chance is 0."""
+    chance = level["chance"]
+    shares = {key: chance_adjusted(level[key], chance) for key in ("accuracy", "chance", "majority")}
+    ranges = {key: [chance_adjusted(bound, chance) for bound in level[key]] for key in ("interval", "bounds")}
+    return {**shares, "n": level["n"], **ranges}
 
 
 def response_shares(rows: Sequence[Row]) -> dict[str, Any]:

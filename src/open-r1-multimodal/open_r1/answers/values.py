@@ -76,6 +76,24 @@ def is_quantity(text: str) -> bool:
     return _is_expression(_quantity(text)[0])
 
 
+_FIGURE = re.compile(r"(?<![\w.,])[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+def figures(text: str) -> dict[str, None]:
+    """The numbers in a text, as they are written, each once and in order."""
+    return dict.fromkeys(_FIGURE.findall(text))
+
+
+def only_number(text: str) -> float | None:
+    """The one number in a text, in figures or words and without its unit: `about 3.5 m²` -> 3.5; None of several."""
+    text = tidy(text)
+    found = list(figures(_quantity(text)[0] or text))
+    try:
+        return float(found[0].replace(",", "")) if len(found) == 1 else None
+    except ValueError:  # a fraction
+        return None
+
+
 # --- spelling -----------------------------------------------------------------------------------------------
 
 _OPENERS = " \"'([{#$*_`«"

@@ -17,8 +17,9 @@ from typing import Any
 from transformers import GenerationConfig, ProcessorMixin
 
 from open_r1.base.errors import Mistake
-from open_r1.base.images import BrokenImage, image_size, open_image
+from open_r1.base.images import BrokenImage
 from open_r1.base.prompts import check_text, load_chat_template
+from open_r1.base.videos import picture_sizes, pictures
 from open_r1.engines.backends import Backend, load_transformers
 from open_r1.engines.shared_prefix import Prompt
 from open_r1.engines.vllm_backends import load_vllm
@@ -82,6 +83,13 @@ def messages(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
+def shown(item: Item) -> list[Any]:
+    """What stands for the pictures of an item in a prompt that is only rendered: a video is its frames."""
+    with suppress(BrokenImage):
+        return [size for data in item.images for size in picture_sizes(data)]
+    return list(item.images)
+
+
 # --- answers --------------------------------------------------------------------------------------
 
 
@@ -105,7 +113,7 @@ class Answerer:
         sizes = []
         for data in item.images:
             with suppress(BrokenImage):
-                sizes.append(image_size(data))
+                sizes += picture_sizes(data)
         text = len(self.tokenizer(item.prompt)["input_ids"])
         return text + family_of_processor(self.processor).count_image_tokens(self.processor, sizes)
 
@@ -115,7 +123,7 @@ class Answerer:
         An item without a usable image has its response already, which says so.
         """
         try:
-            images = [open_image(data) for data in item.images]
+            images = [picture for data in item.images for picture in pictures(data)]
         except BrokenImage as error:
             return Response("", 0, False, str(error))
         return self.backend.encode(messages(images, item.prompt))

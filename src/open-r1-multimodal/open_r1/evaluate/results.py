@@ -7,23 +7,23 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from open_r1.answers.checker import is_blank
-from open_r1.answers.statistics import TOTAL, Row, gold_index
+from open_r1.answers.statistics import TOTAL, Row, right_answer
 from open_r1.base.errors import Mistake
 from open_r1.base.fields import Count, Expected, Flag, Name, Record, Share, Text, check
 from open_r1.base.files import read_json
 
-ROUNDING = 1e-9  # by which a computed bound may leave [0, 1]
+ROUNDING = 1e-9  # by which a computed bound may leave [-1, 1]
 
 
 def _must_be_options(options: list[str]) -> list[str]:
-    if not options or any(map(is_blank, options)):
+    if any(map(is_blank, options)):
         raise ValueError
     return options
 
 
 def _must_be_interval(bounds: list[float]) -> list[float]:
     low, high = bounds
-    if not -ROUNDING <= low <= high <= 1 + ROUNDING:
+    if not -1 - ROUNDING <= low <= high <= 1 + ROUNDING:
         raise ValueError
     return bounds
 
@@ -32,9 +32,9 @@ Interval = Annotated[
     list[float],
     Field(min_length=2, max_length=2),
     AfterValidator(_must_be_interval),
-    Expected("two numbers from 0 to 1, the lower one first"),
+    Expected("two numbers from -1 to 1, the lower one first"),
 ]
-
+Level = Annotated[float, Field(ge=-1, le=1), Expected("a number from -1 to 1")]  # below chance, if adjusted for it
 
 Options = Annotated[
     list[Text],
@@ -70,6 +70,7 @@ class JudgedRow(Record):
     """What a row has beside its response once it is judged."""
 
     correct: Flag
+    credit: Share = 0
 
 
 class Prompt(Record):
@@ -88,9 +89,9 @@ class About(Record):
 
 
 class Score(Record):
-    """One score, all in [0, 1]."""
+    """One score, all in [0, 1], or in [-1, 1] if it is adjusted for chance."""
 
-    accuracy: Share
+    accuracy: Level
     n: Count
     interval: Interval
     chance: Share
@@ -153,7 +154,7 @@ def check_rows(rows: Any, origin: object) -> list[Row]:
         where = f"{origin}: row {number}"
         check(ResultRow, row, where)
         try:
-            gold_index(row)
+            right_answer(row)
         except Mistake as error:
             raise Mistake(f"{where}: {error}") from error
         if "id" not in row:

@@ -5,24 +5,26 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_r1.answers.collapse import constant_answers
-from open_r1.answers.statistics import judge_row, response_shares, score, table, unread_warning
-from open_r1.base.errors import Mistake, naming_option, printable
+from open_r1.answers.statistics import TOTAL, judge_row, response_shares, score, table, unread_warning
+from open_r1.base.errors import FileMistake, MissingFile, Mistake, naming_option, printable
 from open_r1.base.fields import Record, check
 from open_r1.base.files import append_rows, read_json, read_rows, replace_file, to_json
 from open_r1.base.hub import model_folder
 from open_r1.base.locks import owned
+from open_r1.evaluate.lmms_eval import write_samples
 from open_r1.evaluate.results import AnsweredRow, read_result
-from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read
+from open_r1.tasks.benchmarks import BENCHMARKS, SUITES, Item, digest, locate, read
 
 if TYPE_CHECKING:  # re-scoring starts without torch
     from accelerate import PartialState
 
+    from open_r1.engines.backends import Backend
     from open_r1.evaluate.answering import Answerer
 
 MEASURED = ("parser", "accuracy", "scores", "shares", "results")  # what scoring adds to a result
@@ -85,12 +87,12 @@ def make_result(rows: Sequence[dict[str, Any]], about: dict[str, Any], parser: s
         parser: how answers are read, `lenient` or `strict`.
     """
     judged = [judge_row(row, parser) for row in rows]
-    combination = BENCHMARKS[about["benchmark"]].combination
-    scores = score(judged, combination)
+    benchmark = BENCHMARKS[about["benchmark"]]
+    scores = score(judged, benchmark.combinations, circular=benchmark.circular, adjusted=benchmark.adjusted)
     sources = {row.get("source") for row in judged}
     accuracy = {name: value["accuracy"] for name, value in scores.items() if name not in sources}
-    if combination is not None:
-        accuracy.setdefault(combination[0], None)  # not every source was asked
+    for name in benchmark.combinations:
+        accuracy.setdefault(name, None)  # not every group was asked
     return {
         **about,
         "parser": parser,
@@ -190,22 +192,81 @@ def collect(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate, or score saved responses again, as the only one that writes the result.
+    """Evaluate, or score saved responses again, as the only one that writes into the folder of results.
 
     Raises:
         Mistake: another process writes it.
     """
-    path = args.output_dir / args.precomputed_json.name if args.precomputed_json else result_path(args)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with owned(path, is_file=True):
-        (rescore if args.precomputed_json else evaluate)(args)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with owned(args.output_dir / "results", is_file=True):
+        if args.precomputed_json:
+            rescore(args)
+            export(args, args.output_dir / args.precomputed_json.name)
+        else:
+            (evaluate_suite if args.benchmark in SUITES else evaluate)(args)
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Answer what is not answered yet, then score everything."""
+def evaluate_suite(args: argparse.Namespace) -> None:
+    """Evaluate each benchmark of a suite that is there, by one model, and print their scores as one table.
+
+    Raises:
+        Mistake: none of them is there, or what `evaluate` raises.
+    """
+    runs, missing = [], []
+    for name in SUITES[args.benchmark]:
+        place = args.dataset_path and str(Path(args.dataset_path, name))
+        try:
+            if place and not Path(place).is_dir():
+                raise MissingFile(place)
+            locate(BENCHMARKS[name], place or BENCHMARKS[name].hub_id)
+        except FileMistake:
+            missing.append(name)
+        else:
+            runs.append(argparse.Namespace(**{**vars(args), "benchmark": name, "dataset_path": place}))
+    line = f"{args.benchmark}: {len(runs)} of {len(runs) + len(missing)} benchmarks are there"
+    line += f"; not in {args.dataset_path or 'the Hub'}: {', '.join(missing)}" if missing else ""
+    if not runs:
+        raise Mistake(f"{line}; each belongs in a folder of its name")
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
+        print(printable(line))
+    backends: list[Backend] = []
+
+    def load(*arguments: Any, **options: Any) -> "Backend":
+        from open_r1.evaluate import answering
+
+        if not backends:
+            backends.append(answering.BACKENDS[args.backend](*arguments, **options))
+        return backends[0]
+
+    for one in runs:
+        evaluate(one, load)
+    if is_main:
+        print(f"\n{table(headlines(runs))}")
+
+
+def headlines(runs: Sequence[argparse.Namespace]) -> dict[str, dict[str, Any]]:
+    """The score that each benchmark's authors publish, or its Total where a limit left out what that needs."""
+    found = {}
+    for one in runs:
+        scores, headline = read_json(result_path(one))["scores"], BENCHMARKS[one.benchmark].headline
+        if headline not in scores:
+            headline = TOTAL
+        found[one.benchmark + headline.removeprefix(TOTAL) if headline.startswith(TOTAL) else headline] = scores[
+            headline
+        ]
+    return found
+
+
+def evaluate(args: argparse.Namespace, load: "Callable[..., Backend] | None" = None) -> None:
+    """Answer what is not answered yet, then score everything.
+
+    Args:
+        load: the model to answer with, as those of `answering.BACKENDS`; called only if something is not answered yet.
+    """
     with naming_option("--model_path"):
         folder = model_folder(args.model_path)
-    items = read(BENCHMARKS[args.benchmark], args.dataset_path, args.limit)
+    items = read(BENCHMARKS[args.benchmark], args.dataset_path, args.limit, args.max_frames)
 
     import accelerate
     import torch
@@ -246,13 +307,15 @@ def evaluate(args: argparse.Namespace) -> None:
             print("answered before; the responses are scored again")
             args.precomputed_json = path
             rescore(args)
+            export(args, path, items)
         return
 
     with state.main_process_first():  # which mends or puts aside what a killed run left
         done = collect(path, settings)
     state.wait_for_everyone()  # nobody writes before all have read
     if missing := [item for item in items if item.key not in done]:
-        backend = answering.BACKENDS[args.backend](folder, processor, state.device, dtype, style=style)
+        load = load or answering.BACKENDS[args.backend]
+        backend = load(folder, processor, state.device, dtype, style=style)
         partial = path.with_name(f"{path.stem}.partial{state.process_index}.jsonl")
         if not partial.exists() or partial.stat().st_size == 0:
             append_rows(partial, [settings])
@@ -265,7 +328,7 @@ def evaluate(args: argparse.Namespace) -> None:
         return
 
     done = collect(path, settings)
-    example = answering.messages(items[0].images, items[0].prompt)
+    example = answering.messages(answering.shown(items[0]), items[0].prompt)
     about = {
         "args": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         **settings,
@@ -280,6 +343,13 @@ def evaluate(args: argparse.Namespace) -> None:
     publish(path, make_result([done[item.key] for item in items], about, args.parser))
     for partial in partial_paths(path):
         partial.unlink()
+    export(args, path, items)
+
+
+def export(args: argparse.Namespace, path: Path, items: Sequence[Item] = ()) -> None:
+    """Write a result in the form that `--export` names, beside it; with its prompts where the items are known."""
+    if args.export:
+        print(printable(write_samples(path, read_json(path), {item.key: item.prompt for item in items})))
 
 
 def answer(answerer: "Answerer", items: Sequence[Item], batch_size: int, partial: Path, state: "PartialState") -> None:

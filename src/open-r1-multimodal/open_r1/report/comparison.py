@@ -62,8 +62,8 @@ def paired_table(title: str, names: Sequence[str], results: Sequence[Sequence[Ro
     """How the Total of results differs from the first one's, over the questions that both answered.
 
     The difference is that of the means over questions, as the Total is one, with its 95 % interval.
-    McNemar's test is about questions that were asked once; of those that were asked in several
-    rotations there is none.
+    McNemar's test is about questions that were asked once and are right or wrong; of those that were
+    asked in several rotations, and of numbers, there is none.
 
     Args:
         title: of the first column.
@@ -74,10 +74,11 @@ def paired_table(title: str, names: Sequence[str], results: Sequence[Sequence[Ro
     """
     shares = [outcomes(rows) for rows in results]
     is_rotated = any(len(rows) > len(share) for rows, share in zip(results, shares, strict=True))
+    is_graded = is_rotated or any("credit" in row for rows in results for row in rows)
     first, *others = shares
     better, worse = "right where the first is wrong", "wrong where the first is right"
-    if is_rotated:
-        better, worse = "right in more rotations", "right in fewer rotations"
+    if is_graded:
+        better, worse = ("right in more rotations", "right in fewer rotations") if is_rotated else ("better", "worse")
     rows = []
     for name, other in zip(names[1:], others, strict=True):
         shared = [question for question in first if question in other]
@@ -85,7 +86,7 @@ def paired_table(title: str, names: Sequence[str], results: Sequence[Sequence[Ro
             raise Mistake(f"{name}: shares no question with the first result")
         before, after = (np.array([[share[key] for key in shared]]) for share in (first, other))
         gained, lost = int((after > before).sum()), int((after < before).sum())
-        p = NONE if is_rotated else f"{mcnemar(lost, gained):.2g}"
+        p = NONE if is_graded else f"{mcnemar(lost, gained):.2g}"
         difference = difference_cell(paired_bootstrap(before, after), 2)
         rows.append([name, difference, str(gained), str(lost), str(len(shared)), p])
     header = [title, "Total in points", better, worse, "questions of both", "McNemar p"]

@@ -3,13 +3,13 @@
 Source: the dataset card. Split `test`, in two files: `test_2d.parquet` (1438 rows), `test_3d.parquet` (1200).
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 HUB_ID = "nyu-visionx/CV-Bench"
 TASKS = {"2D": ("Count", "Relation"), "3D": ("Depth", "Distance")}  # type -> its tasks
 SOURCES = {"2D": ("ADE20K", "COCO"), "3D": ("Omni3D",)}  # type -> where its images are from
 FILES = {"2D": "test_2d.parquet", "3D": "test_3d.parquet"}
+# The authors' score, of accuracies by source: 1/2 * ((ADE20K + COCO) / 2 + Omni3D). The R1-Zero paper reports the micro
+# average over all questions instead.
+OFFICIAL_SCORE = (("ADE20K", "COCO"), "Omni3D")
 LETTERS = "ABCDEF"
 
 
@@ -17,14 +17,3 @@ def render_prompt(question: str, choices: tuple[str, ...]) -> str:
     """The `prompt` column, verbatim: the question, then one lettered line for each choice."""
     lines = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
     return "\n".join([f"{question} Select from the following choices.", *lines])
-
-
-def official_score(accuracy: Mapping[str, Any]) -> Any:
-    """1/2 * ((ADE20K + COCO) / 2 + Omni3D), the authors' combination of the accuracies by source.
-
-    Works on numbers and on arrays of them. The paper reports the micro average over all questions instead.
-
-    Raises:
-        KeyError: a source is missing.
-    """
-    return ((accuracy["ADE20K"] + accuracy["COCO"]) / 2 + accuracy["Omni3D"]) / 2
