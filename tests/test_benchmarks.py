@@ -1,6 +1,7 @@
 """SAT's, BLINK's and VSR's questions in their published schemas: what is asked, how it is scored, all in one table."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from open_r1.answers.statistics import ALL_ROTATIONS
 from open_r1.base.errors import Mistake
@@ -185,3 +187,47 @@ def test_the_results_of_all_benchmarks_are_one_table(compare, tmp_path, capsys):
     (tmp_path / "CVBench_result_other_reasoning.json").write_text(json.dumps(other))
     _, err = compare(*paths, tmp_path / "CVBench_result_other_reasoning.json")
     assert err == "warning: the parsers differ; the results are not like for like\n"
+
+
+OWN = """
+from open_r1.base.fields import Prose, Record
+from open_r1.base.prompts import sat_question
+from open_r1.tasks.benchmarks import Benchmark, Item
+from open_r1.tasks.benchmarks.base import ImageCells, Texts
+
+class Row(Record):
+    question: Prose
+    choices: Texts
+    answer: Prose
+    pictures: ImageCells
+
+def items(row, number):
+    prompt = sat_question(row["question"], row["choices"])
+    options, pictures = tuple(row["choices"]), tuple(row["pictures"])
+    return [Item(number, "Pairs", row["question"], options, row["answer"], prompt, pictures)]
+
+PAIRS = Benchmark("Pairs", "me/pairs", ("pairs.jsonl",), Row, items)
+nothing = 1
+"""
+
+
+def test_a_benchmark_of_ones_own_by_name(tmp_path, tiny_model):
+    """From the folder where the command is typed; two images a question."""
+    (tmp_path / "own_benchmarks.py").write_text(OWN)
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
+    row = {"question": "Same?", "choices": ["yes", "no"], "answer": "yes", "pictures": ["a.png", "a.png"]}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    options = ["--dataset_path", ".", "--model_path", tiny_model, "--max_new_tokens", "4", "--output_dir", "results"]
+
+    def evaluate(name: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, REPO_ROOT / "src/eval/test_qwen2vl_CVBench.py", "--benchmark", name, *options]
+        return subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+
+    done = evaluate("own_benchmarks:PAIRS")
+    assert done.returncode == 0, done.stderr
+    [path] = (tmp_path / "results").glob("Pairs_result_*_reasoning.json")
+    assert json.loads(path.read_text())["scores"]["Pairs"]["n"] == 4
+    wrong = evaluate("own_benchmarks:nothing")
+    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1
+    assert "--benchmark: module 'own_benchmarks'" in wrong.stderr and "has no benchmark 'nothing'" in wrong.stderr
+    assert "--benchmark: unknown benchmark 'CV-Bemch' (known: CV-Bench, " in evaluate("CV-Bemch").stderr

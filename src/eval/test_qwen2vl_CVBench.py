@@ -24,7 +24,7 @@ from open_r1.answers.statistics import PARSERS
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.base.videos import MAX_FRAMES
 from open_r1.evaluate import run as evaluation
-from open_r1.tasks.benchmarks import BENCHMARKS, SUITES
+from open_r1.tasks.benchmarks import BENCHMARKS, SUITES, find_benchmark
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B"
@@ -63,10 +63,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--benchmark",
-        choices=[*BENCHMARKS, *SUITES],
+        type=given,
         default="CV-Bench",
         metavar="NAME",
-        help=f"{', '.join(BENCHMARKS)}; or easi-8, eight spatial ones in turn (default: %(default)s)",
+        help=f"{', '.join(BENCHMARKS)}; easi-8, eight spatial ones in turn; or your own, module:NAME "
+        "(default: %(default)s)",
     )
     add(
         "--dataset_path",
@@ -109,6 +110,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="also write the responses as lmms-eval logs them, a JSON line a question",
     )
     args = parser.parse_args(argv)
+    if args.benchmark not in SUITES:
+        find_benchmark(args.benchmark)
     args.bs = args.bs or BATCH_SIZES[args.backend]
     if args.model_path is None:
         args.model_path = str(evaluation.newest_grpo_output(REPO_ROOT / "outputs") or DEFAULT_MODEL)

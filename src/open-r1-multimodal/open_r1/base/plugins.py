@@ -1,10 +1,10 @@
-"""Imports what a recipe names as `module:name`: a user's reward, advantage or trainer."""
+"""Imports what a user names as `module:name`: a reward, an advantage, a trainer or a benchmark of one's own."""
 
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,17 +27,20 @@ def import_here(name: str) -> ModuleType:
         sys.path.remove(here)
 
 
-def import_named(option: str, kind: str, name: str, known: Iterable[str] = ()) -> Any:
-    """What stands behind `module:name`: a function, or a class.
+def import_named(
+    option: str, kind: str, name: str, known: Iterable[str] = (), fits: Callable[[Any], bool] = callable
+) -> Any:
+    """What stands behind `module:name`: a function, a class, or something else that fits.
 
     Args:
         option: that names it.
         kind: what it is, in one word.
         name: `module:name`.
         known: names that stand for themselves, for the message.
+        fits: whether a value is of the kind.
 
     Raises:
-        Mistake: there is no such module or nothing callable of this name in it, or importing it raises.
+        Mistake: there is no such module or nothing that fits of this name in it, or importing it raises.
     """
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
@@ -52,9 +55,10 @@ def import_named(option: str, kind: str, name: str, known: Iterable[str] = ()) -
             ) from error
         raise Mistake(f"{option}: module {module_name!r} cannot be imported: {describe(error)}") from error
     value = getattr(module, attribute, None)
-    if not callable(value):
+    if not fits(value):
         where = getattr(module, "__file__", None) or "built in"
-        raise Mistake(f"{option}: module {module_name!r} ({where}) has no function {attribute!r}")
+        what = "function" if fits is callable else kind
+        raise Mistake(f"{option}: module {module_name!r} ({where}) has no {what} {attribute!r}")
     return value
 
 

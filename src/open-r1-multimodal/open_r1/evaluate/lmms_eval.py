@@ -15,7 +15,7 @@ from open_r1.answers.statistics import TOTAL, Row, credit, judge_row, response_s
 from open_r1.base.errors import Mistake
 from open_r1.base.fields import Count, Expected, Record, Text, check
 from open_r1.base.files import replace_file, to_json
-from open_r1.tasks.benchmarks import BENCHMARKS
+from open_r1.tasks.benchmarks import BENCHMARKS, find_benchmark
 from open_r1.tasks.benchmarks.base import lettered
 from open_r1.tasks.examples import read_list
 
@@ -41,7 +41,7 @@ def write_samples(path: Path, result: Mapping[str, Any], prompts: Mapping[tuple[
     Args:
         prompts: by id and rotation; without one `input` is the question and its options.
     """
-    benchmark = BENCHMARKS[result["benchmark"]]
+    benchmark = find_benchmark(result["benchmark"])
     task, metric = benchmark.lmms or (benchmark.name.lower().replace("-", "_"), "accuracy")
     target = path.with_name(f"{path.stem}_samples_{task}.jsonl")
     samples = []

@@ -19,7 +19,7 @@ from open_r1.base.hub import model_folder
 from open_r1.base.locks import owned
 from open_r1.evaluate.lmms_eval import write_samples
 from open_r1.evaluate.results import AnsweredRow, read_result
-from open_r1.tasks.benchmarks import BENCHMARKS, SUITES, Item, digest, locate, read
+from open_r1.tasks.benchmarks import SUITES, Item, digest, find_benchmark, locate, read
 
 if TYPE_CHECKING:  # re-scoring starts without torch
     from accelerate import PartialState
@@ -58,7 +58,7 @@ def model_name(model_path: str) -> str:
 def result_path(args: argparse.Namespace) -> Path:
     """Where the result of a run with these options is written."""
     mode = "reasoning" if args.use_reasoning_prompt else "no_reasoning"
-    name = f"{BENCHMARKS[args.benchmark].name}_result_{model_name(args.model_path)}_{mode}.json"
+    name = f"{find_benchmark(args.benchmark).name}_result_{model_name(args.model_path)}_{mode}.json"
     return args.output_dir / name
 
 
@@ -87,7 +87,7 @@ def make_result(rows: Sequence[dict[str, Any]], about: dict[str, Any], parser: s
         parser: how answers are read, `lenient` or `strict`.
     """
     judged = [judge_row(row, parser) for row in rows]
-    benchmark = BENCHMARKS[about["benchmark"]]
+    benchmark = find_benchmark(about["benchmark"])
     scores = score(judged, benchmark.combinations, circular=benchmark.circular, adjusted=benchmark.adjusted)
     sources = {row.get("source") for row in judged}
     accuracy = {name: value["accuracy"] for name, value in scores.items() if name not in sources}
@@ -157,10 +157,10 @@ def rescore(args: argparse.Namespace) -> None:
     content = read_result(args.precomputed_json)
     rows = content["results"]
     about = {key: value for key, value in content.items() if key not in MEASURED}
-    if about.setdefault("benchmark", args.benchmark) not in BENCHMARKS:
-        raise Mistake(f"{args.precomputed_json}: unknown benchmark {about['benchmark']!r}")
+    with naming_option(str(args.precomputed_json)):
+        benchmark = find_benchmark(about.setdefault("benchmark", args.benchmark))
     if args.dataset_path and not any("id" in row for row in rows):
-        items = read(BENCHMARKS[about["benchmark"]], args.dataset_path)
+        items = read(benchmark, args.dataset_path)
         rows = join_rows(rows, items, args.precomputed_json)
     path = args.output_dir / args.precomputed_json.name
     publish(path, make_result(rows, about, args.parser))
@@ -218,7 +218,7 @@ def evaluate_suite(args: argparse.Namespace) -> None:
         try:
             if place and not Path(place).is_dir():
                 raise MissingFile(place)
-            locate(BENCHMARKS[name], place or BENCHMARKS[name].hub_id)
+            locate(find_benchmark(name), place or find_benchmark(name).hub_id)
         except FileMistake:
             missing.append(name)
         else:
@@ -249,7 +249,7 @@ def headlines(runs: Sequence[argparse.Namespace]) -> dict[str, dict[str, Any]]:
     """The score that each benchmark's authors publish, or its Total where a limit left out what that needs."""
     found = {}
     for one in runs:
-        scores, headline = read_json(result_path(one))["scores"], BENCHMARKS[one.benchmark].headline
+        scores, headline = read_json(result_path(one))["scores"], find_benchmark(one.benchmark).headline
         if headline not in scores:
             headline = TOTAL
         found[one.benchmark + headline.removeprefix(TOTAL) if headline.startswith(TOTAL) else headline] = scores[
@@ -266,7 +266,7 @@ def evaluate(args: argparse.Namespace, load: "Callable[..., Backend] | None" = N
     """
     with naming_option("--model_path"):
         folder = model_folder(args.model_path)
-    items = read(BENCHMARKS[args.benchmark], args.dataset_path, args.limit, args.max_frames)
+    items = read(find_benchmark(args.benchmark), args.dataset_path, args.limit, args.max_frames)
 
     import accelerate
     import torch
