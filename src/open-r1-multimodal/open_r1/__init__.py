@@ -1,6 +1,10 @@
 """R1-Zero for vision-language models: grouped GRPO on Qwen2-VL and its siblings."""
 
 import logging
+from importlib import import_module
+from typing import Any
+
+__all__ = ["ask", "evaluate", "report", "train"]
 
 # What libraries warn about at every start without need: logger -> part of the message.
 NOISE = {
@@ -20,3 +24,10 @@ NOISE = {
 }
 for name, part in NOISE.items():
     logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
+
+
+def __getattr__(name: str) -> Any:
+    """The commands as functions, which need torch: imported when they are asked for."""
+    if name in __all__:
+        return getattr(import_module("open_r1.api"), name)
+    raise AttributeError(f"module 'open_r1' has no attribute {name!r}")

@@ -135,6 +135,20 @@ def save_accuracy_length(curves: Curves, path: Path) -> None:
         _save(figure, temporary, path.suffix)
 
 
+def panel_svg(panel: Panel, title: str) -> str:
+    """One panel by itself, on white, as an SVG text; each curve has its name at its end."""
+    buffer = io.StringIO()
+    with rc_context(_rc("panel")):
+        figure = Figure((6.4, 3.2), layout="constrained")
+        axes = figure.subplots()
+        _draw_panel(axes, panel, PAPER, 0, parts=4)
+        axes.set_title(title, loc="left", color=PAPER.ink, fontsize=12)
+        _name_curves(axes)
+        _label_steps(axes)
+        figure.savefig(buffer, format="svg")
+    return buffer.getvalue()
+
+
 def _name_curves(axes: Axes) -> None:
     """Draw all curves without dashes, and write the name of each in its colour behind its end, none over another."""
     low, high = axes.get_ylim()

@@ -27,6 +27,7 @@ from open_r1.base.errors import printable
 from open_r1.base.files import append_rows, keep_rows, replace_file
 from open_r1.report.card import write_card
 from open_r1.running.guards import ANSWERS, LOOKED_AT, new_warnings
+from open_r1.running.live import LivePlot, in_notebook
 from open_r1.running.provenance import (
     RUN,
     all_arguments,
@@ -64,7 +65,7 @@ def add_run_callbacks(
     """
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(ProgressLines())
+    trainer.add_callback(LivePlot() if in_notebook() else ProgressLines())
     trainer.add_callback(
         RunLog(
             {

@@ -171,14 +171,15 @@ def run(command: Command) -> None:
         train(command, sys.argv[1:])
 
 
-def train(command: Command, arguments: Sequence[str]) -> None:
-    """Train as the command line says, in an output folder that is this run's own meanwhile."""
+def train(command: Command, arguments: Sequence[str]) -> str:
+    """Train as the command line says, in an output folder that is this run's own meanwhile; returns that folder."""
     settings = read_settings(command, arguments)
     output_dir = settings[1].output_dir
     os.makedirs(output_dir, exist_ok=True)
     with owned(output_dir):
         check_shared(output_dir)
         train_with(command, settings, arguments)
+    return output_dir
 
 
 def accumulate_in_float32(args: TrainingArguments) -> None:

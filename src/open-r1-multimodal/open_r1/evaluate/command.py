@@ -1,0 +1,109 @@
+"""The command line of the evaluation, which `test_qwen2vl_CVBench.py` and the Python function share."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from open_r1.answers.statistics import PARSERS
+from open_r1.base.errors import given, positive
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.videos import MAX_FRAMES
+from open_r1.evaluate.run import newest_grpo_output
+from open_r1.tasks.benchmarks import BENCHMARKS, SUITES, find_benchmark
+
+RESULTS = REPO_ROOT / "src/eval/results"
+DEFAULT_MODEL = "Qwen/Qwen2-VL-2B"
+# Of answering.BACKENDS, which imports torch; and questions a batch: vLLM makes its own of those that it has at hand.
+BATCH_SIZES = {"hf": 32, "vllm": 256}
+
+
+def folder_or_file(text: str) -> Path:
+    """A path that is given. Raises what `given` raises."""
+    return Path(given(text))
+
+
+def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """The options of an evaluation.
+
+    Args:
+        argv: the command line; None: this process's.
+        description: for `--help`.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add(
+        "--model_path",
+        type=given,
+        help=f"folder or Hub name (default: the newest GRPO output in outputs/, else {DEFAULT_MODEL})",
+    )
+    add(
+        "--prompt",
+        type=given,
+        default="auto",
+        metavar="{auto,base,instruct}",
+        help="chat template, or a Jinja file with the styles reasoning and direct; auto: the one that the checkpoint "
+        "was trained with, if this project saved it, else instruct for a model that ships ChatML, else base",
+    )
+    add(
+        "--use_reasoning_prompt",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ask for reasoning in <think> and an answer in <answer>",
+    )
+    add(
+        "--benchmark",
+        type=given,
+        default="CV-Bench",
+        metavar="NAME",
+        help=f"{', '.join(BENCHMARKS)}; easi-8, eight spatial ones in turn; or your own, module:NAME "
+        "(default: %(default)s)",
+    )
+    add(
+        "--dataset_path",
+        type=given,
+        help="Hub id, parquet (or .jsonl) file, or folder, of easi-8 the one with a folder each (default: the "
+        "benchmark's on the Hub)",
+    )
+    add("--limit", type=positive, metavar="N", help="ask N questions only, the same share of each task, seeded")
+    add("--bs", type=positive, help="questions a batch, after which they are saved (default: 32; 256 with vllm)")
+    add("--max_new_tokens", type=positive, default=700, help="longest response (default: %(default)s, as in training)")
+    add(
+        "--max_pixels",
+        type=positive,
+        help="larger images are shrunk to this area (default: what the checkpoint was trained at; 401408, the paper's, "
+        "for a published one)",
+    )
+    add("--max_frames", type=positive, default=MAX_FRAMES, help="of a video, evenly spaced (default: %(default)s)")
+    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="auto: bfloat16 on a GPU")
+    add(
+        "--backend", choices=BATCH_SIZES, default="hf", help="what generates: hf is transformers (default: %(default)s)"
+    )
+    add(
+        "--parser",
+        choices=PARSERS,
+        default="lenient",
+        help="lenient: a response without <answer> counts when it clearly names one option; strict: as in training "
+        "(default: %(default)s)",
+    )
+    add("--output_dir", type=folder_or_file, default=RESULTS, help="(default: src/eval/results)")
+    add(
+        "--precomputed_json",
+        type=folder_or_file,
+        metavar="FILE",
+        help="score the responses of a result file; loads no model. One of the reference gets 2D, 3D and the official "
+        "score with the --dataset_path that it asked",
+    )
+    add(
+        "--export",
+        choices=["lmms-eval"],
+        help="also write the responses as lmms-eval logs them, a JSON line a question",
+    )
+    args = parser.parse_args(argv)
+    if args.benchmark not in SUITES:
+        find_benchmark(args.benchmark)
+    args.bs = args.bs or BATCH_SIZES[args.backend]
+    if args.model_path is None:
+        args.model_path = str(newest_grpo_output(REPO_ROOT / "outputs") or DEFAULT_MODEL)
+    return args
