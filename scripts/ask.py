@@ -13,7 +13,7 @@ from open_r1.base.errors import Mistake, printable, run, use_environment
 
 use_environment()
 
-from open_r1.evaluate.asking import Asked, ask
+from open_r1.evaluation.asking import Asked, ask
 from open_r1.tasks.examples import iter_rows
 
 

@@ -15,7 +15,7 @@ from open_r1.base.errors import printable, run, use_environment
 
 use_environment()
 
-from open_r1.report.card import write_card
+from open_r1.reporting.card import write_card
 
 
 def main() -> None:

@@ -27,9 +27,9 @@ from open_r1.answers.checker import Unread
 from open_r1.answers.collapse import constant_answers
 from open_r1.answers.statistics import TOTAL, unread_warning
 from open_r1.base.files import FIGURE_MARK, check_replaceable, replacing
-from open_r1.evaluate.lmms_eval import read_samples
-from open_r1.evaluate.results import read_scored
-from open_r1.report.comparison import accuracy_cell, markdown, paired_table, percent
+from open_r1.evaluation.lmms_eval import read_samples
+from open_r1.evaluation.results import read_scored
+from open_r1.reporting.comparison import accuracy_cell, markdown, paired_table, percent
 from open_r1.tasks.benchmarks import BENCHMARKS
 
 CHART_FORMATS = (".png", ".svg", ".pdf")

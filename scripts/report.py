@@ -14,8 +14,8 @@ from open_r1.base.errors import printable, run, use_environment
 
 use_environment()
 
-from open_r1.report.overlay import write_overlay
-from open_r1.report.page import write_report
+from open_r1.reporting.overlay import write_overlay
+from open_r1.reporting.page import write_report
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from open_r1.base.errors import printable, run, use_environment
 use_environment()
 
 from open_r1.base.files import MADE_BY, check_replaceable, replace_file, to_json
-from open_r1.report.comparison import Trial, compare_recipes, read_trial, recipe_tables
-from open_r1.report.figures import save_recipes
+from open_r1.reporting.comparison import Trial, compare_recipes, read_trial, recipe_tables
+from open_r1.reporting.figures import save_recipes
 
 
 def by_recipe(runs: Sequence[Path]) -> dict[str, list[Trial]]:

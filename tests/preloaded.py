@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 MODULES = (
-    *("open_r1.grpo", "open_r1.sft", "open_r1.report.page", "accelerate.commands.launch", "torch.distributed.run"),
+    *("open_r1.grpo", "open_r1.sft", "open_r1.reporting.page", "accelerate.commands.launch", "torch.distributed.run"),
     *("deepspeed", "torch.utils.cpp_extension", "bitsandbytes", "tensorboard", "math_verify"),
     *("matplotlib.backends.backend_svg", "transformers.models.qwen2_vl.modeling_qwen2_vl"),
 )

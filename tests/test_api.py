@@ -58,7 +58,7 @@ def test_evaluate_ask_and_report(run, tmp_path):
     [
         (lambda: open_r1.train("configs/none.yaml"), "configs/none.yaml"),
         (lambda: open_r1.train(RECIPE, beta="x"), "beta: invalid float value: 'x'"),
-        (lambda: open_r1.train(RECIPE, reward_funcs=[lambda **_: []]), "take functions that have a name"),
+        (lambda: open_r1.train(RECIPE, reward_funcs=[lambda **_: []]), "takes functions that have a name"),
         (lambda: open_r1.evaluate("no/model", limt=3), "unrecognized arguments: --limt 3"),
         (lambda: open_r1.evaluate("outputs/none", dataset_path="x"), "--model_path: "),
         (lambda: open_r1.report("outputs/none"), "outputs/none: no such folder"),

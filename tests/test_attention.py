@@ -26,7 +26,7 @@ from open_r1.engines.shared_prefix import (
     images_of,
     prepare_model,
 )
-from open_r1.evaluate.answering import BACKENDS, generation_settings, load_prompting
+from open_r1.evaluation.answering import BACKENDS, generation_settings, load_prompting
 from open_r1.models.families import FAMILIES
 from open_r1.models.loading import freeze
 from open_r1.settings.recipes import read_recipe

@@ -18,7 +18,7 @@ from trl import ModelConfig
 import open_r1
 from open_r1.answers.reflection import find_reflections
 from open_r1.base.errors import Mistake
-from open_r1.report import page
+from open_r1.reporting import page
 from open_r1.rewards import accuracy_reward, format_reward
 from open_r1.running import callbacks, entry
 from open_r1.running.callbacks import ProgressLines, RunLog, add_run_callbacks, describe

@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from fake_run import fake_events, fake_rows, write_images, write_run
-from open_r1.evaluate.run import make_result, write_result
-from open_r1.report.card import write_card
+from open_r1.evaluation.run import make_result, write_result
+from open_r1.reporting.card import write_card
 
 FENCE = "```"
 

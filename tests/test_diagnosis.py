@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from fake_run import PROMPT, fake_events, fake_rows, row, write_images, write_run
-from open_r1.report.diagnosis import Finding, diagnose
-from open_r1.report.page import write_report
-from open_r1.report.runs import read_run, scan_trajectories
+from open_r1.reporting.diagnosis import Finding, diagnose
+from open_r1.reporting.page import write_report
+from open_r1.reporting.runs import read_run, scan_trajectories
 
 STEPS = 20
 SIGNALS, FORMAT = "Groups without signal", "Format alone"

@@ -25,8 +25,8 @@ from open_r1.base import errors as front_door
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT, load_chat_template, sat_question
 from open_r1.engines.backends import TransformersBackend
-from open_r1.evaluate import answering
-from open_r1.evaluate import run as evaluation
+from open_r1.evaluation import answering
+from open_r1.evaluation import run as evaluation
 from open_r1.models.families import FAMILIES, family_of_processor
 from open_r1.models.loading import (
     FreezeArguments,

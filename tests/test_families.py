@@ -34,7 +34,7 @@ from open_r1.models.families import (
 from open_r1.models.families.qwen import QwenVL
 from open_r1.models.families.tiled import TILE, TILE_TOKENS
 from open_r1.models.loading import load_model, load_processor
-from open_r1.report.runs import scan_trajectories
+from open_r1.reporting.runs import scan_trajectories
 from open_r1.running.data import count_prompt_tokens, load_dataset
 from open_r1.tiny import make_processor, make_tokenizer, save_tiny_model
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer

@@ -21,7 +21,7 @@ from open_r1.base.files import (
     replacing,
 )
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.evaluate.run import write_result
+from open_r1.evaluation.run import write_result
 from support import load_script
 from test_results import make_scored
 

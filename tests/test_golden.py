@@ -25,9 +25,9 @@ from trl import ModelConfig, TrlParser
 from fake_run import fake_events, fake_rows, write_images, write_run
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import Qwen2VLSFTConfig, SFTScriptArguments
-from open_r1.evaluate.run import evaluate, result_path
+from open_r1.evaluation.run import evaluate, result_path
 from open_r1.models.loading import load_model, load_processor
-from open_r1.report.page import write_report
+from open_r1.reporting.page import write_report
 from open_r1.rewards import get_reward_funcs
 from open_r1.running.data import load_dataset
 from open_r1.sft import build_trainer

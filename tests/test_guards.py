@@ -14,7 +14,7 @@ from fake_run import write_run
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.models.loading import load_processor
-from open_r1.report.page import write_report
+from open_r1.reporting.page import write_report
 from open_r1.running.callbacks import add_run_callbacks
 from open_r1.running.checkpoints import CompleteCheckpoints, find_defect, last_complete_checkpoint
 from open_r1.running.data import DataArguments, load_dataset

@@ -12,7 +12,7 @@ from PIL import Image
 
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.models.loading import load_processor
-from open_r1.report.runs import KnownImages, read_run
+from open_r1.reporting.runs import KnownImages, read_run
 from open_r1.running.data import DataArguments, load_dataset, load_datasets_from_args
 from open_r1.tasks.examples import Columns
 from open_r1.tasks.mixture import iter_mixture, parts_of, rows_of_each

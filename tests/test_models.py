@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from open_r1.engines.backends import load_transformers
-from open_r1.evaluate.answering import load_prompting
+from open_r1.evaluation.answering import load_prompting
 from open_r1.models.loading import (
     check_adapter,
     check_model_files,

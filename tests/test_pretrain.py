@@ -18,7 +18,7 @@ from open_r1.answers.reflection import find_reflections
 from open_r1.base.prompts import REPO_ROOT, sat_question
 from open_r1.engines.decoding import generate
 from open_r1.engines.shared_prefix import encode_prompt
-from open_r1.evaluate.answering import generation_settings, messages
+from open_r1.evaluation.answering import generation_settings, messages
 from open_r1.models.loading import load_model, load_processor
 from open_r1.world import questions
 from open_r1.world.parquet import row_rng, write_sat

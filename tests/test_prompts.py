@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from open_r1.base.prompts import check_text, join_options, load_chat_template, sat_question
-from open_r1.evaluate.answering import check_prompts
+from open_r1.evaluation.answering import check_prompts
 from open_r1.models.families import control_tokens
 from open_r1.models.families.qwen import QWEN_TOKENS
 from open_r1.running.data import opens_think

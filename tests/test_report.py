@@ -20,13 +20,13 @@ from fake_run import PROMPT, STARTED, fake_events, fake_rows, row, write_images,
 from open_r1.answers.statistics import wilson
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.report import browser
-from open_r1.report.browser import segments, spread
-from open_r1.report.curves import collect
-from open_r1.report.overlay import overlay, read_curves, write_overlay
-from open_r1.report.page import utc, write_report
-from open_r1.report.runs import Trajectories, read_run, scan_trajectories
-from open_r1.report.statistics import (
+from open_r1.reporting import browser
+from open_r1.reporting.browser import segments, spread
+from open_r1.reporting.curves import collect
+from open_r1.reporting.overlay import overlay, read_curves, write_overlay
+from open_r1.reporting.page import utc, write_report
+from open_r1.reporting.runs import Trajectories, read_run, scan_trajectories
+from open_r1.reporting.statistics import (
     by_step,
     first_and_last_tenth,
     group_accuracy,
@@ -517,7 +517,7 @@ def test_not_a_run(tmp_path):
 
 def test_report_imports_no_torch():
     heavy = {"torch", "transformers", "matplotlib.pyplot"}
-    code = f"import sys, open_r1.report.page; sys.exit(bool({heavy} & set(sys.modules)))"
+    code = f"import sys, open_r1.reporting.page; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

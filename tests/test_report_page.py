@@ -13,7 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from fake_run import fake_events, fake_rows, write_images, write_run
-from open_r1.report.page import write_report
+from open_r1.reporting.page import write_report
 
 pytestmark = pytest.mark.browser
 

@@ -15,8 +15,8 @@ import pytest
 from open_r1.base.errors import Mistake
 from open_r1.base.files import append_rows, to_json
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.evaluate.results import read_result, read_scored
-from open_r1.evaluate.run import collect, make_result, partial_paths
+from open_r1.evaluation.results import read_result, read_scored
+from open_r1.evaluation.run import collect, make_result, partial_paths
 from open_r1.tasks.benchmarks import BENCHMARKS, read
 from open_r1.world import __main__ as world
 from open_r1.world.parquet import cvbench_row, write_cvbench

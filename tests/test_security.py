@@ -25,9 +25,9 @@ from open_r1 import grpo
 from open_r1.base.errors import Mistake, run
 from open_r1.base.locks import IN_USE, owned
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.evaluate import run as evaluation
-from open_r1.report.page import write_report
-from open_r1.report.runs import KnownImages, read_run
+from open_r1.evaluation import run as evaluation
+from open_r1.reporting.page import write_report
+from open_r1.reporting.runs import KnownImages, read_run
 from open_r1.rewards import get_reward_funcs
 from open_r1.running import entry
 from open_r1.running.checkpoints import (

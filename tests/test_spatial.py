@@ -19,11 +19,11 @@ from open_r1.base.images import BrokenImage
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.base.videos import Video, picture_sizes, pictures
 from open_r1.engines.backends import Completions
-from open_r1.evaluate import answering
-from open_r1.evaluate import run as evaluation
-from open_r1.evaluate.lmms_eval import THEIRS, read_samples, write_samples
-from open_r1.evaluate.results import read_scored
-from open_r1.evaluate.run import make_result, write_result
+from open_r1.evaluation import answering
+from open_r1.evaluation import run as evaluation
+from open_r1.evaluation.lmms_eval import THEIRS, read_samples, write_samples
+from open_r1.evaluation.results import read_scored
+from open_r1.evaluation.run import make_result, write_result
 from open_r1.tasks.benchmarks import BENCHMARKS, SUITES, Item, digest, read
 from open_r1.tasks.benchmarks.base import lettered
 from spatial import GREY, VSI, WRITERS, picture, write_all, write_video

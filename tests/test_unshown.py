@@ -12,7 +12,7 @@ from PIL import Image
 
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.evaluate import asking
+from open_r1.evaluation import asking
 from open_r1.models.loading import load_processor
 from open_r1.running.data import DataArguments, load_dataset, load_datasets_from_args
 from open_r1.tasks.examples import Columns, iter_rows

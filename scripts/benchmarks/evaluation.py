@@ -55,7 +55,7 @@ def make_uneven_model(items: Sequence[Any], hazard: float, hidden_size: int) -> 
 
 def answer_ours(answerer: Any, items: Sequence[Any], batch_size: int) -> list[Any]:
     """Our loop: sorted by length, preprocessed ahead, finished rows dropped. Returns the responses in file order."""
-    from open_r1.evaluate.answering import answer_batches, make_batches
+    from open_r1.evaluation.answering import answer_batches, make_batches
 
     batches = make_batches(answerer, items, batch_size)
     responses = {item.key: response for batch in answer_batches(answerer, batches) for item, response in batch}
@@ -64,7 +64,7 @@ def answer_ours(answerer: Any, items: Sequence[Any], batch_size: int) -> list[An
 
 def answer_plainly(answerer: Any, items: Sequence[Any], batch_size: int) -> list[str]:
     """The usual loop: batches in file order, preprocessed in turn, through the model's own `generate`."""
-    from open_r1.evaluate.answering import messages, open_image
+    from open_r1.evaluation.answering import messages, open_image
 
     texts = []
     for start in range(0, len(items), batch_size):
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from open_r1.engines.backends import TransformersBackend
-    from open_r1.evaluate.answering import Answerer
+    from open_r1.evaluation.answering import Answerer
     from open_r1.models.loading import reset_generation_config
 
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:

@@ -57,7 +57,7 @@ from open_r1.engines.shared_prefix import (
     decode_attention,
     locate_group,
 )
-from open_r1.evaluate import answering
+from open_r1.evaluation import answering
 from open_r1.running.entry import quiet
 from open_r1.settings.recipes import read_recipe
 from open_r1.tasks.benchmarks import BENCHMARKS, read

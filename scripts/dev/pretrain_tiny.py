@@ -43,7 +43,7 @@ from transformers import PreTrainedModel, ProcessorMixin, get_cosine_with_min_lr
 
 from open_r1.base.files import check_new_folder, replacing
 from open_r1.base.prompts import join_options, load_chat_template, sat_question
-from open_r1.evaluate.answering import messages
+from open_r1.evaluation.answering import messages
 from open_r1.tasks import cvbench
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
 from open_r1.world import questions

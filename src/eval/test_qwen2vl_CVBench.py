@@ -18,8 +18,8 @@ from open_r1.base.errors import run, use_environment
 
 use_environment()
 
-from open_r1.evaluate import run as evaluation
-from open_r1.evaluate.command import parse_args
+from open_r1.evaluation import run as evaluation
+from open_r1.evaluation.command import parse_args
 
 
 def main() -> None:

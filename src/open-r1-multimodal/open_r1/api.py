@@ -12,7 +12,7 @@ takes one process here; `run_grpo_SAT.sh` starts several.
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,12 +25,12 @@ from markupsafe import escape
 from open_r1.answers.statistics import table
 from open_r1.base.errors import Mistake
 from open_r1.base.files import read_json, read_rows
-from open_r1.evaluate import asking
-from open_r1.evaluate import run as evaluation
-from open_r1.evaluate.command import parse_args
-from open_r1.report.overlay import read_curves, write_overlay
-from open_r1.report.page import key_figures, write_report
-from open_r1.report.runs import read_run
+from open_r1.evaluation import asking
+from open_r1.evaluation import run as evaluation
+from open_r1.evaluation.command import parse_args
+from open_r1.reporting.overlay import read_curves, write_overlay
+from open_r1.reporting.page import key_figures, write_report
+from open_r1.reporting.runs import read_run
 from open_r1.running import entry
 from open_r1.running.launch_settings import defaults_on_cpu
 
@@ -183,4 +183,4 @@ def named(function: Callable[..., Any]) -> str:
     return f"{module}:{name}"
 
 
-__all__: Sequence[str] = ("Evaluation", "TrainedRun", "ask", "evaluate", "report", "train")
+__all__ = ("Evaluation", "TrainedRun", "ask", "evaluate", "report", "train")

@@ -1,7 +1,7 @@
 """The record of one completion, a line of trajectories/*.jsonl: the trainer writes it, the report reads it.
 
 A new number of a completion is a field here, which the report has as a column at once, and a curve in
-`report/curves.py`. No torch.
+`reporting/curves.py`. No torch.
 """
 
 from typing import Annotated, Any

@@ -25,7 +25,7 @@ from open_r1.answers.collapse import answered
 from open_r1.answers.statistics import Row
 from open_r1.base.errors import printable
 from open_r1.base.files import append_rows, keep_rows, replace_file
-from open_r1.report.card import write_card
+from open_r1.reporting.card import write_card
 from open_r1.running.guards import ANSWERS, LOOKED_AT, new_warnings
 from open_r1.running.live import LivePlot, in_notebook
 from open_r1.running.provenance import (
@@ -92,7 +92,7 @@ def whole_path(name: str | None) -> str | None:
 
 
 class ModelCardMixin:
-    """TRL's `create_model_card` with the card of a run (`open_r1.report.card`), where this trainer is that of one."""
+    """TRL's `create_model_card` with the card of a run (`open_r1.reporting.card`), where there is one."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md`; a trainer in a script of the user's leaves TRL's."""

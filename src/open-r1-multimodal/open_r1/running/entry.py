@@ -241,7 +241,7 @@ def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -
 def report(output_dir: str) -> None:
     """Write the report of a run that is saved, and say where; an error in it does not end the run."""
     try:
-        from open_r1.report.page import write_report  # imports matplotlib
+        from open_r1.reporting.page import write_report  # imports matplotlib
 
         print(f"report: {write_report(Path(output_dir))}")
     except Exception as error:

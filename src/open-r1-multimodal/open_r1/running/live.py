@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from open_r1.report.curves import Line, Panel
-from open_r1.report.figures import panel_svg
-from open_r1.report.runs import Series
+from open_r1.reporting.curves import Line, Panel
+from open_r1.reporting.figures import panel_svg
+from open_r1.reporting.runs import Series
 
 
 def in_notebook() -> bool:

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from open_r1.base.images import BrokenImage, open_image
-from open_r1.report.card import MAX_SHOWN_CHARS, code_block
+from open_r1.reporting.card import MAX_SHOWN_CHARS, code_block
 
 SHOWN_ROLLOUTS = 10  # in a whole run, beside the first
 MAX_SHOWN_PIXELS = 512  # a side

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LinearLocator, MaxNLocator
 
 from open_r1.base.files import FIGURE_MARK, replacing
-from open_r1.report.curves import Chart, Curves, Line, Panel
-from open_r1.report.statistics import moving_average
+from open_r1.reporting.curves import Chart, Curves, Line, Panel
+from open_r1.reporting.statistics import moving_average
 
 SMOOTH_FROM = 40  # points from which on a moving average is drawn over them
 # No curve is told from another by colour alone; `page.css` draws the same in legends.

@@ -8,7 +8,7 @@ from open_r1.answers.statistics import PARSERS
 from open_r1.base.errors import given, positive
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.base.videos import MAX_FRAMES
-from open_r1.evaluate.run import newest_grpo_output
+from open_r1.evaluation.run import newest_grpo_output
 from open_r1.tasks.benchmarks import BENCHMARKS, SUITES, find_benchmark
 
 RESULTS = REPO_ROOT / "src/eval/results"

@@ -10,9 +10,9 @@ import numpy as np
 
 from open_r1.answers.collapse import EXCESS, most_constant
 from open_r1.answers.reflection import concluded
-from open_r1.report.browser import visible
-from open_r1.report.runs import ACCURACY, FORMAT, Run, Trajectories
-from open_r1.report.statistics import answers_at_the_end, by_step, first_and_last_tenth
+from open_r1.reporting.browser import visible
+from open_r1.reporting.runs import ACCURACY, FORMAT, Run, Trajectories
+from open_r1.reporting.statistics import answers_at_the_end, by_step, first_and_last_tenth
 
 FLAT = 0.05  # a rise of accuracy that is no more than sampling
 MAX_READ = 500  # completions whose thoughts are read, evenly over the run: a long one takes milliseconds

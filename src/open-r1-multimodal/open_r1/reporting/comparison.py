@@ -14,10 +14,10 @@ import numpy as np
 
 from open_r1.answers.statistics import Row, mcnemar, outcomes, paired_bootstrap, wilson
 from open_r1.base.errors import Mistake
-from open_r1.evaluate.results import read_scored
-from open_r1.report.curves import reflection_share
-from open_r1.report.runs import ACCURACY, Trajectories, read_run, scan_trajectories
-from open_r1.report.statistics import by_step, first_and_last_tenth, steps_of
+from open_r1.evaluation.results import read_scored
+from open_r1.reporting.curves import reflection_share
+from open_r1.reporting.runs import ACCURACY, Trajectories, read_run, scan_trajectories
+from open_r1.reporting.statistics import by_step, first_and_last_tenth, steps_of
 
 NONE = "-"  # a table's cell without a value
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from open_r1.answers.judgement import Judgement
-from open_r1.report.runs import ACCURACY, FORMAT, JUDGEMENTS, Run, Series, Trajectories
-from open_r1.report.statistics import by_step, group_accuracy, quartiles, reflection_statistics
+from open_r1.reporting.runs import ACCURACY, FORMAT, JUDGEMENTS, Run, Series, Trajectories
+from open_r1.reporting.statistics import by_step, group_accuracy, quartiles, reflection_statistics
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from open_r1.base.hub import model_folder
 from open_r1.base.images import open_image
 from open_r1.base.prompts import check_text
 from open_r1.engines.backends import load_transformers
-from open_r1.evaluate.answering import generation_settings, load_prompting, messages
+from open_r1.evaluation.answering import generation_settings, load_prompting, messages
 from open_r1.models.families import control_tokens
 from open_r1.tasks.unshown import unshown_texts
 

@@ -19,12 +19,12 @@ from markupsafe import Markup
 
 from open_r1.answers.checker import extract_answer
 from open_r1.base.files import MADE_BY, check_replaceable, replace_file
-from open_r1.report import figures
-from open_r1.report.browser import QUOTE, browser_data, shown, visible
-from open_r1.report.curves import Curves, collect, is_sft
-from open_r1.report.diagnosis import diagnose
-from open_r1.report.runs import KnownImages, Run, Trajectories, read_run, scan_trajectories
-from open_r1.report.statistics import (
+from open_r1.reporting import figures
+from open_r1.reporting.browser import QUOTE, browser_data, shown, visible
+from open_r1.reporting.curves import Curves, collect, is_sft
+from open_r1.reporting.diagnosis import diagnose
+from open_r1.reporting.runs import KnownImages, Run, Trajectories, read_run, scan_trajectories
+from open_r1.reporting.statistics import (
     PASS_RATES,
     answers_by_type,
     first_and_last_tenth,

@@ -17,15 +17,15 @@ from open_r1.base.fields import Record, check
 from open_r1.base.files import append_rows, read_json, read_rows, replace_file, to_json
 from open_r1.base.hub import model_folder
 from open_r1.base.locks import owned
-from open_r1.evaluate.lmms_eval import write_samples
-from open_r1.evaluate.results import AnsweredRow, read_result
+from open_r1.evaluation.lmms_eval import write_samples
+from open_r1.evaluation.results import AnsweredRow, read_result
 from open_r1.tasks.benchmarks import SUITES, Item, digest, find_benchmark, locate, read
 
 if TYPE_CHECKING:  # re-scoring starts without torch
     from accelerate import PartialState
 
     from open_r1.engines.backends import Backend
-    from open_r1.evaluate.answering import Answerer
+    from open_r1.evaluation.answering import Answerer
 
 MEASURED = ("parser", "accuracy", "scores", "shares", "results")  # what scoring adds to a result
 
@@ -233,7 +233,7 @@ def evaluate_suite(args: argparse.Namespace) -> None:
     backends: list[Backend] = []
 
     def load(*arguments: Any, **options: Any) -> "Backend":
-        from open_r1.evaluate import answering
+        from open_r1.evaluation import answering
 
         if not backends:
             backends.append(answering.BACKENDS[args.backend](*arguments, **options))
@@ -273,7 +273,7 @@ def evaluate(args: argparse.Namespace, load: "Callable[..., Backend] | None" = N
     import transformers
     from accelerate.utils import parse_flag_from_env
 
-    from open_r1.evaluate import answering
+    from open_r1.evaluation import answering
     from open_r1.models.families import family_of_processor
 
     # Unless accelerate is told of the CPU, it takes each process there for the only one.
@@ -360,7 +360,7 @@ def answer(answerer: "Answerer", items: Sequence[Item], batch_size: int, partial
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    from open_r1.evaluate.answering import answer_batches, make_batches
+    from open_r1.evaluation.answering import answer_batches, make_batches
 
     batches = make_batches(answerer, items, batch_size)[state.process_index :: state.num_processes]
     count, start = sum(map(len, batches)), time.perf_counter()

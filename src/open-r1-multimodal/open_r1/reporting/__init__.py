@@ -1,4 +1,4 @@
 """A run's page: what it left behind is read, counted and drawn, from its files alone.
 
-It imports `evaluate` and below, and no torch. Start with `page.py`.
+It imports `evaluation` and below, and no torch. Start with `page.py`.
 """

@@ -8,7 +8,7 @@ import numpy as np
 
 from open_r1.answers.collapse import Habit, answered, habits, most_frequent, shown_first
 from open_r1.answers.statistics import Row, wilson
-from open_r1.report.runs import FORMAT, Series, Trajectories
+from open_r1.reporting.runs import FORMAT, Series, Trajectories
 
 
 def by_step(steps: np.ndarray, values: np.ndarray, reduce: Callable[[np.ndarray], Any] = np.mean) -> Series:

@@ -14,8 +14,8 @@ from jinja2.utils import htmlsafe_json_dumps
 from open_r1.base.fields import is_usable
 from open_r1.base.images import DECODE_ERRORS, opened, to_rgb
 from open_r1.base.trajectories import Completion
-from open_r1.report.runs import Trajectories
-from open_r1.report.statistics import steps_of
+from open_r1.reporting.runs import Trajectories
+from open_r1.reporting.statistics import steps_of
 
 TEXT_LIMIT = 4000  # characters of one text in the page; longer ones keep this much of their beginning and end
 TEXT_HEAD = 3000

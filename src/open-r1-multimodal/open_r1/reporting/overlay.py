@@ -8,11 +8,11 @@ from markupsafe import Markup
 
 from open_r1.base.errors import Mistake
 from open_r1.base.files import MADE_BY, check_replaceable, replace_file
-from open_r1.report import figures
-from open_r1.report.browser import visible
-from open_r1.report.curves import Chart, Curves, Line, Panel, collect
-from open_r1.report.page import jinja_environment
-from open_r1.report.runs import Run, read_run, scan_trajectories
+from open_r1.reporting import figures
+from open_r1.reporting.browser import visible
+from open_r1.reporting.curves import Chart, Curves, Line, Panel, collect
+from open_r1.reporting.page import jinja_environment
+from open_r1.reporting.runs import Run, read_run, scan_trajectories
 
 MAX_RUNS = len(figures.DASHES)  # that can be told apart
 

@@ -11,9 +11,9 @@ from open_r1.answers.statistics import TOTAL, table
 from open_r1.base.fields import check
 from open_r1.base.files import replace_file
 from open_r1.base.trajectories import Completion
-from open_r1.evaluate.results import read_result
-from open_r1.report.curves import held_out_accuracies
-from open_r1.report.runs import Run, open_or_empty, read_lines, read_run, scan_trajectories
+from open_r1.evaluation.results import read_result
+from open_r1.reporting.curves import held_out_accuracies
+from open_r1.reporting.runs import Run, open_or_empty, read_lines, read_run, scan_trajectories
 
 CARD = "README.md"
 MAX_SHOWN_CHARS = 10_000  # of a text
