@@ -269,13 +269,12 @@ def score(
         adjusted: whether the Total and the tasks are also given as `chance_adjusted`.
     """
     constant = majority_answers(rows)
-    names: dict[str, list[int]] = {TOTAL: []}
     questions = by_question(rows)
+    names: dict[str, dict[int, None]] = {TOTAL: dict.fromkeys(range(len(questions)))}  # -> its questions
     for field in ("task", "type", "source"):
         for index, question in enumerate(questions):
             if (name := question[0].get(field)) is not None:
-                names.setdefault(name, []).append(index)
-    names[TOTAL] = list(range(len(questions)))
+                names.setdefault(name, {})[index] = None  # a type may have the name of its only task
 
     def mean(value: Callable[[Row], float]) -> list[float]:
         return [math.fsum(map(value, question)) / len(question) for question in questions]
@@ -291,7 +290,7 @@ def score(
     best = mean(lambda row: is_unread(row) or credit(row))
     columns = right, best, mean(guess), mean(by_majority)
 
-    def scored(indices: Sequence[int], columns: Iterable[Sequence[float]]) -> dict[str, Any]:
+    def scored(indices: Iterable[int], columns: Iterable[Sequence[float]]) -> dict[str, Any]:
         return proportion(*([values[index] for index in indices] for values in columns))
 
     scores = {name: scored(indices, columns) for name, indices in names.items()}

@@ -5,12 +5,23 @@ that are scored like it (`choice.py`, `circular.py`, `video.py`); everything els
 from a file, a folder or the Hub, stratified limits, generation, resuming, scores) is shared.
 """
 
-from open_r1.tasks.benchmarks.base import Benchmark, Item, digest, locate, read, stratified
+from open_r1.tasks.benchmarks.base import Benchmark, Item, MissingImages, digest, locate, read, stratified
 from open_r1.tasks.benchmarks.choice import CHOICE, VSR_CATEGORY
 from open_r1.tasks.benchmarks.circular import CIRCULAR
 from open_r1.tasks.benchmarks.video import VIDEO
 
-__all__ = ["BENCHMARKS", "SUITES", "VSR_CATEGORY", "Benchmark", "Item", "digest", "locate", "read", "stratified"]
+__all__ = [
+    "BENCHMARKS",
+    "SUITES",
+    "VSR_CATEGORY",
+    "Benchmark",
+    "Item",
+    "MissingImages",
+    "digest",
+    "locate",
+    "read",
+    "stratified",
+]
 
 BENCHMARKS: dict[str, Benchmark] = {**CHOICE, **CIRCULAR, **VIDEO}
 # The eight that EASI asks for (`EvolvingLMMs-Lab/EASI`, 0c1a41e, `docs/Submit_results.md`).
