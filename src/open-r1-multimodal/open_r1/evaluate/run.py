@@ -266,8 +266,9 @@ def headlines(runs: Sequence[argparse.Namespace]) -> dict[str, dict[str, Any]]:
     found = {}
     for one in runs:
         scores, name = read_json(result_path(one))["scores"], BENCHMARKS[one.benchmark].headline
-        name = name if name in scores else TOTAL
         label = one.benchmark + name.removeprefix(TOTAL) if name.startswith(TOTAL) else name
+        if name not in scores:
+            label, name = f"{one.benchmark}, {TOTAL}", TOTAL
         found[label] = scores[name]
     return found
 
