@@ -67,8 +67,10 @@ def test_mmsi_bench(folder):
         "Where is box 1?\nOptions: A: left, B: right, C: front, D: back\n"
         "Answer with the option's letter from the given choices directly. Enclose the option's letter within ``."
     )
-    scores = accuracies(answered("MMSI-Bench", items, lambda item: "``B``"))
+    result = answered("MMSI-Bench", items, lambda item: "``B``")
+    scores = accuracies(result)
     assert scores["Total"] == 5 / 20
+    assert result["scores"]["MSR"]["n"] == 5  # a type and its only task in one
     of_types = ["Positional Relationship (Cam.-Obj.)", "Positional Relationship (Obj.-Obj.)", "Motion (Cam.)", "MSR"]
     assert [scores[name] for name in of_types] == [1 / 5, 2 / 5, 1 / 5, 1 / 5]
     assert scores["Positional Relationship"] == 3 / 10 and scores["Motion"] == 1 / 5
@@ -391,7 +393,7 @@ def test_a_run_over_all_eight_that_was_interrupted_twice_leaves_the_same_files(
     ], rows
     shutil.rmtree(tmp_path / "results")
 
-    for batches in (2, 12):  # VSI-Bench has 3, MMSI-Bench, MindCube and ViewSpatial as many: the second is in SITE
+    for batches in (2, 13):  # VSI-Bench has 3, MMSI-Bench, MindCube and ViewSpatial as many: the second is in SITE
         saved, left = evaluation.append_rows, [batches]
 
         def save_or_die(partial: Path, rows: list[dict], saved=saved, left=left) -> None:
@@ -405,7 +407,8 @@ def test_a_run_over_all_eight_that_was_interrupted_twice_leaves_the_same_files(
             patch.setattr(evaluation, "append_rows", save_or_die)
             with pytest.raises(KeyboardInterrupt):
                 evaluation.run(SCRIPT.parse_args(arguments))
-    assert [path.suffix for path in (tmp_path / "results").glob("*.partial*")] == [".jsonl"]
+    (partial,) = (tmp_path / "results").glob("*.partial*")
+    assert partial.name.startswith("SITE_") and len(partial.read_text().splitlines()) == 1 + 8
     evaluation.run(SCRIPT.parse_args(arguments))
     assert results(tmp_path / "results") == whole
 
@@ -426,6 +429,17 @@ def test_those_that_are_not_there_are_named_in_a_line(arguments, folder, tmp_pat
         evaluation.run(SCRIPT.parse_args(arguments))
 
 
+def test_without_its_videos_a_benchmark_is_left_out(arguments, folder, tmp_path, capsys):
+    WRITERS["VSI-Bench"](tmp_path / "few/VSI-Bench")
+    (tmp_path / "few/VSI-Bench/scannet/scene0011_00.mp4").unlink()
+    (tmp_path / "few/MindCube").symlink_to(folder / "MindCube")
+    arguments[arguments.index("--dataset_path") + 1] = str(tmp_path / "few")
+    evaluation.run(SCRIPT.parse_args(arguments))
+    told = capsys.readouterr()
+    assert "warning: VSI-Bench is left out: " in told.err and "none of the images is there; unpack" in told.err
+    assert told.out.rstrip().splitlines()[-1].startswith("| MindCube ")
+
+
 def test_a_model_sees_images_and_frames_of_all_eight(tiny_model, tmp_path, monkeypatch, capsys):
     """A real tiny model, by the command."""
     write_all(tmp_path / "data")
@@ -435,6 +449,7 @@ def test_a_model_sees_images_and_frames_of_all_eight(tiny_model, tmp_path, monke
     SCRIPT.main()
     found = [read_scored(path) for path in sorted((tmp_path / "results").iterdir())]
     assert len(found) == 8 and all(result["shares"]["image_errors"] == 0 for result in found)
+    assert "| VSI-Bench, Total " in capsys.readouterr().out  # four questions are of too few tasks for the mean
     vsi = next(result for result in found if result["benchmark"] == "VSI-Bench")
     assert vsi["prompt_example"].count("<|image_pad|>") == 3 and vsi["args"]["max_frames"] == 3
 
@@ -541,14 +556,19 @@ def test_logs_of_lmms_eval_are_scored_anew(task, tmp_path):
         (
             "x_samples_blink",
             {"target": "(E)"},
-            "row 0: target, or the options in input: ground_truth: '(E)' is none of",
+            "row 0: ground_truth: '(E)' is none of",
         ),
         (
             "x_samples_blink",
             {"input": "Which?"},
-            "row 0: target, or the options in input: ground_truth: '(B)' is no num",
+            "row 0: ground_truth: '(B)' is no num",
         ),
         ("x_samples_blink", {"filtered_resps": 3}, "row 0: filtered_resps: expected "),
+        (
+            "x_samples_blink",
+            {"blink_acc": {"sub_task": "\x1b[2J"}},
+            "row 0: task: expected a name of printable letters",
+        ),
         ("x_samples_blink", {"doc_id": -1}, "row 0: doc_id: expected a whole number from 0"),
         ("results", {}, "not a name that lmms-eval gives, ..._samples_TASK.jsonl"),
     ],
@@ -558,6 +578,11 @@ def test_a_log_that_cannot_be_read_is_one_line(name, changes, message, tmp_path)
     with pytest.raises(Mistake) as caught:
         read_samples(path)
     assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)
+
+
+def test_what_lmms_eval_gave_is_left_out_where_it_is_no_share(tmp_path):
+    path = log(tmp_path / "x_samples_blink.jsonl", BLINK_LINE, BLINK_LINE | {"blink_acc": {"score": float("nan")}})
+    assert THEIRS not in read_samples(path)["scores"]
 
 
 def test_compare_shows_both_readings_side_by_side(tmp_path, monkeypatch, capsys, folder):

@@ -100,7 +100,7 @@ def relative_accuracy(answer: float, gold: float) -> float:
 def chance_adjusted(accuracy: float, chance: float) -> float:
     """Where an accuracy lies between chance, 0, and all right, 1.
 
-    Of questions with n_i options it is sum(right_i - 1/n_i) / sum(1 - 1/n_i), SITE's chance-adjusted accuracy
+    Of questions with n options each it is sum(right - 1/n) / sum(1 - 1/n), SITE's chance-adjusted accuracy
     (`wenqi-wang20/SITE-Bench`, 36295bb). One of 4 options right and one of 2 wrong: (3/4 - 1/2) / (3/4 + 1/2) = 0.2, as
     of an accuracy of 1/2 at a chance of 3/8.
     """
@@ -160,8 +160,8 @@ def judge_row(row: Row, parser: str) -> dict[str, Any]:
     judged = {**row, "model_answer": verdict.answer, "correct": verdict.correct, "reading": verdict.reading}
     if not options:
         number = only_number(verdict.answer or "")
-        credit = 0.0 if number is None else relative_accuracy(number, right_answer(row))
-        judged |= {"correct": credit == 1, "credit": credit}
+        earned = 0.0 if number is None else relative_accuracy(number, right_answer(row))
+        judged |= {"correct": earned == 1, "credit": earned}
         if number is None and verdict.answer is not None:
             judged |= {"model_answer": None, "reading": Unread.UNREADABLE.value}
     if row.get("truncated") and judged["reading"] == Unread.UNREADABLE.value:
@@ -269,13 +269,12 @@ def score(
         adjusted: whether the Total and the tasks are also given as `chance_adjusted`.
     """
     constant = majority_answers(rows)
-    names: dict[str, list[int]] = {TOTAL: []}
     questions = by_question(rows)
+    names: dict[str, dict[int, None]] = {TOTAL: dict.fromkeys(range(len(questions)))}  # -> its questions
     for field in ("task", "type", "source"):
         for index, question in enumerate(questions):
             if (name := question[0].get(field)) is not None:
-                names.setdefault(name, []).append(index)
-    names[TOTAL] = list(range(len(questions)))
+                names.setdefault(name, {})[index] = None  # a type may have the name of its only task
 
     def mean(value: Callable[[Row], float]) -> list[float]:
         return [math.fsum(map(value, question)) / len(question) for question in questions]
@@ -291,7 +290,7 @@ def score(
     best = mean(lambda row: is_unread(row) or credit(row))
     columns = right, best, mean(guess), mean(by_majority)
 
-    def scored(indices: Sequence[int], columns: Iterable[Sequence[float]]) -> dict[str, Any]:
+    def scored(indices: Iterable[int], columns: Iterable[Sequence[float]]) -> dict[str, Any]:
         return proportion(*([values[index] for index in indices] for values in columns))
 
     scores = {name: scored(indices, columns) for name, indices in names.items()}

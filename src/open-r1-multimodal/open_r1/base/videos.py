@@ -29,12 +29,13 @@ class Video:
     path: str
     max_frames: int = MAX_FRAMES
 
-    def digest(self) -> str:
-        """SHA-256 of the file's size, its first MiB and the number of frames."""
-        with open(self.path, "rb") as file:
-            start = file.read(HASHED_BYTES)
-        about = f"{Path(self.path).stat().st_size} {self.max_frames} "
-        return hashlib.sha256(about.encode() + start).hexdigest()
+
+@lru_cache(maxsize=4096)
+def video_digest(video: Video) -> str:
+    """SHA-256 of the file's size, its first MiB and the number of frames that are shown of it."""
+    with open(video.path, "rb") as file:
+        start = file.read(HASHED_BYTES)
+    return hashlib.sha256(f"{Path(video.path).stat().st_size} {video.max_frames} ".encode() + start).hexdigest()
 
 
 @contextmanager

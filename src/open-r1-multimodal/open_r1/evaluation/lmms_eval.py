@@ -11,10 +11,11 @@ from string import ascii_uppercase
 from typing import Annotated, Any
 
 from open_r1.answers.checker import bare_gold
-from open_r1.answers.statistics import TOTAL, Row, credit, judge_row, response_shares, right_answer, score, wilson
+from open_r1.answers.statistics import TOTAL, Row, credit, judge_row, response_shares, score, wilson
 from open_r1.base.errors import Mistake
 from open_r1.base.fields import Count, Expected, Record, Text, check
 from open_r1.base.files import replace_file, to_json
+from open_r1.evaluation.results import check_rows
 from open_r1.tasks.benchmarks import BENCHMARKS, find_benchmark
 from open_r1.tasks.benchmarks.base import lettered
 from open_r1.tasks.examples import read_list
@@ -48,26 +49,13 @@ def write_samples(path: Path, result: Mapping[str, Any], prompts: Mapping[tuple[
     for number, row in enumerate(result["results"]):
         options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, row["options"], strict=False)]
         asked = prompts.get((row.get("id"), row.get("rotation", 0)), "\n".join([row["question"], *options]))
-        samples.append(
-            {
-                "doc_id": number,
-                "target": row["ground_truth"],
-                "resps": [row["response"]],
-                "filtered_resps": row["response"],
-                "token_counts": [{"output_tokens": row["tokens"]} if "tokens" in row else None],
-                "doc_hash": hashlib.sha256(asked.encode(errors="backslashreplace")).hexdigest(),
-                "input": asked,
-                metric: {
-                    "id": row.get("id", number),
-                    "gt_content": row["ground_truth"],
-                    "pred_parsed": row["model_answer"],
-                    "pred": row["response"],
-                    "sub_task": row["task"],
-                    "is_correct": row["correct"],
-                    "score": credit(row),
-                },
-            }
-        )
+        entry = {"id": row.get("id", number), "gt_content": row["ground_truth"], "pred_parsed": row["model_answer"]}
+        entry |= {"pred": row["response"], "sub_task": row["task"], "is_correct": row["correct"], "score": credit(row)}
+        sample = {"doc_id": number, "target": row["ground_truth"], "input": asked, metric: entry}
+        sample |= {"resps": [row["response"]], "filtered_resps": row["response"]}
+        sample |= {"token_counts": [{"output_tokens": row["tokens"]} if "tokens" in row else None]}
+        sample |= {"doc_hash": hashlib.sha256(asked.encode(errors="backslashreplace")).hexdigest()}
+        samples.append(sample)
     replace_file(target, b"".join(map(to_json, samples)))
     return target
 
@@ -86,22 +74,18 @@ def read_samples(path: Path) -> dict[str, Any]:
         raise Mistake(f"{path}: not a name that lmms-eval gives, ..._samples_TASK.jsonl")
     rows, theirs = [], []
     for number, line in enumerate(read_list(path)):
-        where = f"{path}: row {number}"
-        sample = check(Sample, line, where)
+        sample = check(Sample, line, f"{path}: row {number}")
         metrics = [value for value in line.values() if isinstance(value, dict)]
-        row = to_row(sample, name["task"], metrics)
-        try:
-            right_answer(row)
-        except Mistake as error:
-            raise Mistake(f"{where}: target, or the options in input: {error}") from error
-        rows.append(judge_row(row, "lenient"))
+        rows.append(to_row(sample, name["task"], metrics))
         theirs.append(first_of(CREDITS, metrics, int | float))
-    ours = next((one for one in BENCHMARKS.values() if one.lmms and one.lmms[0] == name["task"]), None)
-    scores = score(rows, ours.combinations if ours else {}, adjusted=bool(ours and ours.adjusted))
-    if None not in theirs:
+    rows = [judge_row(row, "lenient") for row in check_rows(rows, path)]
+    known = [one for one in BENCHMARKS.values() if one.lmms and name["task"].startswith(one.lmms[0])]
+    rules = {"combinations": known[0].combinations, "adjusted": known[0].adjusted} if known else {}
+    scores = score(rows, **rules)
+    if all(earned is not None and 0 <= earned <= 1 for earned in theirs):
         mean = sum(theirs) / len(theirs)
-        known = {"accuracy": mean, "interval": list(wilson(sum(theirs), len(theirs))), "bounds": [mean, mean]}
-        scores[THEIRS] = {**scores[TOTAL], **known}
+        interval = list(wilson(sum(theirs), len(theirs)))
+        scores[THEIRS] = {**scores[TOTAL], "accuracy": mean, "interval": interval, "bounds": [mean, mean]}
     about = {"benchmark": name["task"], "parser": "lenient"}
     return {**about, "scores": scores, "shares": response_shares(rows), "results": rows}
 

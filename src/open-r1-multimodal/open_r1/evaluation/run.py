@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from open_r1.answers.collapse import constant_answers
 from open_r1.answers.statistics import TOTAL, judge_row, response_shares, score, table, unread_warning
-from open_r1.base.errors import FileMistake, MissingFile, Mistake, naming_option, printable
+from open_r1.base.errors import FileMistake, Mistake, naming_option, printable
 from open_r1.base.fields import Record, check
 from open_r1.base.files import append_rows, read_json, read_rows, replace_file, to_json
 from open_r1.base.hub import model_folder
 from open_r1.base.locks import owned
 from open_r1.evaluation.lmms_eval import write_samples
 from open_r1.evaluation.results import AnsweredRow, read_result
-from open_r1.tasks.benchmarks import SUITES, Item, digest, find_benchmark, locate, read
+from open_r1.tasks.benchmarks import SUITES, Benchmark, Item, MissingImages, digest, find_benchmark, locate, read
 
 if TYPE_CHECKING:  # re-scoring starts without torch
     from accelerate import PartialState
@@ -191,19 +191,34 @@ def collect(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[
 # --- the run --------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluate, or score saved responses again, as the only one that writes into the folder of results.
+def run(args: argparse.Namespace, load: "Callable[..., Backend] | None" = None) -> None:
+    """Evaluate, or score saved responses again, as the only one that writes the result.
+
+    Args:
+        load: see `evaluate`.
 
     Raises:
         Mistake: another process writes it.
     """
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    with owned(args.output_dir / "results", is_file=True):
+    if args.benchmark in SUITES and not args.precomputed_json:
+        evaluate_suite(args)
+        return
+    path = args.output_dir / args.precomputed_json.name if args.precomputed_json else result_path(args)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with owned(path, is_file=True):
         if args.precomputed_json:
             rescore(args)
-            export(args, args.output_dir / args.precomputed_json.name)
+            export(args, path)
         else:
-            (evaluate_suite if args.benchmark in SUITES else evaluate)(args)
+            evaluate(args, load)
+
+
+def is_there(benchmark: Benchmark, folder: str | None) -> bool:
+    """Whether the files of a benchmark are in a folder or, without one, to be had from the Hub."""
+    try:
+        return (folder is None or Path(folder).is_dir()) and bool(locate(benchmark, folder or benchmark.hub_id))
+    except FileMistake:
+        return False
 
 
 def evaluate_suite(args: argparse.Namespace) -> None:
@@ -212,20 +227,15 @@ def evaluate_suite(args: argparse.Namespace) -> None:
     Raises:
         Mistake: none of them is there, or what `evaluate` raises.
     """
-    runs, missing = [], []
-    for name in SUITES[args.benchmark]:
-        place = args.dataset_path and str(Path(args.dataset_path, name))
-        try:
-            if place and not Path(place).is_dir():
-                raise MissingFile(place)
-            locate(find_benchmark(name), place or find_benchmark(name).hub_id)
-        except FileMistake:
-            missing.append(name)
-        else:
-            runs.append(argparse.Namespace(**{**vars(args), "benchmark": name, "dataset_path": place}))
-    line = f"{args.benchmark}: {len(runs)} of {len(runs) + len(missing)} benchmarks are there"
-    line += f"; not in {args.dataset_path or 'the Hub'}: {', '.join(missing)}" if missing else ""
-    if not runs:
+    names, there = SUITES[args.benchmark], {}
+    for name in names:
+        folder = args.dataset_path and str(Path(args.dataset_path, name))
+        if is_there(find_benchmark(name), folder):
+            there[name] = argparse.Namespace(**{**vars(args), "benchmark": name, "dataset_path": folder})
+    line = f"{args.benchmark}: {len(there)} of {len(names)} benchmarks are there"
+    if missing := [name for name in names if name not in there]:
+        line += f"; not in {args.dataset_path or 'the Hub'}: {', '.join(missing)}"
+    if not there:
         raise Mistake(f"{line}; each belongs in a folder of its name")
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
@@ -239,22 +249,27 @@ def evaluate_suite(args: argparse.Namespace) -> None:
             backends.append(answering.BACKENDS[args.backend](*arguments, **options))
         return backends[0]
 
-    for one in runs:
-        evaluate(one, load)
-    if is_main:
-        print(f"\n{table(headlines(runs))}")
+    done = []
+    for name, one in there.items():
+        try:
+            run(one, load)
+            done.append(one)
+        except MissingImages as error:
+            if is_main:
+                print(f"warning: {name} is left out: {printable(error)}", file=sys.stderr)
+    if done and is_main:
+        print(f"\n{table(headlines(done))}")
 
 
 def headlines(runs: Sequence[argparse.Namespace]) -> dict[str, dict[str, Any]]:
     """The score that each benchmark's authors publish, or its Total where a limit left out what that needs."""
     found = {}
     for one in runs:
-        scores, headline = read_json(result_path(one))["scores"], find_benchmark(one.benchmark).headline
-        if headline not in scores:
-            headline = TOTAL
-        found[one.benchmark + headline.removeprefix(TOTAL) if headline.startswith(TOTAL) else headline] = scores[
-            headline
-        ]
+        scores, name = read_json(result_path(one))["scores"], find_benchmark(one.benchmark).headline
+        label = one.benchmark + name.removeprefix(TOTAL) if name.startswith(TOTAL) else name
+        if name not in scores:
+            label, name = f"{one.benchmark}, {TOTAL}", TOTAL
+        found[label] = scores[name]
     return found
 
 

@@ -7,7 +7,7 @@ resuming, scores) is shared.
 """
 
 from open_r1.base.plugins import import_named
-from open_r1.tasks.benchmarks.base import Benchmark, Item, digest, locate, read, stratified
+from open_r1.tasks.benchmarks.base import Benchmark, Item, MissingImages, digest, locate, read, stratified
 from open_r1.tasks.benchmarks.choice import CHOICE, VSR_CATEGORY
 from open_r1.tasks.benchmarks.circular import CIRCULAR
 from open_r1.tasks.benchmarks.video import VIDEO
@@ -18,6 +18,7 @@ __all__ = [
     "VSR_CATEGORY",
     "Benchmark",
     "Item",
+    "MissingImages",
     "digest",
     "find_benchmark",
     "locate",

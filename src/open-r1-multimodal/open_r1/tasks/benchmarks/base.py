@@ -17,10 +17,14 @@ from open_r1.answers.statistics import CHANCE_ADJUSTED, EVERY_ROTATION, TOTAL, M
 from open_r1.base.errors import MissingFile, Mistake
 from open_r1.base.fields import Expected, Name, Record, Text, check
 from open_r1.base.hub import fetch
-from open_r1.base.videos import FORMATS, MAX_FRAMES, Video
+from open_r1.base.videos import FORMATS, MAX_FRAMES, Video, video_digest
 from open_r1.tasks.examples import read_records
 
 LIMIT_SEED = 0
+
+
+class MissingImages(MissingFile):
+    """The questions are there, but none of the images or videos that they name."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ def read(
     for item, folder in (pair for rotations in chosen for pair in rotations):
         asked.append(replace(item, images=tuple(image_data(cell, folder, max_frames) for cell in item.images)))
     if benchmark.images and not any(data for item in asked for data in item.images):
-        raise MissingFile(f"{folder}: none of the images is there; {benchmark.images}")
+        raise MissingImages(f"{folder}: none of the images is there; {benchmark.images}")
     return asked
 
 
@@ -251,7 +255,7 @@ def digest(items: Sequence[Item]) -> str:
     total = hashlib.sha256()
     for item in items:
         images = [
-            data.digest() if isinstance(data, Video) else hashlib.sha256(data or b"").hexdigest()
+            video_digest(data) if isinstance(data, Video) else hashlib.sha256(data or b"").hexdigest()
             for data in item.images
         ]
         total.update(json.dumps([item.to_row(), item.prompt, images]).encode())

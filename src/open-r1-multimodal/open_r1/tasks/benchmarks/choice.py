@@ -253,25 +253,16 @@ BLINK_TASKS = (
 )
 BLINK_FILES = tuple(f"{task}/val-*.parquet" for task in ("Relative_Depth", "Spatial_Relation"))
 ALL_BLINK_FILES = tuple(f"{task}/val-*.parquet" for task in BLINK_TASKS)
-CVBENCH_FILES = tuple(cvbench.FILES.values())
+BLINK = "BLINK-Benchmark/BLINK"
+CVBENCH_FILES, CVBENCH_SCORE = tuple(cvbench.FILES.values()), {"CV-Bench": cvbench.OFFICIAL_SCORE}
 CHOICE = {
     "CV-Bench": Benchmark(
-        "CVBench",
-        cvbench.HUB_ID,
-        CVBENCH_FILES,
-        CVBenchRow,
-        cvbench_items,
-        combinations={"CV-Bench": cvbench.OFFICIAL_SCORE},
+        *("CVBench", cvbench.HUB_ID, CVBENCH_FILES, CVBenchRow, cvbench_items, CVBENCH_SCORE),
         lmms=("cv_bench", "cv_bench_acc"),
     ),
-    "BLINK": Benchmark("BLINK", "BLINK-Benchmark/BLINK", BLINK_FILES, BLINKRow, blink_items),  # as the R1-Zero paper
+    "BLINK": Benchmark("BLINK", BLINK, BLINK_FILES, BLINKRow, blink_items),  # as the R1-Zero paper
     "BLINK-full": Benchmark(
-        "BLINK-full",
-        "BLINK-Benchmark/BLINK",
-        ALL_BLINK_FILES,
-        BLINKRow,
-        blink_items,
-        combinations={"BLINK": BLINK_TASKS},
+        *("BLINK-full", BLINK, ALL_BLINK_FILES, BLINKRow, blink_items, {"BLINK": BLINK_TASKS}),
         lmms=("blink", "blink_acc"),
     ),
     # the split that the R1-Zero paper asked, and the one whose objects VSR's own training set does not show
@@ -280,35 +271,19 @@ CHOICE = {
         "VSR-zeroshot", "cambridgeltl/vsr_zeroshot", ("test.jsonl",), VSRRow, vsr_items, images=VSR_IMAGES
     ),
     "MMSI-Bench": Benchmark(
-        "MMSI-Bench",
-        "RunsenXu/MMSI-Bench",
-        ("MMSI_Bench.parquet",),
-        MMSIRow,
-        mmsi_items,
+        *("MMSI-Bench", "RunsenXu/MMSI-Bench", ("MMSI_Bench.parquet",), MMSIRow, mmsi_items),
         lmms=("mmsi_bench", "average"),
     ),
     "MindCube": Benchmark(  # MindCube-Tiny, which is what is compared
-        "MindCube",
-        "oscarqjh/MindCube_lmmseval",
-        ("tiny/*.parquet",),
-        MindCubeRow,
-        mindcube_items,
+        *("MindCube", "oscarqjh/MindCube_lmmseval", ("tiny/*.parquet",), MindCubeRow, mindcube_items),
         lmms=("mindcube_tiny", "overall_accuracy"),
     ),
     "ViewSpatial": Benchmark(
-        "ViewSpatial",
-        "oscarqjh/ViewSpatial_lmmseval",
-        ("**/test-*.parquet",),
-        ViewSpatialRow,
-        viewspatial_items,
+        *("ViewSpatial", "oscarqjh/ViewSpatial_lmmseval", ("**/test-*.parquet",), ViewSpatialRow, viewspatial_items),
         lmms=("viewspatial", "overall_accuracy"),
     ),
     "EmbSpatial": Benchmark(
-        "EmbSpatial",
-        "FlagEval/EmbSpatial-Bench",
-        ("data/test-*.parquet",),
-        EmbSpatialRow,
-        embspatial_items,
+        *("EmbSpatial", "FlagEval/EmbSpatial-Bench", ("data/test-*.parquet",), EmbSpatialRow, embspatial_items),
         lmms=("embspatial", "embspatial_acc"),
     ),
 }

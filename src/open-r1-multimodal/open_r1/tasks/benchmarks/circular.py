@@ -91,11 +91,7 @@ CIRCULAR = {
     "SAT-val": Benchmark("SAT-val", "array/SAT", ("SAT_val.parquet",), SATRow, sat_items),
     "SAT-test": Benchmark("SAT-test", "array/SAT", ("SAT_test.parquet",), SATRow, sat_items),
     "3DSRBench": Benchmark(
-        "3DSRBench",
-        "oscarqjh/3DSRBench_lmmseval",
-        ("3dsr_circular/*.parquet",),
-        ThreeDSRRow,
-        three_dsr_items,
+        *("3DSRBench", "oscarqjh/3DSRBench_lmmseval", ("3dsr_circular/*.parquet",), ThreeDSRRow, three_dsr_items),
         circular=True,
         lmms=("3dsrbench_circular", "vanilla_accuracy"),
     ),

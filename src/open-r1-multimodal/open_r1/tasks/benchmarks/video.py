@@ -56,7 +56,6 @@ VSI_TASKS = (
     *("object_counting", "object_abs_distance", "object_size_estimation", "room_size_estimation"),
     *("object_rel_distance", DIRECTION, "route_planning", "obj_appearance_order"),
 )
-VSI_VIDEOS = "unpack arkitscenes.zip, scannet.zip and scannetpp.zip of the data set there"
 
 
 class SITERow(Record):
@@ -100,25 +99,18 @@ def site_items(row: Mapping[str, Any], number: int) -> list[Item]:
     ]
 
 
+VSI_FILES, SITE_FILES = ("test_pruned.parquet", "test_debiased.parquet"), ("*image_test*", "*video_test*")
 VIDEO = {
     "VSI-Bench": Benchmark(
-        "VSI-Bench",
-        "nyu-visionx/VSI-Bench",
-        ("test_pruned.parquet", "test_debiased.parquet"),
-        VSIRow,
-        vsi_items,
+        *("VSI-Bench", "nyu-visionx/VSI-Bench", VSI_FILES, VSIRow, vsi_items),
         combinations={"object_rel_direction": DIRECTION, "VSI-Bench": VSI_TASKS},
-        images=VSI_VIDEOS,
-        lmms=("vsibench_multiimage", "vsibench_overall"),
+        images="unpack arkitscenes.zip, scannet.zip and scannetpp.zip of the data set there",
+        lmms=("vsibench", "vsibench_overall"),
     ),
     "SITE": Benchmark(
-        "SITE",
-        "franky-veteran/SITE-Bench",
-        ("*image_test*", "*video_test*"),
-        SITERow,
-        site_items,
+        *("SITE", "franky-veteran/SITE-Bench", SITE_FILES, SITERow, site_items),
         adjusted=True,
-        images="unpack the data set's data_chunked_*.zip there",
+        images="unpack data_chunked_*.zip of the data set there",
         lmms=("site_bench", "accuracy"),
     ),
 }
