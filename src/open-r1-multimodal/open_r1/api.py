@@ -34,6 +34,8 @@ from open_r1.reporting.runs import read_run
 from open_r1.running import entry
 from open_r1.running.launch_settings import defaults_on_cpu
 
+entry.quiet()
+
 
 @dataclass(frozen=True)
 class TrainedRun:
@@ -107,7 +109,6 @@ def train(*recipes: str, command: str = "grpo", **settings: Any) -> TrainedRun:
     arguments = [part for name, value in settings.items() for part in to_arguments(name, value)]
     on_cpu = [] if torch.cuda.is_available() else defaults_on_cpu(recipes, arguments)
     configs = [part for recipe in recipes for part in ("--config", recipe)]
-    entry.quiet()
     folder = entry.train(import_module(f"open_r1.{command}").COMMAND, [*on_cpu, *arguments, *configs])
     return TrainedRun(Path(folder))
 

@@ -20,6 +20,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from open_r1.answers.collapse import answered
 from open_r1.answers.statistics import Row
@@ -63,7 +64,7 @@ def add_run_callbacks(
             before the trainer filled them in, and `data`.
         continued: folder of the run that this one goes on with; None: its own.
     """
-    for callback in (ProgressCallback, PrinterCallback):
+    for callback in (ProgressCallback, PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # the last is another in a notebook
         trainer.remove_callback(callback)
     trainer.add_callback(LivePlot() if in_notebook() else ProgressLines())
     trainer.add_callback(
