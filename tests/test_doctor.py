@@ -416,7 +416,7 @@ def test_nothing_fails_where_all_is_well(run, examined, monkeypatch):
     "share, last",
     [
         (1.5, "pass s a step, measured over 2 of 1/4 of its work, which is slower; 100 take"),
-        (9, "skip a step would take this CPU about 22 minutes: the log's first steps tell"),
+        (9, "skip counted, not measured: a step takes this CPU about 22.5 minutes, all 100 37.5 hours"),
     ],
 )
 def test_what_a_slow_cpu_is_spared(share, last, examined, monkeypatch):

@@ -151,7 +151,7 @@ def test_whoever_names_a_precision_gets_it_without_a_gpu(launched, tmp_path, cap
     lines = launched(*arguments, CONFIG=str(path) if recipe else "configs/grpo_sat.yaml configs/overlays/no_kl.yaml")
     given = {name: value for name, value in itertools.pairwise(lines) if name in ("--dtype", "--bf16")}
     assert given == precision
-    said = " in float32 (--dtype bfloat16 trains in 16 bits)" if precision.get("--dtype") == "float32" else ""
+    said = " in float32 (--dtype bfloat16 --bf16 true: in 16 bits)" if precision.get("--dtype") == "float32" else ""
     assert capsys.readouterr().out == f"no GPU found: training on CPU processes{said}\n"
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,7 @@ from open_r1.world.scene import LEVELS
 from support import make_config, vowel_share
 
 pytestmark = pytest.mark.real
+STEP = ["--completions_per_step", 8, "--max_completion_length", 24]
 TEXT = "There are 2024 red balls (3 4) left of <think>it's</think> <answer>A</answer>\n\nSo the cup isn't on the table."
 
 
@@ -71,7 +71,23 @@ def test_logits_are_the_language_models(request, language_model, shape):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def typed(quick_python):
+    """Runs a command and returns what it prints."""
+
+    def run(script: str, *arguments: object, **env: object) -> str:
+        command = ["sh" if script.endswith(".sh") else quick_python, REPO_ROOT / script, *arguments]
+        env = {**os.environ, "PYTHON": quick_python, **env}
+        result = subprocess.run(
+            list(map(str, command)), env={k: str(v) for k, v in env.items()}, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+        return result.stdout + result.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, typed) -> Path:
     """A rendered world: `SAT_train_48.json` to train on, `cvbench` with 12 questions."""
     folder = tmp_path_factory.mktemp("world")
     write_sat(folder / "SAT.parquet", 48, seed=11, level=LEVELS["easy"])
@@ -80,17 +96,6 @@ def world(tmp_path_factory) -> Path:
         "src/data/SAT/prepare_dataset.sh", "--total_num", 48, "--output_dir", folder, SAT_PARQUET=folder / "SAT.parquet"
     )
     return folder
-
-
-def typed(script: str, *arguments: object, fails: bool = False, **env: object) -> str:
-    """What a command prints."""
-    command = ["sh" if script.endswith(".sh") else sys.executable, REPO_ROOT / script, *arguments]
-    env = {**os.environ, "PYTHON": sys.executable, **env}
-    result = subprocess.run(
-        list(map(str, command)), env={k: str(v) for k, v in env.items()}, capture_output=True, text=True
-    )
-    assert (result.returncode != 0) == fails, result.stdout[-2000:] + result.stderr[-3000:]
-    return result.stdout + result.stderr
 
 
 @pytest.fixture
@@ -205,48 +210,33 @@ def test_first_tokens_are_drawn_with_the_models_probabilities(policy, world):
         assert abs(share - probability) < 4 * (probability * (1 - probability) / draws).sqrt()
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_doctor_finds_a_healthy_model_healthy(real_model, world, dtype):
+def test_the_doctor_finds_a_healthy_model_healthy(typed, real_model, world):
+    """The command, in 16 bits; test_doctor_real.py has its checks in every precision."""
     recipe = ["--config", "tests/data/grpo.yaml", "--model_name_or_path", real_model]
-    data = ["--dataset_name", world / "SAT_train_48.json", "--dtype", dtype, "--output_dir", world / "doctor"]
-    said = typed("scripts/doctor.py", *recipe, *data)
-    checks = ("batching", "reference", "sight", "shared prefix", "memory", "hours")
-    for check in checks:
-        assert f"pass  model  {check}" in said or "pass" in next(line for line in said.splitlines() if check in line)
+    data = ["--dataset_name", world / "SAT_train_48.json", "--dtype", "bfloat16", "--output_dir", world / "doctor"]
+    said = typed("scripts/doctor.py", *recipe, *data, *STEP)
+    for check in ("batching", "reference", "sight", "shared prefix", "memory", "hours"):
+        assert "pass" in next(line for line in said.splitlines() if f"  {check}  " in line), said
 
 
-@pytest.mark.nightly
-def test_from_training_to_its_page(real_model, world, tmp_path):
+def test_from_training_to_its_page(typed, real_model, world, tmp_path):
     """Two steps in bfloat16 with LoRA as the scripts launch them, then evaluated, asked, exported, shown."""
     recipes = f"{REPO_ROOT}/tests/data/grpo.yaml {REPO_ROOT}/configs/overlays/lora.yaml"
-    sizes = [
-        "--max_steps",
-        2,
-        "--max_completion_length",
-        32,
-        "--dtype",
-        "bfloat16",
-        "--reward_funcs",
-        "accuracy",
-        "format",
-    ]
     launch = {"CONFIG": recipes, "MODEL": real_model, "DATA": world / "SAT_train_48.json", "OUTPUT": tmp_path / "run"}
+    sizes = [*STEP, "--max_steps", 2, "--dtype", "bfloat16", "--reward_funcs", "accuracy", "format"]
     typed("src/open-r1-multimodal/run_grpo_SAT.sh", *sizes, NUM_PROCESSES=1, **launch)
-    typed("scripts/export.py", tmp_path / "run", tmp_path / "whole")
-    results = ["--dataset_path", world / "cvbench", "--output_dir", tmp_path / "results", "--max_new_tokens", 48]
-    typed("src/eval/test_qwen2vl_CVBench.py", "--model_path", tmp_path / "whole", *results)
+    whole = tmp_path / "whole"
+    typed("scripts/export.py", "--adapter", tmp_path / "run", "--output", whole)
+    results = ["--dataset_path", world / "cvbench", "--output_dir", tmp_path / "results", "--max_new_tokens", 24]
+    typed("src/eval/test_qwen2vl_CVBench.py", "--model_path", whole, *results)
     [result] = (tmp_path / "results").glob("*.json")
-    scores = json.loads(result.read_text())["scores"]
-    assert scores["Total"]["total"] == 12
-    image = next(world.glob("**/*.png"))
-    asked = typed("scripts/ask.py", tmp_path / "whole", image, "Is the red circle left?", "--max_new_tokens", 24)
-    assert asked.strip()
+    assert json.loads(result.read_text())["scores"]["Total"]["n"] == 12
+    question = ["--image", next(world.glob("**/*.png")), "--question", "Is the red circle left?"]
+    assert typed("scripts/ask.py", "--model", whole, *question, "--max_new_tokens", 24).strip()
     typed("scripts/report.py", tmp_path / "run")
     assert (tmp_path / "run/report.html").stat().st_size > 20_000
 
 
-@pytest.mark.nightly
 def test_the_answer_checker_reads_an_untuned_models_babble_as_a_person_does():
     """50 completions of the untrained model, judged by hand: the option that each commits itself to, or none."""
     rows = json.loads((Path(__file__).parent / "data/untuned.json").read_text())

@@ -110,8 +110,8 @@ def hours(run: Run) -> Iterator[Finding]:
     elif needed > free_memory(run.on_cpu):
         why = f"a step in one process takes {needed / GB:.1f} GB, more than is free"
     elif expected / parts > MEASURED_SECONDS:
-        minutes = expected / MEASURED_STEPS / 60
-        why = f"a step would take this CPU about {minutes:.0f} minutes: the log's first steps tell"
+        one, all_of_them = (lasting(count * expected / MEASURED_STEPS) for count in (1, steps))
+        why = f"counted, not measured: a step takes this CPU about {one}, all {steps} {all_of_them}"
     else:
         why = ""
     if why:
@@ -132,10 +132,15 @@ def hours(run: Run) -> Iterator[Finding]:
     finally:
         torch.set_num_threads(threads)
     seconds /= launch.num_machines if run.on_cpu else launch.num_processes
-    minutes = seconds * steps / 60
-    time = f"{minutes / 60:.1f} hours" if minutes > 60 else f"{minutes:.1f} minutes"
     part = f" of 1/{parts:.0f} of its work, which is slower" if parts > 1 else ""
-    yield passed(f"{seconds:.1f} s a step, measured over {MEASURED_STEPS}{part}; {steps} take {time}")
+    yield passed(
+        f"{seconds:.1f} s a step, measured over {MEASURED_STEPS}{part}; {steps} take {lasting(seconds * steps)}"
+    )
+
+
+def lasting(seconds: float) -> str:
+    """A time in minutes or hours."""
+    return f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def step_flops(run: Run) -> float:

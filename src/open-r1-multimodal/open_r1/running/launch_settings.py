@@ -93,7 +93,7 @@ def read_launch(name: str, recipe: str, arguments: Sequence[str], environ: Mutab
     if not gpus:
         prepare_cpu(environ, processes)
         defaults = defaults_on_cpu(recipes, without_doctor)
-        precision = " in float32 (--dtype bfloat16 trains in 16 bits)" if "--dtype" in defaults else ""
+        precision = " in float32 (--dtype bfloat16 --bf16 true: in 16 bits)" if "--dtype" in defaults else ""
         print(f"no GPU found: training on CPU processes{precision}", flush=True)
         for_script = [*defaults, *for_script]
     strategy = environ.get("ACCELERATE_CONFIG") or ("zero2" if gpus else "cpu")
