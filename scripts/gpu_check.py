@@ -35,7 +35,7 @@ use_environment(is_needed=False)
 
 from open_r1.base.files import MADE_BY, check_replaceable, replace_file
 
-# Seconds of each measurement, in the order of what is wanted most: two to three times what docs/running.md expects of
+# Seconds of each measurement, in the order of what is wanted most: two to three times what docs/gpus.md expects of
 # an H200. vLLM is the last, since it may be installed for another torch.
 LIMITS = {
     "attention tests": 90,

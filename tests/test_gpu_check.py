@@ -209,9 +209,9 @@ def test_a_measurement_that_cannot_be_made_says_why(gpu, capsys):
 
 
 def test_measurements_are_expected_within_their_limits_and_in_seven_minutes(check, gpu):
-    """docs/running.md has a row a measurement, in their order: an expression and what it makes."""
+    """docs/gpus.md has a row a measurement, in their order: an expression and what it makes."""
     assert list(check.LIMITS) == list(gpu.MEASUREMENTS)
-    page = (REPO_ROOT / "docs/running.md").read_text()
+    page = (REPO_ROOT / "docs/gpus.md").read_text()
     rows = re.findall(r"^\|.*\| ([\d .+x()]+?)(?: = (\d+))? \|$", page[page.index("What an H200 is expected") :], re.M)
     expected = [int(made or expression) for expression, made in rows]
     for (expression, _), seconds, limit in zip(rows, expected, check.LIMITS.values(), strict=True):

@@ -133,7 +133,7 @@ def test_what_is_not_logged_warns_of_nothing():
 
 
 def test_thresholds_are_documented():
-    text = (REPO_ROOT / "docs/running.md").read_text()
+    text = (REPO_ROOT / "docs/trouble.md").read_text()
     for guard in GUARDS:
         limit = f"{guard.limit:.0%}" if guard.limit < 1 else f"{guard.limit:g}"
         assert re.search(rf"^\| {guard.name} \| .*{limit.replace('%', ' ?%')}.* \| {guard.window} \|$", text, re.M), (

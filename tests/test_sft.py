@@ -148,8 +148,8 @@ def test_an_answer_without_a_thought_is_no_cold_start(tiny_model, tmp_path, answ
 
 
 def test_a_run_gives_reasoned_examples(tiny_model, tmp_path, monkeypatch):
-    """As docs/running.md picks them out of its rollouts: completions that earned everything, and their questions."""
-    (code,) = re.findall(r"```python\n(import json\n.+?)```", (REPO_ROOT / "docs/running.md").read_text(), re.DOTALL)
+    """As docs/training.md picks them out of its rollouts: completions that earned everything, and their questions."""
+    (code,) = re.findall(r"```python\n(import json\n.+?)```", (REPO_ROOT / "docs/training.md").read_text(), re.DOTALL)
     processor = load_processor(tiny_model, chat_template="base")
     questions = load_dataset(write_examples(tmp_path, count=3, images_per_example=2), processor)
     rows = [

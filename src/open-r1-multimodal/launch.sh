@@ -1,6 +1,6 @@
 #!/bin/sh
 # Start a training script on every GPU of this machine, or on CPU processes where there is none.
-# Several machines start it each, with the same arguments (docs/running.md; scripts/slurm.sbatch does it on SLURM).
+# Several machines start it each, with the same arguments (docs/machines.md; scripts/slurm.sbatch does it on SLURM).
 #
 #   sh launch.sh SCRIPT RECIPE [ARGUMENTS]    (run_grpo_SAT.sh and run_sft.sh call it)
 #

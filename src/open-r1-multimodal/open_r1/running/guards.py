@@ -1,6 +1,6 @@
 """Warns in a line when a run's log shows that training goes wrong.
 
-A guard is an entry of `GUARDS`; `docs/running.md` has their thresholds. What stops a run at once is in `finite.py`.
+A guard is an entry of `GUARDS`; `docs/trouble.md` has their thresholds. What stops a run at once is in `finite.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

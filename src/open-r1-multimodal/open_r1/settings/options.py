@@ -15,7 +15,7 @@ from trl import GRPOConfig
 from open_r1.base.errors import Mistake, first_line
 from open_r1.settings.limits import check_values
 
-_TEXTS = "it prepares rows of texts; those of a data set with images are prepared as docs/running.md says"
+_TEXTS = "it prepares rows of texts; those of a data set with images are prepared as docs/data.md says"
 _ONE_EXAMPLE = "a row with images is one example"
 _OWN_TOKENS = "a model keeps its family's tokens"
 
