@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import TrainerState
 
-from open_r1.answers.checker import extract_answer, is_correct
+from open_r1.answers.checker import bare_gold, extract_answer, is_correct
+from open_r1.answers.judgement import judgement_of
 from open_r1.base.errors import Mistake
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
 from open_r1.doctor.run import Run
@@ -120,7 +121,9 @@ def examine(reward: Reward, samples: Sequence[Sample], tokenizer: Any) -> Findin
     if reward is accuracy_reward:
         for sample, value in zip(samples, values, strict=True):
             if value != sample.right:
-                what = f"{name} gives {value:g} for {sample.text!r} ({sample.row['solution']!r} is right)"
+                gold, options = sample.row["solution"], sample.row["options"]
+                read = judgement_of(sample.text, bare_gold(gold, options), options).value
+                what = f"{name} gives {value:g} for {sample.text!r} ({gold!r} is right; it was read as: {read})"
                 is_plain = not sample.right or sample.kind == BARE
                 return (failed if is_plain else warned)(what, "look at the answers and options of these data")
         extent = f"1 for {len(DRESSES)} forms of a right answer, 0 for wrong, hedged and none"
