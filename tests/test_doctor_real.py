@@ -41,7 +41,7 @@ def run(request, real_model, examples_json, tmp_path_factory) -> Run:
 
 
 @pytest.fixture(autouse=True)
-def patient(monkeypatch):
+def no_time_limit(monkeypatch):
     """On a machine that has other work the checks take longer than the doctor would wait."""
     monkeypatch.setattr(checks, "SECONDS", 10_000)
 

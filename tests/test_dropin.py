@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from open_r1.base.errors import Mistake
 from open_r1.engines.shared_prefix import ATTENTION
 from open_r1.engines.vllm_backends import load_vllm
-from open_r1.trainer.trainer import Qwen2VLGRPOTrainer, told_apart
+from open_r1.trainer.trainer import Qwen2VLGRPOTrainer, unique_names
 from support import read_jsonl
 
 MESSAGE = [{"role": Value("string"), "content": Value("string")}]
@@ -178,7 +178,7 @@ def test_vllm_that_is_not_there_is_one_line(tiny_model, tmp_path, monkeypatch):
 
 
 def test_rewards_of_one_name_are_told_apart():
-    assert told_apart(["a", "b", "a", "a"]) == ["a", "b", "a_2", "a_3"]
+    assert unique_names(["a", "b", "a", "a"]) == ["a", "b", "a_2", "a_3"]
 
 
 def dictionary(completions, **kwargs):

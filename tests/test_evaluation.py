@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import ModelConfig
 
-from open_r1.base import errors as front_door
+from open_r1.base import errors
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT, load_chat_template, sat_question
 from open_r1.engines.backends import TransformersBackend
@@ -166,7 +166,7 @@ def test_the_template_is_found_in_the_checkpoint_whatever_its_path(tmp_path):
 def test_mistakes_are_one_line(script, arguments, option, value, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script.__file__, *arguments, option, value])
     with pytest.raises(SystemExit) as end:
-        front_door.run(script.main)
+        errors.run(script.main)
     assert end.value.code.startswith("test_qwen2vl_CVBench: error: ") and message in end.value.code
     assert "\n" not in end.value.code
 
@@ -465,7 +465,7 @@ def test_an_adapter_whose_base_is_gone_is_one_line(script, arguments, adapter, t
     name_base(folder, "gone/away/base")
     monkeypatch.setattr(sys, "argv", [script.__file__, *arguments, "--model_path", str(folder)])
     with pytest.raises(SystemExit) as end:
-        front_door.run(script.main)
+        errors.run(script.main)
     reason = f"{folder} is an adapter without its base model: gone/away/base: no such file or folder"
     assert end.value.code == f"test_qwen2vl_CVBench: error: {reason}"
 

@@ -318,7 +318,7 @@ def _shortened(value: Any) -> str:
     return f"{' '.join(repr(value).split()):.60}"
 
 
-def told_apart(names: list[str]) -> list[str]:
+def unique_names(names: list[str]) -> list[str]:
     """The names, with a number behind one that was there before."""
     counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
     numbered = zip(names, counts, strict=True)

@@ -33,7 +33,7 @@ from open_r1.models.loading import (
     load_processor,
     reset_generation_config,
 )
-from open_r1.rewards import guarded, told_apart
+from open_r1.rewards import guarded, unique_names
 from open_r1.running.callbacks import ModelCardMixin
 from open_r1.running.checkpoints import LoadWeightsMixin
 from open_r1.running.data import most_broken, warn_of_unshown
@@ -134,7 +134,7 @@ class Qwen2VLGRPOTrainer(
         # ---- After it: rewards and sampling
         if self.accelerator.is_main_process:
             warn_of_unshown(train_dataset, eval_dataset)
-        self.reward_func_names = told_apart(self.reward_func_names)
+        self.reward_func_names = unique_names(self.reward_func_names)
         scale_rewards, aggregation = self.scale_rewards, self.multi_objective_aggregation
         self.advantage = choose_advantage(getattr(args, "advantage", None), scale_rewards, aggregation)
         self.papo_coef = getattr(args, "papo_coef", 0.0)
