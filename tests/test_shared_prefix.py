@@ -167,6 +167,7 @@ CASES = {
     "frozen vision tower": {"freeze_vision": True},
     "truncated completions masked": {"mask_truncated_completions": True},
     "high-entropy tokens only": {"top_entropy_quantile": 0.5},
+    "entropy bonus": {"entropy_coef": 0.1},
     "sequence-level ratios": {"importance_sampling_level": "sequence"},
     "temperature": {"temperature": 0.7},
     **{f"loss {name}": {"loss_type": name} for name in ("bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")},
