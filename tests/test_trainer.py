@@ -360,6 +360,7 @@ def test_settings_of_the_template_reach_what_is_asked_and_what_is_written_down(t
 
 # By name, a hash of its source. Where one changed, see what of it, mend ours, and then write its new hash here.
 SOURCES = {
+    "create_model_card": "4f8a407fd9fd",
     "_calculate_rewards": "736ae29b0838",
     "_compute_loss": "80295546bbdb",
     "_generate": "2a27fdf8f5e6",

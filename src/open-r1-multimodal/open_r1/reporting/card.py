@@ -61,7 +61,7 @@ def header(folder: Path, run: Run, results: Sequence[dict[str, Any]]) -> str:
     name = folder.resolve().name
     scores = [
         EvalResult(
-            task_type="visual-question-answering",
+            task_type="image-text-to-text",
             dataset_type=result["benchmark"],
             dataset_name=result["benchmark"],
             metric_type="accuracy",

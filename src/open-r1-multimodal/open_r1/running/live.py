@@ -1,6 +1,7 @@
 """Draws a run's rewards (or its loss) while it trains, in place of lines of progress, where a notebook shows them."""
 
 import sys
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,12 @@ class LivePlot(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Make room for the plot."""
-        from IPython.display import HTML, display
-
+        self.ipython = import_module("IPython.display")  # which a notebook's kernel has
         self.points: dict[str, dict[int, float]] = {}
-        self.handle = display(HTML("training ..."), display_id=True)
+        self.handle = self.ipython.display(self.ipython.HTML("training ..."), display_id=True)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs: Any):
         """Draw the plot anew."""
-        from IPython.display import HTML
-
         for metric, value in logs.items():
             if (name := curve_name(metric, logs)) is not None:
                 self.points.setdefault(name, {})[state.global_step] = value
@@ -40,7 +38,7 @@ class LivePlot(TrainerCallback):
         ]
         if lines:
             label = f"step {state.global_step} of {state.max_steps}"
-            self.handle.update(HTML(panel_svg(Panel("", lines), label)))
+            self.handle.update(self.ipython.HTML(panel_svg(Panel("", lines), label)))
 
 
 def curve_name(metric: str, logs: dict[str, Any]) -> str | None:
