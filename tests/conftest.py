@@ -21,7 +21,7 @@ import pytest
 # Imported where they are used: tests that need no torch start without it.
 
 # that a test of this mark takes, about
-SECONDS = {"vllm": 200, "nightly": 60, "distributed": 20, "slow": 20, "browser": 5}
+SECONDS = {"vllm": 200, "nightly": 60, "real": 10, "distributed": 20, "slow": 20, "browser": 5}
 
 
 @pytest.hookimpl(trylast=True)

@@ -113,6 +113,7 @@ def test_colocated_training(vllm_python, trained, dtype, bound):
 
 
 @pytest.mark.real
+@pytest.mark.nightly
 def test_the_check_with_weights_that_round(vllm_python, real_model, tmp_path):
     """In 16 bits a real language model's engine passes, though it differs by 0.04 nats; the same faults are seen."""
     write_examples(tmp_path / "data", 2)
