@@ -221,6 +221,19 @@ def test_a_finished_run(tmp_path):
     assert all(image["source"].startswith("data:image/png;base64,") for image in page.data["images"])
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_reasons_for_no_reward_are_areas_also_of_a_single_step(tmp_path, steps):
+    """A third each wrong, without a tag and right, in every step."""
+    kinds = ("wrong answer", "no answer tag", "right")
+    run = write_run(tmp_path / "run", [row(step=s, judgement=kind) for s in range(1, steps + 1) for kind in kinds])
+    page = make(run)
+    assert "Why completions earned no accuracy reward" in page.titles()
+    train = scan_trajectories(run / "trajectories/train.jsonl")
+    [chart] = [chart for chart in collect(read_run(run), train, train).charts if chart.name == "why-zero"]
+    lines = {line.label: line.points.values.tolist() for line in chart.panels[0].lines}
+    assert lines == {kind: pytest.approx([1 / 3] * steps) for kind in kinds[:2]}
+
+
 def test_curves_follow_every_completion(tmp_path):
     """The log's own mean may cover several steps; the completions are those of each."""
     run = write_run(tmp_path / "run", events=[{"step": 3, "rewards/accuracy_reward/mean": 0.123, "kl": 0.5}])

@@ -304,7 +304,7 @@ def _draw_area(axes: Axes, line: Line, below: np.ndarray | float, colour: str, d
     steps, top = line.points.steps, below + line.points.values
     steps, below, top = np.broadcast_arrays(steps, below, top)
     if len(steps) == 1:
-        steps, below, top = [*steps, -0.5, 0.5], below.repeat(2), top.repeat(2)
+        steps, below, top = steps[0] + np.array([-0.5, 0.5]), below.repeat(2), top.repeat(2)
     axes.fill_between(steps, below, top, color=colour, alpha=0.45, linewidth=0)
     axes.plot(steps, top, color=colour, linestyle=dashes, linewidth=1.2, label=line.label)
 
