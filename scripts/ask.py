@@ -14,6 +14,7 @@ from open_r1.base.errors import Mistake, printable, run, use_environment
 use_environment()
 
 from open_r1.evaluation.asking import Asked, ask
+from open_r1.models.families import use_family
 from open_r1.tasks.examples import iter_rows
 
 
@@ -31,7 +32,9 @@ def main() -> None:
         help="base, instruct or a file; auto: as the evaluation chooses, the one that the checkpoint was trained with",
     )
     parser.add_argument("--max_new_tokens", type=int, default=700, help="longest answer in tokens (default: 700)")
+    parser.add_argument("--family", help="the model's family, if it is one of your own: module:NAME")
     args = parser.parse_args()
+    use_family(args.family)
     if bool(args.data) == bool(args.image and args.question):
         parser.error("give --data, or --image and --question")
     solution, asked = None, Asked(args.question, [args.image])

@@ -28,6 +28,7 @@ from open_r1.base.prompts import REPO_ROOT
 from open_r1.doctor.examination import examine, line
 from open_r1.doctor.finding import Verdict
 from open_r1.doctor.run import Run, planned
+from open_r1.models.families import use_family
 from open_r1.models.memory import Count, Launch, count_run
 from open_r1.running.checkpoints import Layout
 from open_r1.running.entry import Command, prepare_process
@@ -59,6 +60,7 @@ def count_recipe(command: Command, arguments: list[str], launch: Launch, is_cpu:
     needed = ["--dataset_name", "-", "--output_dir", "-", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
     with planned(launch):
         script_args, args, model_args = read_recipe(command.arguments, [*needed, *arguments])
+    use_family(script_args.family)
     return model_args.model_name_or_path, count_run(script_args, args, model_args, launch, is_cpu)
 
 

@@ -16,6 +16,7 @@ use_environment()
 
 from open_r1.base.files import check_new_folder, replacing
 from open_r1.base.hub import model_folder
+from open_r1.models.families import use_family
 from open_r1.models.loading import adapter_base, load_checkpoint, load_processor, reset_generation_config
 
 
@@ -33,7 +34,9 @@ def main() -> None:
         default="auto",
         help="of the merged weights (default: auto, the base model's)",
     )
+    parser.add_argument("--family", help="the model's family, if it is one of your own: module:NAME")
     args = parser.parse_args()
+    use_family(args.family)
     check_new_folder(args.output)
     if not args.adapter.is_dir():
         raise Mistake(f"--adapter: no folder {args.adapter}")

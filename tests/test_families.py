@@ -1,8 +1,11 @@
 """A model family is one entry, and who generates is one class: made-up ones, which only this file knows, train."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -283,3 +286,32 @@ def test_no_other_file_of_the_package_knows_a_family():
         for match in known.finditer(path.read_text())
     }
     assert found == {}
+
+
+def test_a_family_of_ones_own_as_its_page_writes_it(tmp_path, examples_json, quick_python):
+    """From the folder where it lies: a tiny model, two steps, one question; and what is no family is one line."""
+    page = (REPO_ROOT / "docs/families.md").read_text()
+    (tmp_path / "my_family.py").write_text(re.search(r"<<'END'\n(.*?)END\n", page, re.DOTALL)[1])
+    env = {**os.environ, "PYTHON": str(quick_python), "NUM_PROCESSES": "1", "DATA": str(examples_json)}
+    env |= {"CONFIG": "tests/data/grpo.yaml", "OUTPUT": "out"}
+
+    def typed(*command: object) -> subprocess.CompletedProcess:
+        return subprocess.run(list(map(str, command)), cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    family = ("--family", "my_family:MOE")
+    made = typed(sys.executable, "-m", "open_r1.tiny", *family, "--output", "moe")
+    assert made.returncode == 0 and "a random qwen3_vl_moe checkpoint" in made.stdout, made.stderr
+    launch = ("sh", REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh", "--model_name_or_path", "moe")
+    trained = typed(*launch, *family, "--max_steps", 2)
+    assert trained.returncode == 0 and "step 2/2" in trained.stdout, trained.stderr[-3000:]
+    image = next(examples_json.parent.rglob("*.png"))
+    question = ("--image", image, "--question", "Which?", "--max_new_tokens", 4)
+    assert (
+        "completion:"
+        in typed(sys.executable, REPO_ROOT / "scripts/ask.py", "--model", "out", *question, *family).stdout
+    )
+    launch = (*launch, "--output_dir", "other", "--max_steps", 2)
+    unknown = typed(*launch)
+    assert unknown.returncode and "a 'qwen3_vl_moe' model; supported: " in unknown.stderr
+    other = typed(*launch, "--family", "my_family:Qwen3VL")
+    assert other.returncode and "has no family 'Qwen3VL'" in other.stderr

@@ -80,7 +80,7 @@ class DataArguments:
 
 @dataclass
 class FreezeArguments:
-    """What is not trained."""
+    """What kind of model it is, and what of it is not trained."""
 
     freeze_vision: bool = HfArg(default=False, help="Do not train the vision tower.")
     freeze_llm: bool = HfArg(default=False, help="Do not train the language model.")
@@ -88,6 +88,10 @@ class FreezeArguments:
         default=None,
         help="Do not train the merger, the layers between vision tower and language model. "
         "None: as freeze_vision says.",
+    )
+    family: str | None = HfArg(
+        default=None,
+        help="A model family of yours as module:NAME (docs/families.md). None: one that the project has.",
     )
 
 

@@ -27,7 +27,7 @@ from transformers import (
 from open_r1.base.errors import run
 from open_r1.base.files import check_new_folder
 from open_r1.base.prompts import load_chat_template
-from open_r1.models.families import FAMILIES
+from open_r1.models.families import FAMILIES, use_family
 from open_r1.tasks.examples import read_examples
 
 
@@ -161,8 +161,11 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder to write the checkpoint to; a new or an empty one")
     parser.add_argument("--data", help="prepared SAT JSON whose questions and answers the tokenizer learns")
     parser.add_argument("--model_type", choices=FAMILIES, default="qwen2_vl", help="architecture")
+    parser.add_argument("--family", help="a family of your own, module:NAME, in place of --model_type")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     args = parser.parse_args()
+    if args.family:
+        args.model_type = use_family(args.family).model_type
     check_new_folder(Path(args.output))
     examples = read_examples(args.data) if args.data else []
     texts = [load_chat_template("base"), load_chat_template("instruct")]

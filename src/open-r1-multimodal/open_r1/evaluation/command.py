@@ -66,6 +66,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         help="Hub id, parquet (or .jsonl) file, or folder, of easi-8 the one with a folder each (default: the "
         "benchmark's on the Hub)",
     )
+    add("--family", type=given, help="the model's family, if it is one of your own: module:NAME")
     add("--limit", type=positive, metavar="N", help="ask N questions only, the same share of each task, seeded")
     add("--bs", type=positive, help="questions a batch, after which they are saved (default: 32; 256 with vllm)")
     add("--max_new_tokens", type=positive, default=700, help="longest response (default: %(default)s, as in training)")
@@ -103,6 +104,10 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     args = parser.parse_args(argv)
     if args.benchmark not in SUITES:
         find_benchmark(args.benchmark)
+    if args.family:
+        from open_r1.models.families import use_family  # imports torch
+
+        use_family(args.family)
     args.bs = args.bs or BATCH_SIZES[args.backend]
     if args.model_path is None:
         args.model_path = str(newest_grpo_output(REPO_ROOT / "outputs") or DEFAULT_MODEL)

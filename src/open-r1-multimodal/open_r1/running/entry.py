@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from open_r1.base.errors import Mistake, account, take_traceback_option
 from open_r1.base.locks import check_free, owned
 from open_r1.configs import check_attention, check_bfloat16
+from open_r1.models.families import use_family
 from open_r1.models.loading import check_weights, parameter_table
 from open_r1.running.callbacks import add_run_callbacks
 from open_r1.running.checkpoints import (
@@ -122,6 +123,7 @@ def silence() -> Iterator[None]:
 def read_settings(command: Command, arguments: Sequence[str]) -> Settings:
     """Script, trainer and model arguments of a command line; raises Mistake where none would train."""
     script_args, args, model_args = read_recipe(command.arguments, arguments)
+    use_family(script_args.family)
     if args.eval_strategy != "no" and script_args.eval_dataset_name is None:
         raise Mistake(
             f"eval_strategy {args.eval_strategy.value}: there are no held-out examples; name them "

@@ -1,8 +1,9 @@
 """Everything that differs between model families: what a family is, one entry for each, and how to find a model's.
 
-`base.py` says what a family is. A new one is an entry in the file of those like it (`qwen.py`, `tiled.py`), or a file
-of its own whose entry is added to `FAMILIES`. Two things are elsewhere: the tokens of its images, if they are new, in
-`open_r1.models.image_tags`, and its chat templates, if it has its own, in `configs/chat_templates`.
+`base.py` says what a family is. A new one is an entry in the file of those like it (`qwen.py`, `tiled.py`), a file of
+its own whose entry is added to `FAMILIES`, or one of a user's, named `module:NAME` (docs/families.md). Two things are
+elsewhere: the tokens of its images, if they are new, in `open_r1.models.image_tags`, and its chat templates, if it has
+its own, in `configs/chat_templates`.
 """
 
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from open_r1.base.errors import Mistake
+from open_r1.base.plugins import import_named
 from open_r1.models.families.base import PARTS, Family, ImageInputs
 from open_r1.models.families.qwen import QWEN_FAMILIES
 from open_r1.models.families.tiled import TILED_FAMILIES
@@ -25,6 +27,7 @@ __all__ = [
     "family_of",
     "family_of_processor",
     "find_family",
+    "use_family",
     "vision_token_ids",
 ]
 
@@ -36,6 +39,15 @@ def find_family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise Mistake(f"a {model_type!r} model; supported: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def use_family(name: str | None) -> Family | None:
+    """Know a family of the user's, `module:NAME`, in this process, and return it; raises what `import_named` raises."""
+    if name is None:
+        return None
+    family = import_named("family", "family", name, fits=lambda value: isinstance(value, Family))
+    FAMILIES[family.model_type] = family
+    return family
 
 
 def family_of(model: nn.Module) -> Family:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Qwen2Tokenizer
 
+from open_r1.base.errors import Mistake
+
 ImageInputs = dict[str, torch.Tensor]  # images as a processor makes them, by the model's arguments
 Size = tuple[int, int]  # height and width in pixels
 
@@ -171,23 +173,26 @@ class Family(ABC):
         """The layers of the vision tower."""
         return self.vision_tower(model).get_submodule(self.blocks)
 
-    # ---- for the memory count: a model's parts on torch's `meta` device
+    # ---- for the memory count: a model's parts on torch's `meta` device; a family may do without
 
-    @abstractmethod
     def count_patches(self, config: PreTrainedConfig, pixels: int) -> int:
         """Patches of an image of this area."""
+        raise self.lacks("count_patches")
 
-    @abstractmethod
     def run_tower(self, model: nn.Module, patches: int, dtype: torch.dtype) -> torch.Tensor:
         """A forward pass over patches without numbers; the last layer's states (patches, width)."""
+        raise self.lacks("run_tower")
 
-    # ---- a tiny model, for `open_r1.tiny`
+    def lacks(self, method: str) -> Mistake:
+        """What is said where a family does without a method that is asked for."""
+        return Mistake(f"the family {self.model_type} does not define {method}, which this needs")
 
-    @abstractmethod
+    # ---- a tiny model, for `open_r1.tiny`; a family may do without
+
     def tiny_processor(self, tokenizer: PreTrainedTokenizerBase, chat_template: str) -> ProcessorMixin:
         """A processor with room for images of 112x112 pixels."""
+        raise self.lacks("tiny_processor")
 
-    @abstractmethod
     def tiny_config(self, text: Mapping[str, Any], vision_size: int, vision_layers: int) -> dict[str, Any]:
         """The arguments of a tiny configuration, but for the ids of `config_tokens`.
 
@@ -196,6 +201,7 @@ class Family(ABC):
             vision_size: width of the vision tower, whose heads have 16 dimensions.
             vision_layers: of the vision tower.
         """
+        raise self.lacks("tiny_config")
 
 
 def find_module(model: nn.Module, ending: str) -> nn.Module:

@@ -204,7 +204,7 @@ QWEN_TOKENS = (
     "<|quad_end|>",
     *QWEN_IMAGE_TAGS,
 )
-_QWEN: dict[str, Any] = {
+QWEN: dict[str, Any] = {
     "end_tokens": ("<|endoftext|>", "<|im_end|>"),
     "vision_tokens": QWEN_IMAGE_TAGS,
     "special_tokens": QWEN_TOKENS,
@@ -221,8 +221,8 @@ _QWEN: dict[str, Any] = {
     "published_pixels": 12845056,  # 16384 image tokens of Qwen2-VL
 }
 QWEN_FAMILIES = (
-    Qwen2VL("qwen2_vl", Qwen2VLProcessor, **_QWEN),
-    Qwen25VL("qwen2_5_vl", Qwen2_5_VLProcessor, **_QWEN),
-    Qwen3VL("qwen3_vl", Qwen3VLProcessor, **_QWEN),
-    Qwen35("qwen3_5", Qwen3VLProcessor, **_QWEN),
+    Qwen2VL("qwen2_vl", Qwen2VLProcessor, **QWEN),
+    Qwen25VL("qwen2_5_vl", Qwen2_5_VLProcessor, **QWEN),
+    Qwen3VL("qwen3_vl", Qwen3VLProcessor, **QWEN),
+    Qwen35("qwen3_5", Qwen3VLProcessor, **QWEN),
 )
