@@ -14,6 +14,7 @@ from open_r1.world.scene import LEVELS, Seen
 LEVEL = LEVELS["easy"]
 GRID = 10  # columns of the image and steps of depth that a description tells apart
 QUESTIONS = {**{name: questions.QUESTIONS[name] for name in questions.STATIC}, **questions.CV_QUESTIONS}
+LIST_ALL = "List the things from left to right."
 TURNS = (*QUESTIONS, "count", "perspective", "Count", "Distance")  # what is hard to learn comes twice
 
 

@@ -1,0 +1,105 @@
+"""The evening on a laptop: what its model is taught, the checks that end it, the script from its start to its table."""
+
+import json
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+from laptop import lessons, sight
+from open_r1.base.errors import Mistake
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.evaluate.run import make_result
+from open_r1.rewards import format_reward
+from open_r1.world.parquet import row_rng
+from open_r1.world.words import TURNS, Thing
+from support import load_script
+
+SCRIPT = REPO_ROOT / "scripts/laptop.sh"
+
+
+def test_right_answers_are_balanced():
+    """Of each kind of question, each option is right equally often."""
+    right = defaultdict(Counter)
+    for row in range(len(TURNS) * 4):
+        asked, _ = lessons.balanced(row_rng(1, row), row)
+        right[row % len(TURNS)][asked.options.index(asked.answer)] += 1
+    for kind, counts in right.items():
+        expected = [2, 2] if len(counts) == 2 else [2, 1, 1] if len(counts) == 3 else [1, 1, 1, 1]
+        assert sorted(counts.values(), reverse=True) == expected, TURNS[kind]
+
+
+def test_answers_earn_the_format_reward_and_say_what_they_conclude():
+    forms = Counter()
+    for row in range(len(TURNS) * 4):
+        _, question, answer = lessons.answer(row_rng(2, row), row)
+        assert format_reward([answer]) == [1.0]
+        thought, _, said = answer.removesuffix("</answer>").partition("</think> <answer>")
+        assert thought.endswith(f"So it is {said}.") and said in question
+        forms["Select from the following choices." in question] += 1
+    assert min(forms.values()) > sum(forms.values()) / 4, "SAT's form and CV-Bench's"
+
+
+def test_captions_say_where_things_are():
+    asked = Counter()
+    for row in range(60):
+        _, question, said = lessons.caption(row_rng(3, row), row)
+        asked[question == lessons.LIST_ALL] += 1
+        assert sight.SAID.search(said) or said.split(":")[0][:-1] in question
+    assert asked[True] > asked[False] > 10
+
+
+def test_what_is_named_and_what_is_placed():
+    things = [Thing("red circle", 35, 50, 2.0), Thing("X", 90, 50, 2.0)]
+    places = [thing.place.split() for thing in things]
+    for shift, placed in ((0, 1.0), (1, 1.0), (2, 0.0)):
+        said = ", ".join(
+            f"{thing.name} at {int(across) + shift} {deep}"
+            for thing, (across, deep) in zip(things, places, strict=True)
+        )
+        assert sight.measure([said], [things]) == {"named": 1.0, "placed": placed, "things": 2}
+    assert sight.measure(["blue circle at 3 3, red at 3 3."], [things])["named"] == 0
+
+
+def write_result(path: Path, answers: list[str]) -> Path:
+    """An evaluation of as many questions, whose right answers are `(A)` and `(B)` in turn."""
+    rows = [
+        {
+            "id": number,
+            "rotation": 0,
+            "question": f"question {number}",
+            "options": ["left", "right"],
+            "task": "Relation",
+            "ground_truth": "(A)" if number % 2 == 0 else "(B)",
+            "response": f"<think></think> <answer>{answer}</answer>",
+        }
+        for number, answer in enumerate(answers)
+    ]
+    path.write_text(json.dumps(make_result(rows, {"benchmark": "CV-Bench"}, "lenient")))
+    return path
+
+
+@pytest.mark.parametrize(
+    "answers, said",
+    [
+        (["left", "right"] * 30, None),
+        ((["left", "right"] * 3 + ["right", "left"] * 2) * 6, "10.0 points above chance, 15 are asked for"),
+        (["left"] * 60, "100% of the answers"),
+    ],
+)
+def test_a_cold_start_is_tried_before_grpo(answers, said, tmp_path, monkeypatch):
+    start = load_script(REPO_ROOT / "scripts/laptop/start.py")
+    monkeypatch.setattr(sys, "argv", ["start.py", str(write_result(tmp_path / "result.json", answers))])
+    if said is None:
+        start.main()
+    else:
+        with pytest.raises(Mistake, match=said):
+            start.main()
+
+
+def test_an_unknown_argument_is_one_line():
+    for arguments in (["--seed", "1"], ["--seeds"]):
+        done = subprocess.run(["sh", SCRIPT, *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("laptop: error: ") and done.stderr.count("\n") == 1
