@@ -89,7 +89,11 @@ fi
 RUN="$ROOT/outputs/laptop" seeds="0 1 2" SHORT="" FEW="" captions=4800 answers=1200 HELD_OUT=64
 while [ $# -gt 0 ]; do
     case $1 in
-        --seeds) [ $# -gt 1 ] && seeds=$2 && shift ;;
+        --seeds)
+            seeds=${2:-}
+            case $seeds in "" | *[!0-9\ ]*) fail "--seeds: expected whole numbers between blanks, not '$seeds'" ;; esac
+            shift
+            ;;
         --rehearsal)
             RUN="$ROOT/outputs/laptop-rehearsal" seeds=0 captions=64 answers=64 HELD_OUT=8
             SHORT="--max_steps 2" FEW="--limit 16 --max_new_tokens 16"
