@@ -1,13 +1,17 @@
 """The evening on a laptop: what its model is taught, the checks that end it, the script from its start to its table."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 
+from fresh import clone
 from laptop import lessons, sight
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
@@ -15,7 +19,7 @@ from open_r1.evaluate.run import make_result
 from open_r1.rewards import format_reward
 from open_r1.world.parquet import row_rng
 from open_r1.world.words import TURNS, Thing
-from support import load_script
+from support import hear_signals, load_script
 
 SCRIPT = REPO_ROOT / "scripts/laptop.sh"
 
@@ -103,3 +107,32 @@ def test_an_unknown_argument_is_one_line():
     for arguments in (["--seed", "1"], ["--seeds"]):
         done = subprocess.run(["sh", SCRIPT, *arguments], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("laptop: error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.real
+@pytest.mark.nightly
+def test_a_rehearsal_goes_on_where_it_was_interrupted(tmp_path):
+    """All of the script, with two steps of each part; it is set up already."""
+    clone(tmp_path)
+    (tmp_path / "setup.sh").write_text("")
+    run, said = tmp_path / "outputs/laptop-rehearsal", tmp_path / "said.txt"
+    command = ["sh", str(tmp_path / "scripts/laptop.sh"), "--rehearsal"]
+    env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "src/open-r1-multimodal")}
+    with said.open("w") as file:
+        process = subprocess.Popen(
+            command, env=env, stdout=file, stderr=file, start_new_session=True, preexec_fn=hear_signals
+        )
+        while not list(run.glob("*grpo/seed0/log.jsonl")) and process.poll() is None:
+            time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait() != 0, said.read_text()
+    made = {name: (run / name).stat().st_mtime for name in ("blind", "sight", "start", "captions/rows.json")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    assert made == {name: (run / name).stat().st_mtime for name in made}
+    table = done.stdout.partition("8/8 compare")[2]
+    for row in ("cold_start", "blind", "sight", "grpo-0", "dr_grpo-0", "chance"):
+        assert f"| {row} |" in table
+    assert "sees too little" in done.stderr and "above chance" in done.stderr, "a rehearsal goes on nevertheless"
+    assert len(list(run.glob("*grpo/seed0/report.html"))) == 2
+    assert (run / "sweep.md").is_file()
