@@ -1,14 +1,13 @@
-"""Gives the merger's new last layer a start: each image token says, in the language model's own words, what is in its cell.
+"""Gives the merger's new last layer a start: an image token is what the words for its cell are to the language model.
 
     python scripts/laptop/first_words.py --model outputs/laptop/blind --output outputs/laptop/first_words
 
-Ridge regression over rendered scenes, from what reaches that layer to the mean embedding of the words for what is in the
-cell: its name, its column and how deep it is, or "nothing". No gradient is taken. Sight is learned from there
+Ridge regression over rendered scenes, from what reaches that layer to the mean embedding of the words for what is in
+the cell: its name, its column and how deep it is, or "nothing". No gradient is taken. Sight is learned from there
 (`configs/laptop/sight.yaml`).
 """
 
 import argparse
-import random
 import sys
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from open_r1.base.errors import run, use_environment
 use_environment()
 
 import torch
-from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from open_r1.base.files import check_new_folder, replacing
