@@ -28,24 +28,31 @@ from open_r1.base.prompts import IMAGE_PLACEHOLDER, join_options, sat_question
 from open_r1.tasks import cvbench
 from open_r1.world import questions
 from open_r1.world.parquet import row_rng
-from open_r1.world.words import LEVEL, LIST_ALL, TURNS, draw, from_left, list_kind, list_places, observe, things_in
+from open_r1.world.words import (
+    LEVEL,
+    TURNS,
+    ask_kinds,
+    draw,
+    from_left,
+    list_kind,
+    list_places,
+    observe,
+    things_in,
+)
 
 Lesson = tuple[Image.Image, str, str]  # an image, a question, and the answer to learn
 
 
 def caption(rng: random.Random, row: int) -> Lesson:
-    """Where all things are, or those that the question names, or those of a kind."""
+    """Where all things are, kind by kind, or those that the question names."""
     asked, image = draw(rng, row)
-    things = from_left(things_in(asked))
-    lesson = rng.choice(("all", "all", "all", "named", "kind"))
-    if lesson == "kind":
-        kind = rng.choice(LEVEL.kinds)
-        return image, f"Where are the {kind}s?", list_kind(things, kind).strip()
-    if lesson == "named":
-        things = rng.sample(things, rng.randint(1, min(3, len(things))))
-        names = join_options([f"the {thing.name}" for thing in things])
-        return image, f"Where is {names}?", list_places(things).strip()
-    return image, LIST_ALL, list_places(things).strip()
+    things = things_in(asked)
+    if rng.random() < 0.6:
+        kinds = rng.sample(LEVEL.kinds, len(LEVEL.kinds))
+        return image, ask_kinds(kinds), "".join(list_kind(things, kind) for kind in kinds).strip()
+    things = rng.sample(things, rng.randint(1, min(3, len(things))))
+    names = join_options([f"the {thing.name}" for thing in things])
+    return image, f"Where is {names}?", list_places(things).strip()
 
 
 def balanced(rng: random.Random, row: int) -> tuple[questions.Asked, Image.Image]:
