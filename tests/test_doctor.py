@@ -191,7 +191,9 @@ def test_every_family_and_recipe_is_counted(tiny_models, model_type, capsys, mon
     configs = REPO_ROOT / "configs"
     recipes = [[configs / f"{name}.yaml"] for name in ("grpo_sat", "grpo_sat_lora", "sft_sat")]
     if model_type == "qwen2_vl":
-        recipes = [[path] for path in (*configs.glob("*.yaml"), *configs.glob("tiny/*.yaml"))]
+        recipes = [
+            [path] for path in (*configs.glob("*.yaml"), *configs.glob("tiny/*.yaml"), *configs.glob("laptop/*.yaml"))
+        ]
         recipes += [[configs / "grpo_sat.yaml", path] for path in configs.glob("overlays/*.yaml")]
     for paths in recipes:
         arguments = ["--memory", *(part for path in paths for part in ("--config", str(path)))]

@@ -31,7 +31,8 @@ from open_r1.world.scene import LEVELS
 from support import read_jsonl
 
 CONFIGS = REPO_ROOT / "configs"
-RECIPES = sorted(str(path.relative_to(REPO_ROOT)) for glob in ("*.yaml", "tiny/*.yaml") for path in CONFIGS.glob(glob))
+FOLDERS = ("*.yaml", "tiny/*.yaml", "laptop/*.yaml")
+RECIPES = sorted(str(path.relative_to(REPO_ROOT)) for glob in FOLDERS for path in CONFIGS.glob(glob))
 LAUNCHES = ("zero2", "zero3", "ddp")
 MAIN = ("configs/grpo_sat.yaml", "configs/sft_sat.yaml")  # the paper's two, which the others build on
 OVERLAYS = sorted(path.stem for path in (CONFIGS / "overlays").glob("*.yaml"))

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import ProcessorMixin
 from trl import ModelConfig, SFTTrainer
+from trl.trainer import utils
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from open_r1.base.images import BrokenImage, open_image
@@ -167,6 +168,8 @@ def build_trainer(
     reset_generation_config(model, prepared["processing_class"])
     accept_missing_images(model, always_encode=PartialState().num_processes > 1)
     freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
+    # Without Triton TRL scores prompts and padding too, which is most of a small model's step on a CPU.
+    utils._use_triton = lambda device: True
     with settings_of("trl", "transformers", "accelerate", "peft"):
         return Qwen2VLSFTTrainer(model=model, args=training_args, **prepared)
 

@@ -1,0 +1,161 @@
+#!/bin/sh
+# An evening on a laptop: a real language model, SmolLM2-135M-Instruct, learns to see rendered scenes, then to answer
+# behind a thought (a cold start), and then by GRPO with the paper's two rewards. It ends with a table of how often each
+# of these is right. No GPU and no model hub: the weights come from the package index. Because of the cold start it is no
+# R1-Zero.
+#
+#   bash scripts/laptop.sh                  into outputs/laptop
+#   bash scripts/laptop.sh --seeds "0 1"    of GRPO (default: "0 1 2"); with each both arms, GRPO and Dr. GRPO
+#   bash scripts/laptop.sh --rehearsal      whether all of it runs here: two steps of each part, into
+#                                           outputs/laptop-rehearsal; its figures mean nothing
+#
+# Training and evaluation are the scripts of the real run; the recipes are in configs/laptop, what else it takes in
+# scripts/laptop. It stops in a line where the model sees too little, or the cold start is no better than guessing.
+# Interrupted, it goes on where it was. docs/measured.md has its figures, and how long each part takes.
+set -eu
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+. "$ROOT/scripts/env.sh"
+. "$ROOT/scripts/tiny_world.sh"
+
+fail() {
+    echo "laptop: error: $*" >&2
+    exit 2
+}
+
+usage() {
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$ROOT/scripts/laptop.sh"
+}
+
+step() {
+    echo
+    echo "== $1/8 $2 ($(($(date +%s) - START)) s)"
+}
+
+# A training script with a recipe of configs/laptop; of the precision the command line decides on a CPU.
+train() { # script, recipe and overlays, folder, further arguments
+    script=$1 config=$2 folder=$3
+    shift 3
+    CONFIG="$config" OUTPUT="$folder" sh "$ROOT/src/open-r1-multimodal/$script" --dtype bfloat16 "$@" $SHORT
+}
+
+evaluate() { # model, folder of the result
+    evaluate_in_tiny_world "$RUN" "$2" "$1" --dtype bfloat16 $FEW
+}
+
+# LoRA on top of a model, merged into it: one more folder, which is there when all of it is done.
+learn() { # recipe, model to begin with, rows, folder of the outcome
+    [ -d "$4" ] || {
+        MODEL=$2 DATA=$3 train run_sft.sh "configs/laptop/$1.yaml" "$4_lora"
+        "$PYTHON" "$ROOT/scripts/export.py" --adapter "$4_lora" --output "$4"
+    }
+}
+
+write_lessons() { # lesson, rows, seed
+    [ -f "$RUN/$1/rows.json" ] ||
+        "$PYTHON" "$ROOT/scripts/laptop/lessons.py" "$1" --rows "$2" --seed "$3" --output "$RUN/$1"
+}
+
+# A check that ends the evening, but not a rehearsal, where nothing was learned.
+must() {
+    "$PYTHON" "$@" || [ -n "$SHORT" ]
+}
+
+result_of() { # arm, seed
+    echo "$RUN/$1/seed$2/CVBench_result_seed$2_reasoning.json"
+}
+
+# xargs starts this script anew for each run of GRPO, as `laptop.sh --run ARM SEED`, with the rest in the environment.
+if [ "${1:-}" = --run ]; then
+    folder="$RUN/$2/seed$3"
+    [ ! -f "$(result_of "$2" "$3")" ] || exit 0
+    mkdir -p "$folder"
+    overlay=""
+    [ "$2" = grpo ] || overlay="configs/overlays/$2.yaml"
+    echo "$2, seed $3: started"
+    {
+        MODEL="$RUN/start" DATA="$RUN/data/SAT_train_2000.json" train run_grpo_SAT.sh \
+            "configs/laptop/grpo.yaml $overlay" "$folder" --eval_dataset_name "$RUN/data/SAT_val_$HELD_OUT.json" \
+            --seed "$3" ${SHORT:+--completions_per_step 8 --per_device_train_batch_size 8 --max_completion_length 16} &&
+            evaluate "$folder" "$folder"
+    } >>"$folder.log" 2>&1 || fail "$2, seed $3 failed; $folder.log says why"
+    echo "$2, seed $3: done"
+    exit
+fi
+
+if asks_help "$@"; then
+    usage
+    exit
+fi
+RUN="$ROOT/outputs/laptop" seeds="0 1 2" SHORT="" FEW="" captions=1920 answers=800 HELD_OUT=64
+while [ $# -gt 0 ]; do
+    case $1 in
+        --seeds)
+            seeds=${2:-}
+            case $seeds in "" | *[!0-9\ ]*) fail "--seeds: expected whole numbers between blanks, not '$seeds'" ;; esac
+            shift
+            ;;
+        --rehearsal)
+            RUN="$ROOT/outputs/laptop-rehearsal" seeds=0 captions=64 answers=64 HELD_OUT=8
+            SHORT="--max_steps 2" FEW="--limit 16 --max_new_tokens 16"
+            ;;
+        *) fail "unknown argument $1; --help lists them" ;;
+    esac
+    shift
+done
+START=$(date +%s)
+step 1 "set up"
+sh "$ROOT/setup.sh"
+. "$ROOT/scripts/env.sh"
+"$PYTHON" -m uv pip install --quiet --python "$PYTHON" --no-deps -r "$ROOT/requirements-real.txt"
+cd "$ROOT" # where recipes are looked up
+export PYTHON RUN SHORT FEW HELD_OUT HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=-1
+export NUM_PROCESSES=1 NUM_MACHINES=1 ACCELERATE_CONFIG=ddp
+results="$RUN/results"
+
+step 2 "the language model, in the shape of a Qwen2-VL"
+[ -d "$RUN/blind" ] || "$PYTHON" "$ROOT/scripts/laptop/language_model.py" --output "$RUN/blind"
+[ -d "$RUN/first_words" ] ||
+    "$PYTHON" "$ROOT/scripts/laptop/first_words.py" --model "$RUN/blind" --output "$RUN/first_words"
+
+step 3 "scenes: captions, reasoned answers, and questions in SAT's and CV-Bench's schemas"
+prepare_tiny_world "$RUN"
+FOLD=val SAT_PARQUET="$RUN/SAT_val.parquet" sh "$ROOT/src/data/SAT/prepare_dataset.sh" --total_num "$HELD_OUT" \
+    --output_dir "$RUN/data"
+write_lessons captions "$captions" 31
+write_lessons answers "$answers" 32
+
+step 4 "sight: run_sft.sh on captions"
+learn sight "$RUN/first_words" "$RUN/captions/rows.json" "$RUN/sight"
+must "$ROOT/scripts/laptop/sight.py" --model "$RUN/sight" --output "$results/sight.json"
+
+step 5 "cold start: run_sft.sh on reasoned answers"
+learn cold_start "$RUN/sight" "$RUN/answers/rows.json" "$RUN/start"
+evaluate "$RUN/start" "$results"
+must "$ROOT/scripts/laptop/start.py" "$results/CVBench_result_start_reasoning.json"
+
+step 6 "GRPO and Dr. GRPO: run_grpo_SAT.sh from the cold start, a run a core"
+for seed in $seeds; do
+    for arm in grpo dr_grpo; do
+        echo "$arm $seed"
+    done
+done | OMP_NUM_THREADS=1 xargs -P "$(getconf _NPROCESSORS_ONLN)" -n 2 sh "$ROOT/scripts/laptop.sh" --run
+
+step 7 "what it was before: blind, and with sight alone"
+evaluate "$RUN/blind" "$results"
+evaluate "$RUN/sight" "$results"
+
+step 8 "compare"
+set -- "$results"/CVBench_result_start_reasoning.json "$results"/CVBench_result_blind_reasoning.json \
+    "$results"/CVBench_result_sight_reasoning.json
+names="cold_start blind sight" runs=""
+for arm in grpo dr_grpo; do
+    for seed in $seeds; do
+        set -- "$@" "$(result_of "$arm" "$seed")"
+        names="$names $arm-$seed" runs="$runs $arm/seed$seed"
+    done
+done
+"$PYTHON" "$ROOT/scripts/compare.py" "$@" --names $names
+(cd "$RUN" && "$PYTHON" "$ROOT/scripts/sweep.py" $runs --output "$RUN")
+echo
+echo "curves and completions: report.html in each of $RUN/*/seed*"
+echo "done in $(($(date +%s) - START)) s"

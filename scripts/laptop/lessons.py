@@ -1,0 +1,113 @@
+"""Writes what the laptop's model learns from: captions of rendered scenes, or reasoned answers to questions about them.
+
+    python scripts/laptop/lessons.py captions --rows 4800 --seed 31 --output outputs/laptop/captions
+    python scripts/laptop/lessons.py answers --rows 1600 --seed 32 --output outputs/laptop/answers
+
+Captions say what is where. An answer is `<think>...</think> <answer>...</answer>`, as the format reward wants it: the
+places of what is asked about, the step from there, and the answer; every fourth one counts all things, and so has a
+whole caption in it. Each question's right answer is each of its options in turn. The folder gets `rows.json`, as
+`run_sft.sh` reads it, and `images/`.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src/open-r1-multimodal"))
+from open_r1.base.errors import positive, run, use_environment
+
+use_environment()
+
+from PIL import Image
+
+from open_r1.base.files import replace_file, to_json
+from open_r1.base.prompts import IMAGE_PLACEHOLDER, join_options, sat_question
+from open_r1.tasks import cvbench
+from open_r1.world import questions
+from open_r1.world.parquet import row_rng
+from open_r1.world.words import (
+    LEVEL,
+    TURNS,
+    ask_kinds,
+    draw,
+    from_left,
+    list_kind,
+    list_places,
+    observe,
+    things_in,
+)
+
+Lesson = tuple[Image.Image, str, str]  # an image, a question, and the answer to learn
+
+
+def caption(rng: random.Random, row: int) -> Lesson:
+    """Where all things are, kind by kind, or those that the question names."""
+    asked, image = draw(rng, row)
+    things = things_in(asked)
+    if rng.random() < 0.6:
+        kinds = rng.sample(LEVEL.kinds, len(LEVEL.kinds))
+        return image, ask_kinds(kinds), "".join(list_kind(things, kind) for kind in kinds).strip()
+    things = rng.sample(things, rng.randint(1, min(3, len(things))))
+    names = join_options([f"the {thing.name}" for thing in things])
+    return image, f"Where is {names}?", list_places(things).strip()
+
+
+def balanced(rng: random.Random, row: int) -> tuple[questions.Asked, Image.Image]:
+    """A question of the kind whose turn it is, with the right answer whose turn it is."""
+    turn = row // len(TURNS)
+    while True:
+        asked, image = draw(rng, row)
+        if asked.answer == asked.options[turn % len(asked.options)]:
+            return asked, image
+
+
+def answer(rng: random.Random, row: int) -> Lesson:
+    """A question in SAT's form or in CV-Bench's, with a thought that says where things are, and the answer."""
+    asked, image = balanced(rng, row)
+    if row % 4 == 3:
+        things = from_left(things_in(asked))
+        options = questions.number_options(rng, len(things), 3)
+        question, right = sat_question("How many things are in the image?", options), str(len(things))
+        seen, step = list_places(things), f"That makes {right}."
+    else:
+        is_cvbench = TURNS[row % len(TURNS)] in questions.CV_QUESTIONS
+        options = asked.options if is_cvbench else questions.shuffled(rng, asked.options)
+        question = (cvbench.render_prompt if is_cvbench else sat_question)(asked.question, options)
+        right, (seen, step) = asked.answer, observe(asked)
+    return image, question, f"<think>{seen} {step} So it is {right}.</think> <answer>{right}</answer>"
+
+
+LESSONS: dict[str, Callable[[random.Random, int], Lesson]] = {"captions": caption, "answers": answer}
+
+
+def write_row(folder: Path, row: int, lesson: Lesson) -> dict[str, Any]:
+    """Save a lesson's image, and return its row."""
+    image, question, answer = lesson
+    image.save(folder / f"images/{row}.png", compress_level=1)
+    turns = (("user", IMAGE_PLACEHOLDER + question), ("assistant", answer))
+    return {
+        "messages": [{"role": role, "content": content} for role, content in turns],
+        "images": [f"images/{row}.png"],
+    }
+
+
+def main() -> None:
+    """Command line entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lesson", choices=LESSONS)
+    parser.add_argument("--rows", type=positive, required=True)
+    parser.add_argument("--seed", type=int, required=True, help="of the scenes; two seeds have none in common")
+    parser.add_argument("--output", type=Path, required=True, help="folder")
+    args = parser.parse_args()
+    (args.output / "images").mkdir(parents=True, exist_ok=True)
+    lesson = LESSONS[args.lesson]
+    rows = [write_row(args.output, row, lesson(row_rng(args.seed, row), row)) for row in range(args.rows)]
+    replace_file(args.output / "rows.json", to_json(rows))
+    print(f"{args.output}: {len(rows)} {args.lesson}")
+
+
+if __name__ == "__main__":
+    run(main)

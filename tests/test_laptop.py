@@ -1,0 +1,138 @@
+"""The evening on a laptop: what its model is taught, the checks that end it, the script from its start to its table."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+from fresh import clone
+from laptop import lessons, sight
+from open_r1.base.errors import Mistake
+from open_r1.base.prompts import REPO_ROOT
+from open_r1.evaluation.run import make_result
+from open_r1.rewards import format_reward
+from open_r1.world.parquet import row_rng
+from open_r1.world.words import TURNS, Thing
+from support import hear_signals, load_script
+
+SCRIPT = REPO_ROOT / "scripts/laptop.sh"
+
+
+def test_right_answers_are_balanced():
+    """Of each kind of question, each option is right equally often."""
+    right = defaultdict(Counter)
+    for row in range(len(TURNS) * 4):
+        asked, _ = lessons.balanced(row_rng(1, row), row)
+        right[row % len(TURNS)][asked.options.index(asked.answer)] += 1
+    for kind, counts in right.items():
+        expected = [2, 2] if len(counts) == 2 else [2, 1, 1] if len(counts) == 3 else [1, 1, 1, 1]
+        assert sorted(counts.values(), reverse=True) == expected, TURNS[kind]
+
+
+def test_answers_earn_the_format_reward_and_say_what_they_conclude():
+    forms = Counter()
+    for row in range(len(TURNS) * 4):
+        _, question, answer = lessons.answer(row_rng(2, row), row)
+        assert format_reward([answer]) == [1.0]
+        thought, _, said = answer.removesuffix("</answer>").partition("</think> <answer>")
+        assert thought.endswith(f"So it is {said}.") and said in question
+        forms["Select from the following choices." in question] += 1
+    assert min(forms.values()) > sum(forms.values()) / 4, "SAT's form and CV-Bench's"
+
+
+def test_captions_say_where_things_are():
+    asked = Counter()
+    for row in range(60):
+        _, question, said = lessons.caption(row_rng(3, row), row)
+        by_kind = question.startswith("Where are")
+        asked[by_kind] += 1
+        names = [name for name, _ in sight.LIST.findall(said)] if by_kind else re.findall(r"([\w ]+) at \d \d", said)
+        assert names and all(name in question for name in names)
+    assert asked[True] > asked[False] > 10
+
+
+def test_what_is_named_and_what_is_placed():
+    things = [Thing("red circle", 35, 50, 2.0), Thing("red square", 35, 50, 2.0), Thing("X", 90, 50, 2.0)]
+    across, deep = map(int, things[0].place.split())
+    for shift, placed in ((0, 1.0), (1, 1.0), (2, 0.0)):
+        said = f"squares: none. circles: blue at 0 0, red at {across + shift} {deep}. triangles: red at 9 9."
+        assert sight.measure([said], [things]) == {"named": 0.5, "placed": placed, "objects": 2}
+    assert sight.measure(["circles: yellow at 3 3."], [things]) == {"named": 0.0, "placed": 0.0, "objects": 2}
+
+
+def write_result(path: Path, answers: list[str]) -> Path:
+    """An evaluation of as many questions, whose right answers are `(A)` and `(B)` in turn."""
+    rows = [
+        {
+            "id": number,
+            "rotation": 0,
+            "question": f"question {number}",
+            "options": ["left", "right"],
+            "task": "Relation",
+            "ground_truth": "(A)" if number % 2 == 0 else "(B)",
+            "response": f"<think></think> <answer>{answer}</answer>",
+        }
+        for number, answer in enumerate(answers)
+    ]
+    path.write_text(json.dumps(make_result(rows, {"benchmark": "CV-Bench"}, "lenient")))
+    return path
+
+
+@pytest.mark.parametrize(
+    "answers, said",
+    [
+        (["left", "right"] * 30, None),
+        ((["left", "right"] * 3 + ["right", "left"] * 2) * 6, "10.0 points above chance, 15 are asked for"),
+        (["left"] * 60, "100% of the answers"),
+    ],
+)
+def test_a_cold_start_is_tried_before_grpo(answers, said, tmp_path, monkeypatch):
+    start = load_script(REPO_ROOT / "scripts/laptop/start.py")
+    monkeypatch.setattr(sys, "argv", ["start.py", str(write_result(tmp_path / "result.json", answers))])
+    if said is None:
+        start.main()
+    else:
+        with pytest.raises(Mistake, match=said):
+            start.main()
+
+
+def test_an_unknown_argument_is_one_line():
+    for arguments in (["--seed", "1"], ["--seeds"]):
+        done = subprocess.run(["sh", SCRIPT, *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("laptop: error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.real
+@pytest.mark.nightly
+def test_a_rehearsal_goes_on_where_it_was_interrupted(tmp_path):
+    """All of the script, with two steps of each part; it is set up already."""
+    clone(tmp_path)
+    (tmp_path / "setup.sh").write_text("")
+    run, said = tmp_path / "outputs/laptop-rehearsal", tmp_path / "said.txt"
+    command = ["sh", str(tmp_path / "scripts/laptop.sh"), "--rehearsal"]
+    env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "src/open-r1-multimodal")}
+    with said.open("w") as file:
+        process = subprocess.Popen(
+            command, env=env, stdout=file, stderr=file, start_new_session=True, preexec_fn=hear_signals
+        )
+        while not list(run.glob("*grpo/seed0/log.jsonl")) and process.poll() is None:
+            time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait() != 0, said.read_text()
+    made = {name: (run / name).stat().st_mtime for name in ("blind", "sight", "start", "captions/rows.json")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    assert made == {name: (run / name).stat().st_mtime for name in made}
+    table = done.stdout.partition("8/8 compare")[2]
+    for row in ("cold_start", "blind", "sight", "grpo-0", "dr_grpo-0", "chance"):
+        assert f"| {row} |" in table
+    assert "sees too little" in done.stderr and "above chance" in done.stderr, "a rehearsal goes on nevertheless"
+    assert len(list(run.glob("*grpo/seed0/report.html"))) == 2
+    assert (run / "sweep.md").is_file()
