@@ -86,7 +86,7 @@ if asks_help "$@"; then
     usage
     exit
 fi
-RUN="$ROOT/outputs/laptop" seeds="0 1 2" SHORT="" FEW="" captions=1920 answers=800 HELD_OUT=64
+RUN="$ROOT/outputs/laptop" seeds="0 1 2" SHORT="" FEW="" captions=4800 answers=800 HELD_OUT=64
 while [ $# -gt 0 ]; do
     case $1 in
         --seeds)
@@ -112,10 +112,8 @@ export PYTHON RUN SHORT FEW HELD_OUT HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=-1
 export NUM_PROCESSES=1 NUM_MACHINES=1 ACCELERATE_CONFIG=ddp
 results="$RUN/results"
 
-step 2 "the language model, in the shape of a Qwen2-VL"
+step 2 "the language model, in the shape of a Qwen2-VL; until it is trained, images mean nothing to it"
 [ -d "$RUN/blind" ] || "$PYTHON" "$ROOT/scripts/laptop/language_model.py" --output "$RUN/blind"
-[ -d "$RUN/first_words" ] ||
-    "$PYTHON" "$ROOT/scripts/laptop/first_words.py" --model "$RUN/blind" --output "$RUN/first_words"
 
 step 3 "scenes: captions, reasoned answers, and questions in SAT's and CV-Bench's schemas"
 prepare_tiny_world "$RUN"
@@ -125,7 +123,7 @@ write_lessons captions "$captions" 31
 write_lessons answers "$answers" 32
 
 step 4 "sight: run_sft.sh on captions"
-learn sight "$RUN/first_words" "$RUN/captions/rows.json" "$RUN/sight"
+learn sight "$RUN/blind" "$RUN/captions/rows.json" "$RUN/sight"
 must "$ROOT/scripts/laptop/sight.py" --model "$RUN/sight" --output "$results/sight.json"
 
 step 5 "cold start: run_sft.sh on reasoned answers"
