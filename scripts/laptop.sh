@@ -125,7 +125,7 @@ write_lessons answers "$answers" 32
 
 step 4 "sight: run_sft.sh on captions"
 learn sight "$RUN/blind" "$RUN/captions/rows.json" "$RUN/sight"
-must "$ROOT/scripts/laptop/sight.py" --model "$RUN/sight" --output "$results/sight.json"
+must "$ROOT/scripts/laptop/sight.py" --model "$RUN/sight" --output "$results/sight.json" ${SHORT:+--scenes 4}
 
 step 5 "cold start: run_sft.sh on reasoned answers"
 learn cold_start "$RUN/sight" "$RUN/answers/rows.json" "$RUN/start"
