@@ -5,13 +5,14 @@
 # R1-Zero.
 #
 #   bash scripts/laptop.sh                  into outputs/laptop
-#   bash scripts/laptop.sh --seeds "0 1"    of GRPO (default: "0 1 2"); with each both arms, GRPO and Dr. GRPO
+#   bash scripts/laptop.sh --seeds "0 1 2"  of GRPO (default: 0), each with both arms, GRPO and Dr. GRPO
 #   bash scripts/laptop.sh --rehearsal      whether all of it runs here: two steps of each part, into
 #                                           outputs/laptop-rehearsal; its figures mean nothing
 #
 # Training and evaluation are the scripts of the real run; the recipes are in configs/laptop, what else it takes in
 # scripts/laptop. It stops in a line where the model sees too little, or the cold start is no better than guessing.
-# Interrupted, it goes on where it was. docs/measured.md has its figures, and how long each part takes.
+# Interrupted, it goes on where it was. On two quiet cores one seed takes about two and a half hours, as computed from
+# the CPU-seconds of a step (docs/measured.md).
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/scripts/env.sh"
@@ -86,7 +87,7 @@ if asks_help "$@"; then
     usage
     exit
 fi
-RUN="$ROOT/outputs/laptop" seeds="0 1 2" SHORT="" FEW="" captions=1920 answers=800 HELD_OUT=64
+RUN="$ROOT/outputs/laptop" seeds=0 SHORT="" FEW="" captions=4800 answers=800 HELD_OUT=64
 while [ $# -gt 0 ]; do
     case $1 in
         --seeds)
@@ -95,7 +96,7 @@ while [ $# -gt 0 ]; do
             shift
             ;;
         --rehearsal)
-            RUN="$ROOT/outputs/laptop-rehearsal" seeds=0 captions=64 answers=64 HELD_OUT=8
+            RUN="$ROOT/outputs/laptop-rehearsal" captions=64 answers=64 HELD_OUT=8
             SHORT="--max_steps 2" FEW="--limit 16 --max_new_tokens 16"
             ;;
         *) fail "unknown argument $1; --help lists them" ;;
@@ -112,10 +113,8 @@ export PYTHON RUN SHORT FEW HELD_OUT HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=-1
 export NUM_PROCESSES=1 NUM_MACHINES=1 ACCELERATE_CONFIG=ddp
 results="$RUN/results"
 
-step 2 "the language model, in the shape of a Qwen2-VL"
+step 2 "the language model, in the shape of a Qwen2-VL; until it is trained, images mean nothing to it"
 [ -d "$RUN/blind" ] || "$PYTHON" "$ROOT/scripts/laptop/language_model.py" --output "$RUN/blind"
-[ -d "$RUN/first_words" ] ||
-    "$PYTHON" "$ROOT/scripts/laptop/first_words.py" --model "$RUN/blind" --output "$RUN/first_words"
 
 step 3 "scenes: captions, reasoned answers, and questions in SAT's and CV-Bench's schemas"
 prepare_tiny_world "$RUN"
@@ -125,8 +124,8 @@ write_lessons captions "$captions" 31
 write_lessons answers "$answers" 32
 
 step 4 "sight: run_sft.sh on captions"
-learn sight "$RUN/first_words" "$RUN/captions/rows.json" "$RUN/sight"
-must "$ROOT/scripts/laptop/sight.py" --model "$RUN/sight" --output "$results/sight.json"
+learn sight "$RUN/blind" "$RUN/captions/rows.json" "$RUN/sight"
+must "$ROOT/scripts/laptop/sight.py" --model "$RUN/sight" --output "$results/sight.json" ${SHORT:+--scenes 4}
 
 step 5 "cold start: run_sft.sh on reasoned answers"
 learn cold_start "$RUN/sight" "$RUN/answers/rows.json" "$RUN/start"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from trl import ModelConfig
+from trl.trainer import utils
 
 from open_r1.base.errors import Mistake
 from open_r1.base.images import open_image
@@ -48,6 +49,24 @@ def make_trainer(model: Path, data: Path, output: Path, *arguments: str):
     args = ["--config", str(REPO_ROOT / "tests/data/sft.yaml"), "--model_name_or_path", str(model)]
     args += ["--dataset_name", str(data), "--output_dir", str(output), "--use_cpu", "true", "--disable_tqdm", "true"]
     return build_trainer(*parse([*args, *arguments]))
+
+
+def test_prompts_are_not_scored(tiny_model, examples_json, tmp_path, monkeypatch):
+    """On a CPU, too, where TRL would; the loss is that of the plain model."""
+    scored, score = [], utils._ChunkedLogProbFunction.apply
+
+    def count(hidden, *arguments):
+        scored.append(len(hidden))
+        return score(hidden, *arguments)
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", count)
+    trainer = make_trainer(tiny_model, examples_json, tmp_path)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        plain = trainer.model(**batch).loss
+    assert scored == [(batch["labels"] >= 0).sum()]
+    assert torch.isclose(loss, plain, rtol=1e-5)
 
 
 def run_sft(model: Path, data: Path, output: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
