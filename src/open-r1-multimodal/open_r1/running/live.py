@@ -8,7 +8,6 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from open_r1.reporting.curves import Line, Panel
-from open_r1.reporting.figures import panel_svg
 from open_r1.reporting.runs import Series
 
 
@@ -29,6 +28,8 @@ class LivePlot(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs: Any):
         """Draw the plot anew."""
+        from open_r1.reporting.figures import panel_svg  # imports matplotlib, which a run in a shell starts without
+
         for metric, value in logs.items():
             if (name := curve_name(metric, logs)) is not None:
                 self.points.setdefault(name, {})[state.global_step] = value
