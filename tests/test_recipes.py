@@ -236,9 +236,13 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, random_
         assert not (output / "model.safetensors").exists()  # the base stays as it is
         adapter = load_file(output / "adapter_model.safetensors")
         before = load_file(output / "checkpoint-1/adapter_model.safetensors")
-        assert not any(re.search(family.tower, name) for name in adapter) and settings["freeze_vision"]
+        assert settings["freeze_vision"]
+        whole = settings.get("lora_modules_to_save") or []
+        of_tower = [name for name in adapter if re.search(family.tower, name)]
+        assert all(any(part in name for part in whole) for name in of_tower) and bool(of_tower) == bool(whole)
         assert all(adapter[name].any() and not torch.equal(adapter[name], before[name]) for name in adapter)
-        parts = [line for line in resumed.splitlines() if line.startswith(("vision", "merger", "lang"))]
+        frozen = ("vision", "lang") if whole else ("vision", "merger", "lang")
+        parts = [line for line in resumed.splitlines() if line.startswith(frozen)]
         assert parts and all(line.endswith(" 0") for line in parts)  # nothing of the model itself is trained
         if launch == "zero2":  # saved without DeepSpeed's state of the whole model, and the same
             (states,) = checkpoint.glob("global_step*/mp_rank_00_model_states.pt")
@@ -258,5 +262,6 @@ def rate(settings: dict, step: int, total: int) -> float:
         return settings["learning_rate"] * (1 - (step - 1) / 3750)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings["learning_rate"])
     warmup = settings.get("warmup_steps", 0)
-    schedule = get_scheduler(settings["lr_scheduler_type"], optimizer, warmup, total)
+    kwargs = settings.get("lr_scheduler_kwargs")
+    schedule = get_scheduler(settings["lr_scheduler_type"], optimizer, warmup, total, kwargs)
     return schedule.lr_lambdas[0](step - 1) * settings["learning_rate"]
