@@ -40,7 +40,7 @@ train() { # script, recipe and overlays, folder, further arguments
 }
 
 evaluate() { # model, folder of the result
-    evaluate_in_tiny_world "$RUN" "$2" "$1" --dtype bfloat16 $FEW
+    evaluate_in_tiny_world "$RUN" "$2" "$1" --dtype bfloat16 --prompt base $FEW
 }
 
 # LoRA on top of a model, merged into it: one more folder, which is there when all of it is done.
