@@ -40,7 +40,7 @@ train() { # script, recipe and overlays, folder, further arguments
 }
 
 evaluate() { # model, folder of the result
-    evaluate_in_tiny_world "$RUN" "$2" "$1" --dtype bfloat16 $FEW
+    evaluate_in_tiny_world "$RUN" "$2" "$1" --dtype bfloat16 --prompt base $FEW
 }
 
 # LoRA on top of a model, merged into it: one more folder, which is there when all of it is done.
@@ -124,11 +124,11 @@ write_lessons captions "$captions" 31
 write_lessons answers "$answers" 32
 
 step 4 "sight: run_sft.sh on captions"
-learn sight "$RUN/blind" "$RUN/captions/rows.json" "$RUN/sight"
+learn sft_sight "$RUN/blind" "$RUN/captions/rows.json" "$RUN/sight"
 must "$ROOT/scripts/laptop/sight.py" --model "$RUN/sight" --output "$results/sight.json" ${SHORT:+--scenes 4}
 
 step 5 "cold start: run_sft.sh on reasoned answers"
-learn cold_start "$RUN/sight" "$RUN/answers/rows.json" "$RUN/start"
+learn sft_cold_start "$RUN/sight" "$RUN/answers/rows.json" "$RUN/start"
 evaluate "$RUN/start" "$results"
 must "$ROOT/scripts/laptop/start.py" "$results/CVBench_result_start_reasoning.json"
 

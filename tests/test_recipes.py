@@ -239,7 +239,7 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, random_
         saved = settings.get("lora_modules_to_save") or []  # modules that are trained as they are
         of_adapter = {name for name in adapter if not any(module in name for module in saved)}
         assert (len(of_adapter) < len(adapter)) == bool(saved)
-        assert not any(re.search(family.tower, name) for name in of_adapter) and settings.get("freeze_vision", True)
+        assert not any(re.search(family.tower, name) for name in of_adapter) and settings["freeze_vision"]
         assert all(adapter[name].any() and not torch.equal(adapter[name], before[name]) for name in adapter)
         parts = [line for line in resumed.splitlines() if line.startswith(("vision", "merger", "lang"))]
         assert parts and all(line.endswith(" 0") for line in parts) == (not saved)  # no more of the model is trained
