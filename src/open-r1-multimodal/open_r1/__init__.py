@@ -1,10 +1,15 @@
 """R1-Zero for vision-language models: grouped GRPO on Qwen2-VL and its siblings."""
 
 import logging
+import os
 from importlib import import_module
 from typing import Any
 
 __all__ = ["ask", "evaluate", "report", "train"]
+
+# Before torch is imported, which reads it: threads that wait sleep. Where there are more threads than free cores, those
+# that spin keep the others from what is waited for (docs/measured.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # What libraries warn about at every start without need: logger -> part of the message.
 NOISE = {

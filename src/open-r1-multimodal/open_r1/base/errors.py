@@ -187,11 +187,7 @@ def use_environment(is_needed: bool = True) -> None:
 
     PYTHON wins over the active environment (virtual or conda), and that over the `.venv` of `setup.sh`, as in
     `scripts/env.sh`. Without one the script ends in one line, if the packages are needed.
-
-    torch's threads are told to sleep while they wait, unless OMP_WAIT_POLICY says otherwise: where there are more
-    threads than free cores, those that spin keep the others from what is waited for (docs/measured.md).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     started = os.environ.pop(CHOSEN, None)
     if importlib.util.find_spec(PROBE):
         return
