@@ -52,8 +52,8 @@ def make_trainer(model: Path, data: Path, output: Path, *arguments: str):
 
 
 def test_prompts_are_not_scored(tiny_model, examples_json, tmp_path, monkeypatch):
-    """On a CPU, too, where TRL would; the loss is that of the plain model."""
-    scored, score = [], utils._ChunkedLogProbFunction.apply
+    """On a CPU, too, where TRL would; the loss is that of the plain model, and other trainers find TRL as it was."""
+    scored, score, uses_triton = [], utils._ChunkedLogProbFunction.apply, utils._use_triton
 
     def count(hidden, *arguments):
         scored.append(len(hidden))
@@ -65,7 +65,7 @@ def test_prompts_are_not_scored(tiny_model, examples_json, tmp_path, monkeypatch
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, dict(batch))
         plain = trainer.model(**batch).loss
-    assert scored == [(batch["labels"] >= 0).sum()]
+    assert scored == [(batch["labels"] >= 0).sum()] and utils._use_triton is uses_triton
     assert torch.isclose(loss, plain, rtol=1e-5)
 
 

@@ -387,6 +387,7 @@ SOURCES = {
     "trl.trainer.utils:RepeatSampler": "ba139f4a43ee",
     "trl.generation.vllm_generation:VLLMGeneration._iter_named_params": "baab615d5c7b",
     "trl.generation.vllm_generation:VLLMGeneration.sync_weights": "63d669fb3230",
+    "trl.trainer.utils:add_fused_lm_head": "422d009f04b6",
     "trl.trainer.utils:nanstd": "081b874388d8",
     "trl.trainer.utils:pad": "5b5cbf5245d6",
     "trl.trainer.utils:split_tensor_dict": "b61a5760a03e",

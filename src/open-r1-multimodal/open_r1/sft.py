@@ -5,7 +5,8 @@ Launch it with `run_sft.sh`, or by hand: `accelerate launch open_r1/sft.py --con
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -103,6 +104,25 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
 class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, ModelCardMixin, NamedEvaluationMixin, SFTTrainer):
     """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed; evaluation sets log by name."""
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, which scores answers alone on a CPU, too."""
+        with scoring_labels_alone():
+            return super().compute_loss(*args, **kwargs)
+
+
+@contextmanager
+def scoring_labels_alone() -> Iterator[None]:
+    """In the block, TRL scores the positions that have a label.
+
+    Where there is no Triton TRL 1.16 scores prompts and padding too, which is most of a small model's step on a CPU.
+    """
+    original = utils._use_triton
+    utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        utils._use_triton = original
+
 
 def check_answer(row: Row) -> None:
     """Raise Mistake for a row that says nothing to learn."""
@@ -168,8 +188,6 @@ def build_trainer(
     reset_generation_config(model, prepared["processing_class"])
     accept_missing_images(model, always_encode=PartialState().num_processes > 1)
     freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
-    # Without Triton TRL scores prompts and padding too, which is most of a small model's step on a CPU.
-    utils._use_triton = lambda device: True
     with settings_of("trl", "transformers", "accelerate", "peft"):
         return Qwen2VLSFTTrainer(model=model, args=training_args, **prepared)
 
