@@ -14,8 +14,7 @@ from open_r1.base.errors import printable, run, use_environment
 
 use_environment()
 
-from open_r1.reporting.overlay import write_overlay
-from open_r1.reporting.page import write_report
+from open_r1.reporting.overlay import write_pages
 
 
 def main() -> None:
@@ -37,10 +36,7 @@ def main() -> None:
         help="page to write (default: report.html in RUN; of several, runs.html here)",
     )
     args = parser.parse_args()
-    if len(args.runs) > 1:
-        print(printable(write_overlay(args.runs, args.output or Path("runs.html"))))
-    else:
-        print(printable(write_report(*args.runs, args.output)))
+    print(printable(write_pages(args.runs, args.output)))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def test_evaluate_ask_and_report(run, tmp_path):
         (lambda: open_r1.train(RECIPE, reward_funcs=[lambda **_: []]), "takes functions that have a name"),
         (lambda: open_r1.evaluate("no/model", limt=3), "unrecognized arguments: --limt 3"),
         (lambda: open_r1.evaluate("outputs/none", dataset_path="x"), "--model_path: "),
+        (lambda: open_r1.evaluate("no/model", "easi-8"), "easi-8: name one of VSI-Bench, "),
         (lambda: open_r1.report("outputs/none"), "outputs/none: no such folder"),
     ],
 )

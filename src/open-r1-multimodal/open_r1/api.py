@@ -28,11 +28,12 @@ from open_r1.base.files import read_json, read_rows
 from open_r1.evaluation import asking
 from open_r1.evaluation import run as evaluation
 from open_r1.evaluation.command import parse_args
-from open_r1.reporting.overlay import read_curves, write_overlay
-from open_r1.reporting.page import key_figures, write_report
+from open_r1.reporting.overlay import read_curves, write_pages
+from open_r1.reporting.page import key_figures
 from open_r1.reporting.runs import read_run
 from open_r1.running import entry
 from open_r1.running.launch_settings import defaults_on_cpu
+from open_r1.tasks.benchmarks import SUITES
 
 entry.quiet()
 
@@ -118,12 +119,14 @@ def evaluate(model: str | Path | TrainedRun, benchmark: str = "CV-Bench", **opti
 
     Args:
         model: a run, a folder or a Hub name.
-        benchmark: one of the command's, or `module:NAME`.
+        benchmark: one of the command's, or `module:NAME`; no suite of several, as easi-8 is.
         options: of the command, by name: `dataset_path`, `limit`, `max_new_tokens`, `output_dir`, ...
 
     Raises:
         Mistake: what the command would say in one line.
     """
+    if benchmark in SUITES:
+        raise Mistake(f"{benchmark}: name one of {', '.join(SUITES[benchmark])}; the command takes all at once")
     arguments = ["--model_path", name_of(model), "--benchmark", benchmark]
     for name, value in options.items():
         is_flag = isinstance(value, bool)
@@ -146,9 +149,7 @@ def ask(model: str | Path | TrainedRun, image: Any, question: str, **options: An
 
 def report(*runs: str | Path | TrainedRun, output: str | Path | None = None) -> Path:
     """Make the page of a run, or the page with the curves of several, and return its path; see `scripts/report.py`."""
-    folders = [Path(name_of(run)) for run in runs]
-    target = None if output is None else Path(output)
-    return write_report(*folders, target) if len(folders) == 1 else write_overlay(folders, target or Path("runs.html"))
+    return write_pages([Path(name_of(run)) for run in runs], None if output is None else Path(output))
 
 
 def name_of(model: str | Path | TrainedRun) -> str:

@@ -19,7 +19,7 @@ class Judgement(StrEnum):
     CUT_OFF = "cut off"  # at the limit of its length, before an answer
 
 
-_HEDGES = (Unread.SEVERAL.value, Unread.CONFLICT.value, Unread.REFUSED.value)
+_HEDGES = {Unread.SEVERAL.value, Unread.CONFLICT.value, Unread.REFUSED.value}
 
 
 def judgement_of(
@@ -53,4 +53,4 @@ def judgement_of(
         return Judgement.WRONG_FORM
     if answer is None:
         return Judgement.NO_TAG
-    return Judgement.HEDGED if {outcome.value, lenient.reading} & set(_HEDGES) else Judgement.NO_OPTION
+    return Judgement.HEDGED if {outcome.value, lenient.reading} & _HEDGES else Judgement.NO_OPTION

@@ -17,7 +17,7 @@ from open_r1.base.fields import Count, Expected, Record, Text, check
 from open_r1.base.files import replace_file, to_json
 from open_r1.evaluation.results import check_rows
 from open_r1.tasks.benchmarks import BENCHMARKS, find_benchmark
-from open_r1.tasks.benchmarks.base import lettered
+from open_r1.tasks.benchmarks.base import behind_letters, lettered
 from open_r1.tasks.examples import read_list
 
 THEIRS = f"{TOTAL}, as lmms-eval scored it"
@@ -47,7 +47,7 @@ def write_samples(path: Path, result: Mapping[str, Any], prompts: Mapping[tuple[
     target = path.with_name(f"{path.stem}_samples_{task}.jsonl")
     samples = []
     for number, row in enumerate(result["results"]):
-        options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, row["options"], strict=False)]
+        options = behind_letters(row["options"], ".")
         asked = prompts.get((row.get("id"), row.get("rotation", 0)), "\n".join([row["question"], *options]))
         entry = {"id": row.get("id", number), "gt_content": row["ground_truth"], "pred_parsed": row["model_answer"]}
         entry |= {"pred": row["response"], "sub_task": row["task"], "is_correct": row["correct"], "score": credit(row)}

@@ -11,10 +11,17 @@ from open_r1.base.files import MADE_BY, check_replaceable, replace_file
 from open_r1.reporting import figures
 from open_r1.reporting.browser import visible
 from open_r1.reporting.curves import Chart, Curves, Line, Panel, collect
-from open_r1.reporting.page import jinja_environment
+from open_r1.reporting.page import jinja_environment, write_report
 from open_r1.reporting.runs import Run, read_run, scan_trajectories
 
 MAX_RUNS = len(figures.DASHES)  # that can be told apart
+
+
+def write_pages(folders: Sequence[Path], output: Path | None = None) -> Path:
+    """Make the report of one run, or of several the page with their curves (default: runs.html here)."""
+    if len(folders) == 1:
+        return write_report(*folders, output)
+    return write_overlay(folders, output or Path("runs.html"))
 
 
 def write_overlay(folders: Sequence[Path], output: Path) -> Path:

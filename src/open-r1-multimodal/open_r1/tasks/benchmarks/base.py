@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -145,6 +146,11 @@ def lettered(text: str) -> tuple[str, ...]:
         return ()
     ends = [mark.start() for mark in marks[1:]] + [(text + "\n").index("\n", marks[-1].end())]
     return tuple(text[mark.end() : end].strip(" ,;\n") for mark, end in zip(marks, ends, strict=True))
+
+
+def behind_letters(options: Sequence[str], mark: str) -> list[str]:
+    """A line an option: `["left", "right"]` and "." -> `["A. left", "B. right"]`."""
+    return [f"{letter}{mark} {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
 
 
 # --- reading --------------------------------------------------------------------------------------

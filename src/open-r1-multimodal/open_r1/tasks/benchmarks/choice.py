@@ -8,7 +8,17 @@ from pydantic import Field
 
 from open_r1.base.fields import Expected, Name, Prose, Record
 from open_r1.tasks import cvbench
-from open_r1.tasks.benchmarks.base import Benchmark, Id, ImageCell, ImageCells, Item, Letter, Texts, lettered
+from open_r1.tasks.benchmarks.base import (
+    Benchmark,
+    Id,
+    ImageCell,
+    ImageCells,
+    Item,
+    Letter,
+    Texts,
+    behind_letters,
+    lettered,
+)
 
 
 class CVBenchRow(Record):
@@ -229,7 +239,6 @@ def embspatial_items(row: Mapping[str, Any], number: int) -> list[Item]:
 
     Source: lmms-eval 0.7.2, `tasks/embspatial`, without the line that asks for a letter and nothing else.
     """
-    options = [f"{letter}) {option}" for letter, option in zip(ascii_uppercase, row["answer_options"], strict=False)]
     return [
         Item(
             id=row["question_id"],
@@ -238,7 +247,7 @@ def embspatial_items(row: Mapping[str, Any], number: int) -> list[Item]:
             question=row["question"],
             options=tuple(row["answer_options"]),
             answer=f"({ascii_uppercase[row['answer']]})",
-            prompt="\n".join([row["question"], *options]),
+            prompt="\n".join([row["question"], *behind_letters(row["answer_options"], ")")]),
             images=(row["image"],),
         )
     ]

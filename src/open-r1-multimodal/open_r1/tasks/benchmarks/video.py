@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from open_r1.base.fields import Expected, Name, Prose, Record
 from open_r1.base.videos import FORMATS
-from open_r1.tasks.benchmarks.base import Benchmark, Id, Item, Letter, Texts, lettered
+from open_r1.tasks.benchmarks.base import Benchmark, Id, Item, Letter, Texts, behind_letters, lettered
 
 FRAMES = "These are frames of a video."
 
@@ -81,8 +80,7 @@ def site_items(row: Mapping[str, Any], number: int) -> list[Item]:
     One of 4 options right and one of 2 wrong are an accuracy of 1/2 at a chance of 3/8, (1/2 - 3/8) / (1 - 3/8) = 0.2
     after it. Source: `wenqi-wang20/SITE-Bench`, 36295bb, `eval_scripts/sitebench`.
     """
-    lines = [f"{letter}: {option}" for letter, option in zip(ascii_uppercase, row["options"], strict=False)]
-    asked = [f"Question: {row['question'].strip()}", "Options:", *lines]
+    asked = [f"Question: {row['question'].strip()}", "Options:", *behind_letters(row["options"], ":")]
     is_video = Path(row["visual"][0]).suffix.lower() in FORMATS
     prompt = "\n".join([VIDEO_PROMPT] * is_video + asked + ["Give me the answer letter directly. The best answer is:"])
     return [
