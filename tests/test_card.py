@@ -52,11 +52,26 @@ def test_the_card_says_what_the_files_say(run, tmp_path):
 
 def test_texts_of_a_run_cannot_leave_their_place(run):
     info = json.loads((run / "run.json").read_text())
-    info["changed"] = {"dataset_name": "a | b\n\n# headline <img src=x>"}
+    info["changed"] = {"run_name": "a | b\n\n# headline <img src=x>"}
     (run / "run.json").write_text(json.dumps(info))
     content = ModelCard.load(write_card(run)).content
     assert "a \\| b # headline \\<img src=x\\>" in content
     assert f"````\n{FENCE}\n<script>" in content, "a longer fence is around a prompt with fences"
+
+
+def test_no_path_of_this_machine_is_published(run, tmp_path):
+    info = json.loads((run / "run.json").read_text())
+    info |= {
+        "model": f"{tmp_path}/base",
+        "dataset": f"{tmp_path}/SAT.json",
+        "recipes": [f"{tmp_path}/r.yaml"],
+        "changed": {"output_dir": str(tmp_path)},
+    }
+    (run / "run.json").write_text(json.dumps(info))
+    content = write_card(run).read_text()
+    prompt = content.index("a prompt:")
+    assert "`base`, trained" in content and "on `SAT.json`" in content
+    assert str(tmp_path) not in content[:prompt] + content[content.index("## How it was trained") :]
 
 
 def test_an_adapter_is_loaded_onto_its_base_and_a_folder_is_no_base_of_the_hub(run, tmp_path):

@@ -1,5 +1,6 @@
 """Writes the model card of a run, its `README.md`: what was trained on what, what it scores, how to load and ask it."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +13,13 @@ from open_r1.base.fields import check
 from open_r1.base.files import replace_file
 from open_r1.base.trajectories import Completion
 from open_r1.evaluation.results import read_result
+from open_r1.reporting.comparison import markdown
 from open_r1.reporting.curves import held_out_accuracies
-from open_r1.reporting.runs import Run, open_or_empty, read_lines, read_run, scan_trajectories
+from open_r1.reporting.runs import SETTINGS, Run, open_or_empty, read_lines, read_run, scan_trajectories
 
 CARD = "README.md"
 MAX_SHOWN_CHARS = 10_000  # of a text
 TAGS = ["trl", "grpo", "vision-language", "spatial-reasoning", "open-r1-multimodal"]
-SETTINGS = (
-    *("max_steps", "num_generations", "completions_per_step", "learning_rate", "beta", "loss_type", "scale_rewards"),
-    *("temperature", "max_completion_length", "max_pixels", "use_peft", "freeze_vision", "seed"),
-)
 
 
 def write_card(folder: Path, results: Sequence[Path] = ()) -> Path:
@@ -89,9 +87,14 @@ def introduction(run: Run) -> str:
     data = run.info.data.train
     digest = f" ({data.rows:,} examples, SHA-256 `{data.content[:16]}`)" if data else ""
     return (
-        f"`{run.info.model}`, trained {how} on `{Path(run.info.dataset or '').name}`{digest} by an open "
+        f"`{public(run.info.model)}`, trained {how} on `{public(run.info.dataset)}`{digest} by an open "
         "implementation of R1-Zero for vision-language models, on [TRL](https://github.com/huggingface/trl)."
     )
+
+
+def public(name: str | None) -> str:
+    """A name on the Hub as it is; of a path on this machine, which is nobody's business, its last part."""
+    return Path(name or "").name if os.path.isabs(name or "") else name or ""
 
 
 def held_out_line(folder: Path, run: Run) -> str:
@@ -117,7 +120,7 @@ def usage(folder: Path, run: Run) -> str:
     """Code that loads the model and asks it one question."""
     lines = ["from transformers import AutoModelForImageTextToText, AutoProcessor", ""]
     if (folder / "adapter_config.json").is_file():
-        lines += [f'model = AutoModelForImageTextToText.from_pretrained("{run.info.model}", dtype="auto")']
+        lines += [f'model = AutoModelForImageTextToText.from_pretrained("{public(run.info.model)}", dtype="auto")']
         lines += ['model.load_adapter("path/to/this")']
     else:
         lines += ['model = AutoModelForImageTextToText.from_pretrained("path/to/this", dtype="auto")']
@@ -147,11 +150,12 @@ def first_prompt(folder: Path) -> str | None:
 
 def training_table(run: Run) -> str:
     """Recipe and settings, as Markdown."""
-    rows = [("recipe", " + ".join(run.info.recipes)), ("data", run.info.dataset), ("held-out", run.info.eval_dataset)]
-    rows += [(name, run.info.arguments[name]) for name in SETTINGS if name in run.info.arguments]
-    rows += [(f"changed: {name}", value) for name, value in run.info.changed.items() if name not in SETTINGS]
-    cells = (f"| {name} | {_cell(value)} |" for name, value in rows if value not in (None, ""))
-    return "\n".join(["| setting | value |", "|---|---|", *cells])
+    rows = [("recipe", " + ".join(map(public, run.info.recipes)))]
+    rows += [("data", public(run.info.dataset)), ("held-out", public(run.info.eval_dataset))]
+    shown = ("max_steps", "completions_per_step", *SETTINGS)
+    rows += [(name, run.info.arguments[name]) for name in shown if name in run.info.arguments]
+    rows += [(f"changed: {name}", value) for name, value in run.info.overrides.items() if name not in shown]
+    return markdown(["setting", "value"], [(name, _cell(value)) for name, value in rows if value not in (None, "")])
 
 
 def _cell(value: Any) -> str:

@@ -109,7 +109,7 @@ def accuracy_length_svg(curves: Curves, name: str, size: tuple[float, float]) ->
     Below them, where the run looked for it, reflection (left axis) and the success of self-corrections (right axis).
     """
     with rc_context(_rc(name)):
-        figure = _accuracy_length(curves, PAGE, size)
+        figure = _accuracy_length(curves, size)
         text = "; ".join(describe(line, panel.percent) for _, panel, line in _paper_lines(curves))
         return _inline(figure, name, f"{accuracy_length_title(curves)}. {text}.")
 
@@ -216,21 +216,21 @@ def _rc(salt: str) -> dict[str, object]:
     }
 
 
-def _accuracy_length(curves: Curves, theme: Theme, size: tuple[float, float]) -> Figure:
+def _accuracy_length(curves: Curves, size: tuple[float, float]) -> Figure:
     heights = [1, BELOW][: len(curves.paper)]
     figure = Figure((size[0], size[1] * sum(heights)), layout="constrained")
     rows = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, panels, (on_left, on_right) in zip(rows, curves.paper, PAPER_CURVES, strict=False):
         left, right = panels
         parts = 5 if axes is rows[0] else 3
-        _draw_panel(axes, left, theme, on_left, parts)
+        _draw_panel(axes, left, PAGE, on_left, parts)
         axes.yaxis.set_visible(bool(left.lines))
         if right.lines:
             twin = axes.twinx()
-            _draw_panel(twin, right, theme, on_right, min(parts, 2) if right.percent else parts)
+            _draw_panel(twin, right, PAGE, on_right, min(parts, 2) if right.percent else parts)
             twin.grid(False)
-            _colour_axis(twin, theme.curves[on_right])
-    _colour_axis(rows[0], theme.curves[0])
+            _colour_axis(twin, PAGE.curves[on_right])
+    _colour_axis(rows[0], PAGE.curves[0])
     _label_steps(rows[-1])
     return figure
 

@@ -23,7 +23,7 @@ from open_r1.reporting import figures
 from open_r1.reporting.browser import QUOTE, browser_data, shown, visible
 from open_r1.reporting.curves import Curves, collect, is_sft
 from open_r1.reporting.diagnosis import diagnose
-from open_r1.reporting.runs import KnownImages, Run, Trajectories, read_run, scan_trajectories
+from open_r1.reporting.runs import SETTINGS, KnownImages, Run, Trajectories, read_run, scan_trajectories
 from open_r1.reporting.statistics import (
     PASS_RATES,
     answers_by_type,
@@ -87,6 +87,7 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             name=run.path.resolve().name,
             info=run.info,
+            settings=SETTINGS,
             summary=summary(run, train, held_out),
             figures=key_figures(curves),
             accuracy_length=[

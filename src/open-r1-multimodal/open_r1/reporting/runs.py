@@ -28,6 +28,14 @@ from open_r1.tasks.examples import read_list
 from open_r1.tasks.mixture import parts_of
 
 ACCURACY, FORMAT = "accuracy_reward", "format_reward"  # as the trainer logs the registry's rewards
+# Those of a run's arguments that its page and its model card show.
+SETTINGS = (
+    *("reward_funcs", "reward_weights", "learning_rate", "lr_scheduler_type", "beta", "loss_type"),
+    *("scale_rewards", "num_generations", "num_iterations", "temperature", "max_completion_length"),
+    *("max_prompt_length", "max_pixels", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "freeze_vision", "use_peft", "seed"),
+)
+NAMES = ("model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir")  # arguments, too
 MAX_PATH = 4096  # characters, as Linux has it
 _YEAR_10000 = 253402300800  # in seconds since 1970
 _IMAGE_TAGS = re.compile("|".join(map(re.escape, IMAGE_TAGS)))
@@ -75,6 +83,11 @@ class RunInfo(Record):
     data: DataSets = DataSets()
     recipes: Annotated[list[Text], Expected("a list of names"), Field(default=[])]
     changed: dict[str, Any] = Field(default={})  # of the arguments those that the command line gave
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What the command line changed, but for the names of models, data and folders."""
+        return {name: value for name, value in self.changed.items() if name not in NAMES}
 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[str, int, Any]]:
