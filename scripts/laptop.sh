@@ -87,7 +87,7 @@ if asks_help "$@"; then
     usage
     exit
 fi
-RUN="$ROOT/outputs/laptop" seeds=0 SHORT="" FEW="" captions=4800 answers=800 HELD_OUT=64
+RUN="$ROOT/outputs/laptop" seeds=0 SHORT="" FEW="" captions=3840 answers=480 HELD_OUT=64
 while [ $# -gt 0 ]; do
     case $1 in
         --seeds)
@@ -116,6 +116,9 @@ results="$RUN/results"
 step 2 "the language model, in the shape of a Qwen2-VL; until it is trained, images mean nothing to it"
 [ -d "$RUN/blind" ] || "$PYTHON" "$ROOT/scripts/laptop/language_model.py" --output "$RUN/blind"
 
+[ -d "$RUN/first_words" ] ||
+    "$PYTHON" "$ROOT/scripts/laptop/first_words.py" --model "$RUN/blind" --output "$RUN/first_words"
+
 step 3 "scenes: captions, reasoned answers, and questions in SAT's and CV-Bench's schemas"
 prepare_tiny_world "$RUN"
 FOLD=val SAT_PARQUET="$RUN/SAT_val.parquet" sh "$ROOT/src/data/SAT/prepare_dataset.sh" --total_num "$HELD_OUT" \
@@ -124,7 +127,7 @@ write_lessons captions "$captions" 31
 write_lessons answers "$answers" 32
 
 step 4 "sight: run_sft.sh on captions"
-learn sft_sight "$RUN/blind" "$RUN/captions/rows.json" "$RUN/sight"
+learn sft_sight "$RUN/first_words" "$RUN/captions/rows.json" "$RUN/sight"
 must "$ROOT/scripts/laptop/sight.py" --model "$RUN/sight" --output "$results/sight.json" ${SHORT:+--scenes 4}
 
 step 5 "cold start: run_sft.sh on reasoned answers"

@@ -19,7 +19,7 @@ from open_r1.base.prompts import REPO_ROOT
 from open_r1.evaluation.run import make_result
 from open_r1.rewards import format_reward
 from open_r1.world.parquet import row_rng
-from open_r1.world.words import TURNS, Thing
+from open_r1.world.words import LIST_ALL, TURNS, Thing
 from support import hear_signals, load_script
 
 SCRIPT = REPO_ROOT / "scripts/laptop.sh"
@@ -47,24 +47,21 @@ def test_answers_earn_the_format_reward_and_say_what_they_conclude():
     assert min(forms.values()) > sum(forms.values()) / 4, "SAT's form and CV-Bench's"
 
 
-def test_captions_say_where_things_are():
-    asked = Counter()
+def test_captions_list_all_from_left_to_right():
     for row in range(60):
         _, question, said = lessons.caption(row_rng(3, row), row)
-        by_kind = question.startswith("Where are")
-        asked[by_kind] += 1
-        names = [name for name, _ in sight.LIST.findall(said)] if by_kind else re.findall(r"([\w ]+) at \d \d", said)
-        assert names and all(name in question for name in names)
-    assert asked[True] > asked[False] > 10
+        places = re.findall(r"(?:\w+ \w+|X) at (\d) (\d)(?:, |\.$)", said)
+        assert question == LIST_ALL and len(places) == said.count(" at ") > 0
+        assert [across for across, _ in places] == sorted(across for across, _ in places)
 
 
 def test_what_is_named_and_what_is_placed():
     things = [Thing("red circle", 35, 50, 2.0), Thing("red square", 35, 50, 2.0), Thing("X", 90, 50, 2.0)]
     across, deep = map(int, things[0].place.split())
     for shift, placed in ((0, 1.0), (1, 1.0), (2, 0.0)):
-        said = f"squares: none. circles: blue at 0 0, red at {across + shift} {deep}. triangles: red at 9 9."
+        said = f"blue circle at 0 0, red circle at {across + shift} {deep}, red triangle at 9 9."
         assert sight.measure([said], [things]) == {"named": 0.5, "placed": placed, "objects": 2}
-    assert sight.measure(["circles: yellow at 3 3."], [things]) == {"named": 0.0, "placed": 0.0, "objects": 2}
+    assert sight.measure(["yellow circle at 3 3."], [things]) == {"named": 0.0, "placed": 0.0, "objects": 2}
 
 
 def write_result(path: Path, answers: list[str]) -> Path:

@@ -1,6 +1,6 @@
 """Writes what the laptop's model learns from: captions of rendered scenes, or reasoned answers to questions about them.
 
-    python scripts/laptop/lessons.py captions --rows 4800 --seed 31 --output outputs/laptop/captions
+    python scripts/laptop/lessons.py captions --rows 3840 --seed 31 --output outputs/laptop/captions
     python scripts/laptop/lessons.py answers --rows 1600 --seed 32 --output outputs/laptop/answers
 
 Captions say what is where. An answer is `<think>...</think> <answer>...</answer>`, as the format reward wants it: the
@@ -24,17 +24,15 @@ use_environment()
 from PIL import Image
 
 from open_r1.base.files import replace_file, to_json
-from open_r1.base.prompts import IMAGE_PLACEHOLDER, join_options, sat_question
+from open_r1.base.prompts import IMAGE_PLACEHOLDER, sat_question
 from open_r1.tasks import cvbench
 from open_r1.world import questions
 from open_r1.world.parquet import row_rng
 from open_r1.world.words import (
-    LEVEL,
+    LIST_ALL,
     TURNS,
-    ask_kinds,
     draw,
     from_left,
-    list_kind,
     list_places,
     observe,
     things_in,
@@ -44,15 +42,9 @@ Lesson = tuple[Image.Image, str, str]  # an image, a question, and the answer to
 
 
 def caption(rng: random.Random, row: int) -> Lesson:
-    """Where all things are, kind by kind, or those that the question names."""
+    """What is where, from left to right: in an order that the image gives, each word has to be seen."""
     asked, image = draw(rng, row)
-    things = things_in(asked)
-    if rng.random() < 0.6:
-        kinds = rng.sample(LEVEL.kinds, len(LEVEL.kinds))
-        return image, ask_kinds(kinds), "".join(list_kind(things, kind) for kind in kinds).strip()
-    things = rng.sample(things, rng.randint(1, min(3, len(things))))
-    names = join_options([f"the {thing.name}" for thing in things])
-    return image, f"Where is {names}?", list_places(things).strip()
+    return image, LIST_ALL, list_places(from_left(things_in(asked))).strip()
 
 
 def balanced(rng: random.Random, row: int) -> tuple[questions.Asked, Image.Image]:

@@ -2,9 +2,9 @@
 
     python scripts/laptop/sight.py --model outputs/laptop/sight --output outputs/laptop/results/sight.json
 
-The model lists the objects of each scene by their kinds, greedily: "circles: red at 3 7, blue at 8 2. squares: none."
-An object is named where its kind's list has its colour, and placed where it has it within one tenth of the image's
-width and one of ten steps of depth. The exit code is 1 unless 80 % of all objects are named and 80 % of these placed.
+The model lists the objects of each scene, greedily: "red circle at 3 7, blue square at 8 2." An object is named where
+the list has it, and placed where its place there is off by at most one tenth of the image's width and one of ten steps
+of depth. The exit code is 1 unless 80 % of all objects are named and 80 % of these placed.
 """
 
 import argparse
@@ -22,20 +22,17 @@ from open_r1.base.files import replace_file, to_json
 from open_r1.engines.backends import load_transformers
 from open_r1.evaluation.answering import Answerer, load_prompting, messages
 from open_r1.world.parquet import row_rng
-from open_r1.world.words import LEVEL, Thing, ask_kinds, column, draw, rank, things_in
+from open_r1.world.words import LIST_ALL, Thing, column, draw, rank, things_in
 
 SEED = 39  # of the scenes
 MAX_NEW_TOKENS = 80
 LEAST = 0.8
-LIST = re.compile(r"(\w+)s: ([^.]*)")
-ITEM = re.compile(r"(\w+) at (\d) (\d)")
+ITEM = re.compile(r"(\w+ \w+) at (\d) (\d)")
 
 
 def find(thing: Thing, said: str) -> bool | None:
-    """Whether the list of a thing's kind has it at its place; None where it does not have it."""
-    colour, kind = thing.name.split()
-    items = [item for name, items in LIST.findall(said) if name == kind for item in ITEM.findall(items)]
-    places = [(int(across), int(deep)) for name, across, deep in items if name == colour]
+    """Whether a list has a thing at its place; None where it does not have it."""
+    places = [(int(across), int(deep)) for name, across, deep in ITEM.findall(said) if name == thing.name]
     if not places:
         return None
     return any(abs(x - column(thing.u)) <= 1 and abs(z - rank(thing.depth)) <= 1 for x, z in places)
@@ -60,7 +57,7 @@ def main() -> None:
     processor, _ = load_prompting(args.model, "auto", style="direct")
     backend = load_transformers(args.model, processor, "cpu", "bfloat16", style="direct")
     answerer = Answerer(backend, processor, MAX_NEW_TOKENS)
-    prompts = [backend.encode(messages([image], ask_kinds(LEVEL.kinds))) for _, image in drawn]
+    prompts = [backend.encode(messages([image], LIST_ALL)) for _, image in drawn]
     said = [answer.response for answer in answerer.answer(prompts)]
     shares = measure(said, [things_in(asked) for asked, _ in drawn])
     args.output.parent.mkdir(parents=True, exist_ok=True)

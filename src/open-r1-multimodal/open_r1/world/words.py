@@ -14,6 +14,7 @@ from open_r1.world.scene import LEVELS, Seen
 LEVEL = LEVELS["easy"]
 GRID = 10  # columns of the image and steps of depth that a description tells apart
 QUESTIONS = {**{name: questions.QUESTIONS[name] for name in questions.STATIC}, **questions.CV_QUESTIONS}
+LIST_ALL = "List the things from left to right."  # `list_places(from_left(...))` answers it
 TURNS = (*QUESTIONS, "count", "perspective", "Count", "Distance")  # what is hard to learn comes twice
 
 
@@ -67,12 +68,6 @@ def list_kind(things: Sequence[Thing], kind: str) -> str:
     """`" circles: red at 3 7, blue at 8 2."`, from left to right."""
     of_kind = [f"{thing.name.split()[0]} at {thing.place}" for thing in from_left(things) if kind in thing.name]
     return f" {kind}s: {', '.join(of_kind) or 'none'}."
-
-
-def ask_kinds(kinds: Sequence[str]) -> str:
-    """`"Where are the circles, the squares and the triangles?"`, which `list_kind` of each of them answers."""
-    *first, last = (f"the {kind}s" for kind in kinds)
-    return f"Where are {', '.join(first)} and {last}?"
 
 
 def compare(a: int, b: int, axis: str) -> str:
