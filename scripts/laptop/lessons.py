@@ -1,11 +1,11 @@
 """Writes what the laptop's model learns from: captions of rendered scenes, or reasoned answers to questions about them.
 
     python scripts/laptop/lessons.py captions --rows 3840 --seed 31 --output outputs/laptop/captions
-    python scripts/laptop/lessons.py answers --rows 1600 --seed 32 --output outputs/laptop/answers
+    python scripts/laptop/lessons.py answers --rows 960 --seed 32 --output outputs/laptop/answers
 
 Captions say what is where. An answer is `<think>...</think> <answer>...</answer>`, as the format reward wants it: the
-places of what is asked about, the step from there, and the answer; every fourth one counts all things, and so has a
-whole caption in it. Each question's right answer is each of its options in turn. The folder gets `rows.json`, as
+places of what is asked about, the step from there, and the answer; a quarter of them count all things, and so have a
+whole caption in them. Of each kind of question each answer is right equally often. The folder gets `rows.json`, as
 `run_sft.sh` reads it, and `images/`.
 """
 
@@ -38,6 +38,7 @@ from open_r1.world.words import (
     things_in,
 )
 
+SIDES = ("above", "below", "left", "right")  # CV-Bench's Relation offers two of them
 Lesson = tuple[Image.Image, str, str]  # an image, a question, and the answer to learn
 
 
@@ -48,18 +49,19 @@ def caption(rng: random.Random, row: int) -> Lesson:
 
 
 def balanced(rng: random.Random, row: int) -> tuple[questions.Asked, Image.Image]:
-    """A question of the kind whose turn it is, with the right answer whose turn it is."""
-    turn = row // len(TURNS)
+    """A question of the kind whose turn it is, with the right answer whose turn it is, wherever it is listed."""
+    turn, kind = divmod(row, len(TURNS))
     while True:
         asked, image = draw(rng, row)
-        if asked.answer == asked.options[turn % len(asked.options)]:
+        answers = SIDES if TURNS[kind] == "Relation" else sorted(asked.options)
+        if asked.answer == answers[turn % len(answers)]:
             return asked, image
 
 
 def answer(rng: random.Random, row: int) -> Lesson:
     """A question in SAT's form or in CV-Bench's, with a thought that says where things are, and the answer."""
     asked, image = balanced(rng, row)
-    if row % 4 == 3:
+    if rng.random() < 0.25:
         things = from_left(things_in(asked))
         options = questions.number_options(rng, len(things), 3)
         question, right = sat_question("How many things are in the image?", options), str(len(things))
