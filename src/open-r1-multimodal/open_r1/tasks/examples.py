@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from open_r1.base.edits import split_edit
 from open_r1.base.errors import FileMistake, MissingFile, Mistake
 from open_r1.base.images import image_bytes, local_path
 from open_r1.base.prompts import IMAGE_PLACEHOLDER, sat_question, without_surrogates
@@ -403,7 +404,7 @@ def from_parts(parts: list[Any], form: str) -> tuple[str, list[Any]]:
 
 
 def locate(reference: Any, folder: Path, must_exist: bool = True) -> Any:
-    """An image reference as an absolute path; what carries its bytes stays what it is."""
+    """An image reference as an absolute path, with its edit; what carries its bytes stays what it is."""
     if image_bytes(reference) is not None:
         return reference
     text = reference.get("path") if isinstance(reference, Mapping) else reference
@@ -411,7 +412,8 @@ def locate(reference: Any, folder: Path, must_exist: bool = True) -> Any:
         raise Mistake("an image without bytes and without a path")
     if text.startswith(("http://", "https://")):
         raise Mistake(f"image {text}: download it first and name the file")
-    path = folder / local_path(text)
+    file, edit = split_edit(text)
+    path = folder / local_path(file)
     if must_exist and not path.is_file():
         raise MissingFile(f"no image {path}" + (", that is a folder" if path.is_dir() else ""))
-    return str(path)
+    return f"{path}{edit or ''}"
