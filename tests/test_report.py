@@ -320,7 +320,7 @@ def test_photographs_become_jpeg_and_the_budget_holds(tmp_path, monkeypatch):
         path = tmp_path / f"{number}.jpg"
         Image.fromarray(noise).save(path)
         rows.append(row(step=number, images=[str(path)]))
-    size = len(browser.thumbnail(str(path))[0])
+    size = len(browser.thumbnail(path)[0])
     monkeypatch.setattr(browser, "IMAGE_BUDGET", 2 * size)
     images = make(write_run(tmp_path / "run", rows)).data["images"]
     assert [image["name"] for image in images if "source" in image] == ["0.jpg", "3.jpg"]  # the first and last step

@@ -231,9 +231,9 @@ def image_name(source: ImageSource) -> str | None:
     return f"{local_path(path)}{edit or ''}"
 
 
-def image_file(reference: str) -> str:
+def image_file(reference: str | os.PathLike[str]) -> str:
     """The path of the file alone, of a reference that is no URL."""
-    return split_edit(reference)[0]
+    return split_edit(os.fspath(reference))[0]
 
 
 def image_edit(source: ImageSource) -> Edit | None:

@@ -46,8 +46,9 @@ LARGEST = 560  # pixels of the longer side of what is shown: two such images and
 LISTED = 4  # options of a question, at most
 # Pictures are compared as greys of 0..255 in so many rows and columns, which halves, thirds and quarters divide.
 SIDE = 96
-# Grey levels: what spreads less is nearly one colour, and what differs less in the mean is alike.
-PLAIN, ALIKE = 8, 12
+PLAIN = 8  # grey levels: what spreads less is nearly one colour
+VISIBLE, PART = 24, 0.04  # what differs by more grey levels in a smaller part of its pixels is alike
+SEAM = 10  # grey levels: a wrong seam jumps by so much more than the right one, in the mean
 
 
 class Unfair(ValueError):
@@ -98,10 +99,10 @@ def read_picture(path: Path) -> Picture:
     """
     with opened(path) as image:
         width, height = upright_size(image)
-        if min(width, height) < SMALLEST:
-            raise Unfair(f"a side under {SMALLEST} pixels")
         image.draft("RGB", (2 * SIDE, 2 * SIDE))  # a large JPEG is decoded at a fraction of its size
         grey = to_rgb(image).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    if min(width, height) < SMALLEST:
+        raise Unfair(f"a side under {SMALLEST} pixels")
     need_content(np.asarray(grey))
     return Picture(path, width, height, grey)
 
@@ -114,7 +115,7 @@ def need_content(greys: np.ndarray) -> None:
 
 def need_difference(one: np.ndarray, other: np.ndarray, reason: str) -> None:
     """Raise Unfair for greys of the same shape (..., H, W) that look alike, any pair of them."""
-    if np.abs(one - other).mean(axis=(-2, -1)).min() < ALIKE:
+    if (np.abs(one - other) > VISIBLE).mean(axis=(-2, -1)).min() < PART:
         raise Unfair(reason)
 
 
@@ -157,7 +158,7 @@ def gap(picture: Picture, answer: str, rng: random.Random) -> list[Edit]:
     pieces = [picture.look(box, side, side) for box in (hidden, *others)]
     edges = [(piece[0], piece[-1], piece[:, 0], piece[:, -1]) for piece in pieces]
     seams = np.nanmean(np.abs(np.array(edges) - rim), axis=(1, 2))  # of each piece in the gap
-    if seams[1:].min() - seams[0] < ALIKE:
+    if seams[1:].min() - seams[0] < SEAM:
         raise Unfair("another part fits as well")
     others.insert(PIECES.index(answer), hidden)
     return [picture.show(picture.whole, gap=hidden), *map(picture.show, others)]
@@ -169,7 +170,7 @@ def strips(picture: Picture, answer: str, rng: random.Random) -> list[Edit]:
     first, last = columns[:, :, 0], columns[:, :, -1]  # (SIDE, 3) each: the edges of the strips
     seams = np.abs(last[:, :, None] - first[:, None, :]).mean(axis=0)  # (3, 3): one strip, and which is to its right
     own, *others = (seams[a, b] + seams[b, c] for a, b, c in permutations(range(3)))
-    if min(others) - own < ALIKE:
+    if min(others) - own < SEAM:
         raise Unfair("another order fits as well")
     shown = [answer.split("-").index(number) for number in "123"]  # the strip of the picture at each place
     return [picture.show((0, 0, picture.width // 3 * 3, picture.height), strips=tuple(shown))]
