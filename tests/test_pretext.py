@@ -12,9 +12,12 @@ import pytest
 from PIL import Image
 
 from open_r1.base.edits import split_edit
-from open_r1.base.images import open_image
+from open_r1.base.errors import Mistake
+from open_r1.base.images import image_file, open_image
 from open_r1.doctor.survey import look_at
-from open_r1.tasks.pretext import LARGEST, TASKS, held_out_file, write_pretext
+from open_r1.reporting.runs import KnownImages, read_run
+from open_r1.tasks.mixture import iter_mixture, parts_of
+from open_r1.tasks.pretext import LARGEST, TASKS, held_out_file, read_pretext, write_pretext
 from open_r1.world.parquet import sat_row
 from open_r1.world.scene import LEVELS
 from support import read_jsonl, run_grpo
@@ -141,10 +144,26 @@ def test_a_picture_is_trained_on_or_held_out(prepared, scenes):
 
 def test_rows_follow_from_the_seed_and_are_as_many_as_asked(prepared, scenes, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        write_pretext(scenes, tmp_path / f"{name}.json", 30, ["crop", "turn"], seed, 0.2)
+        write_pretext(scenes, tmp_path / f"{name}.json", rows=30, tasks=["crop", "turn"], seed=seed, held_out=0.2)
     a, b, c = (rows_of(tmp_path / f"{name}.json") for name in "abc")
     assert a == b != c and len(json.loads((tmp_path / "a.json").read_text())) == 24 and len(a) == 30
     assert Counter(row["question_type"] for row in a).keys() == {"crop", "turn"}
+
+
+def test_a_folder_is_a_data_set_and_a_part_of_a_mixture(scenes, tmp_path):
+    mixture = tmp_path / "m.yaml"
+    mixture.write_text(f"datasets: [{{path: {scenes}, task: pretext}}]")
+    one = [row for *_, row, _ in iter_mixture(parts_of(scenes, split="test", task="pretext"))]
+    assert one == [row for *_, row, _ in iter_mixture(parts_of(mixture, split="test"))]
+    assert {name for row in one for name in map(image_file, row["images"])} <= {str(p) for p in scenes.rglob("*.*")}
+    assert {(row["question_type"], row["solution"] in row["options"]) for row in one} <= {
+        (name, True) for name in TASKS
+    }
+    with pytest.raises(Mistake, match="split val: pictures are split into train and test"):
+        list(iter_mixture(parts_of(scenes, split="val", task="pretext")))
+    mixture.write_text(f"datasets: [{{path: {scenes}, task: jigsaw}}]")
+    with pytest.raises(Mistake, match=r"m\.yaml: datasets 1: task 'jigsaw' is none of pretext"):
+        parts_of(mixture)
 
 
 # --- what is left out ---------------------------------------------------------------------------------------------
@@ -169,7 +188,7 @@ def test_unfair_questions_are_left_out_and_counted(tmp_path, capsys):
     (folder / "copy.png").write_bytes((folder / "fair.png").read_bytes())
     (folder / "broken.jpg").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("no picture")
-    write_pretext(folder, tmp_path / "a.json", None, list(TASKS), held_out=0.5)
+    write_pretext(folder, tmp_path / "a.json", held_out=0.5)
     asked = {name: set() for name in pictures}
     for row in rows_of(tmp_path / "a.json"):
         asked.setdefault(Path(split_edit(row["images"][0])[0]).stem, set()).add(row["question_type"])
@@ -189,7 +208,7 @@ def test_a_photo_is_asked_about_whole_and_small_enough(tmp_path):
     (tmp_path / "photos").mkdir()
     for number, box in enumerate([(0, 0, 512, 600), (0, 100, 512, 600)]):
         Image.open(PHOTO).crop(box).save(tmp_path / f"photos/{number}.jpg")
-    write_pretext(tmp_path / "photos", tmp_path / "a.json", None, list(TASKS))
+    write_pretext(tmp_path / "photos", tmp_path / "a.json")
     rows = rows_of(tmp_path / "a.json")
     assert {row["question_type"] for row in rows} >= {"crop", "gap", "turn"}
     for row in rows:
@@ -222,18 +241,26 @@ def test_a_mistake_is_one_line(tmp_path, arguments, message):
 
 
 @pytest.mark.distributed
-def test_a_run_trains_on_photos_and_is_evaluated_on_others(scenes, tmp_path, tiny_model, quick_python):
+@pytest.mark.parametrize("is_prepared", [True, False], ids=["JSON", "folder"])
+def test_a_run_trains_on_photos_and_is_evaluated_on_others(is_prepared, scenes, tmp_path, tiny_model, quick_python):
     """Two steps through run_grpo_SAT.sh; the accuracy of held-out questions is in the log."""
-    data = tmp_path / "pretext.json"
-    write_pretext(scenes, data, 30, list(TASKS), held_out=0.2)
+    data, held_out = tmp_path / "pretext.json", tmp_path / "pretext_held_out.json"
     arguments = ["--max_steps", "2", "--save_steps", "2", "--max_prompt_length", "1024", "--max_completion_length", "8"]
-    arguments += ["--eval_dataset_name", str(held_out_file(data)), "--eval_strategy", "steps", "--eval_steps", "2"]
+    if is_prepared:
+        write_pretext(scenes, data, rows=30, held_out=0.2)
+        asked = {str(tmp_path / image) for row in json.loads(held_out.read_text()) for image in row["images"]}
+    else:
+        data = held_out = scenes
+        arguments += ["--task", "pretext"]
+        asked = {f"{scenes}/{image}" for row in read_pretext(scenes, "test") for image in row["images"]}
+    arguments += ["--eval_dataset_name", str(held_out), "--eval_strategy", "steps", "--eval_steps", "2"]
     env = {"ACCELERATE_CONFIG": "cpu", "OMP_NUM_THREADS": "1", "PYTHON": str(quick_python)}
     result = run_grpo(tiny_model, data, tmp_path / "out", *arguments, **env)
     assert result.returncode == 0, result.stderr[-3000:]
     accuracies = [event.get("eval_rewards/accuracy_reward/mean") for event in read_jsonl(tmp_path / "out/log.jsonl")]
     assert any(accuracy is not None and 0 <= accuracy <= 1 for accuracy in accuracies)
-    trained, held_out = (read_jsonl(tmp_path / f"out/trajectories/{name}.jsonl") for name in ("train", "eval"))
+    trained, evaluated = (read_jsonl(tmp_path / f"out/trajectories/{name}.jsonl") for name in ("train", "eval"))
     assert {row["step"] for row in trained} == {1, 2}
-    asked = {str(tmp_path / image) for row in json.loads(held_out_file(data).read_text()) for image in row["images"]}
-    assert {image for row in held_out for image in row["images"]} == asked
+    assert {image for row in evaluated for image in row["images"]} == asked
+    known = KnownImages(read_run(tmp_path / "out"))
+    assert all(image in known for row in (*trained, *evaluated) for image in row["images"])

@@ -25,6 +25,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,9 @@ SIDE = 96
 PLAIN = 8  # grey levels: what spreads less is nearly one colour
 VISIBLE, PART = 24, 0.04  # what differs by more grey levels in a smaller part of its pixels is alike
 SEAM = 10  # grey levels: a wrong seam jumps by so much more than the right one, in the mean
+
+
+HELD_OUT = 0.1  # of the pictures
 
 
 class Unfair(ValueError):
@@ -142,7 +146,8 @@ def crop(picture: Picture, answer: str, rng: random.Random) -> list[Edit]:
     need_content(part)
     quarters = picture.greys.reshape(2, SIDE // 2, 2, SIDE // 2).swapaxes(1, 2)
     others = np.delete(quarters.reshape(4, SIDE // 2, SIDE // 2), place, axis=0)
-    need_difference(sliding_window_view(others, (side, side), (1, 2)), part, "like a part of another quarter")
+    windows = sliding_window_view(others, (side, side), (1, 2))[:, ::2, ::2]
+    need_difference(windows, part, "like a part of another quarter")
     return [picture.show(picture.whole), picture.show(box)]
 
 
@@ -275,52 +280,83 @@ def iter_records(
                 left_out[f"{name}: {reason}"] += 1
 
 
+def make_records(
+    images: Path,
+    folder: Path,
+    rows: int | None = None,
+    tasks: Sequence[str] = tuple(TASKS),
+    seed: int = 0,
+    held_out: float = HELD_OUT,
+) -> dict[str, list[dict[str, Any]]]:
+    """The questions about a folder of pictures, and in print how many were left out and why.
+
+    Args:
+        images: the folder, searched with all folders in it.
+        folder: see `iter_records`.
+        rows: of both splits together, at most; None: as many as the pictures give.
+        tasks: names in TASKS.
+        held_out: the share of pictures, and of rows, that only `test` asks about.
+
+    Returns:
+        The records of `train` and of `test`, at least one each.
+
+    Raises:
+        Mistake: no pictures, or no question can be asked about them.
+    """
+    found = sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if len(found) < 2:
+        raise Mistake(f"{images}: {len(found)} pictures ({', '.join(SUFFIXES)}); expected a folder with two at least")
+    random.Random(seed).shuffle(found)
+    first = min(max(round(held_out * len(found)), 1), len(found) - 1)
+    is_main = os.environ.get("RANK", "0") == "0"  # all processes of a launch read the same
+    seen, left_out, records = set(), Counter(), {}
+    for split, paths, part in (("train", found[first:], 1 - held_out), ("test", found[:first], held_out)):
+        bar = tqdm(paths, unit=" pictures", desc=split, disable=not is_main)
+        made = iter_records(map(Path.absolute, bar), folder.absolute(), tasks, seed, seen, left_out)
+        records[split] = list(islice(made, rows and max(round(part * rows), 1)))
+    for what, count in left_out.most_common() if is_main else ():
+        print(f"left out: {count} x {what}")
+    if not all(records.values()):
+        raise Mistake(f"{images}: no fair question about its pictures; see what was left out")
+    return records
+
+
+@lru_cache(maxsize=4)  # both splits are made at once
+def _records_of_folder(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return make_records(folder, folder)
+
+
+def read_pretext(folder: Path, split: str) -> list[dict[str, Any]]:
+    """The records of one split, `train` or `test`, of a folder of pictures: every task, and the command's defaults."""
+    records = _records_of_folder(folder)
+    if split not in records:
+        raise Mistake(f"{folder}: split {split}: pictures are split into {' and '.join(records)}")
+    return records[split]
+
+
 def held_out_file(output: Path) -> Path:
     """Where the questions about held-out pictures are: `pretext.json` -> `pretext_held_out.json`."""
     return output.with_name(f"{output.stem}_held_out{output.suffix}")
 
 
-def write_pretext(
-    images: Path, output: Path, rows: int | None, tasks: Sequence[str], seed: int = 0, held_out: float = 0.1
-) -> None:
-    """Write the questions about a folder of pictures, and say what they are and what was left out.
-
-    Args:
-        images: the folder, searched with all folders in it.
-        output: the file to train on; beside it goes `held_out_file`.
-        rows: of both files together, at most; None: as many as the pictures give.
-        tasks: names in TASKS.
-        held_out: the share of pictures, and of rows, that only the other file asks about.
+def write_pretext(images: Path, output: Path, **settings: Any) -> None:
+    """Write what `make_records` makes: `train` to the output, `test` to its `held_out_file`; say what is in them.
 
     Raises:
-        Mistake: no pictures, or no question can be asked about them; or there is such a file already.
+        Mistake: as `make_records`; or there is such a file already.
     """
-    files = {output: 1 - held_out, held_out_file(output): held_out}
-    for file in files:
+    files = {"train": output, "test": held_out_file(output)}
+    for file in files.values():
         if file.exists():
             raise FileMistake(f"{file} is there; name another file or delete it")
-    found = sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if len(found) < len(files):
-        raise Mistake(f"{images}: {len(found)} pictures ({', '.join(SUFFIXES)}); expected a folder with two at least")
-    random.Random(seed).shuffle(found)
-    first = min(max(round(held_out * len(found)), 1), len(found) - 1)
-    seen, left_out, written = set(), Counter(), {}
-    for file, paths in zip(files, (found[first:], found[:first]), strict=True):
-        most = rows and max(round(files[file] * rows), 1)
-        bar = tqdm(paths, unit=" pictures", desc=file.name)
-        records = iter_records(map(Path.absolute, bar), file.parent.absolute(), tasks, seed, seen, left_out)
-        written[file] = list(islice(records, most))
-    for what, count in left_out.most_common():
-        print(f"left out: {count} x {what}")
-    if not all(written.values()):
-        raise Mistake(f"{images}: no fair question about its pictures; see what was left out")
+    made = make_records(images, output.parent, **settings)
     output.parent.mkdir(parents=True, exist_ok=True)
-    for file, records in written.items():
-        replace_file(file, b"[\n" + b",\n".join(to_json(record).rstrip() for record in records) + b"\n]\n")
+    for split, records in made.items():
+        replace_file(files[split], b"[\n" + b",\n".join(to_json(record).rstrip() for record in records) + b"\n]\n")
         kinds = Counter(record["question_type"] for record in records)
         chance = sum(1 / len(record["options"]) for record in records) / len(records)
-        of_each = ", ".join(f"{kinds[name]} {name}" for name in tasks)
-        print(f"{file}: {len(records)} questions ({of_each}), guessing answers {chance:.1%} of them")
+        of_each = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        print(f"{files[split]}: {len(records)} questions ({of_each}), guessing answers {chance:.1%} of them")
 
 
 def share(text: str) -> float:
@@ -346,7 +382,9 @@ def parse_args() -> argparse.Namespace:
     add("--output", type=Path, required=True, help="the JSON file to train on; NAME_held_out.json goes beside it")
     add("--rows", type=positive, help="questions at most, of both files together (default: all that the pictures give)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
-    add("--held_out", type=share, default=0.1, help="share of pictures in the held-out file (default: %(default)s)")
+    add(
+        "--held_out", type=share, default=HELD_OUT, help="share of pictures in the held-out file (default: %(default)s)"
+    )
     add("--seed", type=int, default=0, help="another seed, other questions (default: %(default)s)")
     return parser.parse_args()
 
