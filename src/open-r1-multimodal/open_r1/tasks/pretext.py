@@ -146,8 +146,7 @@ def crop(picture: Picture, answer: str, rng: random.Random) -> list[Edit]:
     need_content(part)
     quarters = picture.greys.reshape(2, SIDE // 2, 2, SIDE // 2).swapaxes(1, 2)
     others = np.delete(quarters.reshape(4, SIDE // 2, SIDE // 2), place, axis=0)
-    windows = sliding_window_view(others, (side, side), (1, 2))[:, ::2, ::2]
-    need_difference(windows, part, "like a part of another quarter")
+    need_difference(sliding_window_view(others, (side, side), (1, 2)), part, "like a part of another quarter")
     return [picture.show(picture.whole), picture.show(box)]
 
 
@@ -311,9 +310,9 @@ def make_records(
     is_main = os.environ.get("RANK", "0") == "0"  # all processes of a launch read the same
     seen, left_out, records = set(), Counter(), {}
     for split, paths, part in (("train", found[first:], 1 - held_out), ("test", found[:first], held_out)):
-        bar = tqdm(paths, unit=" pictures", desc=split, disable=not is_main)
-        made = iter_records(map(Path.absolute, bar), folder.absolute(), tasks, seed, seen, left_out)
-        records[split] = list(islice(made, rows and max(round(part * rows), 1)))
+        with tqdm(paths, unit=" pictures", desc=split, disable=not is_main) as bar:
+            made = iter_records(map(Path.absolute, bar), folder.absolute(), tasks, seed, seen, left_out)
+            records[split] = list(islice(made, rows and max(round(part * rows), 1)))
     for what, count in left_out.most_common() if is_main else ():
         print(f"left out: {count} x {what}")
     if not all(records.values()):
