@@ -50,8 +50,6 @@ SIDE = 96
 PLAIN = 8  # grey levels: what spreads less is nearly one colour
 VISIBLE, PART = 24, 0.04  # what differs by more grey levels in a smaller part of its pixels is alike
 SEAM = 10  # grey levels: a wrong seam jumps by so much more than the right one, in the mean
-
-
 HELD_OUT = 0.1  # of the pictures
 
 
@@ -68,7 +66,6 @@ class Picture:
         grey: it as SIDE x SIDE greys, whatever its shape.
     """
 
-    path: Path
     width: int
     height: int
     grey: Image.Image
@@ -108,7 +105,7 @@ def read_picture(path: Path) -> Picture:
     if min(width, height) < SMALLEST:
         raise Unfair(f"a side under {SMALLEST} pixels")
     need_content(np.asarray(grey))
-    return Picture(path, width, height, grey)
+    return Picture(width, height, grey)
 
 
 def need_content(greys: np.ndarray) -> None:
