@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from open_r1.base import images
+from open_r1.base.edits import Edit, split_edit
 from open_r1.base.images import BrokenImage, check_image, image_size, open_image
 
 RNG = np.random.default_rng(0)
@@ -211,3 +212,73 @@ def test_the_check_decodes_no_whole_jpeg_and_png(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     check_image(tmp_path / "a.jpg")
     check_image(tmp_path / "a.png")
+
+
+# --- edits behind a path ------------------------------------------------------------------------------------------
+
+EDITS = {
+    "#xywh=4,2,24,12": lambda pixels: pixels,
+    "#xywh=4,2,24,12&gap=6,0,9,5": lambda pixels: with_grey(pixels, 6, 0, 9, 5),
+    "#xywh=4,2,24,12&strips=2,0,1": lambda pixels: np.hstack([pixels[:, 16:], pixels[:, :8], pixels[:, 8:16]]),
+    "#xywh=4,2,24,12&transpose=rotate_90": np.rot90,
+    "#xywh=4,2,24,12&transpose=flip_left_right": np.fliplr,
+    "#xywh=4,2,24,12&reduce=3": lambda pixels: pixels.reshape(4, 3, 8, 3, 3).mean((1, 3)),
+    "#xywh=4,2,24,12&gap=0,0,24,1&strips=1,0&transpose=rotate_180&reduce=1": lambda pixels: np.rot90(
+        np.hstack([with_grey(pixels, 0, 0, 24, 1)[:, 12:], with_grey(pixels, 0, 0, 24, 1)[:, :12]]), 2
+    ),
+}
+
+
+def with_grey(pixels: np.ndarray, x: int, y: int, w: int, h: int) -> np.ndarray:
+    pixels = pixels.copy()
+    pixels[y : y + h, x : x + w] = 128
+    return pixels
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_picture_is_edited_when_it_is_opened(edit, tmp_path):
+    path, pixels = tmp_path / "a photo.png", noise(20, 30, 3)
+    Image.fromarray(pixels).save(path)
+    expected = EDITS[edit](pixels[2:14, 4:28])
+    for source in (f"{path}{edit}", f"{path.as_uri()}{edit}", {"bytes": None, "path": f"{path}{edit}"}):
+        opened = np.asarray(open_image(source))
+        assert np.abs(opened - expected).max() <= 1 and image_size(source) == opened.shape[:2]
+    check_image(f"{path}{edit}")
+    assert split_edit(f"{path}{edit}") == (str(path), Edit(**vars(split_edit(f"{path}{edit}")[1])))
+    assert str(split_edit(f"{path}{edit}")[1]) == edit.removesuffix("&reduce=1")
+
+
+def test_a_box_is_one_of_the_upright_picture(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(PICTURES["turned by EXIF"])  # stored as 50 x 30
+    box = f"{tmp_path}/a.jpg#xywh=5,30,20,20"
+    assert open_image(box).tobytes() == open_image(tmp_path / "a.jpg").crop((5, 30, 25, 50)).tobytes()
+    check_image(box)
+    with pytest.raises(BrokenImage, match="its edit does not fit the picture"):
+        check_image(f"{tmp_path}/a.jpg#xywh=30,5,20,20")
+
+
+@pytest.mark.parametrize(
+    "edit, reason",
+    {
+        "#xywh=0,0,31,20": images.OUTSIDE,
+        "#xywh=29,0,2,2": images.OUTSIDE,
+        "#xywh=0,0,0,5": images.OUTSIDE,
+        "#xywh=0,0,9,9&gap=5,5,5,5": images.OUTSIDE,
+        "#xywh=0,0,9,9&strips=0,0,1": images.OUTSIDE,
+        "#xywh=0,0,9,9&strips=1,2": images.OUTSIDE,
+        "#xywh=0,0,2,9&strips=1,2,0": images.OUTSIDE,
+        "#xywh=0,0,1,300": "image aspect ratio over 200",
+        "#xywh=-1,0,9,9": "no such file",  # another form is a part of the file's name
+        "#xywh=0,0,9": "no such file",
+        "#xywh=0,0,9,9&reduce=0": "no such file",
+        "#xywh=0,0,9,9&transpose=blur": "no such file",
+        "#xywh=0,0,9,9&reduce=2&gap=0,0,1,1": "no such file",
+    }.items(),
+)
+def test_an_edit_that_cannot_be_made_is_one_line(edit, reason, tmp_path):
+    name = str(tmp_path / "x.png")
+    Image.fromarray(noise(300 if "300" in edit else 20, 30, 3)).save(name)
+    for look in (open_image, check_image, image_size):
+        with pytest.raises(BrokenImage) as caught:
+            look(name + edit)
+        assert str(caught.value) == f"image {name}{edit}: {reason}"

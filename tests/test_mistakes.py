@@ -113,6 +113,8 @@ MISTAKES = [
     ("--resume_from_checkpoint /no", "resume_from_checkpoint: no folder /no"),
     ("--output_dir {data}", "{data} is a file; name a folder"),
     ("--dataset_name /no.json", "/no.json: no such file"),
+    ("--task jigsaw", "task: 'jigsaw' is none of pretext"),
+    ("--task pretext", "{data}: 0 pictures (.jpg, "),
     ("--dataset_name {model}", "{model} is the folder of a model; name the data (DATA and MODEL "),
     ("--dataset_name {few}", "{few}: a step asks 8 different prompts (64 completions / "),
     ("--model_name_or_path /no/model", f"{MODEL}: /no/model: no such file or folder"),

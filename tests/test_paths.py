@@ -17,7 +17,7 @@ KINDS = {kind for command in (grpo.COMMAND, sft.COMMAND) for kind in command.arg
 # What has "path", "file" or "folder" in its name or type's help and is looked up nowhere: written to, or a name alone.
 NO_PATHS = {
     *("output_dir", "save_total_limit", "hub_model_id", "skip_memory_metrics", "do_train", "do_eval", "do_predict"),
-    *("dataset_config", "dataset_train_split", "dataset_test_split", "shared_prefix"),
+    *("dataset_config", "dataset_train_split", "dataset_test_split", "shared_prefix", "task"),
     *("pad_token", "use_dora", "loss_type"),
 }
 

@@ -446,11 +446,12 @@ def test_a_report_shows_only_images_of_the_runs_data(tmp_path, pictures):
     linked.symlink_to(private)
     (tmp_path / "data/rows.json").write_text(json.dumps([{"messages": [], "images": ["../data/a.png"]}]))
     images = [named, private, own, beside, str(linked), f"{tmp_path}/data/../private/b.png"]
+    images += [f"{path}#xywh=0,0,14,14" for path in (named, linked)]
     run = write_run(tmp_path / "run", [row(images=images)], dataset=str(tmp_path / "data/rows.json"))
     known = KnownImages(read_run(run))
-    assert [path for path in images if path in known] == [named, own]
+    assert [path for path in images if path in known] == [named, own, f"{named}#xywh=0,0,14,14"]
     page = write_report(run).read_text()
-    assert page.count("data:image/png;base64,") == 2 and page.count("not named by the run") == 4
+    assert page.count("data:image/png;base64,") == 3 and page.count("not named by the run") == 5
 
 
 @pytest.mark.parametrize("dataset", [None, "array/SAT", "/dev/zero", "broken.json"])

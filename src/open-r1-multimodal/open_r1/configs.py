@@ -26,6 +26,11 @@ class DataArguments:
         "reads or has saved, a name on the Hub, or a YAML file that mixes several of these "
         "(open_r1/tasks/mixture.py).",
     )
+    task: str | None = HfArg(
+        default=None,
+        help="What to ask about dataset_name and eval_dataset_name where they are folders of pictures without labels: "
+        "pretext, which holds a tenth of the pictures of a folder out (open_r1/tasks/pretext.py).",
+    )
     dataset_config: str | None = HfArg(
         default=None, help="Configuration of a folder or a Hub data set that has several."
     )

@@ -1,12 +1,14 @@
 """Opens, measures and refuses images from any source (path, bytes, PIL), as the pixels that a model sees.
 
 A source is a path, a `file://` URL, a base64 `data:` URL, encoded bytes, a `{"bytes", "path"}` mapping (how `datasets`
-stores an image) or a PIL image. The same picture gives the same pixels from each of them.
+stores an image) or a PIL image. The same picture gives the same pixels from each of them. Behind a path may stand how
+the picture is edited (`edits.py`).
 """
 
 import base64
 import binascii
 import io
+import math
 import os
 import struct
 import sys
@@ -20,6 +22,7 @@ from urllib.request import url2pathname
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from open_r1.base.edits import Edit, split_edit
 from open_r1.base.errors import FileMistake, printable
 
 ImageSource = str | os.PathLike[str] | bytes | Mapping[str, Any] | Image.Image
@@ -41,6 +44,7 @@ FORMATS = [name for name in EXTENSIONS if name != "MPO"]  # Pillow opens an MPO 
 # at this size. Larger is a decompression bomb or a poster; the model looks at 0.4 megapixels.
 MAX_PIXELS = 2**26
 BRIGHT = 128  # greys of 0..255 in a wider type reach it, distances in metres do not
+SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that change width and height
 MAX_ASPECT_RATIO = 200  # Qwen2-VL's image processor raises above it
 
 # What Pillow raises on damaged files of the formats above.
@@ -54,6 +58,7 @@ _TAIL = 4096  # bytes in which to look for the end; some programs write zeros or
 CORRUPT = "corrupt image"
 TOO_LARGE = f"image over {MAX_PIXELS} pixels"
 TOO_LONG = f"image aspect ratio over {MAX_ASPECT_RATIO}"
+OUTSIDE = "its edit does not fit the picture"
 
 
 class BrokenImage(FileMistake):
@@ -66,20 +71,27 @@ class BrokenImage(FileMistake):
 
 @contextmanager
 def opened(source: ImageSource | None) -> Iterator[Image.Image]:
-    """The image with its header read and its bounds checked; what Pillow raises inside becomes `BrokenImage`."""
+    """The image as it is stored, its header read, its bounds and its edit checked; what Pillow raises inside becomes
+    `BrokenImage`.
+    """
     if source is None:
         raise BrokenImage("missing image")
     name, data = image_name(source), image_bytes(source)
     try:
         if isinstance(source, Image.Image):
-            _check_bounds(source, name)
+            _check_bounds(source.size, name)
             yield source
             return
-        if data is None and not Path(name or "").is_file():  # a pipe would be waited for
+        path, edit = split_edit(name or "")
+        if data is None and not Path(path).is_file():  # a pipe would be waited for
             raise BrokenImage("no such file", name or "without a name")
-        file = io.BytesIO(data) if data is not None else Path(name)
+        file = io.BytesIO(data) if data is not None else Path(path)
         with Image.open(file, formats=FORMATS) as image:
-            _check_bounds(image, name)
+            _check_bounds(image.size, name)
+            if edit and not edit.fits(*upright_size(image)):
+                raise BrokenImage(OUTSIDE, name)
+            if edit:
+                _check_bounds(edit.size, name)
             yield image
     except BrokenImage:
         raise
@@ -90,23 +102,32 @@ def opened(source: ImageSource | None) -> Iterator[Image.Image]:
 
 
 def open_image(source: ImageSource | None) -> Image.Image:
-    """Decode an image whole, as `to_rgb` does, or raise BrokenImage; no file stays open."""
+    """Decode an image whole, as `to_rgb` does, and edit it, or raise BrokenImage; no file stays open."""
     with opened(source) as image:
-        return to_rgb(image, image_name(source))
+        picture = to_rgb(image, image_name(source))
+    edit = image_edit(source)
+    return edit.apply(picture) if edit else picture
 
 
 def image_size(source: ImageSource | None) -> tuple[int, int]:
-    """Height and width as stored, from the header; EXIF rotation would change no count of tokens."""
+    """Height and width as stored, or as edited, from the header; EXIF rotation would change no count of tokens."""
     with opened(source) as image:
-        return image.height, image.width
+        edit = image_edit(source)
+        width, height = edit.size if edit else image.size
+        return height, width
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image as `to_rgb` turns it upright."""
+    return image.size[::-1] if orientation(image) in SIDEWAYS else image.size
 
 
 def check_image(path: str) -> None:
     """Raise BrokenImage if `open_image` would; decodes only when the last bytes leave that open."""
     with opened(path) as image:
         end = _ENDS.get("JPEG" if image.format == "MPO" else image.format)
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - _TAIL))
+        with open(image_file(path), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
             is_whole = end is not None and end in file.read()
         if not is_whole:
             image.load()
@@ -116,11 +137,7 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     """An opened image, decoded, upright, in RGB; what is transparent becomes white, wider greys are put into 8 bits."""
     name = name or image_name(image)
     image.load()
-    try:
-        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    except DECODE_ERRORS:  # damaged EXIF data say nothing; the picture is there without them
-        is_turned = False
-    if is_turned:
+    if orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # Pillow would clip it
         image = Image.fromarray(to_8_bits(np.asarray(image), name))
@@ -128,6 +145,14 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def orientation(image: Image.Image) -> int:
+    """How an image is to be turned upright, as EXIF data number it; 1: not at all."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODE_ERRORS:  # damaged EXIF data say nothing; the picture is there without them
+        return 1
 
 
 def to_8_bits(greys: np.ndarray, name: str | None = None) -> np.ndarray:
@@ -195,18 +220,29 @@ def image_bytes(source: ImageSource) -> bytes | None:
 
 
 def image_name(source: ImageSource) -> str | None:
-    """The path of the file that an image is or was opened from, where it is known."""
+    """The path of the file that an image is or was opened from, where it is known, with the edit behind it."""
     if isinstance(source, Mapping):
         return source.get("path")
     if isinstance(source, Image.Image):
         return getattr(source, "filename", None) or None
     if isinstance(source, bytes) or str(source).startswith("data:"):
         return None
-    return local_path(os.fspath(source))
+    path, edit = split_edit(os.fspath(source))
+    return f"{local_path(path)}{edit or ''}"
 
 
-def _check_bounds(image: Image.Image, name: str | None) -> None:
-    if image.width * image.height > MAX_PIXELS:  # known before any pixel is decoded
+def image_file(reference: str | os.PathLike[str]) -> str:
+    """The path of the file alone, of a reference that is no URL."""
+    return split_edit(os.fspath(reference))[0]
+
+
+def image_edit(source: ImageSource) -> Edit | None:
+    """What is done to an image when it is opened, if anything is."""
+    return split_edit(image_name(source) or "")[1]
+
+
+def _check_bounds(size: tuple[int, int], name: str | None) -> None:
+    if math.prod(size) > MAX_PIXELS:  # known before any pixel is decoded
         raise BrokenImage(TOO_LARGE, name)
-    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+    if max(size) > MAX_ASPECT_RATIO * min(size):
         raise BrokenImage(TOO_LONG, name)

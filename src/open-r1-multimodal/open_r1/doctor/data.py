@@ -81,9 +81,9 @@ def leaks(run: Run) -> Iterator[Finding]:
     if not run.held_out_set:
         return
     asked = set(run.train_set.shown)
-    trained = {digest for _, digests in asked for digest in digests}
+    trained = {digest for _, images in asked for digest, _ in images}
     held_out = run.held_out_set.shown
-    leaked = [shown for shown in held_out if shown in asked or trained.intersection(shown[1])]
+    leaked = [shown for shown in held_out if shown in asked or any(digest in trained for digest, _ in shown[1])]
     if leaked:
         same = sum(shown in asked for shown in leaked)
         what = f"{len(leaked)} of {len(held_out)} held-out questions show an image of the training set"

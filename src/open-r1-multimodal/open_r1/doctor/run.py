@@ -178,7 +178,7 @@ class Run:
         if self.is_grpo:
             compares = any(reward_funcs_registry.get(name) in COMPARING for name in script_args.reward_funcs)
             check = check_gold if compares else lambda row: None
-        parts = parts_of(name, columns_of(script_args), script_args.dataset_config, split)
+        parts = parts_of(name, columns_of(script_args), script_args.dataset_config, split, script_args.task)
         return survey((example for _, _, example, _ in iter_mixture(parts)), check)
 
     @part

@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
+from open_r1.base.edits import Edit, split_edit
 from open_r1.base.errors import Mistake
 from open_r1.base.images import BrokenImage, ImageSource, image_bytes, image_name, open_image
 from open_r1.running.data import Row
 
 DECODING_SECONDS = 45
+Shown = tuple[str, Edit | None]  # an image: a hash of its file, and what is done to it when it is opened
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Survey:
         there was.
         broken: what is wrong with an image, and its row.
         unusable: what is wrong with an answer, and its row.
-        shown: of each row its question, and a hash of each image's file.
+        shown: of each row its question, and of each image a hash of its file and what is done to it.
         answers: of each row.
     """
 
@@ -35,12 +37,12 @@ class Survey:
     decoded: int = 0
     broken: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
-    shown: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    shown: list[tuple[str, tuple[Shown, ...]]] = field(default_factory=list)
     answers: list[str | None] = field(default_factory=list)
 
 
-def look_at(source: ImageSource, decode: bool) -> str:
-    """A hash of the image's file; on the way it is decoded, or not.
+def look_at(source: ImageSource, decode: bool) -> Shown:
+    """A hash of the image's file, and its edit; on the way it is decoded, or not.
 
     Raises:
         BrokenImage: it cannot be opened.
@@ -48,9 +50,10 @@ def look_at(source: ImageSource, decode: bool) -> str:
     if decode:
         open_image(source)
     data = image_bytes(source)
+    path, edit = split_edit(image_name(source) or "")
     try:
-        with io.BytesIO(data) if data is not None else open(image_name(source), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with io.BytesIO(data) if data is not None else open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest(), edit
     except OSError as error:
         raise BrokenImage(error.strerror or "cannot be read", image_name(source)) from error
 

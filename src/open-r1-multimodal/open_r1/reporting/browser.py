@@ -12,7 +12,7 @@ import numpy as np
 from jinja2.utils import htmlsafe_json_dumps
 
 from open_r1.base.fields import is_usable
-from open_r1.base.images import DECODE_ERRORS, opened, to_rgb
+from open_r1.base.images import DECODE_ERRORS, image_edit, image_file, open_image, opened, to_rgb
 from open_r1.base.trajectories import Completion
 from open_r1.reporting.runs import Trajectories
 from open_r1.reporting.statistics import steps_of
@@ -98,7 +98,7 @@ class Shared:
         try:
             if path not in self.known_images:
                 return {"missing": "not named by the run's data"}
-            data, kind = thumbnail(Path(path))
+            data, kind = thumbnail(path)
         except FileNotFoundError:
             return {"missing": "no such file"}
         except DECODE_ERRORS:
@@ -219,17 +219,20 @@ def segments(text: str, reflections: Iterable[Sequence[int]] = ()) -> list[tuple
     return [(kind, visible(piece)) for kind, piece in pieces if piece]
 
 
-def thumbnail(path: Path) -> tuple[bytes, str]:
-    """A small copy of an image and its format, `png` or `jpeg`.
+def thumbnail(path: str) -> tuple[bytes, str]:
+    """A small copy of an image, edited as its path says, and its format, `png` or `jpeg`.
 
     Raises:
         one of `DECODE_ERRORS`: not a file, no image, damaged or too large.
     """
-    if not path.is_file():  # a pipe would be waited for
+    if not Path(image_file(path)).is_file():  # a pipe would be waited for
         raise FileNotFoundError(path)
-    with opened(path) as image:
-        image.draft("RGB", (2 * IMAGE_SIDE, 2 * IMAGE_SIDE))  # a large JPEG is decoded at a fraction of its size
-        small = to_rgb(image)
+    if image_edit(path):  # is about the pixels of its full size
+        small = open_image(path)
+    else:
+        with opened(path) as image:
+            image.draft("RGB", (2 * IMAGE_SIDE, 2 * IMAGE_SIDE))  # a large JPEG is decoded at a fraction of its size
+            small = to_rgb(image)
     small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     buffer = io.BytesIO()
     if small.getcolors(256):  # flat colours: smaller and sharper as PNG

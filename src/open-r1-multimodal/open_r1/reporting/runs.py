@@ -21,7 +21,7 @@ from open_r1.answers.judgement import Judgement
 from open_r1.base.errors import Mistake
 from open_r1.base.fields import Count, Expected, Record, Text, check, is_usable
 from open_r1.base.files import read_json
-from open_r1.base.images import local_path
+from open_r1.base.images import image_file, local_path
 from open_r1.base.trajectories import NUMBERS, Completion
 from open_r1.models.image_tags import IMAGE_TAGS
 from open_r1.tasks.examples import read_list
@@ -206,9 +206,11 @@ class KnownImages:
         if path.is_dir() or path.suffix == ".parquet":
             self.folders.append((path if path.is_dir() else path.parent).resolve())
         elif path.is_file():
-            self.names |= {os.path.abspath(path.parent / local_path(text)) for text in _texts(read_list(path))}
+            files = map(image_file, _texts(read_list(path)))
+            self.names |= {os.path.abspath(path.parent / local_path(file)) for file in files}
 
-    def __contains__(self, path: str) -> bool:
+    def __contains__(self, reference: str) -> bool:
+        path = image_file(reference)
         if os.path.abspath(path) in self.names:
             return True
         real = Path(os.path.realpath(path))  # a link leads out of a folder

@@ -76,6 +76,7 @@ def load_datasets_from_args(
         max_prompt_length=data_args.max_prompt_length,
         columns=columns_of(data_args),
         config=data_args.dataset_config,
+        task=data_args.task,
         checks=checks,
         max_answer_length=max_answer_length,
         has_begun=has_begun,
@@ -205,6 +206,7 @@ def load_dataset(
     columns: Columns | None = None,
     config: str | None = None,
     split: str = "train",
+    task: str | None = None,
     checks: Sequence[Callable[[Row], None]] = (),
     max_answer_length: int | None = None,
     rotate_options: bool = False,
@@ -215,7 +217,7 @@ def load_dataset(
     """Read a data set; what is too long or spells a control token is left out, never truncated.
 
     Args:
-        source, columns, config, split: see `mixture.parts_of`.
+        source, columns, config, split, task: see `mixture.parts_of`.
         processor: renders and measures the prompts.
         max_prompt_length: in tokens, image tokens included; None keeps every length.
         checks: each raises Mistake for a row that cannot be trained on.
@@ -234,7 +236,7 @@ def load_dataset(
     state = PartialState()
     controls, left_out, kept = control_tokens(processor), Counter(), []
     lost, hidden = [], []  # rows, in words: with a broken image; with more than their prompt shows
-    examples = iter_mixture(parts_of(source, columns, config, split), must_exist=not has_begun)
+    examples = iter_mixture(parts_of(source, columns, config, split, task), must_exist=not has_begun)
     bar = tqdm(examples, desc="examples", unit="", disable=not state.is_main_process)
     for origin, row, example, unshown in bar:
         with naming(origin, row):

@@ -20,6 +20,7 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments
 
 from open_r1.base.errors import Mistake
 from open_r1.base.files import read_json
+from open_r1.base.images import image_file
 from open_r1.base.prompts import REPO_ROOT
 
 RUN = "run.json"
@@ -88,7 +89,7 @@ def describe_data(dataset: Any) -> dict[str, Any] | None:
     content, files = hashlib.sha256(), {}  # files in their order, each once
     for row in dataset:
         names = row.get("images") or []
-        files |= dict.fromkeys(names)
+        files |= dict.fromkeys(map(image_file, names))
         row = {**row, "images": [os.path.basename(name) for name in names]}
         content.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     with ThreadPoolExecutor() as pool:

@@ -75,8 +75,9 @@ LIMITS: dict[str, Limit] = {
     ),
 }
 
-# TRL's own names, which it checks in the first step or never
+# TRL's own names, which it checks in the first step or never, and what folders of pictures can be asked
 CHOICES: dict[str, tuple[Any, ...]] = {
+    "task": ("pretext",),
     "scale_rewards": ("group", "batch", "none", True, False),
     "importance_sampling_level": ("token", "sequence"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),

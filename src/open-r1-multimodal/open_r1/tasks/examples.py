@@ -13,14 +13,16 @@ import difflib
 import glob
 import json
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from open_r1.base.edits import split_edit
 from open_r1.base.errors import FileMistake, MissingFile, Mistake
 from open_r1.base.images import image_bytes, local_path
 from open_r1.base.prompts import IMAGE_PLACEHOLDER, sat_question, without_surrogates
+from open_r1.tasks.pretext import read_pretext
 from open_r1.tasks.unshown import unshown_fields, unshown_in_messages, unshown_marks
 
 DIALOGUES = ("messages", "conversations", "prompt")
@@ -29,6 +31,8 @@ ROLES = {"human": "user", "gpt": "assistant"}  # LLaMA-Factory's names
 QUESTIONS, ANSWERS, IMAGES = ("question", "problem"), ("solution", "answer"), ("images", "image")
 # What a trainer hands to reward functions itself, beside the fields of a row.
 TAKEN = ("prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+# What can be asked about pictures without labels: a folder and a split -> records.
+FOLDER_TASKS: dict[str, Callable[[Path, str], list[dict[str, Any]]]] = {"pretext": read_pretext}
 LINES = (".jsonl", ".ndjson")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 FILES = (".json", *LINES, ".parquet", *DELIMITERS)
@@ -61,6 +65,7 @@ def iter_rows(
     config: str | None = None,
     split: str = "train",
     must_exist: bool = True,
+    task: str | None = None,
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """The rows of a data set, in its order, each with what of its record no prompt shows; images are named, not opened.
 
@@ -71,6 +76,7 @@ def iter_rows(
         config: of a folder or a Hub data set that has several.
         split: of a folder or a Hub data set.
         must_exist: whether an image file that is not there is an error.
+        task: what to ask about a folder of pictures without labels, a name in FOLDER_TASKS.
 
     Yields:
         One dict a record: `prompt` (conversational, without `<image>` marks), `images` (absolute paths, or what
@@ -83,7 +89,7 @@ def iter_rows(
     path = Path(source).absolute()
     folder = path.parent if path.is_file() else path if path.is_dir() else Path.cwd()
     row = None
-    for row, record in enumerate(read_records(source, config, split)):
+    for row, record in enumerate(read_records(source, config, split, task)):
         try:
             yield to_row(mended(record), folder, columns or Columns(), must_exist)
         except RecursionError as error:
@@ -98,7 +104,9 @@ def iter_rows(
 # --- reading --------------------------------------------------------------------------------------------------
 
 
-def read_records(source: str | Path, config: str | None = None, split: str = "train") -> Iterable[Any]:
+def read_records(
+    source: str | Path, config: str | None = None, split: str = "train", task: str | None = None
+) -> Iterable[Any]:
     """The records of a file, a folder or a Hub data set, unchecked. Arguments and errors: see `iter_rows`.
 
     A table is told by its suffix, JSON by that or its first character; all else is read by `datasets`.
@@ -106,6 +114,8 @@ def read_records(source: str | Path, config: str | None = None, split: str = "tr
     path = Path(source)
     if not path.exists() and is_local(str(source)):
         raise MissingFile(f"{path}: no such file{meant(path)}")
+    if task:
+        return FOLDER_TASKS[task](path, split)
     if not path.is_file():
         return read_dataset(str(source), config, split)
     if path.suffix == ".parquet":
@@ -403,7 +413,7 @@ def from_parts(parts: list[Any], form: str) -> tuple[str, list[Any]]:
 
 
 def locate(reference: Any, folder: Path, must_exist: bool = True) -> Any:
-    """An image reference as an absolute path; what carries its bytes stays what it is."""
+    """An image reference as an absolute path, with its edit; what carries its bytes stays what it is."""
     if image_bytes(reference) is not None:
         return reference
     text = reference.get("path") if isinstance(reference, Mapping) else reference
@@ -411,7 +421,8 @@ def locate(reference: Any, folder: Path, must_exist: bool = True) -> Any:
         raise Mistake("an image without bytes and without a path")
     if text.startswith(("http://", "https://")):
         raise Mistake(f"image {text}: download it first and name the file")
-    path = folder / local_path(text)
+    file, edit = split_edit(text)
+    path = folder / local_path(file)
     if must_exist and not path.is_file():
         raise MissingFile(f"no image {path}" + (", that is a folder" if path.is_dir() else ""))
-    return str(path)
+    return f"{path}{edit or ''}"

@@ -22,16 +22,17 @@ from typing import Any
 import yaml
 
 from open_r1.base.errors import MissingFile, Mistake
-from open_r1.tasks.examples import Columns, is_local, iter_rows, meant, one_line, read_records
+from open_r1.tasks.examples import FOLDER_TASKS, Columns, is_local, iter_rows, meant, one_line, read_records
 
 SUFFIXES = (".yaml", ".yml")
-TEXTS = ("path", "name", "split", *(f"{column}_column" for column in asdict(Columns())))
+TEXTS = ("path", "name", "split", "task", *(f"{column}_column" for column in asdict(Columns())))
 KEYS = (*TEXTS, "fraction")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One data set of several, or the only one; `path`, `columns`, `name` (a configuration), `split`: `iter_rows`.
+    """One data set of several, or the only one; `path`, `columns`, `name` (a configuration), `split`, `task`:
+    see `iter_rows`.
 
     Attributes:
         fraction: of the mixture, against the others' fractions; None takes every row.
@@ -41,22 +42,27 @@ class Part:
     columns: Columns
     name: str | None = None
     split: str = "train"
+    task: str | None = None
     fraction: float | None = None
 
 
 def parts_of(
-    source: str | Path, columns: Columns | None = None, config: str | None = None, split: str = "train"
+    source: str | Path,
+    columns: Columns | None = None,
+    config: str | None = None,
+    split: str = "train",
+    task: str | None = None,
 ) -> list[Part]:
     """The data sets of a mixture, or the one that `source` is.
 
     Args:
         source: a YAML file, or all that `iter_rows` takes.
-        columns, config, split: of a set that says nothing else.
+        columns, config, split, task: of a set that says nothing else.
 
     Raises:
         Mistake: the file is no mixture, or names a set that is not there; it says the file and the key.
     """
-    alone = Part(str(source), columns or Columns(), config, split)
+    alone = Part(str(source), columns or Columns(), config, split, task)
     if not str(source).endswith(SUFFIXES):
         return [alone]
     file = Path(source)
@@ -88,6 +94,8 @@ def read_part(entry: Any, default: Part, folder: Path, where: str) -> Part:
     is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
     if fraction is not None and not (is_number and math.isfinite(fraction) and fraction > 0):
         raise Mistake(f"{where}: fraction {fraction!r}: expected a number above 0")
+    if entry.get("task") not in (None, *FOLDER_TASKS):
+        raise Mistake(f"{where}: task {entry['task']!r} is none of {', '.join(FOLDER_TASKS)}")
     path = folder / entry["path"]
     if not path.exists() and is_local(entry["path"]):
         raise MissingFile(f"{where}: path: no file or folder {path}{meant(path)}")
@@ -97,6 +105,7 @@ def read_part(entry: Any, default: Part, folder: Path, where: str) -> Part:
         columns=replace(default.columns, **columns),
         name=entry.get("name", default.name),
         split=entry.get("split", default.split),
+        task=entry.get("task", default.task),
         fraction=fraction,
     )
 
@@ -125,12 +134,12 @@ def iter_mixture(
     """
     counts: list[int | None] = [None] * len(parts)
     if all(part.fraction is not None for part in parts):
-        sizes = [sum(1 for _ in read_records(part.path, part.name, part.split)) for part in parts]
+        sizes = [sum(1 for _ in read_records(part.path, part.name, part.split, part.task)) for part in parts]
         counts = rows_of_each(sizes, [part.fraction for part in parts])
         for part, size, count in zip(parts, sizes, counts, strict=True):
             if not count:
                 raise Mistake(f"{part.path}: fraction {part.fraction} takes none of its {size} rows")
     for part, count in zip(parts, counts, strict=True):
-        examples = iter_rows(part.path, part.columns, part.name, part.split, must_exist)
+        examples = iter_rows(part.path, part.columns, part.name, part.split, must_exist, part.task)
         for row, (example, unshown) in enumerate(islice(examples, count)):
             yield part.path, row, example, unshown
