@@ -99,6 +99,7 @@ def test_a_pushed_run_is_a_repository_with_this_card_and_weights_that_load(tiny_
         env = hub.environment(tmp_path / "home")
         pushed = run_grpo("they/base", examples_json, output, *options, NUM_PROCESSES="1", **env)
         assert pushed.returncode == 0 and (repository / "report.html").is_file(), pushed.stderr
+    assert not list(repository.glob("*in_use")) and not list(repository.glob("checkpoint-*"))
     card = ModelCard.load(repository / "README.md")
     assert card.content == (output / "README.md").read_text() and card.data.base_model == "they/base"
     assert card.data.pipeline_tag == "image-text-to-text" and "grpo" in card.data.tags
