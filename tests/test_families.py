@@ -311,13 +311,17 @@ def typed(tmp_path, examples_json, quick_python):
     return types
 
 
-@pytest.mark.parametrize("name, model_type", [("MOE", "qwen3_vl_moe"), ("LLAVA", "llava_onevision")])
+@pytest.mark.parametrize(
+    "name, model_type",
+    [("MOE", "qwen3_vl_moe"), pytest.param("LLAVA", "llava_onevision", marks=pytest.mark.slow)],
+)
 def test_a_family_of_ones_own_as_its_page_writes_it(name, model_type, typed):
     done = typed(PAGE[name])
     assert done.returncode == 0 and "step 2/2" in done.stdout, done.stderr[-3000:]
     assert f"a random {model_type} checkpoint" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_family_of_ones_own_answers_and_one_that_is_none_is_a_line(typed, examples_json):
     assert typed(PAGE["MOE"].rpartition("bash")[0]).returncode == 0
     image = next(examples_json.parent.rglob("*.png"))
