@@ -5,9 +5,11 @@
 
 A repository is a folder, read at every request. It speaks the part of the protocol that `huggingface_hub`, `datasets`
 and `transformers` use to download: HEAD and GET with Range on `resolve`, and `revision`, `tree` and `paths-info` of the
-API. It serves one revision, `main`, which is also a commit.
+API; and to upload a model, without Xet: `repos/create`, `preupload`, Git LFS for weights, `commit`. It serves one
+revision, `main`, which is also a commit.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -20,10 +22,14 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
+NO_MORE = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}  # of what the clients can do
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BREAK_OFF: Literal["break off"] = "break off"  # in the middle of the body
 _FILE = re.compile(r"/(?P<repo>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 _API = re.compile(r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)(?:/(?P<verb>\w[\w-]*)/(?P<rest>.+))?")
+_UPLOAD = re.compile(
+    r"/(?:api/models/)?(?P<repo>[^/]+/[^/]+?)(?:\.git/info)?/(?P<verb>preupload|commit|lfs)/(?P<rest>.+)"
+)
 
 
 class Hub:
@@ -37,6 +43,7 @@ class Hub:
         self.repositories = dict(repositories)
         self.requests: list[tuple[str, str, str | None]] = []
         self.url = ""
+        self.large_files: dict[str, bytes] = {}  # SHA-256 -> content, of files uploaded and not committed yet
         self._trouble: list[list[Any]] = []  # [part of a path, what happens, how often still]
         self._lock = threading.Lock()  # requests come in threads
 
@@ -53,7 +60,7 @@ class Hub:
 
     def environment(self, home: Path) -> dict[str, str]:
         """What makes the clients ask this hub and nobody else, with their caches in `home`."""
-        return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", **NO_MORE}
 
     def trouble(self, method: str, path: str) -> Literal["break off"] | int | None:
         """What happens to this request, counted."""
@@ -73,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub  # of the subclass that `serve` makes
 
     def do_GET(self) -> None:
-        """Also HEAD and POST: a body follows a GET or POST alone."""
+        """Also HEAD, POST and PUT: a body follows all but HEAD."""
         url = urlsplit(self.path)
         path, query = unquote(url.path), parse_qs(url.query)
         form = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -83,6 +90,13 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(trouble, {}, b"no\n")
         elif match := _FILE.fullmatch(path):
             self.send_file(match["repo"], match["path"], trouble == BREAK_OFF)
+        elif path == "/api/repos/create":
+            about = json.loads(form)
+            self.send_json({"url": f"{self.hub.url}/{about['organization']}/{about['name']}"})
+        elif path == "/api/validate-yaml":
+            self.send_json({})
+        elif match := _UPLOAD.fullmatch(path):
+            self.take(match["repo"], match["verb"], match["rest"], form)
         elif match := _API.fullmatch(path):
             repo = match["repo"] if match["kind"] == "models" else f"datasets/{match['repo']}"
             wanted = {**query, **parse_qs(form.decode())}
@@ -90,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.not_found("EntryNotFound")
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def answer(self, status: int, headers: Mapping[str, str], body: bytes, sent: int | None = None) -> None:
         """Send it; `sent` bytes of the body alone when given, then hang up."""
@@ -145,6 +159,33 @@ class Handler(BaseHTTPRequestHandler):
             found = [file for file in files if not within or file["path"].startswith(f"{within}/")]
             return self.send_json(found) if found else self.not_found("EntryNotFound")
         return self.not_found("EntryNotFound")
+
+    def take(self, repo: str, verb: str, rest: str, body: bytes) -> None:
+        """A step of an upload: how to send which file, a large file's place, the file itself, and the commit."""
+        if verb == "preupload":
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = ["lfs" if path.endswith(".safetensors") else "regular" for path in paths]
+            files = [
+                {"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in zip(paths, modes, strict=True)
+            ]
+            return self.send_json({"files": files})
+        if rest == "objects/batch":
+            objects = [
+                {**file, "actions": {"upload": {"href": f"{self.hub.url}/{repo}/lfs/{file['oid']}"}}}
+                for file in json.loads(body)["objects"]
+            ]
+            return self.send_json({"objects": objects})
+        if verb == "lfs":
+            self.hub.large_files[rest] = body
+            return self.send_json({})
+        for line in map(json.loads, body.splitlines()):
+            file = line["value"]
+            if line["key"] != "header":
+                path = self.hub.repositories[repo] / file["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                is_large = line["key"] == "lfsFile"
+                path.write_bytes(self.hub.large_files[file["oid"]] if is_large else base64.b64decode(file["content"]))
+        return self.send_json({"commitUrl": f"{self.hub.url}/{repo}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def send_json(self, content: Any) -> None:
         self.answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())

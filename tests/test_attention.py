@@ -166,7 +166,7 @@ def make_tower(folder, depth=2, chosen=True):
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     if chosen:
-        prepare_model(model)
+        prepare_model(model, Mock())
     vision = model.config.vision_config
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     grids = torch.tensor(GRIDS)
@@ -212,7 +212,7 @@ def test_images_in_a_row_are_encoded_as_transformers_does(model_type, has_flash,
 def test_a_tower_keeps_an_attention_that_is_not_the_usual(loaded, attends, tiny_model):
     model = AutoModelForImageTextToText.from_pretrained(tiny_model)
     model.config.vision_config._attn_implementation_internal = loaded  # flash-attn is not installed here
-    prepare_model(model)
+    prepare_model(model, Mock())
     assert model.config.vision_config._attn_implementation == attends
 
 

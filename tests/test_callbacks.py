@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+import sqlite3
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from open_r1.running.data import DataArguments
 from open_r1.running.provenance import without_secrets
 from open_r1.trainer import trackers
 from open_r1.trainer.trackers import LogRollouts, code_block, rollout_markdown
-from support import make_config, make_trainer, read_jsonl, write_mixed
+from support import make_config, make_trainer, read_jsonl, run_grpo, write_mixed
 
 LINE = re.compile(r"step +(\d+)/3  (held-out +)?(.+?)(?:  +([\d.]+) s  ETA [\d:]+)?")
 CELL = re.compile(r"([a-z_]+) +(-?\d+(?:\.\d+)?)(?:  |$)")
@@ -291,6 +292,28 @@ def test_wandb_takes_trls_table_of_completions(tiny_model, tmp_path, offline_wan
     assert len(list((tmp_path / "out/completions").glob("*.parquet"))) == 1
 
 
+@pytest.mark.slow
+def test_trackio_gets_scalars_and_rollouts(tiny_model, examples_json, tmp_path):
+    """As a user launches it, with TRL's table of completions."""
+    options = ("--report_to", "trackio", "--log_completions", "true", "--max_steps", "2", "--hub_token", "hf_secret")
+    env = {"NUM_PROCESSES": "1", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    done = run_grpo(tiny_model, examples_json, tmp_path / "out", *options, **env)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("trackio/*.db")
+    assert b"hf_secret" not in file.read_bytes()
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        events = [json.loads(event) for (event,) in database.execute("select metrics from metrics order by step")]
+    logged = [row["reward"] for row in read_jsonl(tmp_path / "out/log.jsonl") if "reward" in row]
+    assert [event["train/reward"] for event in events if "train/reward" in event] == pytest.approx(logged)
+    groups = {event["train/global_step"]: event["rollout"]["_value"] for event in events if "rollout" in event}
+    for step in (1, 2):
+        rows = [row for row in read_jsonl(tmp_path / "out/trajectories/train.jsonl") if row["step"] == step]
+        assert [line["completion"] for line in groups[step]] == [row["completion"] for row in rows if not row["group"]]
+        assert all((tmp_path / "trackio/media" / line["image_1"]["file_path"]).is_file() for line in groups[step])
+    tables = [event["completions"]["_value"] for event in events if "completions" in event]
+    assert tables and all(len(table) == 16 for table in tables)
+
+
 def test_a_rollout_in_wandb_has_every_image_and_its_step(tmp_path, monkeypatch):
     import wandb
 
@@ -300,7 +323,7 @@ def test_a_rollout_in_wandb_has_every_image_and_its_step(tmp_path, monkeypatch):
     Image.new("RGB", (2048, 56)).save(images[0])
     Image.new("RGB", (56, 84)).save(images[2])
     row = {"images": images, "prompt": "?", "solution": "left", "completion": "left", "rewards": {"accuracy": 1.0}}
-    trackers.show_in_wandb([{**row, "advantage": 0.5, "length": 3}] * 2, 7)
+    trackers.show_as_table("wandb", [{**row, "advantage": 0.5, "length": 3}] * 2, 7)
     (entry,) = logged
     table = entry["rollout"]
     names = ["step", "image_1", "image_2", "prompt", "solution", "completion", "accuracy", "advantage", "length"]
@@ -342,7 +365,7 @@ def test_rollouts_are_shown_first_and_after_every_tenth(tmp_path, monkeypatch, r
         class callback_handler:
             callbacks = (trackers.WandbCallback.__new__(trackers.WandbCallback),)
 
-    monkeypatch.setattr(trackers, "show_in_wandb", lambda rows, step: seen.append(step))
+    monkeypatch.setattr(trackers, "show_as_table", lambda tracker, rows, step: seen.append(step))
     rollouts, args, control = LogRollouts(Trainer()), make_config(tmp_path), TrainerControl()
     state = TrainerState(global_step=resumed_at, max_steps=100, is_world_process_zero=True)
     rollouts.on_train_begin(args, state, control)

@@ -2,13 +2,20 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoModelForImageTextToText
 
 from fake_run import fake_events, fake_rows, write_images, write_run
+from hub import serve
+from open_r1.base.errors import Mistake
 from open_r1.evaluation.run import make_result, write_result
 from open_r1.reporting.card import write_card
+from open_r1.running.callbacks import ModelCardMixin
+from support import run_grpo
 
 FENCE = "```"
 
@@ -81,3 +88,45 @@ def test_an_adapter_is_loaded_onto_its_base_and_a_folder_is_no_base_of_the_hub(r
     card = ModelCard.load(write_card(run))
     assert card.data.library_name == "peft" and card.data.base_model is None and "grpo" not in card.data.tags
     assert "load_adapter" in card.content and "supervised fine-tuning" in card.content
+
+
+@pytest.mark.slow
+def test_a_pushed_run_is_a_repository_with_this_card_and_weights_that_load(tiny_model, examples_json, tmp_path):
+    """As a user launches it, by the Hub's own client."""
+    output, repository = tmp_path / "run", tmp_path / "hub"
+    options = ("--push_to_hub", "true", "--hub_model_id", "me/tiny", "--max_steps", "2", "--save_steps", "1")
+    with serve({"me/tiny": repository, "they/base": tiny_model}) as hub:
+        env = hub.environment(tmp_path / "home")
+        pushed = run_grpo("they/base", examples_json, output, *options, NUM_PROCESSES="1", **env)
+        assert pushed.returncode == 0 and (repository / "report.html").is_file(), pushed.stderr
+    assert not list(repository.glob("*in_use")) and not list(repository.glob("checkpoint-*"))
+    card = ModelCard.load(repository / "README.md")
+    assert card.content == (output / "README.md").read_text() and card.data.base_model == "they/base"
+    assert card.data.pipeline_tag == "image-text-to-text" and "grpo" in card.data.tags
+    digest = json.loads((output / "run.json").read_text())["data"]["train"]["content"]
+    for part in (f"8 examples, SHA-256 `{digest[:16]}", "`accuracy_reward`", "| recipe | grpo.yaml |", "<think>"):
+        assert part in card.content, part
+    published, kept = (AutoModelForImageTextToText.from_pretrained(folder) for folder in (repository, output))
+    for (name, weight), other in zip(published.named_parameters(), kept.parameters(), strict=True):
+        assert weight.equal(other), name
+
+
+def test_a_hub_that_takes_nothing_is_one_line_before_a_run_and_after_it():
+    class Parent:
+        """A trainer without a network."""
+
+        args, hub_model_id = SimpleNamespace(output_dir="outputs/run", hub_model_id="me/tiny"), "me/tiny"
+
+        def push_to_hub(self, token: str | None = None) -> None:
+            raise httpx.ConnectError("Connection refused")
+
+        init_hf_repo = push_to_hub
+
+    class Pushing(ModelCardMixin, Parent):
+        pass
+
+    told = r"--push_to_hub: the Hub does not take me/tiny \(Connection refused\); "
+    with pytest.raises(Mistake, match=f"{told}`hf auth login`, and name a repository of yours in --hub_model_id"):
+        Pushing().init_hf_repo()
+    with pytest.raises(Mistake, match=f"{told}all is saved in outputs/run; upload it with `hf upload`"):
+        Pushing().push_to_hub()

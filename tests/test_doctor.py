@@ -369,7 +369,7 @@ BROKEN = {
     dead_tower: ("model", "sight", "grey images change log-probabilities by 0.0e[+]00"),
     other_processor: ("model", "image tokens", ""),
     damaged_weights: ("model", "weights", "holds NaN or infinite weights"),
-    shifted_positions: ("model", "shared prefix", "shared prefix against TRL's path: .* differ"),
+    shifted_positions: ("model", "shared prefix", "shared prefix against a plain forward pass: .* differ"),
     "--reward_funcs accuracy test_doctor:constant": ("rewards", "lint", "constant gives 0.5 for each of"),
     "--max_completion_length 90000000": ("cost", "memory", r"2 x \d+.\d GB at most, of .* are free"),
     "--model_name_or_path /nowhere": ("recipe", "model", "/nowhere"),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -27,6 +28,7 @@ from transformers import (
 
 from fake_run import row, write_lines
 from open_r1.base.prompts import REPO_ROOT
+from open_r1.engines.shared_prefix import encode_images, encode_prompt, score_completions
 from open_r1.engines.vllm_backends import TrainerVLLMBackend, engine_settings
 from open_r1.models.families import (
     FAMILIES,
@@ -41,7 +43,7 @@ from open_r1.reporting.runs import scan_trajectories
 from open_r1.running.data import count_prompt_tokens, load_dataset
 from open_r1.tiny import make_processor, make_tokenizer, save_tiny_model
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
-from support import Scripted, families, make_config, read_jsonl, vowel_share
+from support import Scripted, families, load_script, make_config, read_jsonl, vowel_share, write_mixed
 
 NAME = "made_up_vl"
 UNLIKE = ("qwen2_vl", "qwen3_vl", "smolvlm", "internvl")  # families that share little code
@@ -74,8 +76,8 @@ def made_up(tiny_models):
     del FAMILIES[NAME], trl.trainer.utils.transformers.MadeUpModel
 
 
-def make_trainer(checkpoint, data, output, **changes):
-    processor = load_processor(checkpoint, max_pixels=12544)
+def make_trainer(checkpoint, data, output, max_pixels=12544, **changes):
+    processor = load_processor(checkpoint, max_pixels=max_pixels)
     return Qwen2VLGRPOTrainer(
         model=load_model(str(checkpoint), dtype="float32"),
         reward_funcs=vowel_share,
@@ -288,30 +290,98 @@ def test_no_other_file_of_the_package_knows_a_family():
     assert found == {}
 
 
-def test_a_family_of_ones_own_as_its_page_writes_it(tmp_path, examples_json, quick_python):
-    """From the folder where it lies: a tiny model, two steps, one question; and what is no family is one line."""
-    page = (REPO_ROOT / "docs/families.md").read_text()
-    (tmp_path / "my_family.py").write_text(re.search(r"<<'END'\n(.*?)END\n", page, re.DOTALL)[1])
+# --- docs/families.md ---------------------------------------------------------------------------------------------
+
+_BLOCKS = re.findall(r"```sh\n(.*?)```", (REPO_ROOT / "docs/families.md").read_text(), re.DOTALL)
+PAGE = dict(zip(("MOE", "LLAVA"), _BLOCKS, strict=True))
+
+
+@pytest.fixture
+def typed(tmp_path, examples_json, quick_python):
+    """Types commands in a folder that has this repository's in it, and says what came of them."""
+    for name in ("configs", "scripts", "src"):
+        (tmp_path / name).symlink_to(REPO_ROOT / name)
     env = {**os.environ, "PYTHON": str(quick_python), "NUM_PROCESSES": "1", "DATA": str(examples_json)}
-    env |= {"CONFIG": "tests/data/grpo.yaml", "OUTPUT": "out"}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OUTPUT": "out"}
+    env["CONFIG"] = str(REPO_ROOT / "tests/data/grpo.yaml")
 
-    def typed(*command: object) -> subprocess.CompletedProcess:
-        return subprocess.run(list(map(str, command)), cwd=tmp_path, env=env, capture_output=True, text=True)
+    def types(command: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", "-ec", command], cwd=tmp_path, env=env, capture_output=True, text=True)
 
-    family = ("--family", "my_family:MOE")
-    made = typed(sys.executable, "-m", "open_r1.tiny", *family, "--output", "moe")
-    assert made.returncode == 0 and "a random qwen3_vl_moe checkpoint" in made.stdout, made.stderr
-    launch = ("sh", REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh", "--model_name_or_path", "moe")
-    trained = typed(*launch, *family, "--max_steps", 2)
-    assert trained.returncode == 0 and "step 2/2" in trained.stdout, trained.stderr[-3000:]
+    return types
+
+
+@pytest.mark.parametrize(
+    "name, model_type",
+    [("MOE", "qwen3_vl_moe"), pytest.param("LLAVA", "llava_onevision", marks=pytest.mark.slow)],
+)
+def test_a_family_of_ones_own_as_its_page_writes_it(name, model_type, typed):
+    done = typed(PAGE[name])
+    assert done.returncode == 0 and "step 2/2" in done.stdout, done.stderr[-3000:]
+    assert f"a random {model_type} checkpoint" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_family_of_ones_own_answers_and_one_that_is_none_is_a_line(typed, examples_json):
+    assert typed(PAGE["MOE"].rpartition("bash")[0]).returncode == 0
     image = next(examples_json.parent.rglob("*.png"))
-    question = ("--image", image, "--question", "Which?", "--max_new_tokens", 4)
-    assert (
-        "completion:"
-        in typed(sys.executable, REPO_ROOT / "scripts/ask.py", "--model", "out", *question, *family).stdout
-    )
-    launch = (*launch, "--output_dir", "other", "--max_steps", 2)
-    unknown = typed(*launch)
+    question = f"--image {image} --question Which? --max_new_tokens 4 --family my_family:MOE"
+    assert "completion:" in typed(f"python scripts/ask.py --model moe {question}").stdout
+    launch = "sh src/open-r1-multimodal/run_grpo_SAT.sh --model_name_or_path moe --max_steps 2"
+    unknown = typed(launch)
     assert unknown.returncode and "a 'qwen3_vl_moe' model; supported: " in unknown.stderr
-    other = typed(*launch, "--family", "my_family:Qwen3VL")
+    other = typed(f"{launch} --family my_family:Qwen3VL")
     assert other.returncode and "has no family 'Qwen3VL'" in other.stderr
+
+
+@pytest.fixture
+def llava(tmp_path, monkeypatch, tiny_models):
+    """The page's LLaVA-OneVision, and a tiny model of it; made after those of all families that there are."""
+    commands = PAGE["LLAVA"].partition("python -m")[0].replace("configs/", f"{REPO_ROOT}/configs/")
+    subprocess.run(["bash", "-ec", commands], cwd=tmp_path, check=True)
+    family = load_script(tmp_path / "my_llava.py").LLAVA
+    monkeypatch.setitem(FAMILIES, family.model_type, family)
+    return family, save_tiny_model(tmp_path / "model", model_type=family.model_type, vocab_size=300)
+
+
+def test_the_pages_family_scores_as_plain_transformers(llava, examples_json, tmp_path):
+    """Packed rows, with features of the rollout and without; images of any shape, several and none; in fewer grids."""
+    family, folder = llava
+    trainer = make_trainer(folder, examples_json, tmp_path, max_pixels=5000)
+    model, processor = trainer.model, trainer.processing_class
+    plain = load_model(folder, dtype="float32")
+    plain.config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints
+    torch.manual_seed(0)
+    completions = torch.randint(0, 256, (2 * len(SIZES), 7))
+    prompts, expected = [], []
+    for number, sizes in enumerate(SIZES):
+        images = [Image.effect_noise(size, 60).convert("RGB") for size in sizes]
+        parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": "Which?"}]
+        prompt = encode_prompt(model, processor, [{"role": "user", "content": parts}])
+        prompts += [prompt, prompt]
+        example = {"prompt": [{"role": "user", "content": "Which?"}], "images": images}
+        assert count_prompt_tokens(example, processor) == len(prompt.input_ids)
+        tokens = (prompt.input_ids == processor.image_token_id).sum()
+        assert family.count_image_tokens(processor, [image.size[::-1] for image in images]) == tokens
+        for completion in completions[2 * number :][:2]:
+            ids = torch.cat([prompt.input_ids, completion])[None]
+            logps = plain(ids, **prompt.image_inputs).logits[0, -8:-1].log_softmax(-1)
+            expected.append(logps.gather(1, completion[:, None])[:, 0])
+    kept = {id(prompt): encode_images(model, prompt) for prompt in prompts}
+    for each in (prompts, [kept[id(prompt)] for prompt in prompts]):
+        mask = torch.ones_like(completions)
+        logps, *_ = score_completions(model, family, each, completions, mask, len(each))
+        assert (logps - torch.stack(expected)).abs().max() < 1e-5
+    logps.sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert {family.part_of(name) for name in without} == {"vision tower", "merger"}, "kept features have no gradients"
+
+
+def test_the_pages_family_trains_all_of_a_model(llava, tmp_path):
+    """On rows with two images and rows with none."""
+    trainer = make_trainer(llava[1], write_mixed(tmp_path / "data", images_per_example=2), tmp_path)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    still = [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
+    # LLaVA-OneVision takes the tower's states in front of its last norm
+    assert [name for name in still if "k_proj.bias" not in name and "post_layernorm" not in name] == []

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from open_r1.base.errors import Mistake
-from open_r1.base.locks import check_free, holder, owned
+from open_r1.base.locks import IN_USE, check_free, holder, owned
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.running import machines, serving
 from open_r1.running.launch_settings import LaunchSettings, read_launch
@@ -146,19 +146,19 @@ def test_another_folder_of_the_same_name_is_told(tmp_path, monkeypatch):
     owner = "process 1 on node-a since 2026-11-25 10:00:00"
     monkeypatch.setattr(machines, "decide_once", lambda decide: (owner, "node-a"))
     monkeypatch.setattr(machines, "gather_object", lambda objects: ["", *objects])
-    (tmp_path / ".in_use").write_text(owner)
+    (tmp_path / IN_USE).write_text(owner)
     machines.check_shared(str(tmp_path))
-    (tmp_path / ".in_use").write_text("process 1 on node-b since 2026-11-24 10:00:00")  # an earlier run's
+    (tmp_path / IN_USE).write_text("process 1 on node-b since 2026-11-24 10:00:00")  # an earlier run's
     with pytest.raises(Mistake, match=f"{tmp_path}: on node-b this is not the folder that node-a writes; the machines"):
         machines.check_shared(str(tmp_path))
-    (tmp_path / ".in_use").unlink()
+    (tmp_path / IN_USE).unlink()
     with pytest.raises(Mistake, match="need an OUTPUT on a file system that they share"):
         machines.check_shared(str(tmp_path))
 
 
 def test_launchers_that_look_at_a_time_do_not_refuse_each_other(tmp_path):
     """At a lock that a killed run left; one that is held keeps all of them out."""
-    (tmp_path / ".in_use").write_text("process 1 on node-a since yesterday")
+    (tmp_path / IN_USE).write_text("process 1 on node-a since yesterday")
     look = "import sys\nfrom open_r1.base.locks import check_free\nfor _ in range(2000): check_free(sys.argv[1])"
     looking = [subprocess.Popen([sys.executable, "-c", look, str(tmp_path)]) for _ in range(2)]
     assert [each.wait() for each in looking] == [0, 0]

@@ -379,6 +379,8 @@ SOURCES = {
     "evaluate": "47001f3acc99",
     "get_eval_dataloader": "301561e842dd",
     "log": "1e7772819cc8",
+    "init_hf_repo": "84dca1f3208c",
+    "push_to_hub": "2f408e30def5",
     "save_model": "ca8d2be9f60f",
     "training_step": "9e18632f7dd8",
     "_generate_single_turn": "e0f02e4fc094",

@@ -184,7 +184,7 @@ def build_trainer(
     """The trainer that a parsed recipe describes; `prepared` is what `prepare` returned, if it was called before."""
     prepared = prepared or prepare(script_args, training_args, model_args)
     model = load_model_from_args(model_args)
-    prepare_model(model)
+    prepare_model(model, prepared["processing_class"])
     reset_generation_config(model, prepared["processing_class"])
     accept_missing_images(model, always_encode=PartialState().num_processes > 1)
     freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)

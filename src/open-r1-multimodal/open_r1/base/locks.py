@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from open_r1.base.errors import Mistake
 
-IN_USE = ".in_use"
+IN_USE = "_in_use"  # `Trainer.push_to_hub` leaves out names that begin so
 LOOK_SECONDS = 1  # `check_free` of another process holds a lock for less
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import is_peft_model
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from trl.trainer.utils import pad, selective_log_softmax, use_adapter
 
@@ -72,8 +73,8 @@ def score(run: Run, rows: Sequence[Row], shared: bool | None = None, model: nn.M
 
 def score_completions(run: Run, rows: Sequence[Row], shared: bool | None, model: nn.Module | None) -> torch.Tensor:
     """A short and a long completion of each row through GRPO's trainer."""
-    trainer, processor = run.trainer, run.processor
-    tokenizer, device = processor.tokenizer, trainer.accelerator.device
+    trainer, family, tokenizer = run.trainer, family_of(plain_model(run)), run.processor.tokenizer
+    device = trainer.accelerator.device
     texts = []
     for row in rows:
         answer = f"<answer>{row['solution'] or 'yes'}</answer>"
@@ -86,22 +87,18 @@ def score_completions(run: Run, rows: Sequence[Row], shared: bool | None, model:
     prompt_ids = pad(prompt_ids, tokenizer.pad_token_id, "left").to(device)
     mask = pad([torch.ones_like(ids) for ids in completions]).to(device)  # (B, C)
     completion_ids = pad(completions, tokenizer.pad_token_id).to(device)
+    ids, lengths = torch.cat([prompt_ids, completion_ids], dim=1), torch.cat([prompt_mask, mask], dim=1)
+    network, kept = model or trainer.model, completion_ids.shape[1]
     if trainer.shared_prefix if shared is None else shared:
-        images = {"pixel_values": Scored(prompts)}
-    elif not rows[0]["images"]:
-        images = {}
+        scored = Scored(prompts)
+        logps, *_ = trainer._get_per_token_logps_and_entropies(network, ids, lengths, kept, pixel_values=scored)
     else:
-        family, inputs = family_of(plain_model(run)), [prompt.image_inputs for prompt in prompts]
-        is_image = torch.cat([(prompt_ids == processor.image_token_id).long(), torch.zeros_like(mask)], dim=1)
-        images = {**family.join_images(inputs, device), **family.stock_inputs(inputs, is_image)}
-        images["num_images"] = [len(row["images"]) for row in rows for _ in range(2)]
-    logps, _, _ = trainer._get_per_token_logps_and_entropies(
-        model or trainer.model,
-        torch.cat([prompt_ids, completion_ids], dim=1),
-        torch.cat([prompt_mask, mask], dim=1),
-        completion_ids.shape[1],
-        **images,
-    )
+        is_image = (prompt_ids == run.processor.image_token_id).long()
+        images = family.join_images([prompt.image_inputs for prompt in prompts], device)
+        images |= family.plain_inputs(F.pad(is_image, (0, kept))) if images else {}
+        labels = F.pad(completion_ids.masked_fill(mask == 0, -100), (prompt_ids.shape[1], 0), value=-100)
+        outputs = network(input_ids=ids, attention_mask=lengths, labels=labels, fused_lm_head=True, **images)
+        logps = outputs.log_probs[:, -kept:]
     return logps[mask.bool()].float()
 
 
@@ -133,7 +130,7 @@ class Scores:
             kwargs = run.template_kwargs
             tokens = sum(count_prompt_tokens(row, run.processor, **kwargs) for row in rows)
             images = sum(len(row["images"]) for row in rows)
-            # a short and a long completion of each, on TRL's path each with its prompt
+            # a short and a long completion of each, in a plain forward pass each with its prompt
             seconds = PASSES * run.flops(2 * tokens, 2 * images) / run.speed
             if seconds > SECONDS:
                 minutes = f"{seconds / 60:.0f} minutes"
@@ -142,7 +139,7 @@ class Scores:
 
     @cached_property
     def usual(self) -> torch.Tensor:
-        """Each by itself, on TRL's path."""
+        """Each by itself, in a plain forward pass."""
         return torch.cat([score(self.run, [row], shared=False) for row in self.rows])
 
     @cached_property
@@ -253,14 +250,14 @@ def sight(run: Run) -> Iterator[Finding]:
 
 
 def shared_prefix(run: Run) -> Iterator[Finding]:
-    """The packed groups of this project against TRL's own path."""
+    """The packed groups of this project against completions that each have their prompt."""
     if not run.is_grpo:
         return
     if not run.trainer.shared_prefix:
         yield skipped("the recipe turns it off")
         return
     scores = scores_of(run)
-    what, remedy = "shared prefix against TRL's path", "train with --shared_prefix false"
+    what, remedy = "shared prefix against a plain forward pass", "train with --shared_prefix false"
     yield scores.compare(scores.as_trained, what, remedy)
 
 

@@ -88,6 +88,6 @@ def load_transformers(
         Mistake: what `load_checkpoint` raises.
     """
     model = load_checkpoint(folder, dtype=dtype).to(device).eval()
-    prepare_model(model)
+    prepare_model(model, processor)
     reset_generation_config(model, processor)
     return TransformersBackend(model, processor, lambda: nullcontext(model), **template_kwargs)

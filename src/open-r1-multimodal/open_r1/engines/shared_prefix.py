@@ -497,7 +497,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 AttentionInterface.register(IMAGE_ATTENTION, image_attention)
 
 
-def prepare_model(model: PreTrainedModel) -> None:
+def prepare_model(model: PreTrainedModel, processor: ProcessorMixin) -> None:
     """Keep torch and transformers from slow choices and a mistake when they run a model (not wrapped).
 
     cuDNN's attention, which torch prefers on GPUs of compute capability 9 and 10, plans anew for
@@ -509,7 +509,7 @@ def prepare_model(model: PreTrainedModel) -> None:
     family, usual = family_of(model), ("sdpa", "flash_attention_2")
     if family.has_image_rows and model.config.vision_config._attn_implementation in usual:
         model.set_attn_implementation({"vision_config": IMAGE_ATTENTION})
-    family.mend(model)
+    family.mend(model, processor)
 
 
 def enable_grouping(model: PreTrainedModel) -> None:

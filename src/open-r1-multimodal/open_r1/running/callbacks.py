@@ -5,12 +5,15 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import httpx
+from huggingface_hub.errors import OfflineModeIsEnabled
 from tqdm import tqdm
 from transformers import (
     PrinterCallback,
@@ -24,7 +27,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from open_r1.answers.collapse import answered
 from open_r1.answers.statistics import Row
-from open_r1.base.errors import printable
+from open_r1.base.errors import Mistake, first_line, printable
 from open_r1.base.files import append_rows, keep_rows, replace_file
 from open_r1.reporting.card import write_card
 from open_r1.running.guards import ANSWERS, LOOKED_AT, new_warnings
@@ -93,7 +96,7 @@ def whole_path(name: str | None) -> str | None:
 
 
 class ModelCardMixin:
-    """TRL's `create_model_card` with the card of a run (`open_r1.reporting.card`), where there is one."""
+    """In front of a `Trainer`: the card of a run (`open_r1.reporting.card`), and a line if the Hub refuses it."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md`; a trainer in a script of the user's leaves TRL's."""
@@ -102,6 +105,27 @@ class ModelCardMixin:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             write_card(folder)
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """Make the repository that a run is pushed to; raises Mistake when it cannot be made."""
+        name = self.args.hub_model_id or self.args.output_dir
+        with _told_by_hub(name, "`hf auth login`, and name a repository of yours in --hub_model_id"):
+            super().init_hf_repo(token)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the model with its card; raises Mistake when the Hub does not take it."""
+        again = f"all is saved in {self.args.output_dir}; upload it with `hf upload`"
+        with _told_by_hub(self.hub_model_id, again):
+            return super().push_to_hub(*args, **kwargs)
+
+
+@contextmanager
+def _told_by_hub(repository: str | None, advice: str) -> Iterator[None]:
+    """What the Hub refuses in the block, or a network, becomes a Mistake."""
+    try:
+        yield
+    except (httpx.HTTPError, OfflineModeIsEnabled) as error:
+        raise Mistake(f"--push_to_hub: the Hub does not take {repository} ({first_line(error)}); {advice}") from error
 
 
 # --- run.json and log.jsonl -----------------------------------------------------------------------------------

@@ -232,12 +232,14 @@ def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -
         if trainer.state.global_step == steps_before:
             data = script_args.dataset_name
             raise Mistake(f"{data}: too few examples for a step; nothing was trained, nothing saved")
-        trainer.save_model(args.output_dir)
+        trainer.save_model(args.output_dir, _internal_call=True)  # without a push, which comes when all is there
         trainer.save_state()
         trainer.create_model_card()
     say(f"saved {args.output_dir}")
     if trainer.is_world_process_zero():
         report(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()
 
 
 def report(output_dir: str) -> None:

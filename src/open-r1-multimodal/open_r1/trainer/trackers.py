@@ -1,16 +1,17 @@
-"""Shows a few rollouts where a run reports to: Weights & Biases and TensorBoard.
+"""Shows a few rollouts where a run reports to: Weights & Biases, Trackio and TensorBoard.
 
 These get the scalars from transformers' own callbacks, under its names for them: `train/reward`, `eval/reward`. After a
 resume they show repeated steps twice; `log.jsonl` holds every step once.
 """
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from open_r1.base.images import BrokenImage, open_image
 from open_r1.reporting.card import MAX_SHOWN_CHARS, code_block
@@ -51,7 +52,9 @@ class LogRollouts(TrainerCallback):
             if isinstance(callback, TensorBoardCallback):
                 show_in_tensorboard(callback.tb_writer, rows, state.global_step)
             elif isinstance(callback, WandbCallback):
-                show_in_wandb(rows, state.global_step)
+                show_as_table("wandb", rows, state.global_step)
+            elif isinstance(callback, TrackioCallback):
+                show_as_table("trackio", rows, state.global_step)
 
 
 def shown_images(paths: Sequence[str]) -> list[Image.Image]:
@@ -74,21 +77,23 @@ def show_in_tensorboard(writer: Any, rows: Sequence[Mapping[str, Any]], step: in
         writer.add_image(f"rollout/image_{number}", np.asarray(image), step, dataformats="HWC")
 
 
-def show_in_wandb(rows: Sequence[Mapping[str, Any]], step: int) -> None:
-    """One group as a table, a row a completion. Its texts are cells, which W&B never renders as HTML."""
-    import wandb
+def show_as_table(module: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    """One group as a table, a row a completion. Its texts are cells, which W&B and Trackio never render as HTML.
 
-    images = [wandb.Image(image) for image in shown_images(rows[0]["images"])]
-    rewards = list(rows[0]["rewards"])
+    Args:
+        module: "wandb" or "trackio", whose tables and images are made alike.
+        rows: of the group.
+        step: of training.
+    """
+    tracker = importlib.import_module(module)
+    images = [tracker.Image(image) for image in shown_images(rows[0]["images"])]
     columns = ["step", *(f"image_{number}" for number in range(1, len(images) + 1)), "prompt", "solution", "completion"]
-    table = wandb.Table(columns=[*columns, *rewards, "advantage", "length"])
+    columns += [*rows[0]["rewards"], "advantage", "length"]
+    cells = []
     for row in rows:
-        texts = [row["prompt"], str(row["solution"]), row["completion"]]
-        table.add_data(
-            *[step, *images, *(text[:MAX_SHOWN_CHARS] for text in texts)],
-            *[*row["rewards"].values(), row["advantage"], row["length"]],
-        )
-    wandb.log({"rollout": table, "train/global_step": step})
+        texts = [text[:MAX_SHOWN_CHARS] for text in (row["prompt"], str(row["solution"]), row["completion"])]
+        cells.append([step, *images, *texts, *row["rewards"].values(), row["advantage"], row["length"]])
+    tracker.log({"rollout": tracker.Table(columns=columns, data=cells), "train/global_step": step})
 
 
 def rollout_markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -162,7 +162,7 @@ class Qwen2VLGRPOTrainer(
             self.backend = self.make_backend(keep_features=encodes_once)
             self.rollout_func = self._roll_out  # TRL's seam for those who generate otherwise
         for network in filter(None, (policy, reference)):
-            prepare_model(network)
+            prepare_model(network, processing_class)
             accept_missing_images(network, always_encode=self.accelerator.num_processes > 1 and not encodes_once)
             if self.shared_prefix:
                 enable_grouping(network)

@@ -33,12 +33,12 @@ class Family(ABC):
         tokenizer_roles: what the tokenizer's class takes some of them as, by its arguments.
         unread_tokens: of the published tokenizer that neither this project nor the processor writes; the model need
             have no place for them.
-        image_inputs: the model's arguments that hold images, in the order that its `get_image_features` takes them.
+        image_inputs: the arguments of the model, and of its `get_image_features`, that hold images.
         tower: name of the vision tower's module.
         merger: pattern in the names of the layers between the vision tower and the language model.
         published_pixels: as large an area as the published checkpoints let an image have, or more: no recipe's prompt
             has room for it, and nothing was trained at it here.
-        templates: the folder below `configs/chat_templates` with its `base` and `instruct`.
+        templates: the folder with its `base` and `instruct`, below `configs/chat_templates` or a whole path.
         has_vllm: whether vLLM can be told to bound its images as the processor does.
         tokenizer_class: of a tiny tokenizer.
     """
@@ -92,8 +92,8 @@ class Family(ABC):
             for name, parameter in model.named_parameters()
         )
 
-    def mend(self, model: PreTrainedModel) -> None:
-        """Mend, in a model that is about to run, what transformers does wrong with this family."""
+    def mend(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+        """Mend, in a model that is about to run, what does not fit this processor, or is transformers' mistake."""
         return None
 
     # ---- images as a model takes them
@@ -105,7 +105,8 @@ class Family(ABC):
 
     def encode_images(self, model: PreTrainedModel, images: ImageInputs) -> Any:
         """What the vision tower makes of images, as `join_features` takes it."""
-        return model.base_model.get_image_features(*(images[name].to(model.device) for name in self.image_inputs))
+        inputs = {name: images[name].to(model.device) for name in self.image_inputs}
+        return self.join_features([model.base_model.get_image_features(**inputs)])  # without the tower's states
 
     def join_images(self, images: Sequence[ImageInputs], device: torch.device) -> ImageInputs:
         """The image inputs of several prompts as one, in their order; empty for none."""
@@ -117,31 +118,31 @@ class Family(ABC):
             for name in self.image_inputs
         }
 
-    def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
-        """What TRL's scoring takes beside images of B prompts; `is_image` (B, T) is 1 at their tokens."""
+    def plain_inputs(self, is_image: torch.Tensor) -> dict[str, Any]:
+        """What a plain forward pass over B rows takes beside images; `is_image` (B, T) is 1 at their tokens."""
         return {}
 
-    @abstractmethod
     def join_features(self, features: Sequence[Any]) -> Any:
-        """The vision tower's outputs for several prompts as one."""
+        """The vision tower's outputs for several prompts as one; here embeddings (tokens, width) an image."""
+        return type(features[0])(pooler_output=[image for each in features for image in each.pooler_output])
 
-    @abstractmethod
     def feature_tensors(self, features: Any) -> list[torch.Tensor]:
         """Every tensor in the vision tower's output."""
+        return [*features.pooler_output]
 
     @abstractmethod
     def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
         """The smallest image that the model takes, of one colour."""
 
-    @abstractmethod
     def blacken(
         self, images: ImageInputs, processor: ProcessorMixin, share: float, rng: np.random.Generator
     ) -> ImageInputs:
-        """The images with each patch black with probability `share`."""
+        """The images with each patch black with probability `share`, for `papo_coef`; a family may do without."""
+        raise self.lacks("blacken")
 
-    @abstractmethod
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Positions (P,), or of M-RoPE (3, P), of a prompt as a processor made it, one row."""
+        """Positions (P,), those of text, or of M-RoPE (3, P), of a prompt as a processor made it, one row."""
+        return torch.arange(inputs["input_ids"].shape[1])
 
     @abstractmethod
     def count_image_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:

@@ -33,19 +33,19 @@ class QwenVL(Family):
     video_processor = Qwen2VLVideoProcessor  # this and the side of a patch in pixels: of a tiny processor
     patch_size = 14
 
-    def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
+    def plain_inputs(self, is_image: torch.Tensor) -> dict[str, Any]:
         return {"mm_token_type_ids": is_image}
 
     def join_features(self, features: Sequence[Any]) -> BaseModelOutputWithPooling:
         """Embeddings an image, and Qwen3-VL's deepstack features a layer."""
-        joined = type(features[0])(pooler_output=[image for each in features for image in each.pooler_output])
+        joined = super().join_features(features)
         if getattr(features[0], "deepstack_features", None) is not None:
             layers = zip(*(each.deepstack_features for each in features), strict=True)
             joined.deepstack_features = [torch.cat(layer) for layer in layers]
         return joined
 
     def feature_tensors(self, features: Any) -> list[torch.Tensor]:
-        return [*features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
+        return super().feature_tensors(features) + (getattr(features, "deepstack_features", None) or [])
 
     def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
         vision = config.vision_config

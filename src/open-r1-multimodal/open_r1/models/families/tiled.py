@@ -86,9 +86,6 @@ class Tiled(Family):
         black = black_pixel(processor, pixels.dtype)[:, None, None]  # (channels, 1, 1)
         return {**images, "pixel_values": torch.where(is_black, black, pixels)}
 
-    def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
-        return torch.arange(inputs["input_ids"].shape[1])
-
     def count_image_tokens(self, processor: ProcessorMixin, sizes: Sequence[Size]) -> int:
         return sum(self.count_tiles(processor, size) for size in sizes) * self.tile_tokens(processor)
 
@@ -137,7 +134,7 @@ class SmolVLM(Tiled):
 
     image_axis = 1
 
-    def mend(self, model: PreTrainedModel) -> None:
+    def mend(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
         """Under autocast, turn features in 16 bits to the dtype of the embeddings they go into."""
         embeddings = model.get_input_embeddings()
         find_module(model, "connector").register_forward_hook(
@@ -236,9 +233,6 @@ class InternVL(Tiled):
     """InternVL3 as transformers has it: the tiles of all images in (tiles, channels, side, side)."""
 
     blocks = "encoder.layer"
-
-    def stock_inputs(self, images: Sequence[ImageInputs], is_image: torch.Tensor) -> dict[str, Any]:
-        return {"num_tiles": [len(inputs.get("pixel_values", ())) for inputs in images]}
 
     def blank_image(self, config: PreTrainedConfig) -> ImageInputs:
         vision = config.vision_config
