@@ -128,7 +128,7 @@ REFUSED = [
     ("importance_sampling_level", "word", "'word' is none of token, sequence"),
     ("lr_scheduler_type", "warmup_stable_decay", "num_decay_steps"),
     ("optim", "schedule_free_adamw", "schedulefree"),
-    ("report_to", "mlflow", "mlflow"),
+    ("report_to", "clearml", "clearml"),
 ]
 
 
