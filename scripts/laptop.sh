@@ -87,7 +87,7 @@ if asks_help "$@"; then
     usage
     exit
 fi
-RUN="$ROOT/outputs/laptop" seeds=0 SHORT="" FEW="" captions=3840 answers=960 HELD_OUT=64
+RUN="$ROOT/outputs/laptop" seeds=0 SHORT="" FEW="" captions=3840 answers=1600 HELD_OUT=64
 while [ $# -gt 0 ]; do
     case $1 in
         --seeds)

@@ -1,7 +1,7 @@
 """Writes what the laptop's model learns from: captions of rendered scenes, or reasoned answers to questions about them.
 
     python scripts/laptop/lessons.py captions --rows 3840 --seed 31 --output outputs/laptop/captions
-    python scripts/laptop/lessons.py answers --rows 960 --seed 32 --output outputs/laptop/answers
+    python scripts/laptop/lessons.py answers --rows 1600 --seed 32 --output outputs/laptop/answers
 
 Captions say what is where. An answer is `<think>...</think> <answer>...</answer>`, as the format reward wants it: the
 places of what is asked about, the step from there, and the answer; a quarter of them count all things, and so have a
