@@ -125,9 +125,9 @@ class SignalArguments:
     min_signal_groups: float = HfArg(
         default=0.0,
         help="Share of a rollout's groups whose completions must earn different rewards. While it "
-        "is missed, as many new prompts are sampled, and their groups with signal replace "
-        "those without; the step keeps its number of completions. DAPO asks for all, GPG for "
-        "0.4. 0 takes every group as it comes.",
+        "is missed, as many new prompts are sampled as are likely to bring what is missing, and "
+        "their groups with signal replace those without; the step keeps its number of "
+        "completions. DAPO asks for all, GPG for 0.4. 0 takes every group as it comes.",
     )
     max_refills: int = HfArg(
         default=3,
