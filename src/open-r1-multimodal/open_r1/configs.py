@@ -106,7 +106,7 @@ class GRPOScriptArguments(FreezeArguments, DataArguments):
 
     reward_funcs: list[str] = HfArg(
         default_factory=lambda: ["accuracy", "format"],
-        help="Rewards by registry name (accuracy, bare_accuracy, format, length, "
+        help="Rewards by registry name (accuracy, bare_accuracy, consistency, format, length, "
         "order_consistency, repetition, soft_overlong; docs/rewards.md) or as "
         "module:function, with parameters as in 'length(target_length=500)'; reward_weights weighs them.",
     )
