@@ -118,8 +118,15 @@ def write_trial(path: Path, finals: int, sampled: int = 8, steps: int = 10, benc
         for step, right in counts.items()
         for held in held_out(step, [number < right for number in range(QUESTIONS)], **changes)
     ]
+    thoughts = ["It is right.", "It is left."]
     train = [
-        row(step=step, group=number, length=step, reflections=[[0, 1]] if number == 0 else [])
+        row(
+            step=step,
+            group=number,
+            length=step,
+            reflections=[[0, 1]] if number == 0 else [],
+            completion=f"{(thoughts + ['Hm.'] * sampled)[number]}</think><answer>left</answer>",
+        )
         for step in range(1, steps + 1)
         for number in range(sampled)
     ]
@@ -163,6 +170,7 @@ def test_what_recipes_reached_and_took(runs):
     assert reference["benchmark"]["accuracy"] == 0.6 and reference["benchmark"]["interval"] == list(wilson(6, 10))
     assert (reference["completions"], refilled["completions"]) == (80, 160)
     assert reference["seconds"] == 25 and reference["length"] == 10 and reference["reflective"] == 1 / 8
+    assert reference["against"] == 1 / 2
     difference = refilled["held_out"]["difference"]
     assert difference["accuracy"] == pytest.approx(0.25)
     assert 0 < difference["interval"][0] < 0.25 < difference["interval"][1]
@@ -220,8 +228,8 @@ def test_tables_figure_and_numbers(tmp_path, runs, monkeypatch, capsys):
     low, high = (f"{100 * bound:.1f}" for bound in wilson(13, QUESTIONS))
     assert f"| none | 2 | 65.0 ({low} - {high}) | 60.0 - 70.0 | - | 60.0 (" in text
     assert re.search(r"^\| dapo\+refill \| 1 \| 90\.0 \(.*\| \+25\.0 \(\+\d", text, re.MULTILINE)
-    assert "| none | 80 | 80 | -, 72 | 25 | 10.0 | 12.5 |" in text
-    assert "| papo | 80 | - | - | 25 | 10.0 | 12.5 |" in text
+    assert "| none | 80 | 80 | -, 72 | 25 | 10.0 | 12.5 | 50.0 |" in text
+    assert "| papo | 80 | - | - | 25 | 10.0 | 12.5 | 50.0 |" in text
     assert "20 held-out questions and 10 of CV-Bench's form" in text
     svg = (tmp_path / "sweep.svg").read_text()
     assert all(f">{name}<" in svg for name in ("none", "dapo+refill", "papo"))
