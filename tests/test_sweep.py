@@ -278,7 +278,7 @@ def test_what_is_no_run_of_a_sweep(tmp_path):
 # and a training leaves the settings of its recipes.
 STUB = r"""#!/bin/sh
 [ "$1" != -c ] || exit 0
-echo "NUM_PROCESSES=$NUM_PROCESSES CONFIG=$CONFIG $*" >>"$CALLS"
+echo "NUM_PROCESSES=$NUM_PROCESSES MODEL=$MODEL CONFIG=$CONFIG $*" >>"$CALLS"
 case "$* $OUTPUT $CONFIG" in
     *launch.py*"$BAD"*) exit 3 ;;
     *launch.py*no_think*) echo '{"chat_template_kwargs": {"style": "direct"}}' >"$OUTPUT/run.json" ;;
@@ -306,11 +306,13 @@ def clone(tmp_path) -> Path:
     return root
 
 
-def sweep(root: Path, *arguments: str, bad: str = "nothing") -> tuple[subprocess.CompletedProcess, list[str]]:
+def sweep(
+    root: Path, *arguments: str, bad: str = "nothing", model: str = ""
+) -> tuple[subprocess.CompletedProcess, list[str]]:
     """What the script says, and what it asked of Python."""
     calls = root / "calls"
     calls.write_text("")
-    env = {**os.environ, "PYTHON": str(root / "python"), "CALLS": str(calls), "BAD": bad}
+    env = {**os.environ, "PYTHON": str(root / "python"), "CALLS": str(calls), "BAD": bad, "MODEL": model}
     env.pop("OUTPUT", None)
     command = ["sh", str(root / "scripts/sweep.sh"), *arguments]
     done = subprocess.run(command, env=env, cwd=root.parent, capture_output=True, text=True)
@@ -327,6 +329,7 @@ def test_a_sweep_runs_every_recipe_with_every_seed_and_compares(clone):
     assert sum(recipes.format("") in call for call in trained) == 2
     assert sum(recipes.format(overlays) in call for call in trained) == 2
     assert sum("--seed 3 " in call for call in trained) == 2
+    assert all(f"MODEL={clone}/configs/tiny/base " in call for call in trained)
     asked = {call for call in calls if "test_qwen2vl_CVBench.py" in call}
     assert len(asked) == 4
     assert all(("no_think" in call) == ("--no-use_reasoning_prompt" in call) for call in asked)  # as it was trained
@@ -335,8 +338,10 @@ def test_a_sweep_runs_every_recipe_with_every_seed_and_compares(clone):
 
     done, calls = sweep(clone, "--overlays", "none dapo+no_think", "--seeds", "0 3", "--steps", "2")
     assert done.returncode == 0 and not any("launch.py" in call for call in calls)  # finished runs are not repeated
-    done, calls = sweep(clone, "--overlays", "none", "--seeds", "0 3", "--steps", "4")
-    assert sum("launch.py" in call for call in calls) == 2  # these go on to more steps
+    (clone.parent / "other").mkdir()
+    done, calls = sweep(clone, "--overlays", "none", "--seeds", "0 3", "--steps", "4", model="other")
+    trained = [call for call in calls if "launch.py" in call]
+    assert len(trained) == 2 and all(f"MODEL={clone.parent}/other " in call for call in trained)  # to more steps
 
 
 def test_a_run_that_fails_stops_no_other_and_is_named(clone):
