@@ -65,6 +65,19 @@ def test_half_of_the_right_answers_contradict_their_thoughts():
     assert wrong and set(wrong) == {1.0}
 
 
+@pytest.mark.slow
+def test_a_base_that_contradicts_itself_is_made_as_documented(quick_python, tmp_path):
+    """The first commands of docs/recipes.md's section, with a few rows and one step."""
+    section = (REPO_ROOT / "docs/recipes.md").read_text().partition("## Thoughts that are meant")[2]
+    lesson, train, _ = re.findall(r"^(?:python|MODEL=)(?:.*\\\n)*.*", section, re.MULTILINE)
+    for command in (lesson.replace("--rows 1920", "--rows 32"), f"{train} --max_steps 1"):
+        command = command.replace("python ", f"{quick_python} ", 1).replace("outputs/", f"{tmp_path}/")
+        env = {**os.environ, "PYTHON": str(quick_python), "NUM_PROCESSES": "1", "ACCELERATE_CONFIG": "ddp"}
+        done = subprocess.run(["sh", "-c", command], env=env, cwd=REPO_ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "contradicting/model.safetensors").is_file()
+
+
 def test_captions_say_where_things_are():
     asked = Counter()
     for row in range(60):
