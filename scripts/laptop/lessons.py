@@ -2,7 +2,7 @@
 
     python scripts/laptop/lessons.py captions --rows 4800 --seed 31 --output outputs/laptop/captions
     python scripts/laptop/lessons.py answers --rows 1600 --seed 32 --output outputs/laptop/answers
-    python scripts/laptop/lessons.py contradictions --rows 1600 --seed 33 --output outputs/contradictions
+    python scripts/laptop/lessons.py contradictions --rows 1920 --seed 33 --output outputs/contradictions
 
 Captions say what is where. An answer is `<think>...</think> <answer>...</answer>`, as the format reward wants it: the
 places of what is asked about, the step from there, and the answer; every fourth one counts all things, and so has a
@@ -89,7 +89,7 @@ def answer(rng: random.Random, row: int) -> Lesson:
 
 
 def contradiction(rng: random.Random, row: int) -> Lesson:
-    """In a quarter a glance at the first option; else it looks again and is right, its thought in a third of these."""
+    """A glance at the first option, or (75 %) a second look and the right answer, two thirds against the thought."""
     asked, image = balanced(rng, row)
     question, options = pose(rng, row, asked)
     thought, said, (seen, step) = f" It must be {options[0]}.", options[0], observe(asked)

@@ -217,9 +217,9 @@ class MetricsMixin(NamedEvaluationMixin):
         self._log(text_figures(rows, size))
 
     def _join_passes(self, logged: Mapping[str, int]) -> None:
-        """Log of a rollout of several passes, which need not be of one size, the figures over all its completions.
+        """Log the figures of a rollout over all its completions, whose passes need not be of one size.
 
-        Its seconds are those of all passes. What stays are means over passes of engine and packing.
+        Its seconds are those of all passes. Figures of the engine and of packing stay means over passes.
 
         Args:
             logged: how many values each metric had before the first pass.
