@@ -103,25 +103,24 @@ def find_swaps(has_signal: Sequence[bool], refill_has_signal: Sequence[bool]) ->
     return dict(zip(empty, full, strict=False))
 
 
-def refill_size(has_signal: Sequence[Sequence[bool]], share: float, wanted: float, unit: int) -> int:
+def refill_size(has_signal: Sequence[Sequence[bool]], share: float, wanted: float) -> int:
     """How many prompts each process asks in a refill: the fewest that are expected to bring what is missing.
 
-    All processes ask as many, and each has a use for as many new groups as it has without signal. With one process and
-    all groups wanted it is the number of those without, divided by the share.
+    All processes ask as many, at most what they asked first, and each has a use for as many new groups as it has
+    without signal. With one process and all groups wanted it is the number of those without, divided by the share.
 
     Args:
         has_signal: of each process, its groups.
         share: of the groups sampled so far, those that had signal.
         wanted: of the rollout's groups, those that must have signal.
-        unit: groups of a micro-batch, in which a refill is counted; it is never larger than the rollout.
 
     Of 8 groups, 7 have signal:
 
-        >>> refill_size([[True] * 7 + [False]], share=7 / 8, wanted=1.0, unit=1)
+        >>> refill_size([[True] * 7 + [False]], share=7 / 8, wanted=1.0)
         2
     """
     whole = len(has_signal[0])
-    for size in range(unit, whole, unit):
+    for size in range(1, whole):
         expected = sum(sum(groups) + min(groups.count(False), size * share) for groups in has_signal)
         if expected / (len(has_signal) * whole) >= wanted:
             return size
@@ -279,12 +278,11 @@ class PromptSamplingMixin:
         batch, has_signal = self._take_pass(inputs if rows == asked else self._rows_of_process(rows), 0)
         taken, groups = {*asked, *rows}, len(rows)
         sampled, found = groups, sum(map(sum, has_signal))
-        unit = max(self.args.per_device_train_batch_size // self.num_generations, 1)
         for refill in range(settings.max_refills + 1):
             with_signal = sum(map(sum, has_signal))
             if refill == settings.max_refills or with_signal / groups >= settings.min_signal_groups:
                 break
-            size = refill_size(has_signal, found / sampled, settings.min_signal_groups, unit)
+            size = refill_size(has_signal, found / sampled, settings.min_signal_groups)
             rows = draw_prompts(size * processes, self._chance, taken, rows_in_all, self._draw(refill + 1))
             other, other_has_signal = self._take_pass(self._rows_of_process(rows), refill + 1)
             swaps = [find_swaps(*pair) for pair in zip(has_signal, other_has_signal, strict=True)]
