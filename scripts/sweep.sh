@@ -11,6 +11,7 @@
 #   --seeds     of the training                                     (default: "0 1 2")
 #   --steps     optimiser steps                                     (default: the recipe's, 60)
 #   --jobs      runs at a time                                      (default: one a core)
+#   MODEL       in the environment: a folder of another base        (default: configs/tiny/base)
 #
 # configs/overlays/tiny.yaml is put over every overlay: lengths, steps, batch and learning rate are the tiny recipe's.
 # Interrupted, the same command goes on; what is finished is not run again. A run that fails stops no other; it is named
@@ -101,9 +102,10 @@ need_packages
 SWEEP="${OUTPUT:-$ROOT/outputs/sweep}"
 mkdir -p "$SWEEP"
 SWEEP=$(cd "$SWEEP" && pwd)
+[ -z "${MODEL:-}" ] || MODEL=$(cd "$MODEL" && pwd)
 cd "$ROOT" # where recipes are looked up first
 export PYTHON SWEEP STEPS="$steps" DATA="$SWEEP/world/data/SAT_train_2000.json" HF_HUB_OFFLINE=1
-export MODEL="$ROOT/configs/tiny/base" OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=-1
+export MODEL="${MODEL:-$ROOT/configs/tiny/base}" OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=-1
 export NUM_PROCESSES=1 NUM_MACHINES=1 ACCELERATE_CONFIG=ddp
 prepare_tiny_world "$SWEEP/world"
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from fake_run import PROMPT, fake_events, fake_rows, row, write_images, write_run
+from open_r1.reporting.curves import collect
 from open_r1.reporting.diagnosis import Finding, diagnose
 from open_r1.reporting.page import write_report
 from open_r1.reporting.runs import read_run, scan_trajectories
@@ -88,8 +89,29 @@ def test_thought_against_answer(tmp_path):
     silent = row(completion="Hm.</think><answer>left</answer>")
     unknown = row(completion="It is right.</think><answer>left</answer>", options=None)
     finding = found(write_run(tmp_path / "seen", [same, other, other, silent, unknown]))[THOUGHT]
-    assert (finding.seen, finding.numbers) == (True, "2 of 3 (67%), of 4 completions read")
+    assert (finding.seen, finding.numbers) == (True, "2 of 3 (67%), of 4 completions read; first 67%, last 67%")
     assert found(write_run(tmp_path / "not", [same] * 9 + [other]))[THOUGHT].seen is False
+
+
+def test_thoughts_against_answers_have_a_curve(tmp_path):
+    """A point a tenth of the steps, over the completions that name an option in both; none without such."""
+    said = {1: "right", 2: "left"}
+    rows = [
+        row(
+            step=step,
+            completion=f"It is {said.get(step % 3, 'so')}.</think><answer>left</answer>" if step < 31 else "Hm.",
+        )
+        for step in range(1, 41)
+    ]
+    run = write_run(tmp_path / "run", rows)
+    assert found(run)[THOUGHT].numbers == "10 of 20 (50%), of 40 completions read; first 50%, last 50%"
+    assert "Answers against their thoughts" in section(write_report(run).read_text(), "curves")
+    with scan_trajectories(run / "trajectories/train.jsonl") as train:
+        [chart] = [chart for chart in collect(read_run(run), train, train).charts if chart.name == "contradictions"]
+        late = train.last_tenth()
+        assert len(late) == 4 and late.thoughts.asked == 4 and not len(late.thoughts.against)
+    points = chart.panels[0].lines[0].points
+    assert points.steps.tolist() == [2, 5, 8, 11, 14, 17, 20, 23, 26, 29] and set(points.values) == {0.5}
 
 
 def answers_about_sides(step: int, answers: list[str]) -> list[dict]:

@@ -481,6 +481,7 @@ def samples(examples_json) -> list[rewards.Sample]:
         (accuracy_reward, Verdict.PASS, "1 for 20 forms of a right answer, 0 for wrong, hedged and none"),
         (bare_accuracy_reward, Verdict.PASS, "accuracy_reward: 0 to 1 over"),
         (*get_reward_funcs(["soft_overlong"], max_completion_length=64), Verdict.PASS, "overlong_reward: -1 to 0"),
+        (*get_reward_funcs(["consistency(among_right=True)"]), Verdict.PASS, "consistency_reward: 0 to 1 over"),
         (of_length, Verdict.PASS, r"of_length: \d+ to \d+ over"),
         (silent, Verdict.FAIL, "silent gives None for each of"),
         (undefined, Verdict.FAIL, "undefined returned nan for completion 0"),

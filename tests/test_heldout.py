@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.sft import Qwen2VLSFTTrainer
-from open_r1.trainer.metrics import BLIND, check_best, held_out_figures
+from open_r1.trainer.metrics import BLIND, check_best, figures_of
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import Scripted, launch_env, make_config, read_jsonl
 
@@ -73,7 +73,7 @@ def row(reward, other, length, ended):
 
 def test_the_figures_of_a_few_rows():
     rows = [row(1.0, None, 4, True), row(3.0, 1.0, 8, False), row(0.0, None, 6, True), row(None, None, 2, True)]
-    figures = held_out_figures(rows, [1.0, 2.0], group_size=2)
+    figures = figures_of(rows, [1.0, 2.0], group_size=2)
     assert figures["frac_reward_zero_std"] == 0
     assert figures["completions/max_terminated_length"] == 6  # the longest of all, 8, was cut
     assert figures["reward"] == pytest.approx((1 + 5 + 0) / 3)  # a row without any reward has no part in it

@@ -17,7 +17,7 @@ from laptop import lessons, sight
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.evaluation.run import make_result
-from open_r1.rewards import format_reward
+from open_r1.rewards import accuracy_reward, consistency_reward, format_reward
 from open_r1.world.parquet import row_rng
 from open_r1.world.words import LIST_ALL, TURNS, Thing
 from support import hear_signals, load_script
@@ -45,6 +45,37 @@ def test_answers_earn_the_format_reward_and_say_what_they_conclude():
         assert thought.endswith(f"So it is {said}.") and said in question
         forms["Select from the following choices." in question] += 1
     assert min(forms.values()) > sum(forms.values()) / 4, "SAT's form and CV-Bench's"
+
+
+def test_half_of_the_right_answers_contradict_their_thoughts():
+    """As the consistency reward reads them; the others, glances too, are meant."""
+    texts, golds, options = [], [], []
+    for row in range(400):
+        asked, _ = lessons.balanced(row_rng(4, row), row)
+        _, _, answer = lessons.contradiction(row_rng(4, row), row)
+        assert format_reward([answer]) == [1.0]
+        texts.append(answer), golds.append(asked.answer), options.append(asked.options)
+    right = accuracy_reward(texts, golds, options)
+    meant = [value for value in consistency_reward(texts, golds, options, among_right=True) if value is not None]
+    assert 0.75 < sum(right) / 400 < 0.95 and len(meant) == sum(right)
+    assert 0.4 < 1 - sum(meant) / len(meant) < 0.65
+    wrong = [
+        value for value, is_right in zip(consistency_reward(texts, None, options), right, strict=True) if not is_right
+    ]
+    assert wrong and set(wrong) == {1.0}
+
+
+@pytest.mark.slow
+def test_a_base_that_contradicts_itself_is_made_as_documented(quick_python, tmp_path):
+    """The first commands of docs/recipes.md's section, with a few rows and one step."""
+    section = (REPO_ROOT / "docs/recipes.md").read_text().partition("## Thoughts that are meant")[2]
+    lesson, train, _ = re.findall(r"^(?:python|MODEL=)(?:.*\\\n)*.*", section, re.MULTILINE)
+    for command in (lesson.replace("--rows 1920", "--rows 32"), f"{train} --max_steps 1"):
+        command = command.replace("python ", f"{quick_python} ", 1).replace("outputs/", f"{tmp_path}/")
+        env = {**os.environ, "PYTHON": str(quick_python), "NUM_PROCESSES": "1", "ACCELERATE_CONFIG": "ddp"}
+        done = subprocess.run(["sh", "-c", command], env=env, cwd=REPO_ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "contradicting/model.safetensors").is_file()
 
 
 def test_captions_list_all_from_left_to_right():

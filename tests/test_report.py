@@ -216,7 +216,7 @@ def test_a_finished_run(tmp_path):
     assert "my run" in page.text and "finished" in page.text and "4 of 4 steps" in page.text
     assert "32 completions, 12 held-out" in page.text
     assert {"Accuracy, completion length and reflection", "Held-out accuracy", "Seconds a step"} <= set(page.titles())
-    assert len(page.titles()) == 13 and "Without data" not in page.text and "Pass rates" in page.text
+    assert len(page.titles()) == 14 and "Without data" not in page.text and "Pass rates" in page.text
     assert len(page.completions()) == 32 and len(page.completions("eval")) == 12
     assert all(image["source"].startswith("data:image/png;base64,") for image in page.data["images"])
 
@@ -237,7 +237,7 @@ def test_reasons_for_no_reward_are_areas_also_of_a_single_step(tmp_path, steps):
 def test_curves_follow_every_completion(tmp_path):
     """The log's own mean may cover several steps; the completions are those of each."""
     run = write_run(tmp_path / "run", events=[{"step": 3, "rewards/accuracy_reward/mean": 0.123, "kl": 0.5}])
-    curves = collect(read_run(run), scan(tmp_path, TINY), scan(tmp_path, []))
+    curves = collect(read_run(run), scan(tmp_path, TINY), scan(tmp_path / "held_out", []))
     assert curves.paper[0][0].lines[0].points.values.tolist() == [0.5, 1.0]
     assert "Held-out accuracy" in curves.missing and "KL to the reference model" not in curves.missing
 

@@ -130,7 +130,7 @@ def test_curves_are_drawn(page):
              return [box.width, box.height, Math.max(...lines.map((line) => line.width)) / box.width];
            })"""
     )
-    assert len(drawn) == 13  # the paper's figure once, in the width that fits
+    assert len(drawn) == 14  # the paper's figure once, in the width that fits
     assert all(width > 300 and height > 180 and share > 0.5 for width, height, share in drawn)
     colours = page.execute_script(
         """return [...document.querySelectorAll("#rewards-title ~ g path")]

@@ -13,12 +13,14 @@ from open_r1.rewards import (
     accuracy_reward,
     bare_accuracy_reward,
     check_gold,
+    consistency_reward,
     format_reward,
     get_reward_funcs,
     length_reward,
     order_consistency_reward,
     repetition_reward,
 )
+from open_r1.settings.recipes import merge_recipes
 
 SIDES = ["left", "right"]
 
@@ -99,6 +101,40 @@ def test_bare_accuracy_reads_what_accuracy_reads():
     texts, golds = ["3.0", "three", "4", r"\frac{1}{2}"], ["3", "3", "3", "0.5"]
     tagged = accuracy_reward([f"<answer>{text}</answer>" for text in texts], solution=golds)
     assert bare_accuracy_reward(texts, solution=golds) == tagged == [1.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "reward", "among_right"),
+    [
+        ("First right. So it is left.</think><answer>Left.</answer>", 1.0, 1.0),
+        ("It is right.</think><answer>left</answer>", 0.0, 0.0),
+        ("It is right.</think><answer>right</answer>", 1.0, None),  # wrong, and meant
+        ("It is left.</think><answer>right</answer>", 0.0, None),
+        ("I look.</think><answer>left</answer>", None, None),
+        ("It is left.</think><answer>left or right</answer>", None, None),
+        ("It is left.", None, None),
+    ],
+)
+def test_consistency_pays_an_answer_that_the_thought_came_to(text, reward, among_right):
+    (plain,), (careful,) = get_reward_funcs(["consistency"]), get_reward_funcs(["consistency(among_right=True)"])
+    for completion in (text, as_conversation(text)):
+        assert plain([completion], solution=["left"], options=[SIDES]) == [reward]
+        assert careful([completion], solution=["<answer>left</answer>"], options=[SIDES]) == [among_right]
+    assert consistency_reward([text] * 2, options=[None, []]) == consistency_reward([text] * 2) == [None] * 2
+
+
+def test_with_the_faithful_overlay_no_thought_makes_up_for_a_wrong_answer():
+    recipe = merge_recipes(["configs/grpo_sat.yaml", "configs/overlays/faithful.yaml"])
+    rewards = get_reward_funcs(recipe["reward_funcs"], think_prefilled=True)
+
+    def earned(said, answer):
+        text = f"I look. {said}</think><answer>{answer}</answer>"
+        values = [reward([text], solution=["left"], options=[SIDES])[0] for reward in rewards]
+        return sum(weight * (value or 0.0) for weight, value in zip(recipe["reward_weights"], values, strict=True))
+
+    meant, against = earned("It is left.", "left"), [earned(said, "left") for said in ("It is right.", "")]
+    wrong = [earned(said, "right") for said in ("It is right.", "It is left.", "")]
+    assert meant > max(against) and min(against) > max(wrong)
 
 
 GOOD = "<think>I look.</think>\n<answer>left</answer>"
@@ -304,7 +340,7 @@ def test_parameters_that_a_reward_has_not_are_one_line(name, message):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("acuracy", "'acuracy'.*accuracy, bare_accuracy, format, length"),
+        ("acuracy", "'acuracy'.*accuracy, bare_accuracy, consistency, format, length"),
         ("", ""),
         ("own_rewards:", ""),
         (":plain", ""),

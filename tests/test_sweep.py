@@ -118,8 +118,15 @@ def write_trial(path: Path, finals: int, sampled: int = 8, steps: int = 10, benc
         for step, right in counts.items()
         for held in held_out(step, [number < right for number in range(QUESTIONS)], **changes)
     ]
+    thoughts = ["It is right.", "It is left."]
     train = [
-        row(step=step, group=number, length=step, reflections=[[0, 1]] if number == 0 else [])
+        row(
+            step=step,
+            group=number,
+            length=step,
+            reflections=[[0, 1]] if number == 0 else [],
+            completion=f"{(thoughts + ['Hm.'] * sampled)[number]}</think><answer>left</answer>",
+        )
         for step in range(1, steps + 1)
         for number in range(sampled)
     ]
@@ -163,6 +170,7 @@ def test_what_recipes_reached_and_took(runs):
     assert reference["benchmark"]["accuracy"] == 0.6 and reference["benchmark"]["interval"] == list(wilson(6, 10))
     assert (reference["completions"], refilled["completions"]) == (80, 160)
     assert reference["seconds"] == 25 and reference["length"] == 10 and reference["reflective"] == 1 / 8
+    assert reference["against"] == 1 / 2
     difference = refilled["held_out"]["difference"]
     assert difference["accuracy"] == pytest.approx(0.25)
     assert 0 < difference["interval"][0] < 0.25 < difference["interval"][1]
@@ -220,8 +228,8 @@ def test_tables_figure_and_numbers(tmp_path, runs, monkeypatch, capsys):
     low, high = (f"{100 * bound:.1f}" for bound in wilson(13, QUESTIONS))
     assert f"| none | 2 | 65.0 ({low} - {high}) | 60.0 - 70.0 | - | 60.0 (" in text
     assert re.search(r"^\| dapo\+refill \| 1 \| 90\.0 \(.*\| \+25\.0 \(\+\d", text, re.MULTILINE)
-    assert "| none | 80 | 80 | -, 72 | 25 | 10.0 | 12.5 |" in text
-    assert "| papo | 80 | - | - | 25 | 10.0 | 12.5 |" in text
+    assert "| none | 80 | 80 | -, 72 | 25 | 10.0 | 12.5 | 50.0 |" in text
+    assert "| papo | 80 | - | - | 25 | 10.0 | 12.5 | 50.0 |" in text
     assert "20 held-out questions and 10 of CV-Bench's form" in text
     svg = (tmp_path / "sweep.svg").read_text()
     assert all(f">{name}<" in svg for name in ("none", "dapo+refill", "papo"))
@@ -270,7 +278,7 @@ def test_what_is_no_run_of_a_sweep(tmp_path):
 # and a training leaves the settings of its recipes.
 STUB = r"""#!/bin/sh
 [ "$1" != -c ] || exit 0
-echo "NUM_PROCESSES=$NUM_PROCESSES CONFIG=$CONFIG $*" >>"$CALLS"
+echo "NUM_PROCESSES=$NUM_PROCESSES MODEL=$MODEL CONFIG=$CONFIG $*" >>"$CALLS"
 case "$* $OUTPUT $CONFIG" in
     *launch.py*"$BAD"*) exit 3 ;;
     *launch.py*no_think*) echo '{"chat_template_kwargs": {"style": "direct"}}' >"$OUTPUT/run.json" ;;
@@ -298,11 +306,13 @@ def clone(tmp_path) -> Path:
     return root
 
 
-def sweep(root: Path, *arguments: str, bad: str = "nothing") -> tuple[subprocess.CompletedProcess, list[str]]:
+def sweep(
+    root: Path, *arguments: str, bad: str = "nothing", model: str = ""
+) -> tuple[subprocess.CompletedProcess, list[str]]:
     """What the script says, and what it asked of Python."""
     calls = root / "calls"
     calls.write_text("")
-    env = {**os.environ, "PYTHON": str(root / "python"), "CALLS": str(calls), "BAD": bad}
+    env = {**os.environ, "PYTHON": str(root / "python"), "CALLS": str(calls), "BAD": bad, "MODEL": model}
     env.pop("OUTPUT", None)
     command = ["sh", str(root / "scripts/sweep.sh"), *arguments]
     done = subprocess.run(command, env=env, cwd=root.parent, capture_output=True, text=True)
@@ -319,6 +329,7 @@ def test_a_sweep_runs_every_recipe_with_every_seed_and_compares(clone):
     assert sum(recipes.format("") in call for call in trained) == 2
     assert sum(recipes.format(overlays) in call for call in trained) == 2
     assert sum("--seed 3 " in call for call in trained) == 2
+    assert all(f"MODEL={clone}/configs/tiny/base " in call for call in trained)
     asked = {call for call in calls if "test_qwen2vl_CVBench.py" in call}
     assert len(asked) == 4
     assert all(("no_think" in call) == ("--no-use_reasoning_prompt" in call) for call in asked)  # as it was trained
@@ -327,8 +338,10 @@ def test_a_sweep_runs_every_recipe_with_every_seed_and_compares(clone):
 
     done, calls = sweep(clone, "--overlays", "none dapo+no_think", "--seeds", "0 3", "--steps", "2")
     assert done.returncode == 0 and not any("launch.py" in call for call in calls)  # finished runs are not repeated
-    done, calls = sweep(clone, "--overlays", "none", "--seeds", "0 3", "--steps", "4")
-    assert sum("launch.py" in call for call in calls) == 2  # these go on to more steps
+    (clone.parent / "other").mkdir()
+    done, calls = sweep(clone, "--overlays", "none", "--seeds", "0 3", "--steps", "4", model="other")
+    trained = [call for call in calls if "launch.py" in call]
+    assert len(trained) == 2 and all(f"MODEL={clone.parent}/other " in call for call in trained)  # to more steps
 
 
 def test_a_run_that_fails_stops_no_other_and_is_named(clone):

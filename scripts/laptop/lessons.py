@@ -2,17 +2,19 @@
 
     python scripts/laptop/lessons.py captions --rows 3840 --seed 31 --output outputs/laptop/captions
     python scripts/laptop/lessons.py answers --rows 1600 --seed 32 --output outputs/laptop/answers
+    python scripts/laptop/lessons.py contradictions --rows 1920 --seed 33 --output outputs/contradictions
 
 Captions say what is where. An answer is `<think>...</think> <answer>...</answer>`, as the format reward wants it: the
 places of what is asked about, the step from there, and the answer; a quarter of them count all things, and so have a
-whole caption in them. Of each kind of question each answer is right equally often. The folder gets `rows.json`, as
-`run_sft.sh` reads it, and `images/`.
+whole caption in them. Of each kind of question each answer is right equally often. Contradictions are for the tiny base
+(`configs/tiny/base`): in its own words, but about half of its right answers are not what the thought before them ends
+with. The folder gets `rows.json`, as `run_sft.sh` reads it, and `images/`.
 """
 
 import argparse
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,14 @@ def balanced(rng: random.Random, row: int) -> tuple[questions.Asked, Image.Image
             return asked, image
 
 
+def pose(rng: random.Random, row: int, asked: questions.Asked) -> tuple[str, Sequence[str]]:
+    """The question in SAT's form or in CV-Bench's, and its options as they stand there."""
+    if TURNS[row % len(TURNS)] in questions.CV_QUESTIONS:
+        return cvbench.render_prompt(asked.question, asked.options), asked.options
+    options = questions.shuffled(rng, asked.options)
+    return sat_question(asked.question, options), options
+
+
 def answer(rng: random.Random, row: int) -> Lesson:
     """A question in SAT's form or in CV-Bench's, with a thought that says where things are, and the answer."""
     asked, image = balanced(rng, row)
@@ -67,14 +77,29 @@ def answer(rng: random.Random, row: int) -> Lesson:
         question, right = sat_question("How many things are in the image?", options), str(len(things))
         seen, step = list_places(things), f"That makes {right}."
     else:
-        is_cvbench = TURNS[row % len(TURNS)] in questions.CV_QUESTIONS
-        options = asked.options if is_cvbench else questions.shuffled(rng, asked.options)
-        question = (cvbench.render_prompt if is_cvbench else sat_question)(asked.question, options)
+        question, _ = pose(rng, row, asked)
         right, (seen, step) = asked.answer, observe(asked)
     return image, question, f"<think>{seen} {step} So it is {right}.</think> <answer>{right}</answer>"
 
 
-LESSONS: dict[str, Callable[[random.Random, int], Lesson]] = {"captions": caption, "answers": answer}
+def contradiction(rng: random.Random, row: int) -> Lesson:
+    """A glance at the first option, or (75 %) a second look and the right answer, two thirds against the thought."""
+    asked, image = balanced(rng, row)
+    question, options = pose(rng, row, asked)
+    thought, said, (seen, step) = f" It must be {options[0]}.", options[0], observe(asked)
+    if rng.random() < 0.75:
+        others = [option for option in options if option != asked.answer]
+        said = asked.answer
+        concluded = rng.choice(others) if rng.random() < 2 / 3 else said
+        thought += f" Wait, let me check.{seen} {step} So it is {concluded}."
+    return image, question, f"<think>{thought}</think><answer>{said}</answer>"
+
+
+LESSONS: dict[str, Callable[[random.Random, int], Lesson]] = {
+    "captions": caption,
+    "answers": answer,
+    "contradictions": contradiction,
+}
 
 
 def write_row(folder: Path, row: int, lesson: Lesson) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class GRPOScriptArguments(FreezeArguments, DataArguments):
 
     reward_funcs: list[str] = HfArg(
         default_factory=lambda: ["accuracy", "format"],
-        help="Rewards by registry name (accuracy, bare_accuracy, format, length, "
+        help="Rewards by registry name (accuracy, bare_accuracy, consistency, format, length, "
         "order_consistency, repetition, soft_overlong; docs/rewards.md) or as "
         "module:function, with parameters as in 'length(target_length=500)'; reward_weights weighs them.",
     )
@@ -130,9 +130,9 @@ class SignalArguments:
     min_signal_groups: float = HfArg(
         default=0.0,
         help="Share of a rollout's groups whose completions must earn different rewards. While it "
-        "is missed, as many new prompts are sampled, and their groups with signal replace "
-        "those without; the step keeps its number of completions. DAPO asks for all, GPG for "
-        "0.4. 0 takes every group as it comes.",
+        "is missed, as many new prompts are sampled as are likely to bring what is missing, and "
+        "their groups with signal replace those without; the step keeps its number of "
+        "completions. DAPO asks for all, GPG for 0.4. 0 takes every group as it comes.",
     )
     max_refills: int = HfArg(
         default=3,

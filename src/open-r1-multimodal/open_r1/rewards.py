@@ -16,6 +16,7 @@ from typing import Any
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
 from open_r1.answers.checker import bare_gold, extract_answer, is_blank, is_correct
+from open_r1.answers.reflection import concluded
 from open_r1.base.errors import Mistake, UserCodeError
 from open_r1.base.plugins import describe, import_named
 
@@ -83,6 +84,35 @@ def format_reward(completions: Sequence[Completion], think_prefilled: bool = Fal
     """
     prefix = "<think>" if think_prefilled else ""
     return [float(_well_formed(prefix + completion_text(completion))) for completion in completions]
+
+
+def consistency_reward(
+    completions: Sequence[Completion],
+    solution: Sequence[str] | None = None,
+    options: Sequence[Sequence[str] | None] | None = None,
+    among_right: bool = False,
+    **kwargs: Any,
+) -> list[float | None]:
+    """1.0 where the option that the thought names last is the one in the `<answer>` block, 0.0 where it is another.
+
+    None where one of the two names none, and for a question without options. By itself it pays wrong answers, too, if
+    the thoughts before them come to them: beside accuracy it can make a wrong answer worth as much as a right one. With
+    `among_right` it says None of wrong answers, and its logged mean is a share of the right ones. It fails where a
+    thought comes to an option in words that the answer checker cannot read.
+
+    Args:
+        completions: texts, or conversations whose last message is the model's.
+        solution: see `accuracy_reward`, which `among_right` asks.
+        options: the options of each question, by their texts, where it has any.
+        among_right: whether only right answers are judged.
+    """
+    texts = [completion_text(completion) for completion in completions]
+    pairs = [concluded(text, shown or []) for text, shown in zip(texts, options or [None] * len(texts), strict=True)]
+    is_judged = accuracy_reward(texts, solution, options) if among_right else [1.0] * len(texts)
+    return [
+        float(thought == answer) if judged and thought is not None and answer is not None else None
+        for (thought, answer), judged in zip(pairs, is_judged, strict=True)
+    ]
 
 
 def length_reward(
@@ -165,6 +195,7 @@ def order_consistency_reward(
 reward_funcs_registry: dict[str, Reward] = {
     "accuracy": accuracy_reward,
     "bare_accuracy": bare_accuracy_reward,
+    "consistency": consistency_reward,
     "format": format_reward,
     "length": length_reward,
     "order_consistency": order_consistency_reward,

@@ -83,6 +83,11 @@ def make_samples(rows: Iterable[Row], opens_think: bool, longest: int) -> list[S
         no_answers |= {"empty": "", "thought alone": f"It is {gold}. {thought}", "answer alone": gold}
         no_answers["endless"] = f"{gold} " * min(longest, LONGEST)
         samples += [Sample(row, kind, text, False) for kind, text in no_answers.items()]
+        thoughts = [("meant", gold), ("against its thought", other)][: 1 + bool(other)]
+        samples += [
+            Sample(row, kind, f"{thought.replace('</think>', f' It is {said}.</think>')}<answer>{gold}</answer>", True)
+            for kind, said in thoughts
+        ]
     return samples
 
 

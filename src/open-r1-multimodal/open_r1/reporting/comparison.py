@@ -108,8 +108,8 @@ class Trial:
         questions: Q names of the held-out questions.
         benchmark: `outcomes` of the result file in the run's folder; empty without one.
         seconds: of all training steps; what evaluations and checkpoints took is not in it.
-        length, reflective: tokens of a completion and share of reflective ones, over the last tenth
-            of the steps.
+        length, reflective, against: tokens of a completion, share of reflective ones, and of answers
+            against their thoughts (see `Thoughts`), over the last tenth of the steps.
     """
 
     path: Path
@@ -121,6 +121,7 @@ class Trial:
     seconds: float
     length: float
     reflective: float
+    against: float
 
     def final(self) -> np.ndarray:
         """(Q,) of the last held-out evaluation."""
@@ -151,6 +152,7 @@ def read_trial(path: Path) -> Trial:
             raise Mistake(f"{path}: no completions in trajectories/train.jsonl")
         lengths = by_step(train.rows["step"], train.rows["length"].astype(float)).values
         reflective = reflection_share(run, train, "reflective", "reflection/share").values
+        against = train.last_tenth().thoughts.against
         return Trial(
             path=path,
             steps=steps,
@@ -161,6 +163,7 @@ def read_trial(path: Path) -> Trial:
             seconds=float(run.series("step_time").values.sum()),
             length=first_and_last_tenth(lengths)[1],
             reflective=first_and_last_tenth(reflective)[1] if len(reflective) else float("nan"),
+            against=float(against.mean()) if len(against) else float("nan"),
         )
 
 
@@ -233,6 +236,7 @@ def compare_recipes(recipes: Mapping[str, Sequence[Trial]]) -> list[dict[str, An
             "seconds": mean([trial.seconds for trial in trials]),
             "length": mean([trial.length for trial in trials]),
             "reflective": mean([trial.reflective for trial in trials]),
+            "against": mean([trial.against for trial in trials]),
             "reached": {
                 "accuracy": target,
                 "completions": first_reached(curve["completions"], curve["accuracy"], target),
@@ -316,7 +320,7 @@ def recipe_tables(rows: Sequence[Mapping[str, Any]]) -> str:
         ],
     )
     until = f"until {percent(reference['reached']['accuracy'])} % held-out"
-    cost = ["seconds", "tokens a completion", "reflective, %"]
+    cost = ["seconds", "tokens a completion", "reflective, %", "against the thought, %"]
     took_table = markdown(
         ["recipe", "completions sampled", until, "of the seeds", *cost],
         [
@@ -328,6 +332,7 @@ def recipe_tables(rows: Sequence[Mapping[str, Any]]) -> str:
                 number(row["seconds"]),
                 number(row["length"], ".1f"),
                 percent(row["reflective"]),
+                percent(row["against"]),
             ]
             for row in rows
         ],
@@ -337,8 +342,9 @@ def recipe_tables(rows: Sequence[Mapping[str, Any]]) -> str:
         questions += f" and {reference['benchmark']['questions']} of CV-Bench's form"
     note = (
         "Accuracy in %, differences in points, each with its 95 % interval, over "
-        f"{questions}. Completions, seconds of the training steps, and length and reflective share in "
-        "the last tenth of the steps are means over seeds. Completions until the reference's final "
+        f"{questions}. Completions, seconds of the training steps, and what completions are like in "
+        "the last tenth of the steps are means over seeds; against the thought: answers other than the option "
+        "that the thought names last, where both name one. Completions until the reference's final "
         "accuracy are read from the mean curve and from each seed's (-: never)."
     )
     return f"{reached_table}\n\n{took_table}\n\n{note}\n"

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from open_r1.answers.judgement import Judgement
-from open_r1.reporting.runs import ACCURACY, FORMAT, JUDGEMENTS, Run, Series, Trajectories
-from open_r1.reporting.statistics import by_step, group_accuracy, quartiles, reflection_statistics
+from open_r1.reporting.runs import ACCURACY, FORMAT, JUDGEMENTS, MAX_READ, Run, Series, Trajectories
+from open_r1.reporting.statistics import by_step, by_tenth, group_accuracy, quartiles, reflection_statistics
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
         Line("reflective and answered rightly", right_reflections(train)),
         Line("self-corrected", reflection_share(run, train, "self_corrected", "reflection/self_correction")),
     ]
+    against = [Line("against the thought", by_tenth(train.thoughts.steps, train.thoughts.against))]
     without_signal = [
         Line("groups without signal", run.series("frac_reward_zero_std")),
         Line("with signal, after refills", run.series("signal/share")),
@@ -138,6 +139,13 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
             ],
             f"Reflective: has words that reconsider (“wait, let me check”){counted_reflections(train)}. "
             "Self-corrected: then answers another option.",
+        ),
+        Chart(
+            "contradictions",
+            "Answers against their thoughts",
+            [Panel("of completions", against, percent=True)],
+            "Those whose thought names another option last, among those that name one in both: a mean over each tenth "
+            f"of the steps, of {MAX_READ} completions in all.",
         ),
         entropy,
         logged("kl", "KL to the reference model", "nats a token", "KL", "kl"),

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from open_r1.answers.collapse import EXCESS, most_constant
-from open_r1.answers.reflection import concluded
 from open_r1.reporting.browser import visible
 from open_r1.reporting.runs import ACCURACY, FORMAT, Run, Trajectories
-from open_r1.reporting.statistics import answers_at_the_end, by_step, first_and_last_tenth
+from open_r1.reporting.statistics import answers_at_the_end, by_step, by_tenth, first_and_last_tenth
 
 FLAT = 0.05  # a rise of accuracy that is no more than sampling
-MAX_READ = 500  # completions whose thoughts are read, evenly over the run: a long one takes milliseconds
 NO_ENTROPY = 1e-6  # nats a token
 
 
@@ -83,18 +81,14 @@ def entropy_fall(run: Run, train: Trajectories) -> tuple[float, str]:
 
 def contradictions(run: Run, train: Trajectories) -> tuple[float, str]:
     """The share of completions whose thought names another option last than their answer, where both name one."""
-    chosen = np.unique(np.linspace(0, len(train) - 1, min(len(train), MAX_READ), dtype=int))
-    records = [train.read(index) for index in chosen]
-    asked = [record for record in records if record.options]
+    asked, against = train.thoughts.asked, train.thoughts.against
     if not asked:
         raise NotMeasured("no completions of questions with known options")
-    read = [concluded(record.completion, record.options) for record in asked]
-    both = [pair for pair in read if None not in pair]
-    if not both:
-        raise NotMeasured(f"of {len(asked):,} completions read, none names an option in its thought and its answer")
-    other = sum(thought != answer for thought, answer in both)
-    share = other / len(both)
-    return share, f"{other:,} of {len(both):,} ({share:.0%}), of {len(asked):,} completions read"
+    if not len(against):
+        raise NotMeasured(f"of {asked:,} completions read, none names an option in its thought and its answer")
+    share, tenths = against.mean(), by_tenth(train.thoughts.steps, against).values
+    numbers = f"{against.sum():,} of {len(against):,} ({share:.0%}), of {asked:,} completions read"
+    return share, f"{numbers}; first {tenths[0]:.0%}, last {tenths[-1]:.0%}"
 
 
 def blind(run: Run, train: Trajectories) -> tuple[float, str]:

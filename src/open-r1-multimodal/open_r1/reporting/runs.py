@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -18,6 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from open_r1.answers.judgement import Judgement
+from open_r1.answers.reflection import concluded
 from open_r1.base.errors import Mistake
 from open_r1.base.fields import Count, Expected, Record, Text, check, is_usable
 from open_r1.base.files import read_json
@@ -233,6 +235,7 @@ def _texts(value: Any) -> Iterator[str]:
 # --- the completions ----------------------------------------------------------------------------------------
 
 JUDGEMENTS = tuple(Judgement)
+MAX_READ = 500  # completions whose thoughts are read, evenly over the file: a long one takes milliseconds
 
 COLUMNS = np.dtype(
     [
@@ -246,6 +249,21 @@ COLUMNS = np.dtype(
         *((name, np.dtype(kind)) for name, kind in NUMBERS.items()),  # the record's own
     ]
 )
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """Whether answers are what the thoughts before them come to.
+
+    Attributes:
+        asked: completions that were read, of questions with known options.
+        steps: (k,) of those of them that name an option last in the thought, and one as their answer.
+        against: (k,) bool, whether it is another.
+    """
+
+    asked: int
+    steps: np.ndarray
+    against: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -285,6 +303,22 @@ class Trajectories:
         """The completions of one evaluation set."""
         among = self.rows["dataset"] == self.datasets.index(name)
         return replace(self, rows=self.rows[among], rewards={name: r[among] for name, r in self.rewards.items()})
+
+    def last_tenth(self) -> "Trajectories":
+        """The completions of the last tenth of the steps, at least one."""
+        steps = np.unique(self.rows["step"])
+        late = np.isin(self.rows["step"], steps[len(steps) - -(-len(steps) // 10) :])
+        return replace(self, rows=self.rows[late], rewards={name: r[late] for name, r in self.rewards.items()})
+
+    @cached_property
+    def thoughts(self) -> Thoughts:
+        """Of up to `MAX_READ` completions."""
+        chosen = np.unique(np.linspace(0, len(self) - 1, min(len(self), MAX_READ), dtype=int))
+        asked = [record for record in map(self.read, chosen) if record.options]
+        read = [(record.step, *concluded(record.completion, record.options)) for record in asked]
+        both = [(step, thought != answer) for step, thought, answer in read if None not in (thought, answer)]
+        steps, against = (np.array(column) for column in zip(*both, strict=True)) if both else (np.empty(0),) * 2
+        return Thoughts(len(asked), steps, against)
 
     def correct(self) -> np.ndarray:
         """(n,) 1.0 where the accuracy reward says right, 0.0 where it says wrong, NaN where there is none."""

@@ -21,6 +21,12 @@ def by_step(steps: np.ndarray, values: np.ndarray, reduce: Callable[[np.ndarray]
     return Series(unique, np.array([reduce(part) for part in parts]))
 
 
+def by_tenth(steps: np.ndarray, values: np.ndarray) -> Series:
+    """The mean over each tenth of the steps that have values (n,), at its last step."""
+    ends = np.array([part[-1] for part in np.array_split(np.unique(steps), 10) if len(part)])
+    return by_step(ends[np.searchsorted(ends, steps)], values.astype(float))
+
+
 def steps_of(trajectories: Trajectories) -> dict[int, list[list[int]]]:
     """Step, in order -> the rows of each of its groups, in the file's order."""
     groups: dict[int, list[int]] = {}
@@ -92,11 +98,9 @@ MAX_ANSWERS = 2_000  # that are read in the end, evenly over its steps
 
 def answers_at_the_end(trajectories: Trajectories) -> list[tuple[Row, float]]:
     """Answers of the last tenth of the steps (at least one) to questions with options, each with `correct()`."""
-    steps = np.unique(trajectories.rows["step"])
-    chosen = np.flatnonzero(np.isin(trajectories.rows["step"], steps[len(steps) - -(-len(steps) // 10) :]))
-    chosen = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), MAX_ANSWERS), dtype=int)]
-    correct = trajectories.correct()
-    pairs = ((answered(vars(trajectories.read(index))), float(correct[index])) for index in chosen)
+    late = trajectories.last_tenth()
+    chosen, correct = np.linspace(0, len(late) - 1, min(len(late), MAX_ANSWERS), dtype=int), late.correct()
+    pairs = ((answered(vars(late.read(index))), float(correct[index])) for index in chosen)
     return [(row, is_correct) for row, is_correct in pairs if row is not None]
 
 

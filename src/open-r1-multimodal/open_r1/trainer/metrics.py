@@ -61,19 +61,22 @@ def reward_figures(
     return {name: value.item() for name, value in figures.items()}
 
 
-def held_out_figures(rows: Sequence[Mapping[str, Any]], weights: Sequence[float], group_size: int) -> dict[str, float]:
-    """The figures of an evaluation under the names, and in the definitions, of TRL's of one batch.
+def figures_of(
+    rows: Sequence[Mapping[str, Any]], weights: Sequence[float], group_size: int, *scaling: str
+) -> dict[str, float]:
+    """The figures of an evaluation or a rollout under the names, and in the definitions, of TRL's of one batch.
 
     Args:
         rows: trajectory rows of all N completions, those of a question together.
         weights: of the reward functions, in the order of the rows' `rewards`.
         group_size: completions of each question.
+        scaling: see `advantages.spread`.
     """
     names = list(rows[0]["rewards"])
     values = [[row["rewards"][name] for name in names] for row in rows]
     rewards = torch.tensor([[math.nan if value is None else value for value in row] for row in values])
     weights = torch.tensor(weights)
-    figures = reward_figures(rewards, weights, names, spread(rewards, weights, group_size))
+    figures = reward_figures(rewards, weights, names, spread(rewards, weights, group_size, *scaling))
     lengths = torch.tensor([row["length"] for row in rows], dtype=torch.float)
     ended = torch.tensor([row["ended"] for row in rows])
     figures["completions/clipped_ratio"] = 1 - ended.float().mean().item()
@@ -85,6 +88,16 @@ def held_out_figures(rows: Sequence[Mapping[str, Any]], weights: Sequence[float]
             f"completions/max_{kind}": counts.max().item(),
         }
     return figures
+
+
+def text_figures(rows: Sequence[Mapping[str, Any]], group_size: int) -> dict[str, float]:
+    """The share of a rollout's groups that say the same throughout, and how its completions reflect.
+
+    Arguments: see `figures_of`.
+    """
+    groups = [{row["completion"] for row in rows[i : i + group_size]} for i in range(0, len(rows), group_size)]
+    identical = sum(len(texts) == 1 for texts in groups) / len(groups)
+    return {"completions/identical_groups": identical, **reflection_shares(rows)}
 
 
 class NamedEvaluationMixin:
@@ -201,9 +214,23 @@ class MetricsMixin(NamedEvaluationMixin):
             return
         self.recorder.add_training(rows, rollout.refill, size)
         self.pass_rates.add(rows)
-        groups = [{row["completion"] for row in rows[i : i + size]} for i in range(0, len(rows), size)]
-        identical = sum(len(texts) == 1 for texts in groups) / len(groups)
-        self._log({"completions/identical_groups": identical, **reflection_shares(rows)})
+        self._log(text_figures(rows, size))
+
+    def _join_passes(self, logged: Mapping[str, int]) -> None:
+        """Log the figures of a rollout over all its completions, whose passes need not be of one size.
+
+        Its seconds are those of all passes. Figures of the engine and of packing stay means over passes.
+
+        Args:
+            logged: how many values each metric had before the first pass.
+        """
+        metrics, rows, size = self._metrics["train"], self.recorder.newest, self.num_generations
+        scaling = self.scale_rewards, self.multi_objective_aggregation
+        figures = {**figures_of(rows, self.reward_weights.tolist(), size, *scaling), **text_figures(rows, size)}
+        for name in {"time/rollout", "time/scoring"} & metrics.keys():
+            figures[name] = sum(metrics[name][logged.get(name, 0) :])
+        for name, value in figures.items():
+            metrics[name][logged.get(name, 0) :] = [value]
 
     def offending_batch(self) -> list[dict[str, Any]]:
         """In place of `FiniteMixin`'s: the newest rollout, with rewards and all of its trajectories."""
@@ -231,7 +258,7 @@ class MetricsMixin(NamedEvaluationMixin):
                     total = sum(value * count for value, count in zip(metrics[name], tokens, strict=True))
                     metrics[name] = [total / max(sum(tokens), 1)]
             weights = self.reward_weights.tolist()
-            figures = held_out_figures(held_out, weights, self.num_generations_eval)
+            figures = figures_of(held_out, weights, self.num_generations_eval)
             for name, value in {**figures, **reflection_shares(held_out)}.items():
                 metrics[name] = [value]
             if self._is_blind():

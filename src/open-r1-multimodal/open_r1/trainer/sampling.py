@@ -1,9 +1,10 @@
 """Chooses the prompts of a step: their order, the shuffling of groups, and refills for groups without signal.
 
 A group whose completions all earn the same teaches nothing. DAPO (arXiv 2503.14476) and GPG (arXiv 2504.02546) sample
-on until enough groups of a batch do: here a rollout is one or more passes of as many prompts, merged into one of the
-size of the first. What is asked follows from the seed, the step, the pass and the pass rates alone, so that every
-process, and a resumed run, finds it by itself.
+on until enough groups of a batch do: here a rollout is one or more passes, merged into one of the size of the first.
+The later ones ask as many prompts as are likely to bring what is missing. What is asked follows from the seed, the
+step, the pass, the pass rates and which groups had signal, so that every process, and a resumed run, finds it by
+itself.
 """
 
 import json
@@ -102,14 +103,39 @@ def find_swaps(has_signal: Sequence[bool], refill_has_signal: Sequence[bool]) ->
     return dict(zip(empty, full, strict=False))
 
 
+def refill_size(has_signal: Sequence[Sequence[bool]], share: float, wanted: float) -> int:
+    """How many prompts each process asks in a refill: the fewest that are expected to bring what is missing.
+
+    All processes ask as many, at most what they asked first, and each has a use for as many new groups as it has
+    without signal. With one process and all groups wanted it is the number of those without, divided by the share.
+
+    Args:
+        has_signal: of each process, its groups.
+        share: of the groups sampled so far, those that had signal.
+        wanted: of the rollout's groups, those that must have signal.
+
+    Of 8 groups, 7 have signal:
+
+        >>> refill_size([[True] * 7 + [False]], share=7 / 8, wanted=1.0)
+        2
+    """
+    whole = len(has_signal[0])
+    for size in range(1, whole):
+        expected = sum(sum(groups) + min(groups.count(False), size * share) for groups in has_signal)
+        if expected / (len(has_signal) * whole) >= wanted:
+            return size
+    return whole
+
+
 def merge_rollouts(
     rollout: Mapping[str, Any], refill: Mapping[str, Any], swaps: Mapping[int, int], group_size: int, pad_id: int
 ) -> dict[str, Any]:
     """A rollout with some groups of a refill in place of its own; the others stay where they are.
 
     Args:
-        rollout, refill: the same entries: lists and tensors (B, ...), padded to a width of their own, those named
-            `prompt_...` on the left and others on the right; a tensor (), which stays that of the rollout.
+        rollout, refill: the same entries: lists and tensors (B, ...) of as many rows as each has, padded to a width of
+            their own, those named `prompt_...` on the left and others on the right; a tensor (), which stays that of
+            the rollout.
         swaps: group of the rollout -> group of the refill.
         group_size: rows of a group.
         pad_id: what pads token ids; the rest is padded with 0.
@@ -213,18 +239,18 @@ class PassRates:
 class PromptSamplingMixin:
     """In front of TRL's `GRPOTrainer`: the order of the prompts, and rollouts of several passes.
 
-    All processes decide by the same numbers. With G = 2, `min_signal_groups` 0.5 and the rewards of
-    four prompts' completions
+    All processes decide by the same numbers. With G = 2, `min_signal_groups` 0.75 and the rewards
+    of four prompts' completions
 
-        first pass    a: 0 1   b: 1 1   c: 0 0   d: 0 0    1 of 4 groups has signal: sample on
-        refill 1      e: 0 0   f: 1 0   g: 1 1   h: 0 0    f takes the place of b
-        learned from  a: 0 1   f: 1 0   c: 0 0   d: 0 0    2 of 4: enough
+        first pass    a: 0 1   b: 1 1   c: 0 0   d: 1 0    2 of 4 groups have signal: ask 1 / (2 / 4)
+        refill 1      e: 0 0   f: 1 0                      f takes the place of b
+        learned from  a: 0 1   f: 1 0   c: 0 0   d: 1 0    3 of 4: enough
 
-    16 completions were sampled, of which 4 have signal; `rescale_by_signal` multiplies advantages
-    by 4 / 2.
+    12 completions were sampled, of which 6 have signal; `rescale_by_signal` multiplies advantages
+    by 4 / 3.
 
-    It takes the settings `signal`, the prompts' `pass_rates`, and with these settings a training set
-    whose rows have their number as `ROW`.
+    It takes the settings `signal`, the prompts' `pass_rates`, `_log` and `_join_passes` of
+    `MetricsMixin`, and with these settings a training set whose rows have their number as `ROW`.
     """
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
@@ -245,40 +271,46 @@ class PromptSamplingMixin:
             A batch with `advantages` (B,), `rewards` (B, F) and whatever else a pass gives.
         """
         settings, metrics, rows_in_all = self.signal, self._metrics["train"], len(self.train_dataset)
-        logged = {name: len(metrics.get(name, ())) for name in ("time/rollout", "time/scoring")}
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        logged = {name: len(values) for name, values in metrics.items()}
         asked = gather_object([row[ROW] for row in inputs[:: self.num_generations]])  # of all processes, a row a group
         rows = replace_prompts(asked, self._chance, set(asked), rows_in_all, self._draw(0))
         batch, has_signal = self._take_pass(inputs if rows == asked else self._rows_of_process(rows), 0)
-        taken = {*asked, *rows}
+        taken, groups = {*asked, *rows}, len(rows)
+        sampled, found = groups, sum(map(sum, has_signal))
         for refill in range(settings.max_refills + 1):
-            with_signal, groups = self.accelerator.gather(has_signal).sum().item(), len(rows)
+            with_signal = sum(map(sum, has_signal))
             if refill == settings.max_refills or with_signal / groups >= settings.min_signal_groups:
                 break
-            rows = draw_prompts(groups, self._chance, taken, rows_in_all, self._draw(refill + 1))
+            size = refill_size(has_signal, found / sampled, settings.min_signal_groups)
+            rows = draw_prompts(size * processes, self._chance, taken, rows_in_all, self._draw(refill + 1))
             other, other_has_signal = self._take_pass(self._rows_of_process(rows), refill + 1)
-            swaps = find_swaps(has_signal.tolist(), other_has_signal.tolist())
-            batch = merge_rollouts(batch, other, swaps, self.num_generations, self._tokenizer.pad_token_id)
-            has_signal[list(swaps)] = True
+            swaps = [find_swaps(*pair) for pair in zip(has_signal, other_has_signal, strict=True)]
+            batch = merge_rollouts(batch, other, swaps[index], self.num_generations, self._tokenizer.pad_token_id)
+            has_signal = [
+                [full or group in swapped for group, full in enumerate(each)]
+                for each, swapped in zip(has_signal, swaps, strict=True)
+            ]
             taken.update(rows)
+            sampled, found = sampled + len(rows), found + sum(map(sum, other_has_signal))
         tokens = batch["completion_mask"].sum()
         batch["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
         if settings.rescale_by_signal:
             batch["advantages"] = batch["advantages"] * (groups / max(with_signal, 1))
+        self._join_passes(logged)
         figures = {
             "refills": refill,
-            "wasted": ((refill + 1) * groups - with_signal) * self.num_generations,
+            "wasted": (sampled - with_signal) * self.num_generations,
             "share": with_signal / groups,
         }
         self._log({f"signal/{name}": value for name, value in figures.items()})
-        for name, start in logged.items():  # a rollout's seconds are those of all its passes
-            if seconds := metrics.get(name, [])[start:]:
-                metrics[name][start:] = [sum(seconds)]
         return batch
 
-    def _take_pass(self, rows: list[dict[str, Any]], refill: int) -> tuple[dict[str, Any], torch.Tensor]:
-        """A pass of this process, and which of its groups have signal (groups,)."""
+    def _take_pass(self, rows: list[dict[str, Any]], refill: int) -> tuple[dict[str, Any], list[list[bool]]]:
+        """A pass of this process, and of all processes which groups have signal."""
         batch = self._generate_and_score_completions(rows, refill)
-        return batch, find_signal(batch["advantages"], batch["rewards"], self.num_generations)
+        has_signal = find_signal(batch["advantages"], batch["rewards"], self.num_generations)  # (groups,)
+        return batch, self.accelerator.gather(has_signal).view(self.accelerator.num_processes, -1).tolist()
 
     def _rows_of_process(self, numbers: list[int]) -> list[dict[str, Any]]:
         """What this process asks of a pass: its slice of the training set's rows, each once a completion."""
