@@ -27,6 +27,8 @@ from open_r1.engines.shared_prefix import Layout, encode_images, locate_group
 from open_r1.models.families import FAMILIES
 from open_r1.models.loading import load_model, load_processor
 from open_r1.running.data import load_dataset
+from open_r1.tiny import make_config as make_model_config
+from open_r1.tiny import make_model
 from open_r1.trainer.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 
 COLOURS = ["red", "lime", "blue", "white", "black", "yellow"]
@@ -189,6 +191,24 @@ def make_trainer(
         processing_class=processor,
         callbacks=callbacks,
     )
+
+
+def save_teacher(
+    folder: Path, student: Path, model_type: str = "qwen2_vl", padding: int = 24, opinion: float = 5
+) -> Path:
+    """A random model, wider and deeper than a student, of its tokenizer; `opinion` makes its logits larger.
+
+    `padding` rows of its vocabulary are beyond the student's, as Qwen2-VL-7B's has some beyond 2B's.
+    """
+    processor = load_processor(student)
+    config = make_model_config(processor.tokenizer, model_type, hidden_size=128, num_layers=3)
+    config.get_text_config().vocab_size += padding
+    model = make_model(config, seed=1)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(opinion)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 def read_jsonl(path: Path) -> list[dict]:

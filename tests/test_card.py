@@ -57,6 +57,15 @@ def test_the_card_says_what_the_files_say(run, tmp_path):
         assert part in card.content, part
 
 
+def test_a_teacher_is_named_without_its_path(run):
+    info = json.loads((run / "run.json").read_text())
+    info["arguments"] = info["changed"] = {"teacher_model_name_or_path": "/home/me/Teacher-7B"}
+    (run / "run.json").write_text(json.dumps(info))
+    content = ModelCard.load(write_card(run)).content
+    assert "`format_reward` and a teacher on" in content and "| teacher | Teacher-7B |" in content
+    assert "/home/me" not in content
+
+
 def test_texts_of_a_run_cannot_leave_their_place(run):
     info = json.loads((run / "run.json").read_text())
     info["changed"] = {"run_name": "a | b\n\n# headline <img src=x>"}

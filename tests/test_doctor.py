@@ -184,6 +184,16 @@ def test_the_load_of_a_run_is_that_of_its_settings(
     assert count_run(script_args, args, model_args, Launch()) == replace(expected, rollout={})
     with_reference = count_run(script_args, make_config(tmp_path, beta=0.1, **settings), model_args, Launch())
     assert with_reference.base["reference model"] == expected.base["weights"]
+    settings |= {"beta": 0.0, "teacher_model_name_or_path": str(tiny_model)}
+    taught = count_run(script_args, make_config(tmp_path, **settings), model_args, Launch())
+    assert taught == replace(expected, base={**expected.base, "teacher": expected.base["weights"]})
+    halved = count_run(script_args, make_config(tmp_path, bf16=True, **settings), model_args, Launch(4, 3))
+    assert halved.base["teacher"] == expected.base["weights"] / 2 / 4
+    whole = count_run(
+        script_args, make_config(tmp_path, distill_whole_vocabulary=True, **settings), model_args, Launch()
+    )
+    tokens, head = batch * 24, config.text_config.vocab_size * config.text_config.hidden_size
+    assert whole.backward["divergence"] == 4 * (2 * tokens * 32768 + head)
 
 
 @pytest.mark.parametrize("model_type", families("qwen2_vl", "smolvlm"))
@@ -198,6 +208,8 @@ def test_every_family_and_recipe_is_counted(tiny_models, model_type, capsys, mon
     for paths in recipes:
         arguments = ["--memory", *(part for path in paths for part in ("--config", str(path)))]
         arguments += ["--model_name_or_path", str(tiny_models[model_type])]
+        if "teacher_model_name_or_path" in merge_recipes(paths):
+            arguments += ["--teacher_model_name_or_path", str(tiny_models[model_type])]
         if "lora_target_modules" in merge_recipes(paths):
             arguments += ["--accelerate_config", "zero3", "--num_processes", "2"]
         doctor_main(monkeypatch, *arguments)

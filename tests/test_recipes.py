@@ -1,8 +1,9 @@
 """Recipes and overlays mean what they say; and each of them runs through its own script.
 
 The runs are two steps, and a resume to the third, on the shipped tiny base and rendered questions; nothing else is
-overridden but lengths, batches and step counts. The launches go round over the recipes, an overlay runs in one process,
-and nightly each recipe runs under every launch, and each overlay in two processes.
+overridden but lengths, batches, step counts and a teacher's name. The launches go round over the recipes, an overlay
+runs in one process, one with a teacher in two, and nightly each recipe runs under every launch, and each overlay in two
+processes.
 """
 
 import json
@@ -28,7 +29,7 @@ from open_r1.settings.recipes import merge_recipes, read_recipe
 from open_r1.tiny import save_tiny_model
 from open_r1.world.parquet import write_sat
 from open_r1.world.scene import LEVELS
-from support import read_jsonl
+from support import read_jsonl, save_teacher
 
 CONFIGS = REPO_ROOT / "configs"
 FOLDERS = ("*.yaml", "tiny/*.yaml", "laptop/*.yaml")
@@ -45,7 +46,8 @@ OVERLAID = [
 ]
 # (recipes, launch); one process is a launch without ZeRO
 RUNS = [*product(MAIN, LAUNCHES), *zip([name for name in RECIPES if name not in MAIN], cycle(LAUNCHES), strict=False)]
-RUNS += [(config, "one process") for config in OVERLAID]
+# a teacher is a second model for ZeRO
+RUNS += [(config, "zero2" if "distill" in config else "one process") for config in OVERLAID]
 NIGHTLY = [
     pytest.param(*run, marks=pytest.mark.nightly)
     for run in [*product(RECIPES, LAUNCHES), *((config, "zero2") for config in OVERLAID)]
@@ -169,6 +171,7 @@ def test_the_later_counts(tmp_path, monkeypatch):
 @pytest.mark.parametrize("recipe, launch", RUNS + NIGHTLY)
 def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, random_models, tmp_path):
     settings = merge_recipes(recipe.split())
+    teacher = "teacher_model_name_or_path"
     family = FAMILIES[FAMILY_OF.get(recipe, "qwen2_vl")]
     model = random_models[FAMILY_OF[recipe]] if recipe in FAMILY_OF else BASE
     is_sft = "num_generations" not in settings
@@ -176,6 +179,7 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, random_
     if not is_sft:
         arguments += ["--max_completion_length", "96"]
         arguments += ["--per_device_train_batch_size", "8", "--completions_per_step", str(COMPLETIONS)]
+    arguments += [f"--{teacher}", str(save_teacher(tmp_path / "teacher", model))] if teacher in settings else []
     arguments += ["--reward_funcs", "support:vowel_share"] if recipe in FAMILY_OF else []  # one that noise can earn
     if "eval_strategy" in settings:
         arguments += ["--eval_dataset_name", str(data.with_name("held_out.json")), "--per_device_eval_batch_size", "8"]

@@ -204,6 +204,21 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
         default=0.6,
         help="The share of an image's patches that are black in PAPO's term.",
     )
+    teacher_model_name_or_path: str | None = HfArg(
+        default=None,
+        help="A larger model of the policy's family and tokenizer, which scores its completions: "
+        "the loss draws the policy towards it (on-policy distillation). None: no teacher.",
+    )
+    distill_coef: float = HfArg(
+        default=1.0,
+        help="Weight of the divergence KL(policy || teacher) a token, beside the rewards' loss. "
+        "With reward_weights of 0 the teacher alone is learned from.",
+    )
+    distill_whole_vocabulary: bool = HfArg(
+        default=False,
+        help="Compute the divergence over the whole vocabulary, as TRL's DistillationTrainer; false "
+        "estimates it from the sampled token.",
+    )
     rollout_noise: float = HfArg(
         default=0.0,
         help="Sample the second half of each group from images that are noised to this step of "
@@ -330,7 +345,7 @@ def unused_vllm(args: GRPOConfig, model_args: ModelConfig) -> str | None:
 def check_shared_prefix(args: GRPOConfig, shared_prefix: bool) -> None:
     """Raise Mistake where a setting that needs the shared prefix goes without it."""
     signal = args.signal_settings if isinstance(args, SignalArguments) else []
-    for name in (*signal, "advantage", "papo_coef", "rollout_noise"):
+    for name in (*signal, "advantage", "papo_coef", "rollout_noise", "teacher_model_name_or_path"):
         if getattr(args, name, None) and not shared_prefix:
             raise Mistake(
                 f"{name}: needs the shared prefix, which a text model, tools, a rollout_func and "

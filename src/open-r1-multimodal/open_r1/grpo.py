@@ -21,7 +21,8 @@ from open_r1.configs import (
     longest_row,
     unused_vllm,
 )
-from open_r1.models.loading import check_model, freeze, get_adapter_config, load_model_from_args
+from open_r1.models.loading import check_model, check_teacher, freeze, get_adapter_config, load_model_from_args
+from open_r1.models.memory import load_config
 from open_r1.rewards import COMPARING, check_gold, get_reward_funcs
 from open_r1.running.callbacks import has_begun
 from open_r1.running.data import load_datasets_from_args, load_processor_from_args, opens_think
@@ -46,6 +47,8 @@ def prepare(
     template_kwargs = training_args.chat_template_kwargs or {}
     processor = load_processor_from_args(model_args, script_args, template_kwargs)
     check_generation(training_args.generation_kwargs, len(processor.tokenizer), training_args.use_vllm)
+    if teacher := training_args.teacher_model_name_or_path:
+        check_teacher(teacher, load_config(model_args.model_name_or_path, model_args.model_revision), processor)
     reward_funcs = get_reward_funcs(
         script_args.reward_funcs,
         think_prefilled=opens_think(processor, **template_kwargs),

@@ -23,7 +23,16 @@ from open_r1.base.errors import Mistake, first_line
 from open_r1.doctor.survey import Survey, survey
 from open_r1.models.families import family_of
 from open_r1.models.loading import check_model, check_template, check_weights
-from open_r1.models.memory import Count, Launch, build_model, count_run, free_memory, load_config, weight_bytes
+from open_r1.models.memory import (
+    Count,
+    Launch,
+    build_model,
+    count_run,
+    free_memory,
+    load_config,
+    teacher_bytes,
+    weight_bytes,
+)
 from open_r1.rewards import COMPARING, Reward, check_gold, get_reward_funcs, reward_funcs_registry
 from open_r1.running.data import columns_of, load_processor_from_args, opens_think
 from open_r1.running.entry import Command, read_settings
@@ -200,7 +209,8 @@ class Run:
         """The run's trainer in this process alone, set to two steps that leave nothing behind."""
         script_args, args, model_args = self.settings
         models = 1 + (self.is_grpo and args.beta > 0 and not model_args.use_peft)
-        needed, free = models * weight_bytes(self.model_outline, model_args), free_memory(self.on_cpu)
+        needed = models * weight_bytes(self.model_outline, model_args) + teacher_bytes(args, model_args)
+        free = free_memory(self.on_cpu)
         if needed > free:
             raise Missing(f"the weights take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
         return self.command.build_trainer(script_args, self.alone(args), model_args, self.prepared_data)

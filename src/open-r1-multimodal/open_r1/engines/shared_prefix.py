@@ -256,6 +256,7 @@ def score_completions(
     completion_mask: torch.Tensor,
     batch_size: int,
     with_entropy: bool = False,
+    observe: Callable[[torch.Tensor], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
     """Score completions, the prompt of neighbours once.
 
@@ -266,6 +267,8 @@ def score_completions(
         completion_ids, completion_mask: (B, C), padded on the right.
         batch_size: rows of one forward pass.
         with_entropy: whether the entropies are wanted, too.
+        observe: is shown the hidden states (1, S, H) that the LM head scores, inside of each forward pass, where
+            ZeRO-3 has a place for what is made of them.
 
     Returns:
         Log-probabilities (B, C), entropies (B, C) or None, and how many tokens went through the model.
@@ -275,7 +278,7 @@ def score_completions(
     for start in range(0, len(completion_ids), batch_size):
         rows = slice(start, start + batch_size)
         batch = pack(family, prompts[rows], completion_ids[rows], completion_mask[rows])
-        outputs = model(**batch.model_inputs, shift_labels=batch.labels, fused_lm_head=True)
+        outputs = model(**batch.model_inputs, shift_labels=batch.labels, fused_lm_head=True, observe=observe)
         logps.append(batch.unpack(outputs.log_probs))  # (b, C)
         if with_entropy:
             entropies.append(batch.unpack(outputs.entropy))
@@ -483,12 +486,14 @@ def image_attention(
 
 
 def keep_scored(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of the language model: keep the scored hidden states of a row, (1, S, hidden).
+    """Forward hook of the language model: keep the scored hidden states of a row, (1, S, hidden), and show them.
 
     So the LM head does not run over prompts. TRL's fused head would skip them too, but only with Triton.
     """
     if kwargs.get("scored") is not None:
         output.last_hidden_state = output.last_hidden_state[:, kwargs["scored"]]
+    if kwargs.get("observe") is not None:
+        kwargs["observe"](output.last_hidden_state)
     return output
 
 

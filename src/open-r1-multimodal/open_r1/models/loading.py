@@ -18,6 +18,7 @@ from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -60,12 +61,12 @@ def resolve_attn_implementation(name: str | None, dtype: torch.dtype | str) -> s
 
 
 @contextmanager
-def naming_model() -> Iterator[None]:
+def naming_model(settings: str = "MODEL, model_name_or_path") -> Iterator[None]:
     """In the block, a mistake about a recipe's model names the settings that choose the model."""
     try:
         yield
     except (OSError, Mistake) as error:
-        raise FileMistake(f"MODEL, model_name_or_path: {error}") from error
+        raise FileMistake(f"{settings}: {error}") from error
 
 
 def check_model(model_args: ModelConfig) -> Family:
@@ -102,6 +103,43 @@ def check_model_files(model_name_or_path: str | Path, revision: str = "main") ->
     family = family_of_folder(folder)
     check_weight_files(folder)
     return family
+
+
+def check_teacher(name: str, config: PreTrainedConfig, processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:
+    """Fetch a teacher from the Hub, and see that it reads what a policy reads and writes.
+
+    Args:
+        name: of the teacher on the Hub, or its folder.
+        config: of the policy.
+        processor: of the policy.
+
+    Raises:
+        Mistake: there is no such model, or it is of another family or vocabulary.
+    """
+    setting = "teacher_model_name_or_path"
+    with naming_model(setting):
+        family, its_processor = check_model_files(name), load_processor(name)
+        folder = model_folder(name)
+    if family is not find_family(config.model_type):
+        raise Mistake(f"{setting}: {name} is of {family.model_type}, and the policy of {config.model_type}")
+    with reading(folder / "config.json", "configuration"):
+        its_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    tokens, rows = (getattr(processor, "tokenizer", processor).get_vocab(), config.get_text_config().vocab_size)
+    its_tokens, its_rows = its_processor.tokenizer.get_vocab(), its_config.get_text_config().vocab_size
+    # Checkpoints of one tokenizer may have more rows than it has tokens: Qwen2-VL 151936 of 2B, 152064 of 7B.
+    if its_tokens != tokens or its_rows < rows:
+        raise Mistake(
+            f"{setting}: the vocabulary of {name} ({len(its_tokens)} tokens, {its_rows} rows) is not the policy's "
+            f"({len(tokens)} tokens, {rows} rows); name a larger model of the same tokenizer"
+        )
+
+
+def load_teacher(name: str, dtype: str, rows: int) -> PreTrainedModel:
+    """`load_model`, with the policy's vocabulary of so many rows: a teacher's padding beyond it has no probability."""
+    teacher = load_model(name, dtype=dtype)
+    if teacher.config.get_text_config().vocab_size > rows:
+        teacher.resize_token_embeddings(rows)
+    return teacher
 
 
 def family_of_folder(folder: Path) -> Family:

@@ -1,7 +1,7 @@
 """Counts the memory that a recipe needs on each GPU, from the model's configuration alone.
 
 The model is built without its numbers (torch's `meta` device), so a count takes a second and no
-download of weights. Counted are weights, gradients, optimiser, reference model, what autograd keeps
+download of weights. Counted are weights, gradients, optimiser, reference model, teacher, what autograd keeps
 for one micro-batch, the LM head's tiles, the rollout's cache, and of a known card the share that
 vLLM takes; not counted are the CUDA context (about 0.5 GB) and the allocator's fragments.
 """
@@ -149,9 +149,7 @@ def build_model(
     config: PreTrainedConfig, model_args: ModelConfig, freezing: FreezeArguments, launch: Launch
 ) -> PreTrainedModel:
     """The policy as it is trained (frozen, with its adapter, in its dtype), without numbers."""
-    dtype = resolve_dtype(model_args.dtype)
-    if dtype == "auto":
-        dtype = config.dtype or torch.float32
+    dtype = dtype_of(config, model_args)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
         freeze(model, freezing.freeze_vision, freezing.freeze_llm, freezing.freeze_merger)
@@ -162,9 +160,17 @@ def build_model(
     return model
 
 
-def load_config(model_name_or_path: str, revision: str = "main") -> PreTrainedConfig:
-    """The configuration of a model; Mistake where there is none of a supported family."""
-    with naming_model():
+def dtype_of(config: PreTrainedConfig, model_args: ModelConfig) -> torch.dtype:
+    """What a recipe loads a model's weights in."""
+    dtype = resolve_dtype(model_args.dtype)
+    return (config.dtype or torch.float32) if dtype == "auto" else dtype
+
+
+def load_config(
+    model_name_or_path: str, revision: str = "main", settings: str = "MODEL, model_name_or_path"
+) -> PreTrainedConfig:
+    """The configuration of a model; Mistake, which names its settings, where there is none of a supported family."""
+    with naming_model(settings):
         folder = model_folder(model_name_or_path, revision, ["config.json"])
         family_of_folder(folder)
     with reading(folder / "config.json", "configuration"):
@@ -184,6 +190,17 @@ def weight_bytes(model: nn.Module, model_args: ModelConfig) -> float:
     scale = (1 + FP32 / 256) / 64 if model_args.use_bnb_nested_quant else FP32 / 64
     packed = 0.5 + scale if model_args.load_in_4bit else 1
     return sum(p.numel() * (packed if p in quantised else p.element_size()) for p in model.parameters())
+
+
+def teacher_bytes(args: TrainingArguments, model_args: ModelConfig) -> float:
+    """Bytes of the weights of a run's teacher, as `Qwen2VLGRPOTrainer` loads it; 0 without one."""
+    setting = "teacher_model_name_or_path"
+    if not (name := getattr(args, setting, None)):
+        return 0
+    config = load_config(name, settings=setting)
+    with torch.device("meta"):
+        count = AutoModelForImageTextToText.from_config(config).num_parameters()
+    return count * (2 if args.bf16 or args.fp16 else dtype_of(config, model_args).itemsize)
 
 
 @contextmanager
@@ -257,6 +274,13 @@ def head_bytes(model: PreTrainedModel, load: Load, is_cpu: bool) -> float:
     return tile + FP32 * (scored * weight.shape[1] + weight.requires_grad * weight.numel())
 
 
+def divergence_bytes(model: PreTrainedModel, load: Load) -> float:
+    """TRL's divergence over the vocabulary, in float32: a tile of either model's logits, and the head's gradient."""
+    weight = model.get_output_embeddings().weight  # (V, H)
+    rows = min(load.completions * load.completion_tokens, TOKEN_CHUNK_SIZE)
+    return FP32 * (2 * rows * VOCAB_CHUNK_SIZE + weight.requires_grad * weight.numel())
+
+
 def copy_bytes(model: nn.Module, gradient_checkpointing: bool) -> float:
     """Weights of linear layers as autocast rounds them to 16 bits.
 
@@ -303,6 +327,8 @@ def count_memory(
     load: Load,
     launch: Launch,
     has_reference: bool = False,
+    teacher: float = 0,
+    over_vocabulary: bool = False,
     gradient_checkpointing: bool = True,
     is_cpu: bool = False,
     has_autocast: bool = False,
@@ -313,6 +339,8 @@ def count_memory(
         config: of the model; see `load_config`.
         model_args: dtype, adapter, quantisation.
         has_reference: whether KL takes a model of its own; with an adapter it never does.
+        teacher: bytes of its weights; see `teacher_bytes`.
+        over_vocabulary: whether the divergence from it is computed over the whole vocabulary.
         is_cpu: count the CPU's way to run the LM head.
         has_autocast: weights in float32 are rounded to 16 bits where they are used.
     """
@@ -331,6 +359,8 @@ def count_memory(
     }
     if has_reference and not model_args.use_peft:
         base["reference model"] = launch.share(weights, from_stage=3)
+    if teacher:
+        base["teacher"] = launch.share(teacher, from_stage=3)
     gathered = {}
     if launch.zero_stage == 3:
         size = weights / sum(p.numel() for p in model.parameters())
@@ -341,6 +371,8 @@ def count_memory(
         "LM head": head_bytes(model, load, is_cpu),
         **gathered,
     }
+    if over_vocabulary:
+        backward["divergence"] = divergence_bytes(model, load)
     if has_autocast:
         backward["16-bit copies"] = copy_bytes(model, gradient_checkpointing)
     update = {"gradients": backward["gradients"]}
@@ -380,6 +412,7 @@ def count_run(
         rollout = 0 if args.use_vllm else batch * args.steps_per_generation
         prompts = -(-batch // args.num_generations)
         load = Load(prompts, script_args.max_prompt_length, args.max_completion_length, image, batch, rollout)
+    teacher = teacher_bytes(args, model_args)
     return count_memory(
         config,
         model_args,
@@ -387,6 +420,8 @@ def count_run(
         load,
         launch,
         has_reference=is_grpo and args.beta > 0,
+        teacher=teacher,
+        over_vocabulary=teacher > 0 and args.distill_whole_vocabulary,
         gradient_checkpointing=args.gradient_checkpointing,
         is_cpu=is_cpu,
         has_autocast=(args.bf16 or args.fp16) and launch.zero_stage is None,

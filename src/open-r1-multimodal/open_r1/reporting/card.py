@@ -15,7 +15,7 @@ from open_r1.base.trajectories import Completion
 from open_r1.evaluation.results import read_result
 from open_r1.reporting.comparison import markdown
 from open_r1.reporting.curves import held_out_accuracies
-from open_r1.reporting.runs import SETTINGS, Run, open_or_empty, read_lines, read_run, scan_trajectories
+from open_r1.reporting.runs import SETTINGS, TEACHER, Run, open_or_empty, read_lines, read_run, scan_trajectories
 
 CARD = "README.md"
 MAX_SHOWN_CHARS = 10_000  # of a text
@@ -84,6 +84,8 @@ def introduction(run: Run) -> str:
     """One paragraph: what this model is."""
     rewards = " and ".join(f"`{name}`" for name in run.info.reward_funcs)
     how = f"with GRPO and the rewards {rewards}" if rewards else "by supervised fine-tuning"
+    if run.info.arguments.get(TEACHER):
+        how += " and a teacher"
     data = run.info.data.train
     digest = f" ({data.rows:,} examples, SHA-256 `{data.content[:16]}`)" if data else ""
     return (
@@ -152,6 +154,8 @@ def training_table(run: Run) -> str:
     """Recipe and settings, as Markdown."""
     rows = [("recipe", " + ".join(map(public, run.info.recipes)))]
     rows += [("data", public(run.info.dataset)), ("held-out", public(run.info.eval_dataset))]
+    if teacher := run.info.arguments.get(TEACHER):
+        rows.append(("teacher", public(str(teacher))))
     shown = ("max_steps", "completions_per_step", *SETTINGS)
     rows += [(name, run.info.arguments[name]) for name in shown if name in run.info.arguments]
     rows += [(f"changed: {name}", value) for name, value in run.info.overrides.items() if name not in shown]

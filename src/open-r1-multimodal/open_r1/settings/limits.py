@@ -53,7 +53,11 @@ LIMITS: dict[str, Limit] = {
         AMOUNT,
     ),
     **dict.fromkeys(
-        ("delta", "repetition_penalty", "adam_epsilon", "logging_steps", "eval_steps", "num_train_epochs"), POSITIVE
+        (
+            *("delta", "repetition_penalty", "adam_epsilon", "logging_steps", "eval_steps", "num_train_epochs"),
+            "distill_coef",
+        ),
+        POSITIVE,
     ),
     **dict.fromkeys(("min_signal_groups", "skip_solved", "skip_hopeless", "papo_mask_ratio", "min_p"), SHARE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), BELOW_ONE),
@@ -112,8 +116,8 @@ def check_values(settings: Mapping[str, Any]) -> None:
     if rewards and weights is not None and len(rewards) != len(weights):
         names = ", ".join(rewards)
         raise Mistake(f"reward_weights: {len(weights)} for {len(rewards)} reward_funcs ({names}); give one for each")
-    if weights and not any(weights):
-        raise Mistake("reward_weights: all are 0, and nothing would be learned")
+    if weights and not any(weights) and not settings.get("teacher_model_name_or_path"):
+        raise Mistake("reward_weights: all are 0, and without a teacher nothing would be learned")
 
 
 def check_number(name: str, value: Any) -> None:

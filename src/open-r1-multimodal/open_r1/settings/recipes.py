@@ -19,7 +19,7 @@ BASE = "base"  # in a recipe: the files that it changes, one or a list, as seen 
 # Settings that may name a file or a folder -> what tells that they do, and not the Hub's or one of
 # this project's.
 PATHS: dict[str, Callable[[str], bool]] = {
-    **dict.fromkeys(("model_name_or_path", "resume_from_checkpoint"), os.path.isdir),
+    **dict.fromkeys(("model_name_or_path", "teacher_model_name_or_path", "resume_from_checkpoint"), os.path.isdir),
     **dict.fromkeys(("dataset_name", "eval_dataset_name", "chat_template_path"), os.path.exists),
     **dict.fromkeys(("chat_template", "deepspeed", "accelerator_config", "fsdp_config"), os.path.isfile),
 }

@@ -41,7 +41,7 @@ def check_best(metric: str | None, eval_dataset: Any) -> None:
 def reward_figures(
     rewards: torch.Tensor, weights: torch.Tensor, names: Sequence[str], scale: torch.Tensor
 ) -> dict[str, float]:
-    """What TRL logs of rewards, under its names.
+    """What TRL logs of rewards, under its names; no spread of their sum where none has a weight, a teacher's run.
 
     Args:
         rewards: (B, F), NaN where a function says nothing.
@@ -53,11 +53,10 @@ def reward_figures(
     for name, column in zip(names, rewards.T, strict=True):
         figures |= {f"rewards/{name}/mean": column.nanmean(), f"rewards/{name}/std": nanstd(column)}
     total = total_rewards(rewards, weights)
-    figures |= {
-        "reward": total.nanmean(),
-        "reward_std": nanstd(total),
-        "frac_reward_zero_std": torch.isclose(scale, torch.zeros_like(scale)).float().mean(),
-    }
+    figures["reward"] = total.nanmean()
+    if weights.any():
+        figures["reward_std"] = nanstd(total)
+        figures["frac_reward_zero_std"] = torch.isclose(scale, torch.zeros_like(scale)).float().mean()
     return {name: value.item() for name, value in figures.items()}
 
 

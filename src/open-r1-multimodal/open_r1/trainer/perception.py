@@ -6,10 +6,9 @@ that is random here follows from numbers, so that a resumed run draws the same.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,57 +72,6 @@ def perception_kl(logps: torch.Tensor, masked_logps: torch.Tensor) -> torch.Tens
     """
     difference = (masked_logps - logps).clamp(-20, 20)  # an infinite ratio would have a gradient of NaN
     return (difference.expm1() - difference).clamp(max=MOST_KL)  # exp() - 1 would round a small divergence away
-
-
-def batch_mean(
-    values: torch.Tensor, mask: torch.Tensor, loss_type: str, longest: int, tokens: torch.Tensor
-) -> torch.Tensor:
-    """The mean of a micro-batch by which a loss type weighs its tokens in TRL 1.16.
-
-    So PAPO's term is averaged over a completion first with `grpo` (the paper's PAPO-G), and over all tokens with `dapo`
-    (PAPO-D).
-
-    Args:
-        values, mask: (B, C).
-        loss_type: TRL's.
-        longest: tokens that a completion may have.
-        tokens: how many completion tokens the micro-batches of a rollout have on average, of one process.
-    """
-    totals = (values * mask).sum(dim=1)  # (B,)
-    if loss_type in ("grpo", "sapo"):
-        return (totals / mask.sum(dim=1).clamp(min=1)).mean()
-    if loss_type == "bnpo":
-        return totals.sum() / mask.sum().clamp(min=1)
-    if loss_type == "dr_grpo":
-        return totals.sum() / (len(totals) * longest)
-    if loss_type == "luspo":
-        return totals.mean()
-    return totals.sum() / tokens  # dapo, cispo, vespo
-
-
-def perception_gain(
-    logps: torch.Tensor, inputs: Mapping[str, Any], loss_type: str, longest: int, processes: int, batches: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """PAPO's term of a micro-batch: the mean of `perception_kl`, which is 0 behind a prompt without an image.
-
-    Args:
-        logps: (B, C), of the policy, with a gradient.
-        inputs: of the micro-batch: `prompts`, `completion_mask` and `masked_logps` (B, C), and
-            `num_items_in_batch` (), the completion tokens of all processes' rollouts.
-        loss_type, longest: see `batch_mean`.
-        processes: that train.
-        batches: micro-batches of a rollout.
-
-    Returns:
-        The mean (), and without a gradient (2,): the sum of the divergence over the tokens that
-        follow an image, and their number.
-    """
-    mask = inputs["completion_mask"]
-    sees = torch.tensor([bool(prompt.image_inputs) for prompt in inputs["prompts"]], device=mask.device)
-    kl = perception_kl(logps, inputs["masked_logps"]) * sees[:, None]  # (B, C)
-    tokens = inputs["num_items_in_batch"].clamp(min=1) / processes / batches
-    sums = torch.stack([(kl.detach() * mask).sum(), (mask * sees[:, None]).sum()])
-    return batch_mean(kl, mask, loss_type, longest, tokens), sums
 
 
 def noise_step(start: float, progress: float) -> int:

@@ -1,6 +1,6 @@
 """GRPO for vision-language models: TRL's trainer, with one copy of the prompt for a whole group."""
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +15,10 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
-from trl.models import unwrap_model_for_generation
+from trl.models import prepare_deepspeed, unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_trainer import RewardFunc
-from trl.trainer.utils import get_config_model_id, pad, split_tensor_dict, use_adapter
+from trl.trainer.utils import add_fused_lm_head, get_config_model_id, pad, split_tensor_dict, use_adapter
 
 from open_r1.base.errors import Mistake, settings_of
 from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_settings, check_shared_prefix
@@ -29,8 +29,10 @@ from open_r1.models.families import end_token_ids, family_of, vision_token_ids
 from open_r1.models.loading import (
     accept_missing_images,
     check_model_files,
+    check_teacher,
     check_weights,
     load_processor,
+    load_teacher,
     reset_generation_config,
 )
 from open_r1.rewards import guarded, unique_names
@@ -39,10 +41,12 @@ from open_r1.running.checkpoints import LoadWeightsMixin
 from open_r1.running.data import most_broken, warn_of_unshown
 from open_r1.settings.generation import check_generation, with_tokens
 from open_r1.trainer.advantages import choose_advantage, spread
+from open_r1.trainer.averages import batch_mean
 from open_r1.trainer.callbacks import CheckEngine, ContinueRollouts, RememberPassRates
+from open_r1.trainer.distillation import ask_teacher, sampled_kl, whole_kl
 from open_r1.trainer.finite import FiniteMixin
 from open_r1.trainer.metrics import TOKENS, MetricsMixin, check_best, reward_figures
-from open_r1.trainer.perception import add_noise, mask_prompts, noise_step, perception_gain, split_halves
+from open_r1.trainer.perception import add_noise, mask_prompts, noise_step, perception_kl, split_halves
 from open_r1.trainer.recorder import Recorder, Rollout, Rows
 from open_r1.trainer.rows import ImageReader, prompts_with_images, put_images, without_images
 from open_r1.trainer.sampling import ROW, PassRates, PromptSamplingMixin, shuffle_groups
@@ -52,9 +56,13 @@ from open_r1.trainer.trackers import LogRollouts
 
 @dataclass(eq=False)
 class Scored:
-    """The prompts of rows that are scored together, and what came of it: log-probabilities (B, C)."""
+    """The prompts of rows that are scored together, and what came of it: log-probabilities (B, C).
+
+    `observe`: see `score_completions`.
+    """
 
     prompts: Sequence[Prompt]
+    observe: Callable[[torch.Tensor], None] | None = None
     logps: torch.Tensor | None = None
 
 
@@ -71,6 +79,7 @@ class Qwen2VLGRPOTrainer(
       come from `args` alone, never from the checkpoint's generation_config;
     - the prompt of a group is encoded, prefilled and scored once (`open_r1.engines`);
     - images may be masked in a term of the loss, or noised in half of a rollout (`perception`);
+    - a larger model may teach the policy on the policy's own completions (`distillation`);
     - completions about an image that has broken since the start earn nothing (`rows.ImageReader`);
     - a loss or gradient that is no number ends the run before the weights are spoiled (`finite`);
     - an evaluation's figures are over its questions, each once, by evaluation set (`metrics`);
@@ -148,8 +157,9 @@ class Qwen2VLGRPOTrainer(
             whole_weights = partial(vllm_backends.adapted_weights, self.vllm_generation)
             self.vllm_generation._iter_named_params = whole_weights
 
-        # ---- The policy and the reference model
-        policy, reference = self.plain_model(), self.ref_model and self.accelerator.unwrap_model(self.ref_model)
+        # ---- The policy, the reference model and the teacher
+        name, policy = getattr(args, "teacher_model_name_or_path", None), self.plain_model()
+        self.teacher = self._load_teacher(name, policy) if name else None
         self.family = family_of(policy)
         reset_generation_config(policy, processing_class)
         # Tool calls put images and foreign tokens into completions; they stay on TRL's path.
@@ -161,9 +171,11 @@ class Qwen2VLGRPOTrainer(
         if self.shared_prefix:
             self.backend = self.make_backend(keep_features=encodes_once)
             self.rollout_func = self._roll_out  # TRL's seam for those who generate otherwise
-        for network in filter(None, (policy, reference)):
+        for model in filter(None, (policy, self.ref_model, self.teacher)):
+            network = self.accelerator.unwrap_model(model)
             prepare_model(network, processing_class)
-            accept_missing_images(network, always_encode=self.accelerator.num_processes > 1 and not encodes_once)
+            encodes = model is self.teacher or not encodes_once
+            accept_missing_images(network, always_encode=self.accelerator.num_processes > 1 and encodes)
             if self.shared_prefix:
                 enable_grouping(network)
 
@@ -379,18 +391,48 @@ class Qwen2VLGRPOTrainer(
             self._log({TOKENS: tokens})
         if not self.shared_prefix:
             return super()._compute_loss(model, inputs)
-        scored = Scored(inputs["prompts"])
+        scored, mask = Scored(inputs["prompts"]), inputs["completion_mask"]
+        teaches = self.teacher is not None and self.model.training
+        kl_of_teacher = self._ask_teacher(inputs, scored) if teaches else None
         loss = super()._compute_loss(model, {**inputs, "pixel_values": scored})
-        if "masked_logps" not in inputs:
-            return loss
-        gain, sums = perception_gain(
-            *(scored.logps, inputs, self.loss_type, self.max_completion_length),
-            processes=self.accelerator.num_processes,
-            batches=self.args.steps_per_generation,
-        )
+        if "masked_logps" in inputs:
+            sees = torch.tensor([[bool(prompt.image_inputs)] for prompt in inputs["prompts"]], device=mask.device)
+            kl = perception_kl(scored.logps, inputs["masked_logps"]) * sees
+            loss = loss - self.papo_coef * self._mean_of("papo/kl", kl, mask * sees, inputs)
+        if kl_of_teacher:
+            loss = loss + self.args.distill_coef * self._mean_of("distill/kl", kl_of_teacher(), mask, inputs)
+        return loss
+
+    def _ask_teacher(self, inputs: dict[str, Any], scored: Scored) -> Callable[[], torch.Tensor]:
+        """Let the teacher score a micro-batch; what is returned gives KL (B, C) when the policy has scored it, too."""
+        mask, whole = inputs["completion_mask"], []
+        with self._timed("scoring"), self.accelerator.autocast():
+            logps, states = ask_teacher(self.teacher, self.family, inputs["prompts"], inputs["completion_ids"], mask)
+        if not self.args.distill_whole_vocabulary:
+            return lambda: sampled_kl(scored.logps, logps)
+        models = self.plain_model(), self.accelerator.unwrap_model(self.teacher)
+        head, teacher_head = (model.get_output_embeddings() for model in models)
+        scored.observe = lambda own: whole.append(whole_kl(own[0], head, states, teacher_head, self.temperature))
+        return lambda: torch.zeros_like(scored.logps).masked_scatter(mask.bool(), whole[0])
+
+    def _mean_of(self, name: str, values: torch.Tensor, counted: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """What a term of the loss adds up to in a micro-batch: its values' mean, by the loss type, over accumulation.
+
+        The plain mean of all processes' values is logged.
+
+        Args:
+            name: in the log.
+            values: (B, C), 0 where they do not count.
+            counted: (B, C), 1 where they do.
+            inputs: of the micro-batch.
+        """
+        sums = torch.stack([(values.detach() * counted).sum(), counted.sum()])
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        self._log({"papo/kl": total / max(count, 1)})
-        return loss - self.papo_coef * gain / self.current_gradient_accumulation_steps
+        self._log({name: total / max(count, 1)})
+        tokens = inputs["num_items_in_batch"].clamp(min=1)
+        tokens = tokens / self.accelerator.num_processes / self.args.steps_per_generation
+        mean = batch_mean(values, inputs["completion_mask"], self.loss_type, self.max_completion_length, tokens)
+        return mean / self.current_gradient_accumulation_steps
 
     # TRL's runs the prompt through the model once a completion, padded on both sides. Its callers
     # hand on what a prompt's images became, as `pixel_values`; on the shared path that is the
@@ -407,11 +449,23 @@ class Qwen2VLGRPOTrainer(
                 scored.logps, entropies, tokens = score_completions(
                     *(model, self.family, scored.prompts, ids, mask, size),
                     with_entropy=kwargs.get("compute_entropy", False),
+                    observe=scored.observe,
                 )
             self._log({"packing/tokens_saved": 1 - tokens / input_ids.numel()})
             return scored.logps, entropies, None
 
     # ---- The models
+
+    def _load_teacher(self, name: str, policy: PreTrainedModel) -> nn.Module:
+        """The teacher, held as TRL holds a reference model; in the run's 16 bits, or in the policy's dtype."""
+        check_teacher(name, policy.config, self.processing_class)
+        mixed = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
+        dtype = mixed or str(policy.dtype).removeprefix("torch.")
+        teacher = load_teacher(name, dtype, policy.config.get_text_config().vocab_size)
+        add_fused_lm_head(teacher, temperature=self.temperature)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(teacher, self.accelerator)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def plain_model(self) -> PreTrainedModel:
         """The policy without the wrappers of accelerate, DeepSpeed and PEFT."""
