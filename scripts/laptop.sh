@@ -11,7 +11,8 @@
 #
 # Training and evaluation are the scripts of the real run; the recipes are in configs/laptop, what else it takes in
 # scripts/laptop. It stops in a line where the model sees too little, or the cold start is no better than guessing.
-# Interrupted, it goes on where it was. On two cores one seed took an hour and a half (docs/measured.md).
+# Interrupted, it goes on where it was. On two cores one seed takes about an hour and a half: so long as its
+# parts by themselves (docs/measured.md).
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/scripts/env.sh"
