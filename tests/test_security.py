@@ -119,6 +119,33 @@ def test_deepspeed_loads_objects_of_its_own_and_no_others(tmp_path):
     assert mark.exists()
 
 
+class ByName:
+    """Pickled as the attribute of a class, as Python 3.11.2 pickles the member of an enum."""
+
+    def __init__(self, owner: type, name: str):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple:
+        return getattr, (self.owner, self.name)
+
+
+def test_a_zero_stage_is_read_by_its_name_and_no_other_attribute(tmp_path):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    file = tmp_path / "states.pt"
+    torch.save(ByName(ZeroStageEnum, "gradients"), file)
+    with loading_no_code(deepspeed_classes()):
+        assert torch.load(file, weights_only=False) is ZeroStageEnum.gradients
+    for owner, name in ((fragment_address, "__init__"), (ZeroStageEnum, "__class__")):
+        torch.save(ByName(owner, name), file)
+        with (
+            pytest.raises(Mistake, match=refusal(file, "it asks for getattr, and could run code")),
+            loading_no_code(deepspeed_classes()),
+        ):
+            torch.load(file, weights_only=False)
+
+
 @pytest.mark.parametrize(
     "name, arguments", [("_prepare_for_training", [2, [], "x"]), ("_load_rng_state", ["x"]), ("_load_best_model", [])]
 )

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,17 +293,23 @@ def know_the_first_cpu() -> None:
     register_package(0, lambda storage: None, restore)
 
 
-def deepspeed_classes() -> list[type]:
+def deepspeed_classes() -> list[type | tuple[Callable, str]]:
     """What DeepSpeed's states hold beside tensors, numbers and containers: small classes of numbers."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]
+    def get_stage(enum: type, name: str) -> ZeroStageEnum:
+        """What stands in for `getattr`, by which Python 3.11.2 pickles the member of an enum."""
+        if enum is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+            raise pickle.UnpicklingError("GLOBAL getattr")
+        return ZeroStageEnum[name]
+
+    return [fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler, (get_stage, "builtins.getattr")]
 
 
 @contextmanager
-def loading_no_code(classes: Sequence[type] = ()) -> Iterator[None]:
+def loading_no_code(classes: Sequence[type | tuple[Callable, str]] = ()) -> Iterator[None]:
     """In the block `torch.load` builds tensors, numbers, containers and these classes, nothing else.
 
     A pickle can call any function when it is loaded. transformers loads with `weights_only=True`;
