@@ -18,7 +18,6 @@ from open_r1.models.memory import Launch, count_run
 from open_r1.running.data import count_prompt_tokens
 from open_r1.settings.recipes import read_recipe
 from open_r1.tasks.examples import read_examples
-from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from test_doctor import measure, save_model
 
 pytestmark = pytest.mark.real
@@ -72,12 +71,12 @@ def swap_images(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
 
 
 def look_at_padding(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
-    original = Qwen2VLGRPOTrainer._get_per_token_logps_and_entropies
+    forward = run.trainer.model.forward
 
-    def score(self, model, ids, mask, *arguments, **kwargs):
-        return original(self, model, ids, torch.ones_like(mask), *arguments, **kwargs)
+    def see_all(*arguments, attention_mask, **kwargs):
+        return forward(*arguments, attention_mask=torch.ones_like(attention_mask), **kwargs)
 
-    monkeypatch.setattr(Qwen2VLGRPOTrainer, "_get_per_token_logps_and_entropies", score)
+    monkeypatch.setattr(run.trainer.model, "forward", see_all)
 
 
 def spoil_reference(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:

@@ -17,6 +17,7 @@ import pytest
 from fresh import SYSTEM_PATH, new_shell
 from hub import BREAK_OFF, Hub, render_repositories, serve
 from open_r1.base.prompts import REPO_ROOT
+from support import write_script
 
 pytestmark = pytest.mark.slow
 SHORT = "--max_steps 1 --max_completion_length 16"
@@ -50,8 +51,10 @@ def newcomer(tmp_path_factory) -> Iterator[Newcomer]:
     root = folder / "clone"
     subprocess.run(["git", "clone", "--quiet", REPO_ROOT, root], check=True)
     with serve(render_repositories(folder / "hub", ROWS)) as hub:
-        # `python` is one without the packages: this one's own, of no environment
-        env = new_shell(f"{sys.base_prefix}/bin:{SYSTEM_PATH}", **hub.environment(folder / "home"))
+        # `python` is one without the packages: this one's own, of no environment, which a system may call python3 alone
+        write_script(folder / "bin/python", f'exec {sys.base_prefix}/bin/python3 "$@"')
+        path = f"{folder}/bin:{sys.base_prefix}/bin:{SYSTEM_PATH}"
+        env = new_shell(path, **hub.environment(folder / "home"))
         env.pop("HF_HUB_OFFLINE")
         yield Newcomer(root, hub, env)
 
