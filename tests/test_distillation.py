@@ -71,8 +71,7 @@ def padded(trainer, inputs):
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     images = [prompt.image_inputs for prompt in inputs["prompts"]]
     is_image = (ids == trainer.processing_class.image_token_id).long()
-    more = trainer.family.stock_inputs(images, is_image)
-    more = {name: value for name, value in more.items() if name == "mm_token_type_ids"}
+    more = trainer.family.plain_inputs(is_image)
     return {**inputs, **trainer.family.join_images(images, ids.device), **more}
 
 
