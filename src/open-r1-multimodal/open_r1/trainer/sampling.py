@@ -297,7 +297,8 @@ class PromptSamplingMixin:
         batch["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
         if settings.rescale_by_signal:
             batch["advantages"] = batch["advantages"] * (groups / max(with_signal, 1))
-        self._join_passes(logged)
+        if refill:
+            self._join_passes(logged)
         figures = {
             "refills": refill,
             "wasted": (sampled - with_signal) * self.num_generations,
