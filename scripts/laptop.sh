@@ -11,8 +11,8 @@
 #
 # Training and evaluation are the scripts of the real run; the recipes are in configs/laptop, what else it takes in
 # scripts/laptop. It stops in a line where the model sees too little, or the cold start is no better than guessing.
-# Interrupted, it goes on where it was. On two cores one seed takes about an hour and a half: so long as its
-# parts by themselves (docs/measured.md).
+# Interrupted, it goes on where it was. On two cores one seed takes about an hour and a half, the sum of the times that its
+# parts took one by one; no run has come to its end yet (docs/measured.md).
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/scripts/env.sh"
@@ -115,7 +115,6 @@ results="$RUN/results"
 
 step 2 "the language model, in the shape of a Qwen2-VL; until it is trained, images mean nothing to it"
 [ -d "$RUN/blind" ] || "$PYTHON" "$ROOT/scripts/laptop/language_model.py" --output "$RUN/blind"
-
 [ -d "$RUN/first_words" ] ||
     "$PYTHON" "$ROOT/scripts/laptop/first_words.py" --model "$RUN/blind" --output "$RUN/first_words"
 

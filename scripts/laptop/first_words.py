@@ -32,7 +32,7 @@ SCALE = 2.0  # the mean of several embeddings is shorter than one
 
 
 def say(model: PreTrainedModel, processor: ProcessorMixin, text: str) -> torch.Tensor:
-    """The mean embedding (H,) of a text's tokens."""
+    """The mean embedding (H,) of a text's tokens, times `SCALE`."""
     ids = processor.tokenizer(text, return_tensors="pt")["input_ids"][0]
     return SCALE * model.get_input_embeddings().weight[ids].mean(dim=0)
 
