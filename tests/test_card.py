@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from huggingface_hub import ModelCard
+import torch
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
 from fake_run import fake_events, fake_rows, write_images, write_run
@@ -139,3 +141,25 @@ def test_a_hub_that_takes_nothing_is_one_line_before_a_run_and_after_it():
         Pushing().init_hf_repo()
     with pytest.raises(Mistake, match=f"{told}all is saved in outputs/run; upload it with `hf upload`"):
         Pushing().push_to_hub()
+
+
+@pytest.mark.parametrize("refused", ["/commit/", "/me/tiny/lfs/"])
+def test_weights_that_the_hub_refuses_are_one_line(refused, tmp_path, monkeypatch):
+    """By the Hub's own client, which has another error for large files than for the rest."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+
+    class Parent:
+        args, hub_model_id = SimpleNamespace(output_dir=str(tmp_path)), "me/tiny"
+
+        def push_to_hub(self) -> None:
+            HfApi(hub.url, token="any").upload_folder(repo_id=self.hub_model_id, folder_path=self.args.output_dir)
+
+    class Pushing(ModelCardMixin, Parent):
+        pass
+
+    with serve({"me/tiny": tmp_path / "hub"}) as hub:
+        hub.fail(refused, 403)
+        with pytest.raises(Mistake, match=r"--push_to_hub: the Hub does not take me/tiny \(.*403 .*upload it with"):
+            Pushing().push_to_hub()

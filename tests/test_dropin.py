@@ -298,22 +298,30 @@ def test_a_text_has_no_place_for_images(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
-def test_an_image_that_breaks_in_mid_run_ends_no_run(shared_prefix, tiny_model, tmp_path, capsys):
+def test_an_image_that_breaks_in_mid_run_ends_no_run(shared_prefix, tiny_model, tmp_path, capsys, monkeypatch):
     files = paths(tmp_path)
     dataset = Dataset.from_dict({"prompt": QUESTIONS, "image": files})
     Path(files[2]).write_bytes(b"")
     args = stock_config(tmp_path / "out", max_steps=4)
-    args.shared_prefix = shared_prefix
+    args.shared_prefix, args.mask_truncated_completions = shared_prefix, False
 
     def by_length(completions, image, **kwargs):
         assert set(image) <= set(files) and "images" not in kwargs  # the row as the dataset has it, nothing opened
         return [float(len(completion[0]["content"])) for completion in completions]
 
     trainer = Qwen2VLGRPOTrainer(str(tiny_model), by_length, args, dataset)
+    compute, without_a_part = trainer._compute_loss, 0
+
+    def count(model, inputs):
+        nonlocal without_a_part
+        without_a_part += int((inputs["completion_mask"].sum(dim=1) == 0).sum())
+        return compute(model, inputs)
+
+    monkeypatch.setattr(trainer, "_compute_loss", count)
     trainer.train()
     rows = read_jsonl(tmp_path / "out/trajectories/train.jsonl")
     broken = [row for row in rows if row["images"] == [files[2]]]
-    assert len(rows) == 12 and len(broken) == 3
+    assert len(rows) == 12 and len(broken) == 3 and without_a_part == 3  # in the loss
     assert all(row["advantage"] == 0 and row["rewards"] == {"by_length": None} for row in broken)
     assert capsys.readouterr().err.count(f"warning: image {files[2]}: corrupt image") == 1  # once, not once a step
     logs = [log["broken_images/completions"] for log in trainer.state.log_history if "broken_images/completions" in log]

@@ -124,8 +124,12 @@ def _told_by_hub(repository: str | None, advice: str) -> Iterator[None]:
     """What the Hub refuses in the block, or a network, becomes a Mistake."""
     try:
         yield
-    except (httpx.HTTPError, OfflineModeIsEnabled) as error:
-        raise Mistake(f"--push_to_hub: the Hub does not take {repository} ({first_line(error)}); {advice}") from error
+    except (httpx.HTTPError, OfflineModeIsEnabled, RuntimeError) as error:
+        # while it sends large files, huggingface_hub wraps what went wrong in a RuntimeError
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, (httpx.HTTPError, OfflineModeIsEnabled)):
+            raise
+        raise Mistake(f"--push_to_hub: the Hub does not take {repository} ({first_line(cause)}); {advice}") from error
 
 
 # --- run.json and log.jsonl -----------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ class Qwen2VLGRPOTrainer(
     - the prompt of a group is encoded, prefilled and scored once (`open_r1.engines`);
     - images may be masked in a term of the loss, or noised in half of a rollout (`perception`);
     - a larger model may teach the policy on the policy's own completions (`distillation`);
-    - completions about an image that has broken since the start earn nothing (`rows.ImageReader`);
+    - completions about an image that has broken since the start earn nothing and move nothing (`rows.ImageReader`);
     - a loss or gradient that is no number ends the run before the weights are spoiled (`finite`);
     - an evaluation's figures are over its questions, each once, by evaluation set (`metrics`);
     - groups without signal can be replaced, and prompts that always or never succeed be asked less
@@ -199,6 +199,7 @@ class Qwen2VLGRPOTrainer(
             inputs = [without_images(row) for row in inputs]
         rollout = Rollout(inputs, refill)
         batch = self._take_step(rollout) if self.shared_prefix else self._take_stock_step(rollout)
+        batch["completion_mask"][rollout.is_broken] = 0  # no term of the loss learns from a blank in an image's place
         self._record(rollout, batch)
         return batch
 
