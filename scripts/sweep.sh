@@ -12,6 +12,7 @@
 #   --steps     optimiser steps                                     (default: the recipe's, 60)
 #   --jobs      runs at a time                                      (default: one a core)
 #   MODEL       in the environment: a folder of another base        (default: configs/tiny/base)
+#   TEACHER     in the environment: the folder of a model that `distill` learns from, such as another run's
 #
 # configs/overlays/tiny.yaml is put over every overlay: lengths, steps, batch and learning rate are the tiny recipe's.
 # Interrupted, the same command goes on; what is finished is not run again. A run that fails stops no other; it is named
@@ -41,23 +42,26 @@ is_done() { # folder of a run
 
 # xargs starts this script anew for each run, as `sweep.sh --run NAME SEED`, with the rest in the environment.
 train_and_evaluate() { # name, seed
-    run="$SWEEP/$1/seed$2" log="$SWEEP/$1/seed$2.log"
+    name=$1 seed=$2
+    run="$SWEEP/$name/seed$seed" log="$SWEEP/$name/seed$seed.log"
     ! is_done "$run" || return 0
     mkdir -p "$run"
+    set --
+    case "+$name+" in *+distill+*) set -- --teacher_model_name_or_path "$TEACHER" ;; esac
     begun=$(date +%s)
-    echo "$1, seed $2: started"
+    echo "$name, seed $seed: started"
     {
-        CONFIG=$(config_of "$1") OUTPUT="$run" sh "$ROOT/src/open-r1-multimodal/run_grpo_SAT.sh" --seed "$2" \
-            --eval_dataset_name "$SWEEP/world/data/SAT_val_256.json" ${STEPS:+--max_steps "$STEPS"} &&
+        CONFIG=$(config_of "$name") OUTPUT="$run" sh "$ROOT/src/open-r1-multimodal/run_grpo_SAT.sh" --seed "$seed" \
+            --eval_dataset_name "$SWEEP/world/data/SAT_val_256.json" ${STEPS:+--max_steps "$STEPS"} "$@" &&
             # The questions are asked as in training: a run without thinking is evaluated without it.
             evaluate_in_tiny_world "$SWEEP/world" "$run" "$run" \
                 $(! grep -q '"style": "direct"' "$run/run.json" || echo --no-use_reasoning_prompt) &&
             echo "$STEPS" >"$run/sweep_done"
     } >>"$log" 2>&1 || {
-        echo "$1, seed $2: failed after $(($(date +%s) - begun)) s"
+        echo "$name, seed $seed: failed after $(($(date +%s) - begun)) s"
         return 1
     }
-    echo "$1, seed $2: done in $(($(date +%s) - begun)) s"
+    echo "$name, seed $seed: done in $(($(date +%s) - begun)) s"
 }
 
 if [ "${1:-}" = --run ]; then
@@ -88,6 +92,8 @@ first=$1
 for part in $(printf '%s' "$overlays" | tr + ' '); do
     [ "$part" = none ] || [ -f "$ROOT/configs/overlays/$part.yaml" ] ||
         fail "--overlays: there is no configs/overlays/$part.yaml"
+    [ "$part" != distill ] || [ -d "${TEACHER:-}" ] ||
+        fail "--overlays: distill needs TEACHER, the folder of a model to learn from, in the environment"
 done
 for number in $seeds $steps $jobs; do
     case $number in *[!0-9]* | 0?*) fail "--seeds, --steps, --jobs: expected whole numbers, not '$number'" ;; esac
@@ -103,8 +109,9 @@ SWEEP="${OUTPUT:-$ROOT/outputs/sweep}"
 mkdir -p "$SWEEP"
 SWEEP=$(cd "$SWEEP" && pwd)
 [ -z "${MODEL:-}" ] || MODEL=$(cd "$MODEL" && pwd)
+[ -z "${TEACHER:-}" ] || TEACHER=$(cd "$TEACHER" && pwd)
 cd "$ROOT" # where recipes are looked up first
-export PYTHON SWEEP STEPS="$steps" DATA="$SWEEP/world/data/SAT_train_2000.json" HF_HUB_OFFLINE=1
+export PYTHON SWEEP TEACHER STEPS="$steps" DATA="$SWEEP/world/data/SAT_train_2000.json" HF_HUB_OFFLINE=1
 export MODEL="${MODEL:-$ROOT/configs/tiny/base}" OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=-1
 export NUM_PROCESSES=1 NUM_MACHINES=1 ACCELERATE_CONFIG=ddp
 prepare_tiny_world "$SWEEP/world"

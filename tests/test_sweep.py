@@ -289,7 +289,7 @@ esac
 
 @pytest.fixture
 def clone(tmp_path) -> Path:
-    """The scripts, with two overlays, and a Python that trains nothing."""
+    """The scripts, with three overlays, and a Python that trains nothing."""
     root = tmp_path / "a clone"
     for name in ("scripts", "src"):
         (root / name).mkdir(parents=True)
@@ -299,7 +299,7 @@ def clone(tmp_path) -> Path:
         (root / "src" / part).symlink_to(REPO_ROOT / "src" / part)
     (root / "configs/overlays").mkdir(parents=True)
     (root / "configs/tiny").mkdir()
-    for name in ("overlays/tiny", "overlays/dapo", "overlays/no_think", "tiny/grpo"):
+    for name in ("overlays/tiny", "overlays/dapo", "overlays/distill", "overlays/no_think", "tiny/grpo"):
         (root / f"configs/{name}.yaml").write_text("beta: 0\n")
     (root / "python").write_text(STUB)
     (root / "python").chmod(0o755)
@@ -307,13 +307,14 @@ def clone(tmp_path) -> Path:
 
 
 def sweep(
-    root: Path, *arguments: str, bad: str = "nothing", model: str = ""
+    root: Path, *arguments: str, bad: str = "nothing", **environment: str
 ) -> tuple[subprocess.CompletedProcess, list[str]]:
     """What the script says, and what it asked of Python."""
     calls = root / "calls"
     calls.write_text("")
-    env = {**os.environ, "PYTHON": str(root / "python"), "CALLS": str(calls), "BAD": bad, "MODEL": model}
-    env.pop("OUTPUT", None)
+    env = {**os.environ, "PYTHON": str(root / "python"), "CALLS": str(calls), "BAD": bad, "MODEL": "", **environment}
+    for name in {"OUTPUT", "TEACHER"} - set(environment):
+        env.pop(name, None)
     command = ["sh", str(root / "scripts/sweep.sh"), *arguments]
     done = subprocess.run(command, env=env, cwd=root.parent, capture_output=True, text=True)
     return done, calls.read_text().splitlines()
@@ -339,9 +340,18 @@ def test_a_sweep_runs_every_recipe_with_every_seed_and_compares(clone):
     done, calls = sweep(clone, "--overlays", "none dapo+no_think", "--seeds", "0 3", "--steps", "2")
     assert done.returncode == 0 and not any("launch.py" in call for call in calls)  # finished runs are not repeated
     (clone.parent / "other").mkdir()
-    done, calls = sweep(clone, "--overlays", "none", "--seeds", "0 3", "--steps", "4", model="other")
+    done, calls = sweep(clone, "--overlays", "none", "--seeds", "0 3", "--steps", "4", MODEL="other")
     trained = [call for call in calls if "launch.py" in call]
     assert len(trained) == 2 and all(f"MODEL={clone.parent}/other " in call for call in trained)  # to more steps
+
+
+def test_distillation_learns_from_the_model_that_the_environment_names(clone):
+    (clone.parent / "a teacher").mkdir()
+    done, calls = sweep(clone, "--overlays", "none dapo+distill", "--seeds", "0", TEACHER="a teacher")
+    assert done.returncode == 0, done.stderr
+    for call in calls:
+        learns = "launch.py" in call and "distill.yaml" in call
+        assert (f"--teacher_model_name_or_path {clone.parent}/a teacher" in call) == learns
 
 
 def test_a_run_that_fails_stops_no_other_and_is_named(clone):
@@ -364,6 +374,7 @@ def test_a_run_that_fails_stops_no_other_and_is_named(clone):
     [
         ([], "--overlays: names none"),
         (["--overlays", "none dapo+gone"], "--overlays: there is no configs/overlays/gone.yaml"),
+        (["--overlays", "none distill"], "distill needs TEACHER, the folder of a model to learn from"),
         (["--overlays", "none dapo none"], "none is there twice"),
         (["--overlays", "none", "--seeds", "0 one"], "expected whole numbers, not 'one'"),
         (["--overlays", "none", "--jobs", "0"], "leave nothing to run"),
