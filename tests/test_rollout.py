@@ -204,6 +204,20 @@ def test_the_host_waits_for_a_gpu_once_in_16_tokens(model_type, loaded, tiny_mod
     assert [after - before for before, after in pairwise(waits[1:])] == [0] * 14 + [1] + [0] * 3
 
 
+def test_the_lm_head_of_a_frozen_model_is_not_copied_for_each_prompt(loaded):
+    """A matmul of a view copies it on a CPU: 2 of 11 s of a rollout, where 8 prompts meet 49,163 tokens."""
+    model, processor = loaded("qwen2_vl")
+    prompts = [encode_prompt(model, processor, messages) for messages in make_messages(3)]
+    config = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=[0], pad_token_id=0)
+    tokens, width = model.get_output_embeddings().weight.shape
+    model.requires_grad_(False)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        generate(model, prompts, [1, 1, 1], config)
+    model.requires_grad_(True)
+    shapes = [event.input_shapes for event in profile.events()]
+    assert [[3, width], [width, tokens]] in shapes and not any([3, width, tokens] in inputs for inputs in shapes)
+
+
 def test_keys_and_values_stay_in_one_buffer_of_the_size_that_is_counted(loaded, monkeypatch):
     """Prompt and longest completion for every row, from the first token to the last, also when rows are dropped."""
     model, processor = loaded("qwen2_vl")

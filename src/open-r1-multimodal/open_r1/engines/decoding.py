@@ -155,7 +155,8 @@ def generate(
         position_ids=positions.to(device),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        # not `logits_to_keep=1`: with frozen weights on a CPU, its view has the LM head copied for each prompt
+        scored=torch.tensor([length - 1], device=device),
         **join_images(family_of(model), prompts, device),
     )
     cache.reorder_cache(owner.to(device))
