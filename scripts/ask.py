@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a run (LoRA too) or Hub name")
     parser.add_argument("--data", help="prepared JSON file to take the question from")
-    parser.add_argument("--row", type=int, default=0, help="which of its examples (default: 0)")
+    parser.add_argument("--row", type=int, default=0, help="number of the example in --data, from 0 (default: 0)")
     parser.add_argument("--image", help="image file to ask about")
     parser.add_argument("--question", help="the question to ask about --image")
     parser.add_argument(

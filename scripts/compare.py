@@ -222,7 +222,7 @@ def main() -> None:
         "--names",
         nargs="+",
         metavar="NAME",
-        help="what to call the results, of several benchmarks the models (default: by their files)",
+        help="names for the results or, where these are of several benchmarks, for models (default: from the files)",
     )
     parser.add_argument(
         "--chart", type=chart_path, metavar="FILE", help="PNG, SVG or PDF (default: comparison.png beside the first)"

@@ -99,12 +99,14 @@ def main() -> None:
     parser.add_argument(
         "--config", action="append", default=[], help="recipe, a file in configs/; may be given several times"
     )
-    parser.add_argument("--script", choices=("grpo", "sft"), help="what runs the recipe (default: as it looks)")
+    parser.add_argument(
+        "--script", choices=("grpo", "sft"), help="what runs the recipe (default: told by its settings)"
+    )
     parser.add_argument("--num_processes", type=positive, default=1, help="GPUs, on all machines (default: 1)")
     parser.add_argument("--num_machines", type=positive, default=1, help="(default: 1)")
     parser.add_argument("--accelerate_config", default="zero2", help="zero2, zero3, ddp or a file (default: zero2)")
     parser.add_argument("--cpu", action="store_true", help="with --memory: count for processes on a CPU")
-    parser.add_argument("--json", action="store_true", help="print JSON; of --memory bytes")
+    parser.add_argument("--json", action="store_true", help="print JSON; with --memory sizes are in bytes")
     args, overrides = parser.parse_known_args()
     if not args.config and (args.memory or overrides):
         raise Mistake(f"{'--memory' if args.memory else overrides[0]}: name a recipe with --config")

@@ -52,7 +52,7 @@ LIMITS = {
     "evaluation and rollout, transformers": 90,
     "evaluation and rollout, vLLM": 150,
 }
-REHEARSED = 5  # times as long on a CPU
+REHEARSED = 5  # by which the limits are multiplied in a rehearsal on a CPU
 STEPS = ("step, stock TRL", "step, this trainer")
 
 GIVEN = ("torch", "torchvision", "transformers", "accelerate", "peft")  # what a machine has to have

@@ -27,13 +27,13 @@ def main() -> None:
         type=Path,
         nargs="+",
         metavar="RUN",
-        help="folder that training wrote (its output_dir); of several, the curves",
+        help="folder that training wrote (its output_dir); several give one page with their curves",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
-        help="page to write (default: report.html in RUN; of several, runs.html here)",
+        help="page to write (default: report.html in RUN; for several runs, runs.html in the current folder)",
     )
     args = parser.parse_args()
     print(printable(write_pages(args.runs, args.output)))

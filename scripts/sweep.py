@@ -37,7 +37,10 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run: RECIPE/SEED")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="of sweep.md, .json, .png and .svg (default: the recipes' own)"
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="for sweep.md, .json, .png and .svg (default: the one that holds the recipes' folders)",
     )
     args = parser.parse_args()
     output = args.output or args.runs[0].resolve().parents[1]

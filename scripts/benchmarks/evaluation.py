@@ -131,8 +131,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--rows", type=positive, default=64, help="(default: %(default)s)")
     parser.add_argument("--bs", type=positive, default=16, help="questions a batch (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=positive, default=350, help="(default: %(default)s)")
-    parser.add_argument("--mean_tokens", type=float, default=60, help="about, of a response (default: %(default)s)")
-    parser.add_argument("--hidden_size", type=positive, default=256, help="of the model (default: %(default)s)")
+    parser.add_argument(
+        "--mean_tokens", type=float, default=60, help="about how long responses are (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--hidden_size", type=positive, default=256, help="width of the random model (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=positive, help="of PyTorch, in both loops (default: its own choice)")
     parser.add_argument("--rounds", type=positive, default=3, help="(default: %(default)s)")
     parser.add_argument("--scratch", type=Path, help="folder for the files (default: the system's)")

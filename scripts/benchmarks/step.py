@@ -457,11 +457,14 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", choices=PRESETS, default="sat-cpu", help="(default: %(default)s)")
-    parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl", help="of models (default: %(default)s)")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl", help="model family (default: %(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, help="(default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="of torch on the CPU (default: one a core)")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="in both")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="in both trainers")
     parser.add_argument(
-        "--group_size", type=positive, metavar="G", help="instead, one prompt a step with G completions"
+        "--group_size",
+        type=positive,
+        metavar="G",
+        help="measure one prompt a step, with G completions, in place of the preset's",
     )
     parser.set_defaults(run=run)

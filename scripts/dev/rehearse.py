@@ -303,7 +303,9 @@ def main() -> None:
         prog="rehearse.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=REPO_ROOT / "outputs/rehearsal", help="(default: %(default)s)")
-    parser.add_argument("--size", choices=MODELS, default="qwen2_vl_2b", help="whose (default: %(default)s)")
+    parser.add_argument(
+        "--size", choices=MODELS, default="qwen2_vl_2b", help="model whose size is taken (default: %(default)s)"
+    )
     args = parser.parse_args()
     model = os.environ.get("MODEL")
     path = args.output / "rehearsal.json"

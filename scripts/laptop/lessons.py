@@ -118,8 +118,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lesson", choices=LESSONS)
     parser.add_argument("--rows", type=positive, required=True)
-    parser.add_argument("--seed", type=int, required=True, help="of the scenes; two seeds have none in common")
-    parser.add_argument("--output", type=Path, required=True, help="folder")
+    parser.add_argument("--seed", type=int, required=True, help="of the scenes; two seeds have no scene in common")
+    parser.add_argument("--output", type=Path, required=True, help="folder for rows.json and images/")
     args = parser.parse_args()
     (args.output / "images").mkdir(parents=True, exist_ok=True)
     lesson = LESSONS[args.lesson]

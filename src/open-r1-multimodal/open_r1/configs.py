@@ -150,8 +150,8 @@ class SignalArguments:
     )
     rescale_by_signal: bool = HfArg(
         default=False,
-        help="Multiply advantages by groups / groups with signal of a rollout, so that those "
-        "without do not shrink the step (the alpha of GPG). Trajectories hold advantages "
+        help="Multiply advantages by groups / groups with signal of a rollout, so that groups "
+        "without signal do not shrink the step (the alpha of GPG). Trajectories hold advantages "
         "before that.",
     )
 
@@ -163,9 +163,9 @@ class SignalArguments:
 
 
 RESUME = (
-    "Where the run goes on: auto, at the newest whole checkpoint in output_dir, if there is one; "
-    "none, and it starts anew, in an output_dir that holds no run; or a checkpoint's folder, and "
-    "then data and settings may have changed since (changes are printed, and noted in run.json)."
+    "auto: go on from the newest whole checkpoint in output_dir, or start anew if there is none. "
+    "none: start anew; output_dir must hold no run. A checkpoint's folder: go on from there, even if "
+    "data and settings have changed since (changes are printed, and noted in run.json)."
 )
 
 
@@ -192,8 +192,8 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
     advantage: str | None = HfArg(
         default=None,
         help="How rewards become advantages: leave_one_out, or a function of yours as "
-        "module:function, with the signature of those in open_r1/trainer/advantages.py. None: "
-        "each reward against its group's, by scale_rewards and multi_objective_aggregation.",
+        "module:function, with the signature of those in open_r1/trainer/advantages.py. None: as "
+        "in TRL, each reward against its group's, by scale_rewards and multi_objective_aggregation.",
     )
     papo_coef: float = HfArg(
         default=0.0,

@@ -54,7 +54,7 @@ Kind = Callable[[str, Sequence[Row]], Habit]  # what questions have in common, a
 
 
 def most_frequent(asked: str, rows: Sequence[Row]) -> Habit:
-    """By its text where all questions have the same options, else as they are shown, maybe as letters."""
+    """Of the most frequent answer: by its text where all questions have the same options, else as given."""
     by_text = len({frozenset(row["options"]) for row in rows}) == 1
 
     def names(key: str) -> list[str]:
@@ -66,7 +66,7 @@ def most_frequent(asked: str, rows: Sequence[Row]) -> Habit:
 
 
 def shown_first(asked: str, rows: Sequence[Row]) -> Habit:
-    """Of the option that is shown first."""
+    """Of answers that are the option which is shown first."""
     shares = (sum(row[key] == labels(row)[0] for row in rows) / len(rows) for key in ("model_answer", "ground_truth"))
     return Habit(asked, _questions(rows), "the option shown first", *shares)
 
@@ -76,7 +76,7 @@ def _questions(rows: Sequence[Row]) -> int:
 
 
 def habits(rows: Iterable[Row], group: Callable[[Row], str], kind: Kind) -> list[Habit]:
-    """One of each group, by its name; a group without a readable answer has none."""
+    """The habit of each group of rows that has a readable answer; `group` gives the name of a row's group."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row["model_answer"] in labels(row):
@@ -123,7 +123,7 @@ def answered(record: Mapping[str, Any]) -> Row | None:
     except Mistake:
         return None
     answer = extract_answer(completion)
-    answer = completion if answer is None else answer  # of a recipe that asks for no more than the answer
+    answer = completion if answer is None else answer  # without a tag, as where a recipe asks for the answer alone
     index = question.exact(answer) if len(answer) <= MAX_ANSWER_CHARS else None
     return {
         "id": hash((record["prompt"], *record["images"])),

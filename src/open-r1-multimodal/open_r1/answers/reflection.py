@@ -222,7 +222,7 @@ def _last_named(text: str, options: Sequence[str]) -> str | None:
 
 
 def reflection_shares(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The metrics of a rollout, from its trajectory rows (see `open_r1.trainer.trainer`).
+    """The metrics of a rollout, from its trajectory rows (see `open_r1.base.trajectories`).
 
     `reflection/share` and `reflection/self_correction` are shares of all completions. `reflection/correction_success`
     is the share of the self-corrections that the row's accuracy reward calls right; it is left out when there is no

@@ -21,7 +21,7 @@ from open_r1.answers.values import only_number
 from open_r1.base.errors import Mistake
 
 Row = Mapping[str, Any]
-Means = str | tuple["Means", ...]  # a score's name, or of what a score is the mean: CV-Bench's ((a, b), c)
+Means = str | tuple["Means", ...]  # a score's name, or nested tuples to average: CV-Bench's ((a, b), c)
 
 Z_95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 BOOTSTRAP_SAMPLES = 10_000
@@ -108,7 +108,10 @@ def chance_adjusted(accuracy: float, chance: float) -> float:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """McNemar's exact two-sided p-value: could a fair coin split the questions that only one got right like this?"""
+    """McNemar's exact two-sided p-value, from the numbers of questions that one side alone got right.
+
+    It is the probability that a fair coin splits these questions at least as unevenly.
+    """
     n = only_first + only_second
     tail = sum(math.comb(n, i) for i in range(min(only_first, only_second) + 1))
     return min(1.0, 2 * tail / 2**n)
@@ -233,9 +236,12 @@ def majority_answers(rows: Iterable[Row]) -> dict[str, int | float]:
 def proportion(
     values: Sequence[float], best: Sequence[float], chance: Sequence[float], majority: Sequence[float]
 ) -> dict[str, Any]:
-    """One score: a value in [0, 1] a question; `best` is that value if what could not be read were right.
+    """One score of questions that each earn a value in [0, 1].
 
-    The other two are what guessing and a constant choice would have got.
+    Args:
+        values: what each question earned.
+        best: what it would have earned if every response that could not be read were right.
+        chance, majority: what a uniform guess would have earned, and a constant answer in each task.
     """
     n, right = len(values), math.fsum(values)
     return {
@@ -333,7 +339,7 @@ def above_chance(level: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def response_shares(rows: Sequence[Row]) -> dict[str, Any]:
-    """What went wrong otherwise: responses without a readable answer and why, cut off, or without their image."""
+    """Counts and shares of responses without a readable answer (and why), cut off, or without their image."""
     reasons = Counter(row.get("reading", Unread.UNREADABLE.value) for row in rows if is_unread(row))
     unparsable = reasons.total()
     truncated = sum(bool(row.get("truncated")) for row in rows)

@@ -9,7 +9,8 @@ each at most once and in this order:
     &transpose=NAME     it is turned or mirrored, by a name of Pillow's `Image.Transpose`, as `rotate_90`
     &reduce=N           N x N pixels become one
 
-All numbers are pixels. A data set is a stranger's, and so are its edits: `Edit.check` refuses what leaves the picture.
+All numbers are pixels. Edits come with a data set and are not trusted: an image whose edit leaves the picture
+(`Edit.fits`) is refused when it is opened.
 """
 
 import re
@@ -52,12 +53,12 @@ class Edit:
         return (height, width) if is_on_its_side else (width, height)
 
     def fits(self, width: int, height: int) -> bool:
-        """Whether it can be made to an upright picture of this size."""
+        """Whether the edit stays inside an upright picture of this width and height."""
         is_inside = _is_inside(self.box, width, height) and (not self.gap or _is_inside(self.gap, *self.box[2:]))
         return is_inside and sorted(self.strips) == list(range(len(self.strips))) and len(self.strips) <= self.box[2]
 
     def apply(self, picture: Image.Image) -> Image.Image:
-        """An upright RGB picture that it `fits`, edited."""
+        """The edited copy of an upright RGB picture that the edit `fits`."""
         picture = picture.crop(_corners(self.box))
         if self.gap:
             picture.paste(GREY, _corners(self.gap))
@@ -73,12 +74,12 @@ class Edit:
 
 
 def join(numbers: tuple[int, ...] | None) -> str:
-    """`(1, 2)` -> `"1,2"`; nothing of None."""
+    """`(1, 2)` -> `"1,2"`; None -> an empty text."""
     return ",".join(map(str, numbers or ()))
 
 
 def split_edit(reference: str) -> tuple[str, Edit | None]:
-    """The path of a reference, and its edit, if it has one; an edit of another form is part of the path."""
+    """Split a reference into its path and the edit behind it, or None; any other text stays in the path."""
     path, mark, _ = reference.rpartition("#xywh=")
     match = _EDIT.fullmatch(reference, len(path)) if mark else None
     if match is None:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[4]
-PROBE = "trl"  # nothing else brings it: whoever has it has what setup.sh installs
+PROBE = "trl"  # no other package depends on it, so that a Python which has it has all that setup.sh installs
 CHOSEN = "OPEN_R1_PYTHON"  # environment variable: the Python that the script was started anew with
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TRACEBACK, TRACEBACK_OPTION = "OPEN_R1_TRACEBACK", "--traceback"
-PAUSE = 1  # seconds
+PAUSE = 1  # seconds that a failing process waits before it exits; see `let_one_tell`
 
 
 class Mistake(ValueError):
@@ -60,7 +60,7 @@ def positive(text: str) -> int:
 
 
 def given(text: str) -> str:
-    """A command line's text that is not blank, for argparse: an unset variable in quotes is."""
+    """A command line's text that is not blank, for argparse; `"$NAME"` of an unset shell variable is refused."""
     if not text.strip():
         reason = "expected a value, got none; leave the option out for its default"
         raise argparse.ArgumentTypeError(reason)
@@ -76,7 +76,7 @@ def is_mistake(error: BaseException) -> bool:
 
 
 def take_traceback_option() -> None:
-    """Take `--traceback` from the command line, which means OPEN_R1_TRACEBACK=1: mistakes show theirs, too."""
+    """Take `--traceback` out of the command line and set OPEN_R1_TRACEBACK=1: a `Mistake` then prints its traceback."""
     if TRACEBACK_OPTION in sys.argv:
         sys.argv.remove(TRACEBACK_OPTION)
         os.environ[TRACEBACK] = "1"
@@ -143,13 +143,13 @@ def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
     for number in STOPS[1:]:
         if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` ignores SIGHUP, and so do we then
             signal.signal(number, stop)
-    for stream in (sys.stdout, sys.stderr):  # a terminal of few letters shows the others as escapes
+    for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is shown as escapes
         stream.reconfigure(errors="backslashreplace")
     take_traceback_option()
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as `head` does
+    except BrokenPipeError:  # the reader of the pipe has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
@@ -160,16 +160,16 @@ def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
         sys.exit("\n".join([*shown, f"{name}: {line}"]))
     except KeyboardInterrupt as error:
         number = getattr(error, "number", signal.SIGINT)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a launch get it
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a launch get the signal, one prints it
             print(f"\n{name}: {signal.Signals(number).name}: {stopped}", file=sys.stderr)
         sys.exit(128 + number)
 
 
 def let_one_tell() -> None:
-    """Wait, in a process of several that fails, so that one of them alone tells why.
+    """Wait before a failing process of a launch exits, so that of all its processes only one prints the reason.
 
-    Torch's launcher ends all others by SIGTERM as soon as one has ended. So where all fail alike
-    local rank 0 tells, and where one was killed the launcher does.
+    Torch's launcher ends all others by SIGTERM as soon as one has ended. Local rank 0 waits least: where all fail
+    alike it prints the reason. Where one was killed, the launcher does.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return

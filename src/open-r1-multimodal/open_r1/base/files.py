@@ -10,9 +10,10 @@ from typing import Any
 
 from open_r1.base.errors import FileMistake, MissingFile, Mistake
 
-MANIFEST = "complete.json"  # written last into a checkpoint: it is whole
+MANIFEST = "complete.json"  # written last into a checkpoint, so that one that has it is whole
 MADE_BY = "made by open_r1"  # stands in every file that a command writes where its user says, near its start or end
-# The mark of a figure, as matplotlib's `savefig` takes it by the file's ending; and the same figure is the same SVG.
+# The `metadata` with which matplotlib's `savefig` writes the mark into a figure, by the file's ending. Without a date
+# the same figure gives the same SVG.
 FIGURE_MARK = {
     ".png": {"Software": MADE_BY},
     ".svg": {"Creator": MADE_BY, "Date": None},
@@ -26,7 +27,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name for a file or folder to write in the block, which becomes `path` at its end.
 
     An exception leaves the old `path`, a crash the old or the new one; the next writer deletes a temporary one left.
-    One process writes a path at a time. There may be a file, but no folder when the block ends.
+    Only one process may write a path at a time. When the block ends, `path` may be a file, which is replaced, but not a
+    folder.
     """
     if not path.parent.is_dir():
         raise MissingFile(f"{path}: there is no folder {path.parent}")
@@ -48,7 +50,7 @@ def delete(path: Path) -> None:
 
 
 def check_replaceable(*paths: Path) -> None:
-    """Raise FileMistake unless nothing is there yet, or what a command of ours made."""
+    """Raise FileMistake for a path that exists, unless a command of this project wrote the file (`MADE_BY`)."""
     for path in paths:
         if path.is_dir():
             raise FileMistake(f"{path} is a folder; name a file")
@@ -64,7 +66,7 @@ def _is_marked(path: Path) -> bool:
 
 
 def check_new_folder(path: Path) -> None:
-    """Raise FileMistake unless a command may fill a folder: there is none, or an empty one."""
+    """Raise FileMistake for a path that exists, unless it is an empty folder, which a command may fill."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileMistake(f"{path} exists; name another folder or delete it")
 
@@ -95,7 +97,7 @@ def read_json(path: Path) -> Any:
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add rows to the end of a JSON Lines file, and wait for the disk; on a full one none is added."""
+    """Add rows to the end of a JSON Lines file and sync it to the disk; on a full disk no row is added."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = memoryview(b"".join(map(to_json, rows)))
     with path.open("ab", buffering=0) as file:

@@ -29,7 +29,7 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
     )
 
     def limit(request: httpx.Request) -> None:
-        """The client sets no limit to most requests, and would wait for a hub that says nothing."""
+        """Give a request a timeout: the client sets none for most, and would wait for a Hub that does not answer."""
         limits = request.extensions["timeout"]
         for phase in limits:
             limits[phase] = limits[phase] or constants.HF_HUB_ETAG_TIMEOUT

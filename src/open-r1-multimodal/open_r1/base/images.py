@@ -43,7 +43,7 @@ FORMATS = [name for name in EXTENSIONS if name != "MPO"]  # Pillow opens an MPO 
 # The largest photos of today's phones and cameras; a progressive JPEG takes about 10 bytes a pixel to decode, 640 MiB
 # at this size. Larger is a decompression bomb or a poster; the model looks at 0.4 megapixels.
 MAX_PIXELS = 2**26
-BRIGHT = 128  # greys of 0..255 in a wider type reach it, distances in metres do not
+BRIGHT = 128  # a largest value from here to 255 means greys of 0..255 in a wider type; distances in metres stay below
 SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that change width and height
 MAX_ASPECT_RATIO = 200  # Qwen2-VL's image processor raises above it
 
@@ -156,7 +156,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def to_8_bits(greys: np.ndarray, name: str | None = None) -> np.ndarray:
-    """Greys (H, W) of any type as bytes: 0..1, 0..255, or others (distances) from black to white.
+    """Greys (H, W) of any type as bytes: 0..1 and 0..255 keep their scale, others (distances) fill black to white.
 
     NaN (nothing measured) becomes black, infinity as the most or the least.
     """
@@ -170,7 +170,7 @@ def to_8_bits(greys: np.ndarray, name: str | None = None) -> np.ndarray:
         low, high = 0, 1
     elif low >= 0 and BRIGHT <= high <= 255:
         low, high = 0, 255
-    elif low == high and greys.dtype == np.uint16:  # one grey says nothing of a range: the type's
+    elif low == high and greys.dtype == np.uint16:  # one grey alone has no range: its type's is taken
         low, high = 0, 65535
     elif low == high:  # the same distance everywhere
         return np.full(values.shape, BRIGHT, dtype=np.uint8)
@@ -185,7 +185,7 @@ _stretched: list[str] = []  # the first image that this process scaled by its ow
 
 
 def say_that_ranges_are_stretched(name: str | None, low: float, high: float) -> None:
-    """Once a process, with the name of the first image that it is done to."""
+    """Warn, once in a process, that images are scaled by their own range, with the name of the first one."""
     if _stretched:
         return
     _stretched.append(printable(name or "without a name"))

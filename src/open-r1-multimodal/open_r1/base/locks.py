@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from open_r1.base.errors import Mistake
 
 IN_USE = "_in_use"  # `Trainer.push_to_hub` leaves out names that begin so
-LOOK_SECONDS = 1  # `check_free` of another process holds a lock for less
+LOOK_SECONDS = 1  # to wait for a lock, since `check_free` in another process holds it for a moment
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -46,7 +46,7 @@ def owned(target: str | Path, is_file: bool = False) -> Iterator[None]:
 
 
 def check_free(folder: str | Path) -> None:
-    """Raise Mistake if a process writes the folder. Launchers of several machines may look at a time."""
+    """Raise Mistake if a process holds the folder's lock. Launchers of several machines may check at the same time."""
     path = Path(folder) / IN_USE
     try:
         path.stat()

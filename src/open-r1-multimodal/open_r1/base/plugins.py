@@ -15,7 +15,8 @@ from open_r1.base.errors import Mistake, first_line
 def import_here(name: str) -> ModuleType:
     """A module, also one in the current folder with what it imports there.
 
-    That folder is on Python's path for this alone, and last: else libraries would find there what they look for.
+    The folder is on `sys.path` during this import alone, and last: else libraries could import the user's files in
+    place of their own.
     """
     here = os.getcwd()
     if here in sys.path:  # in PYTHONPATH
@@ -33,8 +34,8 @@ def import_named(
     """What stands behind `module:name`: a function, a class, or something else that fits.
 
     Args:
-        option: that names it.
-        kind: what it is, in one word.
+        option: the setting or argument that names it, for the message.
+        kind: what it is in one word, for the message: `reward`.
         name: `module:name`.
         known: names that stand for themselves, for the message.
         fits: whether a value is of the kind.

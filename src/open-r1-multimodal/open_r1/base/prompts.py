@@ -45,7 +45,8 @@ def load_chat_template(name_or_path: str, folder: str = "") -> str:
 
     Args:
         name_or_path: of the template.
-        folder: below `configs/chat_templates`, of a family that writes images and turns in its own way.
+        folder: below `configs/chat_templates`, with the templates of a family that has image tokens or turn markers of
+            its own.
     """
     templates = CHAT_TEMPLATE_DIR / folder
     for path in (Path(name_or_path), templates / f"{name_or_path}.jinja"):

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from open_r1.base.fields import Count, Expected, Flag, Number, Record, Text
 
-CHOOSING = ("row", "refill")
+CHOOSING = ("row", "refill")  # fields that only a run which chooses its prompts writes (open_r1.trainer.sampling)
 
 Span = Annotated[list[Count], Field(min_length=2, max_length=2)]
 
@@ -40,7 +40,7 @@ class Completion(Record):
     dataset: Text | None = None  # the name of its evaluation set, where there are several
 
     def to_row(self) -> dict[str, Any]:
-        """As a line of a file holds it; the last fields are those of runs that choose prompts, or name their sets."""
+        """As a file holds it: `row` and `refill` only of a run that chooses prompts, `dataset` only of a named set."""
         absent = (CHOOSING if self.row is None else ()) + (("dataset",) if self.dataset is None else ())
         return {name: value for name, value in vars(self).items() if name not in absent}
 

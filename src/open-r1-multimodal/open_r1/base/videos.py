@@ -18,7 +18,7 @@ FORMATS = {".mp4": "mp4", ".mov": "mov", ".m4v": "mp4", ".mkv": "matroska", ".we
 MAX_FRAMES = 32  # what the benchmarks of videos are asked with, by default
 LONGEST = 2**17  # frames of a file, 73 minutes at 30 a second
 TOO_MANY = f"video over {LONGEST} frames"
-CACHED = 4  # videos: many questions are about one
+CACHED = 4  # videos whose frames are kept decoded, since many questions are about one video
 HASHED_BYTES = 2**20
 
 

@@ -80,7 +80,7 @@ def checkpoint_bytes(run: Run) -> tuple[float, float]:
 
 
 def disk(run: Run) -> Iterator[Finding]:
-    """The checkpoints to come, and the model at the end."""
+    """What the checkpoints to come and the model at the end take, against the free space of the disk."""
     args, steps = run.args, total_steps(run)
     one, last = checkpoint_bytes(run)
     interval = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
@@ -99,7 +99,7 @@ def disk(run: Run) -> Iterator[Finding]:
 
 
 def hours(run: Run) -> Iterator[Finding]:
-    """From two steps in this process, which does the work of all, or of a part of a step."""
+    """How long the run takes, from two steps in this process, which does the work of all, or of a part of a step."""
     trainer, launch, steps = run.trainer, run.launch, total_steps(run)
     needed = run.count(Launch(), trainer.args).peak
     parts, expected = 1.0, MEASURED_STEPS * step_flops(run) / run.speed if run.on_cpu else 0.0

@@ -29,7 +29,7 @@ def first(wrong: list[str]) -> str:
 
 
 def rows(run: Run) -> Iterator[Finding]:
-    """They can be read as questions."""
+    """The rows can be read as questions, and some have images."""
     for name, data in sets(run):
         if data.images:
             yield passed(f"{name}: {data.rows:,} rows, {data.images:,} images")
@@ -39,7 +39,7 @@ def rows(run: Run) -> Iterator[Finding]:
 
 
 def images(run: Run) -> Iterator[Finding]:
-    """Each is decoded once."""
+    """Each image is decoded once."""
     for name, data in sets(run):
         if data.broken:
             yield failed(f"{name}: {first(data.broken)}", "mend these images, or leave their rows out")
@@ -49,7 +49,7 @@ def images(run: Run) -> Iterator[Finding]:
 
 
 def answers(run: Run) -> Iterator[Finding]:
-    """They are there, and among the options."""
+    """The answers are there, and among the options."""
     for name, data in sets(run):
         if data.unusable:
             yield failed(f"{name}: {first(data.unusable)}", "mend these answers, or leave their rows out")
@@ -60,7 +60,7 @@ def answers(run: Run) -> Iterator[Finding]:
 
 
 def duplicates(run: Run) -> Iterator[Finding]:
-    """The same question about the same images."""
+    """Rows that ask the same question about the same images, and whether their answers differ."""
     for name, data in sets(run):
         answers_of = defaultdict(set)
         for shown, answer in zip(data.shown, data.answers, strict=True):

@@ -20,7 +20,7 @@ SHARED_MEMORY = 10**9  # bytes that NCCL and the workers of a few processes need
 
 
 def versions(run: Run) -> Iterator[Finding]:
-    """What is installed against the pins."""
+    """The installed packages against the pins in requirements.txt."""
     wrong, lines = [], (REPO_ROOT / "requirements.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     for pin in pins:
@@ -38,7 +38,7 @@ def versions(run: Run) -> Iterator[Finding]:
 
 
 def gpus(run: Run) -> Iterator[Finding]:
-    """What the driver lists against what torch can use."""
+    """The GPUs that the driver lists against those that torch can use."""
     listed = listed_gpus() or []
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if usable and (old := gpu_without_kernels()):

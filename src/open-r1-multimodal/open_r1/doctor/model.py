@@ -185,7 +185,7 @@ def rounds(run: Run) -> bool:
 
 
 def weights(run: Run) -> Iterator[Finding]:
-    """They are loaded as the run loads them."""
+    """The model is loaded as the run loads it; its dtype, device and attention are told."""
     model = plain_model(run)
     yield passed(f"{model.dtype} on {model.device}, attention {model.config._attn_implementation}")
 

@@ -24,7 +24,7 @@ def render(processor: ProcessorMixin, row: Row, **template_kwargs: str) -> str:
 
 
 def rendered(run: Run) -> Iterator[Finding]:
-    """The question is in it, and a place for each image."""
+    """The prompt has the question in it, and a place for each image."""
     row = run.rows[0]
     text = render(run.processor, row, **run.template_kwargs)
     places, mend = text.count(run.processor.image_token), "mend the chat_template"
@@ -37,7 +37,7 @@ def rendered(run: Run) -> Iterator[Finding]:
 
 
 def tags(run: Run) -> Iterator[Finding]:
-    """Those that rewards look for: the prompt opens `<think>`, or asks for both."""
+    """The tags that rewards look for: the prompt opens `<think>`, or asks for `<think>` and `<answer>`."""
     rewards = [inspect.unwrap(reward) for reward in run.reward_funcs]
     if accuracy_reward not in rewards and format_reward not in rewards:
         return

@@ -45,20 +45,20 @@ def output(run: Run) -> Iterator[Finding]:
 
 
 def model(run: Run) -> Iterator[Finding]:
-    """Its files are there, of a family that this project knows, with a processor."""
+    """The model's files are there, of a family that this project knows, with a processor."""
     family, size = run.model_outline.config.model_type, run.num_parameters / 1e6
     name = run.model_args.model_name_or_path
     yield passed(f"{name}: {family}, {size:,.1f} M parameters, {type(run.processor).__name__}")
 
 
 def chat_template(run: Run) -> Iterator[Finding]:
-    """It can be rendered."""
+    """The chat template can be rendered."""
     start = "inside <think>" if run.prompt_opening else "with their first word"
     yield passed(f"{run.script_args.chat_template or 'of the model'}: completions start {start}")
 
 
 def rewards(run: Run) -> Iterator[Finding]:
-    """Names lead to functions."""
+    """The names of the rewards lead to functions."""
     if run.is_grpo:
         yield passed(", ".join(reward.__name__ for reward in run.reward_funcs))
 

@@ -111,7 +111,7 @@ def call(reward: Reward, samples: Sequence[Sample], tokenizer: Any) -> list[floa
 
 
 def examine(reward: Reward, samples: Sequence[Sample], tokenizer: Any) -> Finding:
-    """What there is to say of a reward."""
+    """The finding about one reward: whether it raises, tells completions apart, judges answers rightly, and is fast."""
     name, start = reward.__name__, time.perf_counter()
     try:
         values = call(reward, samples, tokenizer)
@@ -138,7 +138,7 @@ def examine(reward: Reward, samples: Sequence[Sample], tokenizer: Any) -> Findin
 
 
 def lint(run: Run) -> Iterator[Finding]:
-    """Each reward on the same completions."""
+    """Each reward is tried on the same completions."""
     if not run.is_grpo:
         return
     rows = run.rows.select(range(min(ROWS, len(run.rows))))

@@ -1,4 +1,4 @@
-"""Who samples and scores completions, each prompt once for its whole group: transformers, vLLM, the check between them.
+"""Samples and scores completions, the prompt of a group once: by transformers, or by vLLM, checked against the policy.
 
 It imports `models` and below. Start with `shared_prefix.py`.
 """

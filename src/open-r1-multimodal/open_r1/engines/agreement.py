@@ -17,7 +17,7 @@ from trl.trainer.utils import nanmax, nanmin
 from open_r1.base.errors import Mistake
 
 PROMPTS, TOKENS = 4, 32  # asked, and the longest completion
-FLOOR = 0.005  # nats; a mean difference up to here is none in any dtype
+FLOOR = 0.005  # nats; a mean difference up to here is accepted in any dtype
 MULTIPLE = 1.5  # of the policy's own; right engines were at 0.9 to 1.3, faults from 1.6 on (docs/measured.md)
 SHORT = (torch.bfloat16, torch.float16)
 
@@ -80,7 +80,7 @@ def narrow(value: Any) -> Any:
 
 
 def check_agreement(mean: float, rounding: float, dtype: str) -> None:
-    """Let a run begin, or not.
+    """Raise Mistake if an engine's log-probabilities differ from the policy's by more than rounding explains.
 
     Args:
         mean: absolute difference of the engine's log-probabilities from the policy's in float32.

@@ -1,4 +1,4 @@
-"""The protocol of who generates, for training and evaluation (prompts in, completions out), and transformers.
+"""The interface of a rollout engine, for training and evaluation, and its implementation by transformers.
 
 Another engine is a class with these two methods, as those of `vllm_backends`; for evaluation also a function in
 `evaluate.answering.BACKENDS` that loads it.

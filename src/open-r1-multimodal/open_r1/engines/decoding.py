@@ -84,10 +84,10 @@ def padding_bias(mask: torch.Tensor, room: int, dtype: torch.dtype) -> torch.Ten
 
 
 def tokens_between_looks(device: torch.device) -> int:
-    """After how many tokens the host looks which rows have ended.
+    """How many tokens are decoded between two looks at which rows have ended.
 
-    It has to wait for a GPU to see it. On a CPU there is nothing to wait for, and to drop rows as soon as they end was
-    no slower (docs/measured.md).
+    At each look the host waits for the GPU. On a CPU there is nothing to wait for, and to drop rows as soon as they end
+    was no slower (docs/measured.md).
     """
     return 1 if device.type == "cpu" else 16
 
@@ -164,7 +164,7 @@ def generate(
         raise Mistake(NO_NUMBERS)
     logits = outputs.logits[owner.to(device), -1]  # (B, V)
 
-    # The processors of `generate` itself, so that a sampling setting means here what it means there.
+    # The logits processors of `generate` itself, so that a sampling setting means here what it means there.
     generation_config, _ = model._prepare_generation_config(generation_config)
     process = next_token_processors(model, generation_config, length, device)
     ends = torch.tensor(generation_config.eos_token_id, device=device).view(-1)

@@ -503,7 +503,7 @@ AttentionInterface.register(IMAGE_ATTENTION, image_attention)
 
 
 def prepare_model(model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    """Keep torch and transformers from slow choices and a mistake when they run a model (not wrapped).
+    """Prepare a model (not wrapped) to be run: attention that is fast here, and what its family has to mend.
 
     cuDNN's attention, which torch prefers on GPUs of compute capability 9 and 10, plans anew for
     every shape (0.4 to 0.5 s, as reported), and rollouts have a new shape at every token: it is off

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from trl.generation.vllm_generation import VLLMGeneration
     from vllm import LLM, SamplingParams
 
-NEVER = -100.0  # the least that may be added to a token's score
+NEVER = -100.0  # the lowest logit bias that vLLM takes
 
 
 def collapse_image_tokens(ids: Sequence[int], image_token_id: int) -> list[int]:

@@ -84,7 +84,7 @@ def messages(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
 
 
 def shown(item: Item) -> list[Any]:
-    """What stands for the pictures of an item in a prompt that is only rendered: a video is its frames."""
+    """Placeholders for an item's pictures, a video's frames among them, in a prompt that is rendered and not asked."""
     with suppress(BrokenImage):
         return [size for data in item.images for size in picture_sizes(data)]
     return list(item.images)

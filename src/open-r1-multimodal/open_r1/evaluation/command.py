@@ -13,7 +13,7 @@ from open_r1.tasks.benchmarks import BENCHMARKS, SUITES, find_benchmark
 
 RESULTS = REPO_ROOT / "src/eval/results"
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B"
-# Of answering.BACKENDS, which imports torch; and questions a batch: vLLM makes its own of those that it has at hand.
+# The names in answering.BACKENDS, which imports torch -> questions a batch; vLLM batches those that it gets by itself.
 BATCH_SIZES = {"hf": 32, "vllm": 256}
 
 
@@ -63,12 +63,17 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     add(
         "--dataset_path",
         type=given,
-        help="Hub id, parquet (or .jsonl) file, or folder, of easi-8 the one with a folder each (default: the "
-        "benchmark's on the Hub)",
+        help="Hub id, parquet (or .jsonl) file, or folder; for easi-8 a folder with one folder a benchmark (default: "
+        "the benchmark's on the Hub)",
     )
     add("--family", type=given, help="the model's family, if it is one of your own: module:NAME")
-    add("--limit", type=positive, metavar="N", help="ask N questions only, the same share of each task, seeded")
-    add("--bs", type=positive, help="questions a batch, after which they are saved (default: 32; 256 with vllm)")
+    add(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="ask only N questions, drawn by a fixed seed; each task keeps its share of them",
+    )
+    add("--bs", type=positive, help="questions a batch; answers are saved after each (default: 32; 256 with vllm)")
     add("--max_new_tokens", type=positive, default=700, help="longest response (default: %(default)s, as in training)")
     add(
         "--max_pixels",
@@ -76,7 +81,12 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         help="larger images are shrunk to this area (default: what the checkpoint was trained at; 401408, the paper's, "
         "for a published one)",
     )
-    add("--max_frames", type=positive, default=MAX_FRAMES, help="of a video, evenly spaced (default: %(default)s)")
+    add(
+        "--max_frames",
+        type=positive,
+        default=MAX_FRAMES,
+        help="most frames of a video, evenly spaced (default: %(default)s)",
+    )
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="auto: bfloat16 on a GPU")
     add(
         "--backend", choices=BATCH_SIZES, default="hf", help="what generates: hf is transformers (default: %(default)s)"
@@ -93,13 +103,13 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         "--precomputed_json",
         type=folder_or_file,
         metavar="FILE",
-        help="score the responses of a result file; loads no model. One of the reference gets 2D, 3D and the official "
-        "score with the --dataset_path that it asked",
+        help="score the responses of a result file again; loads no model. One that the paper's own code wrote gets the "
+        "scores 2D, 3D and CV-Bench (the official one) with the --dataset_path that was asked",
     )
     add(
         "--export",
         choices=["lmms-eval"],
-        help="also write the responses as lmms-eval logs them, a JSON line a question",
+        help="also write the responses in the form of lmms-eval's logs, one line of JSON for each",
     )
     args = parser.parse_args(argv)
     if args.benchmark not in SUITES:

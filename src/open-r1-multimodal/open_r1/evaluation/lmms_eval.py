@@ -22,7 +22,7 @@ from open_r1.tasks.examples import read_list
 
 THEIRS = f"{TOTAL}, as lmms-eval scored it"
 NAME = re.compile(r".*_samples_(?P<task>\w+)")
-# What a metric calls the group of a question, and what its answer earned.
+# The keys under which lmms-eval's metrics hold the group of a question, and what its answer earned.
 GROUPS = ("sub_task", "question_type", "l2_category", "task", "category", "type")
 CREDITS = ("score", "is_correct", "overall", "accuracy", "MRA:.5:.95:.05")
 

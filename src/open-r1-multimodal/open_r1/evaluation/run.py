@@ -277,7 +277,8 @@ def evaluate(args: argparse.Namespace, load: "Callable[..., Backend] | None" = N
     """Answer what is not answered yet, then score everything.
 
     Args:
-        load: the model to answer with, as those of `answering.BACKENDS`; called only if something is not answered yet.
+        load: loads the model to answer with, as the functions in `answering.BACKENDS` do; called only if there is
+            something left to answer.
     """
     with naming_option("--model_path"):
         folder = model_folder(args.model_path)

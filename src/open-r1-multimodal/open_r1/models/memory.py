@@ -61,7 +61,7 @@ class Launch:
         return self.num_processes // self.num_machines
 
     def share(self, amount: float, from_stage: int) -> float:
-        """A GPU's part of an amount that ZeRO splits from a stage on."""
+        """What one GPU holds of an amount that ZeRO splits over the processes from stage `from_stage` on."""
         is_split = self.zero_stage is not None and self.zero_stage >= from_stage
         return amount / self.num_processes if is_split else amount
 

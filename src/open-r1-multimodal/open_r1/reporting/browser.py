@@ -38,7 +38,7 @@ _VISIBLE = {
 
 
 def spread(steps: Sequence[int]) -> list[int]:
-    """The steps in an order of which every beginning lies evenly over all: van der Corput's."""
+    """The steps in van der Corput's order: however many of the first are taken, they lie evenly over the run."""
     digits = len(steps).bit_length()
     places = sorted(range(len(steps)), key=lambda place: f"{place:0{digits}b}"[::-1])
     return [steps[place] for place in places]
@@ -49,7 +49,8 @@ def choose_groups(
 ) -> list[tuple[int, list[int]]]:
     """At most `MAX_GROUPS` of a step's groups, with their numbers in it.
 
-    Those of required rows, then the oldest prompts, so that of every evaluation they are the same.
+    Those with required rows come first, then those whose prompts come first in the file, so that every evaluation shows
+    the same prompts.
     """
 
     def rank(place: int) -> tuple[bool, int]:

@@ -255,7 +255,7 @@ def compare(
 
     Args:
         answers: a run -> its answers (questions,).
-        trials, reference: the runs; the same for the reference itself, which differs from nothing.
+        trials, reference: the runs of either recipe; where both are the same list there is no difference to give.
     """
     right, right_in_reference = (np.stack(list(map(answers, runs))) for runs in (trials, reference))
     of_questions = right.mean(axis=0)
@@ -298,7 +298,7 @@ def first_reached(
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """None for what no JSON has: the mean of a value that is no number."""
+    """The mean; None where it is NaN, which JSON does not have."""
     result = float(np.mean(values))
     return None if np.isnan(result) else result
 

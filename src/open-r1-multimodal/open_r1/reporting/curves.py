@@ -122,13 +122,14 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
             "why-zero",
             "Why completions earned no accuracy reward",
             [Panel("of completions", reasons(train), percent=True, stacked=True)],
-            "Wrong form: a lenient reader finds the right answer, the reward does not.",
+            "Right answer, wrong form: read leniently, as by the evaluation, the completion is right; the accuracy "
+            "reward, which is strict, finds no answer.",
         ),
         Chart(
             "length",
             "Completion length",
             [Panel("tokens", [length]), Panel("truncated", [truncated], percent=True)],
-            "Band: the middle half of the completions." if spread else "",
+            "Band: from the lower to the upper quartile of the completions." if spread else "",
         ),
         Chart(
             "reflection",
@@ -138,14 +139,14 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
                 Panel("success", corrections, percent=True),
             ],
             f"Reflective: has words that reconsider (“wait, let me check”){counted_reflections(train)}. "
-            "Self-corrected: then answers another option.",
+            "Self-corrected: answers another option than it named last before the first such words.",
         ),
         Chart(
             "contradictions",
             "Answers against their thoughts",
             [Panel("of completions", against, percent=True)],
-            "Those whose thought names another option last, among those that name one in both: a mean over each tenth "
-            f"of the steps, of {MAX_READ} completions in all.",
+            "Share of the completions whose answer is another option than their thought names last, among those that "
+            f"name an option in both: the mean over each tenth of the steps, of up to {MAX_READ} completions in all.",
         ),
         entropy,
         logged("kl", "KL to the reference model", "nats a token", "KL", "kl"),
@@ -156,7 +157,7 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
                 Panel("std of rewards", [Line("std of rewards", run.series("reward_std"))]),
                 Panel("of groups", without_signal, percent=True),
             ],
-            "A group whose completions all earn the same reward teaches nothing.",
+            "Without signal: all completions of a group earned the same reward, so that it has no advantages.",
         ),
         Chart("time", "Seconds a step", [Panel("seconds", step_time(run))]),
         logged("learning-rate", "Learning rate", "", "learning rate", "learning_rate"),

@@ -130,7 +130,7 @@ SIGNS = (
         "Format alone",
         0.1,
         format_alone,
-        "It learned to write the tags, but what stands in them is no more often right than before.",
+        "The model learned to write the tags, but what stands in them is no more often right than before.",
         "Where format rose, accuracy rose with it; or format hardly rose.",
     ),
     Sign(
@@ -139,7 +139,7 @@ SIGNS = (
         entropy_fall,
         "Entropy fell to a {limit:.0f}th or less: what is never sampled any more, a reflection for one, cannot be "
         "rewarded.",
-        "It still samples different completions.",
+        "The model still samples different completions.",
     ),
     Sign(
         "Thought against answer",
@@ -153,9 +153,9 @@ SIGNS = (
         "Blind accuracy",
         0.9,
         blind,
-        "Without the image it is right about as often: it has learned what questions give away, and looking again can "
-        "earn little.",
-        "It is right more often because it sees the image.",
+        "Without the image the model is right about as often: it has learned what questions give away, and looking "
+        "again can earn little.",
+        "The model is right more often with the image than without it.",
     ),
     Sign(
         "Answer collapse",

@@ -69,7 +69,7 @@ def legend(chart: Chart) -> list[tuple[int, str]]:
 
 
 def accuracy_length_legend(curves: Curves) -> list[tuple[int, str]]:
-    """The same for the paper's figure."""
+    """Number and label of each curve of the paper's figure."""
     return [(number, line.label) for number, _, line in _paper_lines(curves)]
 
 
@@ -165,7 +165,7 @@ def save_recipes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Held-out accuracy against completions: a panel a recipe, with a band over its seeds and the reference dashed.
 
     Args:
-        rows: see `report.comparison.compare_recipes`; the first one is the reference.
+        rows: see `reporting.comparison.compare_recipes`; the first one is the reference.
         path: PNG or SVG.
     """
     columns = min(PANELS, len(rows))

@@ -35,7 +35,7 @@ def write_overlay(folders: Sequence[Path], output: Path) -> Path:
         The path of the page.
 
     Raises:
-        OSError, Mistake: too many runs, not a run, a damaged file, somebody else's file in our place.
+        OSError, Mistake: too many runs, not a run, a damaged file, a file in the output's place that is none of ours.
     """
     if len(folders) > MAX_RUNS:
         raise Mistake(f"{len(folders)} runs: at most {MAX_RUNS} curves can be told apart; name fewer")

@@ -122,7 +122,7 @@ document.querySelectorAll(".scroll").forEach((table) => watcher.observe(table));
         if (position === target) card.classList.add("target");
         return card;
       });
-    const list = cards.length ? make("div", { class: "completions" }, ...cards) : make("p", { class: "none" }, "No completion here is what the filters ask for.");
+    const list = cards.length ? make("div", { class: "completions" }, ...cards) : make("p", { class: "none" }, "No completion here matches the filters.");
     return make("section", { "aria-label": title }, make("h3", {}, title), list);
   }
 
@@ -186,7 +186,7 @@ document.querySelectorAll(".scroll").forEach((table) => watcher.observe(table));
     byId("match").disabled = nextMatch() === null;
     const parts = [`${steps.length} of ${total} steps are embedded`];
     if (step().asked > step().groups.length) parts.push(`of this step ${step().groups.length} of ${step().asked} prompts`);
-    byId("embedded").textContent = `${parts.join(", ")}; the curves and counts above are of all.`;
+    byId("embedded").textContent = `${parts.join(", ")}; the curves and counts above are over all steps and prompts.`;
     const names = step().groups.map((shown, position) => [
       position,
       `${shown.number}. ${shorten(plain(data.prompts[shown.prompt].question), 90)} (${tally(shown.completions)})`,

@@ -49,7 +49,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         The path of the page.
 
     Raises:
-        OSError, Mistake: not a run, a damaged file, somebody else's file in our place, a full disk.
+        OSError, Mistake: not a run, a damaged file, a file in the output's place that is none of ours, a full disk.
     """
     output = output or run / "report.html"
     pictures = [output.with_name(f"accuracy_length{ending}") for ending in (".png", ".svg")]
@@ -166,7 +166,7 @@ def utc(time: datetime) -> str:
 
 
 def key_figures(curves: Curves) -> list[tuple[str, str, str]]:
-    """Label, value at the start and value at the end of what a run is about."""
+    """Label, first and last value of each curve that heads the page (`KEY_CHARTS`)."""
     rows = []
     for chart in curves.charts:
         panel = chart.panels[0]

@@ -96,7 +96,7 @@ def whole_path(name: str | None) -> str | None:
 
 
 class ModelCardMixin:
-    """In front of a `Trainer`: the card of a run (`open_r1.reporting.card`), and a line if the Hub refuses it."""
+    """Mixin for a `Trainer`: the card of a run (`open_r1.reporting.card`), and one line if the Hub refuses it."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md`; a trainer in a script of the user's leaves TRL's."""

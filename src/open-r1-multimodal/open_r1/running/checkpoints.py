@@ -334,7 +334,7 @@ def loading_no_code(classes: Sequence[type | tuple[Callable, str]] = ()) -> Iter
 
 
 class LoadWeightsMixin:
-    """In front of a `Trainer`: weights come back whole, and no file of a checkpoint runs code.
+    """Mixin for a `Trainer`: a checkpoint's weights come back whole, and no file of it runs code.
 
     Outside DeepSpeed `restore_weights` loads them, for a resume and for `load_best_model_at_end`.
     DeepSpeed loads its own files, which are parts of this process's memory; an adapter, of which it

@@ -224,9 +224,10 @@ def load_dataset(
         max_answer_length: in tokens; None keeps every length.
         rotate_options: every row is followed by itself in another order of its options; see
             `in_two_orders`.
-        has_begun: a run that found every image whole goes on: those that broke since (`most_broken` at most) are named,
-            and their rows stay, so that the others keep their places.
-        drop_unshown: rows whose prompts do not show all that they hold are named, and stay.
+        has_begun: whether a run that found every image whole is continued: then images that broke since (`most_broken`
+            at most) are named, and their rows stay, so that the others keep their places.
+        drop_unshown: whether rows whose prompts do not show all that they hold are trained on, with a warning, and not
+            refused.
         template_kwargs: for the chat template.
 
     Raises:

@@ -115,7 +115,7 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Print nothing; for what the processes of a run are going to say again."""
+    """In the block, print nothing: the processes of the run are going to print the same again."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
 
@@ -138,7 +138,7 @@ def read_settings(command: Command, arguments: Sequence[str]) -> Settings:
 
 
 def find_checkpoint(command: Command, settings: Settings, layout: Layout) -> str | None:
-    """Where the run continues, if anywhere; raises Mistake if it cannot, launched like this."""
+    """The checkpoint that a run goes on from, or None; Mistake if this launch (settings, ZeRO, processes) cannot."""
     args = settings[1]
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if checkpoint and args.resume_from_checkpoint == "auto":

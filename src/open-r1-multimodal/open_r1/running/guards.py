@@ -11,7 +11,7 @@ from typing import Any
 from open_r1.answers.collapse import EXCESS, Habit, most_constant, most_frequent
 from open_r1.base.fields import is_usable
 
-# What was logged of one step each, in order; and as `ANSWERS` what was answered (`answers.collapse.answered`).
+# Log events, one a logged step, in order; each may hold, as `ANSWERS`, the step's rows of `answers.collapse.answered`.
 Events = Sequence[Mapping[str, Any]]
 ANSWERS = "answers"
 NO_SPREAD = 1e-6  # a standard deviation that is rounding alone
@@ -65,12 +65,12 @@ def column(events: Events, name: str) -> list[float]:
 
 
 def least(name: str) -> Callable[[Events, Events], float]:
-    """The lowest value in the window: all of it comes to the limit."""
+    """A measure: the metric's lowest value in the window, so that every step in it has to come to the limit."""
     return lambda first, newest: min(column(newest, name))
 
 
 def mean(name: str) -> Callable[[Events, Events], float]:
-    """The window's mean."""
+    """A measure: the metric's mean over the window."""
     return lambda first, newest: fmean(column(newest, name))
 
 

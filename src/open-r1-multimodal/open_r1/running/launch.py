@@ -40,7 +40,7 @@ STALE_SECONDS = 60
 OTHER_TORCH = (
     "install torch for CUDA 12.6 (UV_TORCH_BACKEND=cu126 bash setup.sh), or train on the CPU: CUDA_VISIBLE_DEVICES=-1"
 )
-HANDLED_SECONDS = 1  # after which a handler has run, if it can
+HANDLED_SECONDS = 1  # after which Python has run a signal's handler, unless C++ keeps its thread
 
 
 def check(launch: LaunchSettings, plan: SimpleQueue) -> None:

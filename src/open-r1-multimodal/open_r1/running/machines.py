@@ -17,7 +17,7 @@ SEEN_SECONDS = 60  # after which NFS shows a new file to all machines (acdirmax)
 
 
 def decide_once(decide: Callable[[], T]) -> T:
-    """What the main process decides or raises, in every process; each may see another state of a folder.
+    """Call `decide` in the main process, and give its result to every one: each may see another state of a folder.
 
     Raises:
         Mistake: in all processes, for what `decide` raises as Mistake or OSError in the main one.

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-LAUNCHER = "OPEN_R1_LAUNCHER"  # environment variable: its process
+LAUNCHER = "OPEN_R1_LAUNCHER"  # environment variable with the process id of the launcher
 PR_SET_PDEATHSIG = 1
 
 

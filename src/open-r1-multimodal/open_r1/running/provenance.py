@@ -246,7 +246,7 @@ def check_same_run(folder: str | Path, now: Mapping[str, Any]) -> None:
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
-    """All that a run goes on with and began without, in words: settings (`but` some), data, code."""
+    """What changed since a run began, in words: settings but for those in `but`, code, data."""
     pairs = {**changed_settings(then, now), **changed_code(then, now)}
     texts = {name: f"{name} ({old} then, {new} now)" for name, (old, new) in pairs.items()}
     learned, noted = changed_inputs(then, now)

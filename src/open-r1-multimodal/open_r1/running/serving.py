@@ -27,7 +27,7 @@ FOR_TRL = (
     *("--weight-transfer-config", json.dumps({"backend": "nccl"})),
     *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enable-scale-out"),
 )
-# What a recipe does not name and a server need not know: its data, the place of its run, its GPUs.
+# Values for settings that a recipe may leave out, and that a server does not use: data, output folder, GPUs, trackers.
 UNUSED = ("--dataset_name", "-", "--output_dir", "-", "--use_cpu", "true", "--report_to", "none")
 
 

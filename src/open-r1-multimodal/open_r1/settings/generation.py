@@ -1,8 +1,8 @@
 """Which settings of `generation_kwargs` act on a rollout; the others are refused.
 
-A rollout knows the settings that transformers' `generate` makes into processors of the next token's
-scores, and what ends a completion. Every other name would change nothing, or break what TRL takes
-for granted of a completion.
+A rollout applies the settings that transformers' `generate` turns into logits processors, and the
+tokens that end a completion. Any other setting would change nothing, or break what TRL assumes of a
+completion.
 """
 
 import difflib
@@ -60,23 +60,23 @@ def next_token_processors(
 ) -> LogitsProcessorList:
     """What transformers' own `generate` does to the scores of the next token under these settings.
 
-    A private seam, the only one that gives every setting the meaning that it has there;
-    tests/test_decoding.py fails when it reads other names than `TAKEN`.
+    It calls private methods of transformers, since only these give every setting the meaning that it has in `generate`;
+    tests/test_decoding.py fails when they read other settings than those in `TAKEN`.
     """
     model._prepare_special_tokens(settings, device=device)
     return model._get_logits_processor(settings, input_ids_seq_length=prompt_length, device=str(device))
 
 
 def check_generation(settings: Mapping[str, Any] | None, vocabulary: int, use_vllm: bool = False) -> None:
-    """See that every setting of `generation_kwargs` acts, before there is a model to act on.
+    """See that every setting of `generation_kwargs` has an effect on a rollout; no model is needed.
 
     Args:
-        settings: of the recipe.
-        vocabulary: tokens of the model.
-        use_vllm: whether they are names of vLLM's `SamplingParams` instead of `GenerationConfig`.
+        settings: `generation_kwargs` of the recipe.
+        vocabulary: how many tokens the model has.
+        use_vllm: whether the settings are those of vLLM's `SamplingParams` instead of `GenerationConfig`.
 
     Raises:
-        Mistake: for the first that does not.
+        Mistake: for the first setting that a rollout refuses or would ignore.
     """
     names, refused = (_names_of_vllm(), REFUSED_BY_VLLM) if settings and use_vllm else (TAKEN, REFUSED)
     for name, value in (settings or {}).items():
@@ -94,11 +94,11 @@ def with_tokens(settings: Mapping[str, Any] | None, end: str, ends: Sequence[int
     """`generation_kwargs` with the tokens that end a completion and those that must not occur.
 
     Args:
-        settings: of the recipe, which `check_generation` has seen; they win.
+        settings: `generation_kwargs` of the recipe, checked by `check_generation`; its end tokens replace `ends`.
         end: the name under which the engine takes the ids that end a completion.
         ends: these ids.
-        ban: the engine's setting, a list of ids or a dictionary by them, that bans tokens; the
-            recipe's own are banned too, or keep their bias.
+        ban: the engine's setting that bans tokens, with its value: a list of ids, or a dictionary of
+            biases by id. What the recipe says of other tokens in this setting is kept.
     """
     settings = dict(settings or {})
     named = settings.get(end)

@@ -13,9 +13,9 @@ class Limit:
     """Which finite numbers a setting takes.
 
     Attributes:
-        words: the same in an error's line.
-        admits: whether a number is one of them; asked of finite ones alone.
-        hint: what to do about another.
+        words: these numbers in words, for an error.
+        admits: whether a finite number is one of them.
+        hint: what an error adds, to explain the limit or to mend the setting.
     """
 
     words: str
@@ -33,8 +33,8 @@ BELOW_ONE = Limit("a number of at least 0 and below 1", lambda value: 0 <= value
 SEED = Limit("a number of at least 0 and at most 4294967295", lambda value: 0 <= value < 2**32)
 PIXELS = Limit("a number of at least 784", lambda value: value >= 784, "the area of one image token is 28 x 28 pixels")
 
-# Numbers that are not named here are finite. Ours, and those of TRL, transformers and PEFT that
-# would end a run late, or train something else than is meant.
+# Limits of this project's settings, and of those of TRL, transformers and PEFT that with another value would end a run
+# late, or train something else than is meant. A number that is not named here only has to be finite.
 LIMITS: dict[str, Limit] = {
     **dict.fromkeys(
         (
@@ -79,7 +79,8 @@ LIMITS: dict[str, Limit] = {
     ),
 }
 
-# TRL's own names, which it checks in the first step or never, and what folders of pictures can be asked
+# Values of TRL's settings, which TRL checks in the first step or never; and of `task`, ours: what can be asked about a
+# folder of pictures
 CHOICES: dict[str, tuple[Any, ...]] = {
     "task": ("pretext",),
     "scale_rewards": ("group", "batch", "none", True, False),
@@ -99,7 +100,7 @@ def check_values(settings: Mapping[str, Any]) -> None:
         settings: name -> value, of any of the commands.
 
     Raises:
-        Mistake: for the first that has not.
+        Mistake: for the first setting with a value that it does not take, or that contradicts another one.
     """
     for name, value in settings.items():
         if name in NEEDED and value in (None, []):

@@ -67,7 +67,7 @@ def check_options(args: TrainingArguments) -> None:
 
 
 def _ask_libraries(args: TrainingArguments) -> None:
-    """Let torch and transformers say what they would say when training begins."""
+    """Raise Mistake for the schedule, optimizer or tracker that would be refused when training begins."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     steps = {"num_warmup_steps": 0, "num_training_steps": 2}
     kwargs = {"scheduler_specific_kwargs": args.lr_scheduler_kwargs}

@@ -16,8 +16,8 @@ from open_r1.base.prompts import REPO_ROOT
 from open_r1.settings.limits import check_values
 
 BASE = "base"  # in a recipe: the files that it changes, one or a list, as seen from its own folder
-# Settings that may name a file or a folder -> what tells that they do, and not the Hub's or one of
-# this project's.
+# Settings that may name a file or a folder -> the test that a value does, and not something on the Hub
+# or of this project.
 PATHS: dict[str, Callable[[str], bool]] = {
     **dict.fromkeys(("model_name_or_path", "teacher_model_name_or_path", "resume_from_checkpoint"), os.path.isdir),
     **dict.fromkeys(("dataset_name", "eval_dataset_name", "chat_template_path"), os.path.exists),
@@ -33,7 +33,7 @@ CONFIG.add_argument(
     "`--config configs/grpo_sat.yaml --config configs/overlays/lora.yaml`; where they differ, the "
     "later one counts.",
 )
-# Set while a launch checks a recipe in one process: how many it is going to start.
+# Environment variable, set while one process checks a recipe before a launch: how many processes that will start.
 PLANNED_PROCESSES = "OPEN_R1_PLANNED_PROCESSES"
 
 
@@ -69,7 +69,7 @@ def read_files(names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def find(name: str, is_there: Callable[[str], bool], *folders: Path) -> Path | None:
-    """Where a name leads: from these folders, then the current one, then the repository's root."""
+    """The path of a name, looked up in these folders, the current one and the repository's root, or None."""
     places = (Path(folder, os.path.expanduser(name)) for folder in (*folders, Path(), REPO_ROOT)) if name else ()
     return next(filter(is_there, places), None)
 
@@ -99,7 +99,7 @@ def _near_recipe(name: str) -> str:
 
 
 def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
-    """A file behind those that it changes; `above` are the files that led to it."""
+    """The files that a recipe names as its `base`, then the recipe; `above` are the recipes whose `base` led to it."""
     if path.resolve() in above:
         raise Mistake(f"{path}: {BASE}: leads back to this file")
     try:

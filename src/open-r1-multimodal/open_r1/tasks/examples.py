@@ -55,7 +55,7 @@ class Columns:
 def read_examples(
     source: str | Path, columns: Columns | None = None, config: str | None = None, split: str = "train"
 ) -> list[dict[str, Any]]:
-    """The rows of `iter_rows` as a list, without what no prompt shows."""
+    """The rows of `iter_rows` as a list; what of a record no prompt shows is not told."""
     return [row for row, _ in iter_rows(source, columns, config, split)]
 
 
@@ -136,7 +136,7 @@ def is_local(name: str) -> bool:
 
 
 def meant(path: Path) -> str:
-    """What may be meant by the path of no file: one of nearly that name, or SAT's, which has to be made first."""
+    """The end of an error about a missing file: a file of nearly that name, or how SAT's files are made."""
     files = path.parent.iterdir() if path.parent.is_dir() else ()
     there = {file.stem: file for file in files if file.exists()}  # a link may lead nowhere
     if close := difflib.get_close_matches(path.stem, there, n=1):
@@ -159,7 +159,7 @@ def read_table(path: Path) -> Iterator[dict[str, str | None]]:
 
 
 def read_list(path: Path) -> list[Any]:
-    """A JSON list, or JSON Lines under the name of either."""
+    """The records of a JSON list or of JSON Lines; a file named .json may hold either."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         records = None if path.suffix in LINES else json.loads(text)

@@ -48,7 +48,7 @@ LISTED = 4  # options of a question, at most
 # Pictures are compared as greys of 0..255 in so many rows and columns, which halves, thirds and quarters divide.
 SIDE = 96
 PLAIN = 8  # grey levels: what spreads less is nearly one colour
-VISIBLE, PART = 24, 0.04  # what differs by more grey levels in a smaller part of its pixels is alike
+VISIBLE, PART = 24, 0.04  # images are alike if less than PART of their pixels differ by more than VISIBLE grey levels
 SEAM = 10  # grey levels: a wrong seam jumps by so much more than the right one, in the mean
 HELD_OUT = 0.1  # of the pictures
 
@@ -194,7 +194,7 @@ def mirror(picture: Picture, answer: str, rng: random.Random) -> list[Edit]:
 
 
 class Task(NamedTuple):
-    """A question, its possible answers, and what makes images of which one of them is true; that may raise Unfair."""
+    """A question, its possible answers, and what makes its images for a given answer, which may raise Unfair."""
 
     question: str
     answers: Sequence[str]

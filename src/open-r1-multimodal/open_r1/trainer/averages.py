@@ -1,4 +1,4 @@
-"""The mean over a micro-batch's tokens by which a loss type weighs them, for terms beside TRL's loss."""
+"""Averages a term beside TRL's loss over a micro-batch's tokens, weighted as TRL weighs its loss by loss type."""
 
 import torch
 
@@ -6,7 +6,7 @@ import torch
 def batch_mean(
     values: torch.Tensor, mask: torch.Tensor, loss_type: str, longest: int, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """The mean of a micro-batch by which a loss type weighs its tokens in TRL 1.16.
+    """The mean of the values over a micro-batch's tokens, weighted as TRL 1.16 weighs tokens under a loss type.
 
     So PAPO's term is averaged over a completion first with `grpo` (the paper's PAPO-G), and over all tokens with `dapo`
     (PAPO-D); a teacher's likewise, and with `dapo` as in TRL's `DistillationTrainer`.

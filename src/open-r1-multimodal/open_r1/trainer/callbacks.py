@@ -1,4 +1,4 @@
-"""Callbacks of a GRPO run: where its rollouts go on, the check of its engine, a last evaluation."""
+"""Callbacks of a GRPO run: rollouts after a resume, a check of vLLM at the start, a last evaluation without images."""
 
 import math
 import sys
@@ -42,7 +42,7 @@ class OfTrainer(TrainerCallback):
 
 
 class ContinueRollouts(OfTrainer):
-    """At the start of a run put its rollouts where the checkpoint's step says they are."""
+    """After a resume, sets TRL's count of micro-batches to the checkpoint's step, and drops trajectories behind it."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Count from the checkpoint's step, and drop the trajectories of steps that come again."""
@@ -79,7 +79,7 @@ class RememberPassRates(OfTrainer):
 
 
 class CheckEngine(OfTrainer):
-    """Before the first step see that an engine beside the policy samples from it."""
+    """Before the first step, checks that vLLM samples from the policy (`check_engine`)."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         check_engine(self.trainer)

@@ -13,7 +13,7 @@ from open_r1.running.machines import decide_once
 
 
 class FiniteMixin:
-    """In front of a `Trainer`: a step whose loss or gradient is NaN or infinite ends the run in one line.
+    """Mixin for a `Trainer`: a step whose loss or gradient is NaN or infinite ends the run in one line.
 
     All processes agree on it, before the update where that is still to come; then the weights are those of the step
     before, and are saved. DeepSpeed makes the update together with the gradient: the newest checkpoint is named.

@@ -41,7 +41,9 @@ def check_best(metric: str | None, eval_dataset: Any) -> None:
 def reward_figures(
     rewards: torch.Tensor, weights: torch.Tensor, names: Sequence[str], scale: torch.Tensor
 ) -> dict[str, float]:
-    """What TRL logs of rewards, under its names; no spread of their sum where none has a weight, a teacher's run.
+    """What TRL logs of rewards, under its names.
+
+    Without `reward_std` and `frac_reward_zero_std` where all weights are 0, as where a teacher alone is learned from.
 
     Args:
         rewards: (B, F), NaN where a function says nothing.
@@ -100,7 +102,7 @@ def text_figures(rows: Sequence[Mapping[str, Any]], group_size: int) -> dict[str
 
 
 class NamedEvaluationMixin:
-    """In front of a trainer of TRL's: each evaluation logs under its own prefix.
+    """Mixin for a trainer of TRL's: each evaluation logs under its own prefix.
 
     TRL's trainers have `eval_` for all.
     """
@@ -115,7 +117,7 @@ class NamedEvaluationMixin:
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, which has nothing left to add to what an evaluation logs."""
+        """TRL's; the metrics of an evaluation are logged here before, so that it finds none to log as `eval_`."""
         if not self.model.training:
             for name, values in self._metrics["eval"].items():
                 known = [value for value in values if not math.isnan(value)]

@@ -70,7 +70,7 @@ class Recorder:
         held_out: rows of the evaluation under way, each question's once.
 
     Args:
-        trainer: of GRPO, ready but for this.
+        trainer: a GRPO trainer that has all its other attributes.
     """
 
     def __init__(self, trainer: Any):
@@ -82,9 +82,9 @@ class Recorder:
         self.begin_evaluation(math.inf)
 
     def begin_evaluation(self, completions: float) -> None:
-        """Start anew with what is held out: so many completions are those of its questions, and what follows is not.
+        """Forget the rows of the evaluation before; of the one that begins, only the first `completions` rows count.
 
-        Processes get rows beyond the questions, so that each has as many.
+        The rows behind them are repeated questions, which some processes get so that each has as many.
         """
         self.held_out: list[dict[str, Any]] = []
         self.held_out_left = completions

@@ -99,7 +99,9 @@ def render(
 
 
 class ImageReader:
-    """Opens images in training; one that has broken since the data set was checked ends no run, many do.
+    """Opens images in training, with a blank in place of one that broke since the data set was checked.
+
+    A run ends only when more than `allowed` broke.
 
     Args:
         allowed: how many images may break, see `open_r1.running.data.most_broken`.

@@ -164,7 +164,9 @@ def merge_rollouts(
 def replace_prompts(
     rows: Sequence[int], chance: Callable[[int], float], taken: Set[int], size: int, draw: random.Random
 ) -> list[int]:
-    """Prompts, some of which are passed over for a fresh one that never is; one for which there is none left stays.
+    """The prompts to ask: each of `rows` is passed over with its chance, for a fresh one whose chance is 0.
+
+    It stays where no such prompt is left.
 
     Args:
         rows: of the training set, one a prompt.
@@ -183,7 +185,7 @@ def replace_prompts(
 def draw_prompts(
     count: int, chance: Callable[[int], float], taken: Set[int], size: int, draw: random.Random
 ) -> list[int]:
-    """As many fresh prompts, those of a kind that is passed over replaced; see `replace_prompts`.
+    """`count` fresh prompts, some of which are passed over for others as in `replace_prompts`.
 
     Where fewer are left, some of those that were taken come again.
     """
@@ -213,7 +215,10 @@ class PassRates:
                 self.step = max(self.step, row["step"])
 
     def chance(self, row: int, skip_solved: float, skip_hopeless: float) -> float:
-        """The probability that a prompt is passed over: the first if all its completions succeeded, or if none did."""
+        """The probability that a prompt is passed over for another.
+
+        `skip_solved` where all its completions succeeded, `skip_hopeless` where none did, else 0.
+        """
         succeeded, judged = self.counts.get(row, (0, 0))
         if not judged or 0 < succeeded < judged:
             return 0.0
@@ -237,7 +242,7 @@ class PassRates:
 
 
 class PromptSamplingMixin:
-    """In front of TRL's `GRPOTrainer`: the order of the prompts, and rollouts of several passes.
+    """Mixin for TRL's `GRPOTrainer`: the order of the prompts, and rollouts of several passes.
 
     All processes decide by the same numbers. With G = 2, `min_signal_groups` 0.75 and the rewards
     of four prompts' completions
@@ -254,7 +259,7 @@ class PromptSamplingMixin:
     """
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
-        """TRL's, as an `EpochSampler`; both orders of a question come before one process."""
+        """TRL's, as an `EpochSampler`; both orders of a question's options (`rotate_options`) go to one process."""
         sampler = super()._get_train_sampler(dataset)
         names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
         settings = {name: getattr(sampler, name) for name in names}

@@ -9,7 +9,7 @@ from open_r1.trainer.rows import row_images
 
 
 class StockStepMixin:
-    """In front of TRL's `GRPOTrainer`: its own step, with images opened here; mixed rows are taken."""
+    """Mixin for TRL's `GRPOTrainer`: its own step, with images opened here, for rows with images and without."""
 
     def _take_stock_step(self, rollout: Rollout) -> dict[str, Any]:
         """TRL's generation step, which fills the record on its way through `_calculate_rewards`."""

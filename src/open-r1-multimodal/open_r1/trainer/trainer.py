@@ -56,7 +56,7 @@ from open_r1.trainer.trackers import LogRollouts
 
 @dataclass(eq=False)
 class Scored:
-    """The prompts of rows that are scored together, and what came of it: log-probabilities (B, C).
+    """Prompts to score in one call, which TRL's methods hand on as `pixel_values`; then their log-probabilities (B, C).
 
     `observe`: see `score_completions`.
     """
@@ -80,7 +80,7 @@ class Qwen2VLGRPOTrainer(
     - the prompt of a group is encoded, prefilled and scored once (`open_r1.engines`);
     - images may be masked in a term of the loss, or noised in half of a rollout (`perception`);
     - a larger model may teach the policy on the policy's own completions (`distillation`);
-    - completions about an image that has broken since the start earn nothing and move nothing (`rows.ImageReader`);
+    - completions about an image that broke since the start get no reward and no part in the loss (`rows.ImageReader`);
     - a loss or gradient that is no number ends the run before the weights are spoiled (`finite`);
     - an evaluation's figures are over its questions, each once, by evaluation set (`metrics`);
     - groups without signal can be replaced, and prompts that always or never succeed be asked less
@@ -417,7 +417,7 @@ class Qwen2VLGRPOTrainer(
         return lambda: torch.zeros_like(scored.logps).masked_scatter(mask.bool(), whole[0])
 
     def _mean_of(self, name: str, values: torch.Tensor, counted: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """What a term of the loss adds up to in a micro-batch: its values' mean, by the loss type, over accumulation.
+        """What a term adds to a micro-batch's loss: its mean as the loss type weighs tokens, divided by accumulation.
 
         The plain mean of all processes' values is logged.
 
@@ -490,7 +490,7 @@ class Qwen2VLGRPOTrainer(
             yield model
 
     def make_backend(self, keep_features: bool) -> Backend:
-        """Whoever generates for a shared prefix."""
+        """The rollout engine of the shared prefix, transformers or vLLM."""
         model, processor, template = self.plain_model(), self.processing_class, self.chat_template_kwargs
         if not self.use_vllm:
             return TransformersBackend(model, processor, self.borrow_model, keep_features, **template)

@@ -11,7 +11,7 @@ from open_r1.world.scene import Level, Seen, Solid, Unclear, in_frame, is_clear,
 TRIES = 2000  # scenes to draw for one question before giving up; a few are enough
 DISTANCE_RATIO = 1.25  # a distance is larger when it is so by this factor
 SIDE_MARGIN = 0.12  # of the image's width or height between two objects that are beside or above one another
-DOMINANCE = 2.0  # a direction is the one to name when its offset is this many times the other's
+DOMINANCE = 2.0  # a direction is the answer only where the offset along it is this many times the other offset
 
 
 @dataclass(frozen=True)

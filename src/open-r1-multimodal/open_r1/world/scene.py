@@ -43,7 +43,7 @@ class Level:
     depth: tuple[float, float]  # nearest and farthest z of an object
     radius: tuple[float, float]
     most: int  # objects in a scene
-    hidden: float  # of an object's box that nearer ones may cover
+    hidden: float  # share of an object's box that nearer ones may cover
     format: str
 
     def project(self, x: float, y: float, z: float) -> tuple[float, float, float]:

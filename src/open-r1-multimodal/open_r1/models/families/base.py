@@ -29,15 +29,15 @@ class Family(ABC):
         end_tokens: each ends a completion: a base model writes one, a chat model another.
         vision_tokens: never sampled: one would announce an image that is not there.
         config_tokens: the names of tokens' ids in its configuration, and the tokens.
-        special_tokens: of a tiny tokenizer, behind its bytes.
-        tokenizer_roles: what the tokenizer's class takes some of them as, by its arguments.
+        special_tokens: of a tiny tokenizer, in the order of their ids, which come behind those of its bytes.
+        tokenizer_roles: arguments of the tokenizer's class that give some of them a role, such as `eos_token`.
         unread_tokens: of the published tokenizer that neither this project nor the processor writes; the model need
             have no place for them.
         image_inputs: the arguments of the model, and of its `get_image_features`, that hold images.
         tower: name of the vision tower's module.
         merger: pattern in the names of the layers between the vision tower and the language model.
-        published_pixels: as large an area as the published checkpoints let an image have, or more: no recipe's prompt
-            has room for it, and nothing was trained at it here.
+        published_pixels: a processor that lets an image be this large or larger has the published checkpoints' bound:
+            no recipe's prompt has room for it and nothing was trained at it here, so the evaluation sets its own.
         templates: the folder with its `base` and `instruct`, below `configs/chat_templates` or a whole path.
         has_vllm: whether vLLM can be told to bound its images as the processor does.
         tokenizer_class: of a tiny tokenizer.

@@ -45,7 +45,7 @@ class Tiled(Family):
 
     @abstractmethod
     def tile_side(self, processor: ProcessorMixin) -> int:
-        """Pixels."""
+        """The side of a tile in pixels."""
 
     @abstractmethod
     def tile_tokens(self, processor: ProcessorMixin) -> int:
@@ -57,7 +57,7 @@ class Tiled(Family):
 
     @abstractmethod
     def set_room(self, processor: ProcessorMixin, tiles: int) -> None:
-        """Let an image become so many tiles at most."""
+        """Make the processor cut an image into at most so many tiles."""
 
     @abstractmethod
     def most_tiles(self, processor: ProcessorMixin) -> int:
@@ -65,7 +65,7 @@ class Tiled(Family):
 
     @abstractmethod
     def tiles_within(self, room: int) -> int:
-        """The most tiles of an image where there is room for so many."""
+        """How many tiles an image has at most where `room` tiles fit; the one that shows all of it is counted."""
 
     def join_features(self, features: Sequence[Any]) -> BaseModelOutputWithPooling:
         tiles = torch.cat([prompt.pooler_output for prompt in features])

@@ -30,7 +30,7 @@ class MissingImages(MissingFile):
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to ask.
+    """One prompt to ask: a question, with its options in one of their rotations.
 
     Attributes:
         id: of the question; rotations of its options share it.
