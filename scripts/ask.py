@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--family", help="the model's family, if it is one of your own: module:NAME")
     args = parser.parse_args()
     use_family(args.family)
-    if bool(args.data) == bool(args.image and args.question):
+    if {bool(args.image), bool(args.question)} != {not args.data}:
         parser.error("give --data, or --image and --question")
     solution, asked = None, Asked(args.question, [args.image])
     if args.data:

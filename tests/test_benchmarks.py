@@ -231,3 +231,18 @@ def test_a_benchmark_of_ones_own_by_name(tmp_path, tiny_model):
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1
     assert "--benchmark: module 'own_benchmarks'" in wrong.stderr and "has no benchmark 'nothing'" in wrong.stderr
     assert "--benchmark: unknown benchmark 'CV-Bemch' (known: CV-Bench, " in evaluate("CV-Bemch").stderr
+
+
+# --- scripts/benchmark.py ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", ["data --rows 40", "eval --rows 8 --bs 4 --max_new_tokens 8 --mean_tokens 4 --hidden_size 32"]
+)
+def test_a_comparison_with_the_usual_way_runs_and_keeps_its_rounds(tmp_path, command):
+    kept = tmp_path / "rounds.json"
+    script = [sys.executable, REPO_ROOT / "scripts/benchmark.py", "--json", kept]
+    done = subprocess.run([*script, *command.split(), "--rounds", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(kept.read_text())["machine"]["cpus"] and "\nEqual: " in done.stdout

@@ -122,6 +122,13 @@ def test_a_pushed_run_is_a_repository_with_this_card_and_weights_that_load(tiny_
         assert weight.equal(other), name
 
 
+def test_results_that_are_not_scored_are_one_line(run, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(json.loads(result(tmp_path).read_text())["results"]))
+    with pytest.raises(Mistake, match=f"^{path}: no scores in it"):
+        write_card(run, [path])
+
+
 def test_a_hub_that_takes_nothing_is_one_line_before_a_run_and_after_it():
     class Parent:
         """A trainer without a network."""

@@ -426,6 +426,16 @@ def test_nothing_fails_where_all_is_well(run, examined, monkeypatch):
         assert "s a step" in named["cost", "hours"].what
 
 
+def test_the_steps_of_an_epoch_are_those_that_are_trained(tiny_model, examples_json, tmp_path):
+    """With two updates a rollout each prompt is in twice as many steps."""
+    settings = {"max_steps": -1, "num_train_epochs": 1, "num_iterations": 2, "save_strategy": "no"}
+    trainer = make_trainer(tiny_model, examples_json, tmp_path, **settings)
+    trainer.train()
+    run = SimpleNamespace(args=trainer.args, launch=SimpleNamespace(num_processes=1), rows=trainer.train_dataset)
+    run.is_grpo = True
+    assert cost.total_steps(run) == trainer.state.global_step > 1
+
+
 @pytest.mark.parametrize(
     "share, last",
     [

@@ -181,6 +181,14 @@ def test_the_option_that_named_a_model_is_told(tmp_path, monkeypatch, examples_j
     assert not (tmp_path / "new").exists()
 
 
+def test_a_question_is_from_the_data_or_about_an_image(monkeypatch, capsys):
+    for arguments in ("", "--image a.png", "--data a.json --image a.png", "--data a.json --question ?"):
+        monkeypatch.setattr(sys, "argv", ["x", "--model", "no", *arguments.split()])
+        with pytest.raises(SystemExit):
+            load_script(REPO_ROOT / ASK).main()
+        assert "give --data, or --image and --question" in capsys.readouterr().err
+
+
 def test_what_is_no_mistake(find_mistake):
     """A single value is a list of one; both orders of a question fit the paper's recipe."""
     assert find_mistake(reward_funcs="accuracy", lora_target_modules="all-linear") == ""

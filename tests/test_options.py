@@ -14,6 +14,7 @@ from open_r1.base.errors import Mistake
 from open_r1.configs import LOSS_TYPES, Qwen2VLGRPOConfig, Qwen2VLSFTConfig, SFTScriptArguments
 from open_r1.settings.limits import CHOICES
 from open_r1.settings.options import GRPO, SFT, check_options
+from open_r1.settings.recipes import overridden
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import make_config, write_examples
 from test_dropin import by_length, one_image
@@ -172,3 +173,19 @@ def test_what_is_refused_is_an_option_and_no_default_is():
         check_options(config("x", bf16=False, use_cpu=True, report_to="none"))
     harmless = {"completion_only_loss": True, "train_sampling_strategy": "sequential"}
     check_options(Qwen2VLSFTConfig("x", bf16=False, use_cpu=True, report_to="none", **harmless))
+
+
+def test_what_a_command_line_overrides_is_known_in_every_spelling():
+    settings = {"learning_rate": 1e-6, "max_steps": 2, "shared_prefix": False, "beta": 0.04, "output_dir": "out"}
+    line = [
+        "--config",
+        "a.yaml",
+        "b.yaml",
+        "--learning-rate",
+        "1e-6",
+        "--max_steps=2",
+        "--no_shared_prefix",
+        "--output_dir",
+        "out",
+    ]
+    assert overridden(line, settings).keys() == settings.keys() - {"beta"}

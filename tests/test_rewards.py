@@ -17,6 +17,7 @@ from open_r1.rewards import (
     format_reward,
     get_reward_funcs,
     length_reward,
+    needs_gold,
     order_consistency_reward,
     repetition_reward,
 )
@@ -66,6 +67,12 @@ def test_accuracy_mixes_questions_with_and_without_options():
 def test_a_gold_answer_that_nobody_sees_is_none(gold):
     with pytest.raises(ValueError, match="no answer, which the accuracy reward compares with"):
         check_gold({"solution": gold, "options": []})
+
+
+def test_consistency_among_right_answers_needs_to_know_them():
+    alone, among_right = get_reward_funcs(["consistency", "consistency(among_right=True)"])
+    assert not needs_gold(alone) and needs_gold(among_right)
+    assert needs_gold(accuracy_reward) and not needs_gold(format_reward)
 
 
 def test_a_tagged_solution_is_unwrapped_unless_the_tags_are_an_options_own():

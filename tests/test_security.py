@@ -38,6 +38,7 @@ from open_r1.running.checkpoints import (
     resolve_checkpoint,
     seal,
 )
+from open_r1.running.data import store_image
 from open_r1.running.entry import check
 from open_r1.running.orphans import LAUNCHER
 from support import make_trainer, run_grpo
@@ -488,6 +489,23 @@ def test_data_that_name_nothing_show_nothing(tmp_path, pictures, dataset):
     dataset = str(tmp_path / dataset) if dataset == "broken.json" else dataset
     run = write_run(tmp_path / "run", [row(images=[private])], dataset=dataset)
     assert private not in KnownImages(read_run(run))
+
+
+@pytest.mark.parametrize("suffix, separator", [("csv", ","), ("tsv", "\t")])
+def test_a_table_shows_what_it_names(tmp_path, pictures, suffix, separator):
+    named, private = pictures("data/a.png"), pictures("data/b.png")
+    lines = ["question", "image", "answer"], ["What?", "a.png", "a ball"]
+    (tmp_path / f"data/rows.{suffix}").write_text("\n".join(map(separator.join, lines)))
+    known = KnownImages(read_run(write_run(tmp_path / "run", [], dataset=str(tmp_path / f"data/rows.{suffix}"))))
+    assert named in known and private not in known
+
+
+def test_images_that_data_hold_are_shown_from_where_the_run_put_them(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    stored = store_image({"bytes": Path(pictures("a.png")).read_bytes(), "path": None})
+    other = pictures("cache/open_r1_images/b.png")
+    known = KnownImages(read_run(write_run(tmp_path / "run", [], dataset="array/SAT")))
+    assert stored in known and other not in known
 
 
 def test_a_folder_of_data_shows_what_is_in_it(tmp_path, pictures):

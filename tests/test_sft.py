@@ -14,10 +14,9 @@ from trl.trainer import utils
 from open_r1.base.errors import Mistake
 from open_r1.base.images import open_image
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.doctor.prompt import render
 from open_r1.models.families import FAMILIES, PARTS, vision_token_ids
 from open_r1.models.loading import freeze, load_model, load_processor, parameter_table
-from open_r1.running.data import load_dataset
+from open_r1.running.data import load_dataset, render_prompt
 from open_r1.settings.recipes import read_recipe
 from open_r1.sft import (
     AnswerCollator,
@@ -173,7 +172,7 @@ def test_a_run_gives_reasoned_examples(tiny_model, tmp_path, monkeypatch):
     questions = load_dataset(write_examples(tmp_path, count=3, images_per_example=2), processor)
     rows = [
         {
-            "prompt": render(processor, row),
+            "prompt": render_prompt(row, processor),
             "images": row["images"],
             "options": row["options"],
             "completion": THOUGHT,

@@ -125,6 +125,12 @@ def test_what_is_dropped_on_purpose_is_named_once_and_reaches_the_rewards(folder
     assert line.endswith("; rows like this: 2, all trained on (drop_unshown)")
 
 
+def test_a_row_that_is_left_out_for_its_length_hides_nothing(folder, processors):
+    path = write(folder, columns(), {"messages": talk("<video>What is it? " * 100), "videos": ["none.mp4"]})
+    rows = load_dataset(path, processors["base"], max_prompt_length=400)
+    assert len(rows) == 1
+
+
 def test_dropping_is_a_setting(folder, processors):
     path = write(folder, columns(tools=["zoom"]))
     arguments = DataArguments(str(path), eval_dataset_name=str(path), drop_unshown=True)

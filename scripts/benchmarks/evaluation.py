@@ -64,7 +64,8 @@ def answer_ours(answerer: Any, items: Sequence[Any], batch_size: int) -> list[An
 
 def answer_plainly(answerer: Any, items: Sequence[Any], batch_size: int) -> list[str]:
     """The usual loop: batches in file order, preprocessed in turn, through the model's own `generate`."""
-    from open_r1.evaluation.answering import messages, open_image
+    from open_r1.base.images import open_image
+    from open_r1.evaluation.answering import messages
 
     texts = []
     for start in range(0, len(items), batch_size):

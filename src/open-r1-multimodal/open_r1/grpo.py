@@ -23,7 +23,7 @@ from open_r1.configs import (
 )
 from open_r1.models.loading import check_model, check_teacher, freeze, get_adapter_config, load_model_from_args
 from open_r1.models.memory import load_config
-from open_r1.rewards import COMPARING, check_gold, get_reward_funcs
+from open_r1.rewards import check_gold, get_reward_funcs, needs_gold
 from open_r1.running.callbacks import has_begun
 from open_r1.running.data import load_datasets_from_args, load_processor_from_args, opens_think
 from open_r1.running.entry import Command, run
@@ -54,7 +54,7 @@ def prepare(
         think_prefilled=opens_think(processor, **template_kwargs),
         max_completion_length=training_args.max_completion_length,
     )
-    checks = [check_gold] if any(reward in COMPARING for reward in reward_funcs) else []
+    checks = [check_gold] if any(map(needs_gold, reward_funcs)) else []
     train_dataset, eval_dataset = load_datasets_from_args(
         *(script_args, processor, template_kwargs, checks),
         rotate_options=script_args.rotate_options,

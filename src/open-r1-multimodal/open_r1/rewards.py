@@ -67,8 +67,13 @@ bare_accuracy_reward.__name__ = accuracy_reward.__name__  # whatever reads a run
 COMPARING = (accuracy_reward, bare_accuracy_reward)  # with a gold answer, which every row then needs
 
 
+def needs_gold(reward: Reward) -> bool:
+    """Whether a reward compares with the gold answer: accuracy, and `consistency(among_right=True)`."""
+    return reward in COMPARING or getattr(reward, "keywords", {}).get("among_right", False)
+
+
 def check_gold(row: Mapping[str, Any]) -> None:
-    """Raise Mistake for a row of a dataset that the rewards of `COMPARING` could not judge."""
+    """Raise Mistake for a row of a dataset that a reward of which `needs_gold` is true could not judge."""
     gold = row["solution"]
     if gold is None or is_blank(gold):
         raise Mistake("no answer, which the accuracy reward compares with (--answer_column names its field)")

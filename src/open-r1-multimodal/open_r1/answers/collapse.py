@@ -11,7 +11,7 @@ from typing import Any
 
 from open_r1.answers.checker import MAX_ANSWER_CHARS, bare_gold, extract_answer
 from open_r1.answers.options import make_question
-from open_r1.answers.statistics import Row, labels
+from open_r1.answers.statistics import Row, by_question, labels
 from open_r1.base.errors import Mistake
 
 # Of 20 answers drawn at even odds, 18 or more are the same once in 2,500 times, and at odds of 7 : 3 once in 28; of
@@ -62,17 +62,13 @@ def most_frequent(asked: str, rows: Sequence[Row]) -> Habit:
 
     [(answer, _)] = Counter(names("model_answer")).most_common(1)
     shares = (names(key).count(answer) / len(rows) for key in ("model_answer", "ground_truth"))
-    return Habit(asked, _questions(rows), f'"{answer}"', *shares)
+    return Habit(asked, len(by_question(rows)), f'"{answer}"', *shares)
 
 
 def shown_first(asked: str, rows: Sequence[Row]) -> Habit:
     """Of answers that are the option which is shown first."""
     shares = (sum(row[key] == labels(row)[0] for row in rows) / len(rows) for key in ("model_answer", "ground_truth"))
-    return Habit(asked, _questions(rows), "the option shown first", *shares)
-
-
-def _questions(rows: Sequence[Row]) -> int:
-    return len({row.get("id", ("position", position)) for position, row in enumerate(rows)})
+    return Habit(asked, len(by_question(rows)), "the option shown first", *shares)
 
 
 def habits(rows: Iterable[Row], group: Callable[[Row], str], kind: Kind) -> list[Habit]:

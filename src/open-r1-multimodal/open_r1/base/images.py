@@ -14,6 +14,7 @@ import struct
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -39,6 +40,8 @@ EXTENSIONS = {
     "TIFF": "tif",
 }
 FORMATS = [name for name in EXTENSIONS if name != "MPO"]  # Pillow opens an MPO as a JPEG
+
+STORED = "open_r1_images"  # a folder in the cache of `datasets`, see `open_r1.running.data.store_image`
 
 # The largest photos of today's phones and cameras; a progressive JPEG takes about 10 bytes a pixel to decode, 640 MiB
 # at this size. Larger is a decompression bomb or a poster; the model looks at 0.4 megapixels.
@@ -99,6 +102,11 @@ def opened(source: ImageSource | None) -> Iterator[Image.Image]:
         raise BrokenImage(TOO_LARGE, name) from error
     except DECODE_ERRORS as error:
         raise BrokenImage(getattr(error, "strerror", None) or CORRUPT, name) from error
+
+
+def is_stored(path: Path) -> bool:
+    """Whether a file is an image that a run took out of its data set: `STORED` has it under the digest of its bytes."""
+    return path.parent.name == STORED and path.is_file() and sha256(path.read_bytes()).hexdigest() == path.stem
 
 
 def open_image(source: ImageSource | None) -> Image.Image:

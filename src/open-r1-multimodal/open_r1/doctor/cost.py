@@ -63,7 +63,7 @@ def total_steps(run: Run) -> int:
     if args.max_steps > 0:
         return args.max_steps
     per_step = args.per_device_train_batch_size * run.launch.num_processes * args.gradient_accumulation_steps
-    samples = len(run.rows) * (args.num_generations if run.is_grpo else 1)
+    samples = len(run.rows) * (args.num_generations * args.num_iterations if run.is_grpo else 1)
     return math.ceil(args.num_train_epochs * samples / per_step)
 
 

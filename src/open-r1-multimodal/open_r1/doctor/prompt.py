@@ -4,34 +4,23 @@ import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
-
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
 from open_r1.doctor.run import Run
 from open_r1.models.families import family_of_processor
 from open_r1.models.loading import load_processor
 from open_r1.rewards import accuracy_reward, format_reward
-from open_r1.running.data import Row
+from open_r1.running.data import render_prompt
 
 SHOWN = 60  # characters of a prompt's end
-
-
-def render(processor: ProcessorMixin, row: Row, **template_kwargs: str) -> str:
-    """An example's prompt as text."""
-    messages = prepare_multimodal_messages(row["prompt"], images=row["images"])
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
 
 
 def rendered(run: Run) -> Iterator[Finding]:
     """The prompt has the question in it, and a place for each image."""
     row = run.rows[0]
-    text = render(run.processor, row, **run.template_kwargs)
+    text = render_prompt(row, run.processor, **run.template_kwargs)
     places, mend = text.count(run.processor.image_token), "mend the chat_template"
     if row["prompt"][-1]["content"].strip() not in text:
         yield failed("the prompt does not hold the question", mend)
-    elif places != len(row["images"]):
-        yield failed(f"the prompt has {places} places for {len(row['images'])} images", mend)
     else:
         yield passed(f"{len(text)} characters, {places} images, ends with {text[-SHOWN:]!r}")
 
@@ -41,7 +30,7 @@ def tags(run: Run) -> Iterator[Finding]:
     rewards = [inspect.unwrap(reward) for reward in run.reward_funcs]
     if accuracy_reward not in rewards and format_reward not in rewards:
         return
-    text = render(run.processor, run.rows[0], **run.template_kwargs)
+    text = render_prompt(run.rows[0], run.processor, **run.template_kwargs)
     what = "the prompt neither ends with <think> nor asks for the tags that are rewarded"
     remedy = "--chat_template base or instruct, or a template of yours with the tags"
     if run.prompt_opening:
@@ -60,7 +49,7 @@ def saved(run: Run) -> Iterator[Finding]:
     run.processor.save_pretrained(folder)
     again, bounds = load_processor(str(folder)), family_of_processor(run.processor).pixel_bounds
     row, kwargs = run.rows[0], run.template_kwargs
-    same_text = render(again, row, **kwargs) == render(run.processor, row, **kwargs)
+    same_text = render_prompt(row, again, **kwargs) == render_prompt(row, run.processor, **kwargs)
     if not same_text or bounds(again) != bounds(run.processor):
         lost = "its image bounds" if same_text else "its prompt"
         yield failed(f"a saved processor has lost {lost}", "save_pretrained of its class is at fault")

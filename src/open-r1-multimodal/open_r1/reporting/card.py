@@ -12,7 +12,7 @@ from open_r1.answers.statistics import TOTAL, table
 from open_r1.base.fields import check
 from open_r1.base.files import replace_file
 from open_r1.base.trajectories import Completion
-from open_r1.evaluation.results import read_result
+from open_r1.evaluation.results import read_scored
 from open_r1.reporting.comparison import markdown
 from open_r1.reporting.curves import held_out_accuracies
 from open_r1.reporting.runs import SETTINGS, TEACHER, Run, open_or_empty, read_lines, read_run, scan_trajectories
@@ -39,7 +39,7 @@ def write_card(folder: Path, results: Sequence[Path] = ()) -> Path:
 
 def model_card(folder: Path, results: Sequence[Path] = ()) -> str:
     """The card's text, with the header that the Hub reads."""
-    run, evaluated = read_run(folder), [read_result(path) for path in results]
+    run, evaluated = read_run(folder), [read_scored(path) for path in results]
     parts = [
         f"# {folder.resolve().name}",
         introduction(run),

@@ -180,14 +180,14 @@ def key_figures(curves: Curves) -> list[tuple[str, str, str]]:
 # --- aha moments --------------------------------------------------------------------------------------------
 
 
-def pick_examples(trajectories: Trajectories, count: int = MAX_EXAMPLES) -> list[int]:
+def pick_examples(trajectories: Trajectories) -> list[int]:
     """Rows worth reading: the first with a reflection, then self-corrections that ended right, over the whole run."""
     reflective = np.flatnonzero(trajectories.rows["reflective"])
     right = reflective[trajectories.rows["self_corrected"][reflective] & (trajectories.correct()[reflective] == 1)]
     chosen = set(reflective[:1].tolist())
     for pool in (right, reflective):
         rest = [index for index in pool.tolist() if index not in chosen]
-        places = np.linspace(0, len(rest) - 1, min(count - len(chosen), len(rest)), dtype=int)
+        places = np.linspace(0, len(rest) - 1, min(MAX_EXAMPLES - len(chosen), len(rest)), dtype=int)
         chosen.update(rest[place] for place in places)
     return sorted(chosen)
 

@@ -23,10 +23,10 @@ from open_r1.answers.reflection import concluded
 from open_r1.base.errors import Mistake
 from open_r1.base.fields import Count, Expected, Record, Text, check, is_usable
 from open_r1.base.files import read_json
-from open_r1.base.images import image_file, local_path
+from open_r1.base.images import image_file, is_stored, local_path
 from open_r1.base.trajectories import NUMBERS, Completion
 from open_r1.models.image_tags import IMAGE_TAGS
-from open_r1.tasks.examples import read_list
+from open_r1.tasks.examples import DELIMITERS, read_list, read_table
 from open_r1.tasks.mixture import parts_of
 
 ACCURACY, FORMAT = "accuracy_reward", "format_reward"  # as the trainer logs the registry's rewards
@@ -195,7 +195,7 @@ def open_or_empty(path: Path) -> BinaryIO:
 
 
 class KnownImages:
-    """The image files that a page may show: a run's own, and those that its data sets name or, of a folder, hold."""
+    """The image files that a page may show: a run's own, and those that its data sets name or hold."""
 
     def __init__(self, run: Run):
         self.folders = [run.path.resolve()]
@@ -209,12 +209,13 @@ class KnownImages:
         if path.is_dir() or path.suffix == ".parquet":
             self.folders.append((path if path.is_dir() else path.parent).resolve())
         elif path.is_file():
-            files = map(image_file, _texts(read_list(path)))
+            records = list(read_table(path)) if path.suffix in DELIMITERS else read_list(path)
+            files = map(image_file, _texts(records))
             self.names |= {os.path.abspath(path.parent / local_path(file)) for file in files}
 
     def __contains__(self, reference: str) -> bool:
         path = image_file(reference)
-        if os.path.abspath(path) in self.names:
+        if os.path.abspath(path) in self.names or is_stored(Path(path)):
             return True
         real = Path(os.path.realpath(path))  # a link leads out of a folder
         return any(real.is_relative_to(folder) for folder in self.folders)

@@ -23,7 +23,16 @@ from trl import ModelConfig
 from trl.data_utils import prepare_multimodal_messages
 
 from open_r1.base.errors import Mistake, printable
-from open_r1.base.images import EXTENSIONS, BrokenImage, ImageSource, check_image, image_bytes, image_size, opened
+from open_r1.base.images import (
+    EXTENSIONS,
+    STORED,
+    BrokenImage,
+    ImageSource,
+    check_image,
+    image_bytes,
+    image_size,
+    opened,
+)
 from open_r1.base.prompts import join_options
 from open_r1.configs import DataArguments
 from open_r1.models.families import control_tokens, family_of_processor
@@ -123,7 +132,7 @@ def store_image(source: ImageSource) -> str:
     with opened(data) as image:
         extension = EXTENSIONS[image.format]
     digest = hashlib.sha256(data).hexdigest()
-    path = Path(datasets.config.HF_DATASETS_CACHE, "open_r1_images", f"{digest}.{extension}")
+    path = Path(datasets.config.HF_DATASETS_CACHE, STORED, f"{digest}.{extension}")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")  # every process of a run may write it
@@ -242,6 +251,7 @@ def load_dataset(
     for origin, row, example, unshown in bar:
         with naming(origin, row):
             example["images"] = [store_image(image) for image in example["images"]]
+            before = len(kept)
             for check in checks:
                 check(example)
             rows = in_two_orders(example, len(kept) // 2) if rotate_options else [example]
@@ -271,7 +281,7 @@ def load_dataset(
                     left_out[f"{reason} (max_prompt_length, or fewer max_pixels)"] += 1
                 else:
                     kept += rows
-            if unshown:
+            if unshown and len(kept) > before:  # what is left out is not trained on
                 hidden.append(f"{origin}: row {row}: its prompt does not show {', '.join(unshown)}")
     if hidden:
         line = f"{hidden[0]}; rows like this: {len(hidden)}"

@@ -34,7 +34,7 @@ from open_r1.running.failures import exit_on_error, full_disk
 from open_r1.running.machines import check_shared, decide_once
 from open_r1.running.orphans import follow_launcher
 from open_r1.running.provenance import all_arguments, check_same_run, describe_inputs
-from open_r1.settings.recipes import PLANNED_PROCESSES, read_recipe, split_arguments
+from open_r1.settings.recipes import PLANNED_PROCESSES, overridden, read_recipe, split_arguments
 
 
 def resolve_report_to(report_to: list[str]) -> list[str]:
@@ -222,9 +222,8 @@ def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -
     # Read now: training removes this checkpoint once it has save_total_limit newer ones.
     steps_before = read_state(checkpoint).global_step if checkpoint else 0
     trainer.add_callback(CompleteCheckpoints(args))
-    recipes, others = split_arguments(arguments)
-    options = {argument.partition("=")[0] for argument in others}
-    record["changed"] = {name: value for name, value in record["arguments"].items() if f"--{name}" in options}
+    recipes, _ = split_arguments(arguments)
+    record["changed"] = overridden(arguments, record["arguments"])
     continued = Path(checkpoint).parent if checkpoint else None
     add_run_callbacks(trainer, command.name, script_args, model_args, recipes, record, continued)
     with full_disk(args.output_dir):

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -44,6 +44,16 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     except argparse.ArgumentError as error:
         raise Mistake(str(error).removeprefix("argument ")) from error
     return getattr(named, "config", []), others
+
+
+def overridden(arguments: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a run's settings that its command line gives beside its recipes.
+
+    All of the spellings `--max_steps 2`, `--max-steps=2` and, for a flag that is on, `--no_bf16` count.
+    """
+    _, others = split_arguments(arguments)
+    names = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in others}
+    return {name: value for name, value in settings.items() if not names.isdisjoint((name, f"no_{name}"))}
 
 
 def read_files(names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:

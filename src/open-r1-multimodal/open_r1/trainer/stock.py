@@ -22,6 +22,7 @@ class StockStepMixin:
             rows = [{name: row[name] for name in row if name not in ("image", "images")} for row in rows]
         batch = super()._generate_and_score_completions(Rows(rows, rollout))
         rollout.advantages = batch["advantages"].tolist()
+        batch["completion_mask"][rollout.is_broken] = 0  # the loss leaves out what saw a blank in an image's place
         return batch
 
     # TRL has None for a row without images, which its next call of the processor does not take.

@@ -199,7 +199,6 @@ class Qwen2VLGRPOTrainer(
             inputs = [without_images(row) for row in inputs]
         rollout = Rollout(inputs, refill)
         batch = self._take_step(rollout) if self.shared_prefix else self._take_stock_step(rollout)
-        batch["completion_mask"][rollout.is_broken] = 0  # no term of the loss learns from a blank in an image's place
         self._record(rollout, batch)
         return batch
 
@@ -220,7 +219,7 @@ class Qwen2VLGRPOTrainer(
         # calls `_roll_out`, whose other results come back as `extra`
         prompt_ids, ids, _, completions, logprobs, extra, *_ = self._generate(conversations)
         rollout.is_broken = extra["is_broken"]
-        batch = self._pad(prompt_ids, ids, logprobs)
+        batch = self._pad(prompt_ids, ids, logprobs, rollout.is_broken)
         batch["prompts"] = extra["encoded"]
 
         rows = Rows(rollout.rows, rollout)
@@ -286,7 +285,11 @@ class Qwen2VLGRPOTrainer(
         return np.random.default_rng((self.args.seed, self.state.global_step, group))
 
     def _pad(
-        self, prompt_ids: list[list[int]], ids: list[list[int]], logprobs: list[list[float | None]] | None
+        self,
+        prompt_ids: list[list[int]],
+        ids: list[list[int]],
+        logprobs: list[list[float | None]] | None,
+        is_broken: list[bool],
     ) -> dict[str, torch.Tensor]:
         """What was sampled as tensors: prompts padded on the left, completions on the right."""
 
@@ -295,8 +298,9 @@ class Qwen2VLGRPOTrainer(
             return pad(tensors, value, side, self.pad_to_multiple_of).to(self.accelerator.device)
 
         ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
-        # with mask_truncated_completions one that was cut has no part in the loss
-        is_kept = [row[-1] in ends or not self.mask_truncated_completions for row in ids]
+        # The loss leaves out what was cut (mask_truncated_completions), and what saw a blank in an image's place.
+        is_cut = [self.mask_truncated_completions and row[-1] not in ends for row in ids]
+        is_kept = [not (cut or broken) for cut, broken in zip(is_cut, is_broken, strict=True)]
         batch = {
             "prompt_ids": join(prompt_ids, "left", self._tokenizer.pad_token_id),  # (B, P)
             "prompt_mask": join(([1] * len(row) for row in prompt_ids), "left"),
