@@ -127,8 +127,8 @@ def adapted_weights(engine: "VLLMGeneration") -> Iterator[tuple[str, torch.Tenso
     """Names and weights of a policy with LoRA as its engine takes them, a merged tensor at a time.
 
     It stands in for `_iter_named_params` of TRL 1.16, which adds the adapter to the base weights in place and takes it
-    off again: each time rounds, so that the frozen base drifts, in 4 bits by 15 % in 200 times. Under ZeRO-3 all
-    processes must run through it, and a layer at a time is gathered.
+    off again: each time rounds, so that the frozen base drifts (docs/measured.md). Under ZeRO-3 all processes must run
+    through it, and a layer at a time is gathered.
     """
     model = engine.model
     layers = {
