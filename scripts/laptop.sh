@@ -39,8 +39,15 @@ train() { # script, recipe and overlays, folder, further arguments
     CONFIG="$config" OUTPUT="$folder" sh "$ROOT/src/open-r1-multimodal/$script" --dtype bfloat16 "$@" $SHORT
 }
 
-evaluate() { # model, folder of the result
-    evaluate_in_tiny_world "$RUN" "$2" "$1" --dtype bfloat16 --prompt base $FEW
+# Answers to CV-Bench's questions, which no GRPO was trained on, and to unseen ones of SAT's kinds, which all were.
+evaluate() { # model, folder of the result, further arguments
+    model=$1 folder=$2
+    shift 2
+    evaluate_in_tiny_world "$RUN" "$folder" "$model" --dtype bfloat16 --prompt base $FEW "$@"
+}
+
+evaluate_on_sat() { # model, folder of the result
+    evaluate "$1" "$2" --benchmark SAT-test --dataset_path "$RUN/sat"
 }
 
 # LoRA on top of a model, merged into it: one more folder, which is there when all of it is done.
@@ -61,14 +68,14 @@ must() {
     "$PYTHON" "$@" || [ -n "$SHORT" ]
 }
 
-result_of() { # arm, seed
-    echo "$RUN/$1/seed$2/CVBench_result_seed$2_reasoning.json"
+sat_result() { # arm, seed
+    echo "$RUN/results/$1/SAT-test_result_seed$2_reasoning.json"
 }
 
 # xargs starts this script anew for each run of GRPO, as `laptop.sh --run ARM SEED`, with the rest in the environment.
 if [ "${1:-}" = --run ]; then
     folder="$RUN/$2/seed$3"
-    [ ! -f "$(result_of "$2" "$3")" ] || exit 0
+    [ ! -f "$(sat_result "$2" "$3")" ] || exit 0
     mkdir -p "$folder"
     overlay=""
     [ "$2" = grpo ] || overlay="configs/overlays/$2.yaml"
@@ -77,7 +84,7 @@ if [ "${1:-}" = --run ]; then
         MODEL="$RUN/start" DATA="$RUN/data/SAT_train_2000.json" train run_grpo_SAT.sh \
             "configs/laptop/grpo.yaml $overlay" "$folder" --eval_dataset_name "$RUN/data/SAT_val_$HELD_OUT.json" \
             --seed "$3" ${SHORT:+--completions_per_step 8 --per_device_train_batch_size 8 --max_completion_length 16} &&
-            evaluate "$folder" "$folder"
+            evaluate "$folder" "$folder" && evaluate_on_sat "$folder" "$RUN/results/$2"
     } >>"$folder.log" 2>&1 || fail "$2, seed $3 failed; $folder.log says why"
     echo "$2, seed $3: done"
     exit
@@ -111,6 +118,8 @@ install_language_model
 cd "$ROOT" # where recipes are looked up
 export PYTHON RUN SHORT FEW HELD_OUT HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=-1
 export NUM_PROCESSES=1 NUM_MACHINES=1 ACCELERATE_CONFIG=ddp
+# glibc returns the memory of large tensors and asks for it again; to keep it saves a sixth of an update's time.
+export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 results="$RUN/results"
 
 step 2 "the language model, in the shape of a Qwen2-VL; until it is trained, images mean nothing to it"
@@ -122,6 +131,7 @@ step 3 "scenes: captions, reasoned answers, and questions in SAT's and CV-Bench'
 prepare_tiny_world "$RUN"
 FOLD=val SAT_PARQUET="$RUN/SAT_val.parquet" sh "$ROOT/src/data/SAT/prepare_dataset.sh" --total_num "$HELD_OUT" \
     --output_dir "$RUN/data"
+render_scenes "$RUN/sat/SAT_test.parquet" 512 4 --output "$RUN/sat/SAT_test.parquet"
 write_lessons captions "$captions" 31
 write_lessons answers "$answers" 32
 
@@ -141,21 +151,27 @@ for seed in $seeds; do
     done
 done | OMP_NUM_THREADS=1 xargs -P "$(getconf _NPROCESSORS_ONLN)" -n 2 sh "$ROOT/scripts/laptop.sh" --run
 
-step 7 "what it was before: blind, and with sight alone"
+step 7 "what it was before: blind, with sight alone, and at GRPO's start"
 evaluate "$RUN/blind" "$results"
 evaluate "$RUN/sight" "$results"
+for model in blind sight start; do
+    evaluate_on_sat "$RUN/$model" "$results"
+done
 
 step 8 "compare"
-set -- "$results"/CVBench_result_start_reasoning.json "$results"/CVBench_result_blind_reasoning.json \
-    "$results"/CVBench_result_sight_reasoning.json
-names="cold_start blind sight" runs=""
+set --
+for model in start blind sight; do
+    set -- "$@" --model "$model" "$results"/*"_result_${model}_reasoning.json"
+done
+runs=""
 for arm in grpo dr_grpo; do
+    set -- "$@" --model "$arm"
     for seed in $seeds; do
-        set -- "$@" "$(result_of "$arm" "$seed")"
-        names="$names $arm-$seed" runs="$runs $arm/seed$seed"
+        set -- "$@" "$RUN/$arm/seed$seed/CVBench_result_seed${seed}_reasoning.json" "$(sat_result "$arm" "$seed")"
+        runs="$runs $arm/seed$seed"
     done
 done
-"$PYTHON" "$ROOT/scripts/compare.py" "$@" --names $names
+"$PYTHON" "$ROOT/scripts/laptop/table.py" "$@"
 (cd "$RUN" && "$PYTHON" "$ROOT/scripts/sweep.py" $runs --output "$RUN")
 echo
 echo "curves and completions: report.html in each of $RUN/*/seed*"

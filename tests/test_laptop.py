@@ -131,6 +131,24 @@ def test_a_cold_start_is_tried_before_grpo(answers, said, tmp_path, monkeypatch)
             start.main()
 
 
+def test_seeds_of_one_model_count_as_one(tmp_path, monkeypatch, capsys):
+    table = load_script(REPO_ROOT / "scripts/laptop/table.py")
+    start = write_result(tmp_path / "start.json", ["left"] * 60)
+    seeds = [write_result(tmp_path / f"{n}.json", ["left", "right"] * n + ["left"] * (60 - 2 * n)) for n in (30, 15)]
+    arguments = ["--model", "start", start, "--model", "grpo", *seeds]
+    monkeypatch.setattr(sys, "argv", ["table.py", *map(str, arguments)])
+    table.main()
+    header, _, first, second = capsys.readouterr().out.splitlines()
+    assert header == "| model | seeds | CV-Bench | lowest - highest seed | against start |"
+    assert first == "| start | 1 | 50.0 (37.7 - 62.3) | 50.0 - 50.0 | - |"
+    assert second.startswith("| grpo | 2 | 87.5 (") and "| 75.0 - 100.0 | +37.5 (" in second
+
+    other = write_result(tmp_path / "other.json", ["left"] * 40)
+    monkeypatch.setattr(sys, "argv", ["table.py", *map(str, [*arguments, other])])
+    with pytest.raises(Mistake, match="CV-Bench: results about other questions than the first model's"):
+        table.main()
+
+
 def test_an_unknown_argument_is_one_line():
     for arguments in (["--seed", "1"], ["--seeds"]):
         done = subprocess.run(["sh", SCRIPT, *arguments], capture_output=True, text=True)
@@ -159,7 +177,7 @@ def test_a_rehearsal_goes_on_where_it_was_interrupted(tmp_path):
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     assert made == {name: (run / name).stat().st_mtime for name in made}
     table = done.stdout.partition("8/8 compare")[2]
-    for row in ("cold_start", "blind", "sight", "grpo-0", "dr_grpo-0", "chance"):
+    for row in ("start", "blind", "sight", "grpo", "dr_grpo"):
         assert f"| {row} |" in table
     assert "sees too little" in done.stderr and "above chance" in done.stderr, "a rehearsal goes on nevertheless"
     assert len(list(run.glob("*grpo/seed0/report.html"))) == 2
