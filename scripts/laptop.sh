@@ -39,13 +39,14 @@ train() { # script, recipe and overlays, folder, further arguments
     CONFIG="$config" OUTPUT="$folder" sh "$ROOT/src/open-r1-multimodal/$script" --dtype bfloat16 "$@" $SHORT
 }
 
-# Answers to CV-Bench's questions, which no GRPO was trained on, and to unseen ones of SAT's kinds, which all were.
+# A model's answers to CV-Bench's kinds of questions, which GRPO is not trained on.
 evaluate() { # model, folder of the result, further arguments
     model=$1 folder=$2
     shift 2
     evaluate_in_tiny_world "$RUN" "$folder" "$model" --dtype bfloat16 --prompt base $FEW "$@"
 }
 
+# Its answers to unseen questions of SAT's kinds, which GRPO is trained on.
 evaluate_on_sat() { # model, folder of the result
     evaluate "$1" "$2" --benchmark SAT-test --dataset_path "$RUN/sat"
 }

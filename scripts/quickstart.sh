@@ -1,6 +1,6 @@
 #!/bin/sh
-# The paper's story in about 8 minutes, on a machine without a GPU or a model hub: a tiny Qwen2-VL that sees but guesses is
-# evaluated, fine-tuned on answers (SFT), trained from the same base with GRPO and no SFT, and evaluated again.
+# The paper's story in about 8 minutes, on a machine without a GPU or a model hub: a tiny Qwen2-VL that sees but guesses
+# is evaluated, fine-tuned on answers (SFT), trained from the same base with GRPO and no SFT, and evaluated again.
 #
 #   bash scripts/quickstart.sh            into outputs/quickstart
 #   bash scripts/quickstart.sh --seed 1   another training seed, into outputs/quickstart-seed1

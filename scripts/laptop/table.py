@@ -28,7 +28,7 @@ Seeds = list[Mapping[Hashable, float]]  # of each seed, what every question earn
 
 
 def read(files: Sequence[str]) -> dict[str, Seeds]:
-    """The results of one model by benchmark, a file a seed."""
+    """Benchmark -> what each seed of a model earned at each question; a file is one seed on one benchmark."""
     found: dict[str, Seeds] = {}
     for name in files:
         result = read_scored(Path(name))
@@ -37,7 +37,7 @@ def read(files: Sequence[str]) -> dict[str, Seeds]:
 
 
 def cells(benchmark: str, model: Seeds, reference: Seeds) -> list[str]:
-    """Of one benchmark the columns of a model."""
+    """A model's three columns for one benchmark."""
     questions = list(reference[0])
     for seed in [*model, *reference]:
         if seed.keys() != reference[0].keys():

@@ -8,7 +8,7 @@ result or recipe is the reference.
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from open_r1.reporting.curves import reflection_share
 from open_r1.reporting.runs import ACCURACY, Trajectories, read_run, scan_trajectories
 from open_r1.reporting.statistics import by_step, first_and_last_tenth, steps_of
 
+Seed = TypeVar("Seed")  # whatever holds the answers of one seed
 NONE = "-"  # a table's cell without a value
 
 
@@ -248,14 +249,12 @@ def compare_recipes(recipes: Mapping[str, Sequence[Trial]]) -> list[dict[str, An
     return rows
 
 
-def compare(
-    answers: Callable[[Trial], np.ndarray], trials: Sequence[Trial], reference: Sequence[Trial]
-) -> dict[str, Any]:
+def compare(answers: Callable[[Seed], np.ndarray], trials: Sequence[Seed], reference: Sequence[Seed]) -> dict[str, Any]:
     """Accuracy, with Wilson's 95 % interval over questions, and the paired difference to another.
 
     Args:
-        answers: a run -> its answers (questions,).
-        trials, reference: the runs of either recipe; where both are the same list there is no difference to give.
+        answers: one seed's run, or result -> what it earned (questions,).
+        trials, reference: the seeds of either recipe or model; where both are one list there is no difference.
     """
     right, right_in_reference = (np.stack(list(map(answers, runs))) for runs in (trials, reference))
     of_questions = right.mean(axis=0)

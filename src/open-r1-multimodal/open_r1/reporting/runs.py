@@ -209,6 +209,7 @@ class KnownImages:
         if path.is_dir() or path.suffix == ".parquet":
             self.folders.append((path if path.is_dir() else path.parent).resolve())
         elif path.is_file():
+            # not `read_records`: a run's folder may be a stranger's, and `datasets` reads more kinds of files
             records = list(read_table(path)) if path.suffix in DELIMITERS else read_list(path)
             files = map(image_file, _texts(records))
             self.names |= {os.path.abspath(path.parent / local_path(file)) for file in files}
