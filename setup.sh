@@ -119,6 +119,11 @@ if [ -z "$gpu" ]; then
     command -v c++ >/dev/null 2>&1 ||
         echo "setup: no C++ compiler found; DeepSpeed on CPU compiles a small helper (Debian: apt-get install g++)"
 else
+    # Triton, which TRL's loss and vLLM use, compiles a small helper when it is first used.
+    command -v gcc >/dev/null 2>&1 || command -v clang >/dev/null 2>&1 || [ -n "${CC:-}" ] ||
+        echo "setup: no C compiler found, which training on a GPU needs (Debian: apt-get install gcc)"
+    "$PYTHON" -c "import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_paths()['include'] + '/Python.h'))" ||
+        echo "setup: Python's headers (Python.h) are not there, which training on a GPU needs (Debian: apt-get install python3-dev)"
     vllm="vLLM"
     if [ -n "${UV_TORCH_BACKEND:-}" ]; then
         vllm="no vLLM, whose wheel is for PyPI's torch and not for $UV_TORCH_BACKEND"

@@ -309,7 +309,7 @@ def main() -> None:
     if args.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     else:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]  # one GPU
         check_gpu()
     args.output.mkdir(parents=True, exist_ok=True)
     deadline = start + 60 * args.minutes

@@ -387,7 +387,7 @@ BROKEN = {
     "--model_name_or_path /nowhere": ("recipe", "model", "/nowhere"),
     "--output_dir /proc/version": ("recipe", "output", "/proc/version"),
     "--num_generations 3": ("recipe", "settings", "num_generations 3"),
-    "--report_to wandb": ("recipe", "tracking", "wandb, without a key"),
+    "--report_to wandb": ("recipe", "tracking", "wandb has no key"),
     "--max_prompt_length 20": ("data", "prompt lengths", "no example left"),
 }
 

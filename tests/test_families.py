@@ -1,5 +1,6 @@
 """A model family is one entry, and who generates is one class: made-up ones, which only this file knows, train."""
 
+import copy
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from transformers import (
 
 from fake_run import row, write_lines
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.engines.shared_prefix import encode_images, encode_prompt, score_completions
+from open_r1.engines.shared_prefix import encode_images, encode_prompt, prepare_model, score_completions
 from open_r1.engines.vllm_backends import TrainerVLLMBackend, engine_settings
 from open_r1.models.families import (
     FAMILIES,
@@ -179,6 +180,25 @@ def test_what_the_vision_tower_gives_is_kept_only_while_it_stays_the_same(model_
         adapted = get_peft_model(model, LoraConfig(target_modules=inside))
         assert family.trains_vision(adapted) == (part != "language model")
         model = adapted.unload()
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if hasattr(FAMILIES[name], "patch_size")])
+def test_the_patch_embedding_is_the_convolution_of_the_checkpoint(model_type, tiny_models):
+    """As a matmul, with its gradient, and in a copy of the model with the copy's weights."""
+    model = load_model(tiny_models[model_type])
+    embed = FAMILIES[model_type].vision_tower(model).patch_embed
+    patches = torch.randn(5, embed.proj.weight[0].numel())
+
+    def run(embed: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        states = embed(patches)
+        return states, *torch.autograd.grad(states.square().sum(), embed.proj.weight)
+
+    expected = run(embed)
+    prepare_model(model, load_processor(tiny_models[model_type]))
+    torch.testing.assert_close(run(embed), expected)
+    copied = copy.deepcopy(embed)
+    torch.nn.init.zeros_(embed.proj.weight)
+    torch.testing.assert_close(run(copied), expected)
 
 
 @pytest.mark.parametrize("model_type", families(*UNLIKE))

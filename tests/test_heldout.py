@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig
 
+from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.sft import Qwen2VLSFTTrainer
 from open_r1.trainer.metrics import BLIND, check_best, figures_of
@@ -184,8 +185,24 @@ def test_the_best_model_is_chosen_by_one_of_several_sets(tiny_model, tmp_path):
 def test_a_best_model_by_a_figure_of_no_set_is_refused(metric):
     name = metric.removeprefix("eval_")
     line = f"^metric_for_best_model: {metric} is of no evaluation set; eval_easy_{name} or eval_far_away_{name} would"
-    with pytest.raises(ValueError, match=line):
-        check_best(metric, named_sets())
+    with pytest.raises(Mistake, match=line):
+        check_best(metric, named_sets(), ["accuracy_reward"])
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "eval_accuracy_reward", "rewards/accuracy/mean", "rewards/accuracy"])
+def test_a_reward_in_other_words_than_the_log_is_refused_before_a_step(metric):
+    line = f"^metric_for_best_model: no evaluation has {metric}; they have reward, rewards/accuracy_reward/mean"
+    with pytest.raises(Mistake, match=line):
+        check_best(metric, questions(1), ["accuracy_reward"])
+    check_best("eval_rewards/accuracy_reward/mean", questions(1), ["accuracy_reward"])
+    check_best("my_figure", questions(1), ["accuracy_reward"])
+
+
+def test_a_best_model_by_a_figure_that_no_evaluation_has_is_one_line(tiny_model, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1, "load_best_model_at_end": True}
+    trainer = make_trainer(tiny_model, tmp_path, eval_dataset=questions(2), metric_for_best_model="my_figure", **saving)
+    with pytest.raises(Mistake, match=r"^metric_for_best_model: no evaluation has my_figure; they have .*eval_reward,"):
+        trainer.train()
 
 
 def test_supervised_training_tells_several_sets_apart(tiny_model, tmp_path):

@@ -25,7 +25,7 @@ from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import check_attention, check_bfloat16, unused_vllm
 from open_r1.grpo import GRPOScriptArguments
-from open_r1.running.entry import accumulate_in_float32, resolve_report_to
+from open_r1.running.entry import accumulate_in_float32, check_login, resolve_report_to
 from open_r1.running.failures import continues
 from open_r1.running.launch_settings import LaunchSettings, count_gpus, listed_gpus, read_launch
 from open_r1.settings.recipes import default_output, merge_recipes, read_recipe
@@ -274,8 +274,11 @@ def test_the_doctor_looks_at_what_would_be_started():
 
 def test_reports_never_wait_for_an_answer(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
+    with pytest.raises(Mistake, match=r"^report_to: wandb has no key; wandb login, WANDB_MODE=offline"):
+        check_login(["wandb"])
+    check_login(["tensorboard"])
     assert resolve_report_to(["auto"]) == ["tensorboard"]
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert resolve_report_to(["auto"]) == ["wandb"]
@@ -283,6 +286,28 @@ def test_reports_never_wait_for_an_answer(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_MODE")
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key")
     assert resolve_report_to(["auto"]) == ["wandb"]
+    check_login(["wandb"])
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")  # another server's key
+    assert resolve_report_to(["auto"]) == ["tensorboard"]
+
+
+def test_what_a_user_gives_is_not_outdone_by_the_recipe(tmp_path):
+    """Held-out questions are asked, and an epoch more is one, without a second option that says so."""
+    kinds = (GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig)
+    (tmp_path / "r.yaml").write_text("max_steps: 1500\nsave_steps: 100\nbf16: false\nuse_cpu: true\nlogging_steps: 1\n")
+    recipe = ["--config", str(tmp_path / "r.yaml"), "--dataset_name", "x", "--output_dir", "out"]
+
+    def args(*arguments: str) -> Qwen2VLGRPOConfig:
+        return read_recipe(kinds, [*recipe, *arguments])[1]
+
+    assert (args().eval_strategy, args().max_steps) == ("no", 1500)
+    held_out = args("--eval_dataset_name", "y")
+    assert (held_out.eval_strategy, held_out.eval_steps) == ("steps", 100)
+    assert args("--eval_dataset_name", "y", "--save_steps=50").eval_steps == 50
+    assert args("--eval_dataset_name", "y", "--eval-steps", "7").eval_steps == 7
+    assert args("--eval_dataset_name", "y", "--eval_strategy", "no").eval_strategy == "no"
+    assert args("--num_train_epochs", "3").max_steps == -1
+    assert args("--num_train_epochs", "3", "--max_steps", "5").max_steps == 5
 
 
 @pytest.mark.distributed

@@ -83,6 +83,8 @@ MISTAKES = [
     ("--freeze_vision true --freeze_llm true", "freeze_vision, freeze_merger, freeze_llm: nothing "),
     ("--load_in_4bit true", "load_in_4bit, load_in_8bit: weights that bitsandbytes quantised"),
     ("--torch_compile true", "torch_compile: "),
+    ("--train_sampling_strategy sequential", "train_sampling_strategy: shuffle_dataset says"),
+    ('--model_init_kwargs {{"revision":"x"}}', "model_init_kwargs: this command loads the model itself"),
     ("--eval_strategy steps", "eval_strategy steps: there are no held-out examples"),
     ("--completions_per_step 60", "completions_per_step 60 is not a multiple of 16 "),
     ("--completions_per_step -64", "completions_per_step -64: "),

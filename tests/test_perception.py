@@ -259,6 +259,9 @@ def test_a_rollout_costs_one_more_pass_a_micro_batch(tiny_model, datasets, tmp_p
     trainer.model.register_forward_hook(lambda *args: calls.append(1))
     trainer.train()
     assert len(calls) == 4  # two micro-batches, with and without masks
+    log = next(event for event in trainer.state.log_history if "step_time" in event)
+    parts = [log[f"time/{part}"] for part in ("rollout", "scoring", "update")]  # scoring of policy and reference, both
+    assert sum(parts) == pytest.approx(log["step_time"], rel=1e-6)
 
 
 # ---- noise in the rollout

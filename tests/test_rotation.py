@@ -4,13 +4,15 @@ import json
 import re
 
 import pytest
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.utils.data import DataLoader
 
 from open_r1.base.prompts import sat_question
 from open_r1.models.loading import load_model, load_processor
 from open_r1.rewards import accuracy_reward, order_consistency_reward
 from open_r1.running.data import ROTATION_OF, DataArguments, in_two_orders, load_dataset, load_datasets_from_args
 from open_r1.tasks.examples import read_examples
-from open_r1.trainer.sampling import EpochSampler
+from open_r1.trainer.sampling import EpochSampler, PromptSamplingMixin
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import Scripted, make_config, read_jsonl, write_examples
 
@@ -62,6 +64,28 @@ def test_pairs_are_asked_side_by_side(tmp_path):
         orders.append(rows)
     assert orders[0] == orders[2] != orders[1]
     assert len(list(EpochSampler(range(10), repeat_count=3, together=2, **settings))) == 3 * 32
+
+
+@pytest.mark.parametrize("processes, index", [(1, 0), (2, 0), (2, 1)])
+def test_an_epoch_that_is_resumed_in_its_middle_keeps_its_order(processes, index):
+    """accelerate wraps the batches of several processes, and a resume wraps them once more."""
+
+    class Trainer:
+        def get_train_dataloader(self) -> DataLoader:
+            sampler = EpochSampler(range(16), mini_repeat_count=1, batch_size=4, seed=3)
+            loader = DataLoader(range(16), sampler=sampler, batch_size=2)
+            return prepare_data_loader(loader, num_processes=processes, process_index=index, put_on_device=False)
+
+    Ours = type("Ours", (PromptSamplingMixin, Trainer), {})
+
+    def batches(epoch: int, skipped: int = 0) -> list[list[int]]:
+        loader = Ours().get_train_dataloader()
+        loader = skip_first_batches(loader, skipped) if skipped else loader
+        loader.set_epoch(epoch)
+        return [batch.tolist() for batch in loader]
+
+    assert batches(1) != batches(0)
+    assert batches(1, skipped=2) == batches(1)[2:]
 
 
 def test_questions_of_a_mixture_have_numbers_of_their_own(tiny_model, tmp_path):

@@ -111,9 +111,11 @@ def test_deepspeed_loads_objects_of_its_own_and_no_others(tmp_path):
         torch.save({**state, "client": Hostile(mark)}, file, _use_new_zipfile_serialization=is_zip)
         with pytest.raises(Mistake, match=f"^{refusal(file)}$"):
             load()
-    file.write_bytes(b"\x80\x02no pickle")
-    with pytest.raises(Mistake, match=refusal(file, "it is damaged, or no run saved it")):
-        load()
+    torch.save({"a": torch.zeros(99)}, file)
+    for damaged in (b"\x80\x02no pickle", b"", file.read_bytes()[:600]):
+        file.write_bytes(damaged)
+        with pytest.raises(Mistake, match=refusal(file, "it is damaged, or no run saved it")):
+            load()
     torch.save(Hostile(mark), file)
     assert not mark.exists()
     TorchCheckpointEngine().load(str(file))  # outside, as DeepSpeed wants it

@@ -29,7 +29,9 @@ from open_r1.running.checkpoints import (
     Layout,
     check_layout,
     copy_model,
+    final_checkpoint,
     find_defect,
+    has_begun,
     is_finished,
     last_complete_checkpoint,
     resolve_checkpoint,
@@ -102,6 +104,23 @@ def test_a_checkpoint_that_is_named_must_be_one(tmp_path):
     ):
         with pytest.raises(FileNotFoundError, match=f"^resume_from_checkpoint: {reason}"):
             resolve_checkpoint(name, str(tmp_path))
+
+
+def test_a_checkpoint_of_another_run_is_no_leave_to_write_over_this_one(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "first", 3)
+    make_checkpoint(tmp_path / "second", 5)
+    with pytest.raises(Mistake, match=r"second: holds an earlier run \(checkpoint-5\)"):
+        resolve_checkpoint(str(checkpoint), str(tmp_path / "second"))
+    make_checkpoint(tmp_path / "first", 5)  # its own run may go back
+    assert resolve_checkpoint(str(checkpoint), str(tmp_path / "first")) == str(checkpoint)
+
+
+@pytest.mark.parametrize("state", ["", "{]", "[]", '{"zebra": 1}', '{"global_step": "x"}', '{"epoch": NaN}', "[" * 999])
+def test_a_damaged_state_is_one_line(state, tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 3)
+    (checkpoint / "trainer_state.json").write_text(state)
+    with pytest.raises(Mistake, match=r"3/trainer_state\.json: .*; resume from another checkpoint, or start"):
+        is_finished(str(checkpoint), make_config(tmp_path, max_steps=6))
 
 
 def test_a_launch_loads_only_what_it_would_have_written(tmp_path):
@@ -181,13 +200,39 @@ def test_another_run_in_the_folder_is_not_continued(tmp_path, tiny_model):
 
 def test_a_run_of_epochs_is_finished_too(tmp_path):
     checkpoint = make_checkpoint(tmp_path, 6)
-    (checkpoint / "trainer_state.json").write_text(
-        json.dumps({"global_step": 6, "max_steps": 6, "num_train_epochs": 2})
-    )
+    state = {"global_step": 6, "max_steps": 6, "num_train_epochs": 2, "epoch": 2.0}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     assert is_finished(str(checkpoint), make_config(tmp_path, max_steps=-1, num_train_epochs=2))
     assert not is_finished(str(checkpoint), make_config(tmp_path, max_steps=-1, num_train_epochs=3))
     assert is_finished(str(checkpoint), make_config(tmp_path, max_steps=6))
     assert not is_finished(str(checkpoint), make_config(tmp_path, max_steps=7))
+    # cut in its second epoch by max_steps, of which transformers counts epochs up
+    (checkpoint / "trainer_state.json").write_text(json.dumps({**state, "epoch": 1.2}))
+    assert not is_finished(str(checkpoint), make_config(tmp_path, max_steps=-1, num_train_epochs=2))
+
+
+def test_a_finished_run_leaves_its_best_weights(tmp_path):
+    """Also in a folder that was moved; and what is not whole is not put in their place."""
+    last, best = make_checkpoint(tmp_path, 6), make_checkpoint(tmp_path, 2)
+    state = {"global_step": 6, "best_model_checkpoint": "elsewhere/checkpoint-2"}
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    args = make_config(tmp_path)
+    assert final_checkpoint(str(last), args) == last
+    args.load_best_model_at_end = True
+    assert final_checkpoint(str(last), args) == best
+    (best / "model.safetensors").unlink()
+    with pytest.raises(Mistake, match=r"2: the best checkpoint model\.safetensors is missing; bring it back"):
+        final_checkpoint(str(last), args)
+
+
+def test_images_may_break_once_there_is_a_checkpoint(tmp_path):
+    """A run that was killed before its first one starts anew, and wants them whole."""
+    args = make_config(tmp_path, resume_from_checkpoint="auto")
+    (tmp_path / "log.jsonl").write_text("{}")
+    make_checkpoint(tmp_path, 1, is_complete=False)
+    assert not has_begun(args)
+    make_checkpoint(tmp_path, 2)
+    assert has_begun(args)
 
 
 def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path, monkeypatch):

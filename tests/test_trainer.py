@@ -234,7 +234,7 @@ def test_the_best_model_is_the_one_at_the_end(tiny_model, examples_json, tmp_pat
         *(tiny_model, examples_json, tmp_path, falling, examples_json),
         **{"max_steps": 3, "max_completion_length": 4, "learning_rate": 0.05, "lr_scheduler_type": "constant"},
         **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
-        **{"load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "greater_is_better": True},
+        **{"load_best_model_at_end": True},  # by the reward, of which more is better
         **{"num_generations_eval": 1, "per_device_eval_batch_size": 8},
     )
     trainer.train()
@@ -365,6 +365,7 @@ SOURCES = {
     "_compute_loss": "80295546bbdb",
     "_generate": "2a27fdf8f5e6",
     "_generate_and_score_completions": "1fa48922792d",
+    "_determine_best_metric": "7aa77355a0c3",
     "_get_grad_norm": "913ba6f52f07",
     "_get_per_token_logps_and_entropies": "ea73c3909275",
     "_get_train_sampler": "36497afb4d31",
@@ -378,6 +379,7 @@ SOURCES = {
     "compute_loss": "a2d6ef8bd29c",
     "evaluate": "47001f3acc99",
     "get_eval_dataloader": "301561e842dd",
+    "get_train_dataloader": "2bffe5a57c53",
     "log": "1e7772819cc8",
     "init_hf_repo": "84dca1f3208c",
     "push_to_hub": "2f408e30def5",

@@ -259,7 +259,7 @@ def at_most(gigabytes: float) -> Iterator[None]:
         return
     free, total = torch.cuda.mem_get_info()
     outside = total - free - torch.cuda.memory_reserved()
-    torch.cuda.set_per_process_memory_fraction((gigabytes * 1e9 - outside) / total)
+    torch.cuda.set_per_process_memory_fraction(min((gigabytes * 1e9 - outside) / total, 1.0))
     try:
         yield
     finally:
@@ -509,6 +509,9 @@ def paper_command(bench: Bench) -> Iterator[Figures]:
     """Two steps of `run_grpo_SAT.sh`, under ZeRO-2 where DeepSpeed is installed, else under DDP.
 
     The second step is what a run's steps take; the first also loads kernels.
+
+    Raises:
+        Impossible: it does not fit on this GPU.
     """
     launch = "zero2" if importlib.util.find_spec("deepspeed") else "ddp"
     output = bench.folder / "run"
@@ -516,13 +519,21 @@ def paper_command(bench: Bench) -> Iterator[Figures]:
     env = {"MODEL": bench.model, "DATA": bench.folder / "examples.json", "OUTPUT": output, "PYTHON": sys.executable}
     env |= {"ACCELERATE_CONFIG": launch, "NUM_PROCESSES": 1}
     start = time.perf_counter()
-    done = subprocess.run(
+    run = subprocess.Popen(
         ["sh", REPO_ROOT / "src/open-r1-multimodal/run_grpo_SAT.sh", *arguments],
         env=os.environ | {name: str(value) for name, value in env.items()},
-        stdout=sys.stderr,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    if done.returncode:
-        raise Mistake(f"run_grpo_SAT.sh under {launch} ended with exit code {done.returncode}; it is told above")
+    lacks_memory = False
+    for line in run.stdout:
+        print(line, end="", file=sys.stderr)
+        lacks_memory |= "OutOfMemoryError" in line
+    if run.wait() and lacks_memory:
+        raise Impossible(f"out of memory, under {launch}")
+    if run.returncode:
+        raise Mistake(f"run_grpo_SAT.sh under {launch} ended with exit code {run.returncode}; it is told above")
     logs = [log for log in map(json.loads, (output / "log.jsonl").open()) if "loss" in log]
     figures = {f"{launch}, whole command, s": time.perf_counter() - start}
     for order, log in zip(("first", "second"), logs, strict=True):

@@ -166,7 +166,9 @@ def make_trainer(way: str, preset: Preset, checkpoint: Path, data: Dataset, chec
         train_dataset=data,
         processing_class=processor,
     )
-    torch.backends.cuda.enable_cudnn_sdp(False)  # stock TRL is not to wait for it either: see `prepare_model`
+    # Stock TRL is not to wait for cuDNN's attention and its convolution either: see `prepare_model`.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    family_of(trainer.model).mend(trainer.model, processor)
     trainer.create_optimizer()
     trainer.model.train()
     if checkpointing:

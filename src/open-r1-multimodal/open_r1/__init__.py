@@ -24,6 +24,8 @@ NOISE = {
     # of SmolVLM's default configuration, which transformers compares every SmolVLM with
     "transformers.configuration_utils": "pad_token_id must be `None` or an integer within the vocabulary "
     "(between 0 and 31999), got 128002",
+    # of a policy that is handed over; the reference model is loaded by them
+    "trl.trainer.grpo_trainer": "The `model_init_kwargs` will be ignored",
     # the end-of-text tokens are those that open_r1.models.loading chose
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
 }

@@ -42,7 +42,9 @@ class DataArguments:
         default="test", help="Split of eval_dataset_name, when it is a folder or on the Hub."
     )
     eval_dataset_name: str | None = HfArg(
-        default=None, help="Held-out examples, for eval_strategy; all that dataset_name can be."
+        default=None,
+        help="Held-out examples, which can be all that dataset_name can be. They are answered whenever a checkpoint is "
+        "saved, unless eval_strategy and eval_steps say otherwise.",
     )
     question_column: str | None = HfArg(
         default=None,
@@ -231,6 +233,8 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
             raise Mistake(f"loss_type: {self.loss_type!r} is none of {', '.join(LOSS_TYPES)}")
         self.resolve_accumulation()
         self.check_group_size()
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "reward"  # transformers would take the loss, which says nothing about answers
         super().__post_init__()
 
     @property

@@ -24,7 +24,7 @@ from open_r1.configs import (
 from open_r1.models.loading import check_model, check_teacher, freeze, get_adapter_config, load_model_from_args
 from open_r1.models.memory import load_config
 from open_r1.rewards import check_gold, get_reward_funcs, needs_gold
-from open_r1.running.callbacks import has_begun
+from open_r1.running.checkpoints import has_begun
 from open_r1.running.data import load_datasets_from_args, load_processor_from_args, opens_think
 from open_r1.running.entry import Command, run
 from open_r1.settings.generation import check_generation
@@ -93,6 +93,8 @@ def build_trainer(
 ) -> Qwen2VLGRPOTrainer:
     """The trainer that a parsed recipe describes; `prepared` is what `prepare` returned, if it was called before."""
     prepared = prepared or prepare(script_args, training_args, model_args)
+    # TRL loads the reference model by these
+    training_args.model_init_kwargs = {**(training_args.model_init_kwargs or {}), "revision": model_args.model_revision}
     model = load_model_from_args(model_args)
     freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
     trainer = choose_trainer(script_args.trainer)(model=model, args=training_args, **prepared)

@@ -35,8 +35,8 @@ from open_r1.models.loading import (
     reset_generation_config,
 )
 from open_r1.rewards import format_reward
-from open_r1.running.callbacks import ModelCardMixin, has_begun
-from open_r1.running.checkpoints import LoadWeightsMixin
+from open_r1.running.callbacks import ModelCardMixin
+from open_r1.running.checkpoints import LoadWeightsMixin, has_begun
 from open_r1.running.data import (
     LEAST_BROKEN,
     Row,

@@ -131,7 +131,10 @@ def hours(run: Run) -> Iterator[Finding]:
         seconds = parts * trainer.train().metrics["train_runtime"] / MEASURED_STEPS
     finally:
         torch.set_num_threads(threads)
-    seconds /= launch.num_machines if run.on_cpu else launch.num_processes
+    logged = [event["time/rollout"] for event in trainer.state.log_history if "time/rollout" in event]
+    # A token takes a GPU about as long for few completions as for many: more GPUs do not shorten a rollout.
+    rollout = 0.0 if run.on_cpu else parts * sum(logged) / MEASURED_STEPS
+    seconds = rollout + (seconds - rollout) / (launch.num_machines if run.on_cpu else launch.num_processes)
     part = f" of 1/{parts:.0f} of its work, which is slower" if parts > 1 else ""
     yield passed(
         f"{seconds:.1f} s a step, measured over {MEASURED_STEPS}{part}; {steps} take {lasting(seconds * steps)}"

@@ -7,7 +7,7 @@ from open_r1.base.locks import check_free
 from open_r1.doctor.finding import Checks, Finding, failed, passed
 from open_r1.doctor.run import Run, existing
 from open_r1.running.checkpoints import Layout
-from open_r1.running.entry import find_checkpoint, resolve_report_to
+from open_r1.running.entry import check_login, find_checkpoint
 
 
 def settings(run: Run) -> Iterator[Finding]:
@@ -22,12 +22,8 @@ def settings(run: Run) -> Iterator[Finding]:
 
 def tracking(run: Run) -> Iterator[Finding]:
     """wandb asks for a login, and a run without a terminal ends there."""
-    trackers = run.args.report_to
-    ready = resolve_report_to(["auto"]) == ["wandb"] or os.environ.get("WANDB_MODE") == "disabled"
-    if "wandb" in trackers and not ready:
-        yield failed("report_to: wandb, without a key", "wandb login, WANDB_MODE=offline, or --report_to tensorboard")
-    else:
-        yield passed(f"reports to {', '.join(trackers) or 'its folder alone'}")
+    check_login(run.args.report_to)
+    yield passed(f"reports to {', '.join(run.args.report_to) or 'its folder alone'}")
 
 
 def output(run: Run) -> Iterator[Finding]:

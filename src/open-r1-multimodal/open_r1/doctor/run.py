@@ -234,6 +234,7 @@ class Run:
         if self.is_grpo:
             alone.steps_per_generation *= self.launch.num_processes
             alone.use_vllm = False
+            alone.model_init_kwargs = {"device_map": None}  # TRL would spread the reference model over all GPUs
         alone.output_dir, alone.max_steps = self.scratch.name, MEASURED_STEPS
         alone.save_strategy, alone.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
         alone.eval_on_start, alone.push_to_hub, alone.report_to = False, False, []

@@ -271,11 +271,12 @@ def adapter_base(folder: str | Path) -> Path | None:
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         return None
-    name = read_object(path).get("base_model_name_or_path")
+    settings = read_object(path)
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(name, str) or not name:
         raise FileMistake(f"{path}: names no base model (base_model_name_or_path)")
     try:
-        return model_folder(name)
+        return model_folder(name, revision if isinstance(revision, str) else "main")
     except OSError as error:
         raise FileMistake(f"{folder} is an adapter without its base model: {error}") from error
 
@@ -528,6 +529,8 @@ def freeze(
 def get_adapter_config(model_args: ModelConfig, freezing: FreezeArguments, family: Family) -> PeftConfig | None:
     """TRL's LoRA configuration of a recipe, no adapter in a frozen part; None without `use_peft`."""
     config = get_peft_config(model_args)
+    if config is not None:
+        config.revision = model_args.model_revision  # for whoever merges the adapter
     frozen = frozen_parts(freezing.freeze_vision, freezing.freeze_llm, freezing.freeze_merger)
     if config is not None and frozen:
         config.exclude_modules = "|".join(family.modules_of(part) for part in frozen)

@@ -197,11 +197,6 @@ def describe_resume(
     }
 
 
-def has_begun(args: TrainingArguments) -> bool:
-    """Whether these arguments go on with a run that has taken a step."""
-    return args.resume_from_checkpoint == "auto" and (Path(args.output_dir) / LOG).is_file()
-
-
 # --- one line a log event -------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import pickle
 import re
@@ -22,12 +23,13 @@ from torch.serialization import load, register_package, safe_globals
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from open_r1.base.errors import MissingFile, Mistake
+from open_r1.base.errors import MissingFile, Mistake, first_line, printable
 from open_r1.base.files import MANIFEST, delete, replacing
 from open_r1.models.loading import adapter_folder, check_adapter, restore_weights
 
 # What a checkpoint holds for resuming alone. The rest is the model, as `save_model` writes it.
 RESUME_FILES = ("optimizer*", "scheduler*", "rng_state*", "global_step*", "latest", "zero_to_*", MANIFEST)
+ANOTHER_CHECKPOINT = "resume from another checkpoint, or start anew in another OUTPUT"
 
 
 def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
@@ -41,7 +43,7 @@ def remove(checkpoint: Path) -> None:
     """Delete a checkpoint; of a link the link alone: what it leads to is not this run's to delete."""
     if checkpoint.is_symlink():
         target = checkpoint.readlink()
-        print(f"{checkpoint}: removed, a link; {target}, where it led, is left as it is")
+        print(printable(f"{checkpoint}: removed, a link; {target}, where it led, is left as it is"))
     else:
         unseal(checkpoint)  # first, so that a kill in between leaves no checkpoint that looks whole
     delete(checkpoint)
@@ -103,7 +105,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         defect = find_defect(checkpoint)
         if defect is None:
             return str(checkpoint)
-        PartialState().print(f"{checkpoint}: passed over, {defect}")
+        PartialState().print(printable(f"{checkpoint}: passed over, {defect}"))
     return None
 
 
@@ -131,6 +133,8 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> s
         raise MissingFile(f"resume_from_checkpoint: {path} {reason}")
     if is_sealed(path) and (defect := find_defect(path)):
         raise MissingFile(f"resume_from_checkpoint: {path}: {defect}")
+    if os.path.realpath(path.parent) != os.path.realpath(output_dir):  # of another run
+        check_unused(output_dir, "none")
     return resume_from_checkpoint
 
 
@@ -155,9 +159,27 @@ def check_unused(output_dir: str | Path, resume_from_checkpoint: str | None = No
         )
 
 
+def has_begun(args: TrainingArguments) -> bool:
+    """Whether these arguments go on from a checkpoint in the output folder."""
+    checkpoints = (path for _, path in list_checkpoints(args.output_dir))
+    return args.resume_from_checkpoint == "auto" and any(map(is_sealed, checkpoints))
+
+
 def read_state(checkpoint: str) -> TrainerState:
-    """What the trainer noted in a checkpoint: the optimizer steps that were done, among much else."""
-    return TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    """What the trainer noted in a checkpoint: the optimizer steps that were done, among much else.
+
+    Raises:
+        Mistake: the file is damaged.
+    """
+    path = Path(checkpoint, "trainer_state.json")
+    try:
+        state = TrainerState.load_from_json(str(path))
+        known = [state.global_step, state.epoch or 0.0]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise Mistake(f"{path}: not a trainer's state ({first_line(error)}); {ANOTHER_CHECKPOINT}") from error
+    if not all(type(number) in (int, float) and 0 <= number < math.inf for number in known):
+        raise Mistake(f"{path}: global_step and epoch are no numbers of steps and epochs; {ANOTHER_CHECKPOINT}")
+    return state
 
 
 def is_finished(checkpoint: str, args: TrainingArguments) -> bool:
@@ -165,7 +187,27 @@ def is_finished(checkpoint: str, args: TrainingArguments) -> bool:
     state = read_state(checkpoint)
     if args.max_steps > 0:
         return state.global_step >= args.max_steps
-    return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
+    return (state.epoch or 0) >= args.num_train_epochs
+
+
+def final_checkpoint(checkpoint: str, args: TrainingArguments) -> Path:
+    """The checkpoint whose weights a finished run leaves in its folder: the last one or, where asked for, the best.
+
+    Args:
+        checkpoint: the last one.
+        args: of the run.
+
+    Raises:
+        Mistake: the best one is gone or damaged.
+    """
+    best = read_state(checkpoint).best_model_checkpoint
+    if not args.load_best_model_at_end or best is None:
+        return Path(checkpoint)
+    path = Path(checkpoint).with_name(Path(best).name)  # the run's folder may have been moved since
+    if not path.is_dir() or (defect := find_defect(path)):
+        reason = defect if path.is_dir() else "is not there"
+        raise Mistake(f"{path}: the best checkpoint {reason}; bring it back, or add --load_best_model_at_end false")
+    return path
 
 
 @dataclass(frozen=True)
@@ -238,7 +280,7 @@ def check_layout(checkpoint: str, layout: Layout) -> None:
         )
 
 
-def copy_model(checkpoint: str, output_dir: str) -> None:
+def copy_model(checkpoint: Path, output_dir: str) -> None:
     """Copy a checkpoint's model and processor, without what only a resume needs, into a folder."""
     ignore = shutil.ignore_patterns(*RESUME_FILES)
     shutil.copytree(checkpoint, output_dir, ignore=ignore, dirs_exist_ok=True)
@@ -321,16 +363,15 @@ def loading_no_code(classes: Sequence[type | tuple[Callable, str]] = ()) -> Iter
     try:
         with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD=1), safe_globals(list(classes)):
             yield
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         # torch names no file in its error, but its frame has it
         frames = [frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code is load.__code__]
+        if not frames:  # no file's
+            raise
         reason = "it is damaged, or no run saved it"
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"it asks for {asked[1]}, and could run code"
-        raise Mistake(
-            f"{frames[-1].f_locals['f']}: not loaded: {reason}; "
-            "resume from another checkpoint, or start anew in another OUTPUT"
-        ) from error
+        raise Mistake(f"{frames[-1].f_locals['f']}: not loaded: {reason}; {ANOTHER_CHECKPOINT}") from error
 
 
 class LoadWeightsMixin:

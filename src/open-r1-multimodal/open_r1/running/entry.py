@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers import Trainer, TrainingArguments
@@ -26,6 +27,7 @@ from open_r1.running.checkpoints import (
     Layout,
     check_layout,
     copy_model,
+    final_checkpoint,
     is_finished,
     read_state,
     resolve_checkpoint,
@@ -41,10 +43,21 @@ def resolve_report_to(report_to: list[str]) -> list[str]:
     """`auto` is wandb when a key or an offline mode is set, else tensorboard: no prompt blocks a run."""
     if report_to != ["auto"]:
         return report_to
+    return ["wandb" if has_login() or os.environ.get("WANDB_MODE") == "offline" else "tensorboard"]
+
+
+def has_login() -> bool:
+    """Whether wandb finds a key for its server: in the environment, or where `wandb login` writes it."""
     netrc = Path("~/.netrc").expanduser()
-    has_login = netrc.is_file() and "api.wandb.ai" in netrc.read_text()
-    is_offline = os.environ.get("WANDB_MODE") == "offline"
-    return ["wandb" if has_login or is_offline or "WANDB_API_KEY" in os.environ else "tensorboard"]
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    return "WANDB_API_KEY" in os.environ or (netrc.is_file() and server in netrc.read_text())
+
+
+def check_login(report_to: Sequence[str]) -> None:
+    """Raise Mistake where wandb would ask for a login once the weights are loaded, and a run without a terminal end."""
+    needs_login = os.environ.get("WANDB_MODE", "online") == "online"
+    if "wandb" in report_to and needs_login and not has_login():
+        raise Mistake("report_to: wandb has no key; wandb login, WANDB_MODE=offline, or --report_to tensorboard")
 
 
 def prepare_process() -> None:
@@ -103,6 +116,7 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
     with silence():
         layout = Layout.of_config(config_file, processes)
         settings = read_settings(command, arguments)
+        check_login(settings[1].report_to)
         check_free(settings[1].output_dir)
         checkpoint = find_checkpoint(command, settings, layout)
         if not (checkpoint and is_finished(checkpoint, settings[1])):
@@ -129,6 +143,11 @@ def read_settings(command: Command, arguments: Sequence[str]) -> Settings:
             f"eval_strategy {args.eval_strategy.value}: there are no held-out examples; name them "
             "in eval_dataset_name, or eval_strategy: no"
         )
+    if args.model_init_kwargs:
+        raise Mistake(
+            "model_init_kwargs: this command loads the model itself, by dtype, attn_implementation and model_revision; "
+            "leave it out"
+        )
     check_bfloat16(args, model_args)
     check_attention(model_args)
     if args.eval_strategy == "no":
@@ -143,7 +162,9 @@ def find_checkpoint(command: Command, settings: Settings, layout: Layout) -> str
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if checkpoint and args.resume_from_checkpoint == "auto":
         check_same_run(args.output_dir, describe_settings(command, settings, layout.processes))
-    if checkpoint and not is_finished(checkpoint, args) and not args.deepspeed:
+    if args.deepspeed:  # in place of what accelerate was told
+        layout = Layout.of_deepspeed(args.deepspeed_plugin.zero_stage, None, layout.processes)
+    if checkpoint and not is_finished(checkpoint, args):
         check_layout(checkpoint, layout)
     return checkpoint
 
@@ -201,24 +222,20 @@ def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -
     script_args, args, model_args = settings
     layout = Layout.of_this_process()
     checkpoint = decide_once(lambda: find_checkpoint(command, settings, layout))
-    is_done = checkpoint is not None and is_finished(checkpoint, args)
+    if checkpoint and is_finished(checkpoint, args):  # a trainer that resumes at its last step would take one more
+        decide_once(lambda: finish(checkpoint, args))
+        return
     # Before the trainer fills them in
     record = describe_settings(command, settings, layout.processes)
     accumulate_in_float32(args)
     prepared = command.prepare(*settings)
-    if not is_done:
-        record["data"] = decide_once(lambda: describe_data(args, prepared, checkpoint))
+    record["data"] = decide_once(lambda: describe_data(args, prepared, checkpoint))
     trainer = command.build_trainer(*settings, prepared)
     say = print if trainer.is_world_process_zero() else (lambda *_: None)
     say(parameter_table(trainer.model))
-    if is_done:  # a trainer that resumes at its last step would take one step more
-        say(f"{checkpoint}: nothing left to do, max_steps is {args.max_steps}")
-        if trainer.is_world_process_zero():
-            copy_model(checkpoint, args.output_dir)
-            report(args.output_dir)
-        return
     if checkpoint:
         say(f"resuming from {checkpoint}")
+        args.eval_on_start = False  # the checkpoint's step was evaluated when it was reached
     # Read now: training removes this checkpoint once it has save_total_limit newer ones.
     steps_before = read_state(checkpoint).global_step if checkpoint else 0
     trainer.add_callback(CompleteCheckpoints(args))
@@ -239,6 +256,14 @@ def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -
         report(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub()
+
+
+def finish(checkpoint: str, args: TrainingArguments) -> None:
+    """Leave the model of a run that has taken all of its steps in its folder, and the report."""
+    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    print(f"{checkpoint}: nothing left to do, all {length} are done")
+    copy_model(final_checkpoint(checkpoint, args), args.output_dir)
+    report(args.output_dir)
 
 
 def report(output_dir: str) -> None:

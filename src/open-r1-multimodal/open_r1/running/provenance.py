@@ -158,9 +158,10 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """The `run.json` of a run's folder; empty when there is none, or one that says nothing."""
     try:
         record = read_json(Path(folder) / RUN)
-    except (OSError, ValueError):
+        changes(record, record)  # what is damaged cannot be compared with itself
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return record
 
 
 def derived(record: Mapping[str, Any]) -> dict[str, Any]:

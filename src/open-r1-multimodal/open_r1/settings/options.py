@@ -24,6 +24,7 @@ GRPO = {
     "cast_lm_head_to_fp32": "TRL finds the embeddings that the head is tied to in text models alone; dtype float32 "
     "keeps all in it",
     "include_for_metrics": "rewards are the metrics of GRPO, and get every column of a row",
+    "train_sampling_strategy": "shuffle_dataset says whether prompts are asked in the order of the data",
 }
 SFT = {
     "dataset_text_field": _TEXTS,
@@ -42,7 +43,7 @@ SFT = {
     "remove_unused_columns": "the answer and the images are columns that no model takes; leave it out",
     "train_sampling_strategy": "the length of a row with images is not known before it is encoded",
 }
-HARMLESS = (("completion_only_loss", True), ("train_sampling_strategy", "sequential"))
+HARMLESS = (("completion_only_loss", True), ("train_sampling_strategy", "sequential"))  # of SFT
 
 
 def check_options(args: TrainingArguments) -> None:
@@ -54,14 +55,14 @@ def check_options(args: TrainingArguments) -> None:
     Raises:
         Mistake: for the first option that cannot have its value.
     """
-    refused = SFT
+    refused, harmless = SFT, HARMLESS
     if isinstance(args, GRPOConfig):
-        refused = GRPO
+        refused, harmless = GRPO, ()
         check_values({field.name: getattr(args, field.name) for field in fields(args)})
     for field in fields(args):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         value = getattr(args, field.name)
-        if field.name in refused and value != default and (field.name, value) not in HARMLESS:
+        if field.name in refused and value != default and (field.name, value) not in harmless:
             raise Mistake(f"{field.name}: {refused[field.name]}")
     _ask_libraries(args)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
+from transformers import TrainingArguments
 from trl import TrlParser
 
 from open_r1.base.errors import MissingFile, Mistake, settings_of
@@ -52,8 +53,14 @@ def overridden(arguments: Sequence[str], settings: Mapping[str, Any]) -> dict[st
     All of the spellings `--max_steps 2`, `--max-steps=2` and, for a flag that is on, `--no_bf16` count.
     """
     _, others = split_arguments(arguments)
-    names = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in others}
+    names = _named(others).keys()
     return {name: value for name, value in settings.items() if not names.isdisjoint((name, f"no_{name}"))}
+
+
+def _named(arguments: Sequence[str]) -> dict[str, str]:
+    """What a command line gives, as text: a setting's first value by its name, and values by themselves."""
+    pairs = ((argument.partition("="), after) for argument, after in zip(arguments, [*arguments[1:], ""], strict=False))
+    return {name.removeprefix("--").replace("-", "_"): value or after for (name, _, value), after in pairs}
 
 
 def read_files(names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
@@ -211,6 +218,21 @@ class RecipeParser(TrlParser):
                 raise Mistake(f"{name}: {item!r} is none of {', '.join(map(str, action.choices))}")
 
 
+def _implied(recipe: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, Any]:
+    """Defaults that follow from what a user gives.
+
+    Args:
+        recipe: the settings of the recipes.
+        named: what the command line gives.
+    """
+    given, implied = {**recipe, **named}, {}
+    if given.get("eval_dataset_name"):  # asked when a checkpoint is saved, not after every step that is logged
+        implied = {"eval_strategy": "steps", "eval_steps": given.get("save_steps", TrainingArguments.save_steps)}
+    if "num_train_epochs" in named and "max_steps" not in named:
+        implied["max_steps"] = -1  # a recipe's would win
+    return {name: value for name, value in implied.items() if name not in given or name == "max_steps"}
+
+
 def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
     """Fill dataclasses from the recipes that `--config` names and the arguments that override them.
 
@@ -228,8 +250,11 @@ def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tu
     parser = RecipeParser(dataclass_types)
     names, others = split_arguments(arguments)
     parser.set_defaults(output_dir=default_output(names))
-    for path, settings in read_files(names):
+    files = read_files(names)
+    recipe = {name: value for _, settings in files for name, value in settings.items()}
+    for path, settings in files:
         parser.read(path, settings)
+    parser.set_defaults_with_config(**_implied(recipe, _named(others)))
     try:
         with settings_of("trl", "transformers", "accelerate"):
             return parser.parse_args_into_dataclasses(others)

@@ -51,6 +51,11 @@ class ContinueRollouts(OfTrainer):
         self.trainer._step = micro_batches(state.global_step, args, kwargs.get("train_dataloader"))
         if not state.is_world_process_zero:
             return
+        if args.sync_ref_model and state.global_step:
+            print(
+                "warning: sync_ref_model: a checkpoint does not hold the reference model; it is the base model again",
+                file=sys.stderr,
+            )
         window = args.steps_per_generation * args.num_iterations
         if used := self.trainer._step % window:
             print(
@@ -60,7 +65,7 @@ class ContinueRollouts(OfTrainer):
                 file=sys.stderr,
             )
         for path in sorted(self.trainer.recorder.folder.glob("*.jsonl")):
-            if dropped := keep_rows(path, lambda row: row["step"] <= state.global_step):
+            if dropped := keep_rows(path, lambda row: 0 < state.global_step >= row["step"]):
                 print(f"{path}: dropped {dropped} lines after step {state.global_step}, which this run repeats")
 
 

@@ -29,13 +29,23 @@ TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's me
 PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
 
 
-def check_best(metric: str | None, eval_dataset: Any) -> None:
-    """Raise Mistake where `metric_for_best_model` names none of several evaluation sets."""
-    if metric and isinstance(eval_dataset, dict):
-        figure = metric.removeprefix("eval_")
-        if not any(figure.startswith(f"{name}_") for name in eval_dataset):
-            known = " or ".join(f"eval_{name}_{figure}" for name in eval_dataset)
-            raise Mistake(f"metric_for_best_model: {metric} is of no evaluation set; {known} would be")
+def check_best(metric: str | None, eval_dataset: Any, rewards: Sequence[str]) -> None:
+    """Raise Mistake where `metric_for_best_model` names a reward in other words than the log, or no evaluation set.
+
+    Args:
+        metric: as it was given.
+        eval_dataset: of the trainer.
+        rewards: their names in the log.
+    """
+    figure = (metric or "").removeprefix("eval_")
+    known = [f"rewards/{name}/{kind}" for name in rewards for kind in ("mean", "std")]
+    is_reward = figure.startswith("rewards/") or {figure, f"{figure}_reward"} & set(rewards)
+    if is_reward and figure not in known:
+        raise Mistake(f"metric_for_best_model: no evaluation has {metric}; they have reward, {', '.join(known)}")
+    sets = eval_dataset if isinstance(eval_dataset, dict) else ()
+    if figure and sets and not any(figure.startswith(f"{name}_") for name in sets):
+        known = " or ".join(f"eval_{name}_{figure}" for name in sets)
+        raise Mistake(f"metric_for_best_model: {metric} is of no evaluation set; {known} would be")
 
 
 def reward_figures(
@@ -116,6 +126,13 @@ class NamedEvaluationMixin:
         self.evaluation_prefix = metric_key_prefix
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    # For the error alone: transformers' is a KeyError.
+    def _determine_best_metric(self, metrics, trial):
+        chosen = self.args.metric_for_best_model
+        if chosen and f"eval_{chosen.removeprefix('eval_')}" not in metrics:
+            raise Mistake(f"metric_for_best_model: no evaluation has {chosen}; they have {', '.join(sorted(metrics))}")
+        return super()._determine_best_metric(metrics, trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's; the metrics of an evaluation are logged here before, so that it finds none to log as `eval_`."""
         if not self.model.training:
@@ -128,7 +145,10 @@ class NamedEvaluationMixin:
 
 
 class MetricsMixin(NamedEvaluationMixin):
-    """What `Qwen2VLGRPOTrainer` logs and leaves behind: `recorder` has the rows it takes figures of."""
+    """What `Qwen2VLGRPOTrainer` logs and leaves behind.
+
+    `recorder` has the rows that it takes figures of, `step_seconds` a Counter of the seconds of the step under way.
+    """
 
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
@@ -148,32 +168,37 @@ class MetricsMixin(NamedEvaluationMixin):
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        """Log the seconds of the block as `time/{name}`."""
+        """Log the seconds of the block as `time/{name}`; of a training step the sum over all of its blocks."""
         on_gpu = self.accelerator.device.type == "cuda"
         synchronize = torch.cuda.synchronize if on_gpu else lambda: None
         synchronize()
         start = time.perf_counter()
         yield
         synchronize()
-        self._log({f"time/{name}": time.perf_counter() - start})
+        seconds = time.perf_counter() - start
+        if self.model.training:
+            self.step_seconds[f"time/{name}"] += seconds
+        else:
+            self._log({f"time/{name}": seconds})
 
-    # For the log alone: a rollout's seconds and tokens.
+    # For the log alone: a rollout's seconds, and its tokens, of all processes.
     def _generate(self, prompts):
+        start = time.perf_counter()
         with self._timed("rollout"):
             output = super()._generate(prompts)
+        seconds = time.perf_counter() - start
         _, completion_ids, *_ = output
-        seconds = self._metrics[self._mode()]["time/rollout"][-1]
-        self._log({"rollout/tokens_per_second": sum(map(len, completion_ids)) / seconds})
+        tokens = torch.tensor(sum(map(len, completion_ids)), device=self.accelerator.device)
+        self._log({"rollout/tokens_per_second": self.accelerator.reduce(tokens, "sum").item() / seconds})
         return output
 
     def training_step(self, model, inputs, num_items_in_batch):
-        """TRL's, and the log of what is left of a step's seconds beside rollout and scoring."""
+        """TRL's, and the log of a step's seconds: of rollout and scoring, and of the rest of it, the update."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._step % self.current_gradient_accumulation_steps == 0:
-            metrics = self._metrics["train"]
-            parts = (f"time/{name}" for name in ("rollout", "scoring", "update"))
-            logged = sum(sum(metrics.get(part, ())) for part in parts)
-            metrics["time/update"].append(sum(metrics["step_time"]) - logged)
+            update = self._metrics["train"]["step_time"][-1] - self.step_seconds.total()
+            self._log({**self.step_seconds, "time/update": update})
+            self.step_seconds.clear()
         return loss
 
     def _log_samples(
@@ -220,7 +245,7 @@ class MetricsMixin(NamedEvaluationMixin):
     def _join_passes(self, logged: Mapping[str, int]) -> None:
         """Log the figures of a rollout over all its completions, whose passes need not be of one size.
 
-        Its seconds are those of all passes. Figures of the engine and of packing stay means over passes.
+        Figures of the engine and of packing stay means over passes.
 
         Args:
             logged: how many values each metric had before the first pass.
@@ -228,8 +253,6 @@ class MetricsMixin(NamedEvaluationMixin):
         metrics, rows, size = self._metrics["train"], self.recorder.newest, self.num_generations
         scaling = self.scale_rewards, self.multi_objective_aggregation
         figures = {**figures_of(rows, self.reward_weights.tolist(), size, *scaling), **text_figures(rows, size)}
-        for name in {"time/rollout", "time/scoring"} & metrics.keys():
-            figures[name] = sum(metrics[name][logged.get(name, 0) :])
         for name, value in figures.items():
             metrics[name][logged.get(name, 0) :] = [value]
 

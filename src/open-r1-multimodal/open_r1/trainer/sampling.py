@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from trl.trainer.utils import RepeatSampler, pad
 
 from open_r1.base.files import replace_file, to_json, whole_lines
@@ -263,8 +265,19 @@ class PromptSamplingMixin:
         sampler = super()._get_train_sampler(dataset)
         names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
         settings = {name: getattr(sampler, name) for name in names}
+        if self.args.data_seed is not None:
+            settings["seed"] = self.args.data_seed
         columns = getattr(sampler.data_source, "column_names", None) or []
         return EpochSampler(**settings, together=2 if ROTATION_OF in columns else 1)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """TRL's; over several processes, too, an epoch that is resumed in its middle finds its order."""
+        loader = super().get_train_dataloader()
+        if isinstance(loader.batch_sampler, BatchSamplerShard):
+            # `set_epoch` of accelerate looks for a sampler in the batches and in what they wrap. A resume wraps the
+            # share of a process once more, so that what it wraps would be out of sight.
+            loader.batch_sampler.sampler = loader.batch_sampler.batch_sampler.sampler
+        return loader
 
     def _sample_groups(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """A rollout of this process, of as many passes as it takes.
@@ -330,5 +343,9 @@ class PromptSamplingMixin:
         return self.pass_rates.chance(row, self.signal.skip_solved, self.signal.skip_hopeless)
 
     def _draw(self, refill: int) -> random.Random:
-        """The random numbers of a pass, which follow from seed, step and pass."""
-        return random.Random(f"{self.args.seed}/{self.state.global_step}/{refill}")
+        """The random numbers of a pass, which follow from seed, rollout and pass."""
+        return random.Random(f"{self.args.seed}/{self._rollout_number()}/{refill}")
+
+    def _rollout_number(self) -> int:
+        """How many rollouts came before this one; the number of steps, where each step has one."""
+        return self._step // (self.args.steps_per_generation * self.num_iterations)

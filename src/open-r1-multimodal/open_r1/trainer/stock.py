@@ -22,7 +22,10 @@ class StockStepMixin:
             rows = [{name: row[name] for name in row if name not in ("image", "images")} for row in rows]
         batch = super()._generate_and_score_completions(Rows(rows, rollout))
         rollout.advantages = batch["advantages"].tolist()
-        batch["completion_mask"][rollout.is_broken] = 0  # the loss leaves out what saw a blank in an image's place
+        if any(rollout.is_broken):  # the loss leaves out what saw a blank in an image's place
+            batch["completion_mask"][rollout.is_broken] = 0
+        counted = (batch["completion_mask"] * batch.get("tool_mask", 1)).sum()  # as TRL counts
+        batch["num_items_in_batch"] = self.accelerator.gather(counted).sum()
         return batch
 
     # TRL has None for a row without images, which its next call of the processor does not take.

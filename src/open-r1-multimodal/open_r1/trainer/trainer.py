@@ -1,5 +1,6 @@
 """GRPO for vision-language models: TRL's trainer, with one copy of the prompt for a whole group."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -112,7 +113,6 @@ class Qwen2VLGRPOTrainer(
             args = Qwen2VLGRPOConfig(f"{name.split('/')[-1]}-GRPO")
         shared_prefix = getattr(args, "shared_prefix", True)
         check_settings(args, shared_prefix, streams=isinstance(train_dataset, IterableDataset))
-        check_best(args.metric_for_best_model, eval_dataset)
         self.signal = args if isinstance(args, SignalArguments) else SignalArguments()
         if self.signal.signal_settings and isinstance(train_dataset, Dataset):
             train_dataset = train_dataset.add_column(ROW, list(range(len(train_dataset))))
@@ -144,6 +144,7 @@ class Qwen2VLGRPOTrainer(
         if self.accelerator.is_main_process:
             warn_of_unshown(train_dataset, eval_dataset)
         self.reward_func_names = unique_names(self.reward_func_names)
+        check_best(args.metric_for_best_model, eval_dataset, self.reward_func_names)
         scale_rewards, aggregation = self.scale_rewards, self.multi_objective_aggregation
         self.advantage = choose_advantage(getattr(args, "advantage", None), scale_rewards, aggregation)
         self.papo_coef = getattr(args, "papo_coef", 0.0)
@@ -163,8 +164,16 @@ class Qwen2VLGRPOTrainer(
         self.family = family_of(policy)
         reset_generation_config(policy, processing_class)
         # Tool calls put images and foreign tokens into completions; they stay on TRL's path.
-        self.shared_prefix = shared_prefix and self._is_vlm and not (self.tools or self.rollout_func)
+        foreign = self.tools or self.environment_factories
+        self.shared_prefix = shared_prefix and self._is_vlm and not (foreign or self.rollout_func)
         check_shared_prefix(args, self.shared_prefix)
+        if foreign and self._is_vlm and self.use_vllm and self.vllm_mode == "colocate":
+            raise Mistake("tools, environment_factory: TRL gives a colocated engine images twice; add --use_vllm false")
+        if self.shared_prefix and self.is_fsdp_enabled and not self.use_vllm:
+            raise Mistake(
+                "FSDP: its processes decode different numbers of tokens and would wait for each other for ever; take "
+                "ACCELERATE_CONFIG=zero3, or add --shared_prefix false"
+            )
         encodes_once = self.shared_prefix and not self.use_vllm and not self.family.trains_vision(policy)
         if self.papo_coef and self.accelerator.num_processes > 1:
             encodes_once = False  # masked images run the tower, and all processes must together
@@ -183,6 +192,7 @@ class Qwen2VLGRPOTrainer(
         self.images = ImageReader(most_broken(len(train_dataset) if isinstance(train_dataset, Sized) else 0))
         self.recorder = Recorder(self)
         self.pass_rates = PassRates()  # equal in all processes
+        self.step_seconds: Counter[str] = Counter()
         self.add_callback(ContinueRollouts(self))
         if self.signal.signal_settings:
             self.add_callback(RememberPassRates(self))
@@ -281,8 +291,8 @@ class Qwen2VLGRPOTrainer(
         }
 
     def _seeded(self, group: int) -> np.random.Generator:
-        """Random numbers of a group (counted over all processes) of this step."""
-        return np.random.default_rng((self.args.seed, self.state.global_step, group))
+        """Random numbers of a group (counted over all processes) of this rollout."""
+        return np.random.default_rng((self.args.seed, self._rollout_number(), group))
 
     def _pad(
         self,
@@ -324,7 +334,7 @@ class Qwen2VLGRPOTrainer(
             rewards = super()._calculate_rewards(inputs.as_given(), prompts, completions, completion_ids_list)
         finally:
             self.reward_funcs = given
-        if rewards.isnan().all() and self.model.training:
+        if rewards.isnan().all() and self.model.training and not rollout.refill:
             names = ", ".join(self.reward_func_names)
             raise Mistake(f"reward_funcs: no completion of a step got a reward, only None ({names})")
         is_broken = self.accelerator.gather(torch.tensor(rollout.is_broken, device=rewards.device))  # (all B,)

@@ -1,11 +1,13 @@
 """The Qwen families: Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5."""
 
 from collections.abc import Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,6 +27,11 @@ from open_r1.models.families.base import Family, ImageInputs, Size, black_pixel
 from open_r1.models.image_tags import QWEN_IMAGE_TAGS
 
 
+def embed_patches(proj: nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
+    """patches (N, channels, frames, patch, patch) -> (N, width)."""
+    return functional.linear(patches.flatten(1), proj.weight.flatten(1), proj.bias)
+
+
 class QwenVL(Family):
     """What the Qwen families share: patches in rows of one tensor, a grid an image, M-RoPE."""
 
@@ -32,6 +39,15 @@ class QwenVL(Family):
     has_image_rows = True
     video_processor = Qwen2VLVideoProcessor  # this and the side of a patch in pixels: of a tiny processor
     patch_size = 14
+
+    def mend(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+        """Let the patch embedding be the matmul that it is: cuDNN has no fast Conv3d in bfloat16, or none at all.
+
+        A patch is as large as the kernel. Weights and their names stay (vLLM computes it so, too).
+        """
+        proj = self.vision_tower(model).patch_embed.proj
+        if isinstance(proj, nn.Conv3d):  # not within an adapter
+            proj.forward = MethodType(embed_patches, proj)
 
     def plain_inputs(self, is_image: torch.Tensor) -> dict[str, Any]:
         return {"mm_token_type_ids": is_image}
