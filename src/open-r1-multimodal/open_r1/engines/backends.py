@@ -1,7 +1,7 @@
 """The interface of a rollout engine, for training and evaluation, and its implementation by transformers.
 
 Another engine is a class with these two methods, as those of `vllm_backends`; for evaluation also a function in
-`evaluate.answering.BACKENDS` that loads it.
+`open_r1.evaluation.answering.BACKENDS` that loads it.
 """
 
 from collections.abc import Callable, Sequence

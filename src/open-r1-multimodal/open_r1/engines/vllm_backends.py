@@ -187,12 +187,13 @@ class TrainerVLLMBackend:
         copies = list(repeats)
         if engine.mode == "colocate":
             ids = [collapse_image_tokens(row, self.processor.image_token_id) for row in ids]
-            # TRL asks for one completion of each row. A prompt and its images go in once, but where several processes
-            # share an engine: TRL hands them as many completions as they had rows.
+            # TRL asks for one completion of each row. So a prompt and its images go in once, for n completions; but not
+            # where several processes share an engine (tensor parallelism): there TRL gives each process as many
+            # completions as it passed rows.
             count_a_row = math.gcd(*repeats) if engine.tensor_parallel_size == 1 else 1
             engine.generation_kwargs = {**engine.generation_kwargs, "n": count_a_row}
             copies = [count // count_a_row for count in repeats]
-        # A server is told of all image tokens where they are, and asked once for what is the same in all processes.
+        # A server takes prompts with all of their image tokens, and TRL itself asks it once a group.
         engine.max_completion_length = settings.max_new_tokens
         rows = [row for row, count in enumerate(copies) for _ in range(count)]
         images = [list(prompts[row].images) or None for row in rows]

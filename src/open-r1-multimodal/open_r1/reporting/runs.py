@@ -363,7 +363,7 @@ def _scan(file: BinaryIO) -> Trajectories:
     for origin, offset, line in read_lines(file):
         record = check(Completion, line, origin)
         prompt = prompts.setdefault((record.prompt, *record.images), len(prompts))
-        # An evaluation in several batches counts its groups anew in each.
+        # In files of older runs each batch of an evaluation counts its groups from 0; the prompt tells them apart.
         dataset = datasets.setdefault(record.dataset or "", len(datasets))
         group = groups.setdefault((record.step, dataset, record.group, prompt), len(groups))
         has_reflections, reflective = record.reflections is not None, bool(record.reflections)

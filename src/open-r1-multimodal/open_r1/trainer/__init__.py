@@ -1,6 +1,7 @@
 """GRPO: `trainer.py` has one optimiser step from top to bottom, `advantages.py` the formula.
 
-It imports every room but `doctor`. Start with `Qwen2VLGRPOTrainer._take_step`.
+It imports `answers`, `base`, `engines`, `models`, `reporting`, `running` and `settings`. Start with
+`Qwen2VLGRPOTrainer._take_step`.
 """
 
 from open_r1.configs import Qwen2VLGRPOConfig

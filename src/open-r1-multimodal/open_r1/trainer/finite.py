@@ -15,8 +15,9 @@ from open_r1.running.machines import decide_once
 class FiniteMixin:
     """Mixin for a `Trainer`: a step whose loss or gradient is NaN or infinite ends the run in one line.
 
-    All processes agree on it, before the update where that is still to come; then the weights are those of the step
-    before, and are saved. DeepSpeed makes the update together with the gradient: the newest checkpoint is named.
+    All processes stop together. A bad loss, and outside DeepSpeed a bad gradient, is found before the optimizer's
+    update: the weights, still those of the step before, are saved as a checkpoint. DeepSpeed has made the update before
+    it tells the gradient's norm: the error then names the newest checkpoint.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

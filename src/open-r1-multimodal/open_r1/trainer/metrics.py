@@ -25,7 +25,9 @@ from open_r1.trainer.recorder import Rollout
 from open_r1.trainer.trackers import as_text
 
 BLIND = "blind"  # the prefix of an evaluation that shows no images
-TOKENS = "tokens"  # of each batch of an evaluation; a private entry of TRL's metrics, never logged
+# Under this name TRL's metrics keep the completion tokens of each batch of an evaluation, as weights of `PER_TOKEN`;
+# `log` takes it out.
+TOKENS = "tokens"
 PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
 
 

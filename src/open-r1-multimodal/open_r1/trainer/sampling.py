@@ -33,7 +33,7 @@ ROW = "training_row"  # the column with a row's number, where prompts are drawn 
 class EpochSampler(RepeatSampler):
     """TRL's sampler with an order that follows from the seed and the epoch, so that a resumed run finds it again.
 
-    TRL's draws epoch after epoch from one generator, which a resumed run would start from the first.
+    TRL draws all epochs from one generator. A resumed run would start it anew, and repeat the first epoch's order.
 
     Args:
         data_source, mini_repeat_count, batch_size, others: see TRL.

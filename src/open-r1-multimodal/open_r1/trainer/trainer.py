@@ -57,9 +57,9 @@ from open_r1.trainer.trackers import LogRollouts
 
 @dataclass(eq=False)
 class Scored:
-    """Prompts to score in one call, which TRL's methods hand on as `pixel_values`; then their log-probabilities (B, C).
+    """The prompts of one scoring call, and afterwards, as `logps` (B, C), the log-probabilities of their completions.
 
-    `observe`: see `score_completions`.
+    TRL's methods hand it on, unread, as `pixel_values`. `observe`: see `score_completions`.
     """
 
     prompts: Sequence[Prompt]
@@ -131,7 +131,8 @@ class Qwen2VLGRPOTrainer(
             own = (args.model_init_kwargs or {}).get("dtype", "float32") if isinstance(model, str) else model.dtype
             end, ban = "stop_token_ids", {"logit_bias": vllm_backends.banned(never)}
             settings = vllm_backends.engine_settings(processing_class, vllm_backends.engine_dtype(args, own))
-            # TRL would quantise it with the policy, but it is handed whole weights (`adapted_weights`).
+            # Of a 4-bit policy TRL would start vLLM in 4 bits, too; but vLLM gets unquantised, merged weights
+            # (`adapted_weights`).
             engines = vllm_backends.engines_with(quantization=None, **settings)
         else:
             end, ban, engines = "eos_token_id", {"suppress_tokens": never}, nullcontext()
@@ -200,8 +201,8 @@ class Qwen2VLGRPOTrainer(
             self.add_callback(CheckEngine(self))
         self.add_callback(LogRollouts(self))
 
-    # ---- One generation step: sample -> reward -> advantages -> score -> record. `_compute_loss`
-    # ---- then packs and scores its micro-batches, and TRL's loss is taken of them.
+    # ---- One generation step: sample -> reward -> advantages -> score -> record. For each micro-batch
+    # ---- `_compute_loss` then scores the packed completions and calls TRL's loss on them.
 
     # TRL has no public hook that sees prompts, completions, rewards and advantages together.
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]], refill: int = 0) -> dict[str, Any]:
@@ -363,7 +364,8 @@ class Qwen2VLGRPOTrainer(
             return logps
 
         corrects = self.use_vllm and self.vllm_importance_sampling_correction
-        # A rollout that ends with its optimiser step is scored by the weights that sampled it.
+        # A rollout that is used up in one optimiser step needs none: the weights have not changed since it was sampled,
+        # and TRL's loss takes the present log-probabilities, detached.
         if corrects or args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations):
             batch["old_per_token_logps"] = score(self.model)
         if corrects:
@@ -462,7 +464,12 @@ class Qwen2VLGRPOTrainer(
             size = kwargs.get("batch_size") or len(ids)
             with self.accelerator.autocast():
                 scored.logps, entropies, tokens = score_completions(
-                    *(model, self.family, scored.prompts, ids, mask, size),
+                    model,
+                    self.family,
+                    scored.prompts,
+                    ids,
+                    mask,
+                    size,
                     with_entropy=kwargs.get("compute_entropy", False),
                     observe=scored.observe,
                 )
@@ -474,8 +481,7 @@ class Qwen2VLGRPOTrainer(
     def _load_teacher(self, name: str, policy: PreTrainedModel) -> nn.Module:
         """The teacher, held as TRL holds a reference model; in the run's 16 bits, or in the policy's dtype."""
         check_teacher(name, policy.config, self.processing_class)
-        mixed = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
-        dtype = mixed or str(policy.dtype).removeprefix("torch.")
+        dtype = vllm_backends.engine_dtype(self.args, policy.dtype)
         teacher = load_teacher(name, dtype, policy.config.get_text_config().vocab_size)
         add_fused_lm_head(teacher, temperature=self.temperature)
         if self.is_deepspeed_enabled:
@@ -491,9 +497,8 @@ class Qwen2VLGRPOTrainer(
     def borrow_model(self) -> Iterator[PreTrainedModel]:
         """The policy to run without its wrappers; whole, where ZeRO-3 splits it.
 
-        Under training's autocast, which accelerate puts around each forward pass of the whole model:
-        a vision tower that runs by itself would compute in float32, and trained weights be cast
-        anew for every token.
+        It runs under autocast. accelerate puts that around forward passes of the whole model alone: a vision tower that
+        is called by itself would compute in float32, and float32 weights would be cast to 16 bits for every token.
         """
         unwrapped = unwrap_model_for_generation(
             self.model_wrapped,
@@ -511,7 +516,8 @@ class Qwen2VLGRPOTrainer(
         profile, engine = partial(profiling_context, self, "vLLM.generate"), self.vllm_generation
         return vllm_backends.TrainerVLLMBackend(model, processor, engine, self._group_size, profile, **template)
 
-    # TRL sends an engine the weights of a new step, and these belong to an old one.
+    # TRL sends vLLM weights only when `global_step` has changed. The best checkpoint's come without a new step, so
+    # they are marked as not sent.
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._last_loaded_step = -1

@@ -36,8 +36,8 @@ class Family(ABC):
         image_inputs: the arguments of the model, and of its `get_image_features`, that hold images.
         tower: name of the vision tower's module.
         merger: pattern in the names of the layers between the vision tower and the language model.
-        published_pixels: a processor that lets an image be this large or larger has the published checkpoints' bound:
-            no recipe's prompt has room for it and nothing was trained at it here, so the evaluation sets its own.
+        published_pixels: the largest area in pixels that published checkpoints allow an image. A processor with this
+            bound, or a larger one, was not set by a recipe, so the evaluation takes the paper's (`PAPER_MAX_PIXELS`).
         templates: the folder with its `base` and `instruct`, below `configs/chat_templates` or a whole path.
         has_vllm: whether vLLM can be told to bound its images as the processor does.
         tokenizer_class: of a tiny tokenizer.
