@@ -339,6 +339,9 @@ def test_settings_that_need_what_is_not_there_are_refused(tiny_model, tmp_path, 
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
     assert "its rollout of 2 completions" in refusal(min_signal_groups=0.4, **halves)
     monkeypatch.delenv(PLANNED_PROCESSES)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert refusal().startswith("fsdp: processes decode different numbers of tokens")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
     args = make_config(tmp_path, min_signal_groups=1.0)
     with pytest.raises(ValueError, match=r"min_signal_groups: .* rollout_func"):
         Qwen2VLGRPOTrainer(

@@ -1,6 +1,7 @@
 """The settings that a recipe can hold beside TRL's own, and how they go together."""
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -396,6 +397,11 @@ def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False)
         need_vllm("use_vllm")
     check_shared_prefix(args, shared_prefix)
     check_signal(args, streams)
+    if shared_prefix and not args.use_vllm and (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+        raise Mistake(
+            "fsdp: processes decode different numbers of tokens, and would wait for each other for ever; take "
+            "ACCELERATE_CONFIG=zero3, or add --shared_prefix false"
+        )
     unshared = {
         "torch_compile": "packs a row of another shape for every micro-batch, each compiled anew",
         "cache_implementation": "has a cache of its own",

@@ -170,11 +170,6 @@ class Qwen2VLGRPOTrainer(
         check_shared_prefix(args, self.shared_prefix)
         if foreign and self._is_vlm and self.use_vllm and self.vllm_mode == "colocate":
             raise Mistake("tools, environment_factory: TRL gives a colocated engine images twice; add --use_vllm false")
-        if self.shared_prefix and self.is_fsdp_enabled and not self.use_vllm:
-            raise Mistake(
-                "FSDP: its processes decode different numbers of tokens and would wait for each other for ever; take "
-                "ACCELERATE_CONFIG=zero3, or add --shared_prefix false"
-            )
         encodes_once = self.shared_prefix and not self.use_vllm and not self.family.trains_vision(policy)
         if self.papo_coef and self.accelerator.num_processes > 1:
             encodes_once = False  # masked images run the tower, and all processes must together
