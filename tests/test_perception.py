@@ -141,7 +141,7 @@ def slow_term(trainer, inputs):
             continue
         black = processor.image_processor(images=[Image.new("RGB", (56, 56), "black")], return_tensors="pt")
         clean = prompt.image_inputs["pixel_values"]
-        rng = np.random.default_rng((7, STEP, trainer.groups[prompt]))  # the seed, the step, its group
+        rng = np.random.default_rng((7, STEP, trainer.groups[prompt]))  # the seed, the rollout, its group
         if isinstance(trainer.family, Tiled):
             masked_pixels = mask_slowly(clean, black["pixel_values"].flatten(0, -4)[0], rng)
         else:
@@ -182,7 +182,7 @@ def test_term_and_gradient_are_those_of_the_slow_one(model_type, rows, frozen, t
         loss_type="grpo",
         per_device_train_batch_size=16,
     )
-    trainer.state.global_step = STEP
+    trainer._step = STEP * trainer.args.steps_per_generation  # as many rollouts came before
     group_order(trainer)
     batches = list(micro_batches(trainer))
     prompts = [prompt for inputs in batches for prompt in inputs["prompts"] if prompt.image_inputs]
@@ -296,7 +296,7 @@ def noised_slowly(pictures, step, group):
     strength = round(500 / (1 + np.exp(30 * (step / 3 - 2 / 3))))
     betas = 1e-5 + (0.5e-2 - 1e-5) / (1 + np.exp(-np.linspace(-6, 6, 1000)))
     kept = np.prod(1 - betas[: strength + 1])
-    rng = np.random.default_rng((7, step, group))  # the seed, the step, its group: a resumed run draws the same
+    rng = np.random.default_rng((7, step, group))  # the seed, the rollout, its group: a resumed run draws the same
     noisy = []
     for picture in pictures:
         pixels = np.asarray(picture) / 255

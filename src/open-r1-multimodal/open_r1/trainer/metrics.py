@@ -169,29 +169,31 @@ class MetricsMixin(NamedEvaluationMixin):
             self._metrics[self._mode()][name].append(value)
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        """Log the seconds of the block as `time/{name}`; of a training step the sum over all of its blocks."""
+    def _timed(self, name: str) -> Iterator[list[float]]:
+        """Log the seconds of the block as `time/{name}`; of a training step the sum over all of its blocks.
+
+        Yields:
+            A list, which holds the seconds when the block is left.
+        """
         on_gpu = self.accelerator.device.type == "cuda"
         synchronize = torch.cuda.synchronize if on_gpu else lambda: None
         synchronize()
-        start = time.perf_counter()
-        yield
+        start, seconds = time.perf_counter(), []
+        yield seconds
         synchronize()
-        seconds = time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
         if self.model.training:
-            self.step_seconds[f"time/{name}"] += seconds
+            self.step_seconds[f"time/{name}"] += seconds[0]
         else:
-            self._log({f"time/{name}": seconds})
+            self._log({f"time/{name}": seconds[0]})
 
     # For the log alone: a rollout's seconds, and its tokens, of all processes.
     def _generate(self, prompts):
-        start = time.perf_counter()
-        with self._timed("rollout"):
+        with self._timed("rollout") as seconds:
             output = super()._generate(prompts)
-        seconds = time.perf_counter() - start
         _, completion_ids, *_ = output
         tokens = torch.tensor(sum(map(len, completion_ids)), device=self.accelerator.device)
-        self._log({"rollout/tokens_per_second": self.accelerator.reduce(tokens, "sum").item() / seconds})
+        self._log({"rollout/tokens_per_second": self.accelerator.reduce(tokens, "sum").item() / seconds[0]})
         return output
 
     def training_step(self, model, inputs, num_items_in_batch):
