@@ -34,7 +34,7 @@ from support import (
 from test_shared_prefix import script
 
 SHARE = 0.7  # not the default
-STEP = 3  # of the run, where the term is compared with the slow one
+ROLLOUT = 3  # of the run, where the term is compared with the slow one
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +87,11 @@ def load_seeing(path, freeze_vision, **kwargs):
     return model
 
 
-def micro_batches(trainer):
-    """The inputs of every micro-batch of one rollout."""
-    rows = next(iter(trainer.get_train_dataloader()))
-    for step in range(trainer.args.steps_per_generation):
-        trainer._step = step
+def micro_batches(trainer, rollout=0):
+    """The inputs of every micro-batch of one rollout, before which there were as many as its number."""
+    rows, steps = next(iter(trainer.get_train_dataloader())), trainer.args.steps_per_generation
+    for step in range(steps):
+        trainer._step = rollout * steps + step
         yield trainer._prepare_inputs(rows)
 
 
@@ -141,7 +141,7 @@ def slow_term(trainer, inputs):
             continue
         black = processor.image_processor(images=[Image.new("RGB", (56, 56), "black")], return_tensors="pt")
         clean = prompt.image_inputs["pixel_values"]
-        rng = np.random.default_rng((7, STEP, trainer.groups[prompt]))  # the seed, the rollout, its group
+        rng = np.random.default_rng((7, ROLLOUT, trainer.groups[prompt]))  # the seed, the rollout, its group
         if isinstance(trainer.family, Tiled):
             masked_pixels = mask_slowly(clean, black["pixel_values"].flatten(0, -4)[0], rng)
         else:
@@ -170,7 +170,7 @@ def slow_term(trainer, inputs):
 )
 @pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5", "smolvlm", "internvl"))
 def test_term_and_gradient_are_those_of_the_slow_one(model_type, rows, frozen, tiny_models, datasets, tmp_path):
-    """Several prompts a micro-batch, with completions of any length, at a step that is not the first.
+    """Several prompts a micro-batch, with completions of any length, of a rollout that is not the first.
 
     Behind a frozen tower the prompts come with its features, of which a masked image must not take any.
     """
@@ -182,9 +182,8 @@ def test_term_and_gradient_are_those_of_the_slow_one(model_type, rows, frozen, t
         loss_type="grpo",
         per_device_train_batch_size=16,
     )
-    trainer._step = STEP * trainer.args.steps_per_generation  # as many rollouts came before
     group_order(trainer)
-    batches = list(micro_batches(trainer))
+    batches = list(micro_batches(trainer, ROLLOUT))
     prompts = [prompt for inputs in batches for prompt in inputs["prompts"] if prompt.image_inputs]
     assert all((prompt.image_features is not None) == frozen for prompt in prompts)
     losses, gradients = backward(trainer, batches, lambda inputs: trainer.compute_loss(trainer.model, inputs))
