@@ -143,7 +143,11 @@ def test_every_limit_is_that_of_a_setting():
     "text, message",
     [
         ("lora_rr: 4", r"{path}: unknown setting 'lora_rr'; did you mean lora_r\?"),
-        ("a: [", r"{path}: not YAML: "),
+        ("a: [", r"{path}: not YAML \("),
+        ("a: " + "[" * 500 + "]" * 500, r"{path}: not YAML \(nested too deep\)"),
+        ("run_name: 2024-13-45", r"{path}: not YAML \(no timestamp \(month must .* line 1, column 11"),
+        ("max_steps: " + "9" * 5000, r"{path}: not YAML \(no int "),
+        ("max_steps: 1\nmax_steps: 2", r"{path}: not YAML \(max_steps is there twice in .* line 2, column 1"),
         ("4", r"{path}: a recipe must contain a YAML mapping"),
         ("env: 4", r"{path}: env: expected names and values"),
         ("base: overlay.yaml", r"{path}: base: leads back to this file"),

@@ -114,6 +114,7 @@ MISTAKES = {
     "datasets: [{path: a.jsonl, weight: 1}]": "{file}: datasets 1: unknown 'weight'; known are path, name, split",
     "datasets: [{path: a.jsonl}]\nstreaming: true": "{file}: expected datasets, a list with path and fraction of each",
     "datasets: [": "{file}: not YAML (while parsing a flow",
+    "datasets: [{path: a.jsonl, path: b.jsonl}]": "{file}: not YAML (path is there twice in ",
     NONE_TAKEN: "{folder}/long.jsonl: fraction 0.001 takes none of its 40 rows",
     "datasets: [{path: a.jsonl}]": "{folder}/a.jsonl: row 0: no messages, conversations, prompt or question",
 }

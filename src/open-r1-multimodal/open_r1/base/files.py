@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from open_r1.base.errors import FileMistake, MissingFile, Mistake
 
 MANIFEST = "complete.json"  # written last into a checkpoint, so that one that has it is whole
@@ -94,6 +96,37 @@ def parse_json(text: bytes, origin: object) -> Any:
 def read_json(path: Path) -> Any:
     """The content of a JSON file; what cannot be read is an OSError, what is no JSON a Mistake."""
     return parse_json(path.read_bytes(), path)
+
+
+class _Loader(yaml.SafeLoader):
+    """yaml's, but of two equal keys it would take the last one, and of a value that is none not say where it stands."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """yaml's; refuses a key that is there twice."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """yaml's, which lets out what Python says of the 45th of a month, or of 5,000 digits."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(problem=f"no {kind} ({error})", problem_mark=node.start_mark) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file; what cannot be read is an OSError, what is no YAML a Mistake."""
+    try:
+        return yaml.load(path.read_bytes(), _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise Mistake(f"{path}: not YAML ({reason})") from error
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -250,7 +250,7 @@ class Layout:
             path_of_its_own = config.deepspeed_config.get("deepspeed_config_file")
             return cls.of_deepspeed(stage, path_of_its_own, processes)
         # of a file that is no YAML, no mapping, or one of something else
-        except (OSError, ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, yaml.YAMLError) as error:
             raise Mistake(f"ACCELERATE_CONFIG: {path} does not describe a launch: {error}") from error
 
     @classmethod

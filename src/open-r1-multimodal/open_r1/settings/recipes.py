@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
 
 from open_r1.base.errors import MissingFile, Mistake, settings_of
+from open_r1.base.files import read_yaml
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.settings.limits import check_values
 
@@ -119,10 +119,7 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, di
     """The files that a recipe names as its `base`, then the recipe; `above` are the recipes whose `base` led to it."""
     if path.resolve() in above:
         raise Mistake(f"{path}: {BASE}: leads back to this file")
-    try:
-        settings = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
-        raise Mistake(f"{path}: not YAML: {error}") from error
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise Mistake(f"{path}: a recipe must contain a YAML mapping")
     bases = settings.pop(BASE, [])

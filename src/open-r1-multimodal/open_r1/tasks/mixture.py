@@ -19,10 +19,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from open_r1.base.errors import MissingFile, Mistake
-from open_r1.tasks.examples import FOLDER_TASKS, Columns, is_local, iter_rows, meant, one_line, read_records
+from open_r1.base.files import read_yaml
+from open_r1.tasks.examples import FOLDER_TASKS, Columns, is_local, iter_rows, meant, read_records
 
 SUFFIXES = (".yaml", ".yml")
 TEXTS = ("path", "name", "split", "task", *(f"{column}_column" for column in asdict(Columns())))
@@ -68,10 +67,7 @@ def parts_of(
     file = Path(source)
     if not file.is_file():
         raise MissingFile(f"{file}: no such file{meant(file)}")
-    try:
-        content = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Mistake(f"{file}: not YAML ({one_line(error)})") from error
+    content = read_yaml(file)
     listed = content.get("datasets") if isinstance(content, dict) and len(content) == 1 else None
     if not isinstance(listed, list) or not listed:
         raise Mistake(f"{file}: expected datasets, a list with path and fraction of each, and nothing else")
