@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_type_hints
@@ -77,6 +78,20 @@ MISTAKES = [
     ({"optim": "adamw_foo"}, f"{RECIPE_FILE}: optim: 'adamw_foo' is none of adamw_torch, "),
     ({"reward_funcs": "accuracy format"}, f"{RECIPE_FILE}: reward_funcs: expected a list, [acc"),
     ({"reward_funcs": []}, "reward_funcs: needs a value"),
+    ({"reward_funcs": 5}, f"{RECIPE_FILE}: reward_funcs: expected a list of texts, not 5 (int)"),
+    ({"reward_funcs": [None]}, f"{RECIPE_FILE}: reward_funcs: expected a list of texts, not [None]"),
+    ({"reward_funcs": ["accuracy", {"format": 0.5}]}, f"{RECIPE_FILE}: reward_funcs: expected a list of texts, not ["),
+    ({"resume_from_checkpoint": True}, f"{RECIPE_FILE}: resume_from_checkpoint: expected a text, not True (bool)"),
+    ({"chat_template": ["base"]}, f"{RECIPE_FILE}: chat_template: expected a text, not ['base'] (list)"),
+    ({"output_dir": date(2024, 1, 2)}, f"{RECIPE_FILE}: output_dir: expected a text, not 2024-01-02 (date)"),
+    ({"generation_kwargs": [1]}, f"{RECIPE_FILE}: generation_kwargs: expected names and values, not [1] (list)"),
+    ({"chat_template_kwargs": {1: 2}}, f"{RECIPE_FILE}: chat_template_kwargs: 1 is no name"),
+    ({"model_name_or_path": 5}, f"{MODEL}: 5: "),
+    ({"model_name_or_path": None}, "model_name_or_path: needs a value; name a model in the recipe, or in MODEL"),
+    ("--chat_template_kwargs {{'style':'direct'}}", "chat_template_kwargs: not JSON (Expecting property name "),
+    ("--generation_kwargs top_p=0.9", "generation_kwargs: expected JSON, as in "),
+    ("--deepspeed {folder}/broken.jinja", "deepspeed: {folder}/broken.jinja: not JSON"),
+    ("--deepspeed {few}", "deepspeed: {few}: expected an object"),
     ({"rotate_options": True, "num_generations": 32}, "rotate_options: a process asks both "),
     ({"generation_kwargs": {"num_beams": 3}}, "generation_kwargs: num_beams: "),
     ("--use_vllm true --shared_prefix false", "shared_prefix: with use_vllm it must be true"),
@@ -150,6 +165,9 @@ def test_every_limit_is_that_of_a_setting():
         ("max_steps: 1\nmax_steps: 2", r"{path}: not YAML \(max_steps is there twice in .* line 2, column 1"),
         ("4", r"{path}: a recipe must contain a YAML mapping"),
         ("env: 4", r"{path}: env: expected names and values"),
+        ("env: {1: x}", r"{path}: env: 1: cannot be set \("),
+        ("env: {A=B: 1}", r"{path}: env: 'A=B': cannot be set \("),
+        ('env: {A: "\\0"}', r"{path}: env: 'A': cannot be set \("),
         ("base: overlay.yaml", r"{path}: base: leads back to this file"),
         ("base: [recipe.yaml, none.yaml]", r"{path}: base: no file .*/none\.yaml"),
         (None, r"CONFIG, --config: no recipe {path}; "),
@@ -196,8 +214,9 @@ def test_a_question_is_from_the_data_or_about_an_image(monkeypatch, capsys):
 
 
 def test_what_is_no_mistake(find_mistake):
-    """A single value is a list of one; both orders of a question fit the paper's recipe."""
-    assert find_mistake(reward_funcs="accuracy", lora_target_modules="all-linear") == ""
+    """A single value is a list of one, a number a text; both orders of a question fit the paper's recipe."""
+    changes = {"run_name": 7, "scale_rewards": False, "gradient_checkpointing_kwargs": '{"use_reentrant": false}'}
+    assert find_mistake(reward_funcs="accuracy", lora_target_modules="all-linear", **changes) == ""
     assert find_mistake(reward_funcs=["accuracy", "order_consistency"], rotate_options=True) == ""
 
 

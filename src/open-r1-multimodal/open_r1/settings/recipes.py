@@ -6,15 +6,17 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from open_r1.base.errors import MissingFile, Mistake, settings_of
-from open_r1.base.files import read_yaml
+from open_r1.base.errors import MissingFile, Mistake, naming_option, settings_of
+from open_r1.base.fields import Record, check
+from open_r1.base.files import parse_json, read_json, read_yaml
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.settings.limits import check_values
+from open_r1.settings.limits import CHOICES, check_values
 
 BASE = "base"  # in a recipe: the files that it changes, one or a list, as seen from its own folder
 # Settings that may name a file or a folder -> the test that a value does, and not something on the Hub
@@ -34,6 +36,7 @@ CONFIG.add_argument(
     "`--config configs/grpo_sat.yaml --config configs/overlays/lora.yaml`; where they differ, the "
     "later one counts.",
 )
+TEXTS = ConfigDict(coerce_numbers_to_str=True)  # of YAML, which reads `run_name: 7` as a number
 # Environment variable, set while one process checks a recipe before a launch: how many processes that will start.
 PLANNED_PROCESSES = "OPEN_R1_PLANNED_PROCESSES"
 
@@ -142,6 +145,25 @@ def count_processes() -> int:
     return int(os.environ.get(PLANNED_PROCESSES) or os.environ.get("WORLD_SIZE") or 1)
 
 
+def check_mapping(name: str, text: str) -> None:
+    """Raise Mistake for a setting of names and values whose text is no JSON; those in `PATHS` may name its file."""
+    if text.startswith("{"):
+        parse_json(text.encode(errors="surrogatepass"), name)
+    elif name not in PATHS:
+        raise Mistake(f"{name}: expected JSON, as in '{{\"a\": 1}}', not {text!r}")
+    elif os.path.isfile(text):
+        with naming_option(name):
+            check(Record, read_json(Path(text)), text)
+
+
+def set_variable(name: Any, value: Any) -> None:
+    """Set an environment variable, or raise Mistake for what the system takes for none."""
+    try:
+        os.environ[name] = str(value)
+    except (TypeError, ValueError, OSError) as error:  # a number, a "=" or NUL in it, no name at all
+        raise Mistake(f"env: {name!r}: cannot be set ({error})") from error
+
+
 class RecipeParser(TrlParser):
     """TRL's parser, which takes its defaults from recipes, but reads them as strictly as arguments.
 
@@ -152,6 +174,8 @@ class RecipeParser(TrlParser):
         super().__init__(dataclass_types, allow_abbrev=False, parents=[CONFIG])
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)  # argparse's: not -1e-5
         self.hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+        kinds = {name: {get_origin(kind) or kind for kind in get_args(hint)} for name, hint in self.hints.items()}
+        self.mappings = [name for name in kinds if dict in kinds[name]]
 
     def error(self, message: str) -> None:
         """What argparse has to say about an argument."""
@@ -165,6 +189,9 @@ class RecipeParser(TrlParser):
         for name in PATHS:
             if hasattr(namespace, name):
                 setattr(namespace, name, find_setting(name, getattr(namespace, name)))
+        for name in self.mappings:
+            if isinstance(value := getattr(namespace, name), str):
+                check_mapping(name, value)
         check_values(vars(namespace))
         return namespace, unknown
 
@@ -187,10 +214,11 @@ class RecipeParser(TrlParser):
                     if len(parts := value.split()) > 1:
                         raise Mistake(f"{name}: expected a list, [{', '.join(parts)}], not {value!r}")
                     settings[name] = [value]
-                self._check(actions[name], settings[name])
+                settings[name] = self._read(actions[name], settings[name])
+            for name, value in environment.items():
+                set_variable(name, value)
         except Mistake as error:
             raise Mistake(f"{path}: {error}") from error
-        os.environ.update({name: str(value) for name, value in environment.items()})
         self.set_defaults_with_config(**settings)
 
     def _unknown(self, kind: str, name: str) -> str:
@@ -198,21 +226,33 @@ class RecipeParser(TrlParser):
         close = difflib.get_close_matches(name.partition("=")[0].lstrip("-").replace("-", "_"), known, n=1)
         return f"unknown {kind} {name!r}" + (f"; did you mean {close[0]}?" if close else "; --help lists them")
 
-    def _check(self, action: argparse.Action, value: Any) -> None:
-        name, is_list = action.dest, action.nargs == "+"
-        if value is None and type(None) not in get_args(self.hints[name]):
+    def _read(self, action: argparse.Action, value: Any) -> Any:
+        """What a recipe says of a setting, checked; a number becomes a text where only that is taken."""
+        name, hint, is_list = action.dest, self.hints[action.dest], action.nargs == "+"
+        if value is None and type(None) not in get_args(hint):
             raise Mistake(f"{name}: needs a value")
-        if value is None or action.type in (str, dict):  # what may also be something else is read by its dataclass
-            return
+        if value is None or value in (action.const, *CHOICES.get(name, ())):  # fsdp, scale_rewards: texts, or true
+            return value
+        if action.type is str:
+            try:
+                read = TypeAdapter(hint, config=TEXTS).validate_python(value)
+            except ValidationError as error:
+                kind = "a list of texts" if is_list else "names and values" if name in self.mappings else "a text"
+                raise Mistake(f"{name}: expected {kind}, not {value} ({type(value).__name__})") from error
+            for key in read if isinstance(read, dict) else ():
+                if not isinstance(key, str):
+                    raise Mistake(f"{name}: {key!r} is no name")
+            return read
         if isinstance(value, list) != is_list:
             raise Mistake(f"{name}: expected {'a list' if is_list else 'one value'}, not {value!r}")
         for item in value if is_list else [value]:
             try:
                 read = action.type(str(item))
-            except (ValueError, argparse.ArgumentTypeError) as error:
+            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
                 raise Mistake(f"{name}: invalid {action.type.__name__} value: {item!r}") from error
             if action.choices and read not in action.choices:
                 raise Mistake(f"{name}: {item!r} is none of {', '.join(map(str, action.choices))}")
+        return value
 
 
 def _implied(recipe: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, Any]:
