@@ -10,11 +10,11 @@ from open_r1.base.errors import Mistake
 
 @dataclass(frozen=True)
 class Limit:
-    """Which finite numbers a setting takes.
+    """Which numbers a setting takes.
 
     Attributes:
         words: these numbers in words, for an error.
-        admits: whether a finite number is one of them.
+        admits: whether a number is one of them.
         hint: what an error adds, to explain the limit or to mend the setting.
     """
 
@@ -23,7 +23,10 @@ class Limit:
     hint: str = ""
 
 
-FINITE = Limit("a finite number", lambda value: True)
+FINITE = Limit(
+    "a finite number of at most 64 bits",
+    lambda value: math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63,
+)
 COUNT = Limit("a number of at least 1", lambda value: value >= 1)
 AMOUNT = Limit("a number of at least 0", lambda value: value >= 0)
 POSITIVE = Limit("a number above 0", lambda value: value > 0)
@@ -34,21 +37,21 @@ SEED = Limit("a number of at least 0 and at most 4294967295", lambda value: 0 <=
 PIXELS = Limit("a number of at least 784", lambda value: value >= 784, "the area of one image token is 28 x 28 pixels")
 
 # Limits of this project's settings, and of those of TRL, transformers and PEFT that with another value would end a run
-# late, or train something else than is meant. A number that is not named here only has to be finite.
+# late, or train something else than is meant. Any number has to be finite.
 LIMITS: dict[str, Limit] = {
     **dict.fromkeys(
         (
             *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
             *("completions_per_step", "generation_batch_size", "steps_per_generation", "num_iterations"),
             *("num_generations_eval", "max_completion_length", "max_prompt_length", "max_refills"),
-            *("lora_r", "lora_alpha"),
+            *("lora_r", "lora_alpha", "ref_model_sync_steps", "dataloader_prefetch_factor"),
         ),
         COUNT,
     ),
     **dict.fromkeys(
         (
             *("learning_rate", "beta", "epsilon", "epsilon_high", "top_k", "weight_decay", "warmup_steps"),
-            *("max_grad_norm", "save_total_limit", "papo_coef"),
+            *("max_grad_norm", "save_total_limit", "papo_coef", "dataloader_num_workers"),
         ),
         AMOUNT,
     ),
@@ -59,7 +62,13 @@ LIMITS: dict[str, Limit] = {
         ),
         POSITIVE,
     ),
-    **dict.fromkeys(("min_signal_groups", "skip_solved", "skip_hopeless", "papo_mask_ratio", "min_p"), SHARE),
+    **dict.fromkeys(
+        (
+            *("min_signal_groups", "skip_solved", "skip_hopeless", "papo_mask_ratio", "min_p"),
+            *("top_entropy_quantile", "ref_model_mixup_alpha"),
+        ),
+        SHARE,
+    ),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), BELOW_ONE),
     **dict.fromkeys(("top_p", "vllm_gpu_memory_utilization"), POSITIVE_SHARE),
     **dict.fromkeys(("seed", "data_seed"), SEED),
@@ -90,7 +99,11 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "vllm_importance_sampling_mode": ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate"),
     "attn_implementation": ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
 }
-NEEDED = ("num_generations", "max_completion_length", "reward_funcs")
+# Settings that must have a value -> what an error adds.
+NEEDED = {
+    **dict.fromkeys(("num_generations", "max_completion_length", "reward_funcs"), ""),
+    "model_name_or_path": "; name a model in the recipe, or in MODEL",
+}
 
 
 def check_values(settings: Mapping[str, Any]) -> None:
@@ -104,7 +117,7 @@ def check_values(settings: Mapping[str, Any]) -> None:
     """
     for name, value in settings.items():
         if name in NEEDED and value in (None, []):
-            raise Mistake(f"{name}: needs a value")
+            raise Mistake(f"{name}: needs a value{NEEDED[name]}")
         for number in value if isinstance(value, list) else [value]:
             check_number(name, number)
         is_kernel = name == "attn_implementation" and "/" in str(value)  # on the Hub
@@ -123,8 +136,8 @@ def check_values(settings: Mapping[str, Any]) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """Raise Mistake for a number that its setting does not take; values that are no numbers pass."""
-    limit = LIMITS.get(name, FINITE)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
-    if not (math.isfinite(value) and limit.admits(value)):
-        raise Mistake(f"{name} {value}: expected {limit.words}" + (f"; {limit.hint}" if limit.hint else ""))
+    for limit in (FINITE, LIMITS.get(name, FINITE)):
+        if not limit.admits(value):
+            raise Mistake(f"{name} {value}: expected {limit.words}" + (f"; {limit.hint}" if limit.hint else ""))
