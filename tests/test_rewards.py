@@ -332,6 +332,9 @@ def test_parameters_stand_behind_a_reward(own):
     [
         ("length(target=4)", "length has no parameter 'target'; it has target_length"),
         ("accuracy(limit=4)", "accuracy has no parameter 'limit'; it has options"),
+        ("length(target_length=0)", r"length\(target_length=0\): expected a whole number of at least 1"),
+        ("repetition(ngram='x')", r"repetition\(ngram='x'\): expected a whole number of at least 1"),
+        ("soft_overlong(max_completion_length=None)", "expected a whole number of at least 1"),
         ("length(4)", "parameters of a reward are written as in length"),
         ("length(target_length=4", "parameters of a reward are written as in length"),
         ("length(target_length=print(1))", "parameters of a reward are written as in length"),

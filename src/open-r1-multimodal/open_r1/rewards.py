@@ -265,6 +265,10 @@ def _get_reward(name: str, of_the_run: Mapping[str, Any]) -> Reward:
     if unknown := chosen.keys() - parameters.keys():
         own = [key for key, parameter in parameters.items() if parameter.default is not inspect.Parameter.empty]
         raise Mistake(f"reward_funcs: {name} has no parameter {min(unknown)!r}; it has {', '.join(own) or 'none'}")
+    for key, value in chosen.items():
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if ours and parameters[key].annotation is int and not is_count:
+            raise Mistake(f"reward_funcs: {name}({key}={value!r}): expected a whole number of at least 1")
     bound = {key: value for key, value in of_the_run.items() if key in parameters} | chosen
     if bound:  # keeps __name__, under which TRL logs it
         reward = functools.update_wrapper(functools.partial(reward, **bound), reward)
