@@ -309,6 +309,13 @@ MISTAKES = {
     "bomb": (damaged(bomb(13_000)), f"pictures/bad.png: {TOO_LARGE}"),
     "device": (changed(images=["/dev/zero"]), "no image /dev/zero"),
     "base64 of nothing": (changed(images=["data:image"]), "corrupt image"),
+    "base64 of letters": (changed(images=["data:image/png;base64,\u00e9"]), "not an image in base64"),
+    "URL of no file": (changed(images=["file://[::1/x.png"]), "not a URL of a file"),
+    "path of no text": (changed(images=[{"path": 5}]), "expected its encoded bytes or a path"),
+    "bytes of a number": (changed(images=[{"bytes": 5}]), "expected its encoded bytes or a path"),
+    "long name": (changed(images=["x" * 5000]), "no image .*x"),
+    "NaN": (changed(messages=None, question="a?", answer=float("nan")), "answer: expected a text or a finite number"),
+    "true": (changed(messages=None, question="a?", answer=True), "answer: expected a text or .*, not True"),
     "gold": (changed(options=["cyan", "pink"]), "lime"),
     "no answer": (changed(messages=[{"role": "user", "content": "<image>What?"}]), "no answer"),
     "name": (changed(completions=[1]), "the field completions has a name"),
@@ -366,8 +373,8 @@ def test_files_that_are_none(name, content, message, tmp_path):
 
 
 def test_cells_of_a_table_are_texts_and_empty_ones_are_null(tmp_path):
-    """Also those that pandas takes for numbers, dates or nothing."""
-    answers = ["None", "NA", "007", "1e3", "", " left, right ", "two\nlines", "null"]
+    """Also those that pandas takes for numbers, dates or nothing, and those of the length of an image in base64."""
+    answers = ["None", "NA", "007", "1e3", "", " left, right ", "two\nlines", "null", "x" * 200_000]
     with (tmp_path / "a.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["question", "answer"], *(["What?", answer] for answer in answers)])
     assert [row["solution"] for row in read_examples(tmp_path / "a.csv")] == [answer or None for answer in answers]

@@ -6,7 +6,6 @@ the picture is edited (`edits.py`).
 """
 
 import base64
-import binascii
 import io
 import math
 import os
@@ -210,7 +209,10 @@ def local_path(reference: str) -> str:
     if not reference.startswith("file://"):
         return reference
     plain = reference.removeprefix("file://")
-    return plain if os.path.exists(plain) else url2pathname(urlsplit(reference).path)
+    try:
+        return plain if os.path.exists(plain) else url2pathname(urlsplit(reference).path)
+    except ValueError as error:
+        raise BrokenImage(f"not a URL of a file ({error})", reference) from error
 
 
 def image_bytes(source: ImageSource) -> bytes | None:
@@ -222,7 +224,7 @@ def image_bytes(source: ImageSource) -> bytes | None:
     if isinstance(source, str) and source.startswith("data:"):
         try:
             return base64.b64decode(source.partition(",")[2], validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise BrokenImage("not an image in base64", f"{source[:32]}...") from error
     return None
 

@@ -12,6 +12,8 @@ import dataclasses
 import difflib
 import glob
 import json
+import math
+import os
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +38,7 @@ FOLDER_TASKS: dict[str, Callable[[Path, str], list[dict[str, Any]]]] = {"pretext
 LINES = (".jsonl", ".ndjson")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 FILES = (".json", *LINES, ".parquet", *DELIMITERS)
+csv.field_size_limit(2**31 - 1)  # a cell may hold an image in base64; Python's own limit is 128 KiB
 
 
 @dataclass(frozen=True)
@@ -365,9 +368,11 @@ def text_of(fields: Mapping[str, Any], column: str | None, known: Sequence[str])
     key = column or next((name for name in known if name in fields), None)
     if key not in fields:
         return key, None
-    if not isinstance(fields[key], str | int | float):
-        raise Mistake(f"{key}: expected a text or a number")
-    return key, str(fields[key])
+    value = fields[key]
+    is_number = type(value) is int or (isinstance(value, float) and math.isfinite(value))  # true is an int, too
+    if not (is_number or isinstance(value, str)):
+        raise Mistake(f"{key}: expected a text or a finite number, not {value!s:.80}")
+    return key, str(value)
 
 
 def strings(fields: Mapping[str, Any], key: str) -> list[str]:
@@ -414,15 +419,19 @@ def from_parts(parts: list[Any], form: str) -> tuple[str, list[Any]]:
 
 def locate(reference: Any, folder: Path, must_exist: bool = True) -> Any:
     """An image reference as an absolute path, with its edit; what carries its bytes stays what it is."""
-    if image_bytes(reference) is not None:
+    data, text = image_bytes(reference), reference
+    if isinstance(reference, Mapping):
+        text = reference.get("path")
+        if not (isinstance(data, bytes | None) and isinstance(text, str | None)):
+            raise Mistake("an image: expected its encoded bytes or a path in {bytes, path}")
+    if data is not None:
         return reference
-    text = reference.get("path") if isinstance(reference, Mapping) else reference
     if not text:
         raise Mistake("an image without bytes and without a path")
     if text.startswith(("http://", "https://")):
         raise Mistake(f"image {text}: download it first and name the file")
     file, edit = split_edit(text)
     path = folder / local_path(file)
-    if must_exist and not path.is_file():
-        raise MissingFile(f"no image {path}" + (", that is a folder" if path.is_dir() else ""))
+    if must_exist and not os.path.isfile(path):  # also of a name that is too long for one
+        raise MissingFile(f"no image {path}" + (", that is a folder" if os.path.isdir(path) else ""))
     return f"{path}{edit or ''}"
