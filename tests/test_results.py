@@ -207,6 +207,7 @@ VSR = {"caption": "?", "image": "a", "label": 1, "relation": "on"}
         ("CV-Bench", {"answer": None}, "answer: "),
         ("CV-Bench", {"answer": "(F)"}, "ground_truth: '(F)' is none of its 2 options"),
         ("CV-Bench", {"choices": [None]}, "choices: "),
+        ("CV-Bench", {"choices": ["left", " "]}, "options: expected a list of texts, none of them blank"),
         ("CV-Bench", {"task": "\x1b[2J"}, "task: "),
         ("CV-Bench", {"idx": 0}, "has the idx 0 of {path}: row 0; two questions need two"),
         ("BLINK", {"answer": "hidden"}, "ground_truth: 'hidden' is none of its 2 options"),
@@ -216,7 +217,7 @@ VSR = {"caption": "?", "image": "a", "label": 1, "relation": "on"}
         ("VSR", {"image": {"bytes": [1]}}, "image: "),
         ("VSR", {"relation": None}, "relation: "),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_a_row_that_cannot_be_asked_is_named(tmp_path, benchmark, changes, message):
     cvbench = cvbench_row(0, 3, LEVELS["easy"], "3D")

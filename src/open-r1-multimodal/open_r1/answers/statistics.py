@@ -12,13 +12,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from string import ascii_uppercase
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator
 
-from open_r1.answers.checker import Unread, judge
+from open_r1.answers.checker import Unread, is_blank, judge
 from open_r1.answers.values import only_number
 from open_r1.base.errors import Mistake
+from open_r1.base.fields import Expected, Name, Record, Text
 
 Row = Mapping[str, Any]
 Means = str | tuple["Means", ...]  # a score's name, or nested tuples to average: CV-Bench's ((a, b), c)
@@ -146,6 +148,30 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray) -> tuple[float, floa
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
+
+
+def _must_be_options(options: list[str]) -> list[str]:
+    if any(map(is_blank, options)):
+        raise ValueError
+    return options
+
+
+Options = Annotated[
+    list[Text],
+    AfterValidator(_must_be_options),
+    Expected("a list of texts, none of them blank"),
+]
+
+
+class AskedRow(Record):
+    """What a row says before there is a response."""
+
+    question: Text
+    options: Options
+    task: Name
+    ground_truth: Text
+    type: Name | None = None
+    source: Name | None = None
 
 
 def judge_row(row: Row, parser: str) -> dict[str, Any]:

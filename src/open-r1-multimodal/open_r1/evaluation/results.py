@@ -6,19 +6,12 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from open_r1.answers.checker import is_blank
-from open_r1.answers.statistics import TOTAL, Row, right_answer
+from open_r1.answers.statistics import TOTAL, AskedRow, Row, right_answer
 from open_r1.base.errors import Mistake
 from open_r1.base.fields import Count, Expected, Flag, Name, Record, Share, Text, check
 from open_r1.base.files import read_json
 
 ROUNDING = 1e-9  # by which a computed bound may leave [-1, 1]
-
-
-def _must_be_options(options: list[str]) -> list[str]:
-    if any(map(is_blank, options)):
-        raise ValueError
-    return options
 
 
 def _must_be_interval(bounds: list[float]) -> list[float]:
@@ -36,25 +29,13 @@ Interval = Annotated[
 ]
 Level = Annotated[float, Field(ge=-1, le=1), Expected("a number from -1 to 1")]  # below chance, if adjusted for it
 
-Options = Annotated[
-    list[Text],
-    AfterValidator(_must_be_options),
-    Expected("a list of texts, none of them blank"),
-]
 
-
-class ResultRow(Record):
+class ResultRow(AskedRow):
     """A response: what every file has, and what an evaluation writes beside it, judged or not."""
 
-    question: Text
-    options: Options
-    task: Name
-    ground_truth: Text
     response: Text
     id: Annotated[int | Text, Expected("a text or a whole number")] = 0
     rotation: Count = 0
-    type: Name | None = None
-    source: Name | None = None
     truncated: Flag = False
     error: Annotated[Text | None, Expected("text or null")] = None
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from open_r1.answers.statistics import CHANCE_ADJUSTED, EVERY_ROTATION, TOTAL, Means, right_answer
+from open_r1.answers.statistics import CHANCE_ADJUSTED, EVERY_ROTATION, TOTAL, AskedRow, Means, right_answer
 from open_r1.base.errors import MissingFile, Mistake
 from open_r1.base.fields import Expected, Name, Record, Text, check
 from open_r1.base.hub import fetch
@@ -183,6 +183,7 @@ def read(
                 asked = benchmark.convert(row, rows)
                 for item in asked:
                     right_answer(item.to_row())
+                    check(AskedRow, item.to_row(), "")  # else the answers to all could not be read back
             except Mistake as error:
                 raise Mistake(f"{where}: {error}") from error
             for item in asked:
