@@ -269,6 +269,7 @@ def test_what_is_no_question_set(tmp_path):
         ("scripts/benchmark.py", "stpe", "{{data,eval,step}}"),
         ("scripts/benchmark.py", "eval --bs -1", "--bs: expected a number above 0, not '-1'"),
         ("scripts/benchmark.py", "--json {folder}/no/x.json data", "--json: {folder}/no/x.json: no folder {folder}/no"),
+        ("scripts/benchmark.py", "eval --mean_tokens 0", "--mean_tokens: expected a number above 0, not '0'"),
     ],
 )
 def test_a_wrong_option_is_seen_first(tmp_path, monkeypatch, capsys, run, arguments, message):

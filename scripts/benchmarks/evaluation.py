@@ -133,7 +133,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--bs", type=positive, default=16, help="questions a batch (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=positive, default=350, help="(default: %(default)s)")
     parser.add_argument(
-        "--mean_tokens", type=float, default=60, help="about how long responses are (default: %(default)s)"
+        "--mean_tokens", type=positive, default=60, help="about how long responses are (default: %(default)s)"
     )
     parser.add_argument(
         "--hidden_size", type=positive, default=256, help="width of the random model (default: %(default)s)"
