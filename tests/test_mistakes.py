@@ -139,6 +139,7 @@ MISTAKES = [
     ("--dataset_name {model}", "{model} is the folder of a model; name the data (DATA and MODEL "),
     ("--dataset_name {few}", "{few}: a step asks 8 different prompts (64 completions / "),
     ("--model_name_or_path /no/model", f"{MODEL}: /no/model: no such file or folder"),
+    ("--model_name_or_path ~nobody/model", f"{MODEL}: ~nobody/model: no such file or folder"),
     ("--model_name_or_path no/model", f"{MODEL}: no/model: neither here nor to be had"),
     ("--model_name_or_path {data}", MODEL + ": {data} is a file; name the folder of a model"),
 ]

@@ -238,6 +238,7 @@ def test_what_is_no_question_set(tmp_path):
         assert message in told and str(path) in told, told
 
     refuse(tmp_path / "no", "no such file or folder")
+    refuse("~nobody/set", "no such file or folder")
     refuse("nobody/nothing-of-this-name", "neither here nor to be had from the Hub")
     refuse(tmp_path, "no test_2d.parquet in it; give a single file")
     write_cvbench(tmp_path, 8, 3, LEVELS["easy"])
@@ -268,8 +269,8 @@ def test_what_is_no_question_set(tmp_path):
         (world.main, "--output {folder}/w --rows 1 --schema cvbench", "--rows 1: cvbench has 2 files, and each needs"),
         ("scripts/benchmark.py", "stpe", "{{data,eval,step}}"),
         ("scripts/benchmark.py", "eval --bs -1", "--bs: expected a number above 0, not '-1'"),
-        ("scripts/benchmark.py", "--json {folder}/no/x.json data", "--json: {folder}/no/x.json: no folder {folder}/no"),
         ("scripts/benchmark.py", "eval --mean_tokens 0", "--mean_tokens: expected a number above 0, not '0'"),
+        ("scripts/benchmark.py", "--json {folder}/no/x.json data", "--json: {folder}/no/x.json: no folder {folder}/no"),
     ],
 )
 def test_a_wrong_option_is_seen_first(tmp_path, monkeypatch, capsys, run, arguments, message):

@@ -3,6 +3,7 @@
 The libraries would ask file by file while they load, and wait for minutes when the hub has a bad day.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def fetch(repo_id: str, files: Sequence[str], repo_type: str = "model", revision
 
 def model_folder(model_name_or_path: str | Path, revision: str = "main", files: Sequence[str] = MODEL_FILES) -> Path:
     """The folder of a model: itself, or where these files of the Hub's model of that name are."""
-    folder = Path(model_name_or_path).expanduser()
+    folder = Path(os.path.expanduser(model_name_or_path))
     if folder.is_file():
         raise FileMistake(f"{folder} is a file; name the folder of a model")
     return folder if folder.is_dir() else fetch(str(model_name_or_path), files, revision=revision)

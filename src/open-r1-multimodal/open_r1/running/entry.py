@@ -48,7 +48,7 @@ def resolve_report_to(report_to: list[str]) -> list[str]:
 
 def has_login() -> bool:
     """Whether wandb finds a key for its server: in the environment, or where `wandb login` writes it."""
-    netrc = Path("~/.netrc").expanduser()
+    netrc = Path(os.path.expanduser("~/.netrc"))
     server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     return "WANDB_API_KEY" in os.environ or (netrc.is_file() and server in netrc.read_text())
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import re
 import sys
@@ -182,8 +183,8 @@ def read(
             try:
                 asked = benchmark.convert(row, rows)
                 for item in asked:
-                    right_answer(item.to_row())
                     check(AskedRow, item.to_row(), "")  # else the answers to all could not be read back
+                    right_answer(item.to_row())
             except Mistake as error:
                 raise Mistake(f"{where}: {error}") from error
             for item in asked:
@@ -213,7 +214,7 @@ def locate(benchmark: Benchmark, dataset_path: str) -> list[Path]:
     Raises:
         Mistake: there is no such file, folder or data set, or none of the expected files in it.
     """
-    path = Path(dataset_path).expanduser()
+    path = Path(os.path.expanduser(dataset_path))
     if path.is_file():
         return [path]
     if not path.is_dir():
