@@ -60,6 +60,13 @@ def test_normalize(text, expected):
     assert normalize(text) == normalize(expected) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "number"), [("5, at most", 5), ("1,000 chairs", 1000), ("1,5", None), ("1/2", None), ("5 or 6", None)]
+)
+def test_the_only_number_of_a_text(text, number):
+    assert values.only_number(text) == number
+
+
 @pytest.mark.parametrize("gold", ["(C)", "c.", "one"])
 def test_gold_is_a_letter_or_a_text(gold):
     assert is_correct("C", gold, COUNT["options"], lettered=True)

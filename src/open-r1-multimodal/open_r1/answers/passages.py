@@ -150,7 +150,7 @@ _REFUSAL = re.compile(
 )
 _THEREFORE = re.compile(
     r"(?i)\W*(?:(?:and|but)\b\W*)?(?:therefore|thus|so|hence|consequently|overall|accordingly|to conclude|finally"
-    r"|in (?:conclusion|summary|short)|based on|given|considering)\b|因此|所以"
+    r"|in (?:conclusion|summary|short|total|all)|altogether|based on|given|considering)\b|因此|所以"
 )
 _NEGATES = re.compile(r"(?i)\b(?:not|cannot|never)\b|n't\b")
 _DESCRIBES = re.compile(

@@ -76,7 +76,7 @@ def is_quantity(text: str) -> bool:
     return _is_expression(_quantity(text)[0])
 
 
-_FIGURE = re.compile(r"(?<![\w.,])[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_FIGURE = re.compile(r"(?<![\w.,])[-+]?\d+(?:,\d+)*(?:\.\d+)?(?:/\d+)?")
 
 
 def figures(text: str) -> dict[str, None]:
@@ -89,8 +89,8 @@ def only_number(text: str) -> float | None:
     text = tidy(text)
     found = list(figures(_quantity(text)[0] or text))
     try:
-        return float(found[0].replace(",", "")) if len(found) == 1 else None
-    except ValueError:  # a fraction
+        return float(found[0]) if len(found) == 1 else None
+    except ValueError:  # a fraction, or 1,5, which may be one and a half
         return None
 
 
