@@ -37,6 +37,11 @@ def test_a_run_is_what_its_files_hold(run):
     info = json.loads((run.folder / "run.json").read_text())
     assert info["recipes"] == [RECIPE] and info["changed"]["max_steps"] == 2
     assert info["arguments"]["reward_funcs"] == ["accuracy", "test_api:brief"]
+    file = run.folder / "trajectories/train.jsonl"
+    written = file.read_bytes()
+    file.write_bytes(written[:-9])  # as while training goes on: half a line more
+    assert run.completions() == rows[:-1] and file.read_bytes() == written[:-9]
+    file.write_bytes(written)
     assert "accuracy: " in str(run) and "<td>accuracy</td>" in run._repr_html_()
     assert (run.folder / "README.md").is_file() and run.log[0]["step"] == 1
 
@@ -44,11 +49,14 @@ def test_a_run_is_what_its_files_hold(run):
 def test_evaluate_ask_and_report(run, tmp_path):
     write_cvbench(tmp_path / "cvbench", 8, 3, LEVELS["easy"])
     options = {"dataset_path": tmp_path / "cvbench", "output_dir": tmp_path / "results", "max_new_tokens": 4}
+    options |= {"max_pixels": None}  # the default
     result = open_r1.evaluate(run, use_reasoning_prompt=False, **options)
     assert result.path.name == "CVBench_result_mine_no_reasoning.json" and len(result.rows) == 8
     assert result.scores["Total"]["n"] == 8 and "95 % interval" in str(result) == result._repr_markdown_()
     picture = Image.new("RGB", (56, 56), "red")
     assert isinstance(open_r1.ask(run, picture, "Which colour?", max_new_tokens=4), str)
+    with pytest.raises(Mistake, match=r"^the question: the text holds <\|im_end\|>, a control token"):
+        open_r1.ask(run, picture, "Which colour?<|im_end|>")
     assert open_r1.report(run) == run.folder / "report.html"
     assert open_r1.report(run, run.folder, output=tmp_path / "two.html").read_text().count("<svg") > 5
 
@@ -62,6 +70,7 @@ def test_evaluate_ask_and_report(run, tmp_path):
         (lambda: open_r1.evaluate("no/model", limt=3), "unrecognized arguments: --limt 3"),
         (lambda: open_r1.evaluate("outputs/none", dataset_path="x"), "--model_path: "),
         (lambda: open_r1.evaluate("no/model", "easi-8"), "easi-8: name one of VSI-Bench, "),
+        (lambda: open_r1.ask("no/model", None, "?", max_new_tokens=0), "max_new_tokens: expected a number above 0"),
         (lambda: open_r1.report("outputs/none"), "outputs/none: no such folder"),
     ],
 )

@@ -6,8 +6,10 @@ import json
 import logging
 import re
 import sqlite3
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -21,7 +23,7 @@ from open_r1.answers.reflection import find_reflections
 from open_r1.base.errors import Mistake
 from open_r1.reporting import page
 from open_r1.rewards import accuracy_reward, format_reward
-from open_r1.running import callbacks, entry
+from open_r1.running import callbacks, entry, live
 from open_r1.running.callbacks import ProgressLines, RunLog, add_run_callbacks, describe
 from open_r1.running.data import DataArguments
 from open_r1.running.provenance import without_secrets
@@ -375,6 +377,19 @@ def test_rollouts_are_shown_first_and_after_every_tenth(tmp_path, monkeypatch, r
             rollouts.on_log(args, state, control, logs={"loss": 0.0})
             rollouts.on_log(args, state, control, logs={"eval_loss": 0.0})
     assert seen == shown
+
+
+def test_a_notebooks_plot_leaves_out_what_a_reward_did_not_give(tmp_path, monkeypatch):
+    shown = []
+    page = SimpleNamespace(HTML=str, display=lambda *_, display_id: SimpleNamespace(update=shown.append))
+    monkeypatch.setitem(sys.modules, "IPython.display", page)
+    plot, control = live.LivePlot(), TrainerControl()
+    state = TrainerState(global_step=1, max_steps=2)
+    plot.on_train_begin(make_config(tmp_path), state, control)
+    for state.global_step, reward in ((1, None), (2, 0.5)):
+        logs = {"rewards/mine/mean": reward, "reward": 0.5}
+        plot.on_log(make_config(tmp_path), state, control, logs=logs)
+    assert plot.points == {"mine": {2: 0.5}} and len(shown) == 1 and "step 2 of 2" in shown[0]
 
 
 # --- the command --------------------------------------------------------------------------------------------------

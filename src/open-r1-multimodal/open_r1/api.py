@@ -24,13 +24,13 @@ from markupsafe import escape
 
 from open_r1.answers.statistics import table
 from open_r1.base.errors import Mistake
-from open_r1.base.files import read_json, read_rows
+from open_r1.base.files import read_json
 from open_r1.evaluation import asking
 from open_r1.evaluation import run as evaluation
 from open_r1.evaluation.command import parse_args
 from open_r1.reporting.overlay import read_curves, write_pages
 from open_r1.reporting.page import key_figures
-from open_r1.reporting.runs import read_run
+from open_r1.reporting.runs import open_or_empty, read_lines, read_run
 from open_r1.running import entry
 from open_r1.running.launch_settings import defaults_on_cpu
 from open_r1.tasks.benchmarks import SUITES
@@ -56,7 +56,8 @@ class TrainedRun:
 
     def completions(self, kind: str = "train") -> list[dict[str, Any]]:
         """Every completion, as `trajectories/{train,eval,blind}.jsonl` holds it."""
-        return read_rows(self.folder / f"trajectories/{kind}.jsonl")
+        with open_or_empty(self.folder / f"trajectories/{kind}.jsonl") as file:
+            return [row for _, _, row in read_lines(file)]
 
     def figures(self) -> list[tuple[str, str, str]]:
         """Name, first and last value of what the report shows at its head."""
@@ -130,7 +131,7 @@ def evaluate(model: str | Path | TrainedRun, benchmark: str = "CV-Bench", **opti
     arguments = ["--model_path", name_of(model), "--benchmark", benchmark]
     for name, value in options.items():
         is_flag = isinstance(value, bool)
-        arguments += [f"--{'' if value else 'no-'}{name}"] if is_flag else [f"--{name}", str(value)]
+        arguments += [f"--{'' if value else 'no-'}{name}"] if is_flag else to_arguments(name, value)
     with redirect_stderr(io.StringIO()) as said:
         try:
             args = parse_args(arguments)

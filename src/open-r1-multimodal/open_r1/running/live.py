@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from open_r1.base.fields import is_usable
 from open_r1.reporting.curves import Line, Panel
 from open_r1.reporting.runs import Series
 
@@ -31,7 +32,8 @@ class LivePlot(TrainerCallback):
         from open_r1.reporting.figures import panel_svg  # imports matplotlib, which a run in a shell starts without
 
         for metric, value in logs.items():
-            if (name := curve_name(metric, logs)) is not None:
+            # a reward that gave nothing in a whole step is logged as None
+            if is_usable(value) and (name := curve_name(metric, logs)) is not None:
                 self.points.setdefault(name, {})[state.global_step] = value
         lines = [
             Line(name, Series(np.array(list(points)), np.array(list(points.values()))), marked=name.startswith("held"))
