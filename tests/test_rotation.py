@@ -2,12 +2,15 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 
 from open_r1.base.prompts import sat_question
+from open_r1.doctor.data import prompt_lengths
+from open_r1.doctor.survey import Survey
 from open_r1.models.loading import load_model, load_processor
 from open_r1.rewards import accuracy_reward, order_consistency_reward
 from open_r1.running.data import ROTATION_OF, DataArguments, in_two_orders, load_dataset, load_datasets_from_args
@@ -112,6 +115,15 @@ def test_what_is_held_out_is_asked_in_one_order(tiny_model, tmp_path):
     assert (len(train), len(held_out)) == (8, 3) and ROTATION_OF not in held_out.column_names
     asked = [row["prompt"] for row in read_examples(tmp_path / "two/examples.json")]
     assert held_out["prompt"] == asked
+
+
+def test_the_doctor_counts_questions_and_not_their_orders(tiny_model, tmp_path):
+    run = SimpleNamespace(processor=load_processor(tiny_model, chat_template="base"), template_kwargs={})
+    run.script_args = SimpleNamespace(max_prompt_length=1024)
+    run.rows = load_dataset(write_examples(tmp_path, 4), run.processor, 1024, rotate_options=True)
+    run.train_set = Survey(rows=5)
+    (finding,) = prompt_lengths(run)
+    assert finding.what.startswith("1 of 5 rows left out (20.0%); 4 others have ")
 
 
 @pytest.mark.parametrize("choose, consistency", [(lambda options: options[0], 0.0), (min, 1.0)])

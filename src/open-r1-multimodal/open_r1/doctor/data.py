@@ -9,7 +9,7 @@ from pathlib import Path
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
 from open_r1.doctor.run import Run
 from open_r1.doctor.survey import Survey
-from open_r1.running.data import count_prompt_tokens
+from open_r1.running.data import ROTATION_OF, count_prompt_tokens
 
 SAMPLE = 500  # prompts whose length is measured
 FEW = 0.05  # a share of the examples that nobody misses
@@ -94,8 +94,10 @@ def leaks(run: Run) -> Iterator[Finding]:
 
 def prompt_lengths(run: Run) -> Iterator[Finding]:
     """Prompts against `max_prompt_length`: how many are left out, and how long the others are."""
-    total, count = run.train_set.rows, len(run.rows)
-    sample = random.Random(0).sample(range(count), min(SAMPLE, count))
+    # a question in two orders of its options, one behind the other, counts once
+    asked = range(0, len(run.rows), 2 if ROTATION_OF in run.rows.column_names else 1)
+    total, count = run.train_set.rows, len(asked)
+    sample = random.Random(0).sample(asked, min(SAMPLE, count))
     tokens = [count_prompt_tokens(run.rows[row], run.processor, **run.template_kwargs) for row in sample]
     left_out, bound = total - count, run.script_args.max_prompt_length or "any number"
     what = f"{left_out:,} of {total:,} rows left out ({left_out / total:.1%}); {len(tokens)} others have "
