@@ -59,6 +59,13 @@ def test_the_card_says_what_the_files_say(run, tmp_path):
         assert part in card.content, part
 
 
+def test_the_card_keeps_the_name_of_a_held_out_set(run):
+    path = run / "trajectories/eval.jsonl"
+    rows = [json.loads(line) | {"dataset": "SAT-val"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "Held-out accuracy, SAT-val at step 4: " in write_card(run).read_text()
+
+
 def test_a_teacher_is_named_without_its_path(run):
     info = json.loads((run / "run.json").read_text())
     info["arguments"] = info["changed"] = {"teacher_model_name_or_path": "/home/me/Teacher-7B"}

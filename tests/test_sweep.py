@@ -212,6 +212,17 @@ def test_seeds_that_ask_in_another_order_ask_the_same(tmp_path):
     assert one.questions == two.questions and np.array_equal(one.held_out, two.held_out)
 
 
+def test_two_questions_with_one_picture_and_one_answer_are_told_apart(tmp_path):
+    """In whatever order they are asked, and whatever template a recipe puts around them."""
+    for number, template in enumerate(("{}", "User: {}\nAssistant:")):
+        asked = [
+            row(group=group, prompt=template.format(text), images=["0.png"], rewards={"accuracy_reward": right})
+            for group, (text, right) in enumerate([("What is left?", 1.0), ("Who is left?", 0.0)][:: 1 - 2 * number])
+        ]
+        trial = read_trial(write_run(tmp_path / f"none/seed{number}", [row()], asked))
+        assert trial.held_out.tolist() == [[1, 0]]
+
+
 def compared(monkeypatch, capsys, *arguments: object) -> str:
     """What the command prints."""
     monkeypatch.setattr(sys, "argv", ["", *map(str, arguments)])

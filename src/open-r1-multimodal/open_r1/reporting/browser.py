@@ -15,7 +15,6 @@ from open_r1.base.fields import is_usable
 from open_r1.base.images import DECODE_ERRORS, image_edit, image_file, open_image, opened, to_rgb
 from open_r1.base.trajectories import Completion
 from open_r1.reporting.runs import Trajectories
-from open_r1.reporting.statistics import steps_of
 
 TEXT_LIMIT = 4000  # characters of one text in the page; longer ones keep this much of their beginning and end
 TEXT_HEAD = 3000
@@ -132,7 +131,7 @@ def embed(trajectories: Trajectories, required: set[int], budget: int, shared: S
 
     First the first and the last step and those of required rows, then others evenly between.
     """
-    steps, correct = steps_of(trajectories), trajectories.correct()
+    steps, correct = trajectories.steps, trajectories.correct()
     every_step = list(steps)
     of_required = trajectories.rows["step"][sorted(required)].tolist()
     order = [*every_step[:1], *every_step[-1:], *of_required, *spread(every_step)]

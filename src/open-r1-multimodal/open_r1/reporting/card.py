@@ -107,7 +107,7 @@ def held_out_line(folder: Path, run: Run) -> str:
     for line in lines:
         interval = "" if line.low is None else f" (95 % interval {100 * line.low[-1]:.1f} - {100 * line.high[-1]:.1f})"
         step, accuracy = line.points.steps[-1], 100 * line.points.values[-1]
-        sentences.append(f"{line.label.capitalize()} at step {step}: {accuracy:.1f} %{interval}.")
+        sentences.append(f"{line.label[:1].upper() + line.label[1:]} at step {step}: {accuracy:.1f} %{interval}.")
     return " ".join(sentences)
 
 

@@ -17,7 +17,7 @@ from open_r1.base.errors import Mistake
 from open_r1.evaluation.results import read_scored
 from open_r1.reporting.curves import reflection_share
 from open_r1.reporting.runs import ACCURACY, Trajectories, read_run, scan_trajectories
-from open_r1.reporting.statistics import by_step, first_and_last_tenth, steps_of
+from open_r1.reporting.statistics import by_step, first_and_last_tenth
 
 Seed = TypeVar("Seed")  # whatever holds the answers of one seed
 NONE = "-"  # a table's cell without a value
@@ -184,19 +184,21 @@ def read_held_out(
     if np.isnan(correct).all():
         raise Mistake(f"{origin}: no {ACCURACY} in trajectories/eval.jsonl")
     evaluations = []
-    for groups in steps_of(held_out).values():
+    for groups in held_out.steps.values():
         answers = []
         for rows in groups:
             asked = held_out.read(rows[0])
             name = tuple(asked.images), asked.solution or ""
-            answers.append((name, np.nan_to_num(correct[rows]).mean()))
+            # tells two questions with one picture and one answer apart, whatever template a recipe puts around them
+            text = held_out.question(asked.prompt)[1]
+            answers.append((name, text, np.nan_to_num(correct[rows]).mean()))
         # every seed asks in an order of its own
-        evaluations.append(sorted(answers, key=lambda answer: answer[0]))
+        evaluations.append(sorted(answers, key=lambda answer: answer[:2]))
     least, most = min(map(len, evaluations)), max(map(len, evaluations))
     if least < most:
         raise Mistake(f"{origin}: its evaluations asked {least} to {most} held-out questions")
-    right = np.array([[share for _, share in answers] for answers in evaluations])
-    return np.array(list(steps_of(held_out))), right, [name for name, _ in evaluations[0]]
+    right = np.array([[share for *_, share in answers] for answers in evaluations])
+    return np.array(list(held_out.steps)), right, [name for name, *_ in evaluations[0]]
 
 
 def compare_recipes(recipes: Mapping[str, Sequence[Trial]]) -> list[dict[str, Any]]:

@@ -30,7 +30,6 @@ from open_r1.reporting.statistics import (
     first_and_last_tenth,
     pass_rates,
     reflection_statistics,
-    steps_of,
 )
 
 MAX_EXAMPLES = 6
@@ -196,7 +195,7 @@ def quotation(trajectories: Trajectories, index: int, correct: float) -> dict[st
     """What a completion says around its first reflection, and where the page's browser has the whole of it."""
     record = trajectories.read(index)
     step, text, (start, end) = record.step, record.completion, min(record.reflections)
-    groups = enumerate(steps_of(trajectories)[step], start=1)
+    groups = enumerate(trajectories.steps[step], start=1)
     group, rows = next((number, rows) for number, rows in groups if index in rows)
     return {
         "step": step,

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from open_r1.answers.judgement import Judgement
-from open_r1.answers.reflection import concluded
+from open_r1.answers.reflection import ACCURACY, concluded
 from open_r1.base.errors import Mistake
 from open_r1.base.fields import Count, Expected, Record, Text, check, is_usable
 from open_r1.base.files import read_json
@@ -29,7 +29,7 @@ from open_r1.models.image_tags import IMAGE_TAGS
 from open_r1.tasks.examples import DELIMITERS, read_list, read_table
 from open_r1.tasks.mixture import parts_of
 
-ACCURACY, FORMAT = "accuracy_reward", "format_reward"  # as the trainer logs the registry's rewards
+FORMAT = "format_reward"  # as the trainer logs the registry's reward
 # Those of a run's arguments that its page and its model card show.
 SETTINGS = (
     *("reward_funcs", "reward_weights", "learning_rate", "lr_scheduler_type", "beta", "loss_type"),
@@ -312,6 +312,17 @@ class Trajectories:
         steps = np.unique(self.rows["step"])
         late = np.isin(self.rows["step"], steps[len(steps) - -(-len(steps) // 10) :])
         return replace(self, rows=self.rows[late], rewards={name: r[late] for name, r in self.rewards.items()})
+
+    @cached_property
+    def steps(self) -> dict[int, list[list[int]]]:
+        """Step, in order -> the rows of each of its groups, in the file's order."""
+        groups: dict[int, list[int]] = {}
+        for index, group in enumerate(self.rows["group"].tolist()):
+            groups.setdefault(group, []).append(index)
+        steps: dict[int, list[list[int]]] = {}
+        for rows in groups.values():
+            steps.setdefault(int(self.rows["step"][rows[0]]), []).append(rows)
+        return dict(sorted(steps.items()))
 
     @cached_property
     def thoughts(self) -> Thoughts:

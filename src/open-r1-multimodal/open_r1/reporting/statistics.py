@@ -27,17 +27,6 @@ def by_tenth(steps: np.ndarray, values: np.ndarray) -> Series:
     return by_step(ends[np.searchsorted(ends, steps)], values.astype(float))
 
 
-def steps_of(trajectories: Trajectories) -> dict[int, list[list[int]]]:
-    """Step, in order -> the rows of each of its groups, in the file's order."""
-    groups: dict[int, list[int]] = {}
-    for index, group in enumerate(trajectories.rows["group"].tolist()):
-        groups.setdefault(group, []).append(index)
-    steps: dict[int, list[list[int]]] = {}
-    for rows in groups.values():
-        steps.setdefault(int(trajectories.rows["step"][rows[0]]), []).append(rows)
-    return dict(sorted(steps.items()))
-
-
 def quartiles(values: np.ndarray) -> np.ndarray:
     """(2,) the lower and the upper quartile."""
     return np.quantile(values, (0.25, 0.75))
