@@ -330,9 +330,10 @@ JSON, IMAGE, INFO = "SAT_train_3.json", "images/SAT_train_3/000001_0.jpg", "SAT_
         (IMAGE, None, f"{IMAGE}: the image is lost; delete "),
         (IMAGE, b"", f"{IMAGE}: the image is lost; delete "),
         (INFO, b"{", f"{INFO}: not JSON"),
-        (INFO, b"[]", f"{INFO}: damaged "),
-        (INFO, {"settings": 1}, f"{INFO}: damaged "),
-        (INFO, {"counts": {"zebra": 1}}, f"{INFO}: damaged "),
+        (INFO, b"[]", f"{INFO}: expected an object; delete "),
+        (INFO, {"settings": 1}, f"{INFO}: settings: expected an object; delete "),
+        (INFO, {"counts": {"zebra": 1}}, f"{INFO}: counts: missing next_row, kept, skipped; delete "),
+        (INFO, {"counts": {"next_row": 4, "kept": "3", "skipped": {}}}, f"{INFO}: counts: kept: expected a whole "),
         (INFO, None, f"{JSON}: is there already, made with another"),
     ],
 )

@@ -36,7 +36,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from open_r1.base.files import delete, read_json, replace_file, replacing, to_json
+from open_r1.base.fields import Count, Record, Text, check
+from open_r1.base.files import delete, file_digest, read_json, replace_file, replacing, to_json
 from open_r1.base.locks import owned
 from open_r1.tasks.sat import FOLDS, Example, Skip, convert_row, to_record
 
@@ -62,16 +63,29 @@ COLUMN_TYPES = {
 
 # Everything that the output depends on; what was made with other settings is not overwritten.
 Settings = dict[str, Any]
-# Rows read (`next_row`), rows `kept`, and rows `skipped` by reason.
-Counts = dict[str, Any]
+
+
+class Counts(Record):
+    """Rows read (`next_row`), rows `kept`, and rows `skipped` by reason."""
+
+    next_row: Count
+    kept: Count
+    skipped: dict[str, Count]
+
+
+class Info(Record):
+    """What a finished dataset says of itself; an older one has no digest."""
+
+    settings: Settings
+    counts: Counts
+    sha256: Text | None = None
 
 
 def table(counts: Counts) -> str:
     """What was kept and what was skipped, by reason, most frequent first."""
-    skipped = Counter(counts["skipped"]).most_common()
-    lines = [("kept", counts["kept"])]
-    lines += [(f"skipped: {reason}", number) for reason, number in skipped]
-    lines += [("rows read", counts["next_row"])]
+    lines = [("kept", counts.kept)]
+    lines += [(f"skipped: {reason}", number) for reason, number in Counter(counts.skipped).most_common()]
+    lines += [("rows read", counts.next_row)]
     return "\n".join(f"  {printable(what):<52}{number:>9,}" for what, number in lines)
 
 
@@ -164,13 +178,7 @@ def process(
             if kept == wanted:
                 break
         output.write(b"\n]\n")
-    return {"next_row": read, "kept": kept, "skipped": dict(skipped)}
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Counts(next_row=read, kept=kept, skipped=dict(skipped))
 
 
 def check_finished(json_path: Path, info_path: Path, settings: Settings) -> str:
@@ -179,24 +187,23 @@ def check_finished(json_path: Path, info_path: Path, settings: Settings) -> str:
     Raises:
         Mistake: it was made with other settings, which is not ours to overwrite, or is damaged.
     """
-    info = read_json(info_path) if info_path.is_file() else {"settings": {}}
     try:
-        made_with = info["settings"]
-        if changed := [key for key in settings if made_with.get(key) != settings[key]]:
-            raise Mistake(
-                f"{json_path}: is there already, made with another {', '.join(changed)}; "
-                "move it away or choose another --output_dir"
-            )
-        finished = table(info["counts"])
-    except (AttributeError, KeyError, TypeError) as error:
-        raise Mistake(f"{info_path}: damaged ({error!r}); delete {json_path} to make both anew") from error
-    if info.get("sha256", digest(json_path)) != digest(json_path):
+        info = check(Info, read_json(info_path), info_path) if info_path.is_file() else None
+    except Mistake as error:
+        raise Mistake(f"{error}; delete {json_path} to make both anew") from error
+    made_with = info.settings if info else {}
+    if changed := [key for key in settings if made_with.get(key) != settings[key]]:
+        raise Mistake(
+            f"{json_path}: is there already, made with another {', '.join(changed)}; "
+            "move it away or choose another --output_dir"
+        )
+    if info.sha256 not in (None, file_digest(json_path)):
         raise Mistake(f"{json_path}: was changed since it was made; delete it to make it anew")
     for record in read_json(json_path):
         for image in (json_path.parent / name for name in record["images"]):
             if not image.is_file() or not image.stat().st_size:
                 raise Mistake(f"{image}: the image is lost; delete {json_path} to make it anew")
-    return finished
+    return table(info.counts)
 
 
 def prepare(parquet: Path, settings: Settings, file: pq.ParquetFile, output_dir: Path) -> None:
@@ -218,13 +225,13 @@ def prepare(parquet: Path, settings: Settings, file: pq.ParquetFile, output_dir:
         with replacing(images) as new_images:
             new_images.mkdir()
             counts = process(parquet, file, settings, name, new_json, new_images)
-            if counts["kept"] == 0:
+            if counts.kept == 0:
                 print(table(counts))
                 raise Mistake(f"{parquet}: no row was kept; the table says why")
             delete(images)
-        info = {"settings": settings, "counts": counts, "sha256": digest(new_json)}
+        info = {"settings": settings, "counts": counts.model_dump(), "sha256": file_digest(new_json)}
         replace_file(info_path, to_json(info))
-    if counts["kept"] < settings["total_num"]:
+    if counts.kept < settings["total_num"]:
         print(f"The file has no more than these; {name} still names the {settings['total_num']:,} asked for.")
     print(f"{json_path}\n{table(counts)}")
 

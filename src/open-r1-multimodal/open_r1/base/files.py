@@ -1,5 +1,6 @@
 """Writes files so that a crash cannot spoil them: replaced at once, or JSON Lines with at most a torn last line."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -77,6 +78,12 @@ def replace_file(path: Path, content: bytes) -> None:
     """Give a file new content at once: a crash leaves the old one or the new one."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:
@@ -173,7 +180,11 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file that is about to be continued, by the rules of `keep_rows`."""
+    """The rows of a JSON Lines file, by the rules of `keep_rows`.
+
+    For a file that the caller is about to continue, and never for one that another process may be writing: a torn last
+    line is cut off. `reporting.runs.read_lines` leaves a file as it is.
+    """
     rows: list[dict[str, Any]] = []
     keep_rows(path, lambda row: rows.append(row) or True)
     return rows

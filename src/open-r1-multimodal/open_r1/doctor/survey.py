@@ -1,7 +1,6 @@
 """Looks a data set through once: broken images, unusable answers, what is shown and asked."""
 
 import hashlib
-import io
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -11,6 +10,7 @@ from itertools import islice
 
 from open_r1.base.edits import Edit, split_edit
 from open_r1.base.errors import Mistake
+from open_r1.base.files import file_digest
 from open_r1.base.images import BrokenImage, ImageSource, image_bytes, image_name, open_image
 from open_r1.running.data import Row
 
@@ -52,8 +52,7 @@ def look_at(source: ImageSource, decode: bool) -> Shown:
     data = image_bytes(source)
     path, edit = split_edit(image_name(source) or "")
     try:
-        with io.BytesIO(data) if data is not None else open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest(), edit
+        return hashlib.sha256(data).hexdigest() if data is not None else file_digest(path), edit
     except OSError as error:
         raise BrokenImage(error.strerror or "cannot be read", image_name(source)) from error
 

@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 
 from open_r1.base.errors import Mistake
-from open_r1.base.files import read_json
+from open_r1.base.files import file_digest, read_json
 from open_r1.base.images import image_file
 from open_r1.base.prompts import REPO_ROOT
 
@@ -93,16 +93,15 @@ def describe_data(dataset: Any) -> dict[str, Any] | None:
         row = {**row, "images": [os.path.basename(name) for name in names]}
         content.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(file_digest, files)
+        digests = pool.map(digest_or_empty, files)
     images = hashlib.sha256("\n".join(digests).encode())
     return {"rows": len(dataset), "content": content.hexdigest(), "images": images.hexdigest()}
 
 
-def file_digest(path: str) -> str:
-    """SHA-256 of a file, as hexadecimal text; what cannot be read has none."""
+def digest_or_empty(path: str) -> str:
+    """`file_digest`; what cannot be read has none."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
     except OSError:
         return ""
 
