@@ -18,6 +18,7 @@ from open_r1.base.files import check_new_folder, replacing
 from open_r1.base.hub import model_folder
 from open_r1.models.families import use_family
 from open_r1.models.loading import adapter_base, load_checkpoint, load_processor, reset_generation_config
+from open_r1.running.failures import full_disk
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     processor = load_processor(str(args.adapter))
     reset_generation_config(model, processor)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(args.output) as temporary:
+    with full_disk(args.output), replacing(args.output) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
     print(printable(f"{args.output}: {base} with the adapter of {args.adapter} merged in"))

@@ -447,6 +447,13 @@ def test_of_several_processes_that_are_stopped_one_tells(monkeypatch, capsys, ra
     assert left.value.code == 130 and capsys.readouterr().err.count("SIGINT: nothing was written") == lines
 
 
+def test_a_command_whose_output_is_closed_ends_well(monkeypatch):
+    """As `command >&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    front_door.run(lambda: print("unheard"))
+
+
 def test_the_last_word_names_the_first_to_fail():
     """Behind it are those whom the launcher ended."""
     ended = SimpleNamespace(exitcode=-signal.SIGTERM)

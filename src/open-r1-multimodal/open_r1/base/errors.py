@@ -143,12 +143,13 @@ def run(main: Callable[[], None], stopped: str = "nothing was written") -> None:
     for number in STOPS[1:]:
         if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` ignores SIGHUP, and so do we then
             signal.signal(number, stop)
-    for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is shown as escapes
-        stream.reconfigure(errors="backslashreplace")
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # one that is closed (`>&-`) is None
+        stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is shown as escapes
     take_traceback_option()
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of the pipe has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)

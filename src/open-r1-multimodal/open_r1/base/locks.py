@@ -18,6 +18,14 @@ LOOK_SECONDS = 1  # to wait for a lock, since `check_free` in another process ho
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
+def is_main_process() -> bool:
+    """Whether this is the main process of its launch, or of no launch; raises Mistake where RANK is no number."""
+    rank = os.environ.get("RANK", "0")
+    if not rank.isdecimal():
+        raise Mistake(f"RANK: {rank!r} is no number of a process; unset it, launchers set it themselves")
+    return int(rank) == 0
+
+
 @contextmanager
 def owned(target: str | Path, is_file: bool = False) -> Iterator[None]:
     """Be the only one that writes a folder or file in the block; the main process locks for its launch.
@@ -29,7 +37,7 @@ def owned(target: str | Path, is_file: bool = False) -> Iterator[None]:
     Raises:
         Mistake: another process does; the line says which.
     """
-    if int(os.environ.get("RANK", 0)):
+    if not is_main_process():
         yield
         return
     path = Path(target) / IN_USE

@@ -17,8 +17,8 @@ NO_ROOM = re.compile(r"No space left|quota exceeded|File too large|PytorchStream
 
 
 @contextmanager
-def full_disk(folder: str) -> Iterator[None]:
-    """Inside it, what fails because a run's folder takes no more becomes a `Mistake`."""
+def full_disk(folder: str | Path) -> Iterator[None]:
+    """Inside it, what fails because the folder that a model is saved in takes no more becomes a `Mistake`."""
     try:
         yield
     except Exception as error:
@@ -27,8 +27,8 @@ def full_disk(folder: str) -> Iterator[None]:
         # torch's RuntimeError is an assertion, which tells a user nothing
         reason = "half a file was written" if isinstance(error, RuntimeError) else first_line(error)
         raise Mistake(
-            f"{folder}: takes no more, is the disk full? ({reason}); make room, and the same command "
-            "goes on from the newest whole checkpoint"
+            f"{folder}: takes no more, is the disk full? ({reason}); make room and start the same command again; "
+            "a run of training goes on from its newest whole checkpoint"
         ) from error
 
 
@@ -71,6 +71,7 @@ def ended_by(name: str, number: int) -> tuple[int, str]:
 def continues(output_dir: str, resumes: bool) -> str:
     """Where a stopped run goes on: at its last whole checkpoint, if it resumes by itself."""
     manifests = Path(output_dir).glob(f"checkpoint-*/{MANIFEST}") if resumes else []
-    steps = [int(path.parent.name.partition("-")[2]) for path in manifests]
+    matches = (re.fullmatch(r"checkpoint-(\d+)", path.parent.name) for path in manifests)
+    steps = [int(match[1]) for match in matches if match]  # a user may keep copies beside them
     where = f"continues at step {max(steps)}" if steps else "starts from the beginning"
     return f"the same command {where}"

@@ -39,6 +39,7 @@ from open_r1.base.edits import Box, Edit
 from open_r1.base.errors import FileMistake, Mistake, positive, run
 from open_r1.base.files import replace_file, to_json
 from open_r1.base.images import BrokenImage, opened, to_rgb, upright_size
+from open_r1.base.locks import is_main_process
 from open_r1.tasks.sat import Example, to_record
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -304,7 +305,7 @@ def make_records(
         raise Mistake(f"{images}: {len(found)} pictures ({', '.join(SUFFIXES)}); expected a folder with two at least")
     random.Random(seed).shuffle(found)
     first = min(max(round(held_out * len(found)), 1), len(found) - 1)
-    is_main = os.environ.get("RANK", "0") == "0"  # all processes of a launch read the same
+    is_main = is_main_process()  # all processes of a launch read the same
     seen, left_out, records = set(), Counter(), {}
     for split, paths, part in (("train", found[first:], 1 - held_out), ("test", found[:first], held_out)):
         with tqdm(paths, unit=" pictures", desc=split, disable=not is_main) as bar:
