@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.base.errors import Mistake, printable, run, use_environment
+from open_r1.base.errors import Mistake, positive, printable, run, use_environment
 
 use_environment()
 
@@ -31,7 +31,7 @@ def main() -> None:
         default="auto",
         help="base, instruct or a file; auto: as the evaluation chooses, the one that the checkpoint was trained with",
     )
-    parser.add_argument("--max_new_tokens", type=int, default=700, help="longest answer in tokens (default: 700)")
+    parser.add_argument("--max_new_tokens", type=positive, default=700, help="longest answer in tokens (default: 700)")
     parser.add_argument("--family", help="the model's family, if it is one of your own: module:NAME")
     args = parser.parse_args()
     use_family(args.family)

@@ -18,6 +18,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import ModelConfig
 
@@ -322,6 +323,12 @@ def test_a_finished_run_is_scored_again_and_another_is_kept_aside(script, argume
         first = run(script, arguments)
     for kept in (tmp_path / "results").glob("*.old"):
         kept.unlink()
+    (path,) = (tmp_path / "results").iterdir()
+    path.write_text(json.dumps(first | {"results": first["results"][:-1]}))
+    assert run(script, arguments) == first and "answered before" not in capsys.readouterr().out  # a row was lost
+    (kept,) = (tmp_path / "results").glob("*.old")
+    assert len(json.loads(kept.read_text())["results"]) == 23
+    kept.unlink()
     second = run(script, [*arguments, "--limit", "8"])
     assert len(second["results"]) == 8
     kept = list((tmp_path / "results").glob("*.old"))
@@ -460,6 +467,17 @@ def test_an_adapter_of_every_family_is_exported_evaluated_and_asked(
     assert asked[0] == asked[1] and "completion: " in asked[0]
 
 
+def test_an_export_that_finds_no_room_is_one_line(adapter, tmp_path, monkeypatch):
+    def save(self, folder: Path) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    monkeypatch.setattr(sys, "argv", ["", "--adapter", str(adapter), "--output", str(tmp_path / "merged")])
+    with pytest.raises(Mistake, match=f"^{tmp_path / 'merged'}: takes no more, is the disk full"):
+        load_script(REPO_ROOT / "scripts/export.py").main()
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_adapter_whose_base_is_gone_is_one_line(script, arguments, adapter, tmp_path, monkeypatch):
     folder = shutil.copytree(adapter, tmp_path / "lora")
     name_base(folder, "gone/away/base")
@@ -499,6 +517,21 @@ def test_the_references_rows_get_type_and_source_from_the_data_set(script, refer
         assert joined["scores"][name]["accuracy"] == sum(chosen) / len(chosen)
     assert 0 < joined["accuracy"]["CV-Bench"] < 1
     assert [row["id"] for row in joined["results"]] == [item.id for item in items]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--benchmark", "VSR"], r"^--benchmark VSR: .*reference\.json answers CV-Bench; leave --benchmark out$"),
+        (["--limit", "8"], "^--limit: --precomputed_json scores every response of its file; leave --limit out$"),
+    ],
+)
+def test_what_a_file_of_responses_decides_is_no_option(script, reference_file, more, message):
+    reference_file.write_text(json.dumps(json.loads(reference_file.read_text()) | {"benchmark": "CV-Bench"}))
+    options = ["--precomputed_json", str(reference_file), "--output_dir", str(reference_file.parent / "scored")]
+    with pytest.raises(Mistake, match=message):
+        evaluation.run(script.parse_args([*options, *more]))
+    evaluation.run(script.parse_args([*options, "--benchmark", "CV-Bench"]))
 
 
 def test_rows_of_the_reference_join_their_questions_or_are_named(script, reference_file, rendered, items):

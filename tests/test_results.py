@@ -268,6 +268,7 @@ def test_what_is_no_question_set(tmp_path):
     [
         (world.main, "--output {folder}/w --rows 1 --schema cvbench", "--rows 1: cvbench has 2 files, and each needs"),
         ("scripts/benchmark.py", "stpe", "{{data,eval,step}}"),
+        ("scripts/ask.py", "--model x --max_new_tokens 0", "--max_new_tokens: expected a number above 0, not '0'"),
         ("scripts/benchmark.py", "eval --bs -1", "--bs: expected a number above 0, not '-1'"),
         ("scripts/benchmark.py", "eval --mean_tokens 0", "--mean_tokens: expected a number above 0, not '0'"),
         ("scripts/benchmark.py", "--json {folder}/no/x.json data", "--json: {folder}/no/x.json: no folder {folder}/no"),

@@ -7,7 +7,8 @@
 
 It writes results/CVBench_result_{model}_{reasoning|no_reasoning}.json: every response with how it was read, the
 scores with 95 % intervals, and all that they depend on. Decoding is greedy without a repetition penalty. Every batch
-is saved; the same command continues an interrupted run. An earlier result made with other settings is kept aside.
+is saved; the same command continues an interrupted run. An earlier result that was made with other settings, or lost
+rows since, is kept aside.
 """
 
 import sys

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
+from trl.data_utils import prepare_multimodal_messages
 
 from open_r1.base.errors import Mistake, naming_option
 from open_r1.base.hub import model_folder
 from open_r1.base.images import open_image
 from open_r1.base.prompts import check_text
 from open_r1.engines.backends import load_transformers
-from open_r1.evaluation.answering import generation_settings, load_prompting, messages
+from open_r1.evaluation.answering import generation_settings, load_prompting
 from open_r1.models.families import control_tokens
 from open_r1.tasks.unshown import unshown_texts
 
@@ -46,21 +47,20 @@ def ask(model: str, asked: Asked, chat_template: str = "auto", max_new_tokens: i
         max_new_tokens: of the longest answer.
 
     Raises:
-        Mistake: no such model, or a prompt that does not show all of its record.
+        Mistake: no such model, a prompt that does not show all of its record, or no tokens for an answer.
     """
-    conversation = messages([open_image(image) for image in asked.images], asked.question)
-    system = [{"role": "system", "content": [{"type": "text", "text": text}]} for text in asked.system]
-    conversation = [*system, *conversation]
+    if max_new_tokens < 1:
+        raise Mistake(f"max_new_tokens: expected a number above 0, not {max_new_tokens}")
+    given = [{"role": "system", "content": text} for text in asked.system]
+    given.append({"role": "user", "content": asked.question})
+    conversation = prepare_multimodal_messages(given, [open_image(image) for image in asked.images])
     with naming_option("--model"):
         folder = model_folder(model)
     processor, _ = load_prompting(folder, chat_template)
-    for text in (*asked.system, asked.question):
-        check_text(text, control_tokens(processor))
+    with naming_option(asked.origin):
+        for message in given:
+            check_text(message["content"], control_tokens(processor))
     rendered = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    given = [
-        *({"role": "system", "content": text} for text in asked.system),
-        {"role": "user", "content": asked.question},
-    ]
     if unshown := [*asked.unshown, *unshown_texts(given, rendered)]:
         raise Mistake(f"{asked.origin}: its prompt does not show {', '.join(unshown)}")
     backend = load_transformers(folder, processor, "cuda" if torch.cuda.is_available() else "cpu")

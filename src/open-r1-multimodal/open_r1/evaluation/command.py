@@ -8,7 +8,7 @@ from open_r1.answers.statistics import PARSERS
 from open_r1.base.errors import given, positive
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.base.videos import MAX_FRAMES
-from open_r1.evaluation.run import newest_grpo_output
+from open_r1.evaluation.run import DEFAULT_BENCHMARK, newest_grpo_output
 from open_r1.tasks.benchmarks import BENCHMARKS, SUITES, find_benchmark
 
 RESULTS = REPO_ROOT / "src/eval/results"
@@ -55,10 +55,9 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     add(
         "--benchmark",
         type=given,
-        default="CV-Bench",
         metavar="NAME",
         help=f"{', '.join(BENCHMARKS)}; easi-8, eight spatial ones in turn; or your own, module:NAME "
-        "(default: %(default)s)",
+        f"(default: {DEFAULT_BENCHMARK}, or the one that the file of --precomputed_json names)",
     )
     add(
         "--dataset_path",
@@ -103,8 +102,9 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         "--precomputed_json",
         type=folder_or_file,
         metavar="FILE",
-        help="score the responses of a result file again; loads no model. One that the paper's own code wrote gets the "
-        "scores 2D, 3D and CV-Bench (the official one) with the --dataset_path that was asked",
+        help="score the responses of a result file again; loads no model. Of the other options --parser, --output_dir "
+        "and --export count, and --benchmark where the file names none. A file that the paper's own code wrote gets "
+        "the scores 2D, 3D and CV-Bench (the official one) with the --dataset_path that was asked",
     )
     add(
         "--export",
@@ -112,7 +112,9 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         help="also write the responses in the form of lmms-eval's logs, one line of JSON for each",
     )
     args = parser.parse_args(argv)
-    if args.benchmark not in SUITES:
+    if args.benchmark is None and not args.precomputed_json:
+        args.benchmark = DEFAULT_BENCHMARK
+    if args.benchmark and args.benchmark not in SUITES:
         find_benchmark(args.benchmark)
     if args.family:
         from open_r1.models.families import use_family  # imports torch

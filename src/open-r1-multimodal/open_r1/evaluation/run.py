@@ -16,9 +16,9 @@ from open_r1.base.errors import FileMistake, Mistake, naming_option, printable
 from open_r1.base.fields import Record, check
 from open_r1.base.files import append_rows, read_json, read_rows, replace_file, to_json
 from open_r1.base.hub import model_folder
-from open_r1.base.locks import owned
+from open_r1.base.locks import is_main_process, owned
 from open_r1.evaluation.lmms_eval import write_samples
-from open_r1.evaluation.results import AnsweredRow, read_result
+from open_r1.evaluation.results import AnsweredRow, check_rows, read_result
 from open_r1.tasks.benchmarks import SUITES, Benchmark, Item, MissingImages, digest, find_benchmark, locate, read
 
 if TYPE_CHECKING:  # re-scoring starts without torch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # re-scoring starts without torch
     from open_r1.engines.backends import Backend
     from open_r1.evaluation.answering import Answerer
 
+DEFAULT_BENCHMARK = "CV-Bench"
 MEASURED = ("parser", "accuracy", "scores", "shares", "results")  # what scoring adds to a result
 
 
@@ -72,7 +73,7 @@ def put_aside(path: Path) -> None:
     written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
     aside = path.with_name(f"{path.stem}.{written}{path.suffix}.old")
     path.replace(aside)
-    print(printable(f"{path} was made with other settings; it is now {aside.name}"))
+    print(printable(f"{path} is not what is asked for (other settings, parser or rows); it is now {aside.name}"))
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -153,12 +154,19 @@ def rescore(args: argparse.Namespace) -> None:
     """Read saved responses again: a result file, ours or the reference's, or a plain list of rows.
 
     The reference's rows know neither type nor source; from --dataset_path they get them, by place.
+
+    Raises:
+        Mistake: what `read_result` and `join_rows` raise, or the file answers another benchmark than `--benchmark`.
     """
     content = read_result(args.precomputed_json)
     rows = content["results"]
     about = {key: value for key, value in content.items() if key not in MEASURED}
     with naming_option(str(args.precomputed_json)):
-        benchmark = find_benchmark(about.setdefault("benchmark", args.benchmark))
+        benchmark = find_benchmark(about.setdefault("benchmark", args.benchmark or DEFAULT_BENCHMARK))
+    if args.benchmark not in (None, about["benchmark"]):
+        raise Mistake(
+            f"--benchmark {args.benchmark}: {args.precomputed_json} answers {about['benchmark']}; leave --benchmark out"
+        )
     if args.dataset_path and not any("id" in row for row in rows):
         items = read(benchmark, args.dataset_path)
         rows = join_rows(rows, items, args.precomputed_json)
@@ -198,8 +206,10 @@ def run(args: argparse.Namespace, load: "Callable[..., Backend] | None" = None) 
         load: see `evaluate`.
 
     Raises:
-        Mistake: another process writes it.
+        Mistake: another process writes it, or what `evaluate` and `rescore` raise.
     """
+    if args.precomputed_json and args.limit:
+        raise Mistake("--limit: --precomputed_json scores every response of its file; leave --limit out")
     if args.benchmark in SUITES and not args.precomputed_json:
         evaluate_suite(args)
         return
@@ -237,7 +247,7 @@ def evaluate_suite(args: argparse.Namespace) -> None:
         line += f"; not in {args.dataset_path or 'the Hub'}: {', '.join(missing)}"
     if not there:
         raise Mistake(f"{line}; each belongs in a folder of its name")
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = is_main_process()
     if is_main:
         print(printable(line))
     backends: list[Backend] = []
@@ -317,6 +327,9 @@ def evaluate(args: argparse.Namespace, load: "Callable[..., Backend] | None" = N
     path = result_path(args)
     earlier = read_json(path) if path.exists() else None
     answered = isinstance(earlier, dict) and settings.items() <= earlier.items()
+    if answered:  # unless rows were lost from the file since
+        rows = check_rows(earlier.get("results"), path)
+        answered = {(row.get("id"), row.get("rotation", 0)) for row in rows} == {item.key for item in items}
     state.wait_for_everyone()  # nobody writes before all have read
     if answered:
         if state.is_main_process:
