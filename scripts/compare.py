@@ -14,6 +14,7 @@ points with the prompt or the parser alone.
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def name_results(
     Results of one model on several benchmarks have one name.
 
     Raises:
-        Mistake: too many or too few chosen names.
+        Mistake: too many or too few chosen names, or one of them twice.
     """
     benchmarks = [benchmark_of(result) for result in results]
     stems = list(map(stem_of, paths))
@@ -82,6 +83,8 @@ def name_results(
     if len(set(zip(stems, benchmarks, strict=True))) < len(stems):  # one name in two folders
         stems = wanted = defaults = list(map(str, paths))
     names = chosen or defaults
+    if repeated := [name for name, count in Counter(chosen).items() if count > 1]:
+        raise Mistake(f"--names: {repeated[0]} twice; each result or model needs a name of its own")
     if len(names) != len(wanted):
         defaults = f" ({', '.join(defaults)})" if kind == "models" else ""
         raise Mistake(f"--names: {len(names)} names for {len(wanted)} {kind}{defaults}")

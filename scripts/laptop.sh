@@ -76,6 +76,7 @@ sat_result() { # arm, seed
 # xargs starts this script anew for each run of GRPO, as `laptop.sh --run ARM SEED`, with the rest in the environment.
 if [ "${1:-}" = --run ]; then
     folder="$RUN/$2/seed$3"
+    log="$folder.log" # `evaluate` sets folder
     [ ! -f "$(sat_result "$2" "$3")" ] || exit 0
     mkdir -p "$folder"
     overlay=""
@@ -86,7 +87,7 @@ if [ "${1:-}" = --run ]; then
             "configs/laptop/grpo.yaml $overlay" "$folder" --eval_dataset_name "$RUN/data/SAT_val_$HELD_OUT.json" \
             --seed "$3" ${SHORT:+--completions_per_step 8 --per_device_train_batch_size 8 --max_completion_length 16} &&
             evaluate "$folder" "$folder" && evaluate_on_sat "$folder" "$RUN/results/$2"
-    } >>"$folder.log" 2>&1 || fail "$2, seed $3 failed; $folder.log says why"
+    } >>"$log" 2>&1 || fail "$2, seed $3 failed; $log says why"
     echo "$2, seed $3: done"
     exit
 fi

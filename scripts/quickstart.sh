@@ -15,6 +15,7 @@ usage() {
     exit "$1"
 }
 
+[ $# -le 2 ] || { echo "quickstart: error: unknown argument $3" >&2 && usage 2 >&2; }
 seed=0
 case "${1:-}" in
     "") ;;

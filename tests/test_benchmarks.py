@@ -182,6 +182,8 @@ def test_the_results_of_all_benchmarks_are_one_table(compare, tmp_path, capsys):
     assert out[0] == "| | chance | Base | R1-Zero |"
     with pytest.raises(Mistake, match=r"--names: 1 names for 2 models \(base, grpo\)"):
         compare(*paths, "--names", "Base")
+    with pytest.raises(Mistake, match=r"--names: Base twice; each result or model needs a name of its own"):
+        compare(*paths, "--names", "Base", "Base")
 
     other = json.loads(paths[1].read_text()) | {"parser": "strict"}
     (tmp_path / "CVBench_result_other_reasoning.json").write_text(json.dumps(other))

@@ -155,6 +155,23 @@ def test_an_unknown_argument_is_one_line():
         assert done.returncode == 2 and done.stderr.startswith("laptop: error: ") and done.stderr.count("\n") == 1
 
 
+def test_the_quick_start_takes_a_seed_and_no_more():
+    script = REPO_ROOT / "scripts/quickstart.sh"
+    done = subprocess.run(["sh", script, "--seed", "1", "--steps", "5"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("quickstart: error: unknown argument --steps\n")
+
+
+def test_a_run_that_fails_names_its_log(tmp_path):
+    """Also where training went well, and the second evaluation does not."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$*"\ncase "$*" in *SAT-test*) exit 3 ;; esac\n')
+    (tmp_path / "python").chmod(0o755)
+    env = {**os.environ, "PYTHON": str(tmp_path / "python"), "RUN": str(tmp_path), "SHORT": "", "FEW": ""}
+    command = ["sh", SCRIPT, "--run", "grpo", "0"]
+    done = subprocess.run(command, env=env | {"HELD_OUT": "8"}, capture_output=True, text=True)
+    log = tmp_path / "grpo/seed0.log"
+    assert done.stderr == f"laptop: error: grpo, seed 0 failed; {log} says why\n" and "SAT-test" in log.read_text()
+
+
 @pytest.mark.real
 @pytest.mark.nightly
 def test_a_rehearsal_goes_on_where_it_was_interrupted(tmp_path):
