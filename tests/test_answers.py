@@ -12,7 +12,8 @@ import pytest
 
 from open_r1.answers import checker as answers
 from open_r1.answers import passages, values
-from open_r1.answers.checker import EVIDENCE, Unread, Verdict, extract_answer, is_correct, judge, normalize
+from open_r1.answers.checker import EVIDENCE, Unread, Verdict, extract_answer, is_correct, judge
+from open_r1.answers.values import normalize
 
 TABLE = json.loads((Path(__file__).parent / "data" / "responses.json").read_text(encoding="utf-8"))
 COUNT = {"gold": "(B)", "options": ["3", "2", "1", "0"]}

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 from PIL import Image
 
-from open_r1.answers.checker import extract_answer, is_blank, is_correct, judge
+from open_r1.answers.checker import extract_answer, is_correct, judge
+from open_r1.answers.values import is_blank
 from open_r1.base.prompts import without_surrogates
 from open_r1.rewards import accuracy_reward, format_reward
 from open_r1.tasks.examples import iter_rows

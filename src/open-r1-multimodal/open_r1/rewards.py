@@ -15,8 +15,9 @@ from typing import Any
 
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
-from open_r1.answers.checker import bare_gold, extract_answer, is_blank, is_correct
+from open_r1.answers.checker import bare_gold, extract_answer, is_correct
 from open_r1.answers.reflection import concluded
+from open_r1.answers.values import is_blank
 from open_r1.base.errors import Mistake, UserCodeError
 from open_r1.base.plugins import describe, import_named
 

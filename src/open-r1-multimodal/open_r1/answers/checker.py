@@ -19,8 +19,6 @@ from itertools import chain, pairwise
 
 from open_r1.answers.options import Answer, Outcome, Question, Unread, is_answer, make_question
 from open_r1.answers.passages import Response, announced, chosen, denies, is_list, praised, said
-from open_r1.answers.values import is_blank as is_blank
-from open_r1.answers.values import normalize as normalize  # for those who compare texts as the checker does
 from open_r1.answers.values import tidy
 
 MAX_ANSWER_CHARS = 1_000  # an answer is an option or a number; anything longer is not an answer

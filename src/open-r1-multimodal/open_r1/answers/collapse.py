@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from open_r1.answers.checker import MAX_ANSWER_CHARS, bare_gold, extract_answer
-from open_r1.answers.options import make_question
+from open_r1.answers.checker import bare_gold, extract_answer, read_strictly
+from open_r1.answers.options import is_answer, make_question
 from open_r1.answers.statistics import Row, by_question, labels
 from open_r1.base.errors import Mistake
 
@@ -119,12 +119,12 @@ def answered(record: Mapping[str, Any]) -> Row | None:
     except Mistake:
         return None
     answer = extract_answer(completion)
-    answer = completion if answer is None else answer  # without a tag, as where a recipe asks for the answer alone
-    index = question.exact(answer) if len(answer) <= MAX_ANSWER_CHARS else None
+    # without a tag, as where a recipe asks for the answer alone
+    outcome = read_strictly(completion if answer is None else answer, question)
     return {
         "id": hash((record["prompt"], *record["images"])),
         "options": options,
         "type": record.get("question_type"),
         "ground_truth": question.label(question.gold),
-        "model_answer": None if index is None else question.label(index),
+        "model_answer": question.label(outcome) if is_answer(outcome) else None,
     }

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from open_r1.answers.checker import judge, normalize
+from open_r1.answers.checker import judge
+from open_r1.answers.values import normalize
 
 MAX_CONTEXT_CHARS = 2_000  # how far before its first reflection a text is searched for the option that it favoured
 ACCURACY = "accuracy_reward"  # the reward that says whether a final answer is right

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator
 
-from open_r1.answers.checker import Unread, is_blank, judge
-from open_r1.answers.values import only_number
+from open_r1.answers.checker import Unread, judge
+from open_r1.answers.values import is_blank, only_number
 from open_r1.base.errors import Mistake
 from open_r1.base.fields import Expected, Name, Record, Text
 
