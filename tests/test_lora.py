@@ -22,10 +22,10 @@ from open_r1.models.families import FAMILIES, family_of
 from open_r1.models.loading import (
     FreezeArguments,
     adapter_base,
+    check_model,
     get_adapter_config,
     load_checkpoint,
     load_model,
-    load_model_from_args,
     load_processor,
     parameter_table,
 )
@@ -158,10 +158,10 @@ def test_a_frozen_part_gets_no_adapter(tiny_models, tmp_path, model_type):
 def test_quantised_weights_need_bitsandbytes_and_an_adapter(tiny_model, monkeypatch):
     args = {"model_name_or_path": str(tiny_model), "load_in_4bit": True}
     with pytest.raises(ValueError, match="load_in_4bit, load_in_8bit: weights that bitsandbytes quantised"):
-        load_model_from_args(ModelConfig(**args))
+        check_model(ModelConfig(**args))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(Mistake, match="load_in_4bit, load_in_8bit: bitsandbytes is not installed") as raised:
-        load_model_from_args(ModelConfig(**args, use_peft=True))
+        check_model(ModelConfig(**args, use_peft=True))
     assert "\n" not in str(raised.value)
 
 

@@ -26,13 +26,24 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from open_r1.base.errors import FileMistake, Mistake, first_line
+from open_r1.base.errors import FileMistake, Mistake, first_line, naming_option
 from open_r1.base.hub import model_folder
 from open_r1.base.prompts import load_chat_template
 from open_r1.configs import FreezeArguments
-from open_r1.models.families import FAMILIES, PARTS, Family, end_token_ids, family_of, family_of_processor, find_family
+from open_r1.models.families import (
+    FAMILIES,
+    PARTS,
+    Family,
+    end_token_ids,
+    family_of,
+    family_of_processor,
+    find_family,
+    tokenizer_of,
+)
 from open_r1.models.files import ADAPTER, check_processor_files, check_weight_files, read_config, read_object
 from open_r1.models.templates import try_template
+
+MODEL_SETTING = "MODEL, model_name_or_path"  # what chooses a recipe's model, for errors
 
 
 def resolve_dtype(name: str | None) -> torch.dtype | str:
@@ -60,15 +71,6 @@ def resolve_attn_implementation(name: str | None, dtype: torch.dtype | str) -> s
     return "flash_attention_2" if usable else "sdpa"
 
 
-@contextmanager
-def naming_model(settings: str = "MODEL, model_name_or_path") -> Iterator[None]:
-    """In the block, a mistake about a recipe's model names the settings that choose the model."""
-    try:
-        yield
-    except (OSError, Mistake) as error:
-        raise FileMistake(f"{settings}: {error}") from error
-
-
 def check_model(model_args: ModelConfig) -> Family:
     """Fetch the policy of a recipe from the Hub, and see that it can be loaded, without doing so.
 
@@ -78,7 +80,7 @@ def check_model(model_args: ModelConfig) -> Family:
     Raises:
         Mistake: what `check_model_files` raises, or the recipe cannot train the model.
     """
-    with naming_model():
+    with naming_option(MODEL_SETTING):
         family = check_model_files(model_args.model_name_or_path, model_args.model_revision)
     quantises = model_args.load_in_4bit or model_args.load_in_8bit
     if quantises and importlib.util.find_spec("bitsandbytes") is None:
@@ -117,14 +119,14 @@ def check_teacher(name: str, config: PreTrainedConfig, processor: ProcessorMixin
         Mistake: there is no such model, or it is of another family or vocabulary.
     """
     setting = "teacher_model_name_or_path"
-    with naming_model(setting):
+    with naming_option(setting):
         family, its_processor = check_model_files(name), load_processor(name)
         folder = model_folder(name)
     if family is not find_family(config.model_type):
         raise Mistake(f"{setting}: {name} is of {family.model_type}, and the policy of {config.model_type}")
     with reading(folder / "config.json", "configuration"):
         its_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    tokens, rows = (getattr(processor, "tokenizer", processor).get_vocab(), config.get_text_config().vocab_size)
+    tokens, rows = (tokenizer_of(processor).get_vocab(), config.get_text_config().vocab_size)
     its_tokens, its_rows = its_processor.tokenizer.get_vocab(), its_config.get_text_config().vocab_size
     # Checkpoints of one tokenizer may have more rows than it has tokens: Qwen2-VL 151936 of 2B, 152064 of 7B.
     if its_tokens != tokens or its_rows < rows:
@@ -369,8 +371,7 @@ def check_adapter(model: PeftModel, folder: str | Path, name: str = "default") -
 
 
 def load_model_from_args(model_args: ModelConfig) -> PreTrainedModel:
-    """`check_model`, then `load_model` with the values of TRL's `ModelConfig`."""
-    check_model(model_args)
+    """`load_model` with the values of TRL's `ModelConfig`, which `check_model` has seen."""
     return load_model(
         model_args.model_name_or_path,
         dtype=model_args.dtype,
@@ -466,7 +467,7 @@ def reset_generation_config(model: PreTrainedModel, processor: ProcessorMixin | 
     policy whose log-probabilities are trained. What is left says only where a completion ends.
     """
     model.generation_config = GenerationConfig(
-        eos_token_id=end_token_ids(processor), pad_token_id=getattr(processor, "tokenizer", processor).pad_token_id
+        eos_token_id=end_token_ids(processor), pad_token_id=tokenizer_of(processor).pad_token_id
     )
 
 

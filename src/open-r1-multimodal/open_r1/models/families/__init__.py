@@ -27,6 +27,7 @@ __all__ = [
     "family_of",
     "family_of_processor",
     "find_family",
+    "tokenizer_of",
     "use_family",
     "vision_token_ids",
 ]
@@ -60,23 +61,27 @@ def family_of_processor(processor: ProcessorMixin) -> Family:
     return next(family for family in FAMILIES.values() if family.processor is type(processor))
 
 
+def tokenizer_of(processor: ProcessorMixin | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer in a processor, or the one that is given in its place."""
+    return getattr(processor, "tokenizer", processor)
+
+
 def end_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: the tokenizer's own, and its family's."""
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     known = _known_ids(tokenizer, (token for family in FAMILIES.values() for token in family.end_tokens))
     return sorted({tokenizer.eos_token_id, *known} - {None})
 
 
 def control_tokens(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[str]:
     """The texts that the tokenizer takes for something else than text."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [str(token) for token in tokenizer_of(processor).added_tokens_decoder.values() if token.special]
 
 
 def vision_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
     """The ids that a policy must never sample."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    return sorted(_known_ids(tokenizer, (token for family in FAMILIES.values() for token in family.vision_tokens)))
+    tokens = (token for family in FAMILIES.values() for token in family.vision_tokens)
+    return sorted(_known_ids(tokenizer_of(processor), tokens))
 
 
 def _known_ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> set[int]:
