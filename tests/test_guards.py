@@ -311,7 +311,7 @@ def test_a_run_that_goes_on_keeps_rows_whose_images_broke(tiny_model, tmp_path, 
     ]
     for path in images[:11]:
         path.unlink(missing_ok=True)
-    with pytest.raises(ValueError, match=r"row 0: .* so are 10 others since the run began; restore the data$"):
+    with pytest.raises(ValueError, match=r"row 0: .*; 10 more images broke since the run began; restore the data$"):
         load_dataset(data, processor, has_begun=True)
 
 

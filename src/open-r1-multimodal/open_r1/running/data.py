@@ -36,8 +36,7 @@ from open_r1.base.images import (
 from open_r1.base.prompts import join_options
 from open_r1.configs import DataArguments
 from open_r1.models.families import control_tokens, family_of_processor
-from open_r1.models.loading import load_processor
-from open_r1.models.templates import try_template
+from open_r1.models.loading import check_template, load_processor
 from open_r1.tasks.examples import Columns
 from open_r1.tasks.mixture import iter_mixture, parts_of
 from open_r1.tasks.unshown import NOTHING, PROMPT_FIELDS, unshown_texts
@@ -65,7 +64,7 @@ def load_processor_from_args(
         revision=model_args.model_revision,
     )
     name = data_args.chat_template or str(model_args.model_name_or_path)
-    try_template(processor, name, **template_kwargs)
+    check_template(processor, name, **template_kwargs)
     return processor
 
 
@@ -289,8 +288,7 @@ def load_dataset(
             raise Mistake(f"{line}; mend them, or train without it by --drop_unshown true")
         state.print(f"warning: {printable(line)}, all trained on (drop_unshown)")
     if len(lost) > most_broken(len(kept)):
-        others = f"so are {len(lost) - 1} others since the run began"
-        raise Mistake(f"{lost[0]}; {others}; restore the data")
+        raise Mistake(f"{lost[0]}; {len(lost) - 1} more images broke since the run began; restore the data")
     for line in lost:
         state.print(f"warning: {printable(line)}; completions about it earn nothing")
     reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
