@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from open_r1.base.errors import ROOT as REPO_ROOT
 from open_r1.base.errors import MissingFile, Mistake
 
-REPO_ROOT = Path(__file__).resolve().parents[4]
 CHAT_TEMPLATE_DIR = REPO_ROOT / "configs" / "chat_templates"
 
 IMAGE_PLACEHOLDER = "<image>"  # ShareGPT's mark for "an image goes here"

@@ -39,7 +39,7 @@ def versions(run: Run) -> Iterator[Finding]:
 
 def gpus(run: Run) -> Iterator[Finding]:
     """The GPUs that the driver lists against those that torch can use."""
-    listed = listed_gpus() or []
+    listed = listed_gpus()
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if usable and (old := gpu_without_kernels()):
         yield failed(old, OTHER_TORCH)

@@ -63,10 +63,11 @@ class LaunchSettings:
 
     def for_doctor(self) -> list[str]:
         """The arguments of `scripts/doctor.py`."""
-        arguments = ["--script", self.script.stem, "--accelerate_config", self.config_file]
-        arguments += ["--num_processes", str(self.num_processes)]
-        arguments += ["--num_machines", str(self.machine.count)]
-        return [*arguments, *self.arguments]
+        return [
+            *("--script", self.script.stem, "--accelerate_config", self.config_file),
+            *("--num_processes", str(self.num_processes), "--num_machines", str(self.machine.count)),
+            *self.arguments,
+        ]
 
 
 def read_launch(name: str, recipe: str, arguments: Sequence[str], environ: MutableMapping[str, str]) -> LaunchSettings:
