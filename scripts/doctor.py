@@ -102,7 +102,9 @@ def main() -> None:
     parser.add_argument(
         "--script", choices=("grpo", "sft"), help="what runs the recipe (default: told by its settings)"
     )
-    parser.add_argument("--num_processes", type=positive, default=1, help="GPUs, on all machines (default: 1)")
+    parser.add_argument(
+        "--num_processes", type=positive, default=1, help="processes, on all machines together; one a GPU (default: 1)"
+    )
     parser.add_argument("--num_machines", type=positive, default=1, help="(default: 1)")
     parser.add_argument("--accelerate_config", default="zero2", help="zero2, zero3, ddp or a file (default: zero2)")
     parser.add_argument("--cpu", action="store_true", help="with --memory: count for processes on a CPU")

@@ -1,7 +1,7 @@
 #!/bin/sh
-# What this repository does on one NVIDIA GPU, in seven minutes and one table: the attention tests that need a GPU,
-# decoding, a GRPO step of Qwen2-VL-2B's size against stock TRL, LoRA and QLoRA in the room of smaller cards, two steps
-# of run_grpo_SAT.sh, evaluation. The weights are random, and no model hub is asked.
+# What this repository does on one NVIDIA GPU, in at most about nine minutes and one table: the attention tests that need
+# a GPU, decoding, a GRPO step of Qwen2-VL-2B's size against stock TRL, LoRA and QLoRA in the room of smaller cards, two
+# steps of run_grpo_SAT.sh, evaluation. The weights are random, and no model hub is asked.
 #
 #   bash scripts/gpu_check.sh                   into outputs/gpu_check
 #   bash scripts/gpu_check.sh --wheels FOLDER   with packages from a folder, where there is no network to install from

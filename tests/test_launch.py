@@ -420,7 +420,7 @@ def test_a_signal_ends_every_process_in_one_line(tmp_path, tiny_model, examples_
     "steps, resumes, state",
     [
         ([], True, "the same command starts from the beginning"),
-        ([3, 20, 100], True, "the same command continues at step 100"),
+        ([3, 20, 100, "200-backup"], True, "the same command continues at step 100"),
         ([3], False, "the same command starts from the beginning"),
     ],
 )

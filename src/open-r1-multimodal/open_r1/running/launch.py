@@ -174,9 +174,11 @@ def start(launch: LaunchSettings, run: list) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     checking.join()
-    if checking.exitcode:
-        number = -checking.exitcode
-        sys.exit(f"error: signal {number} ended the check" if number > 0 else checking.exitcode)
+    if code := checking.exitcode:
+        if code < 0:
+            code, line = ended_by("the check", -code)
+            print(line, file=sys.stderr)
+        sys.exit(code)
     *place, precision = plan.get()
     run += place
     if "TORCH_EXTENSIONS_DIR" in os.environ:
