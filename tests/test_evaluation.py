@@ -28,6 +28,7 @@ from open_r1.base.prompts import REPO_ROOT, load_chat_template, sat_question
 from open_r1.engines.backends import TransformersBackend
 from open_r1.evaluation import answering
 from open_r1.evaluation import run as evaluation
+from open_r1.evaluation.asking import style_of
 from open_r1.models.families import FAMILIES, family_of_processor
 from open_r1.models.loading import (
     FreezeArguments,
@@ -154,6 +155,21 @@ def test_the_template_is_found_in_the_checkpoint_whatever_its_path(tmp_path):
     folder = save_tiny_model(tmp_path / "some-base-model", vocab_size=256, chat_template="instruct")
     for path in (folder, f"{folder}/"):
         assert answering.load_prompting(path, "auto", 12544)[1] == "instruct"
+
+
+@pytest.mark.parametrize("place", ["", "checkpoint-3"])
+def test_a_run_is_asked_in_the_prompt_and_style_of_its_training(place, tmp_path):
+    """Also in a template that knows no style, in a checkpoint of the run; and what is no run's record is not believed."""
+    folder = save_tiny_model(tmp_path / place, vocab_size=256, chat_template="base")
+    record, mine = tmp_path / "run.json", QWEN_BASE + " "
+    record.write_text(json.dumps({"arguments": {"chat_template_kwargs": {"style": "direct"}}}))
+    assert answering.load_prompting(folder, "auto")[1] == "base" and style_of(folder) == {"style": "direct"}
+    (folder / "chat_template.jinja").write_text(mine)
+    processor, name = answering.load_prompting(folder, "auto")
+    assert name == "checkpoint" and processor.chat_template == mine
+    for text in ("[1]", "{", '{"arguments": 1}'):
+        record.write_text(text)
+        assert answering.load_prompting(folder, "auto")[1] == "base" and style_of(folder) == {}
 
 
 @pytest.mark.parametrize(

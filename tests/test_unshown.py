@@ -235,7 +235,7 @@ def ask(tiny_model, folder, monkeypatch):
     monkeypatch.setattr(
         asking,
         "load_transformers",
-        lambda *_: SimpleNamespace(encode=asked.append, generate=lambda *_: SimpleNamespace(ids=[[1]])),
+        lambda *_, **__: SimpleNamespace(encode=asked.append, generate=lambda *_: SimpleNamespace(ids=[[1]])),
     )
 
     def run(record: dict, template: str) -> list[dict]:

@@ -24,6 +24,7 @@ from open_r1.engines.backends import Backend, load_transformers
 from open_r1.engines.shared_prefix import Prompt
 from open_r1.engines.vllm_backends import load_vllm
 from open_r1.models.families import control_tokens, end_token_ids, family_of_processor, vision_token_ids
+from open_r1.models.files import read_object
 from open_r1.models.loading import adapter_base, check_template, load_processor
 from open_r1.tasks.benchmarks import Item
 
@@ -45,21 +46,30 @@ class Response:
 # --- prompts and images ---------------------------------------------------------------------------
 
 
-def choose_chat_template(name: str, own: str | None, folder: str = "") -> tuple[str, str]:
+def trained_with(folder: str | Path) -> dict[str, Any] | None:
+    """The settings of the run that left a model or checkpoint in a folder, as `run.json` has them; None without one."""
+    folder = Path(folder)
+    with suppress(OSError, Mistake):
+        run = read_object((folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json")
+        return run["arguments"] if isinstance(run.get("arguments"), dict) else None
+    return None
+
+
+def choose_chat_template(name: str, own: str | None, folder: str = "", is_trained: bool = False) -> tuple[str, str]:
     """The name and the text of the chat template to evaluate with.
 
     Args:
-        name: `base`, `instruct` or a file; or `auto`, which never looks at the path: a template
-            that knows `style`, as those that this project saves with its checkpoints do, is used as
-            it is; otherwise a checkpoint that ships ChatML is an instruct model, any other a base
-            model.
+        name: `base`, `instruct` or a file; or `auto`, which never looks at the path: the template of a checkpoint that
+            was trained here is used as it is, and so is one that knows `style`, as those of this project do; otherwise
+            a checkpoint that ships ChatML is an instruct model, any other a base model.
         own: the checkpoint's chat template, if it has one.
         folder: where its family's templates are; see `Family.templates`.
+        is_trained: whether a run of this project left the checkpoint.
 
     Raises:
         Mistake: no such file or name.
     """
-    if name == "auto" and own is not None and re.search(r"\bstyle\b", own):
+    if name == "auto" and own is not None and (is_trained or re.search(r"\bstyle\b", own)):
         names = {load_chat_template(name, folder): name for name in ("base", "instruct")}
         return names.get(own, "checkpoint"), own
     if name == "auto":
@@ -175,7 +185,8 @@ def load_prompting(
     """
     processor = load_processor(str(folder), max_pixels=max_pixels)
     family = family_of_processor(processor)
-    name, processor.chat_template = choose_chat_template(prompt, processor.chat_template, family.templates)
+    own, is_trained = processor.chat_template, trained_with(folder) is not None
+    name, processor.chat_template = choose_chat_template(prompt, own, family.templates, is_trained)
     if max_pixels is None and family.pixel_bounds(processor)[1] >= family.published_pixels:
         family.bound_images(processor, max_pixels=PAPER_MAX_PIXELS)
     check_template(processor, str(folder) if prompt == "auto" else prompt, **template_kwargs)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from open_r1.base.hub import model_folder
 from open_r1.base.images import open_image
 from open_r1.base.prompts import check_text
 from open_r1.engines.backends import load_transformers
-from open_r1.evaluation.answering import generation_settings, load_prompting
+from open_r1.evaluation.answering import generation_settings, load_prompting, trained_with
 from open_r1.models.families import control_tokens
 from open_r1.tasks.unshown import unshown_texts
 
@@ -37,13 +38,20 @@ class Asked:
     origin: str = "the question"
 
 
+def style_of(folder: Path) -> dict[str, str]:
+    """What the chat template of a trained model was rendered with, such as `direct` of SFT; empty for another model."""
+    kwargs = (trained_with(folder) or {}).get("chat_template_kwargs")
+    style = kwargs.get("style") if isinstance(kwargs, dict) else None
+    return {"style": style} if isinstance(style, str) else {}
+
+
 def ask(model: str, asked: Asked, chat_template: str = "auto", max_new_tokens: int = 700) -> str:
     """A checkpoint's greedy completion.
 
     Args:
         model: folder of a run (LoRA too) or Hub name.
         asked: the question.
-        chat_template: base, instruct or a file; auto: as the evaluation chooses.
+        chat_template: base, instruct or a file; auto: as the evaluation chooses, in the style of the run's training.
         max_new_tokens: of the longest answer.
 
     Raises:
@@ -56,14 +64,15 @@ def ask(model: str, asked: Asked, chat_template: str = "auto", max_new_tokens: i
     conversation = prepare_multimodal_messages(given, [open_image(image) for image in asked.images])
     with naming_option("--model"):
         folder = model_folder(model)
-    processor, _ = load_prompting(folder, chat_template)
+    style = style_of(folder) if chat_template == "auto" else {}
+    processor, _ = load_prompting(folder, chat_template, **style)
     with naming_option(asked.origin):
         for message in given:
             check_text(message["content"], control_tokens(processor))
-    rendered = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    rendered = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False, **style)
     if unshown := [*asked.unshown, *unshown_texts(given, rendered)]:
         raise Mistake(f"{asked.origin}: its prompt does not show {', '.join(unshown)}")
-    backend = load_transformers(folder, processor, "cuda" if torch.cuda.is_available() else "cpu")
+    backend = load_transformers(folder, processor, "cuda" if torch.cuda.is_available() else "cpu", **style)
     settings = GenerationConfig(**generation_settings(processor, max_new_tokens))
     (ids,) = backend.generate([backend.encode(conversation)], [1], settings).ids
     return processor.decode(ids, skip_special_tokens=True)
