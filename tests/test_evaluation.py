@@ -161,7 +161,8 @@ def test_the_template_is_found_in_the_checkpoint_whatever_its_path(tmp_path):
 def test_a_run_is_asked_in_the_prompt_and_style_of_its_training(place, tmp_path):
     """Also in a template that knows no style, and in a checkpoint; a file that is no run's record counts nothing."""
     folder = save_tiny_model(tmp_path / place, vocab_size=256, chat_template="base")
-    record, mine = tmp_path / "run.json", QWEN_BASE + " "
+    mine = load_chat_template("base").replace("style", "manner")
+    record = tmp_path / "run.json"
     record.write_text(json.dumps({"arguments": {"chat_template_kwargs": {"style": "direct"}}}))
     assert answering.load_prompting(folder, "auto")[1] == "base" and style_of(folder) == {"style": "direct"}
     (folder / "chat_template.jinja").write_text(mine)
