@@ -294,7 +294,9 @@ def test_reports_never_wait_for_an_answer(monkeypatch, tmp_path):
 def test_what_a_user_gives_is_not_outdone_by_the_recipe(tmp_path):
     """Held-out questions are asked, and an epoch more is one, without a second option that says so."""
     kinds = (GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig)
-    (tmp_path / "r.yaml").write_text("max_steps: 1500\nsave_steps: 100\nbf16: false\nuse_cpu: true\nlogging_steps: 1\n")
+    (tmp_path / "r.yaml").write_text(
+        "model_name_or_path: m\nmax_steps: 1500\nsave_steps: 100\nbf16: false\nuse_cpu: true\n"
+    )
     recipe = ["--config", str(tmp_path / "r.yaml"), "--dataset_name", "x", "--output_dir", "out"]
 
     def args(*arguments: str) -> Qwen2VLGRPOConfig:

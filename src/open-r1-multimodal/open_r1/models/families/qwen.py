@@ -28,8 +28,17 @@ from open_r1.models.image_tags import QWEN_IMAGE_TAGS
 
 
 def embed_patches(proj: nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
-    """patches (N, channels, frames, patch, patch) -> (N, width)."""
+    """What a convolution, whose kernel is as large as a patch, makes of patches (N, channels, frames, patch, patch).
+
+    Returns:
+        (N, width).
+    """
     return functional.linear(patches.flatten(1), proj.weight.flatten(1), proj.bias)
+
+
+def forward_of_conv(proj: nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
+    """In place of a patch embedding's own: on a GPU the matmul, on a CPU what it was, bit for bit."""
+    return embed_patches(proj, patches) if patches.is_cuda else nn.Conv3d.forward(proj, patches)
 
 
 class QwenVL(Family):
@@ -41,13 +50,13 @@ class QwenVL(Family):
     patch_size = 14
 
     def mend(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
-        """Let the patch embedding be the matmul that it is: cuDNN has no fast Conv3d in bfloat16, or none at all.
+        """Let a GPU compute the patch embedding as a matmul: cuDNN has no fast Conv3d in bfloat16, or none at all.
 
-        A patch is as large as the kernel. Weights and their names stay (vLLM computes it so, too).
+        Weights and their names stay. vLLM computes it so, too.
         """
         proj = self.vision_tower(model).patch_embed.proj
         if isinstance(proj, nn.Conv3d):  # not within an adapter
-            proj.forward = MethodType(embed_patches, proj)
+            proj.forward = MethodType(forward_of_conv, proj)
 
     def plain_inputs(self, is_image: torch.Tensor) -> dict[str, Any]:
         return {"mm_token_type_ids": is_image}
