@@ -175,7 +175,7 @@ def test_a_recipe_trains_and_goes_on(recipe, launch, quick_python, data, random_
     family = FAMILIES[FAMILY_OF.get(recipe, "qwen2_vl")]
     model = random_models[FAMILY_OF[recipe]] if recipe in FAMILY_OF else BASE
     is_sft = "num_generations" not in settings
-    arguments = ["--logging_steps", "1", "--save_steps", "1"]
+    arguments = ["--logging_steps", "1", "--save_steps", "1", "--save_total_limit", str(STEPS)]
     if not is_sft:
         arguments += ["--max_completion_length", "96"]
         arguments += ["--per_device_train_batch_size", "8", "--completions_per_step", str(COMPLETIONS)]

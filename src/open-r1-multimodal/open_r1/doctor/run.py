@@ -22,7 +22,7 @@ from trl import GRPOConfig, ModelConfig
 from open_r1.base.errors import Mistake, first_line
 from open_r1.doctor.survey import Survey, survey
 from open_r1.models.families import family_of
-from open_r1.models.loading import check_model, check_weights
+from open_r1.models.loading import check_model, check_template, check_weights
 from open_r1.models.memory import (
     Count,
     Launch,
@@ -154,6 +154,8 @@ class Run:
     @part
     def prompt_opening(self) -> bool:
         """Whether completions start inside `<think>`."""
+        source = self.script_args.chat_template or str(self.model_args.model_name_or_path)
+        check_template(self.processor, source, **self.template_kwargs)
         return opens_think(self.processor, **self.template_kwargs)
 
     @part
