@@ -530,11 +530,11 @@ def freeze(
 def get_adapter_config(model_args: ModelConfig, freezing: FreezeArguments, family: Family) -> PeftConfig | None:
     """TRL's LoRA configuration of a recipe, no adapter in a frozen part; None without `use_peft`."""
     config = get_peft_config(model_args)
+    frozen = frozen_parts(freezing.freeze_vision, freezing.freeze_llm, freezing.freeze_merger)
     if config is not None:
         config.revision = model_args.model_revision  # for whoever merges the adapter
-    frozen = frozen_parts(freezing.freeze_vision, freezing.freeze_llm, freezing.freeze_merger)
-    if config is not None and frozen:
-        config.exclude_modules = "|".join(family.modules_of(part) for part in frozen)
+        if frozen:
+            config.exclude_modules = "|".join(family.modules_of(part) for part in frozen)
     return config
 
 

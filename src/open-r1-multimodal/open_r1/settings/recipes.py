@@ -137,7 +137,12 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, di
 
 def merge_recipes(names: Sequence[str]) -> dict[str, Any]:
     """The settings of recipes and overlays as one recipe; raises what `read_files` raises."""
-    return {name: value for _, settings in read_files(names) for name, value in settings.items()}
+    return _merged(read_files(names))
+
+
+def _merged(files: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    """The settings of files as `read_files` gives them; of two, the later one counts."""
+    return {name: value for _, settings in files for name, value in settings.items()}
 
 
 def count_processes() -> int:
@@ -264,10 +269,11 @@ def _implied(recipe: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, A
     """
     given, implied = {**recipe, **named}, {}
     if given.get("eval_dataset_name"):  # asked when a checkpoint is saved, not after every step that is logged
-        implied = {"eval_strategy": "steps", "eval_steps": given.get("save_steps", TrainingArguments.save_steps)}
+        asked = {"eval_strategy": "steps", "eval_steps": given.get("save_steps", TrainingArguments.save_steps)}
+        implied = {name: value for name, value in asked.items() if name not in given}
     if "num_train_epochs" in named and "max_steps" not in named:
         implied["max_steps"] = -1  # a recipe's would win
-    return {name: value for name, value in implied.items() if name not in given or name == "max_steps"}
+    return implied
 
 
 def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -288,7 +294,7 @@ def read_recipe(dataclass_types: Sequence[type], arguments: Sequence[str]) -> tu
     names, others = split_arguments(arguments)
     parser.set_defaults(output_dir=default_output(names))
     files = read_files(names)
-    recipe = {name: value for _, settings in files for name, value in settings.items()}
+    recipe = _merged(files)
     for path, settings in files:
         parser.read(path, settings)
     parser.set_defaults_with_config(**_implied(recipe, _named(others)))

@@ -26,7 +26,7 @@ from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_settings, 
 from open_r1.engines import agreement, vllm_backends
 from open_r1.engines.backends import Backend, TransformersBackend
 from open_r1.engines.shared_prefix import Prompt, enable_grouping, images_of, prepare_model, score_completions
-from open_r1.models.families import end_token_ids, family_of, vision_token_ids
+from open_r1.models.families import end_token_ids, family_of, tokenizer_of, vision_token_ids
 from open_r1.models.loading import (
     accept_missing_images,
     check_model_files,
@@ -123,8 +123,7 @@ class Qwen2VLGRPOTrainer(
             check_weights(name, revision)
         if processing_class is None:
             processing_class = load_processor(name, revision=revision)
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        check_generation(args.generation_kwargs, len(tokenizer), args.use_vllm)
+        check_generation(args.generation_kwargs, len(tokenizer_of(processing_class)), args.use_vllm)
         never = vision_token_ids(processing_class)
         if args.use_vllm:
             # TRL loads a model given by its name in float32, if it is told nothing else
