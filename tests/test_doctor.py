@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import DynamicCache, LlamaConfig, Qwen2VLProcessor
+from transformers import DynamicCache, LlamaConfig, PreTrainedModel, Qwen2VLProcessor
 from trl import ModelConfig
+from trl.trainer import grpo_trainer
 
 from open_r1 import grpo, sft
 from open_r1.base.errors import Mistake
@@ -27,7 +28,7 @@ from open_r1.doctor import cost, environment, rewards
 from open_r1.doctor.cost import checkpoint_bytes
 from open_r1.doctor.examination import FAMILIES, examine
 from open_r1.doctor.finding import Finding, Verdict
-from open_r1.doctor.run import Run
+from open_r1.doctor.run import MEASURED_STEPS, Run
 from open_r1.doctor.survey import survey
 from open_r1.engines.shared_prefix import Prompt
 from open_r1.models.families import find_family
@@ -621,6 +622,37 @@ def test_a_machines_memory_is_for_its_own_processes():
     run.count = lambda launch: counted.append(launch.num_processes) or SimpleNamespace(peak=1e6)
     (finding,) = cost.memory(run)
     assert finding.what.startswith("2 x 0.0 GB at most") and counted == [4]
+
+
+def test_the_doctor_measures_on_one_of_several_gpus(tiny_model, examples_json, tmp_path, monkeypatch):
+    """The reference model too, which TRL would spread over all; and it logs each of its steps."""
+    asked, create = [], grpo_trainer.create_model_from_path
+
+    def note(name: str, **settings: object) -> PreTrainedModel:
+        asked.append(settings["device_map"])
+        return create(name, **settings)
+
+    monkeypatch.setattr(grpo_trainer, "create_model_from_path", note)
+    arguments = ["--model_name_or_path", str(tiny_model), "--dataset_name", str(examples_json), "--use_cpu", "true"]
+    arguments += ["--output_dir", str(tmp_path), "--max_completion_length", "4", "--logging_steps", "10"]
+    arguments += ["--completions_per_step", "8"]
+    trainer = Run(grpo.COMMAND, ["--config", str(RECIPE), *arguments], Launch(2, 2)).trainer
+    assert asked == [None]
+    trainer.train()
+    assert len([event for event in trainer.state.log_history if "time/rollout" in event]) == MEASURED_STEPS
+
+
+def test_more_gpus_shorten_all_of_a_step_but_its_rollout(monkeypatch):
+    """Of 10 s a step 4 are its rollout's, and four GPUs share the rest."""
+    monkeypatch.setattr(cost, "free_memory", lambda on_cpu: 1e9)
+    trainer = SimpleNamespace(args=None, state=SimpleNamespace(log_history=[]))
+    trainer.state.log_history = [{"time/rollout": 3.0}, {"time/rollout": 5.0}, {"train_runtime": 20.0}]
+    trainer.train = lambda: SimpleNamespace(metrics={"train_runtime": 20.0})
+    args = SimpleNamespace(max_steps=100, use_vllm=False)
+    run = SimpleNamespace(trainer=trainer, args=args, launch=Launch(4, 2), on_cpu=False)
+    run.count = lambda launch, args: SimpleNamespace(peak=0.0)
+    (finding,) = cost.hours(run)
+    assert finding.what == "5.5 s a step, measured over 2; 100 take 9.2 minutes"
 
 
 @pytest.mark.parametrize(

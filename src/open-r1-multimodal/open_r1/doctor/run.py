@@ -237,6 +237,7 @@ class Run:
             alone.model_init_kwargs = {"device_map": None}  # TRL would spread the reference model over all GPUs
         alone.output_dir, alone.max_steps = self.scratch.name, MEASURED_STEPS
         alone.save_strategy, alone.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
+        alone.logging_strategy, alone.logging_steps = IntervalStrategy.STEPS, 1  # `hours` adds the steps' rollouts up
         alone.eval_on_start, alone.push_to_hub, alone.report_to = False, False, []
         alone._n_gpu = min(alone.n_gpu, 1)  # with more, transformers would put DataParallel around the model
         return alone
