@@ -19,14 +19,19 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
 
+from open_r1 import grpo
 from open_r1.base.errors import Mistake
+from open_r1.base.prompts import REPO_ROOT
 from open_r1.engines.shared_prefix import ATTENTION
 from open_r1.engines.vllm_backends import load_vllm
+from open_r1.models.loading import load_processor
+from open_r1.settings.recipes import read_recipe
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer, unique_names
-from support import read_jsonl
+from support import pretend_vllm, read_jsonl
 
 MESSAGE = [{"role": Value("string"), "content": Value("string")}]
 IMAGE_ROWS = Features({"prompt": MESSAGE, "image": ImageFeature()})
@@ -129,6 +134,21 @@ def test_everything_of_a_name_is_of_its_revision(kwargs, revision, tmp_path, mon
     assert asked == [("org/model", revision)] * 2
 
 
+def test_the_reference_of_a_recipe_is_of_its_revision(tiny_model, examples_json, tmp_path, monkeypatch):
+    asked, create = [], grpo_trainer.create_model_from_path
+
+    def note(name: str, **settings: object) -> PreTrainedModel:
+        asked.append((name, settings["revision"]))
+        return create(name, **settings)
+
+    monkeypatch.setattr(grpo_trainer, "create_model_from_path", note)
+    arguments = ["--config", str(REPO_ROOT / "tests/data/grpo.yaml"), "--use_cpu", "true", "--model_revision", "v2"]
+    arguments += ["--dataset_name", str(examples_json), "--output_dir", str(tmp_path)]
+    arguments += ["--model_name_or_path", str(tiny_model)]
+    grpo.build_trainer(*read_recipe(grpo.COMMAND.arguments, arguments))
+    assert asked == [(str(tiny_model), "v2")]
+
+
 def test_an_engine_computes_in_the_dtype_of_the_policy(tiny_model, tmp_path, monkeypatch):
     """A policy given by its name is loaded in float32 if nothing else is asked for; mixed precision computes in 16."""
 
@@ -175,6 +195,64 @@ def test_vllm_that_is_not_there_is_one_line(tiny_model, tmp_path, monkeypatch):
         Qwen2VLGRPOTrainer(str(tiny_model), by_length, stock_config(tmp_path, use_vllm=True), one_image())
     with pytest.raises(Mistake, match=f"^--backend vllm: {line}"):
         load_vllm(tiny_model, None, "cpu")
+
+
+# --- tools and environments, which stay on TRL's path ---------------------------------------------------------
+
+CALLING = "{% for message in messages %}{{ message.role }}: {% for part in message.content %}"
+CALLING += "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' else part.text }}{% endfor %}"
+CALLING += "{% for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{% endfor %}"
+
+
+class Weather:
+    """An environment that adds to a prompt and has no tools."""
+
+    def reset(self, **row: object) -> str:
+        return " It rains."
+
+
+def look(place: str) -> str:
+    """What is there.
+
+    Args:
+        place: to look at.
+    """
+    return place
+
+
+@pytest.fixture
+def calling(tiny_model) -> ProcessorMixin:
+    """A processor whose template shows calls of tools, and whose tokenizer is said to read them."""
+    processor = load_processor(tiny_model)
+    processor.chat_template, processor.tokenizer.response_template = CALLING, {}
+    return processor
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
+def test_an_environment_without_tools_says_its_part(calling, tiny_model, tmp_path):
+    seen = []
+
+    def spy(prompts, completions, **kwargs):
+        seen.extend(prompt[-1]["content"][-1]["text"] for prompt in prompts)
+        return by_length(completions)
+
+    args = stock_config(tmp_path, max_steps=1)
+    Qwen2VLGRPOTrainer(
+        *(str(tiny_model), spy, args, one_image()), processing_class=calling, environment_factory=Weather
+    ).train()
+    assert len(seen) == 3 and all(text.endswith(" It rains.") for text in seen)
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
+@pytest.mark.parametrize("name, given", [("tools", [look]), ("environment_factory", Weather)])
+def test_a_colocated_engine_beside_tools_is_refused(name, given, calling, tiny_model, tmp_path, monkeypatch):
+    pretend_vllm(monkeypatch.setattr)
+    args, beside = stock_config(tmp_path, use_vllm=True, vllm_mode="colocate"), {name: given}
+    with pytest.raises(Mistake, match=r"^tools, environment_factory: .*; add --use_vllm false$"):
+        Qwen2VLGRPOTrainer(str(tiny_model), by_length, args, one_image(), processing_class=calling, **beside)
+
+
+# --- rewards --------------------------------------------------------------------------------------------------
 
 
 def test_rewards_of_one_name_are_told_apart():

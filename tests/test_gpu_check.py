@@ -19,7 +19,7 @@ from torch.autograd import DeviceType
 
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
-from support import kept_environment
+from support import kept_environment, write_script
 
 SCRIPT = REPO_ROOT / "scripts/gpu_check.sh"
 
@@ -208,6 +208,42 @@ def test_a_measurement_that_cannot_be_made_says_why(gpu, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "said, reason",
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory.", "not run: out of memory, under "),
+        ("ValueError: no", "failed: Mistake: run_grpo_SAT.sh under "),
+    ],
+)
+def test_the_papers_recipe_fails_but_for_want_of_memory(gpu, monkeypatch, tmp_path, said, reason):
+    """It takes 48 GB; on a smaller card the check itself is well."""
+    write_script(tmp_path / "src/open-r1-multimodal/run_grpo_SAT.sh", f"echo {said} >&2\necho the end >&2\nexit 1")
+    monkeypatch.setattr(gpu, "REPO_ROOT", tmp_path)
+    (tmp_path / "model").mkdir()
+    told = []
+    gpu.attempt(gpu.paper_command, gpu.Bench(tmp_path, is_toy=True), told.append)
+    assert told[-1]["reason"].startswith(reason) and told[-1]["failed"] == reason.startswith("failed")
+
+
+@pytest.mark.parametrize("visible, taken", [(None, "0"), ("2,3", "2"), ("GPU-8c,GPU-9d", "GPU-8c")])
+def test_of_several_gpus_one_is_measured(check, monkeypatch, tmp_path, visible, taken):
+    """What is started for it sees no other either: a launch would take them all."""
+    seen = []
+
+    def measure(name: str, *_: object):
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        return check.Outcome(name)
+
+    monkeypatch.setattr(check, "check_gpu", lambda: None)
+    monkeypatch.setattr(check, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.sh", "--output", str(tmp_path)])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    check.main()
+    assert seen == [taken] * len(check.LIMITS)
+
+
 def test_measurements_are_expected_within_their_limits_and_in_seven_minutes(check, gpu):
     """docs/gpus.md has a row a measurement, in their order: an expression and what it makes."""
     assert list(check.LIMITS) == list(gpu.MEASUREMENTS)
@@ -320,13 +356,15 @@ def test_a_gpu_is_checked_in_nine_minutes(tmp_path):
 # --- arithmetic -----------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_tried_in_the_room_of_a_small_card_and_then_of_a_larger(gpu, monkeypatch):
-    """80 GB, of which 3 are taken: 2.4 by torch's allocator, so 0.6 outside of it."""
+@pytest.mark.parametrize("card, shares", [(80, [15.4 / 80, 1.0, 23.4 / 80, 1.0]), (16, [15.4 / 16, 1.0, 1.0, 1.0])])
+def test_an_adapter_is_tried_in_the_room_of_a_small_card_and_then_of_a_larger(gpu, monkeypatch, card, shares):
+    """3 GB are taken: 2.4 by torch's allocator, so 0.6 outside of it."""
     limits, tried = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (77e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((card - 3) * 1e9, card * 1e9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2.4e9)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    monkeypatch.setattr(gpu.gc, "collect", lambda: None)  # in a process of all tests it takes a second
 
     def first_step(bench, overlay):
         tried.append(overlay)
@@ -337,7 +375,7 @@ def test_an_adapter_is_tried_in_the_room_of_a_small_card_and_then_of_a_larger(gp
     monkeypatch.setattr(gpu, "first_step", first_step)
     fits = 2
     assert list(gpu.adapter_step(None, "lora")) == [{"runs within, GB": 24, "s": 1.0}]
-    assert limits == [pytest.approx(15.4 / 80), 1.0, pytest.approx(23.4 / 80), 1.0] and tried == ["lora"] * 2
+    assert limits == pytest.approx(shares) and tried == ["lora"] * 2
     tried.clear()
     fits = 3
     with pytest.raises(gpu.Impossible, match="out of memory within 24 GB"):

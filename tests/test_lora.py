@@ -1,5 +1,6 @@
 """LoRA: the adapter alone is trained and saved, the reference is the model without it, the export is the same model."""
 
+import json
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 from trl import ModelConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -165,16 +167,29 @@ def test_quantised_weights_need_bitsandbytes_and_an_adapter(tiny_model, monkeypa
     assert "\n" not in str(raised.value)
 
 
+def save_adapter(model: PreTrainedModel, folder: Path, *arguments: str) -> Path:
+    """An adapter of a recipe, as a run saves it."""
+    _, _, model_args = parse("tests/data/grpo", "--output_dir", "x", "--dataset_name", "x", *LORA, *arguments)
+    config = get_adapter_config(model_args, FreezeArguments(), family_of(model))
+    get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
 def test_an_adapter_names_its_base_wherever_it_was_trained(tiny_model, tmp_path, monkeypatch):
     """Also when the run was told a folder as seen from its own."""
     monkeypatch.chdir(tiny_model.parent)
-    model = load_model(tiny_model.name)
-    _, _, model_args = parse("tests/data/grpo", "--output_dir", "x", "--dataset_name", "x", *LORA)
-    get_peft_model(model, get_adapter_config(model_args, FreezeArguments(), family_of(model))).save_pretrained(
-        tmp_path / "adapter"
-    )
+    adapter = save_adapter(load_model(tiny_model.name), tmp_path / "adapter")
     monkeypatch.chdir(tmp_path)
-    assert adapter_base(tmp_path / "adapter") == tiny_model.resolve()
+    assert adapter_base(adapter) == tiny_model.resolve()
+
+
+def test_an_adapters_base_is_of_its_revision(tiny_model, tmp_path, monkeypatch):
+    asked, adapter = [], save_adapter(load_model(tiny_model), tmp_path / "adapter", "--model_revision", "v2")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "org/model"}))
+    monkeypatch.setattr("open_r1.base.hub.fetch", lambda name, files, revision: asked.append((name, revision)))
+    adapter_base(adapter)
+    assert asked == [("org/model", "v2")]
 
 
 # ---- vLLM, beside which the base weights stay as they are

@@ -31,8 +31,8 @@ ENOUGH_DISK = 'echo head\necho "disk 0 0 99999999"'
 
 
 def fake_python(path: Path, minor: int) -> Path:
-    """A Python of another version, with a prefix of its own, that has no pip."""
-    patches = f"import sys; sys.version_info = (3, {minor}, 0); sys.prefix = '{path.parent.parent}'"
+    """A Python of another version, with a prefix of its own, that has no pip and no headers."""
+    patches = f"import sys; sys.version_info = (3, {minor}, 0); sys.prefix = sys.base_prefix = '{path.parent.parent}'"
     return write_script(
         path,
         f'[ "$1" = --version ] && echo Python 3.{minor}.0 && exit\n[ "$1" = -c ] || exit 1\n'
@@ -65,10 +65,13 @@ def test_setup_takes_a_supported_python(tmp_path, minor):
 
 
 @pytest.fixture
-def set_up(tmp_path):
+def set_up(tmp_path, monkeypatch):
     """Runs setup.sh beside cards of which nvidia-smi says this: the result, and what it asked uv for."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # which is about this machine's cards
 
-    def run(cards: str | None, uv: str = "", **env: str) -> tuple[subprocess.CompletedProcess, str]:
+    def run(
+        cards: str | None, uv: str = "", path: str = SYSTEM_PATH, **env: str
+    ) -> tuple[subprocess.CompletedProcess, str]:
         python = fake_python(tmp_path / "env/bin/python", 12)
         count = 0 if cards is None else cards.count("\n") + 1
         listed = "\n".join(f"GPU {at}: A card (UUID: GPU-{at})" for at in range(count))
@@ -76,7 +79,7 @@ def set_up(tmp_path):
         write_script(tmp_path / "bin/nvidia-smi", answers if count else "exit 9")
         write_script(tmp_path / "bin/df", ENOUGH_DISK)
         write_script(tmp_path / "bin/uv", f'echo "$@" >>{tmp_path}/asked\n{uv}')
-        result = run_setup(path=f"{tmp_path}/bin:{SYSTEM_PATH}", PYTHON=str(python), **env)
+        result = run_setup(path=f"{tmp_path}/bin:{path}", PYTHON=str(python), **env)
         asked = tmp_path / "asked"
         return result, asked.read_text() if asked.exists() else ""
 
@@ -112,6 +115,24 @@ def test_what_setup_installs_beside_a_card(tmp_path, set_up, cards, env, uv, sai
     result, asked = set_up(cards, uv, **env)
     assert result.returncode == 0 and said in result.stdout.splitlines()[-1], result.stderr
     assert wanted in asked and unwanted not in asked
+
+
+@pytest.mark.parametrize(
+    "there, compiler, missing",
+    [
+        ((), "", ["C compiler", "Python.h"]),
+        (("bin/gcc",), "", ["Python.h"]),
+        (("bin/clang", "env/include/python3.12/Python.h"), "", []),
+        ((), "mine", ["Python.h"]),
+    ],
+)
+def test_setup_says_what_triton_will_want_beside_a_card(tmp_path, set_up, there, compiler, missing):
+    for name in there:
+        write_script(tmp_path / name, "exit 0")
+    result, _ = set_up(NEW_CARD, path=tools(tmp_path / "tools"), CC=compiler)
+    lines = [line for line in result.stdout.splitlines() if "apt-get install" in line]
+    assert result.returncode == 0 and len(lines) == len(missing), result.stdout
+    assert all(name in line for name, line in zip(missing, lines, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import ModelConfig
 
+from open_r1 import grpo
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.running import checkpoints
@@ -38,6 +39,7 @@ from open_r1.running.checkpoints import (
     seal,
 )
 from open_r1.running.data import DataArguments
+from open_r1.running.entry import find_checkpoint
 from open_r1.running.provenance import all_arguments, check_same_run
 from open_r1.trainer import recorder
 from support import (
@@ -151,6 +153,20 @@ def test_a_launch_loads_only_what_it_would_have_written(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"{folder}: {reason}.*in another OUTPUT"):
             check_layout(str(tmp_path / folder), launch)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeeds_own_file_counts_in_place_of_the_launch(stage, tmp_path, monkeypatch):
+    """`--deepspeed FILE`, beside a checkpoint of ZeRO-2."""
+    # where transformers keeps the file: the next test's models are not of it
+    monkeypatch.setattr("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", None)
+    checkpoint, file = make_checkpoint(tmp_path, 1, is_complete=False), tmp_path / "zero.json"
+    (checkpoint / "global_step/zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    args = make_config(tmp_path, deepspeed=str(file), resume_from_checkpoint=str(checkpoint))
+    refused = pytest.raises(Mistake, match="written by 1 process under ZeRO-2, and this is 1 process under ZeRO-3")
+    with refused if stage == 3 else contextlib.nullcontext():
+        assert find_checkpoint(grpo.COMMAND, (None, args, None), Layout(0, 1)) == str(checkpoint)
 
 
 def test_layouts_of_the_launches_we_offer(monkeypatch, tmp_path):

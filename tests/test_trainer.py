@@ -211,18 +211,21 @@ def test_resume_continues_step_weights_order_and_trajectories(case, tiny_model, 
     )
 
 
-@pytest.mark.parametrize("changes", [{"num_iterations": 2}, {"steps_per_generation": 3}])
+@pytest.mark.parametrize("changes", [{"num_iterations": 2}, {"steps_per_generation": 3, "sync_ref_model": True}])
 def test_a_resume_inside_a_rollout_says_that_it_cannot_repeat_the_run(
     changes, tiny_model, examples_json, tmp_path, capsys
 ):
     settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_completion_length": 4, **changes}
     make_trainer(tiny_model, examples_json, tmp_path, **settings).train()
-    assert "a rollout serves" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "a rollout serves" not in said and "sync_ref_model" not in said
     resumed = make_trainer(tiny_model, examples_json, tmp_path, **{**settings, "max_steps": 2})
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     window = resumed.args.steps_per_generation * resumed.args.num_iterations
     line = f"warning: a rollout serves {window} micro-batches, and this run goes on after 2 of them"
-    assert line in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert line in said
+    assert ("warning: sync_ref_model: a checkpoint does not hold the ref" in said) == ("sync_ref_model" in changes)
     rows = read_jsonl(tmp_path / "trajectories/train.jsonl")
     sampled = {row["prompt"] for row in rows if row["step"] == 1}
     again = {row["prompt"] for row in rows if row["step"] == 2}
