@@ -274,7 +274,7 @@ def test_the_doctor_looks_at_what_would_be_started():
 
 def test_reports_never_wait_for_an_answer(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(Mistake, match=r"^report_to: wandb has no key; wandb login, WANDB_MODE=offline"):
         check_login(["wandb"])
@@ -287,6 +287,10 @@ def test_reports_never_wait_for_an_answer(monkeypatch, tmp_path):
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key")
     assert resolve_report_to(["auto"]) == ["wandb"]
     check_login(["wandb"])
+    for name, value in (("WANDB_DISABLED", "true"), ("WANDB_MODE", "disabled")):  # switched off, whatever key there is
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert resolve_report_to(["auto"]) == ["tensorboard"]
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")  # another server's key
     assert resolve_report_to(["auto"]) == ["tensorboard"]
 

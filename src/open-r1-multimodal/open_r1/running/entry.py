@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers import Trainer, TrainingArguments
+from transformers.utils import ENV_VARS_TRUE_VALUES
 from transformers.utils.logging import disable_progress_bar
 
 from open_r1.base.errors import Mistake, account, take_traceback_option
@@ -40,10 +41,15 @@ from open_r1.settings.recipes import PLANNED_PROCESSES, overridden, read_recipe,
 
 
 def resolve_report_to(report_to: list[str]) -> list[str]:
-    """`auto` is wandb when a key or an offline mode is set, else tensorboard: no prompt blocks a run."""
+    """`auto` is wandb when a key or an offline mode is set, else tensorboard: no prompt blocks a run.
+
+    Where wandb is switched off it is tensorboard, too. WANDB_DISABLED was transformers' switch, which wandb ignores.
+    """
     if report_to != ["auto"]:
         return report_to
-    return ["wandb" if has_login() or os.environ.get("WANDB_MODE") == "offline" else "tensorboard"]
+    mode, switch = os.environ.get("WANDB_MODE"), os.environ.get("WANDB_DISABLED", "")
+    is_off = mode == "disabled" or switch.upper() in ENV_VARS_TRUE_VALUES
+    return ["wandb" if not is_off and (mode == "offline" or has_login()) else "tensorboard"]
 
 
 def has_login() -> bool:
