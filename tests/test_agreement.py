@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -132,7 +133,7 @@ class Engine:
 @pytest.mark.parametrize("error", [0.0, 0.006])
 def test_a_policy_is_compared_and_nothing_stays(tiny_model, examples_json, tmp_path, error):
     trainer = make_trainer(tiny_model, examples_json, tmp_path)
-    trainer.vllm_generation, trainer.backend = Mock(), Engine(trainer, error)
+    trainer.vllm_generation, trainer.backend = Mock(generation_kwargs={}), Engine(trainer, error)
     if error:
         with pytest.raises(Mistake, match=r"differ by 0\.006 in the mean .* .at most 0\.005; the policy"):
             check_engine(trainer)
@@ -142,10 +143,25 @@ def test_a_policy_is_compared_and_nothing_stays(tiny_model, examples_json, tmp_p
     assert not any(trainer._metrics.values())
 
 
+def test_what_a_recipe_cuts_off_is_no_difference(tiny_model, examples_json, tmp_path):
+    """The engine's log-probabilities are of the tokens that are left: it is asked without; then all is as it was."""
+    trainer = make_trainer(tiny_model, examples_json, tmp_path)
+    ends = {"stop_token_ids": [1]}
+    asked = {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "structured_outputs_regex": "a+"}
+    asked["generation_kwargs"] = {**ends, "presence_penalty": 1.0}
+    trainer.vllm_generation, trainer.backend = SimpleNamespace(**asked, sync_weights=Mock()), Engine(trainer)
+    seen, generate = {}, trainer.backend.generate
+    trainer.backend.generate = lambda *given: seen.update(vars(trainer.vllm_generation)) or generate(*given)
+    check_engine(trainer)
+    plain = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "structured_outputs_regex": None}
+    assert {name: seen[name] for name in asked} == {**plain, "generation_kwargs": ends}
+    assert {name: vars(trainer.vllm_generation)[name] for name in asked} == asked
+
+
 def test_dropout_is_no_difference(tiny_model, examples_json, tmp_path, monkeypatch):
     """An adapter's is on in a model that was never told to evaluate."""
     trainer = make_trainer(tiny_model, examples_json, tmp_path)
-    trainer.vllm_generation, trainer.backend = Mock(), Engine(trainer)
+    trainer.vllm_generation, trainer.backend = Mock(generation_kwargs={}), Engine(trainer)
     trainer.model.train()
     modes, score = [], callbacks.score_completions
     spy = lambda model, *args: modes.append(model.training) or score(model, *args)  # noqa: E731
@@ -157,7 +173,7 @@ def test_dropout_is_no_difference(tiny_model, examples_json, tmp_path, monkeypat
 def test_an_engine_that_is_asked_something_else_is_found_out(tiny_model, examples_json, tmp_path):
     """What the engine made of a prompt may be the mistake: the policy scores its own."""
     trainer = make_trainer(tiny_model, examples_json, tmp_path)
-    trainer.vllm_generation, trainer.backend = Mock(), Engine(trainer)
+    trainer.vllm_generation, trainer.backend = Mock(generation_kwargs={}), Engine(trainer)
     trainer.backend.encode = lambda prompt: trainer.backend.own.encode([{"role": "user", "content": "Another one?"}])
     with pytest.raises(Mistake, match=r"^use_vllm: "):
         check_engine(trainer)

@@ -95,6 +95,8 @@ MISTAKES = [
     ({"rotate_options": True, "num_generations": 32}, "rotate_options: a process asks both "),
     ({"generation_kwargs": {"num_beams": 3}}, "generation_kwargs: num_beams: "),
     ("--use_vllm true --shared_prefix false", "shared_prefix: with use_vllm it must be true"),
+    ("--use_vllm true --top_p 0.9", "top_p: vLLM's log-probabilities are those behind it, "),
+    ('--use_vllm true --generation_kwargs {{"top_k":20}}', "top_k: vLLM's log-probabilities "),
     ("--freeze_vision true --freeze_llm true", "freeze_vision, freeze_merger, freeze_llm: nothing "),
     ("--load_in_4bit true", "load_in_4bit, load_in_8bit: weights that bitsandbytes quantised"),
     ("--torch_compile true", "torch_compile: "),

@@ -11,6 +11,7 @@ from transformers.hf_argparser import HfArg
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
 from open_r1.base.errors import Mistake
+from open_r1.settings.generation import reshaping
 from open_r1.settings.options import check_options
 from open_r1.settings.recipes import count_processes
 
@@ -394,6 +395,12 @@ def check_settings(args: GRPOConfig, shared_prefix: bool, streams: bool = False)
             "whose image tokens are written out, and the engine writes them out again"
         )
     if args.use_vllm:
+        if args.vllm_importance_sampling_correction and (name := reshaping(vars(args))):
+            raise Mistake(
+                f"{name}: vLLM's log-probabilities are those behind it, the policy's are not, and the correction would "
+                "give long completions a weight near 0; leave it out, or add --vllm_importance_sampling_correction "
+                "false"
+            )
         need_vllm("use_vllm")
     check_shared_prefix(args, shared_prefix)
     check_signal(args, streams)

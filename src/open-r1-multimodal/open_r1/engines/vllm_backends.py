@@ -30,6 +30,7 @@ from open_r1.engines.backends import Completions
 from open_r1.engines.shared_prefix import Prompt, encode_prompt, images_of
 from open_r1.models.families import family_of_processor
 from open_r1.models.loading import adapter_base, check_model_files, load_checkpoint
+from open_r1.settings.generation import RESHAPING
 
 if TYPE_CHECKING:
     from trl.generation.vllm_generation import VLLMGeneration
@@ -148,6 +149,22 @@ def adapted_weights(engine: "VLLMGeneration") -> Iterator[tuple[str, torch.Tenso
 def banned(ids: Sequence[int]) -> dict[int, float]:
     """A bias of the tokens' scores with which none of `ids` is sampled."""
     return dict.fromkeys(ids, NEVER)
+
+
+@contextmanager
+def sampling_plainly(engine: "VLLMGeneration") -> Iterator[None]:
+    """In the block, TRL's engine samples from the policy as it is: nothing that a recipe cuts off or penalises.
+
+    Its log-probabilities are those of what is left (`settings.generation.RESHAPING`), and no measure of the engine.
+    """
+    kept = {name: value for name, value in engine.generation_kwargs.items() if name not in RESHAPING}
+    plain = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "structured_outputs_regex": None}
+    given = {name: getattr(engine, name) for name in (*plain, "generation_kwargs")}
+    vars(engine).update(plain, generation_kwargs=kept)
+    try:
+        yield
+    finally:
+        vars(engine).update(given)
 
 
 class TrainerVLLMBackend:

@@ -54,6 +54,24 @@ REFUSED_BY_VLLM: dict[str, str] = {
     **dict.fromkeys(("logprobs", "prompt_logprobs", "output_kind"), "TRL reads the log-probability of each token"),
 }
 
+# Under these vLLM's log-probabilities are of the tokens that are left, or penalised, and no longer the policy's -> the
+# values that change nothing.
+RESHAPING: dict[str, tuple[Any, ...]] = {
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0,)),  # of generation_kwargs alone
+    **dict.fromkeys(("vllm_structured_outputs_regex", "structured_outputs"), ()),
+}
+
+
+def reshaping(settings: Mapping[str, Any]) -> str | None:
+    """The first of a run's settings, generation_kwargs among them, that is in `RESHAPING` and changes something."""
+    given = {**settings, **(settings.get("generation_kwargs") or {})}
+    changes = (name for name, neutral in RESHAPING.items() if given.get(name) not in (None, *neutral))
+    return next(changes, None)
+
 
 def next_token_processors(
     model: GenerationMixin, settings: GenerationConfig, prompt_length: int, device: torch.device | str

@@ -16,7 +16,7 @@ from open_r1.base.files import keep_rows
 from open_r1.base.images import open_image
 from open_r1.engines import agreement
 from open_r1.engines.shared_prefix import encode_prompt, images_of, score_completions
-from open_r1.engines.vllm_backends import engine_dtype
+from open_r1.engines.vllm_backends import engine_dtype, sampling_plainly
 from open_r1.running.machines import decide_once
 from open_r1.trainer.metrics import BLIND
 from open_r1.trainer.rows import put_images, with_images_inside
@@ -110,7 +110,8 @@ def check_engine(trainer: GRPOTrainer) -> None:
         prompts += [own] * group
     longest = min(agreement.TOKENS, trainer.max_completion_length)
     settings = GenerationConfig(max_new_tokens=longest, eos_token_id=trainer.eos_token_ids)
-    answer = trainer.backend.generate(encoded, [group] * len(encoded), settings)
+    with sampling_plainly(trainer.vllm_generation):
+        answer = trainer.backend.generate(encoded, [group] * len(encoded), settings)
     rows = [torch.tensor(ids, device=device) for ids in answer.ids]
     ids = pad_sequence(rows, batch_first=True)  # (B, C)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
