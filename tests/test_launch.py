@@ -296,10 +296,11 @@ def test_reports_never_wait_for_an_answer(monkeypatch, tmp_path):
 
 
 def test_what_a_user_gives_is_not_outdone_by_the_recipe(tmp_path):
-    """Held-out questions are asked, and an epoch more is one, without a second option that says so."""
+    """Held-out questions are asked, an epoch more and another schedule are one, without a second option for it."""
     kinds = (GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig)
     (tmp_path / "r.yaml").write_text(
         "model_name_or_path: m\nmax_steps: 1500\nsave_steps: 100\nbf16: false\nuse_cpu: true\n"
+        "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {num_decay_steps: 3750}\n"
     )
     recipe = ["--config", str(tmp_path / "r.yaml"), "--dataset_name", "x", "--output_dir", "out"]
 
@@ -314,6 +315,10 @@ def test_what_a_user_gives_is_not_outdone_by_the_recipe(tmp_path):
     assert args("--eval_dataset_name", "y", "--eval_strategy", "no").eval_strategy == "no"
     assert args("--num_train_epochs", "3").max_steps == -1
     assert args("--num_train_epochs", "3", "--max_steps", "5").max_steps == 5
+    assert args().lr_scheduler_kwargs == {"num_decay_steps": 3750}
+    assert args("--lr_scheduler_type", "cosine").lr_scheduler_kwargs is None
+    own = ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 0.0}']
+    assert args(*own).lr_scheduler_kwargs == {"min_lr": 0.0}
 
 
 @pytest.mark.distributed

@@ -273,6 +273,8 @@ def _implied(recipe: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, A
         implied = {name: value for name, value in asked.items() if name not in given}
     if "num_train_epochs" in named and "max_steps" not in named:
         implied["max_steps"] = -1  # a recipe's would win
+    if "lr_scheduler_type" in named and "lr_scheduler_kwargs" not in named:
+        implied["lr_scheduler_kwargs"] = None  # a recipe's are those of its own schedule
     return implied
 
 
