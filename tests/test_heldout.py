@@ -205,6 +205,17 @@ def test_a_best_model_by_a_figure_that_no_evaluation_has_is_one_line(tiny_model,
         trainer.train()
 
 
+def test_an_evaluation_of_which_a_reward_says_nothing_is_not_the_best(tiny_model, tmp_path):
+    """Its figure is no number, as that of `consistency(among_right=True)` before anything is right."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1, "load_best_model_at_end": True}
+    only_unknown = questions(4).select([3])
+    better = "rewards/yes/mean"
+    trainer = make_trainer(tiny_model, tmp_path, eval_dataset=only_unknown, metric_for_best_model=better, **saving)
+    trainer.train()
+    figures = [event[f"eval_{better}"] for event in trainer.state.log_history if f"eval_{better}" in event]
+    assert figures == [None, None] and trainer.state.best_model_checkpoint is None
+
+
 def test_supervised_training_tells_several_sets_apart(tiny_model, tmp_path):
     """The same of TRL's metrics of SFT, on texts."""
     settings = {"use_cpu": True, "bf16": False, "report_to": [], "max_steps": 1, "gradient_checkpointing": False}

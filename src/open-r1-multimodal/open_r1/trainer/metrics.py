@@ -128,12 +128,14 @@ class NamedEvaluationMixin:
         self.evaluation_prefix = metric_key_prefix
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    # For the error alone: transformers' is a KeyError.
+    # For the error, which is a KeyError of transformers'; and for a figure that is None, which it does not expect: a
+    # reward that said nothing of any completion makes no checkpoint the best.
     def _determine_best_metric(self, metrics, trial):
         chosen = self.args.metric_for_best_model
-        if chosen and f"eval_{chosen.removeprefix('eval_')}" not in metrics:
+        name = f"eval_{chosen.removeprefix('eval_')}" if chosen else None
+        if name and name not in metrics:
             raise Mistake(f"metric_for_best_model: no evaluation has {chosen}; they have {', '.join(sorted(metrics))}")
-        return super()._determine_best_metric(metrics, trial)
+        return (name is None or metrics[name] is not None) and super()._determine_best_metric(metrics, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's; the metrics of an evaluation are logged here before, so that it finds none to log as `eval_`."""
