@@ -238,7 +238,7 @@ def test_vllm_leaves_the_base_bit_for_bit(tiny_model, examples_json, tmp_path, f
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
     engine = trainer.vllm_generation.llm
-    assert engine.settings["quantization"] is None
+    assert engine.settings["quantization"] is None and engine.settings["seed"] == trainer.args.seed == 42
     policy = trainer.model
     if precision == "4 bits":  # PEFT would round the merged weights to 4 bits again: the same adapter on unpacked ones
         policy = get_peft_model(load_model(tiny_model, dtype="bfloat16"), trainer.model.peft_config["default"])

@@ -277,6 +277,7 @@ def test_the_server_sees_images_and_computes_as_the_recipes_policy(tiny_model, m
     assert json.loads(value(paper, "--mm-processor-kwargs")) == {"size": size}
     assert (value(paper, "--dtype"), value(paper, "--max-model-len")) == ("bfloat16", "1724")
     assert value(paper, "--weight-transfer-config") == '{"backend": "nccl"}' and "--enable-scale-out" in paper
+    assert value(paper, "--seed") == "42" and value(command("--seed", "3"), "--seed") == "3"
     own = command("--max_pixels", "50176", "--vllm_server_port", "8001", "--max_completion_length", "100")
     assert json.loads(value(own, "--mm-processor-kwargs"))["size"]["longest_edge"] == 50176
     assert (value(own, "--port"), value(own, "--max-model-len")) == ("8001", "1124")

@@ -70,15 +70,15 @@ def engine_settings(processor: ProcessorMixin | PreTrainedTokenizerBase, dtype: 
 
 
 @contextmanager
-def engines_with(**settings: Any) -> Iterator[None]:
-    """In the block, every engine that TRL starts has these settings.
+def engines_with(seed: int, **settings: Any) -> Iterator[None]:
+    """In the block, every engine that TRL starts has these settings, and samples by the run's seed.
 
     TRL 1.16 has no option for dtype and pixel bounds: an engine takes those of the model's folder, and 16 bits where
-    that has 32.
+    that has 32. Its seed is the number of the engine alone, so that runs of several seeds would draw alike.
     """
     module = importlib.import_module("trl.generation.vllm_generation")
     engine = module.LLM
-    module.LLM = lambda **trls: engine(**{**trls, **settings})
+    module.LLM = lambda **trls: engine(**{**trls, **settings, "seed": seed + trls["seed"]})
     try:
         yield
     finally:

@@ -32,14 +32,14 @@ UNUSED = ("--dataset_name", "-", "--output_dir", "-", "--use_cpu", "true", "--re
 
 
 def serve_arguments(script_args: GRPOScriptArguments, args: Qwen2VLGRPOConfig, model_args: ModelConfig) -> list[str]:
-    """What follows `vllm serve`: model, port, the longest row in tokens, and `engine_settings`."""
+    """What follows `vllm serve`: model, port, seed, the longest row in tokens, and `engine_settings`."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
     dtype = model_args.dtype
     if dtype in (None, "auto"):
         dtype = load_config(name, revision).dtype or "float32"
     processor = load_processor_from_args(model_args, script_args, args.chat_template_kwargs or {})
     settings = engine_settings(processor, engine_dtype(args, dtype))
-    arguments = [name, "--revision", revision, "--port", str(args.vllm_server_port)]
+    arguments = [name, "--revision", revision, "--port", str(args.vllm_server_port), "--seed", str(args.seed)]
     length = longest_row(script_args, args)
     arguments += ["--max-model-len", str(length)] if length else []
     for option, value in settings.items():

@@ -132,7 +132,7 @@ class Qwen2VLGRPOTrainer(
             settings = vllm_backends.engine_settings(processing_class, vllm_backends.engine_dtype(args, own))
             # Of a 4-bit policy TRL would start vLLM in 4 bits, too; but vLLM gets unquantised, merged weights
             # (`adapted_weights`).
-            engines = vllm_backends.engines_with(quantization=None, **settings)
+            engines = vllm_backends.engines_with(args.seed, quantization=None, **settings)
         else:
             end, ban, engines = "eos_token_id", {"suppress_tokens": never}, nullcontext()
         ends = end_token_ids(processing_class)
