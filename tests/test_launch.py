@@ -25,7 +25,7 @@ from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import check_attention, check_bfloat16, unused_vllm
 from open_r1.grpo import GRPOScriptArguments
-from open_r1.running.entry import accumulate_in_float32, check_login, resolve_report_to
+from open_r1.running.entry import accumulate_in_float32, check_login, resolve_report_to, rounded_away
 from open_r1.running.failures import continues
 from open_r1.running.launch_settings import LaunchSettings, count_gpus, listed_gpus, read_launch
 from open_r1.settings.recipes import default_output, merge_recipes, read_recipe
@@ -641,6 +641,25 @@ def test_a_gpu_run_without_vllm_is_told_what_it_saves(card, monkeypatch):
     assert line(use_vllm=True) is line(use_cpu=True) is line(load_in_4bit=True) is None
     installed.clear()
     assert line() is None
+
+
+@pytest.mark.parametrize(
+    "dtype, rate, changes, told",
+    [
+        (torch.bfloat16, 1e-6, {}, True),
+        (torch.bfloat16, 0.0, {}, False),  # that nothing moves is asked for
+        (torch.bfloat16, 1e-2, {}, False),
+        (torch.float32, 1e-6, {}, False),
+        (torch.bfloat16, 1e-6, {"is_deepspeed_enabled": True}, False),
+    ],
+)
+def test_a_run_whose_steps_are_rounded_away_says_so(dtype, rate, changes, told):
+    """Nothing else shows that it does not learn."""
+    model = torch.nn.Linear(64, 64, dtype=dtype)
+    flags = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, **changes}
+    line = rounded_away(SimpleNamespace(model=model, args=SimpleNamespace(learning_rate=rate), **flags))
+    assert (line or "").startswith("warning: 100% of the torch.bfloat16 weights stay as they are" if told else "")
+    assert bool(line) == told
 
 
 def test_a_run_tells_deepspeed_how_to_add_gradients_up():

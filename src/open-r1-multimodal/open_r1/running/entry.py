@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
+from accelerate.utils import is_peft_model
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers import Trainer, TrainingArguments
 from transformers.utils import ENV_VARS_TRUE_VALUES
@@ -223,6 +225,25 @@ def accumulate_in_float32(args: TrainingArguments) -> None:
         plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
+def rounded_away(trainer: Trainer) -> str | None:
+    """A line where steps of the learning rate are lost in the rounding of most weights.
+
+    Of an adapter's they are not: PEFT makes it float32.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or is_peft_model(trainer.model):
+        return None
+    rate, trained = trainer.args.learning_rate, [each for each in trainer.model.parameters() if each.requires_grad]
+    with torch.no_grad():
+        kept = sum((weight + rate == weight).sum().item() for weight in trained)
+    share = kept / sum(map(torch.numel, trained))
+    if not rate or share < 0.5:
+        return None
+    return (
+        f"warning: {share:.0%} of the {trained[0].dtype} weights stay as they are in a step of learning_rate {rate:g}, "
+        "and DeepSpeed alone keeps a float32 copy of them: add --dtype float32; --bf16 true still computes in 16 bits"
+    )
+
+
 def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -> None:
     """`train`, with the settings read and the output folder its own."""
     script_args, args, model_args = settings
@@ -237,8 +258,10 @@ def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -
     prepared = command.prepare(*settings)
     record["data"] = decide_once(lambda: describe_data(args, prepared, checkpoint))
     trainer = command.build_trainer(*settings, prepared)
-    say = print if trainer.is_world_process_zero() else (lambda *_: None)
+    say = print if trainer.is_world_process_zero() else (lambda *_, **__: None)
     say(parameter_table(trainer.model))
+    if line := rounded_away(trainer):
+        say(line, file=sys.stderr)
     if checkpoint:
         say(f"resuming from {checkpoint}")
         args.eval_on_start = False  # the checkpoint's step was evaluated when it was reached
