@@ -298,6 +298,16 @@ def check_rotation(script_args: GRPOScriptArguments, args: Qwen2VLGRPOConfig) ->
         )
 
 
+def check_cispo(args: GRPOConfig) -> None:
+    """Raise Mistake where CISPO's bound, TRL's default among them, would cut the ratio of every token."""
+    bound = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if args.loss_type == "cispo" and bound < 1:
+        raise Mistake(
+            f"epsilon_high: with loss_type cispo it is the largest ratio itself, not its distance from 1, and {bound} "
+            "would be the weight of all tokens; configs/overlays/cispo.yaml has 5.0"
+        )
+
+
 def check_bfloat16(args: TrainingArguments, model_args: ModelConfig) -> None:
     """Raise Mistake where bfloat16 is asked of a GPU older than Ampere (compute capability 8.0).
 

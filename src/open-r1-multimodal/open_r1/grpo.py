@@ -16,6 +16,7 @@ from open_r1.base.plugins import import_named
 from open_r1.configs import (
     GRPOScriptArguments,
     Qwen2VLGRPOConfig,
+    check_cispo,
     check_rotation,
     check_settings,
     longest_row,
@@ -39,6 +40,7 @@ def prepare(
     choose_trainer(script_args.trainer)
     check_settings(training_args, training_args.shared_prefix)
     check_rotation(script_args, training_args)
+    check_cispo(training_args)
     if training_args.use_vllm:
         if model_args.load_in_8bit:
             raise Mistake("load_in_8bit: vLLM is not handed weights of 8 bits; load_in_4bit goes with use_vllm")

@@ -57,7 +57,7 @@ LIMITS: dict[str, Limit] = {
     ),
     **dict.fromkeys(
         (
-            *("delta", "repetition_penalty", "adam_epsilon", "logging_steps", "eval_steps", "num_train_epochs"),
+            *("repetition_penalty", "adam_epsilon", "logging_steps", "eval_steps", "num_train_epochs"),
             "distill_coef",
         ),
         POSITIVE,
@@ -73,6 +73,7 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys(("top_p", "vllm_gpu_memory_utilization"), POSITIVE_SHARE),
     **dict.fromkeys(("seed", "data_seed"), SEED),
     **dict.fromkeys(("max_pixels", "min_pixels"), PIXELS),
+    "delta": Limit("a number above 1", lambda value: value > 1, "it bounds the ratio itself, which is 1 at first"),
     "temperature": replace(POSITIVE, hint="completions are sampled"),
     "num_generations": Limit(
         "a number of at least 2", lambda value: value >= 2, "a completion is measured against the others of its group"
