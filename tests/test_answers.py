@@ -75,6 +75,14 @@ def test_gold_is_a_letter_or_a_text(gold):
     assert not is_correct("B", gold, COUNT["options"], lettered=True)
 
 
+@pytest.mark.parametrize("gold", ["B", "(B)"])
+def test_a_gold_letter_of_options_that_only_the_question_lists(gold):
+    """As in much public data; what stands behind the letter cannot be checked, but it may name no other one."""
+    right = ["B", "(B)", "b", "B. left", "(B) left", "B) 5 cm", "**B.** left", "Option B", "Option B: left"]
+    wrong = ["A", "A. left", "B or C", "B. left, C. right", "B: 3\nA: 4", "A. B", "(B) (C)", "Best", "left", "It is B"]
+    assert [answer for answer in right + wrong if is_correct(answer, gold)] == right
+
+
 def test_letters_count_only_where_they_were_shown():
     assert is_correct("A", "(A)", ["left", "right"])
     assert not is_correct("A", "left", ["left", "right"])
@@ -187,6 +195,10 @@ def test_gold_outside_the_options_is_an_error_in_the_data(gold):
         ("103", "10³", False),
         ("0.001", "10⁻³", True),
         ("x^{2}", "x²", True),
+        ("(2, 3)", "(2,3)", True),
+        ("[1,2,3,4]", "[1, 2, 3 , 4]", True),
+        ("1,234", "1, 234", False),
+        ("(2, 3)", "(3, 2)", False),
     ],
 )
 def test_symbolic_equality_is_the_last_resort(gold, answer, equal):

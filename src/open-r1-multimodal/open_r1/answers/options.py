@@ -288,6 +288,11 @@ def _main_clause(passage: str) -> str:
     return passage[: match.start()] if match and match.start() > 0 else passage
 
 
+# "B", "(B)" as a gold answer; "B. left", "Option B" as an answer.
+_GOLD_LETTER = re.compile(r"[(\[]?([A-Z])[)\].]?")
+_LETTERED = re.compile(r"(?i:option |choice )?[(\[]?(?P<letter>[A-Z])(?:[)\].:]+|$)(?P<rest>.*)")
+_LONE_CAPITAL = re.compile(r"(?<![\w'])[A-Z](?![\w'])")
+
 _IS = re.compile(r"=|≈|\b(?:is|are|was|be|equals)\b")
 _SURROUNDINGS = " \t.,:;$*"
 
@@ -304,7 +309,17 @@ class Open:
         return str(answer)
 
     def is_right(self, answer: Answer) -> bool:
-        return normalize(answer) == normalize(self.gold) or same_value(self.gold, answer)
+        is_equal = normalize(answer) == normalize(self.gold) or same_value(self.gold, answer)
+        return is_equal or self._has_its_letter(answer)
+
+    def _has_its_letter(self, answer: str) -> bool:
+        """Whether the gold answer is the letter of an option that only the question lists, and the answer has it first.
+
+        Another letter behind it is a hedge.
+        """
+        gold, match = _GOLD_LETTER.fullmatch(self.gold.strip()), _LETTERED.fullmatch(tidy(answer).strip())
+        is_same = gold is not None and match is not None and gold[1] == match["letter"]
+        return is_same and not _LONE_CAPITAL.search(match["rest"])
 
     def exact(self, text: str) -> Outcome:
         return None if is_blank(text) else text.strip()

@@ -20,6 +20,7 @@ MAX_DRESSED_CHARS = 1_000  # of an expression with the LaTeX around it
 PARSING_TIMEOUT_S = 1
 RELATIVE_TOLERANCE = 1e-7  # of 1.3333333 to 4/3
 ROUNDING = 1e-15  # what may be left of 1 - 1
+_COMMA = re.compile(" ?, ?")
 
 
 def normalize(text: str) -> str:
@@ -32,14 +33,17 @@ def normalize(text: str) -> str:
 def same_value(gold: str, answer: str) -> bool:
     """Whether two short expressions are equal, such as `1/2` and `0.5`, or `9πcm^{2}` and `9pi`.
 
-    A unit that only one of them names is left out of it; two different units differ.
+    A unit that only one of them names is left out of it; two different units differ. Spaces beside commas, as in a
+    point or a list, do not count.
     """
+    if _COMMA.sub(",", normalize(gold)) == _COMMA.sub(",", normalize(answer)):
+        return True
     (gold, gold_unit), (answer, answer_unit) = _quantity(gold), _quantity(answer)
     if gold_unit and answer_unit and gold_unit != answer_unit:
         return False
     if not (_is_expression(gold) and _is_expression(answer)):
         return False
-    if normalize(gold) == normalize(answer):
+    if normalize(gold) == normalize(answer):  # without their units
         return True
     if _NUMBER.fullmatch(gold) and _NUMBER.fullmatch(answer):
         return False
