@@ -63,6 +63,8 @@ def sources(data: bytes, folder: Path) -> dict[str, object]:
         "URL": path.as_uri(),
         "URL as some write it": f"file://{path}",
         "base64": f"data:image/png;base64,{encoded}",
+        "base64 alone": encoded,
+        "base64 in lines": base64.encodebytes(data).decode(),
         "bytes": data,
         "datasets, with bytes": {"bytes": data, "path": "elsewhere.png"},
         "datasets, with a path": {"bytes": None, "path": str(path)},

@@ -1,8 +1,8 @@
 """Opens, measures and refuses images from any source (path, bytes, PIL), as the pixels that a model sees.
 
-A source is a path, a `file://` URL, a base64 `data:` URL, encoded bytes, a `{"bytes", "path"}` mapping (how `datasets`
-stores an image) or a PIL image. The same picture gives the same pixels from each of them. Behind a path may stand how
-the picture is edited (`edits.py`).
+A source is a path, a `file://` URL, base64 (a `data:` URL, or bare), encoded bytes, a `{"bytes", "path"}` mapping (how
+`datasets` stores an image) or a PIL image. The same picture gives the same pixels from each of them. Behind a path may
+stand how the picture is edited (`edits.py`).
 """
 
 import base64
@@ -51,6 +51,9 @@ MAX_ASPECT_RATIO = 200  # Qwen2-VL's image processor raises above it
 
 # What Pillow raises on damaged files of the formats above.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+# How JPEG, PNG, WEBP, GIF and TIFF begin in base64. A path that begins like one of them has a dot in it.
+_BASE64 = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "SUkqA", "TU0AK")
 
 # How a file of these formats ends; one that is cut off does not.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
@@ -221,12 +224,20 @@ def image_bytes(source: ImageSource) -> bytes | None:
         return source.get("bytes")
     if isinstance(source, bytes):
         return source
-    if isinstance(source, str) and source.startswith("data:"):
+    if is_base64(source):
+        text = source.partition(",")[2] if source.startswith("data:") else source
         try:
-            return base64.b64decode(source.partition(",")[2], validate=True)
+            return base64.b64decode("".join(text.split()), validate=True)  # some programs break its lines
         except ValueError as error:
             raise BrokenImage("not an image in base64", f"{source[:32]}...") from error
     return None
+
+
+def is_base64(source: ImageSource) -> bool:
+    """Whether a source is a text that holds the image itself, and no path."""
+    if not isinstance(source, str):
+        return False
+    return source.startswith("data:") or (source.startswith(_BASE64) and "." not in source)
 
 
 def image_name(source: ImageSource) -> str | None:
@@ -235,7 +246,7 @@ def image_name(source: ImageSource) -> str | None:
         return source.get("path")
     if isinstance(source, Image.Image):
         return getattr(source, "filename", None) or None
-    if isinstance(source, bytes) or str(source).startswith("data:"):
+    if isinstance(source, bytes) or is_base64(source):
         return None
     path, edit = split_edit(os.fspath(source))
     return f"{local_path(path)}{edit or ''}"
