@@ -240,10 +240,16 @@ def test_null_is_absent(folder, tiny_model):
     assert (row["images"], row["options"], row["solution"], row["question_type"]) == ([], [], None, "")
 
 
-def test_a_system_message_and_images_with_bytes(folder, tiny_model):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_system_message_and_images_with_bytes(in_place, folder, tiny_model):
+    """As parts, as `datasets` keeps them: with the image in its part, or beside the message as TRL has it."""
     url = "data:image/png;base64," + base64.b64encode(picture("red")).decode()
     content = [{"type": "image", "image": url, "text": None}, {"type": "text", "text": "What?", "image": None}]
-    record = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]}
+    system = [{"type": "text", "text": "Be ", "image": None}, {"type": "text", "text": "brief."}]
+    record = {"messages": [{"role": "system", "content": system}, {"role": "user", "content": content}]}
+    if not in_place:
+        record["images"] = [url]
+        content[0]["image"] = None
     (folder / "a.json").write_text(json.dumps([record]))
     (row,) = load_dataset(folder / "a.json", load_processor(tiny_model, chat_template="instruct"))
     assert row["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]
@@ -327,6 +333,10 @@ MISTAKES = {
     "empty answer": (
         changed(messages=[{"role": "user", "content": "<image>a?"}, {"role": "assistant", "content": " "}]),
         "the answer is empty",
+    ),
+    "places for images": (
+        changed(messages=[{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]),
+        r'messages: 2 parts {"type": "image"} for 1 images; expected one an image',
     ),
     "mark in the question": (changed(messages=[{"role": "user", "content": "<image>a <image>?"}]), "2 <image> marks"),
 }

@@ -3,7 +3,7 @@
 A record names its images, and nothing here opens one. The forms of a record:
 
 - a dialogue: `messages` (`role`, `content`), LLaMA-Factory's `conversations` (`from`, `value`) or TRL's `prompt`, with
-  `images` and `<image>` marks in front of the question, or with content parts as qwen-vl-utils reads them;
+  `images` and `<image>` marks in front of the question, or with content parts as qwen-vl-utils and TRL read them;
 - columns: a question, an answer, an image or several, options, under names of the data set's own (`Columns`).
 """
 
@@ -282,8 +282,7 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
     if form and not isinstance(fields[form], str):
         system, user, answer = dialogue(form, fields[form])
         if isinstance(user, list):
-            text, inside = from_parts(user, form)
-            references = references + inside
+            text, references = from_parts(user, references, form)
         else:
             text = without_marks(user, len(references), must_have=form != "prompt")
         unshown = unshown_in_messages(fields[form], form)
@@ -333,7 +332,8 @@ def dialogue(form: str, messages: Any) -> tuple[list[dict[str, str]], str | list
     if isinstance(messages, list) and all(isinstance(message, Mapping) for message in messages):
         for message in messages:
             role = str(message.get("role", message.get("from")))
-            pairs.append((ROLES.get(role, role), message.get("content", message.get("value"))))
+            role, content = ROLES.get(role, role), message.get("content", message.get("value"))
+            pairs.append((role, content if role == "user" else joined(content)))
     system = [{"role": "system", "content": text} for role, text in pairs[:1] if role == "system"]
     if system and not isinstance(system[0]["content"], str):
         raise Mistake(f"{form}: expected a system message with text")
@@ -342,9 +342,15 @@ def dialogue(form: str, messages: Any) -> tuple[list[dict[str, str]], str | list
             return system, user, None
         case [("user", str() | list() as user), ("assistant", str(answer))]:
             return system, user, answer
-        case [("user", str() | list() as user), ("assistant", [{"type": "text", "text": str(answer)}])]:
-            return system, user, answer
     raise Mistake(f"{form}: expected one user and one assistant message with text")
+
+
+def joined(content: Any) -> Any:
+    """The text of a message whose parts are all texts; another content as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
 def names(fields: Mapping[Any, Any]) -> str:
@@ -400,13 +406,21 @@ def without_marks(text: str, images: int, must_have: bool) -> str:
     return rest.lstrip("\n") if count else rest
 
 
-def from_parts(parts: list[Any], form: str) -> tuple[str, list[Any]]:
-    """The text and the image references of a user message's parts, images first."""
+def from_parts(parts: list[Any], images: list[Any], form: str) -> tuple[str, list[Any]]:
+    """The text and the image references of a user message's parts, images first.
+
+    Args:
+        parts: an image part without an image, as TRL has it, is the place of the next of `images`.
+        images: of the record; without such places they come before those of the parts.
+        form: of the dialogue, for errors.
+    """
     texts, references = [], []
     for part in parts:
         match part:
             case {"type": "image", "image": str() | bytes() | Mapping() as reference} if not texts:
                 references.append(reference)
+            case {"type": "image", **rest} if not texts and all(value is None for value in rest.values()):
+                references.append(None)
             case {"type": "text", "text": str(text)} if IMAGE_PLACEHOLDER not in text:
                 texts.append(text)
             case _:
@@ -414,7 +428,11 @@ def from_parts(parts: list[Any], form: str) -> tuple[str, list[Any]]:
                     f"{form}: cannot read the part {str(part)[:80]}; expected images "
                     '{"type": "image", "image": ...} and after them texts {"type": "text", "text": ...}'
                 )
-    return "".join(texts), references
+    places, given = references.count(None), iter(images)
+    if places not in (0, len(images)):
+        raise Mistake(f'{form}: {places} parts {{"type": "image"}} for {len(images)} images; expected one an image')
+    filled = [next(given) if reference is None else reference for reference in references]
+    return "".join(texts), [*given, *filled]
 
 
 def locate(reference: Any, folder: Path, must_exist: bool = True) -> Any:
