@@ -290,7 +290,7 @@ def test_a_run_ends_when_many_images_break(tiny_model, tmp_path, capsys):
         path.write_bytes(b"gone")
     with pytest.raises(Mistake, match=r"^[78] images broke during training .allowed: 6.; restore the data"):
         trainer.train()
-    assert capsys.readouterr().err.count("corrupt image; completions about it earn nothing") in (7, 8)
+    assert capsys.readouterr().err.count("; completions about it earn nothing") in (7, 8)
     assert len(read_jsonl(tmp_path / "out/trajectories/train.jsonl")) == 3 * 8  # of six prompts
 
 

@@ -153,14 +153,15 @@ def png_header(width: int, height: int) -> bytes:
 
 
 CUT = encode(Image.fromarray(noise(200, 200, 3)), "JPEG")
+NO_FORMAT = "corrupt image, or none of JPEG, PNG, WEBP, GIF, BMP, TIFF"
 BROKEN = {
-    "empty": (b"", "corrupt image"),
+    "empty": (b"", NO_FORMAT),
     "JPEG, cut": (CUT[: len(CUT) // 2], "corrupt image"),
     "PNG, cut": (PICTURES["RGBA"][:-400], "corrupt image"),
     "200 megapixels": (png_header(20_000, 10_000), f"image over {images.MAX_PIXELS} pixels"),
     "70 megapixels": (png_header(10_000, 7_000), f"image over {images.MAX_PIXELS} pixels"),
     "thin": (encode(Image.new("RGB", (2010, 10)), "PNG"), "image aspect ratio over 200"),
-    "another program's": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "corrupt image"),
+    "another program's": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", NO_FORMAT),
 }
 
 
@@ -176,7 +177,7 @@ def test_what_cannot_be_shown_is_one_line(name, tmp_path):
         assert str(caught.value) == f"image {path}: {reason}"
     with pytest.raises(BrokenImage) as caught:
         open_image(data)
-    assert str(caught.value) == reason == caught.value.reason
+    assert str(caught.value) == reason and caught.value.reason == reason.partition(",")[0]
 
 
 def test_what_is_no_file_is_one_line(tmp_path):

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from open_r1.base.edits import Edit, split_edit
 from open_r1.base.errors import FileMistake, printable
@@ -64,14 +64,16 @@ CORRUPT = "corrupt image"
 TOO_LARGE = f"image over {MAX_PIXELS} pixels"
 TOO_LONG = f"image aspect ratio over {MAX_ASPECT_RATIO}"
 OUTSIDE = "its edit does not fit the picture"
+# Behind CORRUPT where no format is recognised, as of a whole AVIF, or of Git LFS's pointer under the image's name.
+UNKNOWN = f", or none of {', '.join(FORMATS)}"
 
 
 class BrokenImage(FileMistake):
     """An image that cannot be shown to a model. The message is one line and names the file, if it is one."""
 
-    def __init__(self, reason: str, name: str | None = None):
+    def __init__(self, reason: str, name: str | None = None, hint: str = ""):
         self.reason = reason
-        super().__init__(f"image {name}: {reason}" if name else reason)
+        super().__init__((f"image {name}: {reason}" if name else reason) + hint)
 
 
 @contextmanager
@@ -102,6 +104,8 @@ def opened(source: ImageSource | None) -> Iterator[Image.Image]:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own bound, met while it reads the header
         raise BrokenImage(TOO_LARGE, name) from error
+    except UnidentifiedImageError as error:
+        raise BrokenImage(CORRUPT, name, UNKNOWN) from error
     except DECODE_ERRORS as error:
         raise BrokenImage(getattr(error, "strerror", None) or CORRUPT, name) from error
 
