@@ -123,6 +123,18 @@ def make_table(folder: Path, delimiter: str, name: str) -> Path:
     return folder / name
 
 
+def make_table_of_images(folder: Path) -> Path:
+    """A TSV as benchmarks have it, with the images themselves in base64."""
+    path = folder / "images.tsv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["question", "answer", "images", "box"])
+        encoded = [base64.b64encode(picture(colour)).decode() for colour in COLOURS]
+        rows = zip(COLOURS, encoded, strict=True)
+        writer.writerows([question(colour), colour, image, "[1, 2]"] for colour, image in rows)
+    return path
+
+
 def make_arrow(folder: Path) -> Path:
     """A file of another suffix that `datasets` reads."""
     with pa.OSFile(str(folder / "rows [1].arrow"), "wb") as file:
@@ -149,6 +161,7 @@ MAKERS = {
     "compressed JSON Lines": make_compressed,
     "CSV": lambda folder: make_table(folder, ",", "a.csv"),
     "TSV": lambda folder: make_table(folder, "\t", "a.tsv"),
+    "TSV of base64": make_table_of_images,
     "parquet with images": make_parquet_with_images,
     "folder of parquet": lambda folder: make_parquet_with_images(folder).parent,
     "saved by datasets": make_saved,
@@ -169,7 +182,7 @@ def check_rows(rows: datasets.Dataset, box: object = (1, 2)) -> None:
 def test_every_form_gives_the_same_rows(name, folder, tiny_model):
     source = MAKERS[name](folder)
     columns = TABLE_COLUMNS if "images" in name or "saved" in name or "folder" in name else None
-    box = "[1, 2]" if name in ("CSV", "TSV") else [1, 2]
+    box = "[1, 2]" if name.startswith(("CSV", "TSV")) else [1, 2]
     check_rows(load_dataset(source, load_processor(tiny_model), columns=columns), box)
 
 

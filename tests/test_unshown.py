@@ -53,6 +53,11 @@ UNSHOWN = {
     "an image in no known field": (columns(picture="a.png"), r"the image in the field picture \(--image_column"),
     "numbered images": (columns(image="a.png", image_2="a.png"), "the image in the field image_2"),
     "images in two fields": (columns(images=[], image="a.png"), "the field image"),
+    "options of which the answer is a letter": (
+        columns(answer="<answer>B</answer>", options=["A. a cube", "B. a ball"]),
+        r"the options, of which the answer is a letter \(--options_column options",
+    ),
+    "choices, as others call them": (columns(answer="(B)", choices=["a cube", "a ball"]), "the choices, of which"),
     "two questions": ({"messages": talk(), "prompt": "And who?"}, "the field prompt"),
 }
 SHOWN = {
@@ -62,6 +67,10 @@ SHOWN = {
     "weights of messages": {"messages": talk(weight=1, train=False)},
     "pictures by number": columns(question="Is <image 1> a ball?", image="a.png"),
     "arrows": columns(question="Is 1 <video game> 2?", notes="a list\nb.mp4"),
+    "options that the question lists": columns(
+        question="What is it?\n(A) A cube\n(B) A ball", answer="B", options=["A. a cube", "B. a ball"]
+    ),
+    "options of which the answer is a text": columns(answer="b", options=["a", "b"]),
     "images as answers": columns(answer="a.png", options=["a.png", "b.png"], question_type="a"),
     "TRL's parts": {
         "prompt": asked(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 
-from open_r1.answers.options import Answer, Outcome, Question, Unread, is_answer, make_question
+from open_r1.answers.options import Answer, Choice, Outcome, Question, Unread, is_answer, make_question
 from open_r1.answers.passages import Response, announced, chosen, denies, is_list, praised, said
 from open_r1.answers.values import tidy
 
@@ -53,6 +53,12 @@ def extract_answer(text: str) -> str | None:
 def bare_gold(solution: str, options: Sequence[str] | None) -> str:
     """The gold answer without `<answer>` tags around it, unless they are an option's own."""
     return solution if options and solution in options else extract_answer(solution) or solution
+
+
+def is_letter(solution: str, options: Sequence[str]) -> bool:
+    """Whether a gold answer names its option by the letter, and is no option's text."""
+    gold, texts = bare_gold(solution, options), tuple(options)
+    return Choice(texts, lettered=False).equal(gold) is None and Choice(texts, lettered=True).equal(gold) is not None
 
 
 def is_correct(

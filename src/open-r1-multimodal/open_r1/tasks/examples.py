@@ -25,7 +25,7 @@ from open_r1.base.errors import FileMistake, MissingFile, Mistake
 from open_r1.base.images import image_bytes, local_path
 from open_r1.base.prompts import IMAGE_PLACEHOLDER, sat_question, without_surrogates
 from open_r1.tasks.pretext import read_pretext
-from open_r1.tasks.unshown import unshown_fields, unshown_in_messages, unshown_marks
+from open_r1.tasks.unshown import unshown_fields, unshown_in_messages, unshown_marks, unshown_options
 
 DIALOGUES = ("messages", "conversations", "prompt")
 ROLES = {"human": "user", "gpt": "assistant"}  # LLaMA-Factory's names
@@ -322,6 +322,7 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
     unshown += [f"the field {key}" for key in others if fields[key] not in (text, references, *references)]
     shown += [*others, answer_field, columns.options or "options"]
     unshown += unshown_marks(row["prompt"], len(references)) + unshown_fields(fields, shown, len(references))
+    unshown += [] if columns.options else unshown_options(fields, solution, text)
     read = {*DIALOGUES, *IMAGES, columns.image} | ({"system"} & set(shown))
     return {**{key: value for key, value in record.items() if key not in read}, **row}, unshown
 
@@ -362,9 +363,9 @@ def find_images(fields: Mapping[str, Any], column: str | None) -> tuple[str, lis
     """The field that the user named, or the usual one, and the image references in it: one, or a list of them."""
     key = column or next((key for key in IMAGES if key in fields), IMAGES[0])
     value = fields.get(key, [])
-    if key != "images" and not isinstance(value, list):
+    if not isinstance(value, list):
         value = [value]
-    if not isinstance(value, list) or not all(isinstance(item, str | bytes | Mapping) for item in value):
+    if not all(isinstance(item, str | bytes | Mapping) for item in value):
         raise Mistake(f"{key}: expected a list of strings (paths), or of images with their bytes")
     return key, value
 

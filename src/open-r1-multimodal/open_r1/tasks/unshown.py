@@ -9,11 +9,15 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from open_r1.answers.checker import is_letter
+
 # Beside questions, dialogues and images, the fields that TRL, transformers and LLaMA-Factory make prompts of.
 PROMPT_FIELDS = ("videos", "video", "audios", "audio", "tools", "documents", "chat_template_kwargs")
 PROMPT_FIELDS += ("system", "history", "input")
 MARK = re.compile(r"<(image|video|audio)[ _-]?(\d*)>")  # stands for a medium in a text
 NUMBERED_IMAGE = re.compile(r"image_?\d+")  # the name of a field with one of several images
+OPTIONS = ("options", "choices")  # the fields that multiple choice is usually kept in
+LABEL = re.compile(r"^[(\[]?[A-Za-z][)\].:]+\s*")  # in front of an option: "A. left"
 SPOKEN = ("role", "content", "from", "value")  # what of a message a prompt shows
 NOTHING = (None, "", [], {}, "[]", "{}")  # LLaMA-Factory writes its tools as JSON
 
@@ -52,6 +56,20 @@ def unshown_fields(record: Mapping[str, Any], shown: Collection[str | None], ima
         elif name in PROMPT_FIELDS:
             unshown.append(f"the field {name}")
     return unshown
+
+
+def unshown_options(record: Mapping[str, Any], solution: str | None, question: str) -> list[str]:
+    """The options that the answer is a letter of, where the question names none of them."""
+    question = " ".join(question.casefold().split())
+    for name in OPTIONS:
+        options = record.get(name)
+        if not (solution and options and isinstance(options, list) and all(isinstance(text, str) for text in options)):
+            continue
+        texts = (" ".join(LABEL.sub("", text).casefold().split()) for text in options)
+        if is_letter(solution, options) and not any(text in question for text in texts):
+            hint = f"--options_column {name} writes them behind the question"
+            return [f"the {name}, of which the answer is a letter ({hint})"]
+    return []
 
 
 def unshown_in_messages(messages: Sequence[Any], form: str) -> list[str]:
