@@ -199,6 +199,11 @@ def test_gold_outside_the_options_is_an_error_in_the_data(gold):
         ("[1,2,3,4]", "[1, 2, 3 , 4]", True),
         ("1,234", "1, 234", False),
         ("(2, 3)", "(3, 2)", False),
+        ("5", "x = 5", True),
+        ("5", "$AB = 5cm$", True),
+        ("5", "x = 3", False),
+        ("5", "x = 5 or x = 3", False),
+        ("x = 5", "y = 5", False),
     ],
 )
 def test_symbolic_equality_is_the_last_resort(gold, answer, equal):

@@ -21,6 +21,7 @@ PARSING_TIMEOUT_S = 1
 RELATIVE_TOLERANCE = 1e-7  # of 1.3333333 to 4/3
 ROUNDING = 1e-15  # what may be left of 1 - 1
 _COMMA = re.compile(" ?, ?")
+_ASSIGNED = re.compile(r"^[A-Za-z]{1,2} ?= ?(?=[^=]*$)")  # "x = 5", "AB = 5"; not "x = 5 or x = 3"
 
 
 def normalize(text: str) -> str:
@@ -34,10 +35,12 @@ def same_value(gold: str, answer: str) -> bool:
     """Whether two short expressions are equal, such as `1/2` and `0.5`, or `9πcm^{2}` and `9pi`.
 
     A unit that only one of them names is left out of it; two different units differ. Spaces beside commas, as in a
-    point or a list, do not count.
+    point or a list, do not count. An answer may say what it is the value of (`x = 5`), as in the MATH data set.
     """
     if _COMMA.sub(",", normalize(gold)) == _COMMA.sub(",", normalize(answer)):
         return True
+    if "=" not in gold:
+        answer = _ASSIGNED.sub("", answer.strip(" $"))
     (gold, gold_unit), (answer, answer_unit) = _quantity(gold), _quantity(answer)
     if gold_unit and answer_unit and gold_unit != answer_unit:
         return False
