@@ -29,6 +29,7 @@ from open_r1.base.prompts import REPO_ROOT
 from open_r1.engines.shared_prefix import ATTENTION
 from open_r1.engines.vllm_backends import load_vllm
 from open_r1.models.loading import load_processor
+from open_r1.rewards import format_reward, soft_overlong_reward
 from open_r1.settings.recipes import read_recipe
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer, unique_names
 from support import pretend_vllm, read_jsonl
@@ -366,6 +367,17 @@ def test_one_question_about_two_pictures(tiny_model, tmp_path):
         shown = trainer.processing_class.image_processor(images=[row["image"]], return_tensors="pt")["pixel_values"]
         assert torch.equal(prompt.image_inputs["pixel_values"], shown)
     assert all(row["images"] == ["(not a file)"] for row in read_jsonl(tmp_path / "trajectories/train.jsonl"))
+
+
+def test_our_rewards_are_told_of_the_run(tiny_model, tmp_path):
+    """In a script of one's own, too: where the template opens `<think>`, no completion would have the format."""
+    rewards, processor = [by_length, format_reward, soft_overlong_reward], load_processor(tiny_model, "base")
+    config, dataset = stock_config(tmp_path), one_image()
+    trainer = Qwen2VLGRPOTrainer(str(tiny_model), rewards, config, dataset, processing_class=processor)
+    own, form, overlong = trainer.reward_funcs
+    assert own is by_length and trainer.reward_func_names == [reward.__name__ for reward in rewards]
+    assert form(["I see.</think><answer>3</answer>"]) == [1.0]
+    assert overlong([""], completion_ids=[[0] * 8]) == [-1.0]
 
 
 def test_a_text_has_no_place_for_images(tiny_model, tmp_path):

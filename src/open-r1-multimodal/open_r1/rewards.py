@@ -270,10 +270,24 @@ def _get_reward(name: str, of_the_run: Mapping[str, Any]) -> Reward:
         is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if ours and parameters[key].annotation is int and not is_count:
             raise Mistake(f"reward_funcs: {name}({key}={value!r}): expected a whole number of at least 1")
-    bound = {key: value for key, value in of_the_run.items() if key in parameters} | chosen
-    if bound:  # keeps __name__, under which TRL logs it
-        reward = functools.update_wrapper(functools.partial(reward, **bound), reward)
+    reward = _bound(reward, {key: value for key, value in of_the_run.items() if key in parameters} | chosen)
     return reward if ours else guarded(reward, name)
+
+
+def told(reward: Reward, **of_the_run: Any) -> Reward:
+    """A reward of this module as a script names it, bound to what it asks of the run (see `get_reward_funcs`).
+
+    One that has been bound, and one of the user's own, are as they are.
+    """
+    if reward not in reward_funcs_registry.values():
+        return reward
+    parameters = inspect.signature(reward).parameters
+    return _bound(reward, {key: value for key, value in of_the_run.items() if key in parameters})
+
+
+def _bound(reward: Reward, values: Mapping[str, Any]) -> Reward:
+    """The reward with these values of its parameters; it keeps its `__name__`, under which TRL logs it."""
+    return functools.update_wrapper(functools.partial(reward, **values), reward) if values else reward
 
 
 def _split_parameters(text: str) -> tuple[str, dict[str, Any]]:

@@ -36,10 +36,10 @@ from open_r1.models.loading import (
     load_teacher,
     reset_generation_config,
 )
-from open_r1.rewards import guarded, unique_names
+from open_r1.rewards import format_reward, guarded, told, unique_names
 from open_r1.running.callbacks import ModelCardMixin
 from open_r1.running.checkpoints import LoadWeightsMixin
-from open_r1.running.data import most_broken, warn_of_unshown
+from open_r1.running.data import most_broken, opens_think, warn_of_unshown
 from open_r1.settings.generation import check_generation, with_tokens
 from open_r1.trainer.advantages import choose_advantage, spread
 from open_r1.trainer.averages import batch_mean
@@ -93,7 +93,8 @@ class Qwen2VLGRPOTrainer(
         model: Hub name or folder (loaded by TRL, in float32 unless `args.model_init_kwargs` says
             otherwise) or a model.
         args: TRL's configuration or `Qwen2VLGRPOConfig`.
-        others: see TRL; `open_r1.rewards` are callables for `reward_funcs`.
+        others: see TRL; `open_r1.rewards` are callables for `reward_funcs`, and are told of the run what they ask:
+            whether the chat template opens `<think>`, how long a completion may be.
     """
 
     def __init__(
@@ -144,6 +145,10 @@ class Qwen2VLGRPOTrainer(
         if self.accelerator.is_main_process:
             warn_of_unshown(train_dataset, eval_dataset)
         self.reward_func_names = unique_names(self.reward_func_names)
+        asks = format_reward in self.reward_funcs and processing_class.chat_template
+        of_the_run = {"think_prefilled": bool(asks) and opens_think(processing_class, **self.chat_template_kwargs)}
+        of_the_run["max_completion_length"] = self.max_completion_length
+        self.reward_funcs = [told(reward, **of_the_run) for reward in self.reward_funcs]
         check_best(args.metric_for_best_model, eval_dataset, self.reward_func_names)
         scale_rewards, aggregation = self.scale_rewards, self.multi_objective_aggregation
         self.advantage = choose_advantage(getattr(args, "advantage", None), scale_rewards, aggregation)
