@@ -17,7 +17,7 @@ from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
 from support import Scripted, launch_env, make_config, read_jsonl
 
 FIGURES = (
-    *("reward", "reward_std", "frac_reward_zero_std", "rewards/long/mean", "rewards/yes/mean", "kl", "entropy"),
+    *("reward", "reward_std", "frac_reward_zero_std", "rewards/long/mean", "rewards/yes/mean", "loss", "kl", "entropy"),
     *("completions/mean_length", "completions/clipped_ratio", "completions/max_terminated_length"),
 )
 WEIGHTS = [0.5, 3.0]
@@ -136,6 +136,20 @@ def test_what_a_process_got_to_be_even_counts_nowhere(tiny_model, tmp_path):
     batch = trainer._generate_and_score_completions([questions(5)[index] for index in range(4)])
     assert batch["completion_mask"].any(dim=1).tolist() == [True, True, False, False]
     assert len(read_jsonl(tmp_path / "trajectories/eval.jsonl")) == 2
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "luspo", "dapo"])
+def test_what_a_process_got_to_be_even_has_no_part_in_the_loss(loss_type, tiny_model, tmp_path):
+    settings = {"num_generations_eval": 1, "per_device_eval_batch_size": 4, "loss_type": loss_type}
+    trainer = make_trainer(tiny_model, tmp_path, eval_dataset=questions(2), **settings)
+    alone = trainer.evaluate()["eval_loss"]
+    trainer.get_eval_dataloader()
+    logs = {"eval_loss": float("nan")}  # transformers' own
+    with torch.no_grad():
+        batch = trainer._generate_and_score_completions([questions(5)[index] for index in range(4)])
+        trainer.compute_loss(trainer.model, batch)
+    trainer.log(logs)
+    assert alone > 1e-5 and logs["eval_loss"] == pytest.approx(alone, rel=1e-4)
 
 
 # --- several evaluation sets ----------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ BLIND = "blind"  # the prefix of an evaluation that shows no images
 # `log` takes it out.
 TOKENS = "tokens"
 PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
+LOSSES_PER_TOKEN = ("bnpo", "cispo", "dapo", "vespo")  # loss types that are one; the others are over completions
 
 
 def check_best(metric: str | None, eval_dataset: Any, rewards: Sequence[str]) -> None:
@@ -248,6 +249,24 @@ class MetricsMixin(NamedEvaluationMixin):
         self.pass_rates.add(rows)
         self._log(text_figures(rows, size))
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's; of an evaluation's batch it keeps the sum of all processes' losses, and their tokens.
+
+        transformers would log the mean over processes and batches, of which the last hold fewer questions.
+        """
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            mask = inputs["completion_mask"]
+            divisor = len(mask)  # by which TRL makes a mean of a process's sum
+            if self.loss_type == "bnpo":
+                divisor = mask.sum()
+            elif self.loss_type in LOSSES_PER_TOKEN:
+                divisor = inputs["num_items_in_batch"] / self.accelerator.num_processes
+            sums = torch.stack([loss.float() * divisor, mask.sum().float()])
+            total, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+            self._log({"loss": total, TOKENS: tokens})
+        return loss
+
     def _join_passes(self, logged: Mapping[str, int]) -> None:
         """Log the figures of a rollout over all its completions, whose passes need not be of one size.
 
@@ -283,6 +302,8 @@ class MetricsMixin(NamedEvaluationMixin):
         if self._mode() == "eval" and held_out:
             metrics = self._metrics["eval"]
             tokens = metrics.pop(TOKENS, [])
+            count = sum(tokens) if self.loss_type in LOSSES_PER_TOKEN else len(held_out)
+            metrics["loss"] = [sum(metrics["loss"]) / max(count, 1)]  # in place of transformers'
             for name in metrics:
                 if name in PER_TOKEN or (name.startswith("clip_ratio/") and name.endswith("_mean")):
                     total = sum(value * count for value, count in zip(metrics[name], tokens, strict=True))

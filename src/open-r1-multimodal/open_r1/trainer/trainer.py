@@ -46,7 +46,7 @@ from open_r1.trainer.averages import batch_mean
 from open_r1.trainer.callbacks import CheckEngine, ContinueRollouts, RememberPassRates
 from open_r1.trainer.distillation import ask_teacher, sampled_kl, whole_kl
 from open_r1.trainer.finite import FiniteMixin
-from open_r1.trainer.metrics import TOKENS, MetricsMixin, check_best, reward_figures
+from open_r1.trainer.metrics import MetricsMixin, check_best, reward_figures
 from open_r1.trainer.perception import add_noise, mask_prompts, noise_step, perception_kl, split_halves
 from open_r1.trainer.recorder import Recorder, Rollout, Rows
 from open_r1.trainer.rows import ImageReader, prompts_with_images, put_images, without_images
@@ -402,9 +402,6 @@ class Qwen2VLGRPOTrainer(
         return self._buffered_inputs[self._step % steps]
 
     def _compute_loss(self, model, inputs):
-        if not self.model.training:
-            tokens = self.accelerator.reduce(inputs["completion_mask"].sum(), reduction="sum").item()
-            self._log({TOKENS: tokens})
         if not self.shared_prefix:
             return super()._compute_loss(model, inputs)
         scored, mask = Scored(inputs["prompts"]), inputs["completion_mask"]
