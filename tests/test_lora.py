@@ -137,6 +137,30 @@ def test_export_is_the_adapted_model(run, tiny_model, examples_json, tmp_path, m
         run_export(output, tmp_path / "other", "--dtype", "float23")
 
 
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"]])
+@pytest.mark.parametrize("setting", ["target_modules", "modules_to_save"])
+def test_an_adapter_of_one_use_of_tied_weights_is_merged_into_that_use(tiny_model, tmp_path, setting, modules):
+    """PEFT changes the other use, too; and a configuration that says tied would tie them again when vLLM loads it."""
+    base = load_model(tiny_model, dtype="float32")
+    assert base.config.tie_word_embeddings
+    config = LoraConfig(r=4, **{"target_modules": ["q_proj"], setting: modules})
+    model = get_peft_model(base, config).eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += parameter.requires_grad * 0.1 * torch.randn_like(parameter)
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        adapted = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    merged = load_checkpoint(tmp_path / "adapter", "float32", base=tiny_model)
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = load_model(tmp_path / "merged", dtype="float32")
+    assert not loaded.config.tie_word_embeddings
+    with torch.no_grad():
+        for model in (merged, loaded):
+            assert torch.allclose(model(input_ids=ids).logits, adapted, atol=1e-4)
+
+
 @pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_vl", "smolvlm", "internvl"))
 def test_a_frozen_part_gets_no_adapter(tiny_models, tmp_path, model_type):
     """In Qwen2.5-VL and Qwen3-VL the vision tower has layers of the language model's names."""

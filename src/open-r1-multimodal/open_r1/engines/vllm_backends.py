@@ -29,7 +29,7 @@ from open_r1.configs import need_vllm
 from open_r1.engines.backends import Completions
 from open_r1.engines.shared_prefix import Prompt, encode_prompt, images_of
 from open_r1.models.families import family_of_processor
-from open_r1.models.loading import adapter_base, check_model_files, load_checkpoint
+from open_r1.models.loading import adapter_base, adapts_tied_weights, check_model_files, load_checkpoint
 from open_r1.settings.generation import RESHAPING
 
 if TYPE_CHECKING:
@@ -97,10 +97,7 @@ def check_adapter(model: PeftModel) -> None:
                 f"use_vllm: vLLM is handed W + BA of LoRA adapters without lora_bias, of linear layers and embeddings; "
                 f"{name.removeprefix('base_model.model.')} has another one ({type(part).__name__})"
             )
-    plain = model.get_base_model()
-    ends = (plain.get_input_embeddings(), plain.get_output_embeddings())
-    is_adapted = any(isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for part in ends)
-    if is_adapted and plain.config.tie_word_embeddings:
+    if adapts_tied_weights(model):
         raise Mistake(
             "use_vllm: the model has one matrix as embeddings and lm_head, and an adapter changes one of the two "
             "uses, which vLLM cannot tell apart; leave both out of lora_target_modules and lora_modules_to_save"

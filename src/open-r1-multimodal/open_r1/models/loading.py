@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -301,7 +303,27 @@ def load_checkpoint(folder: str | Path, dtype: str | None = "auto", base: str | 
     with torch.no_grad(), reading(folder, "adapter"):
         adapted = PeftModel.from_pretrained(model, folder)
         check_adapter(adapted, folder)
+        if adapts_tied_weights(adapted):
+            untie_head(adapted.get_base_model())
         return adapted.merge_and_unload(safe_merge=True)
+
+
+def adapts_tied_weights(model: PeftModel) -> bool:
+    """Whether one matrix is embeddings and head of a model, and an adapter changes one of the two uses."""
+    plain = model.get_base_model()
+    ends = (plain.get_input_embeddings(), plain.get_output_embeddings())
+    is_adapted = any(isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for part in ends)
+    return is_adapted and plain.config.tie_word_embeddings
+
+
+def untie_head(model: PreTrainedModel) -> None:
+    """Give the head of a model with adapters a matrix of its own: PEFT would merge into the other use of it, too."""
+    head = model.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        head = head.get_base_layer()
+    if not isinstance(head, AuxiliaryTrainingWrapper):  # which has one
+        head.weight = nn.Parameter(head.weight.clone())
+    model.config.tie_word_embeddings = False  # for whoever loads it from a folder
 
 
 def restore_weights(model: nn.Module, folder: str | Path) -> None:
