@@ -153,7 +153,8 @@ def test_a_hub_that_takes_nothing_is_one_line_before_a_run_and_after_it():
     told = r"--push_to_hub: the Hub does not take me/tiny \(Connection refused\); "
     with pytest.raises(Mistake, match=f"{told}`hf auth login`, and name a repository of yours in --hub_model_id"):
         Pushing().init_hf_repo()
-    with pytest.raises(Mistake, match=f"{told}all is saved in outputs/run; upload it with `hf upload`"):
+    command = "hf upload me/tiny outputs/run . --exclude"
+    with pytest.raises(Mistake, match=f"{told}all is saved in outputs/run; upload it with `{command}"):
         Pushing().push_to_hub()
 
 

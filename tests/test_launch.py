@@ -25,7 +25,13 @@ from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import check_attention, check_bfloat16, unused_vllm
 from open_r1.grpo import GRPOScriptArguments
-from open_r1.running.entry import accumulate_in_float32, check_login, resolve_report_to, rounded_away
+from open_r1.running.entry import (
+    accumulate_in_float32,
+    check_login,
+    resolve_report_to,
+    rounded_away,
+    save_whole_weights,
+)
 from open_r1.running.failures import continues
 from open_r1.running.launch_settings import LaunchSettings, count_gpus, listed_gpus, read_launch
 from open_r1.settings.recipes import default_output, merge_recipes, read_recipe
@@ -669,6 +675,15 @@ def test_a_run_tells_deepspeed_how_to_add_gradients_up():
         plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=config)
         accumulate_in_float32(SimpleNamespace(deepspeed_plugin=plugin))
         assert plugin.deepspeed_config.get("data_types", {}).get("grad_accum_dtype") == dtype
+
+
+def test_zero3_saves_whole_weights_whatever_a_launch_file_says():
+    """DeepSpeed's default is to save each process's part, which no library loads as a model."""
+    key = "stage3_gather_16bit_weights_on_model_save"
+    for stage, zero, gathers in ((3, {}, True), (3, {key: False}, True), (2, {}, None)):
+        plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": zero})
+        save_whole_weights(SimpleNamespace(deepspeed_plugin=plugin))
+        assert zero.get(key) is gathers
 
 
 @pytest.mark.slow

@@ -102,6 +102,7 @@ MISTAKES = [
     ("--torch_compile true", "torch_compile: "),
     ("--train_sampling_strategy sequential", "train_sampling_strategy: shuffle_dataset says"),
     ('--model_init_kwargs {{"revision":"x"}}', "model_init_kwargs: this command loads the model itself"),
+    ("--enable_jit_checkpoint true", "enable_jit_checkpoint: a run that a signal ends goes on from its newest whole"),
     ("--eval_strategy steps", "eval_strategy steps: there are no held-out examples"),
     ("--completions_per_step 60", "completions_per_step 60 is not a multiple of 16 "),
     ("--completions_per_step -64", "completions_per_step -64: "),

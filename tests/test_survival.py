@@ -39,7 +39,7 @@ from open_r1.running.checkpoints import (
     seal,
 )
 from open_r1.running.data import DataArguments
-from open_r1.running.entry import find_checkpoint
+from open_r1.running.entry import find_checkpoint, finish
 from open_r1.running.provenance import all_arguments, check_same_run
 from open_r1.trainer import recorder
 from support import (
@@ -307,6 +307,13 @@ def test_the_model_of_a_finished_run_is_copied_without_the_state(tmp_path):
     (checkpoint / "optimizer.pt").touch()
     copy_model(str(checkpoint), str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "model.safetensors", "trainer_state.json"}
+
+
+def test_a_finished_run_says_that_it_is_not_uploaded_again(tmp_path, capsys):
+    args = make_config(tmp_path, push_to_hub=True, hub_model_id="me/tiny")
+    finish(str(make_checkpoint(tmp_path, 2)), args)
+    told = f"--push_to_hub: nothing was uploaded now; upload it with `hf upload me/tiny {tmp_path} . --exclude"
+    assert told in capsys.readouterr().err
 
 
 class Death(TrainerCallback):

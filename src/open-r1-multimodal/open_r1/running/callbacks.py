@@ -114,9 +114,15 @@ class ModelCardMixin:
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Upload the model with its card; raises Mistake when the Hub does not take it."""
-        again = f"all is saved in {self.args.output_dir}; upload it with `hf upload`"
+        again = f"all is saved in {self.args.output_dir}; {upload_command(self.hub_model_id, self.args.output_dir)}"
         with _told_by_hub(self.hub_model_id, again):
             return super().push_to_hub(*args, **kwargs)
+
+
+def upload_command(repository: str | None, folder: str) -> str:
+    """What uploads the model in a run's folder by hand, without the run's checkpoints."""
+    name = repository or Path(folder).name
+    return f'upload it with `hf upload {name} {folder} . --exclude "checkpoint-*"`'
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from open_r1.base.locks import check_free, owned
 from open_r1.configs import check_attention, check_bfloat16
 from open_r1.models.families import use_family
 from open_r1.models.loading import check_weights, parameter_table
-from open_r1.running.callbacks import add_run_callbacks
+from open_r1.running.callbacks import add_run_callbacks, upload_command
 from open_r1.running.checkpoints import (
     CompleteCheckpoints,
     Layout,
@@ -156,6 +156,11 @@ def read_settings(command: Command, arguments: Sequence[str]) -> Settings:
             "model_init_kwargs: this command loads the model itself, by dtype, attn_implementation and model_revision; "
             "leave it out"
         )
+    if args.enable_jit_checkpoint:
+        raise Mistake(
+            "enable_jit_checkpoint: a run that a signal ends goes on from its newest whole checkpoint; "
+            "choose save_steps, and leave it out"
+        )
     check_bfloat16(args, model_args)
     check_attention(model_args)
     if args.eval_strategy == "no":
@@ -244,17 +249,26 @@ def rounded_away(trainer: Trainer) -> str | None:
     )
 
 
+def save_whole_weights(args: TrainingArguments) -> None:
+    """Let ZeRO-3 gather the weights that it saves: by default it leaves each process's part, which nothing loads."""
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+
+
 def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -> None:
     """`train`, with the settings read and the output folder its own."""
     script_args, args, model_args = settings
     layout = Layout.of_this_process()
     checkpoint = decide_once(lambda: find_checkpoint(command, settings, layout))
     if checkpoint and is_finished(checkpoint, args):  # a trainer that resumes at its last step would take one more
-        decide_once(lambda: finish(checkpoint, args))
+        with full_disk(args.output_dir):
+            decide_once(lambda: finish(checkpoint, args))
         return
     # Before the trainer fills them in
     record = describe_settings(command, settings, layout.processes)
     accumulate_in_float32(args)
+    save_whole_weights(args)
     prepared = command.prepare(*settings)
     record["data"] = decide_once(lambda: describe_data(args, prepared, checkpoint))
     trainer = command.build_trainer(*settings, prepared)
@@ -293,6 +307,9 @@ def finish(checkpoint: str, args: TrainingArguments) -> None:
     print(f"{checkpoint}: nothing left to do, all {length} are done")
     copy_model(final_checkpoint(checkpoint, args), args.output_dir)
     report(args.output_dir)
+    if args.push_to_hub:
+        command = upload_command(args.hub_model_id, args.output_dir)
+        print(f"--push_to_hub: nothing was uploaded now; {command}", file=sys.stderr)
 
 
 def report(output_dir: str) -> None:
