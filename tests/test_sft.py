@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,25 @@ def test_prompts_are_not_scored(tiny_model, examples_json, tmp_path, monkeypatch
         plain = trainer.model(**batch).loss
     assert scored == [(batch["labels"] >= 0).sum()] and utils._use_triton is uses_triton
     assert torch.isclose(loss, plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("process, own", [(0, 2), (1, 1), (2, 0)])
+def test_rows_that_make_processes_even_have_no_part_in_an_evaluation(
+    tiny_model, examples_json, tmp_path, monkeypatch, process, own
+):
+    """Of the last batches, of two rows each, three rows are of the data set."""
+    trainer = make_trainer(tiny_model, examples_json, tmp_path, "--per_device_eval_batch_size", "2")
+    trainer.model.eval()
+
+    def loss_of(count: int) -> torch.Tensor:
+        batch = trainer.data_collator([trainer.train_dataset[row] for row in range(count)])
+        return trainer.prediction_step(trainer.model, batch, True)[0]
+
+    expected = loss_of(own) if own else torch.zeros(())
+    last = SimpleNamespace(end_of_dataloader=True, remainder=3)
+    monkeypatch.setattr(trainer.accelerator, "gradient_state", last)
+    monkeypatch.setattr(type(trainer.accelerator), "process_index", process)
+    assert torch.isclose(loss_of(2), expected, rtol=1e-5)
 
 
 def run_sft(model: Path, data: Path, output: Path, *args: str, **env: str) -> subprocess.CompletedProcess:

@@ -109,6 +109,14 @@ class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, ModelCardMixin, NamedEval
         with scoring_labels_alone():
             return super().compute_loss(*args, **kwargs)
 
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's; what a process gets in the last batch beyond the data set, to have as many rows, does not count."""
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:  # so many rows of all processes' batches count
+            own = state.remainder - self.accelerator.process_index * self.args.eval_batch_size
+            inputs["labels"][max(own, 0) :] = -100
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
 
 @contextmanager
 def scoring_labels_alone() -> Iterator[None]:
