@@ -27,6 +27,7 @@ from open_r1.configs import check_attention, check_bfloat16, unused_vllm
 from open_r1.grpo import GRPOScriptArguments
 from open_r1.running.entry import (
     accumulate_in_float32,
+    check_deepspeed,
     check_login,
     resolve_report_to,
     rounded_away,
@@ -36,7 +37,16 @@ from open_r1.running.failures import continues
 from open_r1.running.launch_settings import LaunchSettings, count_gpus, listed_gpus, read_launch
 from open_r1.settings.recipes import default_output, merge_recipes, read_recipe
 from open_r1.trainer.trainer import Qwen2VLGRPOConfig
-from support import hear_signals, launch_env, load_weights, processes_naming, read_jsonl, run_grpo, write_script
+from support import (
+    hear_signals,
+    launch_env,
+    load_weights,
+    make_config,
+    processes_naming,
+    read_jsonl,
+    run_grpo,
+    write_script,
+)
 
 SCRIPTS = sorted(
     path for path in REPO_ROOT.rglob("*.sh") if not {".venv", "outputs"} & set(path.relative_to(REPO_ROOT).parts)
@@ -675,6 +685,20 @@ def test_a_run_tells_deepspeed_how_to_add_gradients_up():
         plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=config)
         accumulate_in_float32(SimpleNamespace(deepspeed_plugin=plugin))
         assert plugin.deepspeed_config.get("data_types", {}).get("grad_accum_dtype") == dtype
+
+
+def test_a_launch_file_that_says_otherwise_than_the_run_is_one_line(tmp_path):
+    """As `accelerate config` writes one: it asks for these numbers."""
+    args = make_config(tmp_path)
+    for steps, clipping in ((2, 1.0), ("auto", "auto")):
+        config = {"gradient_accumulation_steps": steps, "gradient_clipping": clipping, "train_batch_size": "auto"}
+        args.deepspeed_plugin = SimpleNamespace(deepspeed_config=config)
+        check_deepspeed(args)
+        assert config["train_batch_size"] == "auto"
+    args.deepspeed_plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+    line = "^ACCELERATE_CONFIG, deepspeed: the file says gradient_accumulation_steps=1 against the run's gradient_accu"
+    with pytest.raises(Mistake, match=line):
+        check_deepspeed(args)
 
 
 def test_zero3_saves_whole_weights_whatever_a_launch_file_says():

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.utils import ENV_VARS_TRUE_VALUES
 from transformers.utils.logging import disable_progress_bar
 
@@ -256,6 +257,20 @@ def save_whole_weights(args: TrainingArguments) -> None:
         plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
 
+def check_deepspeed(args: TrainingArguments) -> None:
+    """Raise Mistake where a launch file says otherwise than the run; transformers would, when weights are loaded."""
+    if args.deepspeed_plugin is None:
+        return
+    config = HfTrainerDeepSpeedConfig(args.deepspeed_plugin.deepspeed_config)  # a copy
+    config.trainer_config_process(args)
+    if config.mismatches:
+        values = [line.removeprefix("- ds ").replace(" vs hf ", " against the run's ") for line in config.mismatches]
+        raise Mistake(
+            f"ACCELERATE_CONFIG, deepspeed: the file says {', '.join(values)}; "
+            "leave that out of the file, or write auto there"
+        )
+
+
 def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -> None:
     """`train`, with the settings read and the output folder its own."""
     script_args, args, model_args = settings
@@ -267,6 +282,7 @@ def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -
         return
     # Before the trainer fills them in
     record = describe_settings(command, settings, layout.processes)
+    check_deepspeed(args)
     accumulate_in_float32(args)
     save_whole_weights(args)
     prepared = command.prepare(*settings)

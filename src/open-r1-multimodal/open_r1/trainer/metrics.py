@@ -256,7 +256,7 @@ class MetricsMixin(NamedEvaluationMixin):
         """
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.model.training:
-            mask = inputs["completion_mask"]
+            mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
             divisor = len(mask)  # by which TRL makes a mean of a process's sum
             if self.loss_type == "bnpo":
                 divisor = mask.sum()
