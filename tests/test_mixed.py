@@ -12,7 +12,7 @@ from open_r1.base.prompts import REPO_ROOT
 from open_r1.engines.decoding import generate
 from open_r1.engines.shared_prefix import encode_prompt
 from open_r1.models.families import FAMILIES, family_of
-from open_r1.models.loading import accept_missing_images, load_model, load_processor
+from open_r1.models.loading import accept_missing_images, freeze, load_model, load_processor
 from open_r1.running.data import load_dataset
 from open_r1.sft import AnswerCollator
 from support import families, launch_env, run_grpo, write_mixed
@@ -54,6 +54,14 @@ def test_a_blank_image_changes_no_number(model_type, image, tiny_models):
         assert torch.equal(logits, results[0][0])
         for name, gradient in results[0][1].items():
             assert gradient is None or torch.equal(gradient, gradients[name]), name
+
+
+def test_a_model_that_learns_from_images_alone_takes_a_batch_without_one(tiny_model):
+    model = load_model(tiny_model, dtype="float32")
+    freeze(model, freeze_llm=True)
+    accept_missing_images(model, always_encode=False)
+    model(torch.arange(20)[None]).logits.square().mean().backward()
+    assert all(gradient is not None and not gradient.any() for gradient in tower(model).values())
 
 
 @pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_5", "smolvlm", "internvl"))

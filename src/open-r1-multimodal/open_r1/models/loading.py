@@ -499,9 +499,12 @@ def accept_missing_images(model: PreTrainedModel, always_encode: bool) -> None:
     Args:
         model: not wrapped.
         always_encode: run the vision tower on a blank image then, with weight zero, so that every process of a run
-            does the same work: under ZeRO the ranks exchange what a part of the model needs whenever it runs.
+            does the same work: under ZeRO the ranks exchange what a part of the model needs whenever it runs. A model
+            that learns in its tower or merger alone does so anyway: its loss would have no gradient to take.
     """
     backbone, family = model.base_model, family_of(model)
+    if family.trains_vision(model) and not any(p.requires_grad for p in backbone.get_decoder().parameters()):
+        always_encode = True
     blank = family.blank_image(model.config)
 
     def before_backbone(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
