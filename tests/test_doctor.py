@@ -32,7 +32,7 @@ from open_r1.doctor.run import MEASURED_STEPS, Run
 from open_r1.doctor.survey import survey
 from open_r1.engines.shared_prefix import Prompt
 from open_r1.models.families import find_family
-from open_r1.models.loading import FreezeArguments, load_processor
+from open_r1.models.loading import FreezeArguments, load_config, load_processor
 from open_r1.models.memory import (
     Count,
     Launch,
@@ -42,7 +42,6 @@ from open_r1.models.memory import (
     cache_bytes,
     count_memory,
     count_run,
-    load_config,
 )
 from open_r1.rewards import accuracy_reward, bare_accuracy_reward, get_reward_funcs
 from open_r1.running.data import count_prompt_tokens

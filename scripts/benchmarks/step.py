@@ -40,8 +40,7 @@ from open_r1.base.errors import positive
 from open_r1.base.prompts import load_chat_template
 from open_r1.engines.backends import Completions
 from open_r1.models.families import FAMILIES, family_of
-from open_r1.models.loading import load_model, load_processor
-from open_r1.models.memory import load_config
+from open_r1.models.loading import load_config, load_model, load_processor
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
 from open_r1.trainer.trainer import Qwen2VLGRPOConfig, Qwen2VLGRPOTrainer
 

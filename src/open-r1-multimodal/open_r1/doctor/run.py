@@ -22,17 +22,8 @@ from trl import GRPOConfig, ModelConfig
 from open_r1.base.errors import Mistake, first_line
 from open_r1.doctor.survey import Survey, survey
 from open_r1.models.families import family_of
-from open_r1.models.loading import check_model, check_template, check_weights
-from open_r1.models.memory import (
-    Count,
-    Launch,
-    build_model,
-    count_run,
-    free_memory,
-    load_config,
-    teacher_bytes,
-    weight_bytes,
-)
+from open_r1.models.loading import check_model, check_template, check_weights, load_config
+from open_r1.models.memory import Count, Launch, build_model, count_run, free_memory, teacher_bytes, weight_bytes
 from open_r1.rewards import COMPARING, Reward, check_gold, get_reward_funcs, reward_funcs_registry
 from open_r1.running.data import columns_of, load_processor_from_args, opens_think
 from open_r1.running.entry import Command, read_settings

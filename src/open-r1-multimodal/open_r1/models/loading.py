@@ -123,12 +123,10 @@ def check_teacher(name: str, config: PreTrainedConfig, processor: ProcessorMixin
     setting = "teacher_model_name_or_path"
     with naming_option(setting):
         family, its_processor = check_model_files(name), load_processor(name)
-        folder = model_folder(name)
     if family is not find_family(config.model_type):
         raise Mistake(f"{setting}: {name} is of {family.model_type}, and the policy of {config.model_type}")
-    with reading(folder / "config.json", "configuration"):
-        its_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    tokens, rows = (tokenizer_of(processor).get_vocab(), config.get_text_config().vocab_size)
+    tokens, rows = tokenizer_of(processor).get_vocab(), config.get_text_config().vocab_size
+    its_config = load_config(name, settings=setting)
     its_tokens, its_rows = its_processor.tokenizer.get_vocab(), its_config.get_text_config().vocab_size
     # Checkpoints of one tokenizer may have more rows than it has tokens: Qwen2-VL 151936 of 2B, 152064 of 7B.
     if its_tokens != tokens or its_rows < rows:
@@ -155,6 +153,20 @@ def family_of_folder(folder: Path) -> Family:
         return find_family(model_type)
     except Mistake as error:
         raise Mistake(f"{folder} is {error}") from error
+
+
+def config_of_folder(folder: Path) -> PreTrainedConfig:
+    """A model's configuration, or a Mistake where transformers cannot read its file."""
+    with reading(folder / "config.json", "configuration"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_config(model_name_or_path: str, revision: str = "main", settings: str = MODEL_SETTING) -> PreTrainedConfig:
+    """The configuration of a model; Mistake, which names its settings, where there is none of a supported family."""
+    with naming_option(settings):
+        folder = model_folder(model_name_or_path, revision, ["config.json"])
+        family_of_folder(folder)
+    return config_of_folder(folder)
 
 
 def check_weights(model_name_or_path: str | Path, revision: str = "main") -> None:
@@ -450,10 +462,8 @@ def check_tokens(folder: Path, processor: ProcessorMixin, family: Family) -> Non
     Raises:
         Mistake: a special token has another id there, or the model has no place for some token.
     """
-    with reading(folder / "config.json", "configuration"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        rows = config.get_text_config().vocab_size
-    vocabulary = processor.tokenizer.get_vocab()
+    config, vocabulary = config_of_folder(folder), processor.tokenizer.get_vocab()
+    rows = config.get_text_config().vocab_size
     for name, token in family.config_tokens.items():
         if vocabulary.get(token) != getattr(config, name, None):
             raise Mistake(

@@ -20,7 +20,6 @@ from torch import nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoConfig,
     AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
@@ -30,11 +29,10 @@ from trl import GRPOConfig, ModelConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCAB_CHUNK_SIZE
 
-from open_r1.base.errors import Mistake, naming_option
-from open_r1.base.hub import model_folder
+from open_r1.base.errors import Mistake
 from open_r1.configs import FreezeArguments
 from open_r1.models.families import family_of, find_family
-from open_r1.models.loading import MODEL_SETTING, family_of_folder, freeze, get_adapter_config, reading, resolve_dtype
+from open_r1.models.loading import freeze, get_adapter_config, load_config, resolve_dtype
 
 FP32 = 4  # bytes
 ANSWER_TOKENS = 32  # of an SFT example; no recipe bounds them
@@ -164,15 +162,6 @@ def dtype_of(config: PreTrainedConfig, model_args: ModelConfig) -> torch.dtype:
     """What a recipe loads a model's weights in."""
     dtype = resolve_dtype(model_args.dtype)
     return (config.dtype or torch.float32) if dtype == "auto" else dtype
-
-
-def load_config(model_name_or_path: str, revision: str = "main", settings: str = MODEL_SETTING) -> PreTrainedConfig:
-    """The configuration of a model; Mistake, which names its settings, where there is none of a supported family."""
-    with naming_option(settings):
-        folder = model_folder(model_name_or_path, revision, ["config.json"])
-        family_of_folder(folder)
-    with reading(folder / "config.json", "configuration"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def weight_bytes(model: nn.Module, model_args: ModelConfig) -> float:

@@ -15,7 +15,7 @@ from trl import ModelConfig
 from open_r1.base.errors import run
 from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, longest_row, need_vllm
 from open_r1.engines.vllm_backends import engine_dtype, engine_settings
-from open_r1.models.memory import load_config
+from open_r1.models.loading import load_config
 from open_r1.running.data import load_processor_from_args
 from open_r1.settings.recipes import read_recipe
 
