@@ -4,7 +4,7 @@ import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.integrations import gather_params_ctx
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -224,19 +225,10 @@ def _first(texts: Sequence[str]) -> str:
     return texts[0] + (f" and {len(texts) - 1} more" if len(texts) > 1 else "")
 
 
-def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-    """A context in which a parameter is whole in this process; under ZeRO-3 all processes enter it."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed  # imported by now
-
-    return deepspeed.zero.GatheredParameters(parameter)
-
-
 def check_finite(model: nn.Module, name: str | Path) -> None:
     """Raise Mistake with the name of a weight that is NaN or infinite; no weight is copied."""
     for parameter_name, parameter in model.named_parameters():
-        with whole(parameter):
+        with gather_params_ctx(parameter, modifier_rank=None):  # under ZeRO-3 all processes come here
             extremes = parameter.detach().aminmax() if parameter.is_floating_point() and parameter.numel() else ()
             if not all(extreme.isfinite() for extreme in extremes):
                 raise Mistake(f"{name}: {parameter_name} holds NaN or infinite weights; fetch or save it again")
@@ -386,10 +378,8 @@ def check_adapter(model: PeftModel, folder: str | Path, name: str = "default") -
     """
     path = Path(folder) / f"{ADAPTER}.safetensors"
     saved = load_file(path)
-    with ExitStack() as stack:
-        for parameter_name, parameter in model.named_parameters():
-            if f".{name}." in parameter_name:
-                stack.enter_context(whole(parameter))
+    parts = [parameter for parameter_name, parameter in model.named_parameters() if f".{name}." in parameter_name]
+    with gather_params_ctx(parts, modifier_rank=None):
         weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         if missing := sorted(weights.keys() - saved.keys()):
             raise FileMistake(f"{path}: weights are missing: {_first(missing)}")
