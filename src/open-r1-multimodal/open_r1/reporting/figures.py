@@ -28,18 +28,6 @@ DASHES = ("-", (0, (4, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1)), (0, (8, 2)
 # Of each row of the paper's figure the number of the first colour on its left and right axis.
 PAPER_CURVES = ((0, 2), (3, 5))
 
-# In a figure for the page each colour is a mark, replaced by the style sheet's variable once the SVG is written.
-PAGE_COLOURS = ("#010101", "#010102", "#010103", "#010104", "#010105", "#010106")
-PAGE_INK, PAGE_GRID = "#010107", "#010108"
-VARIABLES = {
-    **{mark: f"var(--curve-{number})" for number, mark in enumerate(PAGE_COLOURS, start=1)},
-    PAGE_INK: "currentColor",
-    PAGE_GRID: "var(--grid)",
-}
-# In a figure of its own, on white.
-PAPER_COLOURS = ("#3b52c4", "#c2410c", "#0f766e", "#7c3aed", "#a16207", "#be185d")
-PAPER_INK, PAPER_GRID = "#1c1f26", "#e3e5ea"
-
 WIDE, NARROW = (12.6, 4.9), (5.4, 3.9)  # inches; one is 72 units of an SVG
 BELOW = 0.5  # height of what stands below the paper's figure, as a share of its own
 CARD = (5.4, 3.5)
@@ -51,15 +39,22 @@ ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a figure; those of the page are marks that the style sheet fills in."""
+    """Colours of a figure."""
 
     curves: Sequence[str]
     ink: str
     grid: str
 
 
-PAGE = Theme(PAGE_COLOURS, PAGE_INK, PAGE_GRID)
-PAPER = Theme(PAPER_COLOURS, PAPER_INK, PAPER_GRID)
+# In a figure for the page each colour is a mark, replaced by the style sheet's variable once the SVG is written.
+PAGE = Theme(("#010101", "#010102", "#010103", "#010104", "#010105", "#010106"), ink="#010107", grid="#010108")
+VARIABLES = {
+    **{mark: f"var(--curve-{number})" for number, mark in enumerate(PAGE.curves, start=1)},
+    PAGE.ink: "currentColor",
+    PAGE.grid: "var(--grid)",
+}
+# In a figure of its own, on white.
+PAPER = Theme(("#3b52c4", "#c2410c", "#0f766e", "#7c3aed", "#a16207", "#be185d"), ink="#1c1f26", grid="#e3e5ea")
 
 
 def legend(chart: Chart) -> list[tuple[int, str]]:
@@ -128,10 +123,7 @@ def save_accuracy_length(curves: Curves, path: Path) -> None:
     with replacing(path) as temporary, rc_context(_rc("accuracy-length")):
         figure = Figure((10.0, 3.2), layout="constrained")
         for axes, (title, panel), number in zip(figure.subplots(1, 2), panels.items(), (0, 3), strict=True):
-            _draw_panel(axes, panel, PAPER, number, parts=4)
-            axes.set_title(title, loc="left", color=PAPER.ink, fontsize=12)
-            _name_curves(axes)
-            _label_steps(axes)
+            _draw_named(axes, panel, title, number)
         _save(figure, temporary, path.suffix)
 
 
@@ -140,13 +132,17 @@ def panel_svg(panel: Panel, title: str) -> str:
     buffer = io.StringIO()
     with rc_context(_rc("panel")):
         figure = Figure((6.4, 3.2), layout="constrained")
-        axes = figure.subplots()
-        _draw_panel(axes, panel, PAPER, 0, parts=4)
-        axes.set_title(title, loc="left", color=PAPER.ink, fontsize=12)
-        _name_curves(axes)
-        _label_steps(axes)
+        _draw_named(figure.subplots(), panel, title, 0)
         figure.savefig(buffer, format="svg")
     return buffer.getvalue()
+
+
+def _draw_named(axes: Axes, panel: Panel, title: str, number: int) -> None:
+    """Draw a panel on white, its colours from `number` on, with a title and with each curve's name at its end."""
+    _draw_panel(axes, panel, PAPER, number, parts=4)
+    axes.set_title(title, loc="left", color=PAPER.ink, fontsize=12)
+    _name_curves(axes)
+    _label_steps(axes)
 
 
 def _name_curves(axes: Axes) -> None:
@@ -177,8 +173,7 @@ def save_recipes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             reference, curve = rows[0]["curve"], row["curve"]
             sampled = curve["completions"]
             axes.plot(reference["completions"], reference["accuracy"], color=PAPER.ink, alpha=0.5, linestyle=DASHES[1])
-            colour = PAPER.curves[0]
-            axes.fill_between(sampled, curve["low"], curve["high"], color=colour, alpha=0.16, lw=0)
+            axes.fill_between(sampled, curve["low"], curve["high"], color=PAPER.curves[0], alpha=0.16, lw=0)
             axes.plot(sampled, curve["accuracy"], color=PAPER.curves[0], linewidth=2)
             axes.set_title(row["recipe"], fontsize=10)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
