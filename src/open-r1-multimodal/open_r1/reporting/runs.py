@@ -388,14 +388,8 @@ def _scan(file: BinaryIO) -> Trajectories:
 
 def _columns(rewards: list[dict[str, float | None]]) -> dict[str, np.ndarray]:
     """Name -> one number for each completion; functions that never gave one are left out."""
-    names: dict[str, None] = {}
-    for row in rewards:
-        names |= dict.fromkeys(name for name, reward in row.items() if is_usable(reward))
-    columns = {}
-    for name in names:
-        column = [row.get(name) for row in rewards]
-        columns[name] = np.array([reward if is_usable(reward) else np.nan for reward in column])
-    return columns
+    names = dict.fromkeys(name for row in rewards for name, reward in row.items() if is_usable(reward))
+    return {name: np.array([row[name] if is_usable(row.get(name)) else np.nan for row in rewards]) for name in names}
 
 
 def _template(prompts: set[str]) -> tuple[str, str]:
