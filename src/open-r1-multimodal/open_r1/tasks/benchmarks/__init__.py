@@ -39,5 +39,5 @@ def find_benchmark(name: str) -> Benchmark:
     """The benchmark of this name, or a user's: `module:NAME`; raises what `import_named` raises."""
     if name in BENCHMARKS:
         return BENCHMARKS[name]
-    is_benchmark = lambda value: isinstance(value, Benchmark)  # noqa: E731
-    return import_named("--benchmark", "benchmark", name, [*BENCHMARKS, *SUITES], is_benchmark)
+    known = [*BENCHMARKS, *SUITES]
+    return import_named("--benchmark", "benchmark", name, known, fits=lambda value: isinstance(value, Benchmark))
