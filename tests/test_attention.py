@@ -15,6 +15,7 @@ from trl import GRPOConfig
 from open_r1 import sft
 from open_r1.base.images import open_image
 from open_r1.base.prompts import REPO_ROOT
+from open_r1.configs import FreezeArguments
 from open_r1.engines.shared_prefix import (
     IMAGE_ATTENTION,
     attend_groups,
@@ -253,7 +254,7 @@ def test_under_autocast_all_that_is_heavy_sees_one_dtype(
     monkeypatch.setattr("open_r1.engines.shared_prefix.decode_attention", watch("decoding", decode_attention))
     trainer = make_trainer(tiny_models[model_type], examples_json, tmp_path, max_steps=1, bf16=True)
     if freeze_vision:
-        freeze(trainer.model, freeze_vision=True)
+        freeze(trainer.model, FreezeArguments(freeze_vision=True))
         trainer.backend = trainer.make_backend(keep_features=True)
     for name, module in trainer.model.named_modules():
         if isinstance(module, torch.nn.Linear):

@@ -14,7 +14,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.configs import check_settings
+from open_r1.configs import FreezeArguments, check_settings
 from open_r1.models.loading import freeze, load_model, load_processor
 from open_r1.running.data import load_dataset
 from open_r1.tiny import save_tiny_model
@@ -131,7 +131,7 @@ def test_loss_and_gradients_are_those_of_trls_trainer(model_type, lora, tiny_mod
 
     def policy():
         model = load_model(tiny_models[model_type], dtype="float32")
-        freeze(model, freeze_vision=True)
+        freeze(model, FreezeArguments(freeze_vision=True))
         return model
 
     adapter = {"peft_config": LoraConfig(target_modules=ADAPTED, init_lora_weights=False) if lora else None}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.configs import LOSS_TYPES, check_settings
+from open_r1.configs import LOSS_TYPES, FreezeArguments, check_settings
 from open_r1.engines.backends import Completions
 from open_r1.engines.shared_prefix import images_of
 from open_r1.models.families.tiled import Tiled
@@ -75,7 +75,7 @@ def load_seeing(path, freeze_vision, **kwargs):
     With a frozen vision tower rollout and policy share its features.
     """
     model = load_model(path, **kwargs)
-    freeze(model, freeze_vision=freeze_vision)
+    freeze(model, FreezeArguments(freeze_vision=freeze_vision))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".layers." in name and parameter.ndim == 2:

@@ -15,6 +15,7 @@ from trl.trainer import utils
 from open_r1.base.errors import Mistake
 from open_r1.base.images import open_image
 from open_r1.base.prompts import REPO_ROOT
+from open_r1.configs import FreezeArguments
 from open_r1.models.families import FAMILIES, PARTS, vision_token_ids
 from open_r1.models.loading import freeze, load_model, load_processor, parameter_table
 from open_r1.running.data import load_dataset, render_prompt
@@ -280,11 +281,11 @@ def assert_moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
 def test_merger_alone_can_be_trained_but_not_nothing(tiny_models):
     for model_type, path in tiny_models.items():
         model = load_model(path, dtype="float32")
-        freeze(model, freeze_vision=True, freeze_llm=True, freeze_merger=False)
+        freeze(model, FreezeArguments(freeze_vision=True, freeze_llm=True, freeze_merger=False))
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert trained and all(FAMILIES[model_type].part_of(name) == "merger" for name in trained)
         with pytest.raises(ValueError, match="nothing is left to train"):
-            freeze(model, freeze_vision=True, freeze_llm=True)
+            freeze(model, FreezeArguments(freeze_vision=True, freeze_llm=True))
 
 
 def test_checkpoint_carries_the_prompt_and_resume_is_exact(tiny_model, examples_json, tmp_path):

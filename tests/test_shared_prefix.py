@@ -13,6 +13,7 @@ from peft import LoraConfig
 from trl import GRPOTrainer
 
 from open_r1.base.prompts import REPO_ROOT
+from open_r1.configs import FreezeArguments
 from open_r1.engines.shared_prefix import Prompt, attend_groups, attend_paths, pack
 from open_r1.engines.vllm_backends import collapse_image_tokens
 from open_r1.models.families import FAMILIES
@@ -52,7 +53,7 @@ def make_trainers(model_path, data, output, *, freeze_vision=False, lora=False, 
         if trainer_class is GRPOTrainer:
             dataset = dataset.cast_column("images", List(ImageFeature(mode="RGB")))  # paths -> decoded images
         model = load_model(model_path, dtype="float32")
-        freeze(model, freeze_vision=freeze_vision)
+        freeze(model, FreezeArguments(freeze_vision=freeze_vision))
         trainer = trainer_class(
             model=model,
             reward_funcs=vowel_share,

@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 
 from open_r1.base.errors import Mistake
 from open_r1.base.images import open_image
+from open_r1.configs import FreezeArguments
 from open_r1.models.families import end_token_ids, vision_token_ids
 from open_r1.models.loading import freeze, load_model, load_processor
 from open_r1.rewards import accuracy_reward
@@ -275,12 +276,12 @@ def test_long_prompts_are_left_out_not_cut(tiny_model, tmp_path):
 def test_freeze_freezes(tiny_model, part):
     """The reference's flags assigned to `requires_grad_`, the method, and froze nothing."""
     model = load_model(tiny_model, dtype="float32")
-    freeze(model, freeze_vision=part == "vision", freeze_llm=part == "llm")
+    freeze(model, FreezeArguments(freeze_vision=part == "vision", freeze_llm=part == "llm"))
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
     assert all(trains[name] == ((".visual." in name) != (part == "vision")) for name in trains)
     assert len(set(trains.values())) == 2
     with pytest.raises(ValueError, match="nothing is left to train"):
-        freeze(model, freeze_vision=True, freeze_llm=True)
+        freeze(model, FreezeArguments(freeze_vision=True, freeze_llm=True))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -104,7 +104,7 @@ def build_trainer(
     # TRL loads the reference model by these
     training_args.model_init_kwargs = {**(training_args.model_init_kwargs or {}), "revision": model_args.model_revision}
     model = load_model_from_args(model_args)
-    freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
+    freeze(model, script_args)
     trainer = choose_trainer(script_args.trainer)(model=model, args=training_args, **prepared)
     trainer.add_callback(AskBlind(trainer))
     if trainer.is_world_process_zero() and (line := unused_vllm(training_args, model_args)):

@@ -195,7 +195,7 @@ def build_trainer(
     prepare_model(model, prepared["processing_class"])
     reset_generation_config(model, prepared["processing_class"])
     accept_missing_images(model, always_encode=PartialState().num_processes > 1)
-    freeze(model, script_args.freeze_vision, script_args.freeze_llm, script_args.freeze_merger)
+    freeze(model, script_args)
     with settings_of("trl", "transformers", "accelerate", "peft"):
         return Qwen2VLSFTTrainer(model=model, args=training_args, **prepared)
 

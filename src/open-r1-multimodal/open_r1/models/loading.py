@@ -531,22 +531,18 @@ def accept_missing_images(model: PreTrainedModel, always_encode: bool) -> None:
         backbone.get_decoder().register_forward_pre_hook(before_language_model, prepend=True, with_kwargs=True)
 
 
-def frozen_parts(freeze_vision: bool = False, freeze_llm: bool = False, freeze_merger: bool | None = None) -> list[str]:
+def frozen_parts(freezing: FreezeArguments) -> list[str]:
     """The names in `PARTS` that are not trained; Mistake when nothing would be left to train."""
-    flags = (freeze_vision, freeze_vision if freeze_merger is None else freeze_merger, freeze_llm)
+    vision, merger, llm = freezing.freeze_vision, freezing.freeze_merger, freezing.freeze_llm
+    flags = (vision, vision if merger is None else merger, llm)
     if all(flags):
         raise Mistake("freeze_vision, freeze_merger, freeze_llm: nothing is left to train; unset one")
     return [part for part, frozen in zip(PARTS, flags, strict=False) if frozen]
 
 
-def freeze(
-    model: PreTrainedModel, freeze_vision: bool = False, freeze_llm: bool = False, freeze_merger: bool | None = None
-) -> None:
-    """Stop gradients into the vision tower, the language model with its head, or the merger.
-
-    `freeze_merger` None follows `freeze_vision`. Raises what `frozen_parts` raises.
-    """
-    frozen, family = frozen_parts(freeze_vision, freeze_llm, freeze_merger), family_of(model)
+def freeze(model: PreTrainedModel, freezing: FreezeArguments) -> None:
+    """Stop gradients into the frozen parts of a model; raises what `frozen_parts` raises."""
+    frozen, family = frozen_parts(freezing), family_of(model)
     for name, parameter in model.named_parameters():
         if family.part_of(name) in frozen:
             parameter.requires_grad_(False)
@@ -554,8 +550,7 @@ def freeze(
 
 def get_adapter_config(model_args: ModelConfig, freezing: FreezeArguments, family: Family) -> PeftConfig | None:
     """TRL's LoRA configuration of a recipe, no adapter in a frozen part; None without `use_peft`."""
-    config = get_peft_config(model_args)
-    frozen = frozen_parts(freezing.freeze_vision, freezing.freeze_llm, freezing.freeze_merger)
+    config, frozen = get_peft_config(model_args), frozen_parts(freezing)
     if config is not None:
         config.revision = model_args.model_revision  # for whoever merges the adapter
         if frozen:

@@ -150,7 +150,7 @@ def build_model(
     dtype = dtype_of(config, model_args)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
-        freeze(model, freezing.freeze_vision, freezing.freeze_llm, freezing.freeze_merger)
+        freeze(model, freezing)
         if model_args.use_peft:
             model = get_peft_model(model, get_adapter_config(model_args, freezing, family_of(model)))
     if launch.zero_stage is not None or model_args.load_in_4bit:
