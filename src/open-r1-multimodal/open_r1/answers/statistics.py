@@ -76,11 +76,12 @@ def bootstrap(values: Mapping[str, Sequence[float]], means: Means) -> tuple[floa
     """Percentile bootstrap 95 % interval of a mean of groups' means, resampled within each group.
 
     Args:
-        values: name -> what each question earned. Of questions that earned the same, one draw says how many there are.
+        values: name -> what each question earned.
     """
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     draws = {}
     for name, earned in values.items():
+        # Questions that earned the same are alike: it is drawn how many there are of each kind, not which.
         levels, counts = np.unique(-np.asarray(earned, dtype=float), return_counts=True)
         draws[name] = rng.multinomial(len(earned), counts / len(earned), BOOTSTRAP_SAMPLES) @ -levels / len(earned)
     low, high = np.quantile(mean_of(means, draws), (0.025, 0.975))
@@ -177,8 +178,8 @@ class AskedRow(Record):
 def judge_row(row: Row, parser: str) -> dict[str, Any]:
     """The row with `model_answer`, `correct` and `reading` as the package's answer checker reads its response.
 
-    What it finds unreadable counts as cut off where generation is known to have been. A number also has its `credit`,
-    and is correct if that is 1: it is off by 5 % at most.
+    An answer that cannot be read is recorded as cut off if its response was. A number also has its `credit`, and is
+    correct if that is 1: it is off by 5 % at most.
 
     Raises:
         Mistake: the ground truth is none of the options, or no number.

@@ -106,7 +106,7 @@ def read_json(path: Path) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml's, but of two equal keys it would take the last one, and of a value that is none not say where it stands."""
+    """yaml's, but a key that is there twice is an error, and the error of a value says where it stands."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """yaml's; refuses a key that is there twice."""
@@ -119,7 +119,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """yaml's, which lets out what Python says of the 45th of a month, or of 5,000 digits."""
+        """yaml's; what Python refuses (the 45th of a month, a number of 5,000 digits) becomes an error of yaml's."""
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError) as error:

@@ -78,8 +78,9 @@ class BrokenImage(FileMistake):
 
 @contextmanager
 def opened(source: ImageSource | None) -> Iterator[Image.Image]:
-    """The image as it is stored, its header read, its bounds and its edit checked; what Pillow raises inside becomes
-    `BrokenImage`.
+    """The image as it is stored, with its header read, its bounds and its edit checked.
+
+    What Pillow raises in the block becomes `BrokenImage`.
     """
     if source is None:
         raise BrokenImage("missing image")

@@ -46,7 +46,7 @@ def memory(run: Run) -> Iterator[Finding]:
 def vllm_shares(run: Run, count: Count, card: float) -> str:
     """The largest shares of a card that vLLM can take beside training, as options; empty: none.
 
-    A share that holds no more than vLLM's own copy of the weights is none.
+    A share that is too small for vLLM's own copy of the weights is left out.
     """
     weights = sum(parameter.nbytes for parameter in run.model_outline.parameters())
     fitting = []

@@ -45,7 +45,7 @@ class Runs:
 
 
 def locate_runs(groups: "Sequence[Group]") -> Runs:
-    """The runs over a row's groups; one of padding stands for no prefix or no branch."""
+    """The runs over a row's groups; where there is no prefix, or no branch, one row of padding takes its place."""
     device = groups[0].branches.device
     starts = torch.tensor([group.start for group in groups], device=device)
     lengths = torch.tensor([group.prefix for group in groups], device=device)

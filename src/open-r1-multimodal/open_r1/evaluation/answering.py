@@ -177,7 +177,7 @@ def load_prompting(
     Args:
         prompt: see `choose_chat_template`.
         max_pixels: larger images are shrunk to this area. None: the bound that the checkpoint was
-            trained with, or the paper's for a published checkpoint, whose own is of no training.
+            trained with here, or the paper's for a published checkpoint.
         template_kwargs: that the chat template will be rendered with.
 
     Raises:
@@ -194,7 +194,7 @@ def load_prompting(
 
 
 def model_fingerprint(folder: Path) -> str:
-    """What tells a model from another at its place: the Hub's commit, or a hash of sampled weights.
+    """A text that changes with the model in a folder: the Hub's commit, or a hash of sampled weights.
 
     For a LoRA run's folder, of the adapter and of its base.
     """

@@ -24,8 +24,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves on common axes; `percent` ones are shares, drawn over all of [0, 1] unless they are `rare`.
+    """Curves on common axes.
 
+    Those of a `percent` panel are shares, and its axis goes from 0 to 1, or only as far as they do if they are `rare`.
     Those of a `stacked` panel have the same steps and are drawn as areas, one upon the other.
     """
 

@@ -30,7 +30,7 @@ class Sign:
     # the run and its completions -> the value, and its numbers in words; raises NotMeasured
     measure: Callable[[Run, Trajectories], tuple[float, str]]
     seen: str  # what it means, with {limit}
-    unseen: str  # what it means that it is not there
+    unseen: str  # what its absence means
     of_held_out: bool = False  # its completions are those of held-out questions, where there are some
 
 

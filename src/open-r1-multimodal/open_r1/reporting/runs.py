@@ -38,7 +38,7 @@ SETTINGS = (
     *("gradient_accumulation_steps", "freeze_vision", "use_peft", "seed"),
 )
 TEACHER = "teacher_model_name_or_path"
-NAMES = ("model_name_or_path", TEACHER, "dataset_name", "eval_dataset_name", "output_dir")  # arguments, too
+NAMES = ("model_name_or_path", TEACHER, "dataset_name", "eval_dataset_name", "output_dir")  # models, data, folders
 MAX_PATH = 4096  # characters, as Linux has it
 _YEAR_10000 = 253402300800  # in seconds since 1970
 _IMAGE_TAGS = re.compile("|".join(map(re.escape, IMAGE_TAGS)))

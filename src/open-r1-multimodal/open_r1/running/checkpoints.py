@@ -241,7 +241,7 @@ class Layout:
 
     @classmethod
     def of_config(cls, path: str, processes: int) -> "Layout":
-        """That of a launch with a file of accelerate's, or a Mistake of what is none."""
+        """That of a launch with a configuration file of accelerate's; Mistake for a file that is none."""
         try:
             config = load_config_from_file(path)
             if config.distributed_type != DistributedType.DEEPSPEED:

@@ -30,10 +30,10 @@ KEYS = (*TEXTS, "fraction")
 
 @dataclass(frozen=True)
 class Part:
-    """One data set of several, or the only one; `path`, `columns`, `name` (a configuration), `split`, `task`:
-    see `iter_rows`.
+    """One data set of several, or the only one.
 
     Attributes:
+        path, columns, name, split, task: see `iter_rows`, where `name` is `config`.
         fraction: of the mixture, against the others' fractions; None takes every row.
     """
 

@@ -15,7 +15,7 @@ def batch_mean(
         values, mask: (B, C).
         loss_type: TRL's.
         longest: tokens that a completion may have.
-        tokens: how many completion tokens the micro-batches of a rollout have on average, of one process.
+        tokens: completion tokens in a micro-batch of one process, the mean over the rollout.
     """
     totals = (values * mask).sum(dim=1)  # (B,)
     if loss_type in ("grpo", "sapo"):

@@ -78,7 +78,7 @@ def reward_figures(
 def figures_of(
     rows: Sequence[Mapping[str, Any]], weights: Sequence[float], group_size: int, *scaling: str
 ) -> dict[str, float]:
-    """The figures of an evaluation or a rollout under the names, and in the definitions, of TRL's of one batch.
+    """The figures of an evaluation or a rollout, named and defined as those that TRL logs of one batch.
 
     Args:
         rows: trajectory rows of all N completions, those of a question together.

@@ -70,7 +70,7 @@ class Recorder:
         held_out: rows of the evaluation under way, each question's once.
 
     Args:
-        trainer: a GRPO trainer that has all its other attributes.
+        trainer: a GRPO trainer whose other attributes are all set.
     """
 
     def __init__(self, trainer: Any):

@@ -37,7 +37,8 @@ class EpochSampler(RepeatSampler):
 
     Args:
         data_source, mini_repeat_count, batch_size, others: see TRL.
-        together: so many rows that follow one another stay neighbours; batch_size is a multiple of it.
+        together: rows of the data set that are always asked one after the other, such as a question's two orders of
+            options; batch_size is a multiple of it.
     """
 
     def __init__(
