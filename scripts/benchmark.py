@@ -7,7 +7,6 @@
 Medians and their ratio are printed; `--json FILE` keeps every round as well.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.base.errors import run, use_environment
+from open_r1.base.errors import command_line, run, use_environment
 
 use_environment()
 
@@ -24,9 +23,7 @@ from open_r1.base.files import MADE_BY, check_replaceable, replace_file
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     commands = parser.add_subparsers(required=True)
     data.add_parser(commands)

@@ -6,12 +6,11 @@ python scripts/card.py outputs/grpo_sat --results src/eval/results/CVBench_resul
 It becomes README.md in the run's folder, which training writes without the results; --push_to_hub uploads it.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.base.errors import printable, run, use_environment
+from open_r1.base.errors import command_line, printable, run, use_environment
 
 use_environment()
 
@@ -20,9 +19,7 @@ from open_r1.reporting.card import write_card
 
 def main() -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder that training wrote (its output_dir)")
     parser.add_argument("--results", type=Path, nargs="+", default=(), metavar="FILE", help="result files of its model")
     args = parser.parse_args()

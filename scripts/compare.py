@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.base.errors import Mistake, printable, run, use_environment
+from open_r1.base.errors import Mistake, command_line, printable, run, use_environment
 
 use_environment()
 
@@ -215,9 +215,7 @@ def chart_path(text: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "results", nargs="+", type=Path, metavar="RESULT", help="result file of the evaluation, or samples of lmms-eval"
     )

@@ -10,14 +10,13 @@ one failure is exit code 1. `--memory` only counts, at the recipe's limits (long
 completions), in GB of 10^9 bytes on each GPU.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.base.errors import MissingFile, Mistake, positive, run, use_environment
+from open_r1.base.errors import MissingFile, Mistake, command_line, positive, run, use_environment
 
 use_environment()
 
@@ -92,9 +91,7 @@ def show(examined: Run, as_json: bool) -> None:
 
 def main() -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--memory", action="store_true", help="count a training step's memory, and nothing else")
     parser.add_argument(
         "--config", action="append", default=[], help="recipe, a file in configs/; may be given several times"

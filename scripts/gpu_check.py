@@ -6,7 +6,6 @@ each one the table so far is in OUTPUT as `gpu_check.md`, with all figures in fu
 other than for want of memory or time, is exit code 1.
 """
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -29,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src/open-r1-multimodal"
 sys.path.insert(0, str(PACKAGE))
-from open_r1.base.errors import Mistake, positive, run, use_environment
+from open_r1.base.errors import Mistake, command_line, positive, run, use_environment
 
 use_environment(is_needed=False)
 
@@ -287,13 +286,7 @@ def report(outcomes: Sequence[Outcome], output: Path) -> str:
 def main() -> None:
     """Command line entry point."""
     start = time.monotonic()
-    parser = argparse.ArgumentParser(
-        prog="gpu_check.sh",
-        description=__doc__,
-        epilog=explain_wheels(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line(__doc__, prog="gpu_check.sh", epilog=explain_wheels())
     parser.add_argument("--minutes", type=positive, default=9, help="after which no more is measured (default: 9)")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs/gpu_check", help="(default: %(default)s)")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="install from it what is missing; see below")

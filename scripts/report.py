@@ -5,12 +5,11 @@ python scripts/report.py outputs/grpo_sat --output report.html
 python scripts/report.py outputs/grpo_sat outputs/grpo_sat_lora    their curves over one another
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.base.errors import printable, run, use_environment
+from open_r1.base.errors import command_line, printable, run, use_environment
 
 use_environment()
 
@@ -19,9 +18,7 @@ from open_r1.reporting.overlay import write_pages
 
 def main() -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "runs",
         type=Path,

@@ -7,13 +7,12 @@ one is the reference. Held-out accuracy is that of a run's own evaluations, comp
 then. A result file in the run's folder (test_qwen2vl_CVBench.py --output_dir) is compared as well.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.base.errors import printable, run, use_environment
+from open_r1.base.errors import command_line, printable, run, use_environment
 
 use_environment()
 
@@ -32,9 +31,7 @@ def by_recipe(runs: Sequence[Path]) -> dict[str, list[Trial]]:
 
 def main() -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run: RECIPE/SEED")
     parser.add_argument(
         "--output",

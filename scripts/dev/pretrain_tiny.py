@@ -16,7 +16,6 @@ to find that no reward names. Asked for the answer alone, it glances, too. Some 
 format reward to mend. Every batch follows from the seed and the step alone.
 """
 
-import argparse
 import json
 import random
 import shutil
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src/open-r1-multimodal"))
-from open_r1.base.errors import run, use_environment
+from open_r1.base.errors import command_line, run, use_environment
 
 use_environment()
 
@@ -348,9 +347,7 @@ def save(output: Path, model: PreTrainedModel, processor: ProcessorMixin, record
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "--output", type=Path, required=True, help="folder to write the checkpoint to; an earlier build is replaced"
     )

@@ -8,13 +8,12 @@ questions; the lowest and the highest seed; and the difference to the first mode
 95 % bootstrap interval over questions and seeds.
 """
 
-import argparse
 import sys
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src/open-r1-multimodal"))
-from open_r1.base.errors import Mistake, run, use_environment
+from open_r1.base.errors import Mistake, command_line, run, use_environment
 
 use_environment()
 
@@ -47,9 +46,7 @@ def cells(benchmark: str, model: Seeds, reference: Seeds) -> list[str]:
 
 def main() -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "--model", nargs="+", action="append", required=True, metavar="X", help="a name, then its result files"
     )

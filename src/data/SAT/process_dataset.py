@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "open-r1-multimodal"))
-from open_r1.base.errors import Mistake, first_line, printable, run, use_environment
+from open_r1.base.errors import Mistake, command_line, first_line, printable, run, use_environment
 
 use_environment()
 
@@ -247,9 +247,7 @@ def total_number(text: str) -> int:
 
 def parse_args() -> argparse.Namespace:
     here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--parquet", type=Path, help="in SAT's schema (default: SAT_{fold}.parquet beside this script)")
     add("--fold", choices=FOLDS, default="train", help="names the output (default: train)")

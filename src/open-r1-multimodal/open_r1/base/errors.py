@@ -52,6 +52,12 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+def command_line(description: str, **settings: Any) -> argparse.ArgumentParser:
+    """A command's parser: it shows the description as it stands, and takes no abbreviated options."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False, **settings)
+
+
 def positive(text: str) -> int:
     """A command line's number above 0, for argparse."""
     if not text.isdecimal() or int(text) == 0:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from open_r1.answers.statistics import PARSERS
-from open_r1.base.errors import given, positive
+from open_r1.base.errors import command_line, given, positive
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.base.videos import MAX_FRAMES
 from open_r1.evaluation.run import DEFAULT_BENCHMARK, newest_grpo_output
@@ -29,9 +29,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         argv: the command line; None: this process's.
         description: for `--help`.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(description)
     add = parser.add_argument
     add(
         "--model_path",

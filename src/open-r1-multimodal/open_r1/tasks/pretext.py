@@ -36,7 +36,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from open_r1.base.edits import Box, Edit
-from open_r1.base.errors import FileMistake, Mistake, positive, run
+from open_r1.base.errors import FileMistake, Mistake, command_line, positive, run
 from open_r1.base.files import replace_file, to_json
 from open_r1.base.images import BrokenImage, opened, to_rgb, upright_size
 from open_r1.base.locks import is_main_process
@@ -368,12 +368,7 @@ def share(text: str) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m open_r1.tasks.pretext",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line(__doc__, prog="python -m open_r1.tasks.pretext")
     add = parser.add_argument
     add("--images", type=Path, required=True, help="folder of pictures, in which all its folders are searched")
     add("--output", type=Path, required=True, help="the JSON file to train on; NAME_held_out.json goes beside it")

@@ -12,7 +12,7 @@ alone. No torch.
 import argparse
 from pathlib import Path
 
-from open_r1.base.errors import positive, run
+from open_r1.base.errors import command_line, positive, run
 from open_r1.base.files import check_replaceable
 from open_r1.tasks.cvbench import FILES
 from open_r1.world import scene
@@ -21,12 +21,8 @@ from open_r1.world.questions import QUESTIONS, STATIC
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m open_r1.world",
-        description=__doc__ + scene.__doc__.partition("\n")[2],  # what the coordinates mean
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    coordinates = scene.__doc__.partition("\n")[2]  # what they mean
+    parser = command_line(__doc__ + coordinates, prog="python -m open_r1.world")
     add = parser.add_argument
     add("--output", type=Path, required=True, help="sat: the file; cvbench: the folder of its two files")
     add("--rows", type=positive, default=1000, help="questions, of both files together (default: %(default)s)")
