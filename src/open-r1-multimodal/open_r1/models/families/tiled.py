@@ -25,7 +25,6 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.idefics3.image_processing_idefics3 import get_resize_output_image_size
 
 from open_r1.base.errors import Mistake
 from open_r1.models.families.base import Family, ImageInputs, Size, black_pixel, find_module
@@ -154,20 +153,8 @@ class SmolVLM(Tiled):
         return processor.image_seq_len
 
     def split(self, processor: ProcessorMixin, size: Size) -> tuple[int, int]:
-        """Rows and columns of tiles, 0 for an image that is one; as the processor resizes, twice."""
-        images, side = processor.image_processor, self.tile_side(processor)
-        if not images.do_image_splitting:
-            return 0, 0
-        height, width = get_resize_output_image_size(torch.empty(size, device="meta"), images.size["longest_edge"])
-        ratio = width / height
-        if width >= height:
-            width = math.ceil(width / side) * side
-            height = int(width / ratio)
-        else:
-            height = math.ceil(height / side) * side
-            width = int(height * ratio)
-        rows, columns = math.ceil(height / side), math.ceil(width / side)
-        return (rows, columns) if max(rows, columns) > 1 else (0, 0)
+        """Rows and columns of tiles, 0 for an image that is one."""
+        return processor.image_processor.get_number_of_image_patches(*size)[1:]
 
     def count_tiles(self, processor: ProcessorMixin, size: Size) -> int:
         rows, columns = self.split(processor, size)
