@@ -4,16 +4,16 @@ A part that cannot be made fails the check that asks first; checks that ask late
 """
 
 import copy
-import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -234,14 +234,9 @@ class Run:
         return alone
 
 
-@contextmanager
-def planned(launch: Launch) -> Iterator[None]:
-    """While it is open, recipes are read as the processes of a launch will read them."""
-    os.environ[PLANNED_PROCESSES] = str(launch.num_processes)
-    try:
-        yield
-    finally:
-        del os.environ[PLANNED_PROCESSES]
+def planned(launch: Launch) -> AbstractContextManager[None]:
+    """In the block, recipes are read as the processes of a launch will read them."""
+    return patch_environment(**{PLANNED_PROCESSES: launch.num_processes})
 
 
 def existing(folder: str) -> Path:
