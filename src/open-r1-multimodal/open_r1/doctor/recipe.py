@@ -42,7 +42,7 @@ def output(run: Run) -> Iterator[Finding]:
 
 def model(run: Run) -> Iterator[Finding]:
     """The model's files are there, of a family that this project knows, with a processor."""
-    family, size = run.model_outline.config.model_type, run.num_parameters / 1e6
+    family, size = run.model_outline.config.model_type, run.model_outline.num_parameters() / 1e6
     name = run.model_args.model_name_or_path
     yield passed(f"{name}: {family}, {size:,.1f} M parameters, {type(run.processor).__name__}")
 

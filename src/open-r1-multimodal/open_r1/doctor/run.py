@@ -109,11 +109,6 @@ class Run:
         check_weights(model_args.model_name_or_path, model_args.model_revision)
         return build_model(config, model_args, self.script_args, self.launch)
 
-    @property
-    def num_parameters(self) -> int:
-        """Of the policy."""
-        return sum(parameter.numel() for parameter in self.model_outline.parameters())
-
     def flops(self, tokens: float, images: float) -> float:
         """Of a forward pass: two for each parameter that a token or patch goes through.
 
@@ -123,7 +118,7 @@ class Run:
         family = family_of(model)
         tower = sum(p.numel() for block in family.vision_blocks(model) for p in block.parameters())
         patches = family.count_patches(model.config, script_args.max_pixels or 0)
-        return 2 * ((self.num_parameters - tower) * tokens + tower * patches * images)
+        return 2 * ((model.num_parameters() - tower) * tokens + tower * patches * images)
 
     @cached_property
     def speed(self) -> float:
