@@ -13,7 +13,7 @@ from open_r1.base.errors import Mistake, positive, printable, run, use_environme
 
 use_environment()
 
-from open_r1.evaluation.asking import Asked, ask
+from open_r1.evaluation.asking import Query, ask
 from open_r1.models.families import use_family
 from open_r1.tasks.examples import iter_rows
 
@@ -37,14 +37,14 @@ def main() -> None:
     use_family(args.family)
     if {bool(args.image), bool(args.question)} != {not args.data}:
         parser.error("give --data, or --image and --question")
-    solution, asked = None, Asked(args.question, [args.image])
+    solution, asked = None, Query(args.question, [args.image])
     if args.data:
         examples = list(iter_rows(args.data))
         if not 0 <= args.row < len(examples):
             raise Mistake(f"--row {args.row}: {args.data} has {len(examples)} rows")
         example, unshown = examples[args.row]
         *system, question = (message["content"] for message in example["prompt"])
-        asked = Asked(question, example["images"], system, unshown, f"{args.data}: row {args.row}")
+        asked = Query(question, example["images"], system, unshown, f"{args.data}: row {args.row}")
         solution = example.get("solution")
     completion = ask(args.model, asked, args.chat_template, args.max_new_tokens)
     print(f"question:   {printable(asked.question)}")

@@ -12,7 +12,7 @@ completions), in GB of 10^9 bytes on each GPU.
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
@@ -25,26 +25,26 @@ import torch
 from open_r1 import grpo, sft
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.doctor.examination import examine, line
-from open_r1.doctor.finding import Verdict
+from open_r1.doctor.finding import Status
 from open_r1.doctor.run import Run, planned
 from open_r1.models.families import use_family
-from open_r1.models.memory import Count, Launch, count_run
-from open_r1.running.checkpoints import Layout
+from open_r1.models.memory import MemoryCount, count_run
 from open_r1.running.entry import Command, prepare_process
 from open_r1.running.launch_settings import defaults_on_cpu
+from open_r1.settings.processes import Launch
 from open_r1.settings.recipes import merge_recipes, read_recipe
 
 LAUNCH_CONFIGS = REPO_ROOT / "src/open-r1-multimodal/configs"
 
 
 def read_launch(name: str, num_processes: int, num_machines: int) -> Launch:
-    """The ZeRO stage of an accelerate configuration: a file, or the name of one of this project's."""
+    """A launch with an accelerate configuration: a file, or the name of one of this project's."""
     path = Path(name) if Path(name).is_file() else LAUNCH_CONFIGS / f"{name}.yaml"
     if not path.is_file():
         raise MissingFile(f"--accelerate_config: no file {path}")
     if num_processes % num_machines:
         raise Mistake(f"--num_processes {num_processes}: {num_machines} machines need as many each")
-    return Launch(num_processes, Layout.of_config(str(path), num_processes).zero_stage or None, num_machines)
+    return replace(Launch.of_config(str(path), num_processes), num_machines=num_machines)
 
 
 def choose_command(script: str | None, recipes: list[str], overrides: list[str]) -> Command:
@@ -54,7 +54,7 @@ def choose_command(script: str | None, recipes: list[str], overrides: list[str])
     return grpo.COMMAND if is_grpo else sft.COMMAND
 
 
-def count_recipe(command: Command, arguments: list[str], launch: Launch, is_cpu: bool) -> tuple[str, Count]:
+def count_recipe(command: Command, arguments: list[str], launch: Launch, is_cpu: bool) -> tuple[str, MemoryCount]:
     """The model's name and the count of its step, without vLLM; neither data nor a GPU are needed."""
     needed = ["--dataset_name", "-", "--output_dir", "-", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
     with planned(launch):
@@ -63,7 +63,7 @@ def count_recipe(command: Command, arguments: list[str], launch: Launch, is_cpu:
     return model_args.model_name_or_path, count_run(script_args, args, model_args, launch, is_cpu)
 
 
-def format_count(count: Count) -> str:
+def format_count(count: MemoryCount) -> str:
     """The count as a table in GB."""
     lines = []
     phases = (("all the time", count.base), ("rollout", count.rollout), ("backward", count.backward))
@@ -85,7 +85,7 @@ def show(examined: Run, as_json: bool) -> None:
             print(line(finding), flush=True)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
-    if bad := [finding for finding in findings if finding.verdict is Verdict.FAIL]:
+    if bad := [finding for finding in findings if finding.verdict is Status.FAIL]:
         raise Mistake(f"{len(bad)} failed; first {bad[0].family}, {bad[0].name}: {bad[0].what}")
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fake_run import PROMPT, fake_events, fake_rows, row, write_images, write_run
 from open_r1.reporting.curves import collect
-from open_r1.reporting.diagnosis import Finding, diagnose
+from open_r1.reporting.diagnosis import Diagnosis, diagnose
 from open_r1.reporting.page import write_report
 from open_r1.reporting.runs import read_run, scan_trajectories
 
@@ -20,7 +20,7 @@ COLLAPSE = "Answer collapse"
 HOSTILE = "</script><img src=x onerror='window.hit = 1'>{{ 7 * 7 }}"
 
 
-def found(run: Path) -> dict[str, Finding]:
+def found(run: Path) -> dict[str, Diagnosis]:
     folder = run / "trajectories"
     with scan_trajectories(folder / "train.jsonl") as train, scan_trajectories(folder / "eval.jsonl") as held_out:
         return {finding.name: finding for finding in diagnose(read_run(run), train, held_out)}

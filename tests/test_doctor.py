@@ -27,16 +27,15 @@ from open_r1.configs import GRPOScriptArguments
 from open_r1.doctor import cost, environment, rewards
 from open_r1.doctor.cost import checkpoint_bytes
 from open_r1.doctor.examination import FAMILIES, examine
-from open_r1.doctor.finding import Finding, Verdict
+from open_r1.doctor.finding import Finding, Status
 from open_r1.doctor.run import MEASURED_STEPS, Run
 from open_r1.doctor.survey import survey
 from open_r1.engines.shared_prefix import Prompt
 from open_r1.models.families import find_family
 from open_r1.models.loading import FreezeArguments, load_config, load_processor
 from open_r1.models.memory import (
-    Count,
-    Launch,
     Load,
+    MemoryCount,
     activation_bytes,
     build_model,
     cache_bytes,
@@ -46,6 +45,7 @@ from open_r1.models.memory import (
 from open_r1.rewards import accuracy_reward, bare_accuracy_reward, get_reward_funcs
 from open_r1.running.data import count_prompt_tokens
 from open_r1.running.entry import Command
+from open_r1.settings.processes import Launch
 from open_r1.settings.recipes import merge_recipes
 from open_r1.tasks.examples import read_examples
 from open_r1.tiny import make_config as make_model_config
@@ -399,7 +399,7 @@ def test_what_is_broken_is_the_first_to_fail(broken, examined, tiny_model, examp
     family, name, pattern = BROKEN[broken]
     world = SimpleNamespace(folder=tmp_path, patch=monkeypatch, model=tiny_model, data=examples_json)
     findings = examined(*(broken.split() if isinstance(broken, str) else broken(world)))
-    failure = next(finding for finding in findings if finding.verdict is Verdict.FAIL)
+    failure = next(finding for finding in findings if finding.verdict is Status.FAIL)
     assert (failure.family, failure.name) == (family, name) and re.search(pattern, failure.what), failure
 
 
@@ -419,7 +419,7 @@ def test_nothing_fails_where_all_is_well(run, examined, monkeypatch):
     if RUNS[run]:  # what a step takes is measured of two of them
         findings = takewhile(lambda finding: finding.family != "cost", findings)
     named = {(finding.family, finding.name): finding for finding in findings}
-    assert [finding for finding in named.values() if finding.verdict in (Verdict.WARN, Verdict.FAIL)] == []
+    assert [finding for finding in named.values() if finding.verdict in (Status.WARN, Status.FAIL)] == []
     assert (("model", "reference") in named) == (run in ("GRPO", "LoRA"))
     if not RUNS[run]:
         assert {family for family, _ in named} == set(FAMILIES) - ({"rewards"} if run == "SFT" else set())
@@ -449,7 +449,7 @@ def test_what_a_slow_cpu_is_spared(share, last, examined, monkeypatch):
     monkeypatch.setattr(Run, "speed", 1)
     findings = list(examined())
     model = [finding.verdict for finding in findings if finding.family == "model"]
-    assert model == [Verdict.PASS] * 2 + [Verdict.SKIP] * 4
+    assert model == [Status.PASS] * 2 + [Status.SKIP] * 4
     hours = [finding for finding in findings if finding.name == "hours"]
     assert last in re.sub(r"pass [0-9.]+ s", "pass s", f"{hours[-1].verdict} {hours[-1].what}")
     assert [finding.what for finding in hours[:-1]] == ["measuring, which takes about 2 minutes"] * (share < 2)
@@ -459,7 +459,7 @@ def test_what_would_not_end_a_run_is_warned_of(examined, tmp_path, monkeypatch):
     (tmp_path / "blind.json").write_text(json.dumps([{"question": "What?", "answer": "left"}] * 40))
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=64e6))
     findings = examined("--dataset_name", str(tmp_path / "blind.json"))
-    memory, images = islice((finding for finding in findings if finding.verdict is Verdict.WARN), 2)
+    memory, images = islice((finding for finding in findings if finding.verdict is Status.WARN), 2)
     assert (memory.name, memory.what) == ("shared memory", "0.1 GB free in /dev/shm")
     assert images.name == "rows" and "blind.json: 40 rows, none has an image" in images.what
     assert "--image_column" in images.remedy
@@ -468,7 +468,7 @@ def test_what_would_not_end_a_run_is_warned_of(examined, tmp_path, monkeypatch):
 def test_what_cannot_be_counted_is_skipped(examined, tmp_path):
     (tmp_path / "unbounded.yaml").write_text("max_prompt_length: null\n")
     findings = list(examined("--config", str(tmp_path / "unbounded.yaml")))
-    skipped = [(finding.family, finding.name) for finding in findings if finding.verdict is not Verdict.PASS]
+    skipped = [(finding.family, finding.name) for finding in findings if finding.verdict is not Status.PASS]
     assert skipped == [("cost", "memory"), ("cost", "disk"), ("cost", "hours")]
 
 
@@ -493,43 +493,43 @@ def asks_for_more(completions: list, difficulty: list, **kwargs: object) -> list
 
 
 @pytest.fixture
-def samples(examples_json) -> list[rewards.Sample]:
-    return rewards.make_samples(read_examples(examples_json), opens_think=True, longest=64)
+def samples(examples_json) -> list[rewards.Probe]:
+    return rewards.make_probes(read_examples(examples_json), opens_think=True, longest=64)
 
 
 @pytest.mark.parametrize(
     "reward, verdict, pattern",
     [
-        (accuracy_reward, Verdict.PASS, "1 for 20 forms of a right answer, 0 for wrong, hedged and none"),
-        (bare_accuracy_reward, Verdict.PASS, "accuracy_reward: 0 to 1 over"),
-        (*get_reward_funcs(["soft_overlong"], max_completion_length=64), Verdict.PASS, "overlong_reward: -1 to 0"),
-        (*get_reward_funcs(["consistency(among_right=True)"]), Verdict.PASS, "consistency_reward: 0 to 1 over"),
-        (of_length, Verdict.PASS, r"of_length: \d+ to \d+ over"),
-        (silent, Verdict.FAIL, "silent gives None for each of"),
-        (undefined, Verdict.FAIL, "undefined returned nan for completion 0"),
-        (asks_for_more, Verdict.FAIL, "asks_for_more raised TypeError: .*difficulty"),
+        (accuracy_reward, Status.PASS, "1 for 20 forms of a right answer, 0 for wrong, hedged and none"),
+        (bare_accuracy_reward, Status.PASS, "accuracy_reward: 0 to 1 over"),
+        (*get_reward_funcs(["soft_overlong"], max_completion_length=64), Status.PASS, "overlong_reward: -1 to 0"),
+        (*get_reward_funcs(["consistency(among_right=True)"]), Status.PASS, "consistency_reward: 0 to 1 over"),
+        (of_length, Status.PASS, r"of_length: \d+ to \d+ over"),
+        (silent, Status.FAIL, "silent gives None for each of"),
+        (undefined, Status.FAIL, "undefined returned nan for completion 0"),
+        (asks_for_more, Status.FAIL, "asks_for_more raised TypeError: .*difficulty"),
     ],
 )
 def test_the_lint_names_a_reward(reward, verdict, pattern, samples):
-    finding = rewards.examine(reward, samples, make_tokenizer())
+    finding = rewards.examine_reward(reward, samples, make_tokenizer())
     assert finding.verdict is verdict and re.search(pattern, finding.what), finding
 
 
 def test_a_slow_reward_is_named(samples, monkeypatch):
     monkeypatch.setattr(rewards, "SLOW", 0)
-    finding = rewards.examine(of_length, samples, make_tokenizer())
-    assert finding.verdict is Verdict.WARN and re.search(r"takes \d+ ms a completion", finding.what)
+    finding = rewards.examine_reward(of_length, samples, make_tokenizer())
+    assert finding.verdict is Status.WARN and re.search(r"takes \d+ ms a completion", finding.what)
 
 
 @pytest.mark.parametrize(
     "kind, text, verdict",
-    [("{0}", "none", Verdict.FAIL), ("**{0}**", "none", Verdict.WARN), ("wrong", "<answer>red</answer>", Verdict.FAIL)],
+    [("{0}", "none", Status.FAIL), ("**{0}**", "none", Status.WARN), ("wrong", "<answer>red</answer>", Status.FAIL)],
 )
 def test_an_answer_that_is_misread_is_named(kind, text, verdict, samples):
     """A reader that knows no bare answer, none in a dress, or takes a wrong one."""
     first = next(index for index, sample in enumerate(samples) if sample.kind == kind)
     samples[first] = replace(samples[first], text=text)
-    finding = rewards.examine(accuracy_reward, samples, make_tokenizer())
+    finding = rewards.examine_reward(accuracy_reward, samples, make_tokenizer())
     assert finding.verdict is verdict and f"accuracy_reward gives {int(kind == 'wrong')} for {text!r}" in finding.what
 
 
@@ -669,7 +669,7 @@ def test_the_doctor_says_which_share_of_a_card_vllm_can_take(monkeypatch, card, 
     args.vllm_enable_sleep_mode = sleeps
     outline = SimpleNamespace(parameters=lambda: [SimpleNamespace(nbytes=4.4e9)])
     run = SimpleNamespace(launch=Launch(1, 2), on_cpu=False, args=args, model_outline=outline)
-    run.count = lambda launch: Count({"all the time": 35.4e9}, {}, {"backward": 12.9e9}, {})
+    run.count = lambda launch: MemoryCount({"all the time": 35.4e9}, {}, {"backward": 12.9e9}, {})
     (finding,) = cost.memory(run)
     fits = "up to 0.39, or --vllm_gpu_memory_utilization up to 0.55 with --vllm_enable_sleep_mode true"
     fits = f"--vllm_gpu_memory_utilization {fits}" if card == 80e9 else "no share"

@@ -8,14 +8,15 @@ import torch
 from open_r1 import grpo
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.doctor import model as checks
-from open_r1.doctor.examination import find
-from open_r1.doctor.finding import Check, Finding, Verdict
+from open_r1.doctor.examination import run_check
+from open_r1.doctor.finding import Check, Finding, Status
 from open_r1.doctor.run import Run
 from open_r1.engines import shared_prefix
 from open_r1.engines.shared_prefix import Prompt
 from open_r1.models.loading import load_processor
-from open_r1.models.memory import Launch, count_run
+from open_r1.models.memory import count_run
 from open_r1.running.data import count_prompt_tokens
+from open_r1.settings.processes import Launch
 from open_r1.settings.recipes import read_recipe
 from open_r1.tasks.examples import read_examples
 from test_doctor import measure, save_model
@@ -48,14 +49,14 @@ def no_time_limit(monkeypatch):
 def found(check: Check, run: Run) -> Finding:
     """What a check finds; the scores of the run's own path are taken anew."""
     vars(checks.scores_of(run)).pop("as_trained", None)
-    [finding] = find(check, run)
+    [finding] = run_check(check, run)
     return finding
 
 
 @pytest.mark.parametrize("check", checks.CHECKS[2:], ids=lambda check: check.__name__)
 def test_a_healthy_model_passes(run, check):
     finding = found(check, run)
-    assert finding.verdict is Verdict.PASS, finding
+    assert finding.verdict is Status.PASS, finding
     assert checks.rounds(run) == (checks.scores_of(run).rounding > 0.01), "as much as trained weights round"
 
 
@@ -104,7 +105,7 @@ def test_a_planted_fault_fails(run, fault: Callable, monkeypatch):
     assert checks.scores_of(run).bound > 0  # from the model as it is
     fault(monkeypatch, run)
     finding = found(FAULTS[fault], run)
-    assert finding.verdict is Verdict.FAIL and "nan" not in finding.what, finding
+    assert finding.verdict is Status.FAIL and "nan" not in finding.what, finding
 
 
 LORA = [*PRECISION["bfloat16"], "--config", str(REPO_ROOT / "configs/overlays/lora.yaml")]

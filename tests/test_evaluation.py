@@ -107,7 +107,7 @@ def arguments(model_path, rendered, tmp_path) -> list[str]:
     ]
 
 
-def answers(answerer: answering.Answerer, items: list[Item], batch_size: int) -> dict[tuple, answering.Response]:
+def answers(answerer: answering.Answerer, items: list[Item], batch_size: int) -> dict[tuple, answering.ItemResponse]:
     batches = answering.make_batches(answerer, items, batch_size)
     return {item.key: response for batch in answering.answer_batches(answerer, batches) for item, response in batch}
 
@@ -259,7 +259,7 @@ def test_an_ended_response_is_not_truncated(answerer, items):
     assert all(response.tokens == TOKENS for response in got if response.truncated)
     biased = make_answerer(answerer.backend.model, answerer.processor, "reasoning", TOKENS)
     biased.generation_config.sequence_bias = [[[token], 1e3] for token in ends]
-    assert set(answers(biased, items[:2], 2).values()) == {answering.Response("", 1, False)}
+    assert set(answers(biased, items[:2], 2).values()) == {answering.ItemResponse("", 1, False)}
 
 
 def test_batches_are_of_like_length_the_longest_first(answerer, items):
@@ -355,13 +355,13 @@ def test_a_finished_run_is_scored_again_and_another_is_kept_aside(script, argume
 def test_unfinished_work_of_other_settings_is_kept_aside(tmp_path, items):
     path = tmp_path / "x.json"
     partial = tmp_path / "x.partial0.jsonl"
-    row = items[1].to_row() | vars(answering.Response("?", 1, False))
+    row = items[1].to_row() | vars(answering.ItemResponse("?", 1, False))
     evaluation.append_rows(partial, [{"dtype": "float32"}, row])
     whole = partial.read_text()
-    assert evaluation.collect(path, {"dtype": "bfloat16"}) == {}
+    assert evaluation.collect_answered(path, {"dtype": "bfloat16"}) == {}
     assert not partial.exists() and len(list(tmp_path.glob("*.old"))) == 1
     partial.write_text(f'{whole}{{"id": 2')
-    assert evaluation.collect(path, {"dtype": "float32"}) == {items[1].key: row}
+    assert evaluation.collect_answered(path, {"dtype": "float32"}) == {items[1].key: row}
     assert partial.read_text() == whole
 
 

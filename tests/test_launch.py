@@ -596,7 +596,7 @@ def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp
     from open_r1.running import entry, launch
 
     monkeypatch.setattr(launch, "check_gpus", lambda processes: None)
-    monkeypatch.setattr(entry, "check", lambda command, arguments, *_: read_recipe(command.arguments, arguments)[1])
+    monkeypatch.setattr(entry, "check_run", lambda command, arguments, *_: read_recipe(command.arguments, arguments)[1])
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     environments = []  # of the processes that accelerate would start
     for name, prepare in (
@@ -615,7 +615,7 @@ def test_the_recipe_decides_the_precision_of_a_launch(strategy, monkeypatch, tmp
         arguments += ["--dataset_name", "x", "--output_dir", str(tmp_path), "--report_to", "none", *changes.split()]
         settings = LaunchSettings(Path(f"{command}.py"), arguments, config_file, 2)
         plan = multiprocessing.get_context("fork").SimpleQueue()
-        launch.check(settings, plan)
+        launch.check_launch(settings, plan)
         arguments_of_launch = settings.for_accelerate(plan.get()[-1])
         accelerate.launch_command(accelerate.launch_command_parser().parse_args(arguments_of_launch))
         environment = environments.pop()

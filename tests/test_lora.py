@@ -18,7 +18,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.engines.vllm_backends import adapted_weights, check_adapter, whole_weight
+from open_r1.engines.vllm_backends import adapted_weights, check_vllm_adapter, whole_weight
 from open_r1.grpo import GRPOScriptArguments, build_trainer
 from open_r1.models.families import FAMILIES, family_of
 from open_r1.models.loading import (
@@ -317,7 +317,7 @@ def test_vllm_is_handed_what_peft_merges(tiny_model, kind):
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name or "magnitude" in name:
             parameter.data += torch.rand_like(parameter)
-    check_adapter(model)
+    check_vllm_adapter(model)
     before, handed = base_bits(model), sync(model)
     assert all(torch.equal(before[name], weight) for name, weight in base_bits(model).items())
     expected = dict(model.merge_and_unload(safe_merge=True).named_parameters())
@@ -336,7 +336,7 @@ def test_vllm_is_handed_what_peft_merges(tiny_model, kind):
 def test_an_adapter_that_vllm_cannot_be_handed_is_refused(tiny_model, settings, message):
     model = get_peft_model(load_model(tiny_model, dtype="float32"), LoraConfig(r=4, **settings))
     with pytest.raises(Mistake, match=rf"^use_vllm: .*{message}"):
-        check_adapter(model)
+        check_vllm_adapter(model)
 
 
 def test_weights_of_8_bits_are_refused_beside_vllm(tiny_model, examples_json, tmp_path, fake_vllm):

@@ -22,7 +22,7 @@ from open_r1.base.files import append_rows
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import LOSS_TYPES
 from open_r1.running import entry
-from open_r1.running.entry import Command, check, train
+from open_r1.running.entry import Command, check_run, train
 from open_r1.running.failures import Mistake, exit_on_error, full_disk, last_word
 from open_r1.settings.limits import CHOICES, LIMITS, NEEDED
 from open_r1.settings.recipes import PLANNED_PROCESSES
@@ -54,7 +54,7 @@ def find_mistake(tiny_model, examples_json, tmp_path, monkeypatch):
         (tmp_path / "recipe.yaml").write_text(recipe or yaml.safe_dump({**RECIPE, **settings, **changes}))
         launch = str(LAUNCHES / "cpu.yaml")
         try:
-            check(command, ["--config", str(tmp_path / "recipe.yaml"), *arguments], launch, processes=2)
+            check_run(command, ["--config", str(tmp_path / "recipe.yaml"), *arguments], launch, processes=2)
         except Mistake as mistake:
             return str(mistake)
         return ""
@@ -242,7 +242,7 @@ def test_folders_that_hold_no_model(find_mistake, tiny_model, tmp_path):
 def test_a_launch_configuration_that_is_none(tmp_path, text):
     (tmp_path / "launch.yaml").write_text(text)
     with pytest.raises(Mistake, match=r"ACCELERATE_CONFIG: .*launch\.yaml does not describe a launch: ") as raised:
-        check(sft.COMMAND, [], str(tmp_path / "launch.yaml"), 2)
+        check_run(sft.COMMAND, [], str(tmp_path / "launch.yaml"), 2)
     assert "\n" not in str(raised.value)
 
 

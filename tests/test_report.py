@@ -21,7 +21,7 @@ from open_r1.answers.statistics import wilson
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.reporting import browser
-from open_r1.reporting.browser import segments, spread
+from open_r1.reporting.browser import segments, spread_evenly
 from open_r1.reporting.curves import collect
 from open_r1.reporting.overlay import overlay, read_curves, write_overlay
 from open_r1.reporting.page import utc, write_report
@@ -417,8 +417,8 @@ def test_the_page_runs_its_own_script_alone(tmp_path):
 
 def test_some_of_all_steps_lie_evenly():
     steps = list(range(100, 200))
-    order = spread(steps)
-    assert sorted(order) == steps and spread([]) == []
+    order = spread_evenly(steps)
+    assert sorted(order) == steps and spread_evenly([]) == []
     for count in (8, 16, 40):
         assert max(np.diff(sorted(order[:count]))) <= 2 * 100 / count + 4
 

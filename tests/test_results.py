@@ -16,7 +16,7 @@ from open_r1.base.errors import Mistake
 from open_r1.base.files import append_rows, to_json
 from open_r1.base.prompts import REPO_ROOT
 from open_r1.evaluation.results import read_result, read_scored
-from open_r1.evaluation.run import collect, make_result, partial_paths
+from open_r1.evaluation.run import collect_answered, make_result, partial_paths
 from open_r1.tasks.benchmarks import BENCHMARKS, read
 from open_r1.world import __main__ as world
 from open_r1.world.parquet import cvbench_row, write_cvbench
@@ -180,17 +180,17 @@ def test_unfinished_work_that_is_damaged(tmp_path, line, message):
     settings = {"benchmark": "SAT-val"}
     good = make_rows()[1] | {"error": None, "response": "half"}
     append_rows(partial, [settings, good])
-    assert collect(tmp_path / "result.json", settings) == {(0, 1): good}
+    assert collect_answered(tmp_path / "result.json", settings) == {(0, 1): good}
     with partial.open("ab") as file:
         file.write(line + b"\n" + to_json(good))
-    assert refused(collect, tmp_path / "result.json", settings).startswith(f"{partial}: line 3: {message}")
+    assert refused(collect_answered, tmp_path / "result.json", settings).startswith(f"{partial}: line 3: {message}")
 
 
 def test_unfinished_work_of_something_else(tmp_path):
     (tmp_path / "result.partial0.jsonl").write_text("[1]\n[2]\n")
-    assert "partial0.jsonl: line 1: expected an object" in refused(collect, tmp_path / "result.json", {})
+    assert "partial0.jsonl: line 1: expected an object" in refused(collect_answered, tmp_path / "result.json", {})
     (tmp_path / "result.partial0.jsonl").write_text('{"benchmark": "VSR"}\n{}\n')
-    assert collect(tmp_path / "result.json", {}) == {} and not partial_paths(tmp_path / "result.json")
+    assert collect_answered(tmp_path / "result.json", {}) == {} and not partial_paths(tmp_path / "result.json")
 
 
 # --- question sets --------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from open_r1.configs import FreezeArguments
 from open_r1.engines import shared_prefix
 from open_r1.engines.decoding import generate
 from open_r1.models.families import family_of
-from open_r1.models.memory import Launch, build_model
+from open_r1.models.memory import build_model
+from open_r1.settings.processes import Launch
 from open_r1.settings.recipes import merge_recipes
 from open_r1.tiny import make_tokenizer
 

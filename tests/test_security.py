@@ -39,7 +39,7 @@ from open_r1.running.checkpoints import (
     seal,
 )
 from open_r1.running.data import store_image
-from open_r1.running.entry import check
+from open_r1.running.entry import check_run
 from open_r1.running.orphans import LAUNCHER
 from support import make_trainer, run_grpo
 
@@ -329,7 +329,7 @@ def test_a_training_whose_output_is_in_use_does_not_start(tmp_path, tiny_model, 
     monkeypatch.setattr(entry, "find_checkpoint", lambda *_: pytest.fail("went on"))
     with owned(tmp_path):
         with pytest.raises(Mistake, match="in use by process"):
-            check(grpo.COMMAND, arguments, str(LAUNCHES / "cpu.yaml"), 1)
+            check_run(grpo.COMMAND, arguments, str(LAUNCHES / "cpu.yaml"), 1)
         with pytest.raises(Mistake, match="in use by process"):
             entry.train(grpo.COMMAND, arguments)
 

@@ -27,8 +27,7 @@ from open_r1.running.callbacks import add_run_callbacks
 from open_r1.running.checkpoints import (
     MANIFEST,
     CompleteCheckpoints,
-    Layout,
-    check_layout,
+    check_split,
     copy_model,
     final_checkpoint,
     find_defect,
@@ -41,6 +40,7 @@ from open_r1.running.checkpoints import (
 from open_r1.running.data import DataArguments
 from open_r1.running.entry import find_checkpoint, finish
 from open_r1.running.provenance import all_arguments, check_same_run
+from open_r1.settings.processes import Launch
 from open_r1.trainer import recorder
 from support import (
     launch_env,
@@ -141,18 +141,18 @@ def test_a_launch_loads_only_what_it_would_have_written(tmp_path):
         for name in names:
             (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / folder / name).touch()
-    layouts = {folder: Layout.of_checkpoint(tmp_path / folder) for folder in files}
-    assert layouts == {"alone": None, "ddp": Layout(0, 0), "zero2": Layout(2, 1), "zero3": Layout(3, 2)}
-    for folder, launch in (("ddp", Layout(0, 4)), ("zero2", Layout(2, 1)), ("zero3", Layout(3, 2))):
-        check_layout(str(tmp_path / folder), launch)
+    saved = {folder: Launch.of_checkpoint(tmp_path / folder) for folder in files}
+    assert saved == {"alone": None, "ddp": Launch(0, 0), "zero2": Launch(1, 2), "zero3": Launch(2, 3)}
+    for folder, launch in (("ddp", Launch(4, 0)), ("zero2", Launch(1, 2)), ("zero3", Launch(2, 3))):
+        check_split(str(tmp_path / folder), launch)
     for folder, launch, reason in (
-        ("alone", Layout(0, 1), "holds the model without optimizer and schedule"),
-        ("ddp", Layout(2, 1), "was written by a launch without ZeRO, and this is 1 process under ZeRO-2"),
-        ("zero2", Layout(2, 2), "was written by 1 process under ZeRO-2, and this is 2 processes under ZeRO-2"),
-        ("zero3", Layout(2, 2), "was written by 2 processes under ZeRO-3, and this is 2 processes under ZeRO-2"),
+        ("alone", Launch(1, 0), "holds the model without optimizer and schedule"),
+        ("ddp", Launch(1, 2), "was written by a launch without ZeRO, and this is 1 process under ZeRO-2"),
+        ("zero2", Launch(2, 2), "was written by 1 process under ZeRO-2, and this is 2 processes under ZeRO-2"),
+        ("zero3", Launch(2, 2), "was written by 2 processes under ZeRO-3, and this is 2 processes under ZeRO-2"),
     ):
         with pytest.raises(ValueError, match=f"{folder}: {reason}.*in another OUTPUT"):
-            check_layout(str(tmp_path / folder), launch)
+            check_split(str(tmp_path / folder), launch)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -166,22 +166,22 @@ def test_deepspeeds_own_file_counts_in_place_of_the_launch(stage, tmp_path, monk
     args = make_config(tmp_path, deepspeed=str(file), resume_from_checkpoint=str(checkpoint))
     refused = pytest.raises(Mistake, match="written by 1 process under ZeRO-2, and this is 1 process under ZeRO-3")
     with refused if stage == 3 else contextlib.nullcontext():
-        assert find_checkpoint(grpo.COMMAND, (None, args, None), Layout(0, 1)) == str(checkpoint)
+        assert find_checkpoint(grpo.COMMAND, (None, args, None), Launch(1, 0)) == str(checkpoint)
 
 
-def test_layouts_of_the_launches_we_offer(monkeypatch, tmp_path):
+def test_stages_of_the_launches_we_offer(monkeypatch, tmp_path):
     folder = REPO_ROOT / "src/open-r1-multimodal/configs"
-    stages = {path.stem: Layout.of_config(str(path), 2).zero_stage for path in folder.glob("*.yaml")}
+    stages = {path.stem: Launch.of_config(str(path), 2).zero_stage for path in folder.glob("*.yaml")}
     assert stages == {"ddp": 0, "zero2": 2, "cpu": 2, "zero3": 3}
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')  # DeepSpeed's own file
     launch = f"distributed_type: DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: {tmp_path}/ds.json}}\n"
     (tmp_path / "launch.yaml").write_text(launch)
-    assert Layout.of_config(str(tmp_path / "launch.yaml"), 2) == Layout(2, 2)
+    assert Launch.of_config(str(tmp_path / "launch.yaml"), 2) == Launch(2, 2)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert Layout.of_this_process() == Layout(0, 4)
+    assert Launch.of_this_process() == Launch(4, 0)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    assert Layout.of_this_process() == Layout(3, 4)
+    assert Launch.of_this_process() == Launch(4, 3)
 
 
 def test_another_run_in_the_folder_is_not_continued(tmp_path, tiny_model):

@@ -145,7 +145,7 @@ def evaluate(model: str | Path | TrainedRun, benchmark: str = "CV-Bench", **opti
 
 def ask(model: str | Path | TrainedRun, image: Any, question: str, **options: Any) -> str:
     """The greedy completion of a model for a question about an image (a path or a picture); see `asking.ask`."""
-    return asking.ask(name_of(model), asking.Asked(question, [image]), **options)
+    return asking.ask(name_of(model), asking.Query(question, [image]), **options)
 
 
 def report(*runs: str | Path | TrainedRun, output: str | Path | None = None) -> Path:

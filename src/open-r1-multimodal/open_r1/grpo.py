@@ -33,7 +33,7 @@ from open_r1.models.loading import (
 from open_r1.rewards import check_gold, get_reward_funcs, needs_gold
 from open_r1.running.checkpoints import has_begun
 from open_r1.running.data import load_datasets_from_args, load_processor_from_args, opens_think
-from open_r1.running.entry import Command, run
+from open_r1.running.entry import Command, run_command
 from open_r1.settings.generation import check_generation
 from open_r1.trainer.callbacks import AskBlind
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer
@@ -115,4 +115,4 @@ def build_trainer(
 COMMAND = Command("grpo", (GRPOScriptArguments, Qwen2VLGRPOConfig, ModelConfig), prepare, build_trainer)
 
 if __name__ == "__main__":
-    run(COMMAND)
+    run_command(COMMAND)

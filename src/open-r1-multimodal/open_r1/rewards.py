@@ -20,7 +20,7 @@ from open_r1.answers.checker import bare_gold, extract_answer, is_correct
 from open_r1.answers.reflection import concluded
 from open_r1.answers.values import is_blank
 from open_r1.base.errors import Mistake, UserCodeError
-from open_r1.base.plugins import describe, import_named
+from open_r1.base.plugins import describe_error, import_named
 
 Completion = str | list[dict[str, Any]]
 Reward = Callable[..., list[float | None]]
@@ -337,7 +337,7 @@ def _blamed_on(name: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        raise UserCodeError(f"reward_funcs: {name} raised {describe(error)}") from error
+        raise UserCodeError(f"reward_funcs: {name} raised {describe_error(error)}") from error
 
 
 def _check_rewards(rewards: Any, name: str, count: int, prompts: Sequence[Any] | None) -> list[float | None]:

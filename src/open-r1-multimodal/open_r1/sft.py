@@ -46,7 +46,7 @@ from open_r1.running.data import (
     most_broken,
     opens_think,
 )
-from open_r1.running.entry import Command, run
+from open_r1.running.entry import Command, run_command
 from open_r1.settings.options import check_options
 from open_r1.trainer.finite import FiniteMixin
 from open_r1.trainer.metrics import NamedEvaluationMixin
@@ -203,4 +203,4 @@ def build_trainer(
 COMMAND = Command("sft", (SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig), prepare, build_trainer)
 
 if __name__ == "__main__":
-    run(COMMAND)
+    run_command(COMMAND)

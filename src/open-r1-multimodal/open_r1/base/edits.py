@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-Box = tuple[int, int, int, int]  # x, y, width, height
+Region = tuple[int, int, int, int]  # x, y, width, height
 GREY = (128, 128, 128)
 _BOX = r"\d{1,6},\d{1,6},\d{1,6},\d{1,6}"
 _EDIT = re.compile(
@@ -33,8 +33,8 @@ _EDIT = re.compile(
 class Edit:
     """What is done to a picture, in the order of the attributes; see the file's docstring."""
 
-    box: Box
-    gap: Box | None = None
+    box: Region
+    gap: Region | None = None
     strips: tuple[int, ...] = ()
     transpose: str | None = None
     reduce: int = 1
@@ -88,11 +88,11 @@ def split_edit(reference: str) -> tuple[str, Edit | None]:
     return path, Edit(box, gap, strips or (), match["transpose"], int(match["reduce"] or 1))
 
 
-def _is_inside(box: Box, width: int, height: int) -> bool:
+def _is_inside(box: Region, width: int, height: int) -> bool:
     x, y, w, h = box
     return w > 0 and h > 0 and x + w <= width and y + h <= height
 
 
-def _corners(box: Box) -> tuple[int, int, int, int]:
+def _corners(box: Region) -> tuple[int, int, int, int]:
     x, y, w, h = box
     return x, y, x + w, y + h

@@ -54,7 +54,7 @@ def import_named(
             raise Mistake(
                 f"{option}: no module {module_name!r} for {kind} {name!r} on PYTHONPATH or in this folder"
             ) from error
-        raise Mistake(f"{option}: module {module_name!r} cannot be imported: {describe(error)}") from error
+        raise Mistake(f"{option}: module {module_name!r} cannot be imported: {describe_error(error)}") from error
     value = getattr(module, attribute, None)
     if not fits(value):
         where = getattr(module, "__file__", None) or "built in"
@@ -63,7 +63,7 @@ def import_named(
     return value
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An exception with the line of the user's that it comes from."""
     places = [f" ({frame.filename}, line {frame.lineno})" for frame in traceback.extract_tb(error.__traceback__)]
     passed_through = (str(Path(__file__).parents[1]), importlib.__file__, "<frozen", "site-packages")

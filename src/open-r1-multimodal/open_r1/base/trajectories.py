@@ -15,7 +15,7 @@ CHOOSING = ("row", "refill")  # fields that only a run which chooses its prompts
 Span = Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
-class Completion(Record):
+class CompletionRecord(Record):
     """One completion of a rollout. Fields with a default may be absent from a file: older runs have not all of them."""
 
     step: Count
@@ -48,6 +48,6 @@ class Completion(Record):
 # The numbers among the fields -> their types; but for `group`, which means nothing without its rollout.
 NUMBERS = {
     name: field.annotation
-    for name, field in Completion.model_fields.items()
+    for name, field in CompletionRecord.model_fields.items()
     if field.annotation in (int, float, bool) and name != "group"
 }

@@ -10,7 +10,8 @@ import torch
 
 from open_r1.doctor.finding import Checks, Finding, failed, passed, skipped, warned
 from open_r1.doctor.run import MEASURED_STEPS, Run, existing
-from open_r1.models.memory import Count, Launch, free_memory
+from open_r1.models.memory import MemoryCount, free_memory
+from open_r1.settings.processes import Launch
 
 GB = 1e9
 LONG = 20  # seconds after which a line says what is waited for
@@ -43,7 +44,7 @@ def memory(run: Run) -> Iterator[Finding]:
         yield passed(what)
 
 
-def vllm_shares(run: Run, count: Count, card: float) -> str:
+def vllm_shares(run: Run, count: MemoryCount, card: float) -> str:
     """The largest shares of a card that vLLM can take beside training, as options; empty: none.
 
     A share that is too small for vLLM's own copy of the weights is left out.

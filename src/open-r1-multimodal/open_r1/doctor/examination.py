@@ -27,10 +27,10 @@ def examine(run: Run) -> Iterator[Finding]:
     for family, checks in families:
         for check in checks:
             name = check.__name__.replace("_", " ")
-            yield from (replace(finding, family=family, name=name) for finding in find(check, run))
+            yield from (replace(finding, family=family, name=name) for finding in run_check(check, run))
 
 
-def find(check: Check, run: Run) -> Iterator[Finding]:
+def run_check(check: Check, run: Run) -> Iterator[Finding]:
     """What a check finds, each finding once it is there, or why it found nothing more."""
     findings = check(run)
     try:

@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 
-class Verdict(StrEnum):
+class Status(StrEnum):
     """How a check came out. Only a failure keeps a run from starting; SKIP was not looked at."""
 
     PASS = "pass"
@@ -25,7 +25,7 @@ class Finding:
         remedy: what to do about it.
     """
 
-    verdict: Verdict
+    verdict: Status
     what: str
     remedy: str = ""
     family: str = ""
@@ -38,19 +38,19 @@ Checks = tuple[Check, ...]  # of a family, in their order
 
 def passed(what: str) -> Finding:
     """All is well."""
-    return Finding(Verdict.PASS, what)
+    return Finding(Status.PASS, what)
 
 
 def warned(what: str, remedy: str) -> Finding:
     """A run would go on, and might disappoint."""
-    return Finding(Verdict.WARN, what, remedy)
+    return Finding(Status.WARN, what, remedy)
 
 
 def failed(what: str, remedy: str = "") -> Finding:
     """A run would fail, or learn something else than is meant."""
-    return Finding(Verdict.FAIL, what, remedy)
+    return Finding(Status.FAIL, what, remedy)
 
 
 def skipped(why: str) -> Finding:
     """Not looked at."""
-    return Finding(Verdict.SKIP, why)
+    return Finding(Status.SKIP, why)

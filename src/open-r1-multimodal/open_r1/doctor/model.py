@@ -67,11 +67,11 @@ def score(run: Run, rows: Sequence[Row], shared: bool | None = None, model: nn.M
     """
     with torch.no_grad(), run.trainer.accelerator.autocast():
         if run.is_grpo:
-            return score_completions(run, rows, shared, model)
+            return score_with_grpo(run, rows, shared, model)
         return score_labels(run, rows)
 
 
-def score_completions(run: Run, rows: Sequence[Row], shared: bool | None, model: nn.Module | None) -> torch.Tensor:
+def score_with_grpo(run: Run, rows: Sequence[Row], shared: bool | None, model: nn.Module | None) -> torch.Tensor:
     """A short and a long completion of each row through GRPO's trainer."""
     trainer, family, tokenizer = run.trainer, family_of(plain_model(run)), run.processor.tokenizer
     device = trainer.accelerator.device

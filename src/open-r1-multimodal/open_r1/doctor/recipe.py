@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from open_r1.base.locks import check_free
 from open_r1.doctor.finding import Checks, Finding, failed, passed
 from open_r1.doctor.run import Run, existing
-from open_r1.running.checkpoints import Layout
 from open_r1.running.entry import check_login, find_checkpoint
 
 
@@ -15,7 +14,7 @@ def settings(run: Run) -> Iterator[Finding]:
     args, count, zero_stage = run.args, run.launch.num_processes, run.launch.zero_stage
     per_step = args.per_device_train_batch_size * count * args.gradient_accumulation_steps
     unit = f"completions, {args.num_generations} a prompt" if run.is_grpo else "examples"
-    zero = "no ZeRO" if zero_stage is None else f"ZeRO-{zero_stage}"
+    zero = "no ZeRO" if zero_stage == 0 else f"ZeRO-{zero_stage}"
     processes = "1 process" if count == 1 else f"{count} processes"
     yield passed(f"{run.command.name}, {processes}, {zero}; a step is {per_step} {unit}")
 
@@ -30,9 +29,7 @@ def output(run: Run) -> Iterator[Finding]:
     """Where the run would begin, that it can be written to, and that nobody else does."""
     output_dir = run.args.output_dir
     check_free(output_dir)
-    checkpoint = find_checkpoint(
-        run.command, run.settings, Layout(run.launch.zero_stage or 0, run.launch.num_processes)
-    )
+    checkpoint = find_checkpoint(run.command, run.settings, run.launch)
     folder = existing(output_dir)
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         yield failed(f"output_dir {output_dir}: {folder} is no folder that can be written to", "another OUTPUT")

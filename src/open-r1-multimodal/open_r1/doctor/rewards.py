@@ -20,7 +20,7 @@ from open_r1.running.data import ROTATION_OF, Row
 ROWS = 200  # among which are looked for
 ASKED = 4  # examples with different answers
 SLOW = 0.05  # seconds a completion
-LONGEST = 32_768  # words of a sample, whatever the recipe allows
+LONGEST = 32_768  # words of a probe, whatever the recipe allows
 THOUGHT = "The picture shows it. Wait, let me look again.</think>\n"
 # Ways to write the right answer into `<answer>`, none of which changes it.
 DRESSES = (
@@ -39,7 +39,7 @@ BARE = DRESSES[0]
 
 
 @dataclass(frozen=True)
-class Sample:
+class Probe:
     """A completion for an example.
 
     Attributes:
@@ -53,7 +53,7 @@ class Sample:
     right: bool
 
 
-def make_samples(rows: Iterable[Row], opens_think: bool, longest: int) -> list[Sample]:
+def make_probes(rows: Iterable[Row], opens_think: bool, longest: int) -> list[Probe]:
     """Right, wrong and hedged answers, and none, to a few questions that have different answers.
 
     Args:
@@ -66,7 +66,7 @@ def make_samples(rows: Iterable[Row], opens_think: bool, longest: int) -> list[S
     for row in rows:
         gold = row["solution"] or "yes"  # without answers rewards look at something else
         asked.setdefault(extract_answer(gold) or gold, row)
-    samples = []
+    probes = []
     for gold, row in list(asked.items())[:ASKED]:
         options = row["options"] if row["solution"] else []
         right = [(dress, dress.format(gold)) for dress in DRESSES]
@@ -75,33 +75,33 @@ def make_samples(rows: Iterable[Row], opens_think: bool, longest: int) -> list[S
         if other := next(others, None):
             wrong = [("wrong", other), *(("hedged", hedge.format(gold, other)) for hedge in HEDGES)]
         for is_right, answers in ((True, right), (False, wrong)):
-            samples += [Sample(row, kind, f"{thought}<answer>{text}</answer>", is_right) for kind, text in answers]
+            probes += [Probe(row, kind, f"{thought}<answer>{text}</answer>", is_right) for kind, text in answers]
         if row.get(ROTATION_OF) is not None:
             other_order = {**row, "options": [*row["options"][1:], *row["options"][:1]]}
-            samples.append(Sample(other_order, "in another order", f"{thought}<answer>{gold}</answer>", True))
+            probes.append(Probe(other_order, "in another order", f"{thought}<answer>{gold}</answer>", True))
         no_answers = {kind: thought + text.format(gold) for kind, text in NO_ANSWERS.items()}
         no_answers |= {"empty": "", "thought alone": f"It is {gold}. {thought}", "answer alone": gold}
         no_answers["endless"] = f"{gold} " * min(longest, LONGEST)
-        samples += [Sample(row, kind, text, False) for kind, text in no_answers.items()]
+        probes += [Probe(row, kind, text, False) for kind, text in no_answers.items()]
         thoughts = [("meant", gold), ("against its thought", other)][: 1 + bool(other)]
-        samples += [
-            Sample(row, kind, f"{thought.replace('</think>', f' It is {said}.</think>')}<answer>{gold}</answer>", True)
+        probes += [
+            Probe(row, kind, f"{thought.replace('</think>', f' It is {said}.</think>')}<answer>{gold}</answer>", True)
             for kind, said in thoughts
         ]
-    return samples
+    return probes
 
 
-def call(reward: Reward, samples: Sequence[Sample], tokenizer: Any) -> list[float | None]:
+def call(reward: Reward, probes: Sequence[Probe], tokenizer: Any) -> list[float | None]:
     """What a reward gives these completions, called and checked as in training.
 
     Raises:
         Mistake: it raises, or does not give each a finite number or None.
     """
-    rows = [sample.row for sample in samples]
+    rows = [probe.row for probe in probes]
     rewards = guarded(reward, reward.__name__)(
         prompts=[row["prompt"] for row in rows],
-        completions=[[{"role": "assistant", "content": sample.text}] for sample in samples],
-        completion_ids=[tokenizer(sample.text)["input_ids"] for sample in samples],
+        completions=[[{"role": "assistant", "content": probe.text}] for probe in probes],
+        completion_ids=[tokenizer(probe.text)["input_ids"] for probe in probes],
         trainer_state=TrainerState(),
         log_extra=lambda *_: None,
         log_metric=lambda *_: None,
@@ -110,26 +110,26 @@ def call(reward: Reward, samples: Sequence[Sample], tokenizer: Any) -> list[floa
     return asyncio.run(rewards) if inspect.iscoroutine(rewards) else rewards
 
 
-def examine(reward: Reward, samples: Sequence[Sample], tokenizer: Any) -> Finding:
+def examine_reward(reward: Reward, probes: Sequence[Probe], tokenizer: Any) -> Finding:
     """The finding about one reward: whether it raises, tells completions apart, judges answers rightly, and is fast."""
     name, start = reward.__name__, time.perf_counter()
     try:
-        values = call(reward, samples, tokenizer)
+        values = call(reward, probes, tokenizer)
     except Mistake as error:
         return failed(str(error), "mend it, or leave it out")
-    seconds = (time.perf_counter() - start) / len(samples)
+    seconds = (time.perf_counter() - start) / len(probes)
     known = sorted({value for value in values if value is not None})
     if len(known) < 2:
-        what = f"{name} gives {known[0] if known else None} for each of {len(samples)} different completions"
+        what = f"{name} gives {known[0] if known else None} for each of {len(probes)} different completions"
         return failed(what, "no group has anything to learn from it; mend it, or leave it out")
-    extent = f"{known[0]:g} to {known[-1]:g} over {len(samples)} completions"
+    extent = f"{known[0]:g} to {known[-1]:g} over {len(probes)} completions"
     if reward is accuracy_reward:
-        for sample, value in zip(samples, values, strict=True):
-            if value != sample.right:
-                gold, options = sample.row["solution"], sample.row["options"]
-                read = judgement_of(sample.text, bare_gold(gold, options), options).value
-                what = f"{name} gives {value:g} for {sample.text!r} ({gold!r} is right; it was read as: {read})"
-                is_plain = not sample.right or sample.kind == BARE
+        for probe, value in zip(probes, values, strict=True):
+            if value != probe.right:
+                gold, options = probe.row["solution"], probe.row["options"]
+                read = judgement_of(probe.text, bare_gold(gold, options), options).value
+                what = f"{name} gives {value:g} for {probe.text!r} ({gold!r} is right; it was read as: {read})"
+                is_plain = not probe.right or probe.kind == BARE
                 return (failed if is_plain else warned)(what, "look at the answers and options of these data")
         extent = f"1 for {len(DRESSES)} forms of a right answer, 0 for wrong, hedged and none"
     if seconds > SLOW:
@@ -142,9 +142,9 @@ def lint(run: Run) -> Iterator[Finding]:
     if not run.is_grpo:
         return
     rows = run.rows.select(range(min(ROWS, len(run.rows))))
-    samples = make_samples(rows, run.prompt_opening, run.args.max_completion_length)
+    probes = make_probes(rows, run.prompt_opening, run.args.max_completion_length)
     for reward in run.reward_funcs:
-        yield examine(reward, samples, run.processor.tokenizer)
+        yield examine_reward(reward, probes, run.processor.tokenizer)
 
 
 CHECKS: Checks = (lint,)

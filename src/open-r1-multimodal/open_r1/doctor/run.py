@@ -23,10 +23,11 @@ from open_r1.base.errors import Mistake, first_line
 from open_r1.doctor.survey import Survey, survey
 from open_r1.models.families import family_of
 from open_r1.models.loading import check_model, check_template, check_weights, load_config
-from open_r1.models.memory import Count, Launch, build_model, count_run, free_memory, teacher_bytes, weight_bytes
+from open_r1.models.memory import MemoryCount, build_model, count_run, free_memory, teacher_bytes, weight_bytes
 from open_r1.rewards import COMPARING, Reward, check_gold, get_reward_funcs, reward_funcs_registry
 from open_r1.running.data import columns_of, load_processor_from_args, opens_think
 from open_r1.running.entry import Command, read_settings
+from open_r1.settings.processes import Launch
 from open_r1.settings.recipes import PLANNED_PROCESSES
 from open_r1.sft import check_answer
 from open_r1.tasks.mixture import iter_mixture, parts_of
@@ -201,7 +202,7 @@ class Run:
             raise Missing(f"the weights take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
         return self.command.build_trainer(script_args, self.alone(args), model_args, self.prepared_data)
 
-    def count(self, launch: Launch, args: TrainingArguments | None = None) -> Count:
+    def count(self, launch: Launch, args: TrainingArguments | None = None) -> MemoryCount:
         """The memory of a step under a launch, with the run's settings or others."""
         self.need("model_outline")
         if self.script_args.max_prompt_length is None:

@@ -85,7 +85,7 @@ def engines_with(seed: int, **settings: Any) -> Iterator[None]:
         module.LLM = engine
 
 
-def check_adapter(model: PeftModel) -> None:
+def check_vllm_adapter(model: PeftModel) -> None:
     """Raise Mistake where vLLM, which takes whole weights, could not compute as this policy does."""
     for name, part in model.named_modules():
         is_adapter = isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))

@@ -34,7 +34,7 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a weight file, for its fingerprint
 
 
 @dataclass(frozen=True)
-class Response:
+class ItemResponse:
     """The response to one item; `error` says why it could not be asked."""
 
     response: str
@@ -93,7 +93,7 @@ def messages(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-def shown(item: Item) -> list[Any]:
+def placeholders(item: Item) -> list[Any]:
     """Placeholders for an item's pictures, a video's frames among them, in a prompt that is rendered and not asked."""
     with suppress(BrokenImage):
         return [size for data in item.images for size in picture_sizes(data)]
@@ -127,7 +127,7 @@ class Answerer:
         text = len(self.tokenizer(item.prompt)["input_ids"])
         return text + family_of_processor(self.processor).count_image_tokens(self.processor, sizes)
 
-    def encode(self, item: Item) -> Prompt | Response:
+    def encode(self, item: Item) -> Prompt | ItemResponse:
         """What can be done before the model is free, also in another thread.
 
         An item without a usable image has its response already, which says so.
@@ -135,23 +135,23 @@ class Answerer:
         try:
             images = [picture for data in item.images for picture in pictures(data)]
         except BrokenImage as error:
-            return Response("", 0, False, str(error))
+            return ItemResponse("", 0, False, str(error))
         return self.backend.encode(messages(images, item.prompt))
 
-    def answer(self, encoded: Sequence[Prompt | Response]) -> list[Response]:
+    def answer(self, encoded: Sequence[Prompt | ItemResponse]) -> list[ItemResponse]:
         """Answer encoded items, in their order."""
-        prompts = [prompt for prompt in encoded if not isinstance(prompt, Response)]
+        prompts = [prompt for prompt in encoded if not isinstance(prompt, ItemResponse)]
         if not prompts:
             return list(encoded)
         completions = self.backend.generate(prompts, [1] * len(prompts), self.generation_config)
         answers = iter(map(self.read, completions.ids))
-        return [prompt if isinstance(prompt, Response) else next(answers) for prompt in encoded]
+        return [prompt if isinstance(prompt, ItemResponse) else next(answers) for prompt in encoded]
 
-    def read(self, ids: Sequence[int]) -> Response:
+    def read(self, ids: Sequence[int]) -> ItemResponse:
         """A completion as text."""
         cleaning = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         has_end = bool(ids) and ids[-1] in self.generation_config.eos_token_id
-        return Response(self.tokenizer.decode(ids, **cleaning), len(ids), truncated=not has_end)
+        return ItemResponse(self.tokenizer.decode(ids, **cleaning), len(ids), truncated=not has_end)
 
 
 def generation_settings(processor: ProcessorMixin, max_new_tokens: int) -> dict[str, Any]:
@@ -222,13 +222,13 @@ def make_batches(answerer: Answerer, items: Sequence[Item], batch_size: int) -> 
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
-def answer_batches(answerer: Answerer, batches: Sequence[Sequence[Item]]) -> Iterator[list[tuple[Item, Response]]]:
+def answer_batches(answerer: Answerer, batches: Sequence[Sequence[Item]]) -> Iterator[list[tuple[Item, ItemResponse]]]:
     """Answer one batch after the other; the next one is prepared in a thread while the model works.
 
     Without a batch there is nothing to do: of several processes, one may get none.
     """
 
-    def encode(batch: Sequence[Item]) -> list[Prompt | Response]:
+    def encode(batch: Sequence[Item]) -> list[Prompt | ItemResponse]:
         return [answerer.encode(item) for item in batch]
 
     with ThreadPoolExecutor(max_workers=1) as pool:

@@ -20,7 +20,7 @@ from open_r1.tasks.unshown import unshown_texts
 
 
 @dataclass(frozen=True)
-class Asked:
+class Query:
     """A question as it is put to a model.
 
     Attributes:
@@ -45,7 +45,7 @@ def style_of(folder: Path) -> dict[str, str]:
     return {"style": style} if isinstance(style, str) else {}
 
 
-def ask(model: str, asked: Asked, chat_template: str = "auto", max_new_tokens: int = 700) -> str:
+def ask(model: str, asked: Query, chat_template: str = "auto", max_new_tokens: int = 700) -> str:
     """A checkpoint's greedy completion.
 
     Args:

@@ -27,7 +27,7 @@ Interval = Annotated[
     AfterValidator(_must_be_interval),
     Expected("two numbers from -1 to 1, the lower one first"),
 ]
-Level = Annotated[float, Field(ge=-1, le=1), Expected("a number from -1 to 1")]  # below chance, if adjusted for it
+ScoreValue = Annotated[float, Field(ge=-1, le=1), Expected("a number from -1 to 1")]  # below chance, if adjusted for it
 
 
 class ResultRow(AskedRow):
@@ -54,7 +54,7 @@ class JudgedRow(Record):
     credit: Share = 0
 
 
-class Prompt(Record):
+class PromptTemplate(Record):
     """The template of an evaluation's prompts."""
 
     name: Name
@@ -66,20 +66,20 @@ class About(Record):
 
     benchmark: Name = ""
     parser: Name = ""
-    prompt: Annotated[Prompt | None, Expected("an object with a name and a style")] = None
+    prompt: Annotated[PromptTemplate | None, Expected("an object with a name and a style")] = None
 
 
 class Score(Record):
     """One score, all in [0, 1], or in [-1, 1] if it is adjusted for chance."""
 
-    accuracy: Level
+    accuracy: ScoreValue
     n: Count
     interval: Interval
     chance: Share
     bounds: Interval = Field(default=[0, 1])
 
 
-class Scored(Record):
+class ScoredResult(Record):
     """What a result file has once it is scored."""
 
     scores: dict[Name, Score]
@@ -114,7 +114,7 @@ def read_scored(path: Path) -> dict[str, Any]:
         raise Mistake(f"{path}: no scores in it; score it with test_qwen2vl_CVBench.py --precomputed_json {path}")
     for number, row in enumerate(result["results"]):
         check(JudgedRow, row, f"{path}: row {number}")
-    check(Scored, result, path)
+    check(ScoredResult, result, path)
     if TOTAL not in result["scores"]:
         raise Mistake(f"{path}: scores: missing {TOTAL}")
     check(Shares, result.get("shares"), f"{path}: shares")

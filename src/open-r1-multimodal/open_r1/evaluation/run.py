@@ -177,7 +177,7 @@ def rescore(args: argparse.Namespace) -> None:
 # --- unfinished work ------------------------------------------------------------------------------
 
 
-def collect(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[str, Any]]:
+def collect_answered(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, Any], dict[str, Any]]:
     """What has been answered under these settings, by id and rotation; other work is put aside.
 
     Raises:
@@ -340,7 +340,7 @@ def evaluate(args: argparse.Namespace, load: "Callable[..., Backend] | None" = N
         return
 
     with state.main_process_first():  # which mends or puts aside what a killed run left
-        done = collect(path, settings)
+        done = collect_answered(path, settings)
     state.wait_for_everyone()  # nobody writes before all have read
     if missing := [item for item in items if item.key not in done]:
         load = load or answering.BACKENDS[args.backend]
@@ -356,8 +356,8 @@ def evaluate(args: argparse.Namespace, load: "Callable[..., Backend] | None" = N
     if not state.is_main_process:
         return
 
-    done = collect(path, settings)
-    example = answering.messages(answering.shown(items[0]), items[0].prompt)
+    done = collect_answered(path, settings)
+    example = answering.messages(answering.placeholders(items[0]), items[0].prompt)
     about = {
         "args": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         **settings,

@@ -33,6 +33,7 @@ from open_r1.base.errors import Mistake
 from open_r1.configs import FreezeArguments
 from open_r1.models.families import family_of, find_family
 from open_r1.models.loading import freeze, get_adapter_config, load_config, resolve_dtype
+from open_r1.settings.processes import Launch
 
 FP32 = 4  # bytes
 ANSWER_TOKENS = 32  # of an SFT example; no recipe bounds them
@@ -40,28 +41,6 @@ ANSWER_TOKENS = 32  # of an SFT example; no recipe bounds them
 REDUCE_BUCKET = 500_000_000
 ZERO3_LIVE = 1_000_000_000
 ATTENTION = "counted_attention"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a recipe is launched: the number of GPUs, ZeRO's stage or None without DeepSpeed, and over how many machines.
-
-    Every machine has as many of the GPUs.
-    """
-
-    num_processes: int = 1
-    zero_stage: int | None = None
-    num_machines: int = 1
-
-    @property
-    def processes_here(self) -> int:
-        """Processes of one machine."""
-        return self.num_processes // self.num_machines
-
-    def share(self, amount: float, from_stage: int) -> float:
-        """What one GPU holds of an amount that ZeRO splits over the processes from stage `from_stage` on."""
-        is_split = self.zero_stage is not None and self.zero_stage >= from_stage
-        return amount / self.num_processes if is_split else amount
 
 
 @dataclass(frozen=True)
@@ -90,7 +69,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Count:
+class MemoryCount:
     """Bytes on one GPU. `base` lies there all the time, the others for a phase of a step."""
 
     base: dict[str, float]
@@ -104,7 +83,7 @@ class Count:
         phases = (self.rollout, self.backward, self.update)
         return sum(self.base.values()) + max(sum(phase.values()) for phase in phases)
 
-    def with_vllm(self, share: float, card: float, sleeps: bool) -> "Count":
+    def with_vllm(self, share: float, card: float, sleeps: bool) -> "MemoryCount":
         """The same with the share that vLLM takes of a card of so many bytes.
 
         It keeps weights and cache all the time, or with TRL's `vllm_enable_sleep_mode` during a rollout.
@@ -153,7 +132,7 @@ def build_model(
         freeze(model, freezing)
         if model_args.use_peft:
             model = get_peft_model(model, get_adapter_config(model_args, freezing, family_of(model)))
-    if launch.zero_stage is not None or model_args.load_in_4bit:
+    if launch.zero_stage or model_args.load_in_4bit:
         model.to(dtype)  # PEFT makes adapters float32; DeepSpeed, and TRL for QLoRA, bring them back
     return model
 
@@ -319,7 +298,7 @@ def count_memory(
     gradient_checkpointing: bool = True,
     is_cpu: bool = False,
     has_autocast: bool = False,
-) -> Count:
+) -> MemoryCount:
     """Count a training step's memory on one GPU.
 
     Args:
@@ -336,7 +315,7 @@ def count_memory(
     trained = [p for p in model.parameters() if p.requires_grad]
     elements = sum(p.numel() for p in trained)
     gradients = sum(p.nbytes for p in trained)
-    has_zero = launch.zero_stage is not None
+    has_zero = launch.zero_stage > 0
     # gradients summed over micro-batches: DeepSpeed is told to do it in float32 (running.entry.accumulate_in_float32)
     summed = FP32 * elements if has_zero else gradients
     base = {
@@ -373,12 +352,12 @@ def count_memory(
         rollout = {"cache and scores": rollout_bytes(model, load)}
         if launch.zero_stage == 3:
             rollout["gathered weights"] = weights  # TRL gathers all of the model to sample from it
-    return Count(base, rollout, backward, update)
+    return MemoryCount(base, rollout, backward, update)
 
 
 def count_run(
     script_args: Any, args: TrainingArguments, model_args: ModelConfig, launch: Launch, is_cpu: bool = False
-) -> Count:
+) -> MemoryCount:
     """Count a step of GRPO or SFT at the limits of its settings, without vLLM; see `with_vllm`.
 
     Args:
@@ -411,7 +390,7 @@ def count_run(
         over_vocabulary=teacher > 0 and args.distill_whole_vocabulary,
         gradient_checkpointing=args.gradient_checkpointing,
         is_cpu=is_cpu,
-        has_autocast=(args.bf16 or args.fp16) and launch.zero_stage is None,
+        has_autocast=(args.bf16 or args.fp16) and not launch.zero_stage,
     )
 
 

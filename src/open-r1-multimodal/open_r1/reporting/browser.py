@@ -13,7 +13,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from open_r1.base.fields import is_usable
 from open_r1.base.images import DECODE_ERRORS, image_edit, image_file, open_image, opened, to_rgb
-from open_r1.base.trajectories import Completion
+from open_r1.base.trajectories import CompletionRecord
 from open_r1.reporting.runs import Trajectories
 
 TEXT_LIMIT = 4000  # characters of one text in the page; longer ones keep this much of their beginning and end
@@ -36,7 +36,7 @@ _VISIBLE = {
 }
 
 
-def spread(steps: Sequence[int]) -> list[int]:
+def spread_evenly(steps: Sequence[int]) -> list[int]:
     """The steps in van der Corput's order: however many of the first are taken, they lie evenly over the run."""
     digits = len(steps).bit_length()
     places = sorted(range(len(steps)), key=lambda place: f"{place:0{digits}b}"[::-1])
@@ -70,7 +70,7 @@ class Shared:
         self._image_numbers: dict[str, int] = {}
         self._budget = IMAGE_BUDGET
 
-    def prompt(self, trajectories: Trajectories, index: int, record: Completion) -> int:
+    def prompt(self, trajectories: Trajectories, index: int, record: CompletionRecord) -> int:
         """The number of a completion's prompt."""
         key = id(trajectories), int(trajectories.rows["prompt"][index])
         if key not in self._prompt_numbers:
@@ -134,7 +134,7 @@ def embed(trajectories: Trajectories, required: set[int], budget: int, shared: S
     steps, correct = trajectories.steps, trajectories.correct()
     every_step = list(steps)
     of_required = trajectories.rows["step"][sorted(required)].tolist()
-    order = [*every_step[:1], *every_step[-1:], *of_required, *spread(every_step)]
+    order = [*every_step[:1], *every_step[-1:], *of_required, *spread_evenly(every_step)]
     records: dict[int, dict[str, Any]] = {}
     for step in dict.fromkeys(order):
         of_step = [

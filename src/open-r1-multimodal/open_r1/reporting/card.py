@@ -11,11 +11,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from open_r1.answers.statistics import TOTAL, table
 from open_r1.base.fields import check
 from open_r1.base.files import replace_file
-from open_r1.base.trajectories import Completion
+from open_r1.base.trajectories import CompletionRecord
 from open_r1.evaluation.results import read_scored
 from open_r1.reporting.comparison import markdown
 from open_r1.reporting.curves import held_out_accuracies
-from open_r1.reporting.runs import SETTINGS, TEACHER, Run, open_or_empty, read_lines, read_run, scan_trajectories
+from open_r1.reporting.runs import SETTINGS, TEACHER, LoggedRun, open_or_empty, read_lines, read_run, scan_trajectories
 
 CARD = "README.md"
 MAX_SHOWN_CHARS = 10_000  # of a text
@@ -54,7 +54,7 @@ def model_card(folder: Path, results: Sequence[Path] = ()) -> str:
     return "\n\n".join([f"---\n{header(folder, run, evaluated)}\n---", *filter(None, parts)]) + "\n"
 
 
-def header(folder: Path, run: Run, results: Sequence[dict[str, Any]]) -> str:
+def header(folder: Path, run: LoggedRun, results: Sequence[dict[str, Any]]) -> str:
     """The YAML header, made and checked by huggingface_hub."""
     name = folder.resolve().name
     scores = [
@@ -80,7 +80,7 @@ def header(folder: Path, run: Run, results: Sequence[dict[str, Any]]) -> str:
     return data.to_yaml().strip()
 
 
-def introduction(run: Run) -> str:
+def introduction(run: LoggedRun) -> str:
     """One paragraph: what this model is."""
     rewards = " and ".join(f"`{name}`" for name in run.info.reward_funcs)
     how = f"with GRPO and the rewards {rewards}" if rewards else "by supervised fine-tuning"
@@ -99,7 +99,7 @@ def public(name: str | None) -> str:
     return Path(name or "").name if os.path.isabs(name or "") else name or ""
 
 
-def held_out_line(folder: Path, run: Run) -> str:
+def held_out_line(folder: Path, run: LoggedRun) -> str:
     """The accuracy of the last evaluation on held-out questions, with its interval; empty without one."""
     with scan_trajectories(folder / "trajectories/eval.jsonl") as held_out:
         lines = [line for line in held_out_accuracies(run, held_out) if len(line.points)]
@@ -118,7 +118,7 @@ def benchmark_part(result: dict[str, Any]) -> str:
     return f"**{result['benchmark']}** ({asked}greedy):\n\n{table(result['scores'])}"
 
 
-def usage(folder: Path, run: Run) -> str:
+def usage(folder: Path, run: LoggedRun) -> str:
     """Code that loads the model and asks it one question."""
     lines = ["from transformers import AutoModelForImageTextToText, AutoProcessor", ""]
     if (folder / "adapter_config.json").is_file():
@@ -146,11 +146,11 @@ def first_prompt(folder: Path) -> str | None:
     """The prompt of a run's first completion."""
     with open_or_empty(folder / "trajectories/train.jsonl") as file:
         for origin, _, line in read_lines(file):
-            return check(Completion, line, origin).prompt
+            return check(CompletionRecord, line, origin).prompt
     return None
 
 
-def training_table(run: Run) -> str:
+def training_table(run: LoggedRun) -> str:
     """Recipe and settings, as Markdown."""
     rows = [("recipe", " + ".join(map(public, run.info.recipes)))]
     rows += [("data", public(run.info.dataset)), ("held-out", public(run.info.eval_dataset))]

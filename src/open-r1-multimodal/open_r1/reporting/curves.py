@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from open_r1.answers.judgement import Judgement
-from open_r1.reporting.runs import ACCURACY, FORMAT, JUDGEMENTS, MAX_READ, Run, Series, Trajectories
+from open_r1.reporting.runs import ACCURACY, FORMAT, JUDGEMENTS, MAX_READ, LoggedRun, Series, Trajectories
 from open_r1.reporting.statistics import by_step, by_tenth, group_accuracy, quartiles, reflection_statistics
 
 
@@ -62,7 +62,7 @@ class Curves:
     missing: Sequence[str]
 
 
-def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
+def collect(run: LoggedRun, train: Trajectories, held_out: Trajectories) -> Curves:
     """The curves of a run, from every completion where there are completions, else from the log."""
 
     def logged(name: str, title: str, unit: str, label: str, metric: str) -> Chart:
@@ -178,18 +178,18 @@ def collect(run: Run, train: Trajectories, held_out: Trajectories) -> Curves:
     return _with_data(paper, charts)
 
 
-def is_sft(run: Run) -> bool:
+def is_sft(run: LoggedRun) -> bool:
     """Whether a run was supervised."""
     return run.info.command == "sft"
 
 
-def reward_names(run: Run, train: Trajectories) -> list[str]:
+def reward_names(run: LoggedRun, train: Trajectories) -> list[str]:
     """Every reward function of the run, by the name under which it is logged."""
     logged = [match[1] for event in run.events for name in event if (match := re.fullmatch(r"rewards/(.+)/mean", name))]
     return list(dict.fromkeys([*train.rewards, *logged]))
 
 
-def held_out_accuracies(run: Run, held_out: Trajectories) -> list[Line]:
+def held_out_accuracies(run: LoggedRun, held_out: Trajectories) -> list[Line]:
     """Accuracy on the held-out questions of each evaluation set, with an interval where their completions are there."""
     lines = []
     for name in held_out.datasets:
@@ -219,7 +219,7 @@ def reasons(train: Trajectories) -> list[Line]:
     ]
 
 
-def reflection_share(run: Run, train: Trajectories, column: str, logged: str) -> Series:
+def reflection_share(run: LoggedRun, train: Trajectories, column: str, logged: str) -> Series:
     """Share of a step's completions in which the run found a reflection or a self-correction."""
     measured = train.rows["has_reflections"]
     if not measured.any():
@@ -241,7 +241,7 @@ def counted_reflections(train: Trajectories) -> str:
     return f", as {counts.reflective:,} do: {form:,} with the format, {right:,} answered rightly" if judged else ""
 
 
-def correction_success(run: Run, train: Trajectories) -> Series:
+def correction_success(run: LoggedRun, train: Trajectories) -> Series:
     """Share of a step's self-corrections that end right; no value in a step without one."""
     corrected = train.rows["self_corrected"]
     if not corrected.any():
@@ -249,7 +249,7 @@ def correction_success(run: Run, train: Trajectories) -> Series:
     return by_step(train.rows["step"][corrected], train.correct()[corrected])
 
 
-def step_time(run: Run) -> list[Line]:
+def step_time(run: LoggedRun) -> list[Line]:
     """The seconds of a step, and of its parts."""
     names = {"step": "step_time"} | {part: f"time/{part}" for part in ("rollout", "scoring", "update")}
     return [Line(label, run.series(name)) for label, name in names.items()]

@@ -10,7 +10,7 @@ import numpy as np
 
 from open_r1.answers.collapse import EXCESS, most_constant
 from open_r1.reporting.browser import visible
-from open_r1.reporting.runs import ACCURACY, FORMAT, Run, Trajectories
+from open_r1.reporting.runs import ACCURACY, FORMAT, LoggedRun, Trajectories
 from open_r1.reporting.statistics import answers_at_the_end, by_step, by_tenth, first_and_last_tenth
 
 FLAT = 0.05  # a rise of accuracy that is no more than sampling
@@ -28,14 +28,14 @@ class Sign:
     name: str
     limit: float  # it is seen from this value on
     # the run and its completions -> the value, and its numbers in words; raises NotMeasured
-    measure: Callable[[Run, Trajectories], tuple[float, str]]
+    measure: Callable[[LoggedRun, Trajectories], tuple[float, str]]
     seen: str  # what it means, with {limit}
     unseen: str  # what its absence means
     of_held_out: bool = False  # its completions are those of held-out questions, where there are some
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """What a sign says of a run; `seen` is None where it was not measured, and `numbers` says why."""
 
     name: str
@@ -44,7 +44,7 @@ class Finding:
     meaning: str = ""
 
 
-def zero_signal(run: Run, train: Trajectories) -> tuple[float, str]:
+def zero_signal(run: LoggedRun, train: Trajectories) -> tuple[float, str]:
     """The mean share of groups whose completions all earned the same."""
     values = run.series("frac_reward_zero_std").values
     if not len(values):
@@ -53,7 +53,7 @@ def zero_signal(run: Run, train: Trajectories) -> tuple[float, str]:
     return values.mean(), f"{values.mean():.0%} of the groups; first {first:.0%}, last {last:.0%}"
 
 
-def format_alone(run: Run, train: Trajectories) -> tuple[float, str]:
+def format_alone(run: LoggedRun, train: Trajectories) -> tuple[float, str]:
     """How far format rose while the accuracy of what keeps it did not; 0 where that rose.
 
     An answer outside of its tag counts as wrong, so that accuracy over all completions rises with format alone.
@@ -70,7 +70,7 @@ def format_alone(run: Run, train: Trajectories) -> tuple[float, str]:
     return (after - before if right[1] - right[0] < FLAT else 0.0), numbers
 
 
-def entropy_fall(run: Run, train: Trajectories) -> tuple[float, str]:
+def entropy_fall(run: LoggedRun, train: Trajectories) -> tuple[float, str]:
     """How many times lower entropy is in the end."""
     tenths = first_and_last_tenth(run.series("entropy").values)
     if tenths is None:
@@ -79,7 +79,7 @@ def entropy_fall(run: Run, train: Trajectories) -> tuple[float, str]:
     return first / max(last, NO_ENTROPY), f"{first:.2f} → {last:.2f} nats a token"
 
 
-def contradictions(run: Run, train: Trajectories) -> tuple[float, str]:
+def contradictions(run: LoggedRun, train: Trajectories) -> tuple[float, str]:
     """The share of completions whose thought names another option last than their answer, where both name one."""
     asked, against = train.thoughts.asked, train.thoughts.against
     if not asked:
@@ -91,7 +91,7 @@ def contradictions(run: Run, train: Trajectories) -> tuple[float, str]:
     return share, f"{numbers}; first {tenths[0]:.0%}, last {tenths[-1]:.0%}"
 
 
-def blind(run: Run, train: Trajectories) -> tuple[float, str]:
+def blind(run: LoggedRun, train: Trajectories) -> tuple[float, str]:
     """The accuracy on held-out questions without their images, as a share of that with them."""
     with_image, without = (
         {name: run.series(f"{prefix}rewards/{ACCURACY}/mean").values for prefix, name in run.evaluations(kind)}
@@ -109,7 +109,7 @@ def blind(run: Run, train: Trajectories) -> tuple[float, str]:
     return max(shares)[0], "; ".join(numbers for _, numbers in shares)
 
 
-def collapse(run: Run, completions: Trajectories) -> tuple[float, str]:
+def collapse(run: LoggedRun, completions: Trajectories) -> tuple[float, str]:
     """By how much the most constant answer in the end is more frequent than it is right."""
     found = most_constant([row for row, _ in answers_at_the_end(completions)])
     if found is None:
@@ -168,16 +168,16 @@ SIGNS = (
 )
 
 
-def diagnose(run: Run, train: Trajectories, held_out: Trajectories) -> list[Finding]:
+def diagnose(run: LoggedRun, train: Trajectories, held_out: Trajectories) -> list[Diagnosis]:
     """What each sign says of a run."""
     findings = []
     for sign in SIGNS:
         try:
             value, numbers = sign.measure(run, held_out if sign.of_held_out and len(held_out) else train)
         except NotMeasured as reason:
-            findings.append(Finding(sign.name, None, str(reason)))
+            findings.append(Diagnosis(sign.name, None, str(reason)))
         else:
             seen = bool(value >= sign.limit)
             meaning = (sign.seen if seen else sign.unseen).format(limit=sign.limit)
-            findings.append(Finding(sign.name, seen, numbers, meaning))
+            findings.append(Diagnosis(sign.name, seen, numbers, meaning))
     return findings

@@ -87,7 +87,7 @@ def chart_svg(chart: Chart) -> Markup:
             _draw_panel(axes, panel, PAGE, number, parts=4 if axes is rows[0] else 2)
             number += len(panel.lines)
         _label_steps(rows[-1])
-        text = "; ".join(describe(line, panel.percent) for panel in chart.panels for line in panel.lines)
+        text = "; ".join(describe_curve(line, panel.percent) for panel in chart.panels for line in panel.lines)
         return _inline(figure, chart.name, f"{chart.title}. {text}.")
 
 
@@ -105,7 +105,7 @@ def accuracy_length_svg(curves: Curves, name: str, size: tuple[float, float]) ->
     """
     with rc_context(_rc(name)):
         figure = _accuracy_length(curves, size)
-        text = "; ".join(describe(line, panel.percent) for _, panel, line in _paper_lines(curves))
+        text = "; ".join(describe_curve(line, panel.percent) for _, panel, line in _paper_lines(curves))
         return _inline(figure, name, f"{accuracy_length_title(curves)}. {text}.")
 
 
@@ -187,7 +187,7 @@ def save_recipes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         _save(figure, temporary, path.suffix)
 
 
-def describe(line: Line, percent: bool) -> str:
+def describe_curve(line: Line, percent: bool) -> str:
     """One curve in words, for readers who cannot see it."""
     steps, values = line.points.steps, line.points.values
     first, last = (f"{100 * value:.1f} %" if percent else f"{value:.4g}" for value in values[[0, -1]])

@@ -12,7 +12,7 @@ from open_r1.reporting import figures
 from open_r1.reporting.browser import visible
 from open_r1.reporting.curves import Chart, Curves, Line, Panel, collect
 from open_r1.reporting.page import jinja_environment, write_report
-from open_r1.reporting.runs import Run, read_run, scan_trajectories
+from open_r1.reporting.runs import LoggedRun, read_run, scan_trajectories
 
 MAX_RUNS = len(figures.DASHES)  # that can be told apart
 
@@ -63,7 +63,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     ]
 
 
-def read_curves(folder: Path) -> tuple[Run, Curves]:
+def read_curves(folder: Path) -> tuple[LoggedRun, Curves]:
     """A run and its curves."""
     run = read_run(folder)
     with (

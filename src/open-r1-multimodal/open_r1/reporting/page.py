@@ -23,7 +23,7 @@ from open_r1.reporting import figures
 from open_r1.reporting.browser import QUOTE, browser_data, shown, visible
 from open_r1.reporting.curves import Curves, collect, is_sft
 from open_r1.reporting.diagnosis import diagnose
-from open_r1.reporting.runs import SETTINGS, KnownImages, Run, Trajectories, read_run, scan_trajectories
+from open_r1.reporting.runs import SETTINGS, KnownImages, LoggedRun, Trajectories, read_run, scan_trajectories
 from open_r1.reporting.statistics import (
     PASS_RATES,
     answers_by_type,
@@ -59,7 +59,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         scan_trajectories(run / "trajectories/eval.jsonl") as held_out,
     ):
         curves = collect(log, train, held_out)
-        page = render(log, train, held_out, curves)
+        page = render_page(log, train, held_out, curves)
     # Lone surrogates, of a file name that is not UTF-8, cannot be written.
     replace_file(output, page.encode("utf-8", errors="replace"))
     if curves.paper:
@@ -68,7 +68,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     return output
 
 
-def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves) -> str:
+def render_page(run: LoggedRun, train: Trajectories, held_out: Trajectories, curves: Curves) -> str:
     """The page's HTML."""
     here = Path(__file__).parent
     script = (here / "page.js").read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ def render(run: Run, train: Trajectories, held_out: Trajectories, curves: Curves
                 if len(trajectories)
             ],
             examples=quoted,
-            first_pictures=pictures(data, first) if first else [],
+            first_pictures=picture_uris(data, first) if first else [],
             pair=before_and_after(data, first),
             signs=[] if is_sft(run) or not (train or run.events) else diagnose(run, train, held_out),
             browser=data,
@@ -135,7 +135,7 @@ def jinja_environment() -> Environment:
 # --- the head of the page -----------------------------------------------------------------------------------
 
 
-def summary(run: Run, train: Trajectories, held_out: Trajectories) -> dict[str, Any]:
+def summary(run: LoggedRun, train: Trajectories, held_out: Trajectories) -> dict[str, Any]:
     """What the run is and how far it came."""
     logged = max((event["step"] for event in run.events), default=0)
     done = logged or int(train.rows["step"].max(initial=0))
@@ -220,7 +220,7 @@ def find_group(data: Mapping[str, Any], step: int, number: int) -> dict[str, Any
     return None
 
 
-def pictures(data: Mapping[str, Any], group: Mapping[str, Any]) -> list[str]:
+def picture_uris(data: Mapping[str, Any], group: Mapping[str, Any]) -> list[str]:
     """The images of a group's prompt that the page holds, as data URIs."""
     images = [data["images"][number] for number in data["prompts"][group["prompt"]]["images"]]
     return [image["source"] for image in images if "source" in image]
@@ -253,7 +253,7 @@ def before_and_after(data: Mapping[str, Any], first: Mapping[str, Any] | None) -
     before, after = max(pairs, key=rank)
     return {
         "question": data["prompts"][before[2]["prompt"]]["question"],
-        "pictures": pictures(data, before[2]),
+        "pictures": picture_uris(data, before[2]),
         "solution": before[2]["solution"],
         "sides": [side(*before, prefers_reflective=False), side(*after, prefers_reflective=True)],
     }

@@ -24,7 +24,7 @@ from open_r1.base.errors import Mistake
 from open_r1.base.fields import Count, Expected, Record, Text, check, is_usable
 from open_r1.base.files import read_json
 from open_r1.base.images import image_file, is_stored, local_path
-from open_r1.base.trajectories import NUMBERS, Completion
+from open_r1.base.trajectories import NUMBERS, CompletionRecord
 from open_r1.models.image_tags import IMAGE_TAGS
 from open_r1.tasks.examples import DELIMITERS, read_list, read_table
 from open_r1.tasks.mixture import parts_of
@@ -120,7 +120,7 @@ def read_lines(file: BinaryIO) -> Iterator[tuple[str, int, Any]]:
 
 
 @dataclass(frozen=True)
-class Run:
+class LoggedRun:
     """What a run says about itself.
 
     Attributes:
@@ -166,7 +166,7 @@ class Series:
         return len(self.steps)
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> LoggedRun:
     """Read run.json and log.jsonl, as far as they are there.
 
     Raises:
@@ -183,7 +183,7 @@ def read_run(path: Path) -> Run:
         for origin, _, event in read_lines(file):
             check(Event, event, origin)
             events.append(event)
-    return Run(path, info, events)
+    return LoggedRun(path, info, events)
 
 
 def open_or_empty(path: Path) -> BinaryIO:
@@ -197,7 +197,7 @@ def open_or_empty(path: Path) -> BinaryIO:
 class KnownImages:
     """The image files that a page may show: a run's own, and those that its data sets name or hold."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: LoggedRun):
         self.folders = [run.path.resolve()]
         self.names: set[str] = set()
         for source in filter(None, (run.info.dataset, run.info.eval_dataset)):
@@ -297,10 +297,10 @@ class Trajectories:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, index: int) -> Completion:
+    def read(self, index: int) -> CompletionRecord:
         """The whole record of one completion."""
         self.file.seek(self.rows["offset"][index])
-        return Completion.model_validate(json.loads(self.file.readline()))
+        return CompletionRecord.model_validate(json.loads(self.file.readline()))
 
     def of_dataset(self, name: str) -> "Trajectories":
         """The completions of one evaluation set."""
@@ -372,7 +372,7 @@ def _scan(file: BinaryIO) -> Trajectories:
     groups: dict[tuple[int, int, int, int], int] = {}
     numbers = attrgetter(*NUMBERS)
     for origin, offset, line in read_lines(file):
-        record = check(Completion, line, origin)
+        record = check(CompletionRecord, line, origin)
         prompt = prompts.setdefault((record.prompt, *record.images), len(prompts))
         # In files of older runs each batch of an evaluation counts its groups from 0; the prompt tells them apart.
         dataset = datasets.setdefault(record.dataset or "", len(datasets))

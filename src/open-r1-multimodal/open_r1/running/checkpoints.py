@@ -9,14 +9,11 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-import yaml
-from accelerate import DistributedType, PartialState
-from accelerate.commands.config import load_config_from_file
+from accelerate import PartialState
 from accelerate.utils import is_peft_model, patch_environment
 from torch import nn
 from torch.serialization import load, register_package, safe_globals
@@ -26,6 +23,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from open_r1.base.errors import MissingFile, Mistake, first_line, printable
 from open_r1.base.files import MANIFEST, delete, replacing
 from open_r1.models.loading import adapter_folder, check_adapter, restore_weights
+from open_r1.settings.processes import Launch
 
 # What a checkpoint holds for resuming alone. The rest is the model, as `save_model` writes it.
 RESUME_FILES = ("optimizer*", "scheduler*", "rng_state*", "global_step*", "latest", "zero_to_*", MANIFEST)
@@ -210,72 +208,18 @@ def final_checkpoint(checkpoint: str, args: TrainingArguments) -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the state of a run is split over processes by DeepSpeed's ZeRO; stage 0: not at all."""
-
-    zero_stage: int
-    processes: int
-
-    def __str__(self) -> str:
-        if not self.zero_stage:
-            return "a launch without ZeRO"
-        return f"{self.processes} process{'es' if self.processes > 1 else ''} under ZeRO-{self.zero_stage}"
-
-    @classmethod
-    def of_deepspeed(cls, zero_stage: str | int | None, config_file: str | None, processes: int) -> "Layout":
-        """From what accelerate is told of DeepSpeed: a stage, or DeepSpeed's own file with it."""
-        if config_file:
-            zero_stage = json.loads(Path(config_file).read_text())["zero_optimization"]["stage"]
-        stage = 2 if zero_stage is None else int(zero_stage)
-        return cls(2 if stage == 1 else stage, processes)  # the files of 1 and 2 are alike
-
-    @classmethod
-    def of_this_process(cls) -> "Layout":
-        """That of the launch which started this process."""
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
-            return cls(0, processes)
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-        return cls.of_deepspeed(stage, os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), processes)
-
-    @classmethod
-    def of_config(cls, path: str, processes: int) -> "Layout":
-        """That of a launch with a configuration file of accelerate's; Mistake for a file that is none."""
-        try:
-            config = load_config_from_file(path)
-            if config.distributed_type != DistributedType.DEEPSPEED:
-                return cls(0, processes)
-            stage = config.deepspeed_config.get("zero_stage")
-            path_of_its_own = config.deepspeed_config.get("deepspeed_config_file")
-            return cls.of_deepspeed(stage, path_of_its_own, processes)
-        # of a file that is no YAML, no mapping, or one of something else
-        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, yaml.YAMLError) as error:
-            raise Mistake(f"ACCELERATE_CONFIG: {path} does not describe a launch: {error}") from error
-
-    @classmethod
-    def of_checkpoint(cls, checkpoint: str | Path) -> "Layout | None":
-        """That of the launch which wrote a checkpoint, by its files' names; None: only the model."""
-        parts = list(Path(checkpoint).glob("global_step*/*zero_pp_rank_*_optim_states.pt"))
-        if parts:
-            split_weights = any(Path(checkpoint).glob("global_step*/*zero_pp_rank_*_model_states.pt"))
-            return cls(3 if split_weights else 2, len(parts))
-        has_state = any(Path(checkpoint).glob("optimizer*")) or (Path(checkpoint) / "latest").exists()
-        return cls(0, 0) if has_state else None
-
-
-def check_layout(checkpoint: str, layout: Layout) -> None:
+def check_split(checkpoint: str, launch: Launch) -> None:
     """Raise Mistake if a launch cannot load the optimizer's state of a checkpoint."""
-    saved = Layout.of_checkpoint(checkpoint)
+    saved = Launch.of_checkpoint(checkpoint)
     if saved is None:
         raise Mistake(
             f"{checkpoint}: holds the model without optimizer and schedule (save_only_model), so the run "
             f"cannot go on; train from it (MODEL={checkpoint}) in another OUTPUT"
         )
-    is_split_alike = not saved.zero_stage or saved.processes == layout.processes
-    if saved.zero_stage != layout.zero_stage or not is_split_alike:
+    is_split_alike = not saved.zero_stage or saved.num_processes == launch.num_processes
+    if saved.zero_stage != launch.zero_stage or not is_split_alike:
         raise Mistake(
-            f"{checkpoint}: was written by {saved}, and this is {layout}; launch as then "
+            f"{checkpoint}: was written by {saved}, and this is {launch}; launch as then "
             "(NUM_PROCESSES, NUM_MACHINES, ACCELERATE_CONFIG), or start anew in another OUTPUT"
         )
 

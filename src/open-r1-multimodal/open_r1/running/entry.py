@@ -28,8 +28,7 @@ from open_r1.models.loading import check_weights, parameter_table
 from open_r1.running.callbacks import add_run_callbacks, upload_command
 from open_r1.running.checkpoints import (
     CompleteCheckpoints,
-    Layout,
-    check_layout,
+    check_split,
     copy_model,
     final_checkpoint,
     is_finished,
@@ -40,6 +39,7 @@ from open_r1.running.failures import exit_on_error, full_disk
 from open_r1.running.machines import check_shared, decide_once
 from open_r1.running.orphans import follow_launcher
 from open_r1.running.provenance import all_arguments, check_same_run, describe_inputs
+from open_r1.settings.processes import Launch
 from open_r1.settings.recipes import PLANNED_PROCESSES, overridden, read_recipe, split_arguments
 
 
@@ -111,7 +111,7 @@ class Command:
     build_trainer: Callable[..., Trainer]
 
 
-def check(command: Command, arguments: Sequence[str], config_file: str, processes: int) -> TrainingArguments:
+def check_run(command: Command, arguments: Sequence[str], config_file: str, processes: int) -> TrainingArguments:
     """Find, in one process and without weights, what would end a run before its first step.
 
     Args:
@@ -123,15 +123,15 @@ def check(command: Command, arguments: Sequence[str], config_file: str, processe
     prepare_process()
     os.environ[PLANNED_PROCESSES] = str(processes)
     with silence():
-        layout = Layout.of_config(config_file, processes)
+        launch = Launch.of_config(config_file, processes)
         settings = read_settings(command, arguments)
         check_login(settings[1].report_to)
         check_free(settings[1].output_dir)
-        checkpoint = find_checkpoint(command, settings, layout)
+        checkpoint = find_checkpoint(command, settings, launch)
         if not (checkpoint and is_finished(checkpoint, settings[1])):
             prepared = command.prepare(*settings)
             if checkpoint:  # the data of the run that it is of
-                describe_data(settings[1], prepared, checkpoint)
+                checked_data(settings[1], prepared, checkpoint)
             check_weights(settings[2].model_name_or_path, settings[2].model_revision)
     return settings[1]
 
@@ -170,16 +170,16 @@ def read_settings(command: Command, arguments: Sequence[str]) -> Settings:
     return script_args, args, model_args
 
 
-def find_checkpoint(command: Command, settings: Settings, layout: Layout) -> str | None:
+def find_checkpoint(command: Command, settings: Settings, launch: Launch) -> str | None:
     """The checkpoint that a run goes on from, or None; Mistake if this launch (settings, ZeRO, processes) cannot."""
     args = settings[1]
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if checkpoint and args.resume_from_checkpoint == "auto":
-        check_same_run(args.output_dir, describe_settings(command, settings, layout.processes))
+        check_same_run(args.output_dir, describe_settings(command, settings, launch.num_processes))
     if args.deepspeed:  # in place of what accelerate was told
-        layout = Layout.of_deepspeed(args.deepspeed_plugin.zero_stage, None, layout.processes)
+        launch = Launch.of_deepspeed(launch.num_processes, args.deepspeed_plugin.zero_stage, None)
     if checkpoint and not is_finished(checkpoint, args):
-        check_layout(checkpoint, layout)
+        check_split(checkpoint, launch)
     return checkpoint
 
 
@@ -188,7 +188,7 @@ def describe_settings(command: Command, settings: Settings, processes: int) -> d
     return {"command": command.name, "world_size": processes, "arguments": all_arguments(*settings)}
 
 
-def describe_data(args: TrainingArguments, prepared: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
+def checked_data(args: TrainingArguments, prepared: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
     """What `run.json` holds of the data; raises Mistake if the run that continues began with others."""
     inputs = (prepared[name] for name in ("train_dataset", "eval_dataset", "processing_class"))
     data = describe_inputs(*inputs)
@@ -197,7 +197,7 @@ def describe_data(args: TrainingArguments, prepared: dict[str, Any], checkpoint:
     return data
 
 
-def run(command: Command) -> None:
+def run_command(command: Command) -> None:
     """The whole of a training command; `launch.py` starts it in every process."""
     follow_launcher()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -274,19 +274,19 @@ def check_deepspeed(args: TrainingArguments) -> None:
 def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -> None:
     """`train`, with the settings read and the output folder its own."""
     script_args, args, model_args = settings
-    layout = Layout.of_this_process()
-    checkpoint = decide_once(lambda: find_checkpoint(command, settings, layout))
+    launch = Launch.of_this_process()
+    checkpoint = decide_once(lambda: find_checkpoint(command, settings, launch))
     if checkpoint and is_finished(checkpoint, args):  # a trainer that resumes at its last step would take one more
         with full_disk(args.output_dir):
             decide_once(lambda: finish(checkpoint, args))
         return
     # Before the trainer fills them in
-    record = describe_settings(command, settings, layout.processes)
+    record = describe_settings(command, settings, launch.num_processes)
     check_deepspeed(args)
     accumulate_in_float32(args)
     save_whole_weights(args)
     prepared = command.prepare(*settings)
-    record["data"] = decide_once(lambda: describe_data(args, prepared, checkpoint))
+    record["data"] = decide_once(lambda: checked_data(args, prepared, checkpoint))
     trainer = command.build_trainer(*settings, prepared)
     say = print if trainer.is_world_process_zero() else (lambda *_, **__: None)
     say(parameter_table(trainer.model))

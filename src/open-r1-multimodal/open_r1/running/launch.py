@@ -43,7 +43,7 @@ OTHER_TORCH = (
 HANDLED_SECONDS = 1  # after which Python has run a signal's handler, unless C++ keeps its thread
 
 
-def check(launch: LaunchSettings, plan: SimpleQueue) -> None:
+def check_launch(launch: LaunchSettings, plan: SimpleQueue) -> None:
     """Find everything that the processes would find wrong before they load weights.
 
     Args:
@@ -55,14 +55,14 @@ def check(launch: LaunchSettings, plan: SimpleQueue) -> None:
     """
     follow_launcher()
     for number in STOPS:
-        if signal.getsignal(number) is stop:  # its parent's, who speaks for it
+        if signal.getsignal(number) is stop_once:  # its parent's, who speaks for it
             signal.signal(number, signal.SIG_DFL)
     with exit_on_error():
         if os.environ.get("DS_ACCELERATOR") != "cpu":
             check_gpus(launch.num_processes // launch.machine.count)
         entry = importlib.import_module("open_r1.running.entry")
         command = importlib.import_module(f"open_r1.{launch.script.stem}").COMMAND
-        args = entry.check(command, launch.arguments, launch.config_file, launch.num_processes)
+        args = entry.check_run(command, launch.arguments, launch.config_file, launch.num_processes)
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
         plan.put((args.output_dir, args.resume_from_checkpoint == "auto", precision))
 
@@ -117,7 +117,7 @@ def clear_stale_builds(folder: Path) -> None:
             lock.unlink(missing_ok=True)
 
 
-def stop(number: int, _: Any = None) -> None:
+def stop_once(number: int, _: Any = None) -> None:
     """Signal handler: unwind, once."""
     for other in STOPS:
         signal.signal(other, signal.SIG_IGN)
@@ -140,7 +140,7 @@ def hear_signals(run: list) -> None:
         while number := os.read(heard, 1)[0]:
             time.sleep(HANDLED_SECONDS)
             has_begun = psutil.Process().children()
-            if signal.getsignal(number) is stop and not has_begun:  # `stop` did not run
+            if signal.getsignal(number) is stop_once and not has_begun:  # `stop_once` did not run
                 say_stopped(number, run)
                 os._exit(128 + number)
 
@@ -165,7 +165,7 @@ def start(launch: LaunchSettings, run: list) -> None:
     """
     fork = multiprocessing.get_context("fork")
     plan = fork.SimpleQueue()
-    checking = fork.Process(target=check, args=[launch, plan])  # no daemon: it has a child (templates.py)
+    checking = fork.Process(target=check_launch, args=[launch, plan])  # no daemon: it has a child (templates.py)
     checking.start()
     # Imports torch, as the check does meanwhile.
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -221,7 +221,7 @@ def main() -> None:
     take_traceback_option()
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under `nohup`
-            signal.signal(number, stop)
+            signal.signal(number, stop_once)
     run: list = []
     try:
         with exit_on_error():
@@ -230,7 +230,7 @@ def main() -> None:
             doctor = str(REPO_ROOT / "scripts/doctor.py")
             os.execv(sys.executable, [sys.executable, doctor, *launch.for_doctor()])
         lead()
-        # torchrun's --signals_to_handle: `stop` handles the others
+        # torchrun's --signals_to_handle: `stop_once` handles the others
         os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
         start(launch, run)
     except Stopped as stopped:

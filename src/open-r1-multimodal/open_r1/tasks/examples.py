@@ -311,7 +311,7 @@ def to_row(record: Any, folder: Path, columns: Columns, must_exist: bool = True)
         text = sat_question(text, options)
     row = {
         "prompt": [*system, {"role": "user", "content": text}],
-        "images": [locate(reference, folder, must_exist) for reference in references],
+        "images": [locate_image(reference, folder, must_exist) for reference in references],
         "solution": solution,
         "options": options,
         "question_type": str(fields.get("question_type", "")),
@@ -436,7 +436,7 @@ def from_parts(parts: list[Any], images: list[Any], form: str) -> tuple[str, lis
     return "".join(texts), [*given, *filled]
 
 
-def locate(reference: Any, folder: Path, must_exist: bool = True) -> Any:
+def locate_image(reference: Any, folder: Path, must_exist: bool = True) -> Any:
     """An image reference as an absolute path, with its edit; what carries its bytes stays what it is."""
     data, text = image_bytes(reference), reference
     if isinstance(reference, Mapping):

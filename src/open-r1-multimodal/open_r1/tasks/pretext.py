@@ -35,7 +35,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from tqdm import tqdm
 
-from open_r1.base.edits import Box, Edit
+from open_r1.base.edits import Edit, Region
 from open_r1.base.errors import FileMistake, Mistake, command_line, positive, run
 from open_r1.base.files import replace_file, to_json
 from open_r1.base.images import BrokenImage, opened, to_rgb, upright_size
@@ -71,14 +71,14 @@ class Picture:
     height: int
     grey: Image.Image
 
-    def look(self, box: Box, width: int, height: int) -> np.ndarray:
+    def look(self, box: Region, width: int, height: int) -> np.ndarray:
         """The greys (height, width) of a box of the picture."""
         x, y, w, h = box
         across, down = SIDE / self.width, SIDE / self.height
         corners = (x * across, y * down, (x + w) * across, (y + h) * down)
         return np.asarray(self.grey.resize((width, height), Image.Resampling.BOX, corners), dtype=np.float64)
 
-    def show(self, box: Box, **edit: Any) -> Edit:
+    def show(self, box: Region, **edit: Any) -> Edit:
         """A box of the picture as a model sees it, at the scale at which it sees the whole."""
         return Edit(box, reduce=math.ceil(max(self.width, self.height) / LARGEST), **edit)
 
@@ -88,7 +88,7 @@ class Picture:
         return np.asarray(self.grey, dtype=np.float64)
 
     @property
-    def whole(self) -> Box:
+    def whole(self) -> Region:
         """All of it."""
         return 0, 0, self.width, self.height
 

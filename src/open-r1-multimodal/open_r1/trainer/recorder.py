@@ -18,9 +18,9 @@ from open_r1.answers.checker import bare_gold
 from open_r1.answers.judgement import judgement_of
 from open_r1.answers.reflection import analyse
 from open_r1.base.files import append_rows
-from open_r1.base.trajectories import Completion
+from open_r1.base.trajectories import CompletionRecord
 from open_r1.rewards import COMPARING, bare_accuracy_reward, completion_text
-from open_r1.trainer.rows import render, row_images
+from open_r1.trainer.rows import render_with_images, row_images
 from open_r1.trainer.sampling import ROW
 
 
@@ -99,7 +99,7 @@ class Recorder:
         """
         trainer, prompts = self.trainer, []
         for (prompt, images), repeats in groupby(rollout.rows, key=lambda row: (row["prompt"], row_images(row))):
-            rendered = render(trainer.processing_class, prompt, images, **trainer.chat_template_kwargs)
+            rendered = render_with_images(trainer.processing_class, prompt, images, **trainer.chat_template_kwargs)
             prompts += [rendered] * len(list(repeats))
         columns = (rollout.rows, prompts, rollout.completions, rollout.ids, rollout.rewards, rollout.advantages)
         records = []
@@ -116,7 +116,7 @@ class Recorder:
             reflection = analyse(text, options)
             # a reward function that has nothing to say about a completion returns None, TRL's NaN
             rewards = [None if math.isnan(reward) else reward for reward in rewards]
-            record = Completion(
+            record = CompletionRecord(
                 step=step,
                 prompt=prompt,
                 images=images,

@@ -77,7 +77,7 @@ def without_images(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, **nothing, "prompt": prompt}
 
 
-def render(
+def render_with_images(
     processor: ProcessorMixin,
     prompt: list[dict[str, Any]] | str,
     images: list[ImageSource],

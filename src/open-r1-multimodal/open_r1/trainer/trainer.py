@@ -159,7 +159,7 @@ class Qwen2VLGRPOTrainer(
             settings = {"max_new_tokens": self.max_completion_length, "eos_token_id": self.eos_token_ids}
             self.generation_config = GenerationConfig(**settings)
         if self.use_vllm and is_peft_model(self.vllm_generation.model):
-            vllm_backends.check_adapter(self.vllm_generation.model)
+            vllm_backends.check_vllm_adapter(self.vllm_generation.model)
             whole_weights = partial(vllm_backends.adapted_weights, self.vllm_generation)
             self.vllm_generation._iter_named_params = whole_weights
 

@@ -28,10 +28,10 @@ class Asked:
     targets: tuple[str, ...] = ()  # what is asked about
 
 
-Question = Callable[[random.Random, Level], Asked]  # raises Unclear
+QuestionMaker = Callable[[random.Random, Level], Asked]  # raises Unclear
 
 
-def ask(question: Question, rng: random.Random, level: Level) -> Asked:
+def ask(question: QuestionMaker, rng: random.Random, level: Level) -> Asked:
     """Draw scenes until the question has one clear answer."""
     for _ in range(TRIES):
         with suppress(Unclear):
@@ -167,7 +167,7 @@ def turned(solid: Solid, angle: float) -> Solid:
     return Solid(solid.kind, solid.colour, x, z, solid.radius, solid.yaw + angle)
 
 
-QUESTIONS: dict[str, Question] = {
+QUESTIONS: dict[str, QuestionMaker] = {
     "count": ask_count,
     "closer": ask_closer,
     "where": ask_where,
