@@ -16,8 +16,8 @@ import pytest
 from open_r1.answers import statistics
 from open_r1.base.errors import Mistake
 from open_r1.base.prompts import REPO_ROOT
-from open_r1.tasks import cvbench
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read, stratified
+from open_r1.tasks.benchmarks.choice import CVBENCH_FILES, CVBENCH_SCORE
 from open_r1.world.parquet import SAT_SCHEMA, sat_row, write_cvbench, write_sat
 from open_r1.world.scene import LEVELS
 from support import load_script
@@ -102,11 +102,11 @@ def test_wilson(successes, n, low, high):
 def test_bootstrap_is_seeded_and_as_wide_as_theory():
     right = {"ADE20K": (300, 600), "COCO": (400, 838), "Omni3D": (700, 1200)}
     earned = {name: [1] * k + [0] * (n - k) for name, (k, n) in right.items()}
-    low, high = statistics.bootstrap(earned, cvbench.OFFICIAL_SCORE)
-    assert (low, high) == statistics.bootstrap(earned, cvbench.OFFICIAL_SCORE)
+    low, high = statistics.bootstrap(earned, CVBENCH_SCORE)
+    assert (low, high) == statistics.bootstrap(earned, CVBENCH_SCORE)
     weights = {"ADE20K": 1 / 4, "COCO": 1 / 4, "Omni3D": 1 / 2}
     variance = sum(weights[name] ** 2 * k / n * (1 - k / n) / n for name, (k, n) in right.items())
-    centre = statistics.mean_of(cvbench.OFFICIAL_SCORE, {name: k / n for name, (k, n) in right.items()})
+    centre = statistics.mean_of(CVBENCH_SCORE, {name: k / n for name, (k, n) in right.items()})
     assert (low + high) / 2 == pytest.approx(centre, abs=1e-3)
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(variance), rel=0.05)
 
@@ -227,7 +227,7 @@ def test_what_was_not_asked_for_want_of_its_image_is_wrong_in_both_bounds():
 
 
 def test_cvbench_asks_its_prompt_column(rendered, items):
-    rows = [row for name in cvbench.FILES.values() for row in pq.read_table(rendered / name).to_pylist()]
+    rows = [row for name in CVBENCH_FILES.values() for row in pq.read_table(rendered / name).to_pylist()]
     assert [item.prompt for item in items] == [row["prompt"] for row in rows]
     assert [item.answer for item in items] == [row["answer"] for row in rows]
     assert [item.images for item in items] == [(row["image"]["bytes"],) for row in rows]

@@ -14,8 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from open_r1.tasks import cvbench, sat
-from open_r1.world.parquet import cvbench_row, row_rng, sat_row, write_cvbench, write_sat
+from open_r1.tasks import sat
+from open_r1.tasks.benchmarks.choice import CVBENCH_FILES
+from open_r1.world.parquet import (
+    CVBENCH_SOURCES,
+    CVBENCH_TASKS,
+    LETTERS,
+    cvbench_row,
+    row_rng,
+    sat_row,
+    write_cvbench,
+    write_sat,
+)
 from open_r1.world.questions import CV_QUESTIONS, QUESTIONS, Asked, ask, closer, is_left
 from open_r1.world.render import BOX_COLOURS, INK, background, render
 from open_r1.world.scene import COLOURS, LEVELS, Level, Solid, Unclear, is_clear, overlap, place, see
@@ -265,19 +275,19 @@ def test_full_images_are_640x480_jpegs():
 
 def test_cvbench_files_are_in_its_schema(tmp_path):
     write_cvbench(tmp_path, 81, 1, EASY)
-    tables = {kind: pq.read_table(tmp_path / name) for kind, name in cvbench.FILES.items()}
+    tables = {kind: pq.read_table(tmp_path / name) for kind, name in CVBENCH_FILES.items()}
     rows = [row for table in tables.values() for row in table.to_pylist()]
     columns = "idx type task image question choices answer prompt filename source source_dataset source_filename"
     expected = [*columns.split(), "target_class", "target_size", "bbox"]
     assert all(table.column_names == expected for table in tables.values())
     assert [row["idx"] for row in rows] == list(range(81))
-    for kind in cvbench.TASKS:
-        assert {row["task"] for row in rows if row["type"] == kind} == set(cvbench.TASKS[kind])
-        assert {row["source"] for row in rows if row["type"] == kind} == set(cvbench.SOURCES[kind])
+    for kind in CVBENCH_TASKS:
+        assert {row["task"] for row in rows if row["type"] == kind} == set(CVBENCH_TASKS[kind])
+        assert {row["source"] for row in rows if row["type"] == kind} == set(CVBENCH_SOURCES[kind])
     for row in rows:
         choices = row["choices"]
         assert row["prompt"].startswith(row["question"] + " Select from the following choices.\n(A) ")
-        assert row["prompt"].endswith(f"({cvbench.LETTERS[len(choices) - 1]}) {choices[-1]}")
+        assert row["prompt"].endswith(f"({LETTERS[len(choices) - 1]}) {choices[-1]}")
         picture = pixels(row["image"]["bytes"])
         for colour, rgb in BOX_COLOURS.items():
             assert f"{colour} box" not in row["question"] or (picture == rgb).all(-1).sum() > 40
@@ -287,7 +297,7 @@ def test_cvbench_relation_is_what_the_image_shows():
     for i in range(1, 40, 2):
         row = cvbench_row(i, 5, EASY, "2D")
         seen = figures(pixels(row["image"]["bytes"]))
-        gold = row["choices"][cvbench.LETTERS.index(row["answer"].strip("()"))]
+        gold = row["choices"][LETTERS.index(row["answer"].strip("()"))]
         a, b = (target.split()[0] for target in row["target_class"].split(", "))
         (_, ua, va), (_, ub, vb) = seen[a], seen[b]
         assert {"left": ua < ub, "right": ua > ub, "above": va < vb, "below": va > vb}[gold]
@@ -309,5 +319,5 @@ def test_command_line(tmp_path):
 
 
 def test_no_torch():
-    code = "import sys, open_r1.world.parquet\nfrom open_r1.tasks import cvbench, sat\nsys.exit('torch' in sys.modules)"
+    code = "import sys, open_r1.tasks.sat, open_r1.world.parquet; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

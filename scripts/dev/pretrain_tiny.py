@@ -42,10 +42,9 @@ from transformers import PreTrainedModel, ProcessorMixin, get_cosine_with_min_lr
 from open_r1.base.files import check_new_folder, replacing
 from open_r1.base.prompts import join_options, load_chat_template, sat_question
 from open_r1.evaluation.answering import messages
-from open_r1.tasks import cvbench
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer
 from open_r1.world import questions
-from open_r1.world.parquet import row_rng
+from open_r1.world.parquet import cvbench_prompt, row_rng
 from open_r1.world.scene import COLOURS
 from open_r1.world.words import (
     GRID,
@@ -149,7 +148,7 @@ def make_sample(rng: random.Random, row: int, habits: Habits, processor: Process
     """Question `row`, within the prompt that evaluation uses when there is a processor."""
     asked, image = draw(rng, row)
     if TURNS[row % len(TURNS)] in questions.CV_QUESTIONS:
-        options, render = asked.options, cvbench.render_prompt
+        options, render = asked.options, cvbench_prompt
     else:
         options, render = questions.shuffled(rng, asked.options), sat_question
     question = render(asked.question, options)

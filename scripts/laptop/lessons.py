@@ -27,9 +27,8 @@ from PIL import Image
 
 from open_r1.base.files import replace_file, to_json
 from open_r1.base.prompts import IMAGE_PLACEHOLDER, sat_question
-from open_r1.tasks import cvbench
 from open_r1.world import questions
-from open_r1.world.parquet import row_rng
+from open_r1.world.parquet import cvbench_prompt, row_rng
 from open_r1.world.words import (
     LIST_ALL,
     TURNS,
@@ -63,7 +62,7 @@ def balanced(rng: random.Random, row: int) -> tuple[questions.Asked, Image.Image
 def pose(rng: random.Random, row: int, asked: questions.Asked) -> tuple[str, Sequence[str]]:
     """The question in SAT's form or in CV-Bench's, and its options as they stand there."""
     if TURNS[row % len(TURNS)] in questions.CV_QUESTIONS:
-        return cvbench.render_prompt(asked.question, asked.options), asked.options
+        return cvbench_prompt(asked.question, asked.options), asked.options
     options = questions.shuffled(rng, asked.options)
     return sat_question(asked.question, options), options
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -49,9 +49,8 @@ from open_r1.trainer.finite import FiniteMixin
 from open_r1.trainer.metrics import MetricsMixin, check_best, reward_figures
 from open_r1.trainer.perception import add_noise, mask_prompts, noise_step, perception_kl, split_halves
 from open_r1.trainer.recorder import Recorder, Rollout, Rows
-from open_r1.trainer.rows import ImageReader, prompts_with_images, put_images, without_images
+from open_r1.trainer.rows import ImageReader, prompts_with_images, put_images, row_images, without_images
 from open_r1.trainer.sampling import ROW, PassRates, PromptSamplingMixin, shuffle_groups
-from open_r1.trainer.stock import StockStepMixin
 from open_r1.trainer.trackers import LogRollouts
 
 
@@ -67,9 +66,7 @@ class Scored:
     logps: torch.Tensor | None = None
 
 
-class Qwen2VLGRPOTrainer(
-    MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardMixin, PromptSamplingMixin, StockStepMixin, GRPOTrainer
-):
+class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardMixin, PromptSamplingMixin, GRPOTrainer):
     """TRL's `GRPOTrainer` for the models of `open_r1.models.families`; same signature and defaults.
 
     A dataset row holds `prompt`, conversational or (without images) a text; `images` or `image`, if
@@ -322,6 +319,34 @@ class Qwen2VLGRPOTrainer(
             numbers = ([torch.nan if value is None else value for value in row] for row in logprobs)
             batch["sampling_per_token_logps"] = join(numbers, "right", 0.0)
         return batch
+
+    def _take_stock_step(self, rollout: Rollout) -> dict[str, Any]:
+        """TRL's own generation step, which fills the record on its way through `_calculate_rewards`.
+
+        It is for shared_prefix false, tools, a rollout function of the user's, and text models; the rows may
+        have images or none.
+        """
+        rows = []
+        for row in rollout.rows:
+            images, is_broken = self.images.open(row_images(row))
+            rows.append({**row, "images": images})
+            rollout.is_broken.append(is_broken)
+        if not any(row["images"] for row in rows):
+            rows = [{name: row[name] for name in row if name not in ("image", "images")} for row in rows]
+        batch = super()._generate_and_score_completions(Rows(rows, rollout))
+        rollout.advantages = batch["advantages"].tolist()
+        if any(rollout.is_broken):  # the loss leaves out what saw a blank in an image's place
+            batch["completion_mask"][rollout.is_broken] = 0
+        counted = (batch["completion_mask"] * batch.get("tool_mask", 1)).sum()  # as TRL counts
+        batch["num_items_in_batch"] = self.accelerator.gather(counted).sum()
+        return batch
+
+    # TRL has None for a row without images, which its next call of the processor does not take.
+    def _tokenize_prompts(self, prompts: list) -> tuple[list, list | None, dict]:
+        ids, images, fields = super()._tokenize_prompts(prompts)
+        # TRL gathers the images for its table from the ranks that have some; a rank without would wait elsewhere.
+        self.log_multimodal = self.args.log_multimodal and all(gather_object([images is not None]))
+        return ids, images and [each or [] for each in images], fields
 
     # Reward functions see the rows as the dataset has them, and what the user's rollout function added.
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):

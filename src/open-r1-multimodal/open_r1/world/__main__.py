@@ -14,7 +14,7 @@ from pathlib import Path
 
 from open_r1.base.errors import command_line, positive, run
 from open_r1.base.files import check_replaceable
-from open_r1.tasks.cvbench import FILES
+from open_r1.tasks.benchmarks.choice import CVBENCH_FILES
 from open_r1.world import scene
 from open_r1.world.parquet import write_cvbench, write_sat
 from open_r1.world.questions import QUESTIONS, STATIC
@@ -37,8 +37,8 @@ def parse_args() -> argparse.Namespace:
         help="sat: the kinds that take turns; rotation has two images (default: all but rotation)",
     )
     args = parser.parse_args()
-    if args.schema == "cvbench" and args.rows < len(FILES):
-        parser.error(f"--rows {args.rows}: cvbench has {len(FILES)} files, and each needs a row")
+    if args.schema == "cvbench" and args.rows < len(CVBENCH_FILES):
+        parser.error(f"--rows {args.rows}: cvbench has {len(CVBENCH_FILES)} files, and each needs a row")
     return args
 
 
@@ -49,7 +49,7 @@ def main() -> None:
         check_replaceable(args.output)
         write_sat(args.output, args.rows, args.seed, level, args.questions)
     else:
-        check_replaceable(*(args.output / name for name in FILES.values()))
+        check_replaceable(*(args.output / name for name in CVBENCH_FILES.values()))
         write_cvbench(args.output, args.rows, args.seed, level)
 
 

@@ -12,12 +12,15 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from open_r1.base.files import MADE_BY, replacing
-from open_r1.tasks import cvbench
+from open_r1.tasks.benchmarks.choice import CVBENCH_FILES
 from open_r1.world.questions import CV_QUESTIONS, QUESTIONS, STATIC, Asked, ask
 from open_r1.world.render import paint
 from open_r1.world.scene import Level, Seen
 
 BATCH_ROWS = 200  # written at a time
+CVBENCH_TASKS = {"2D": ("Count", "Relation"), "3D": ("Depth", "Distance")}  # type -> its tasks
+CVBENCH_SOURCES = {"2D": ("ADE20K", "COCO"), "3D": ("Omni3D",)}  # type -> where its images are from
+LETTERS = "ABCDEF"
 SAT_SCHEMA = pa.schema(
     [
         ("image_bytes", pa.list_(pa.binary())),
@@ -71,12 +74,18 @@ def sat_row(row: int, seed: int, level: Level, questions: Sequence[str] = STATIC
     }
 
 
+def cvbench_prompt(question: str, choices: tuple[str, ...]) -> str:
+    """CV-Bench's `prompt` column, verbatim: the question, then one lettered line for each choice."""
+    lines = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    return "\n".join([f"{question} Select from the following choices.", *lines])
+
+
 def cvbench_row(row: int, seed: int, level: Level, kind: str) -> dict[str, Any]:
     """Row `row` in CV-Bench's schema, of type `kind` (2D or 3D); tasks and sources take turns.
 
     A source is only a label here, which the benchmark's own score averages over.
     """
-    tasks, sources = cvbench.TASKS[kind], cvbench.SOURCES[kind]
+    tasks, sources = CVBENCH_TASKS[kind], CVBENCH_SOURCES[kind]
     task, source = tasks[row % len(tasks)], sources[row // len(tasks) % len(sources)]
     asked = ask(CV_QUESTIONS[task], row_rng(seed, row), level)
     [scene] = asked.scenes
@@ -88,8 +97,8 @@ def cvbench_row(row: int, seed: int, level: Level, kind: str) -> dict[str, Any]:
         "image": {"bytes": picture(level, asked, scene), "path": Path(filename).name},
         "question": asked.question,
         "choices": list(asked.options),
-        "answer": f"({cvbench.LETTERS[asked.options.index(asked.answer)]})",
-        "prompt": cvbench.render_prompt(asked.question, asked.options),
+        "answer": f"({LETTERS[asked.options.index(asked.answer)]})",
+        "prompt": cvbench_prompt(asked.question, asked.options),
         "filename": filename,
         "source": source,
         "source_dataset": "open_r1.world",
@@ -123,4 +132,4 @@ def write_cvbench(folder: Path, rows: int, seed: int, level: Level) -> None:
     half = (rows + 1) // 2
     for kind, span in (("2D", range(half)), ("3D", range(half, rows))):
         made = (cvbench_row(i, seed, level, kind) for i in span)
-        write_rows(folder / cvbench.FILES[kind], CVBENCH_SCHEMA, made, len(span))
+        write_rows(folder / CVBENCH_FILES[kind], CVBENCH_SCHEMA, made, len(span))
