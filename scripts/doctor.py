@@ -16,14 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src/open-r1-multimodal"))
-from open_r1.base.errors import MissingFile, Mistake, command_line, positive, run, use_environment
+from open_r1.base.errors import REPO_ROOT, MissingFile, Mistake, command_line, positive, run, use_environment
 
 use_environment()
 
 import torch
 
 from open_r1 import grpo, sft
-from open_r1.base.prompts import REPO_ROOT
 from open_r1.doctor.examination import examine, line
 from open_r1.doctor.finding import Status
 from open_r1.doctor.run import Run, planned

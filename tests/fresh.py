@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 
 SYSTEM_PATH = "/usr/bin:/bin"  # no uv and no environment on it
 _ACTIVE = (

@@ -214,7 +214,7 @@ def render_repositories(folder: Path, rows: int = 48) -> dict[str, Path]:
     The model is the quick start's base, with the chat template without roles and the image bounds that the published
     Qwen2-VL-2B comes with.
     """
-    from open_r1.base.prompts import REPO_ROOT
+    from open_r1.base.errors import REPO_ROOT
     from open_r1.world.parquet import write_cvbench, write_sat
     from open_r1.world.scene import LEVELS
 

@@ -21,7 +21,8 @@ from transformers import TrainerCallback, TrainerState
 from trl.generation import vllm_generation
 
 from open_r1 import configs
-from open_r1.base.prompts import REPO_ROOT, sat_question
+from open_r1.base.errors import REPO_ROOT
+from open_r1.base.prompts import sat_question
 from open_r1.engines.backends import Backend, Completions
 from open_r1.engines.shared_prefix import Layout, encode_images, locate_group
 from open_r1.models.families import FAMILIES

@@ -10,8 +10,7 @@ from PIL import Image
 
 import open_r1
 from open_r1 import api
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.world.parquet import write_cvbench
 from open_r1.world.scene import LEVELS
 

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from trl import GRPOConfig
 
 from open_r1 import sft
+from open_r1.base.errors import REPO_ROOT
 from open_r1.base.images import open_image
-from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import FreezeArguments
 from open_r1.engines.shared_prefix import (
     IMAGE_ATTENTION,

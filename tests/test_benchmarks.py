@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from open_r1.answers.statistics import ALL_ROTATIONS
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.evaluation.run import make_result, write_result
 from open_r1.tasks.benchmarks import BENCHMARKS, VSR_CATEGORY, Item, read
 from open_r1.world.parquet import sat_row, write_cvbench, write_sat

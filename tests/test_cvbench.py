@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from open_r1.answers import statistics
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, digest, read, stratified
 from open_r1.tasks.benchmarks.choice import CVBENCH_FILES, CVBENCH_SCORE
 from open_r1.world.parquet import SAT_SCHEMA, sat_row, write_cvbench, write_sat

@@ -12,8 +12,7 @@ from datasets import List
 from peft import LoraConfig
 from trl import DistillationConfig, DistillationTrainer
 
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.configs import FreezeArguments, check_settings
 from open_r1.models.loading import freeze, load_model, load_processor
 from open_r1.running.data import load_dataset

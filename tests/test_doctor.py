@@ -21,8 +21,7 @@ from trl import ModelConfig
 from trl.trainer import grpo_trainer
 
 from open_r1 import grpo, sft
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.configs import GRPOScriptArguments
 from open_r1.doctor import cost, environment, rewards
 from open_r1.doctor.cost import checkpoint_bytes

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from open_r1 import grpo
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 from open_r1.doctor import model as checks
 from open_r1.doctor.examination import run_check
 from open_r1.doctor.finding import Check, Finding, Status

@@ -24,8 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from open_r1 import grpo
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.engines.shared_prefix import ATTENTION
 from open_r1.engines.vllm_backends import load_vllm
 from open_r1.models.loading import load_processor

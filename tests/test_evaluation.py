@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl import ModelConfig
 
 from open_r1.base import errors
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT, load_chat_template, sat_question
+from open_r1.base.errors import REPO_ROOT, Mistake
+from open_r1.base.prompts import load_chat_template, sat_question
 from open_r1.engines.backends import TransformersBackend
 from open_r1.evaluation import answering
 from open_r1.evaluation import run as evaluation

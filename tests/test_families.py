@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from fake_run import row, write_lines
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 from open_r1.engines.shared_prefix import encode_images, encode_prompt, prepare_model, score_completions
 from open_r1.engines.vllm_backends import TrainerVLLMBackend, engine_settings
 from open_r1.models.families import (

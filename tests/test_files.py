@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fake_run import fake_events, row, write_run
-from open_r1.base.errors import Mistake
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.base.files import (
     MADE_BY,
     append_rows,
@@ -20,7 +20,6 @@ from open_r1.base.files import (
     replace_file,
     replacing,
 )
-from open_r1.base.prompts import REPO_ROOT
 from open_r1.evaluation.run import write_result
 from support import load_script
 from test_results import make_scored

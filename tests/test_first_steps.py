@@ -10,7 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 from fresh import new_shell
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 
 NOTEBOOK = "docs/change_one_thing.ipynb"
 

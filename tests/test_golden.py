@@ -23,7 +23,7 @@ import torch
 from trl import ModelConfig, TrlParser
 
 from fake_run import fake_events, fake_rows, write_images, write_run
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 from open_r1.configs import Qwen2VLSFTConfig, SFTScriptArguments
 from open_r1.evaluation.run import evaluate, result_path
 from open_r1.models.loading import load_model, load_processor

@@ -17,8 +17,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from support import kept_environment, write_script
 
 SCRIPT = REPO_ROOT / "scripts/gpu_check.sh"

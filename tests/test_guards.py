@@ -11,8 +11,7 @@ from trl import ModelConfig
 
 import test_sft
 from fake_run import write_run
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.models.loading import load_processor
 from open_r1.reporting.page import write_report
 from open_r1.running.callbacks import add_run_callbacks

@@ -9,8 +9,7 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig
 
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.sft import Qwen2VLSFTTrainer
 from open_r1.trainer.metrics import BLIND, check_best, figures_of
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer

@@ -14,8 +14,7 @@ import pytest
 
 from fresh import clone
 from laptop import lessons, sight
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.evaluation.run import make_result
 from open_r1.rewards import accuracy_reward, consistency_reward, format_reward
 from open_r1.world.parquet import row_rng

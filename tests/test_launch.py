@@ -21,8 +21,7 @@ from huggingface_hub import ModelCard
 from transformers import get_scheduler
 from trl import ModelConfig
 
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.configs import check_attention, check_bfloat16, unused_vllm
 from open_r1.grpo import GRPOScriptArguments
 from open_r1.running.entry import (

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from trl import ModelConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.engines.vllm_backends import adapted_weights, check_vllm_adapter, whole_weight
 from open_r1.grpo import GRPOScriptArguments, build_trainer
 from open_r1.models.families import FAMILIES, family_of

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from open_r1.base.errors import Mistake
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.base.locks import IN_USE, check_free, holder, owned
-from open_r1.base.prompts import REPO_ROOT
 from open_r1.running import machines, serving
 from open_r1.running.launch_settings import LaunchSettings, read_launch
 from support import launch_env, load_weights, read_jsonl, write_script

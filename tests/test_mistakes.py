@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from open_r1 import grpo, sft
 from open_r1.base import errors as front_door
+from open_r1.base.errors import REPO_ROOT
 from open_r1.base.files import append_rows
-from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import LOSS_TYPES
 from open_r1.running import entry
 from open_r1.running.entry import Command, check_run, train

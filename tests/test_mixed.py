@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 from open_r1.engines.decoding import generate
 from open_r1.engines.shared_prefix import encode_prompt
 from open_r1.models.families import FAMILIES, family_of

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 from open_r1.models.loading import load_processor
 from open_r1.reporting.runs import KnownImages, read_run
 from open_r1.running.data import DataArguments, load_dataset, load_datasets_from_args

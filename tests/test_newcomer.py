@@ -16,7 +16,7 @@ import pytest
 
 from fresh import SYSTEM_PATH, new_shell
 from hub import BREAK_OFF, Hub, render_repositories, serve
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 from support import write_script
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from open_r1 import grpo, sft
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 from open_r1.settings.recipes import PATHS, find_setting, merge_recipes, read_files, read_recipe
 
 KINDS = {kind for command in (grpo.COMMAND, sft.COMMAND) for kind in command.arguments}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 from open_r1.configs import LOSS_TYPES, FreezeArguments, check_settings
 from open_r1.engines.backends import Completions
 from open_r1.engines.shared_prefix import images_of

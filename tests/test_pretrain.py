@@ -15,7 +15,8 @@ from transformers import GenerationConfig
 
 from open_r1.answers.checker import extract_answer, judge
 from open_r1.answers.reflection import find_reflections
-from open_r1.base.prompts import REPO_ROOT, sat_question
+from open_r1.base.errors import REPO_ROOT
+from open_r1.base.prompts import sat_question
 from open_r1.engines.decoding import generate
 from open_r1.engines.shared_prefix import encode_prompt
 from open_r1.evaluation.answering import generation_settings, messages

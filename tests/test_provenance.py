@@ -14,8 +14,7 @@ from PIL import Image
 from trl import ModelConfig
 
 from open_r1 import grpo
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, Qwen2VLSFTConfig, SFTScriptArguments
 from open_r1.models.loading import load_processor
 from open_r1.running import provenance

@@ -18,8 +18,8 @@ from benchmarks.published import (
     make_qwen_tokenizer,
     make_smol_tokenizer,
 )
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT, sat_question
+from open_r1.base.errors import REPO_ROOT, Mistake
+from open_r1.base.prompts import sat_question
 from open_r1.models.families import FAMILIES
 from support import load_script
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 
 PACKAGE = REPO_ROOT / "src/open-r1-multimodal/open_r1"
 README = (REPO_ROOT / "README.md").read_text()

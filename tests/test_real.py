@@ -14,7 +14,8 @@ from transformers import GenerationConfig, SmolVLMImageProcessor, SmolVLMProcess
 from benchmarks.published import make_256m_config
 from laptop.language_model import copy_language_model, extend_tokenizer, load_language_model
 from open_r1.answers.checker import judge
-from open_r1.base.prompts import REPO_ROOT, load_chat_template
+from open_r1.base.errors import REPO_ROOT
+from open_r1.base.prompts import load_chat_template
 from open_r1.engines.agreement import InFloat32
 from open_r1.engines.decoding import generate
 from open_r1.engines.shared_prefix import encode_prompt, score_completions

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from transformers import get_scheduler
 from trl import ModelConfig
 
-from open_r1.base.prompts import REPO_ROOT, load_chat_template
+from open_r1.base.errors import REPO_ROOT
+from open_r1.base.prompts import load_chat_template
 from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig
 from open_r1.models.families import FAMILIES
 from open_r1.settings.recipes import merge_recipes, read_recipe

@@ -18,8 +18,7 @@ from PIL import Image
 
 from fake_run import PROMPT, STARTED, fake_events, fake_rows, row, write_images, write_lines, write_run
 from open_r1.answers.statistics import wilson
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.reporting import browser
 from open_r1.reporting.browser import segments, spread_evenly
 from open_r1.reporting.curves import collect

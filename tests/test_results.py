@@ -12,9 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from open_r1.base.errors import Mistake
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.base.files import append_rows, to_json
-from open_r1.base.prompts import REPO_ROOT
 from open_r1.evaluation.results import read_result, read_scored
 from open_r1.evaluation.run import collect_answered, make_result, partial_paths
 from open_r1.tasks.benchmarks import BENCHMARKS, read

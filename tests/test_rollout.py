@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig
 
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.engines import decoding as rollout
 from open_r1.engines.decoding import generate, next_tokens, tokens_between_looks
 from open_r1.engines.shared_prefix import encode_prompt

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 from open_r1.configs import check_settings
 from open_r1.settings.recipes import PLANNED_PROCESSES
 from open_r1.trainer.sampling import (

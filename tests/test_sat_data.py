@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT, sat_question
+from open_r1.base.errors import REPO_ROOT, Mistake
+from open_r1.base.prompts import sat_question
 from open_r1.tasks import sat
 from open_r1.tasks.examples import read_examples
 from open_r1.world.parquet import SAT_SCHEMA

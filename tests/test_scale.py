@@ -8,8 +8,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from trl import ModelConfig
 
 from benchmarks.published import TEXT, VISION, make_2b_config
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.configs import FreezeArguments
 from open_r1.engines import shared_prefix
 from open_r1.engines.decoding import generate

@@ -22,9 +22,8 @@ from transformers import TrainerState
 
 from fake_run import row, write_run
 from open_r1 import grpo
-from open_r1.base.errors import Mistake, run
+from open_r1.base.errors import REPO_ROOT, Mistake, run
 from open_r1.base.locks import IN_USE, owned
-from open_r1.base.prompts import REPO_ROOT
 from open_r1.evaluation import run as evaluation
 from open_r1.reporting.page import write_report
 from open_r1.reporting.runs import KnownImages, read_run

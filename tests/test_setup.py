@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from fresh import SYSTEM_PATH, clone, new_shell
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 from support import write_script
 
 SYSTEM_TOOLS = "sh bash cat cksum dirname date df awk head grep sed rm git c++ cc timeout env uname"

@@ -12,9 +12,8 @@ import torch
 from trl import ModelConfig
 from trl.trainer import utils
 
-from open_r1.base.errors import Mistake
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.base.images import open_image
-from open_r1.base.prompts import REPO_ROOT
 from open_r1.configs import FreezeArguments
 from open_r1.models.families import FAMILIES, PARTS, vision_token_ids
 from open_r1.models.loading import freeze, load_model, load_processor, parameter_table

@@ -12,7 +12,7 @@ from datasets import List
 from peft import LoraConfig
 from trl import GRPOTrainer
 
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 from open_r1.configs import FreezeArguments
 from open_r1.engines.shared_prefix import Prompt, attend_groups, attend_paths, pack
 from open_r1.engines.vllm_backends import collapse_image_tokens

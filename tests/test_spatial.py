@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from open_r1.answers.statistics import relative_accuracy
-from open_r1.base.errors import Mistake
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.base.images import BrokenImage
-from open_r1.base.prompts import REPO_ROOT
 from open_r1.base.videos import Video, picture_sizes, pictures
 from open_r1.engines.backends import Completions
 from open_r1.evaluation import answering

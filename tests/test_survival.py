@@ -20,8 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import ModelConfig
 
 from open_r1 import grpo
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.running import checkpoints
 from open_r1.running.callbacks import add_run_callbacks
 from open_r1.running.checkpoints import (

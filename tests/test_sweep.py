@@ -16,9 +16,8 @@ import pytest
 
 from fake_run import row, write_run
 from open_r1.answers.statistics import paired_bootstrap, wilson
-from open_r1.base.errors import Mistake
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.base.files import to_json
-from open_r1.base.prompts import REPO_ROOT
 from open_r1.evaluation.run import make_result
 from open_r1.reporting.comparison import compare_recipes, first_reached, paired_table, read_trial
 from open_r1.settings.recipes import merge_recipes

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 from open_r1.evaluation.answering import load_prompting
 from open_r1.models import templates
 from open_r1.models.loading import check_template, load_processor

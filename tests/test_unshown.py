@@ -10,8 +10,7 @@ import pytest
 from datasets import Audio, Dataset, Video
 from PIL import Image
 
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.evaluation import asking
 from open_r1.models.loading import load_processor
 from open_r1.running.data import DataArguments, load_dataset, load_datasets_from_args

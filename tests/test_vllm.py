@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 from open_r1.models.families import vision_token_ids
 from open_r1.models.loading import load_model
 from open_r1.tiny import make_config, make_model, make_processor, make_tokenizer

@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.rounds import alternate, summarise
-from open_r1.base.errors import positive
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, positive
 from open_r1.world.parquet import SAT_SCHEMA, sat_row
 from open_r1.world.scene import LEVELS
 

@@ -43,10 +43,9 @@ from benchmarks.step import (
     write_checkpoint,
 )
 from open_r1 import grpo
-from open_r1.base.errors import Mistake, first_line
+from open_r1.base.errors import REPO_ROOT, Mistake, first_line
 from open_r1.base.files import MADE_BY, replace_file, to_json
 from open_r1.base.images import open_image
-from open_r1.base.prompts import REPO_ROOT
 from open_r1.engines.backends import Backend
 from open_r1.engines.shared_prefix import (
     Layout,

@@ -22,7 +22,7 @@ from pathlib import Path
 SCRIPTS = Path(__file__).resolve().parents[1]
 PACKAGE = SCRIPTS.parent / "src/open-r1-multimodal"
 sys.path[:0] = [str(PACKAGE), str(SCRIPTS)]
-from open_r1.base.errors import Mistake, run, use_environment
+from open_r1.base.errors import REPO_ROOT, Mistake, run, use_environment
 
 use_environment()
 
@@ -32,7 +32,6 @@ from PIL import Image
 
 from benchmarks.published import MODELS
 from open_r1.base.files import MADE_BY, check_replaceable, replace_file
-from open_r1.base.prompts import REPO_ROOT
 from open_r1.models.loading import load_processor
 from open_r1.models.memory import free_memory
 from open_r1.running.data import count_prompt_tokens

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src/open-r1-multimodal"))
-from open_r1.base.errors import Mistake, run, use_environment
+from open_r1.base.errors import REPO_ROOT, Mistake, run, use_environment
 
 use_environment()
 
@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from open_r1.base.files import check_new_folder, replacing
-from open_r1.base.prompts import REPO_ROOT, load_chat_template
+from open_r1.base.prompts import load_chat_template
 from open_r1.models.families import FAMILIES
 from open_r1.running.failures import full_disk
 from open_r1.tiny import own_sampling_settings, text_token_arguments, vision_token_arguments

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[4]
+REPO_ROOT = Path(__file__).resolve().parents[4]
 PROBE = "trl"  # no other package depends on it, so that a Python which has it has all that setup.sh installs
 CHOSEN = "OPEN_R1_PYTHON"  # environment variable: the Python that the script was started anew with
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -198,7 +198,7 @@ def use_environment(is_needed: bool = True) -> None:
     started = os.environ.pop(CHOSEN, None)
     if importlib.util.find_spec(PROBE):
         return
-    environments = (os.environ.get("VIRTUAL_ENV"), os.environ.get("CONDA_PREFIX"), str(ROOT / ".venv"))
+    environments = (os.environ.get("VIRTUAL_ENV"), os.environ.get("CONDA_PREFIX"), str(REPO_ROOT / ".venv"))
     pythons = [os.environ.get("PYTHON", "")]
     pythons += [os.path.join(folder, "bin", "python") for folder in environments if folder]
     python = next((python for python in pythons if os.access(python, os.X_OK)), None)
@@ -206,7 +206,8 @@ def use_environment(is_needed: bool = True) -> None:
         if not is_needed:
             return
         sys.exit(
-            f"error: {python or sys.executable} does not have this repository's packages; run `bash setup.sh` in {ROOT}"
+            f"error: {python or sys.executable} does not have this repository's packages; "
+            f"run `bash setup.sh` in {REPO_ROOT}"
         )
     arguments = getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]  # Python 3.10 knows -X and -m too
     os.execve(python, [python, *arguments], {**os.environ, CHOSEN: python})

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from open_r1.base.errors import ROOT as REPO_ROOT
-from open_r1.base.errors import MissingFile, Mistake
+from open_r1.base.errors import REPO_ROOT, MissingFile, Mistake
 
 CHAT_TEMPLATE_DIR = REPO_ROOT / "configs" / "chat_templates"
 

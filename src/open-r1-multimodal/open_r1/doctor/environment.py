@@ -10,7 +10,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT
 from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
 from open_r1.doctor.run import Run
 from open_r1.running.launch import OTHER_TORCH, gpu_without_kernels

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from open_r1.answers.statistics import PARSERS
-from open_r1.base.errors import command_line, given, positive
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, command_line, given, positive
 from open_r1.base.videos import MAX_FRAMES
 from open_r1.evaluation.run import DEFAULT_BENCHMARK, newest_grpo_output
 from open_r1.tasks.benchmarks import BENCHMARKS, SUITES, find_benchmark

@@ -30,8 +30,7 @@ import psutil
 if str(Path(__file__).parent) in sys.path:  # the script's folder, whose modules are open_r1's
     sys.path.remove(str(Path(__file__).parent))
 
-from open_r1.base.errors import STOPS, Mistake, Stopped, first_line, take_traceback_option
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, STOPS, Mistake, Stopped, first_line, take_traceback_option
 from open_r1.running.failures import continues, ended_by, exit_on_error, last_word
 from open_r1.running.launch_settings import LaunchSettings, read_launch
 from open_r1.running.orphans import follow_launcher, lead

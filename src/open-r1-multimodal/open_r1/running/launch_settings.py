@@ -16,8 +16,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from open_r1.base.errors import Mistake
-from open_r1.base.prompts import REPO_ROOT
+from open_r1.base.errors import REPO_ROOT, Mistake
 
 FOLDER = REPO_ROOT / "src/open-r1-multimodal"
 VARIABLES = {"DATA": "--dataset_name", "OUTPUT": "--output_dir", "MODEL": "--model_name_or_path"}

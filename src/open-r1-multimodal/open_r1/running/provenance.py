@@ -18,10 +18,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 
-from open_r1.base.errors import Mistake
+from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.base.files import file_digest, read_json
 from open_r1.base.images import image_file
-from open_r1.base.prompts import REPO_ROOT
 
 RUN = "run.json"
 _SECRET = re.compile(r"(?:^|_)(?:token|password|secret|api_key)$", re.IGNORECASE)

@@ -12,10 +12,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from open_r1.base.errors import MissingFile, Mistake, naming_option, settings_of
+from open_r1.base.errors import REPO_ROOT, MissingFile, Mistake, naming_option, settings_of
 from open_r1.base.fields import Record, check
 from open_r1.base.files import parse_json, read_json, read_yaml
-from open_r1.base.prompts import REPO_ROOT
 from open_r1.settings.limits import CHOICES, check_values
 
 BASE = "base"  # in a recipe: the files that it changes, one or a list, as seen from its own folder
