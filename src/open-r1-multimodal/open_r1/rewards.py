@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
-from trl.trainer.utils import is_async_callable
 
 from open_r1.answers.checker import bare_gold, extract_answer, is_correct
 from open_r1.answers.reflection import concluded
@@ -327,7 +326,8 @@ def guarded(reward: Reward, name: str) -> Reward:
             rewards = await reward(completions=completions, **kwargs)
         return _check_rewards(rewards, name, len(completions), kwargs.get("prompts"))
 
-    result = checked_later if is_async_callable(reward) else checked
+    is_asynchronous = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
+    result = checked_later if is_asynchronous else checked
     result.__name__ = name.rpartition(":")[2]  # TRL logs it under this name
     return result
 
