@@ -231,7 +231,7 @@ def test_a_right_engine_may_round_as_the_policy_does(
     for parameter in trainer.model.parameters():  # not the positions' frequencies, which stay in float32
         parameter.data = parameter.data.bfloat16()
     engine = Engine(trainer, model=load_model(uncertain, dtype=engine_dtype))
-    trainer.vllm_generation, trainer.backend = Mock(), engine
+    trainer.vllm_generation, trainer.backend = Mock(generation_kwargs={}), engine
     weights = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     if fault is None:
         check_engine(trainer)

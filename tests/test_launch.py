@@ -670,6 +670,7 @@ def test_a_gpu_run_without_vllm_is_told_what_it_saves(card, monkeypatch):
 )
 def test_a_run_whose_steps_are_rounded_away_says_so(dtype, rate, changes, told):
     """Nothing else shows that it does not learn."""
+    torch.manual_seed(0)
     model = torch.nn.Linear(64, 64, dtype=dtype)
     flags = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, **changes}
     line = rounded_away(SimpleNamespace(model=model, args=SimpleNamespace(learning_rate=rate), **flags))

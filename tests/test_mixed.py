@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from open_r1.base.errors import REPO_ROOT
+from open_r1.configs import FreezeArguments
 from open_r1.engines.decoding import generate
 from open_r1.engines.shared_prefix import encode_prompt
 from open_r1.models.families import FAMILIES, family_of
@@ -58,7 +59,7 @@ def test_a_blank_image_changes_no_number(model_type, image, tiny_models):
 
 def test_a_model_that_learns_from_images_alone_takes_a_batch_without_one(tiny_model):
     model = load_model(tiny_model, dtype="float32")
-    freeze(model, freeze_llm=True)
+    freeze(model, FreezeArguments(freeze_llm=True))
     accept_missing_images(model, always_encode=False)
     model(torch.arange(20)[None]).logits.square().mean().backward()
     assert all(gradient is not None and not gradient.any() for gradient in tower(model).values())

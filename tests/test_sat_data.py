@@ -429,7 +429,7 @@ def test_help_starts_without_heavy_imports():
         ("Where?", ["a.jpg"], "row 0: 0 <image> marks for 1 images"),
         ("<image><image>Where?", ["a.jpg"], "row 0: 2 <image> marks for 1 images"),
         ("<image>Where?", ["b.jpg"], "row 0: no image "),
-        ("<image>Where?", "a.jpg", "row 0: images: expected a list of strings"),
+        ("<image>Where?", 5, "row 0: images: expected a list of strings"),
     ],
 )
 def test_marks_and_images_that_do_not_match_are_named_with_file_and_row(tmp_path, user, images, message):
