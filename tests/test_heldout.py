@@ -209,6 +209,7 @@ def test_a_reward_in_other_words_than_the_log_is_refused_before_a_step(metric):
         check_best(metric, questions(1), ["accuracy_reward"])
     check_best("eval_rewards/accuracy_reward/mean", questions(1), ["accuracy_reward"])
     check_best("my_figure", questions(1), ["accuracy_reward"])
+    check_best("eval_reward", questions(1), ["reward"])  # a function of this name, and the weighted sum
 
 
 def test_a_best_model_by_a_figure_that_no_evaluation_has_is_one_line(tiny_model, tmp_path):

@@ -30,6 +30,7 @@ BLIND = "blind"  # the prefix of an evaluation that shows no images
 TOKENS = "tokens"
 PER_TOKEN = ("kl", "entropy")  # metrics that are a mean over a batch's tokens
 LOSSES_PER_TOKEN = ("bnpo", "cispo", "dapo", "vespo")  # loss types that are one; the others are over completions
+FIGURES = ("reward", "reward_std", "loss", *PER_TOKEN)  # of every evaluation; a reward may have such a name, too
 
 
 def check_best(metric: str | None, eval_dataset: Any, rewards: Sequence[str]) -> None:
@@ -43,7 +44,7 @@ def check_best(metric: str | None, eval_dataset: Any, rewards: Sequence[str]) ->
     figure = (metric or "").removeprefix("eval_")
     known = [f"rewards/{name}/{kind}" for name in rewards for kind in ("mean", "std")]
     is_reward = figure.startswith("rewards/") or {figure, f"{figure}_reward"} & set(rewards)
-    if is_reward and figure not in known:
+    if is_reward and figure not in (*known, *FIGURES):
         raise Mistake(f"metric_for_best_model: no evaluation has {metric}; they have reward, {', '.join(known)}")
     sets = eval_dataset if isinstance(eval_dataset, dict) else ()
     if figure and sets and not any(figure.startswith(f"{name}_") for name in sets):
