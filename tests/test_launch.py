@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from accelerate.commands import launch as accelerate
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from huggingface_hub import ModelCard
 from transformers import get_scheduler
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from trl import ModelConfig
 
 from open_r1.base.errors import REPO_ROOT, Mistake
@@ -690,15 +692,14 @@ def test_a_run_tells_deepspeed_how_to_add_gradients_up():
 def test_a_launch_file_that_says_otherwise_than_the_run_is_one_line(tmp_path):
     """As `accelerate config` writes one: it asks for these numbers."""
     args = make_config(tmp_path)
-    for steps, clipping in ((2, 1.0), ("auto", "auto")):
+    check_deepspeed(None)
+    for steps, clipping in ((2, 1.0), ("auto", "auto"), (1, 1.0)):
         config = {"gradient_accumulation_steps": steps, "gradient_clipping": clipping, "train_batch_size": "auto"}
-        args.deepspeed_plugin = SimpleNamespace(deepspeed_config=config)
-        check_deepspeed(args)
-        assert config["train_batch_size"] == "auto"
-    args.deepspeed_plugin.deepspeed_config["gradient_accumulation_steps"] = 1
-    line = "^ACCELERATE_CONFIG, deepspeed: the file says gradient_accumulation_steps=1 against the run's gradient_accu"
-    with pytest.raises(Mistake, match=line):
-        check_deepspeed(args)
+        compared = HfTrainerDeepSpeedConfig(config)
+        compared.trainer_config_process(args)  # as the trainer does
+        line = "^ACCELERATE_CONFIG, deepspeed: the file says gradient_accumulation_steps=1 against the run's gradient_"
+        with pytest.raises(Mistake, match=line) if steps == 1 else nullcontext():
+            check_deepspeed(SimpleNamespace(hf_ds_config=compared))
 
 
 def test_zero3_saves_whole_weights_whatever_a_launch_file_says():

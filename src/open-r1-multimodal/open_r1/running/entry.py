@@ -13,10 +13,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import DeepSpeedPlugin, is_peft_model
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers import Trainer, TrainingArguments
-from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.utils import ENV_VARS_TRUE_VALUES
 from transformers.utils.logging import disable_progress_bar
 
@@ -257,14 +256,15 @@ def save_whole_weights(args: TrainingArguments) -> None:
         plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
 
-def check_deepspeed(args: TrainingArguments) -> None:
-    """Raise Mistake where a launch file says otherwise than the run; transformers would, when weights are loaded."""
-    if args.deepspeed_plugin is None:
-        return
-    config = HfTrainerDeepSpeedConfig(args.deepspeed_plugin.deepspeed_config)  # a copy
-    config.trainer_config_process(args)
-    if config.mismatches:
-        values = [line.removeprefix("- ds ").replace(" vs hf ", " against the run's ") for line in config.mismatches]
+def check_deepspeed(plugin: DeepSpeedPlugin | None) -> None:
+    """Raise Mistake where a launch file says otherwise than the run; transformers would, at the first step.
+
+    Args:
+        plugin: of the trainer, which compared the two when it was made.
+    """
+    mismatches = plugin.hf_ds_config.mismatches if plugin else []
+    if mismatches:
+        values = [line.removeprefix("- ds ").replace(" vs hf ", " against the run's ") for line in mismatches]
         raise Mistake(
             f"ACCELERATE_CONFIG, deepspeed: the file says {', '.join(values)}; "
             "leave that out of the file, or write auto there"
@@ -282,12 +282,12 @@ def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -
         return
     # Before the trainer fills them in
     record = describe_settings(command, settings, launch.num_processes)
-    check_deepspeed(args)
     accumulate_in_float32(args)
     save_whole_weights(args)
     prepared = command.prepare(*settings)
     record["data"] = decide_once(lambda: checked_data(args, prepared, checkpoint))
     trainer = command.build_trainer(*settings, prepared)
+    check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
     say = print if trainer.is_world_process_zero() else (lambda *_, **__: None)
     say(parameter_table(trainer.model))
     if line := rounded_away(trainer):
