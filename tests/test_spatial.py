@@ -237,19 +237,29 @@ def change(path: Path, column: str, values: list | None) -> None:
 
 
 FIRST = {  # a file of each, one of its columns, a value that is none, and what is said of it
-    "VSI-Bench": ("test_pruned.parquet", "ground_truth", "-1", "ground_truth: '-1' is no number above 0"),
-    "MMSI-Bench": ("MMSI_Bench.parquet", "answer", "E", "ground_truth: '(E)' is none of its 4 options"),
+    "VSI-Bench": ("test_pruned.parquet", "ground_truth", "-1", "the right answer '-1' is no number above 0"),
+    "MMSI-Bench": ("MMSI_Bench.parquet", "answer", "E", "the right answer '(E)' is none of its 4 options"),
     "MindCube": ("tiny/combined-00000-of-00001.parquet", "gt_answer", "AB", "gt_answer: expected a letter from A to Z"),
-    "ViewSpatial": ("data/test-00000-of-00001.parquet", "choices", "left, right", "ground_truth: '(A)' is no number"),
+    "ViewSpatial": (
+        "data/test-00000-of-00001.parquet",
+        "choices",
+        "left, right",
+        "the right answer '(A)' is no number",
+    ),
     "SITE": (
         "image_test/test-00000-of-00001.parquet",
         "options",
         ["left"],
         "options: expected a list of 2 to 26 texts",
     ),
-    "BLINK-full": ("Art_Style/val-00000-of-00001.parquet", "answer", "hidden", "ground_truth: 'hidden' is none of its"),
+    "BLINK-full": (
+        "Art_Style/val-00000-of-00001.parquet",
+        "answer",
+        "hidden",
+        "the right answer 'hidden' is none of its",
+    ),
     "3DSRBench": ("3dsr_circular/test-00000-of-00001.parquet", "qid", "one", "has the idx 'one' of "),
-    "EmbSpatial": ("data/test-00000-of-00001.parquet", "answer", 4, "ground_truth: '(E)' is none of its 4 options"),
+    "EmbSpatial": ("data/test-00000-of-00001.parquet", "answer", 4, "the right answer '(E)' is none of its 4 options"),
 }
 
 
@@ -555,12 +565,12 @@ def test_logs_of_lmms_eval_are_scored_anew(task, tmp_path):
         (
             "x_samples_blink",
             {"target": "(E)"},
-            "row 0: ground_truth: '(E)' is none of",
+            "row 0: the right answer '(E)' is none of",
         ),
         (
             "x_samples_blink",
             {"input": "Which?"},
-            "row 0: ground_truth: '(B)' is no num",
+            "row 0: the right answer '(B)' is no num",
         ),
         ("x_samples_blink", {"filtered_resps": 3}, "row 0: filtered_resps: expected "),
         (

@@ -246,7 +246,7 @@ def right_answer(row: Row) -> int | float:
     if number is not None and number > 0:
         return number
     what = f"none of its {len(names)} options" if names else "no number above 0, and there are no options"
-    raise Mistake(f"ground_truth: {gold!r} is {what}")
+    raise Mistake(f"the right answer {gold!r} is {what}")
 
 
 def majority_answers(rows: Iterable[Row]) -> dict[str, int | float]:

@@ -182,12 +182,14 @@ def read(
             check(benchmark.columns, row, where)
             try:
                 asked = benchmark.convert(row, rows)
-                for item in asked:
-                    check(AskedRow, item.to_row(), "")  # else the answers to all could not be read back
-                    right_answer(item.to_row())
             except Mistake as error:
                 raise Mistake(f"{where}: {error}") from error
             for item in asked:
+                try:
+                    check(AskedRow, item.to_row(), "")  # else the answers to all could not be read back
+                    right_answer(item.to_row())
+                except Mistake as error:
+                    raise Mistake(f"{where}: {error} (idx {item.id!r})") from error
                 if (same := first.setdefault(item.key, where)) != where:
                     raise Mistake(f"{where}: has the idx {item.id!r} of {same}; two questions need two")
                 questions[item.id].append((item, file.parent))
