@@ -90,6 +90,7 @@ MISTAKES = [
     ({"model_name_or_path": None}, "model_name_or_path: needs a value; name a model in the recipe, or in MODEL"),
     ("--chat_template_kwargs {{'style':'direct'}}", "chat_template_kwargs: not JSON (Expecting property name "),
     ("--generation_kwargs top_p=0.9", "generation_kwargs: expected JSON, as in "),
+    ("--accelerator_config no.json", "accelerator_config: no file no.json"),
     ("--deepspeed {folder}/broken.jinja", "deepspeed: {folder}/broken.jinja: not JSON"),
     ("--deepspeed {few}", "deepspeed: {few}: expected an object"),
     ({"rotate_options": True, "num_generations": 32}, "rotate_options: a process asks both "),

@@ -126,6 +126,7 @@ REFUSED = [
     ("cast_lm_head_to_fp32", True, "TRL finds the embeddings"),
     ("cache_implementation", "static", "the shared prefix has a cache of its own"),
     ("include_for_metrics", ["inputs"], "rewards are the metrics"),
+    ("label_smoothing_factor", 0.1, "the loss of GRPO has no labels"),
     ("importance_sampling_level", "word", "'word' is none of token, sequence"),
     ("lr_scheduler_type", "warmup_stable_decay", "num_decay_steps"),
     ("optim", "schedule_free_adamw", "schedulefree"),

@@ -23,6 +23,7 @@ _OWN_TOKENS = "a model keeps its family's tokens"
 GRPO = {
     "cast_lm_head_to_fp32": "TRL finds the embeddings that the head is tied to in text models alone; dtype float32 "
     "keeps all in it",
+    "label_smoothing_factor": "the loss of GRPO has no labels",
     "include_for_metrics": "rewards are the metrics of GRPO, and get every column of a row",
     "train_sampling_strategy": "shuffle_dataset says whether prompts are asked in the order of the data",
 }

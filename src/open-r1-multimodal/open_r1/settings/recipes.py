@@ -158,6 +158,8 @@ def check_mapping(name: str, text: str) -> None:
     elif os.path.isfile(text):
         with naming_option(name):
             check(Record, read_json(Path(text)), text)
+    elif name != "deepspeed":  # of which transformers takes base64, too, and names a missing file itself
+        raise MissingFile(f"{name}: no file {text}")
 
 
 def set_variable(name: Any, value: Any) -> None:
