@@ -1,7 +1,7 @@
 #!/bin/sh
-# Install the pinned stack with uv, into the active virtual or conda environment, else into .venv beside this file, made
-# with the system's Python 3.11 to 3.14 or with one that uv fetches.
-# Running it again takes a second when nothing changed. `sh setup.sh` works as well as `bash setup.sh`.
+# Install the pinned packages with uv, into the active virtual or conda environment. If none is active, they go into .venv
+# beside this file, made with the system's Python 3.11 to 3.14 or with one that uv fetches. Running it again takes a second
+# if nothing changed. `sh setup.sh` works as well as `bash setup.sh`.
 #
 # From the environment:
 #   FLASH_ATTN=build        compile flash-attn, which takes hours; otherwise it is installed where uv finds a wheel

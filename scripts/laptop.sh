@@ -1,18 +1,18 @@
 #!/bin/sh
 # An evening on a laptop: a real language model, SmolLM2-135M-Instruct, learns to see rendered scenes, then to answer
-# behind a thought (a cold start), and then by GRPO with the paper's two rewards. It ends with a table of how often each
-# of these is right. No GPU and no model hub: the weights come from the package index. Because of the cold start it is no
-# R1-Zero.
+# after a thought (a cold start by SFT), and is then trained by GRPO with the paper's two rewards. At the end a table
+# compares the accuracy after each stage. It needs no GPU and no model hub: the weights come from the package index.
+# Because of the cold start it is no R1-Zero.
 #
 #   bash scripts/laptop.sh                  into outputs/laptop
-#   bash scripts/laptop.sh --seeds "0 1 2"  of GRPO (default: 0), each with both arms, GRPO and Dr. GRPO
-#   bash scripts/laptop.sh --rehearsal      whether all of it runs here: two steps of each part, into
-#                                           outputs/laptop-rehearsal; its figures mean nothing
+#   bash scripts/laptop.sh --seeds "0 1 2"  seeds of GRPO and of Dr. GRPO (default: 0)
+#   bash scripts/laptop.sh --rehearsal      tries whether everything runs here: two steps of each part, into
+#                                           outputs/laptop-rehearsal; the figures mean nothing
 #
-# Training and evaluation are the scripts of the real run; the recipes are in configs/laptop, what else it takes in
-# scripts/laptop. It stops in a line where the model sees too little, or the cold start is no better than guessing.
-# Interrupted, it goes on where it was. On two cores it takes about 35 minutes to GRPO's start, 45 for each seed, and 10 for
-# the rest: the times of its parts, one by one (docs/measured.md).
+# Training and evaluation use the scripts of the real run. The recipes are in configs/laptop, all else in scripts/laptop.
+# It stops in a line if the model sees too little, or if the cold start is no better than guessing. After an interruption
+# the same command goes on where it was. On two cores it takes about 35 minutes to GRPO's start, 45 for each seed, and 10
+# for the rest (docs/measured.md has the times of its parts).
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/scripts/env.sh"

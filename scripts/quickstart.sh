@@ -1,12 +1,12 @@
 #!/bin/sh
-# The paper's story in about 8 minutes, on a machine without a GPU or a model hub: a tiny Qwen2-VL that sees but guesses
-# is evaluated, fine-tuned on answers (SFT), trained from the same base with GRPO and no SFT, and evaluated again.
+# The paper's experiment at a small size, in about 8 minutes, without a GPU or a model hub. The base, a tiny Qwen2-VL that
+# can see but guesses, is fine-tuned on answers (SFT) and, separately, trained with GRPO. All three are evaluated.
 #
 #   bash scripts/quickstart.sh            into outputs/quickstart
 #   bash scripts/quickstart.sh --seed 1   another training seed, into outputs/quickstart-seed1
 #
-# The scripts are those of the real run on scenes rendered in SAT's and CV-Bench's schemas; only the recipes
-# (configs/tiny) are small. Interrupted, it goes on where it was.
+# It runs the scripts of the real run on scenes rendered in SAT's and CV-Bench's schemas; only the recipes (configs/tiny)
+# are small. After an interruption the same command goes on where it was.
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 

@@ -5,9 +5,10 @@
 #
 # The run itself is then started, on other GPUs or machines, with
 #   bash run_grpo_SAT.sh --use_vllm true --vllm_mode server --vllm_server_host HOST [the same arguments]
-# and sends its weights to the server after every step. Who reaches the server's port can do so too: keep it inside.
+# and sends its weights to the server after every step. Whoever reaches the server's port can do so, too: keep it inside
+# the cluster.
 #
-# From the environment, the first two as for the run:
+# From the environment (give MODEL and CONFIG the same values as for the run):
 #   MODEL            model name or folder         (default: the recipe's)
 #   CONFIG           recipes, between blanks      (default: configs/grpo_sat.yaml)
 #   VLLM_ARGUMENTS   more arguments of vllm serve: VLLM_ARGUMENTS="--tensor-parallel-size 2"

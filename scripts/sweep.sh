@@ -1,13 +1,13 @@
 #!/bin/sh
 # usage: bash scripts/sweep.sh --overlays "none dr_grpo dapo+refill" [--seeds "0 1 2"] [--steps N] [--jobs N]
 #
-# Recipes side by side, on a machine without a GPU or a model hub: the quick start's GRPO recipe under each overlay of
-# configs/overlays, with each seed, in the quick start's tiny world. Every run is one process of one thread on the CPU,
-# evaluated when it is trained. What comes out is in outputs/sweep, or in the folder that OUTPUT names: sweep.md (tables),
-# sweep.png and .svg (learning curves), sweep.json (all of it); each run in NAME/seedN, with its log in NAME/seedN.log.
+# Compares recipes on a machine without a GPU or a model hub: trains the quick start's GRPO recipe with each named overlay
+# of configs/overlays and each seed, in the quick start's tiny world. Every run is one process of one thread on the CPU, and
+# is evaluated after its training. The results are in outputs/sweep, or in the folder that OUTPUT names: sweep.md (tables),
+# sweep.png and .svg (learning curves), sweep.json (all numbers); each run in NAME/seedN, with its log in NAME/seedN.log.
 #
-#   --overlays  names between blanks; + puts several over one another, none is the recipe alone. The first one is what
-#               the others are compared with.
+#   --overlays  names between blanks; + combines several, none is the recipe alone. The others are compared with the
+#               first one.
 #   --seeds     of the training                                     (default: "0 1 2")
 #   --steps     optimiser steps                                     (default: the recipe's, 60)
 #   --jobs      runs at a time                                      (default: one a core)
@@ -15,8 +15,8 @@
 #   TEACHER     in the environment: the folder of a model that `distill` learns from, such as another run's
 #
 # configs/overlays/tiny.yaml is put over every overlay: lengths, steps, batch and learning rate are the tiny recipe's.
-# Interrupted, the same command goes on; what is finished is not run again. A run that fails stops no other; it is named
-# at the end with its log, and the exit code is 1.
+# After an interruption the same command goes on; what is finished is not run again. A run that fails does not stop the
+# others; it is named at the end with its log, and the exit code is 1.
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/scripts/env.sh"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Set up and run the tests: the quick suite, or with --all also those marked distributed, browser, real, slow or vllm; what
-# only the authors need: -m nightly. Other arguments go to pytest: `bash scripts/test.sh -k answers`,
+# Set up and run the tests: the quick suite, or with --all also those marked distributed, browser, real, slow or vllm.
+# `-m nightly` runs what only the authors need. Other arguments go to pytest: `bash scripts/test.sh -k answers`,
 # `bash scripts/test.sh -m browser -n 0`.
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)

@@ -1,5 +1,5 @@
-# Sourced by quickstart.sh, laptop.sh and sweep.sh, with ROOT and PYTHON set: the tiny world, what is trained on and
-# evaluated.
+# Sourced by quickstart.sh, laptop.sh and sweep.sh, with ROOT and PYTHON set: makes the tiny world's data and evaluates
+# models on them.
 
 # Scenes in SAT's and CV-Bench's schemas, and SAT's prepared for training; what is there is not made again.
 prepare_tiny_world() { # folder

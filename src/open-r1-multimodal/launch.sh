@@ -1,29 +1,27 @@
 #!/bin/sh
-# Start a training script on every GPU of this machine, or on CPU processes where there is none.
-# Several machines start it each, with the same arguments (docs/machines.md; scripts/slurm.sbatch does it on SLURM).
+# Start a training script on every GPU of this machine, or on CPU processes if it has none.
+# For a run on several machines, start it on each, with the same arguments (docs/machines.md; scripts/slurm.sbatch does so).
 #
 #   sh launch.sh SCRIPT RECIPE [ARGUMENTS]    (run_grpo_SAT.sh and run_sft.sh call it)
 #
 # From the environment:
 #   MODEL              model name or folder                (default: the recipe's)
-#   DATA               prepared JSON file, or all else that dataset_name takes: a YAML file mixes several data sets
+#   DATA               prepared JSON file, or anything else that dataset_name takes (docs/data.md)
 #                                                          (default: the recipe's)
-#   CONFIG             recipe, a file, or several files between blanks, of which a later one changes those before it:
+#   CONFIG             the recipe's file, or several files between blanks, of which a later one overrides those before it:
 #                      CONFIG="configs/grpo_sat.yaml configs/overlays/lora.yaml"; names are looked up in the current
 #                      folder and then in the repository   (default: configs/RECIPE.yaml)
 #   OUTPUT             output folder                       (default: the recipe's, else outputs/ and the recipes'
 #                                                          names: outputs/grpo_sat_lora)
-#   NUM_PROCESSES      processes of this machine, as many on each
-#                                                          (default: the GPUs; 2 without one)
+#   NUM_PROCESSES      number of processes on each machine  (default: the number of GPUs; 2 without a GPU)
 #   NUM_MACHINES       machines; they share the file system of OUTPUT and DATA   (default: 1)
-#   MACHINE_RANK       this one's number, from 0 on, where there are several
+#   MACHINE_RANK       number of this machine, from 0 on, if there are several
 #   MASTER_ADDR        address of machine 0, as the others see it
-#   MASTER_PORT        a port that is free there           (default: 29500)
+#   MASTER_PORT        a free port of machine 0            (default: 29500)
 #   ACCELERATE_CONFIG  how to launch: zero2, zero3, ddp, cpu, or a file
 #                      (default: zero2, and cpu without a GPU; zero3 for run_sft.sh)
-# Arguments override the recipe: `--max_steps 100 --beta 0`; `--help` lists them all. `--doctor` looks at what would be
-# started, says what is wrong with it, and starts nothing (scripts/doctor.py). The training scripts themselves
-# take recipes as `--config A --config B`.
+# Arguments override the recipe: `--max_steps 100 --beta 0`; `--help` lists them all. With `--doctor` the run is checked
+# and not started (scripts/doctor.py). The Python scripts (grpo.py, sft.py) take recipes as `--config A --config B`.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 ROOT=$(cd "$here/../.." && pwd)

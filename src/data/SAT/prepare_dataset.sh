@@ -6,8 +6,8 @@
 #   SAT_PARQUET=my.parquet bash prepare_dataset.sh a local file instead of the Hub's
 #   bash prepare_dataset.sh --total_num 1000       further arguments go to process_dataset.py (see its --help)
 #
-# An interrupted download resumes; an interrupted preparation starts anew, which takes seconds. PYTHON chooses the
-# interpreter.
+# An interrupted download is resumed; an interrupted preparation starts anew, which takes seconds. The environment
+# variable PYTHON chooses the interpreter.
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
