@@ -67,9 +67,9 @@ def test_signs_in_the_log(tmp_path, name, first, last, seen, numbers):
     "before, after, seen, numbers",
     [
         # one of two right all along: accuracy over all completions doubles by format alone
-        ((0.5, 0.5), (0.5, 1.0), True, "format 50% → 100%; accuracy of what keeps it 50% → 50%"),
-        ((0.5, 0.5), (1.0, 1.0), False, "format 50% → 100%; accuracy of what keeps it 50% → 100%"),
-        ((0.5, 1.0), (0.5, 1.0), False, "format 100% → 100%; accuracy of what keeps it 50% → 50%"),
+        ((0.5, 0.5), (0.5, 1.0), True, "format 50% → 100%; accuracy of completions with it 50% → 50%"),
+        ((0.5, 0.5), (1.0, 1.0), False, "format 50% → 100%; accuracy of completions with it 50% → 100%"),
+        ((0.5, 1.0), (0.5, 1.0), False, "format 100% → 100%; accuracy of completions with it 50% → 50%"),
     ],
 )
 def test_format_alone(tmp_path, before, after, seen, numbers):
@@ -164,7 +164,7 @@ def test_what_was_not_measured_says_why(tmp_path):
     }
     bare = [row(completion="Hm.", rewards=rewards(0.0, 0.0))]
     findings = found(write_run(tmp_path / "bare", bare))
-    assert findings[FORMAT].numbers == "no completion keeps the format"
+    assert findings[FORMAT].numbers == "no completion has the format"
     assert findings[THOUGHT].numbers.startswith("of 1 completions read, none names")
 
 

@@ -215,7 +215,7 @@ def test_a_finished_run(tmp_path):
     assert "my run" in page.text and "finished" in page.text and "4 of 4 steps" in page.text
     assert "32 completions, 12 held-out" in page.text
     assert {"Accuracy, completion length and reflection", "Held-out accuracy", "Seconds a step"} <= set(page.titles())
-    assert len(page.titles()) == 14 and "Without data" not in page.text and "Pass rates" in page.text
+    assert len(page.titles()) == 14 and "Not drawn" not in page.text and "Pass rates" in page.text
     assert len(page.completions()) == 32 and len(page.completions("eval")) == 12
     assert all(image["source"].startswith("data:image/png;base64,") for image in page.data["images"])
 
@@ -262,7 +262,7 @@ def test_a_run_before_its_first_step(tmp_path):
 def test_a_supervised_run(tmp_path):
     events = [{"step": s, "loss": 1 / s, "mean_token_accuracy": 0.5, "learning_rate": 1e-5} for s in range(1, 60)]
     page = make(write_run(tmp_path / "run", events=events, command="sft", max_steps=59))
-    assert page.titles() == ["Loss", "Token accuracy", "Learning rate"] and "not drawn: Entropy" in page.text
+    assert page.titles() == ["Loss", "Token accuracy", "Learning rate"] and "are no data: Entropy" in page.text
     assert "SFT run" in page.text and "Aha" not in page.text and "Rollouts" not in page.text
 
 

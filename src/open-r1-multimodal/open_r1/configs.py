@@ -30,8 +30,9 @@ class DataArguments:
     )
     task: str | None = HfArg(
         default=None,
-        help="What to ask about dataset_name and eval_dataset_name where they are folders of pictures without labels: "
-        "pretext, which holds a tenth of the pictures of a folder out (open_r1/tasks/pretext.py).",
+        help="pretext: dataset_name and eval_dataset_name are folders of pictures without labels, and questions are "
+        "made about them; a tenth of a folder's pictures is held out (open_r1/tasks/pretext.py). None: they hold "
+        "questions.",
     )
     dataset_config: str | None = HfArg(
         default=None, help="Configuration of a folder or a Hub data set that has several."
@@ -45,8 +46,8 @@ class DataArguments:
     )
     eval_dataset_name: str | None = HfArg(
         default=None,
-        help="Held-out examples, which can be all that dataset_name can be. They are answered whenever a checkpoint is "
-        "saved, unless eval_strategy and eval_steps say otherwise.",
+        help="Held-out examples, in any form that dataset_name may have. The model answers them whenever a checkpoint "
+        "is saved, unless eval_strategy and eval_steps say otherwise.",
     )
     question_column: str | None = HfArg(
         default=None,
@@ -60,13 +61,12 @@ class DataArguments:
     )
     options_column: str | None = HfArg(
         default=None,
-        help="Field with the options, which are then written behind the question as in SAT.",
+        help="Field with the options, which are then written after the question as in SAT.",
     )
     drop_unshown: bool = HfArg(
         default=False,
-        help="Train on rows that hold what their prompt does not show: videos, tools, a system "
-        "message that the chat template leaves out. What is dropped is named and counted; by "
-        "default such rows are refused.",
+        help="Train on rows with parts that their prompt does not show (videos, tools, a system message that the chat "
+        "template leaves out), without these parts, which are named and counted. By default such rows are refused.",
     )
     chat_template: str | None = HfArg(
         default=None,
@@ -100,7 +100,7 @@ class FreezeArguments:
     )
     family: str | None = HfArg(
         default=None,
-        help="A model family of yours as module:NAME (docs/families.md). None: one that the project has.",
+        help="Your own model family, as module:NAME (docs/families.md). None: one of this project's.",
     )
 
 
@@ -110,7 +110,7 @@ class GRPOScriptArguments(FreezeArguments, DataArguments):
 
     trainer: str | None = HfArg(
         default=None,
-        help="A subclass of Qwen2VLGRPOTrainer of yours that trains, as module:class. None: that class itself.",
+        help="Your own subclass of Qwen2VLGRPOTrainer, as module:class. None: Qwen2VLGRPOTrainer.",
     )
 
     reward_funcs: list[str] = HfArg(
@@ -121,8 +121,8 @@ class GRPOScriptArguments(FreezeArguments, DataArguments):
     )
     rotate_options: bool = HfArg(
         default=False,
-        help="Ask every question twice, side by side: as it is, and with its first option last. "
-        "For order_consistency; an epoch is twice as long. Options stand in the question as "
+        help="Ask every question in two orders of its options: as it is, and with its first option last. The reward "
+        "order_consistency needs this; an epoch is twice as long. The question must contain its options as "
         "in SAT: 'a, b or c'.",
     )
 
@@ -133,30 +133,30 @@ class SignalArguments:
 
     min_signal_groups: float = HfArg(
         default=0.0,
-        help="Share of a rollout's groups whose completions must earn different rewards. While it "
-        "is missed, as many new prompts are sampled as are likely to bring what is missing, and "
-        "their groups with signal replace those without; the step keeps its number of "
-        "completions. DAPO asks for all, GPG for 0.4. 0 takes every group as it comes.",
+        help="Share of a rollout's groups that must have signal, which means that their completions earn different "
+        "rewards. While fewer have it, new prompts are sampled, as many as are likely to be enough, and their groups "
+        "with signal replace those without; the step keeps its number of completions. DAPO asks for all groups (1.0), "
+        "GPG for 0.4. 0 takes every group as it was sampled.",
     )
     max_refills: int = HfArg(
         default=3,
-        help="How often a rollout is refilled at most for min_signal_groups; then it is used as it is.",
+        help="The most refills of a rollout for min_signal_groups; after them it is used as it is.",
     )
     skip_solved: float = HfArg(
         default=0.0,
         help="Probability that a prompt whose completions so far all succeeded (first reward above "
-        "0.5) is passed over for another. 1 never asks it again.",
+        "0.5) is replaced by another. With 1 it is never asked again.",
     )
     skip_hopeless: float = HfArg(
         default=0.0,
-        help="Probability that a prompt none of whose completions succeeded so far is passed over "
-        "for another. 1 never asks it again.",
+        help="Probability that a prompt whose completions so far all failed is replaced by another. With 1 it is never "
+        "asked again.",
     )
     rescale_by_signal: bool = HfArg(
         default=False,
         help="Multiply advantages by groups / groups with signal of a rollout, so that groups "
-        "without signal do not shrink the step (the alpha of GPG). Trajectories hold advantages "
-        "before that.",
+        "without signal do not shrink the step (the alpha of GPG). Trajectories have the advantages "
+        "before this factor.",
     )
 
     @property
@@ -184,29 +184,29 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
         help="Completions in one optimiser step over all processes. When set, "
         "gradient_accumulation_steps follows from it, per_device_train_batch_size and the "
         "number of processes, so that a recipe means the same on any number of GPUs. An "
-        "explicit gradient_accumulation_steps above 1 wins.",
+        "explicit gradient_accumulation_steps above 1 overrides it.",
     )
 
     shared_prefix: bool = HfArg(
         default=True,
         help="Encode, prefill and score the prompt of a group once instead of once a completion. "
-        "The numbers are the same; false falls back to TRL's path.",
+        "The numbers are the same; false uses TRL's way.",
     )
 
     advantage: str | None = HfArg(
         default=None,
-        help="How rewards become advantages: leave_one_out, or a function of yours as "
+        help="How rewards become advantages: leave_one_out, or your own function as "
         "module:function, with the signature of those in open_r1/trainer/advantages.py. None: as "
-        "in TRL, each reward against its group's, by scale_rewards and multi_objective_aggregation.",
+        "in TRL, relative to the group, by scale_rewards and multi_objective_aggregation.",
     )
     papo_coef: float = HfArg(
         default=0.0,
-        help="Weight of PAPO's perception term, which rewards the policy for saying something else "
-        "when its image is masked; one more forward pass over the rollout. 0: none.",
+        help="Weight of PAPO's perception term, which rewards the policy for other token probabilities "
+        "when its image is masked; it costs one more forward pass over the rollout. 0: none.",
     )
     papo_mask_ratio: float = HfArg(
         default=0.6,
-        help="The share of an image's patches that are black in PAPO's term.",
+        help="Share of an image's patches that are black in PAPO's term.",
     )
     teacher_model_name_or_path: str | None = HfArg(
         default=None,
@@ -215,19 +215,19 @@ class Qwen2VLGRPOConfig(SignalArguments, GRPOConfig):
     )
     distill_coef: float = HfArg(
         default=1.0,
-        help="Weight of the divergence KL(policy || teacher) a token, beside the rewards' loss. "
-        "With reward_weights of 0 the teacher alone is learned from.",
+        help="Weight of the divergence KL(policy || teacher) per token, which is added to the loss of the rewards. "
+        "With reward_weights of 0 the policy learns from the teacher alone.",
     )
     distill_whole_vocabulary: bool = HfArg(
         default=False,
-        help="Compute the divergence over the whole vocabulary, as TRL's DistillationTrainer; false "
-        "estimates it from the sampled token.",
+        help="true: compute the divergence over the whole vocabulary, as TRL's DistillationTrainer does; false: "
+        "estimate it from the sampled token.",
     )
     rollout_noise: float = HfArg(
         default=0.0,
-        help="Sample the second half of each group from images that are noised to this step of "
-        "diffusion, of 1000, annealed to 0 over the run (NoisyRollout); all completions are "
-        "scored with the clean image. 0: none.",
+        help="Sample the second half of each group from noisy images (NoisyRollout). The value is the step of "
+        "diffusion, of 1000, at which the noise starts; it falls to 0 over the run. All completions are scored with "
+        "the clean image. 0: no noise.",
     )
 
     def __post_init__(self):
@@ -311,8 +311,7 @@ def check_cispo(args: GRPOConfig) -> None:
 def check_bfloat16(args: TrainingArguments, model_args: ModelConfig) -> None:
     """Raise Mistake where bfloat16 is asked of a GPU older than Ampere (compute capability 8.0).
 
-    transformers does not tell: torch emulates it there, so that nothing fails and every step
-    crawls.
+    transformers does not refuse it: torch emulates bfloat16 there, so nothing fails, but every step is very slow.
     """
     options = {"bf16": args.bf16, "dtype": model_args.dtype == "bfloat16"}
     asked = [option for option, is_asked in options.items() if is_asked]

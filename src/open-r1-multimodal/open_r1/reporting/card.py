@@ -136,7 +136,7 @@ def usage(folder: Path, run: LoggedRun) -> str:
         ")",
         "print(processor.decode(model.generate(**inputs, max_new_tokens=700)[0], skip_special_tokens=True))",
     ]
-    note = "The chat template that it was trained with is saved beside it"
+    note = "The chat template of the training is saved with the model"
     prompt = first_prompt(folder)
     example = "." if prompt is None else f"; a prompt:\n\n{code_block(prompt)}"
     return f"{code_block(chr(10).join(lines), 'python')}\n\n{note}{example}"

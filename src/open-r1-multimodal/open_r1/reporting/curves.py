@@ -123,8 +123,8 @@ def collect(run: LoggedRun, train: Trajectories, held_out: Trajectories) -> Curv
             "why-zero",
             "Why completions earned no accuracy reward",
             [Panel("of completions", reasons(train), percent=True, stacked=True)],
-            "Right answer, wrong form: read leniently, as by the evaluation, the completion is right; the accuracy "
-            "reward, which is strict, finds no answer.",
+            "Right answer, wrong form: the evaluation, which reads leniently, counts the completion as right; the "
+            "accuracy reward, which is strict, finds no answer.",
         ),
         Chart(
             "length",
@@ -139,15 +139,16 @@ def collect(run: LoggedRun, train: Trajectories, held_out: Trajectories) -> Curv
                 Panel("of completions", reflections, percent=True, rare=True),
                 Panel("success", corrections, percent=True),
             ],
-            f"Reflective: has words that reconsider (“wait, let me check”){counted_reflections(train)}. "
-            "Self-corrected: answers another option than it named last before the first such words.",
+            f"Reflective: contains words that reconsider (“wait, let me check”){counted_reflections(train)}. "
+            "Self-corrected: the answer is another option than the one named last before the first such words.",
         ),
         Chart(
             "contradictions",
             "Answers against their thoughts",
             [Panel("of completions", against, percent=True)],
-            "Share of the completions whose answer is another option than their thought names last, among those that "
-            f"name an option in both: the mean over each tenth of the steps, of up to {MAX_READ} completions in all.",
+            "Share of completions whose answer is another option than the one that their thought names last, among "
+            f"those that name an option in both: the mean over each tenth of the steps, of up to {MAX_READ} "
+            "completions in all.",
         ),
         entropy,
         logged("kl", "KL to the reference model", "nats a token", "KL", "kl"),
@@ -158,7 +159,7 @@ def collect(run: LoggedRun, train: Trajectories, held_out: Trajectories) -> Curv
                 Panel("std of rewards", [Line("std of rewards", run.series("reward_std"))]),
                 Panel("of groups", without_signal, percent=True),
             ],
-            "Without signal: all completions of a group earned the same reward, so that it has no advantages.",
+            "Without signal: all completions of a group earned the same reward, so their advantages are 0.",
         ),
         Chart("time", "Seconds a step", [Panel("seconds", step_time(run))]),
         logged("learning-rate", "Learning rate", "", "learning rate", "learning_rate"),
@@ -238,7 +239,9 @@ def counted_reflections(train: Trajectories) -> str:
     """How many reflective completions had the format and answered rightly, as the end of a sentence."""
     counts = reflection_statistics(train)
     (form, _), (right, judged) = counts.format_with, counts.accuracy_with
-    return f", as {counts.reflective:,} do: {form:,} with the format, {right:,} answered rightly" if judged else ""
+    if not judged:
+        return ""
+    return f"; {counts.reflective:,} completions do, {form:,} of them with the format and {right:,} answered rightly"
 
 
 def correction_success(run: LoggedRun, train: Trajectories) -> Series:

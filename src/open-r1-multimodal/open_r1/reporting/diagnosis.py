@@ -1,4 +1,4 @@
-"""Looks for signs of what keeps reflection from emerging, each with the numbers of a run.
+"""Looks for signs of what may keep reflection from emerging, each with the numbers of a run.
 
 A sign is an entry of `SIGNS`, which holds the limits.
 """
@@ -65,8 +65,8 @@ def format_alone(run: LoggedRun, train: Trajectories) -> tuple[float, str]:
     before, after = first_and_last_tenth(by_step(steps, form).values)
     right = first_and_last_tenth(by_step(steps[kept], correct[kept]).values)
     if right is None:
-        raise NotMeasured("no completion keeps the format")
-    numbers = f"format {before:.0%} → {after:.0%}; accuracy of what keeps it {right[0]:.0%} → {right[1]:.0%}"
+        raise NotMeasured("no completion has the format")
+    numbers = f"format {before:.0%} → {after:.0%}; accuracy of completions with it {right[0]:.0%} → {right[1]:.0%}"
     return (after - before if right[1] - right[0] < FLAT else 0.0), numbers
 
 
@@ -122,47 +122,47 @@ SIGNS = (
         "Groups without signal",
         0.5,
         zero_signal,
-        "{limit:.0%} of the groups or more taught nothing, as all their completions earned the same: "
+        "{limit:.0%} of the groups or more taught nothing, because all their completions earned the same: "
         "take easier or harder questions, or a higher temperature.",
-        "Most groups held better and worse completions, so there was something to learn.",
+        "Most groups had better and worse completions, so there was something to learn.",
     ),
     Sign(
         "Format alone",
         0.1,
         format_alone,
-        "The model learned to write the tags, but what stands in them is no more often right than before.",
-        "Where format rose, accuracy rose with it; or format hardly rose.",
+        "The model learned to write the tags, but the answers in them are not right more often than before.",
+        "Accuracy rose together with the format reward, or the format reward hardly rose.",
     ),
     Sign(
         "Entropy collapse",
         4.0,
         entropy_fall,
-        "Entropy fell to a {limit:.0f}th or less: what is never sampled any more, a reflection for one, cannot be "
-        "rewarded.",
+        "Entropy fell to a {limit:.0f}th or less: what is no longer sampled, such as a reflection, cannot be rewarded.",
         "The model still samples different completions.",
     ),
     Sign(
         "Thought against answer",
         0.2,
         contradictions,
-        "The option that a thought names last is often not the answer: thinking does not decide it, so longer thoughts "
-        "earn nothing.",
-        "Answers mostly are what the thoughts before them end with.",
+        "The option that a thought names last is often not the answer: the thought does not decide the answer, so "
+        "longer thoughts earn nothing.",
+        "Most answers are the option that the thought before them names last.",
     ),
     Sign(
         "Blind accuracy",
         0.9,
         blind,
-        "Without the image the model is right about as often: it has learned what questions give away, and looking "
-        "again can earn little.",
+        "Without the image the model is right about as often: it answers from what the questions give away, so to look "
+        "at the image again can earn little.",
         "The model is right more often with the image than without it.",
     ),
     Sign(
         "Answer collapse",
         EXCESS,
         collapse,
-        "Nearly all answers are the same one, far more than are right: no reflection changes what is answered.",
-        "No answer is given nearly always, unless it is nearly always right; or fewer than 20 questions were asked.",
+        "Nearly all answers are the same, far more often than this answer is right: reflection does not change the "
+        "answer.",
+        "No answer is given nearly always unless it is nearly always right, or fewer than 20 questions were asked.",
         of_held_out=True,
     ),
 )
