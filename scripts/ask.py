@@ -1,4 +1,4 @@
-"""Load a checkpoint and ask it a question of a prepared dataset, or one of your own about an image.
+"""Load a checkpoint and ask it one question: one of a prepared dataset, or your own about an image.
 
 python scripts/ask.py --model outputs/grpo_sat --data src/data/SAT/SAT_train_15000.json --row 3
 python scripts/ask.py --model Qwen/Qwen2-VL-2B --image photo.jpg --question "How many chairs are there?"
@@ -21,7 +21,7 @@ from open_r1.tasks.examples import iter_rows
 def main() -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a run (LoRA too) or Hub name")
+    parser.add_argument("--model", required=True, help="folder of a run (also with LoRA) or Hub name")
     parser.add_argument("--data", help="prepared JSON file to take the question from")
     parser.add_argument("--row", type=int, default=0, help="number of the example in --data, from 0 (default: 0)")
     parser.add_argument("--image", help="image file to ask about")

@@ -1,10 +1,11 @@
-"""Benchmarks: this repository's way against the usual one, in alternating rounds on this machine.
+"""Measure how fast this repository is against the usual way, in alternating rounds on this machine.
 
     python scripts/benchmark.py data --rows 15000
     python scripts/benchmark.py eval
     python scripts/benchmark.py step --preset sat-cpu
 
-Medians and their ratio are printed; `--json FILE` keeps every round as well.
+`data` prepares SAT, `eval` evaluates, `step` is a GRPO step against stock TRL. Medians and their ratio are printed;
+`--json FILE` writes every round.
 """
 
 import json

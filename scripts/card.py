@@ -3,7 +3,7 @@
 python scripts/card.py outputs/grpo_sat
 python scripts/card.py outputs/grpo_sat --results src/eval/results/CVBench_result_grpo_sat_reasoning.json
 
-It becomes README.md in the run's folder, which training writes without the results; --push_to_hub uploads it.
+The card is README.md in the run's folder. Training writes it without the results, and uploads it with --push_to_hub.
 """
 
 import sys

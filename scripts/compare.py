@@ -2,13 +2,12 @@
 
     python scripts/compare.py src/eval/results/CVBench_result_*_reasoning.json
     python scripts/compare.py src/eval/results/*_reasoning.json     several benchmarks: a line a score, a column a model
-    python scripts/compare.py logs/MODEL/*_samples_blink.jsonl      lmms-eval's log: as it scored it, and as we do
+    python scripts/compare.py logs/MODEL/*_samples_blink.jsonl      lmms-eval's log: its score, and ours
 
-The first result is the one that the others are compared with, of each benchmark its own. The
-difference of two results is paired: each question is its own control, and counts as it does in the
-Total, with the mean over its rotations where it was asked in several. Questions that were asked once
-also have the p-value of McNemar's exact test. Warnings say what else differs: values move by ten
-points with the prompt or the parser alone.
+Of each benchmark, the other results are compared with the first one. The difference of two results is paired by
+question; a question that was asked in several rotations counts once, with its mean. If each question was asked once,
+there is also the p-value of McNemar's exact test. Warnings say what else differs between the results: values move by
+ten points with the prompt or the parser alone.
 """
 
 import argparse

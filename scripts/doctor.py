@@ -1,12 +1,12 @@
-r"""Look at a run before it starts: the machine, recipe, data, prompt, rewards, model and what it costs.
+r"""Check a run before it starts: the machine, recipe, data, prompt, rewards, model and what the run costs.
 
     python scripts/doctor.py                                               # the machine alone
     python scripts/doctor.py --config configs/grpo_sat.yaml --num_processes 4 --dataset_name data.json
     python scripts/doctor.py --memory --config configs/grpo_sat.yaml --config configs/overlays/lora.yaml
 
-`--doctor` among the arguments of run_grpo_SAT.sh and run_sft.sh does the same for what they would start. Arguments that
-it does not know are the recipe's. Each line is pass, warn, fail or skip (not looked at), with its figure and a remedy;
-one failure is exit code 1. `--memory` only counts, at the recipe's limits (longest prompt, largest image, longest
+run_grpo_SAT.sh and run_sft.sh with `--doctor` do the same for the run that they would start. Other arguments are the
+recipe's settings. Each line says pass, warn, fail or skip (not checked), what was found, and a remedy. If a check fails
+the exit code is 1. `--memory` only computes the memory, at the recipe's limits (longest prompt, largest image, longest
 completions), in GB of 10^9 bytes on each GPU.
 """
 
@@ -91,19 +91,22 @@ def show(examined: Run, as_json: bool) -> None:
 def main() -> None:
     """Command line entry point."""
     parser = command_line(__doc__)
-    parser.add_argument("--memory", action="store_true", help="count a training step's memory, and nothing else")
+    parser.add_argument("--memory", action="store_true", help="only compute a training step's memory")
     parser.add_argument(
         "--config", action="append", default=[], help="recipe, a file in configs/; may be given several times"
     )
     parser.add_argument(
-        "--script", choices=("grpo", "sft"), help="what runs the recipe (default: told by its settings)"
+        "--script", choices=("grpo", "sft"), help="the command that runs the recipe (default: found by its settings)"
     )
     parser.add_argument(
-        "--num_processes", type=positive, default=1, help="processes, on all machines together; one a GPU (default: 1)"
+        "--num_processes",
+        type=positive,
+        default=1,
+        help="number of processes on all machines together, one a GPU (default: 1)",
     )
-    parser.add_argument("--num_machines", type=positive, default=1, help="(default: 1)")
+    parser.add_argument("--num_machines", type=positive, default=1, help="number of machines (default: 1)")
     parser.add_argument("--accelerate_config", default="zero2", help="zero2, zero3, ddp or a file (default: zero2)")
-    parser.add_argument("--cpu", action="store_true", help="with --memory: count for processes on a CPU")
+    parser.add_argument("--cpu", action="store_true", help="with --memory: compute it for processes on a CPU")
     parser.add_argument("--json", action="store_true", help="print JSON; with --memory sizes are in bytes")
     args, overrides = parser.parse_known_args()
     if not args.config and (args.memory or overrides):

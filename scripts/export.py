@@ -2,7 +2,7 @@
 
     python scripts/export.py --adapter outputs/grpo_sat_lora --output outputs/grpo_sat_lora_merged
 
-The prompt (chat template) and the image bounds go along. A QLoRA adapter is merged into the 16-bit base weights.
+The folder also has the chat template and the image bounds. A QLoRA adapter is merged into the 16-bit base weights.
 """
 
 import argparse

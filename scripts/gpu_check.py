@@ -1,9 +1,9 @@
 """Measure this repository on one NVIDIA GPU, as `scripts/gpu_check.sh` starts it.
 
-Each measurement (benchmarks/gpu.py) runs in a process of its own and has a limit of its own: one that hangs is killed,
-one that fails or is impossible says why, and the next one follows. When the time is over, what is left says so. After
-each one the table so far is in OUTPUT as `gpu_check.md`, with all figures in full in `gpu_check.json`. One that failed,
-other than for want of memory or time, is exit code 1.
+Each measurement (benchmarks/gpu.py) runs in its own process with its own time limit. If it hangs it is killed; if it
+fails or is impossible the table says why, and the next one follows. The table also names what was not started because
+the time was over. It is written to OUTPUT after each measurement, as `gpu_check.md`, with all figures in
+`gpu_check.json`. If one failed for another reason than memory or time, the exit code is 1.
 """
 
 import importlib.metadata
@@ -287,11 +287,11 @@ def main() -> None:
     """Command line entry point."""
     start = time.monotonic()
     parser = command_line(__doc__, prog="gpu_check.sh", epilog=explain_wheels())
-    parser.add_argument("--minutes", type=positive, default=9, help="after which no more is measured (default: 9)")
+    parser.add_argument("--minutes", type=positive, default=9, help="no measurement is started later (default: 9)")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs/gpu_check", help="(default: %(default)s)")
-    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="install from it what is missing; see below")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="take missing packages from it; see below")
     parser.add_argument(
-        "--rehearsal", action="store_true", help="run the check itself, on a toy model and the CPU; it measures nothing"
+        "--rehearsal", action="store_true", help="try the check on a toy model and the CPU; its figures mean nothing"
     )
     args = parser.parse_args()
     for name in ("gpu_check.json", "gpu_check.md", "gpu_check_profile.txt"):

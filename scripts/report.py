@@ -1,8 +1,8 @@
-"""Make the report of a run, finished, killed or still going on: one page that opens from disk.
+"""Make the report of a run that is finished, was killed or still goes on: one page that opens from disk.
 
 python scripts/report.py outputs/grpo_sat
 python scripts/report.py outputs/grpo_sat --output report.html
-python scripts/report.py outputs/grpo_sat outputs/grpo_sat_lora    their curves over one another
+python scripts/report.py outputs/grpo_sat outputs/grpo_sat_lora    the curves of several runs on one page
 """
 
 import sys

@@ -3,8 +3,8 @@
     python scripts/sweep.py outputs/sweep/none/seed* outputs/sweep/dapo/seed*
 
 `scripts/sweep.sh` makes such runs and calls this. A run's recipe is the name of the folder that it is in; the first
-one is the reference. Held-out accuracy is that of a run's own evaluations, completions are all that it sampled until
-then. A result file in the run's folder (test_qwen2vl_CVBench.py --output_dir) is compared as well.
+recipe is the reference. Held-out accuracy is from a run's own evaluations; completions are all that it sampled before
+an evaluation. A result file in the run's folder (test_qwen2vl_CVBench.py --output_dir) is compared as well.
 """
 
 import sys

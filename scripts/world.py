@@ -1,4 +1,4 @@
-"""Render a spatial world in SAT's or CV-Bench's schema: `python -m open_r1.world`, without an environment activated.
+"""Render a spatial world in SAT's or CV-Bench's schema: `python -m open_r1.world` without activating an environment.
 
 python scripts/world.py --output world.parquet --rows 2000 --level full
 """

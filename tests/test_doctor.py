@@ -438,8 +438,8 @@ def test_the_steps_of_an_epoch_are_those_that_are_trained(tiny_model, examples_j
 @pytest.mark.parametrize(
     "share, last",
     [
-        (1.5, "pass s a step, measured over 2 of 1/4 of its work, which is slower; 100 take"),
-        (9, "skip counted, not measured: a step takes this CPU about 22.5 minutes, all 100 37.5 hours"),
+        (1.5, "pass s a step, measured over 2 steps of 1/4 of the work, which are slower; 100 take"),
+        (9, "skip computed, not measured: a step takes this CPU about 22.5 minutes, all 100 steps 37.5 hours"),
     ],
 )
 def test_what_a_slow_cpu_is_spared(share, last, examined, monkeypatch):
@@ -650,7 +650,7 @@ def test_more_gpus_shorten_all_of_a_step_but_its_rollout(monkeypatch):
     run = SimpleNamespace(trainer=trainer, args=args, launch=Launch(4, 2), on_cpu=False)
     run.count = lambda launch, args: SimpleNamespace(peak=0.0)
     (finding,) = cost.hours(run)
-    assert finding.what == "5.5 s a step, measured over 2; 100 take 9.2 minutes"
+    assert finding.what == "5.5 s a step, measured over 2 steps; 100 take 9.2 minutes"
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
-"""Evaluate a checkpoint on CV-Bench, or on another spatial question set; base and instruct models alike.
+"""Evaluate a base or instruct model on CV-Bench, or on another set of spatial questions.
 
     python test_qwen2vl_CVBench.py                                             the newest GRPO output, else Qwen2-VL-2B
     python test_qwen2vl_CVBench.py --model_path Qwen/Qwen2-VL-2B-Instruct --no-use_reasoning_prompt
     accelerate launch test_qwen2vl_CVBench.py --model_path ...                 on every GPU of the machine
     python test_qwen2vl_CVBench.py --precomputed_json results/X.json           score saved responses again, no model
 
-It writes results/CVBench_result_{model}_{reasoning|no_reasoning}.json: every response with how it was read, the
-scores with 95 % intervals, and all that they depend on. Decoding is greedy without a repetition penalty. Every batch
-is saved; the same command continues an interrupted run. An earlier result that was made with other settings, or lost
-rows since, is kept aside.
+It writes results/CVBench_result_{model}_{reasoning|no_reasoning}.json: every response and how it was read, the scores
+with 95 % intervals, and the settings that they depend on. Decoding is greedy without a repetition penalty. Every batch
+is saved, so the same command continues an interrupted run. An earlier result with other settings, or with missing rows,
+is renamed and kept.
 """
 
 import sys

@@ -4,13 +4,13 @@
 
 writes into --output_dir
 
-    SAT_train_15000.json          the examples: LLaMA-Factory, ms-swift and this repository load it
-    SAT_train_15000.info.json     the settings it was made with, how many rows were kept and skipped, and its SHA-256
+    SAT_train_15000.json          the examples, as LLaMA-Factory, ms-swift and this repository load them
+    SAT_train_15000.info.json     the settings, how many rows were kept and skipped, and the file's SHA-256
     images/SAT_train_15000/       the image bytes, untouched, as {row}_{image}.{true extension}
 
-The number in the name is the number asked for (or `all`), so that a script can name the file beforehand. All is written
-under temporary names: an interrupted run leaves nothing that looks finished, and the next one starts anew (the paper's
-15,000 examples take 12 s). Where the data set is there already, it says so, or what of it was damaged since.
+The number in the name is the number asked for (or `all`), so that a script can name the file beforehand. Files have
+temporary names until they are complete: after an interruption the next run starts anew (the paper's 15,000 examples
+take 12 s). If the data set exists already, the script says so, or says which part of it is damaged.
 """
 
 import argparse
@@ -258,7 +258,7 @@ def parse_args() -> argparse.Namespace:
         help="examples to keep, the first in the file's order; 0 or all: every one "
         f"(default: {PAPER_EXAMPLES} of train and static, all of val and test)",
     )
-    add("--seed", type=int, default=42, help="of the options' order (default: %(default)s)")
+    add("--seed", type=int, default=42, help="seed of the options' order (default: %(default)s)")
     add("--output_dir", type=Path, default=here, help="(default: this script's folder)")
     add("--multi_image", choices=("skip", "keep"), default="skip", help="rows with several images (default: skip)")
     add("--question_types", nargs="+", metavar="TYPE", help="keep only these (default: all)")

@@ -39,7 +39,7 @@ def memory(run: Run) -> Iterator[Finding]:
     if needed > total:
         yield failed(what, f"{remedy}; docs/memory.md")
     elif needed > free:
-        yield warned(what, "end what else takes memory there")
+        yield warned(what, "end other programs that take memory there")
     else:
         yield passed(what)
 
@@ -94,7 +94,7 @@ def disk(run: Run) -> Iterator[Finding]:
     what = f"{written} checkpoints of {one / GB:.2f} GB and the model: {needed / GB:.1f} GB, "
     what += f"{free / GB:.1f} GB are free in {folder}"
     if needed > free:
-        yield failed(what, "another OUTPUT, --save_total_limit 2, or --save_only_model true (no resuming)")
+        yield failed(what, "another OUTPUT, --save_total_limit 2, or --save_only_model true (without resuming)")
     else:
         yield passed(what)
 
@@ -107,12 +107,12 @@ def hours(run: Run) -> Iterator[Finding]:
     if expected > MEASURED_SECONDS:
         parts = parts_of_step(run)
     if getattr(run.args, "use_vllm", False):
-        why = "vLLM generates in this recipe: the log's first steps tell"
+        why = "vLLM generates in this recipe: see the seconds of the log's first steps"
     elif needed > free_memory(run.on_cpu):
         why = f"a step in one process takes {needed / GB:.1f} GB, more than is free"
     elif expected / parts > MEASURED_SECONDS:
         one, all_of_them = (lasting(count * expected / MEASURED_STEPS) for count in (1, steps))
-        why = f"counted, not measured: a step takes this CPU about {one}, all {steps} {all_of_them}"
+        why = f"computed, not measured: a step takes this CPU about {one}, all {steps} steps {all_of_them}"
     else:
         why = ""
     if why:
@@ -136,9 +136,9 @@ def hours(run: Run) -> Iterator[Finding]:
     # A token takes a GPU about as long for few completions as for many: more GPUs do not shorten a rollout.
     rollout = 0.0 if run.on_cpu else parts * sum(logged) / MEASURED_STEPS
     seconds = rollout + (seconds - rollout) / (launch.num_machines if run.on_cpu else launch.num_processes)
-    part = f" of 1/{parts:.0f} of its work, which is slower" if parts > 1 else ""
+    part = f" of 1/{parts:.0f} of the work, which are slower" if parts > 1 else ""
     yield passed(
-        f"{seconds:.1f} s a step, measured over {MEASURED_STEPS}{part}; {steps} take {lasting(seconds * steps)}"
+        f"{seconds:.1f} s a step, measured over {MEASURED_STEPS} steps{part}; {steps} take {lasting(seconds * steps)}"
     )
 
 

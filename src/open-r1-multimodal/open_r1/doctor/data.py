@@ -42,7 +42,7 @@ def images(run: Run) -> Iterator[Finding]:
     """Each image is decoded once."""
     for name, data in sets(run):
         if data.broken:
-            yield failed(f"{name}: {first(data.broken)}", "mend these images, or leave their rows out")
+            yield failed(f"{name}: {first(data.broken)}", "repair these images, or leave their rows out")
         elif data.images:
             partly = "" if data.decoded == data.images else f" of {data.images:,}, more would take too long"
             yield passed(f"{Path(name).name}: {data.decoded:,} decoded{partly}, none broken")
@@ -52,7 +52,7 @@ def answers(run: Run) -> Iterator[Finding]:
     """The answers are there, and among the options."""
     for name, data in sets(run):
         if data.unusable:
-            yield failed(f"{name}: {first(data.unusable)}", "mend these answers, or leave their rows out")
+            yield failed(f"{name}: {first(data.unusable)}", "correct these answers, or leave their rows out")
         else:
             known = [answer for answer in data.answers if answer is not None]
             what = f"{len(known):,} of {data.rows:,} rows with an answer, {len(set(known)):,} different"
@@ -68,7 +68,7 @@ def duplicates(run: Run) -> Iterator[Finding]:
         repeated = data.rows - len(answers_of)
         torn = sum(len(different) > 1 for different in answers_of.values())
         if torn:
-            what = f"{name}: {torn} of the questions are asked again with another answer"
+            what = f"{name}: {torn} of the questions occur again with another answer"
             yield warned(what, "keep one answer of each")
         elif repeated > FEW * data.rows:
             yield warned(f"{name}: {repeated} of {data.rows} rows are repeated", "keep one of each")
@@ -87,7 +87,7 @@ def leaks(run: Run) -> Iterator[Finding]:
     if leaked:
         same = sum(shown in asked for shown in leaked)
         what = f"{len(leaked)} of {len(held_out)} held-out questions show an image of the training set"
-        yield failed(f"{what}, {same} ask the same of it", "take these rows out of one of the two")
+        yield failed(f"{what}, {same} ask the same of it", "remove these rows from one of the two data sets")
     else:
         yield passed(f"no image of {len(held_out):,} held-out questions is in the training set")
 
@@ -103,7 +103,7 @@ def prompt_lengths(run: Run) -> Iterator[Finding]:
     what = f"{left_out:,} of {total:,} rows left out ({left_out / total:.1%}); {len(tokens)} others have "
     what += f"{statistics.median(tokens):.0f} tokens in the median, {max(tokens)} at most, {bound} allowed"
     if left_out > FEW * total:
-        yield warned(what, "raise max_prompt_length or lower max_pixels; control tokens in a text leave it out too")
+        yield warned(what, "raise max_prompt_length or lower max_pixels; rows with control tokens are left out, too")
     else:
         yield passed(what)
 

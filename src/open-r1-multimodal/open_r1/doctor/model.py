@@ -134,7 +134,7 @@ class Scores:
             seconds = PASSES * run.flops(2 * tokens, 2 * images) / run.speed
             if seconds > SECONDS:
                 minutes = f"{seconds / 60:.0f} minutes"
-                raise Missing(f"scoring would take this CPU about {minutes}; look at it on a GPU")
+                raise Missing(f"scoring would take this CPU about {minutes}; check this on a GPU")
         return rows
 
     @cached_property
@@ -185,7 +185,7 @@ def rounds(run: Run) -> bool:
 
 
 def weights(run: Run) -> Iterator[Finding]:
-    """The model is loaded as the run loads it; its dtype, device and attention are told."""
+    """The model is loaded as the run loads it; its dtype, device and attention are printed."""
     model = plain_model(run)
     yield passed(f"{model.dtype} on {model.device}, attention {model.config._attn_implementation}")
 
@@ -206,13 +206,13 @@ def image_tokens(run: Run) -> Iterator[Finding]:
     if places == encoded == counted:
         yield passed(what)
     else:
-        yield failed(what, "patch_size and merge_size are another model's: take both from one folder")
+        yield failed(what, "patch_size and merge_size are another model's: load model and processor from one folder")
 
 
 def batching(run: Run) -> Iterator[Finding]:
     """Neighbours in a batch, and the padding that they bring, change nothing."""
     scores = scores_of(run)
-    remedy = "padding leaks into the numbers: try --attn_implementation sdpa"
+    remedy = "padding changes the scores: try --attn_implementation sdpa"
     yield scores.compare(score(run, scores.rows, shared=False), "two prompts in a batch", remedy)
 
 
@@ -229,7 +229,7 @@ def reference(run: Run) -> Iterator[Finding]:
     mean, most = difference(scores.as_trained, referred)
     what = "policy and reference, before the first step: log-probabilities differ by "
     what += f"{mean:.1e}, {most:.1e} at most"
-    remedy = "they start from different weights: some are missing in the model's files"
+    remedy = "they have different weights: some are missing in the model's files"
     yield passed(what) if mean <= FLOOR else failed(what, remedy)
 
 
@@ -242,7 +242,7 @@ def sight(run: Run) -> Iterator[Finding]:
     grey = [{**row, "images": [Image.new("RGB", image.size, "grey") for image in row["images"]]} for row in scores.rows]
     mean, most = difference(scores.as_trained, score(run, grey))
     what = f"grey images change log-probabilities by {mean:.1e}, {most:.1e} at most"
-    remedy = "the vision tower's weights are dead, or this model does not look at images"
+    remedy = "the vision tower's weights have no effect, or this model does not use images"
     if mean > scores.bound:
         yield passed(what)
     else:
@@ -254,7 +254,7 @@ def shared_prefix(run: Run) -> Iterator[Finding]:
     if not run.is_grpo:
         return
     if not run.trainer.shared_prefix:
-        yield skipped("the recipe turns it off")
+        yield skipped("the recipe turns shared_prefix off")
         return
     scores = scores_of(run)
     what, remedy = "shared prefix against a plain forward pass", "train with --shared_prefix false"

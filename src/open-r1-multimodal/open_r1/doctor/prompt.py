@@ -18,9 +18,9 @@ def rendered(run: Run) -> Iterator[Finding]:
     """The prompt has the question in it, and a place for each image."""
     row = run.rows[0]
     text = render_prompt(row, run.processor, **run.template_kwargs)
-    places, mend = text.count(run.processor.image_token), "mend the chat_template"
+    places, mend = text.count(run.processor.image_token), "correct the chat_template"
     if row["prompt"][-1]["content"].strip() not in text:
-        yield failed("the prompt does not hold the question", mend)
+        yield failed("the prompt does not contain the question", mend)
     else:
         yield passed(f"{len(text)} characters, {places} images, ends with {text[-SHOWN:]!r}")
 
@@ -32,7 +32,7 @@ def tags(run: Run) -> Iterator[Finding]:
         return
     text = render_prompt(run.rows[0], run.processor, **run.template_kwargs)
     what = "the prompt neither ends with <think> nor asks for the tags that are rewarded"
-    remedy = "--chat_template base or instruct, or a template of yours with the tags"
+    remedy = "--chat_template base or instruct, or your own template with the tags"
     if run.prompt_opening:
         yield passed("the prompt opens <think>; completions start inside")
     elif "<think>" in text and "<answer>" in text:
@@ -52,7 +52,7 @@ def saved(run: Run) -> Iterator[Finding]:
     same_text = render_prompt(row, again, **kwargs) == render_prompt(row, run.processor, **kwargs)
     if not same_text or bounds(again) != bounds(run.processor):
         lost = "its image bounds" if same_text else "its prompt"
-        yield failed(f"a saved processor has lost {lost}", "save_pretrained of its class is at fault")
+        yield failed(f"a saved processor has lost {lost}", "the save_pretrained of its class is wrong")
     else:
         yield passed("a saved processor renders the same text, with the same image bounds")
 

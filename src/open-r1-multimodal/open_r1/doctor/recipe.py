@@ -32,7 +32,7 @@ def output(run: Run) -> Iterator[Finding]:
     checkpoint = find_checkpoint(run.command, run.settings, run.launch)
     folder = existing(output_dir)
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        yield failed(f"output_dir {output_dir}: {folder} is no folder that can be written to", "another OUTPUT")
+        yield failed(f"output_dir {output_dir}: {folder} is no folder that can be written to", "choose another OUTPUT")
     else:
         yield passed(f"goes on from {checkpoint}" if checkpoint else f"starts anew in {output_dir}")
 

@@ -116,12 +116,12 @@ def examine_reward(reward: Reward, probes: Sequence[Probe], tokenizer: Any) -> F
     try:
         values = call(reward, probes, tokenizer)
     except Mistake as error:
-        return failed(str(error), "mend it, or leave it out")
+        return failed(str(error), "correct it, or leave it out")
     seconds = (time.perf_counter() - start) / len(probes)
     known = sorted({value for value in values if value is not None})
     if len(known) < 2:
         what = f"{name} gives {known[0] if known else None} for each of {len(probes)} different completions"
-        return failed(what, "no group has anything to learn from it; mend it, or leave it out")
+        return failed(what, "it teaches nothing in any group; correct it, or leave it out")
     extent = f"{known[0]:g} to {known[-1]:g} over {len(probes)} completions"
     if reward is accuracy_reward:
         for probe, value in zip(probes, values, strict=True):

@@ -1,4 +1,4 @@
-"""Looks a data set through once: broken images, unusable answers, what is shown and asked."""
+"""Reads a data set once and notes broken images, unusable answers, and which images and questions each row has."""
 
 import hashlib
 import os

@@ -53,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         "--benchmark",
         type=given,
         metavar="NAME",
-        help=f"{', '.join(BENCHMARKS)}; easi-8, eight spatial ones in turn; or your own, module:NAME "
+        help=f"{', '.join(BENCHMARKS)}; easi-8, eight spatial ones in turn; or your own as module:NAME "
         f"(default: {DEFAULT_BENCHMARK}, or the one that the file of --precomputed_json names)",
     )
     add(
@@ -74,8 +74,8 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     add(
         "--max_pixels",
         type=positive,
-        help="larger images are shrunk to this area (default: what the checkpoint was trained at; 401408, the paper's, "
-        "for a published one)",
+        help="larger images are shrunk to this area in pixels (default: the checkpoint's training; 401408, the "
+        "paper's, for a published one)",
     )
     add(
         "--max_frames",
@@ -99,9 +99,9 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         "--precomputed_json",
         type=folder_or_file,
         metavar="FILE",
-        help="score the responses of a result file again; loads no model. Of the other options --parser, --output_dir "
-        "and --export count, and --benchmark where the file names none. A file that the paper's own code wrote gets "
-        "the scores 2D, 3D and CV-Bench (the official one) with the --dataset_path that was asked",
+        help="score the responses of a result file again, without a model. Of the other options --parser, --output_dir "
+        "and --export have an effect, and --benchmark if the file names none. A file of the paper's own code gets "
+        "the scores 2D, 3D and CV-Bench (the official one) if --dataset_path names the data that were asked",
     )
     add(
         "--export",
