@@ -60,7 +60,7 @@ class TrainedRun:
             return [row for _, _, row in read_lines(file)]
 
     def figures(self) -> list[tuple[str, str, str]]:
-        """Name, first and last value of what the report shows at its head."""
+        """Name, first and last value of each figure at the head of the report."""
         return key_figures(read_curves(self.folder)[1])
 
     def __str__(self) -> str:
@@ -95,16 +95,16 @@ class Evaluation:
 
 
 def train(*recipes: str, command: str = "grpo", **settings: Any) -> TrainedRun:
-    """Train in this process, as `run_grpo_SAT.sh` or `run_sft.sh` does in its own.
+    """Train in this process, as `run_grpo_SAT.sh` or `run_sft.sh` does in its own processes.
 
     Args:
-        recipes: recipe and overlays, as CONFIG names them.
+        recipes: recipe and overlays, named as in CONFIG.
         command: "grpo" or "sft".
-        settings: what the recipe holds otherwise, by name. Rewards, an advantage or a trainer may be functions or
-            classes themselves, also those of a notebook's cell.
+        settings: settings that override the recipe's, by name. Rewards, an advantage or a trainer may be given as
+            functions or classes, also as those of a notebook's cell.
 
     Raises:
-        Mistake: what the command would say in one line.
+        Mistake: what the command would print as its one-line error.
     """
     if torch.cuda.device_count() > 1:
         raise Mistake("train: one process takes one GPU; set CUDA_VISIBLE_DEVICES=0, or use run_grpo_SAT.sh for all")
@@ -116,15 +116,15 @@ def train(*recipes: str, command: str = "grpo", **settings: Any) -> TrainedRun:
 
 
 def evaluate(model: str | Path | TrainedRun, benchmark: str = "CV-Bench", **options: Any) -> Evaluation:
-    """Evaluate a model as `test_qwen2vl_CVBench.py` does, or take up its result where one is there.
+    """Evaluate a model as `test_qwen2vl_CVBench.py` does, or read its result if that is there already.
 
     Args:
         model: a run, a folder or a Hub name.
-        benchmark: one of the command's, or `module:NAME`; no suite of several, as easi-8 is.
-        options: of the command, by name: `dataset_path`, `limit`, `max_new_tokens`, `output_dir`, ...
+        benchmark: one of the command's, or `module:NAME`; not easi-8, which is several.
+        options: options of the command, by name: `dataset_path`, `limit`, `max_new_tokens`, `output_dir`, ...
 
     Raises:
-        Mistake: what the command would say in one line.
+        Mistake: what the command would print as its one-line error.
     """
     if benchmark in SUITES:
         raise Mistake(f"{benchmark}: name one of {', '.join(SUITES[benchmark])}; the command takes all at once")
@@ -149,17 +149,17 @@ def ask(model: str | Path | TrainedRun, image: Any, question: str, **options: An
 
 
 def report(*runs: str | Path | TrainedRun, output: str | Path | None = None) -> Path:
-    """Make the page of a run, or the page with the curves of several, and return its path; see `scripts/report.py`."""
+    """Make the report of one run, or a page with the curves of several, and return its path (`scripts/report.py`)."""
     return write_pages([Path(name_of(run)) for run in runs], None if output is None else Path(output))
 
 
 def name_of(model: str | Path | TrainedRun) -> str:
-    """What the commands take for a model."""
+    """The name or path of a model, as the commands take it."""
     return str(model.folder if isinstance(model, TrainedRun) else model)
 
 
 def to_arguments(name: str, value: Any) -> list[str]:
-    """A setting as the command line has it; None is the default, and nothing.
+    """A setting as arguments of the command line; None means the default, and gives no argument.
 
     >>> to_arguments("reward_funcs", ["accuracy", "format"])
     ['--reward_funcs', 'accuracy', 'format']

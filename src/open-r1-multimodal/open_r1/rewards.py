@@ -1,8 +1,8 @@
 """Reward functions in TRL's form: keyword lists with an entry per completion in, a float per completion out.
 
 A recipe names them in `reward_funcs`, by their name in `reward_funcs_registry` or as `module:function`, with values of
-their parameters in brackets: `length(target_length=500)`. What a function of the user's own raises, or returns that is
-no reward, ends a run in one line that names it (`guarded`).
+their parameters in brackets: `length(target_length=500)`. If a function of the user raises an error, or returns
+something that is no reward, the run ends in one line that names the function (`guarded`).
 """
 
 import ast
@@ -35,7 +35,7 @@ def accuracy_reward(
     options: Sequence[Sequence[str] | None] | None = None,
     **kwargs: Any,
 ) -> list[float]:
-    """1.0 where the last `<answer>` block holds the solution, else 0.0; without the tag there is no reward.
+    """1.0 where the last `<answer>` block holds the solution, else 0.0, also without the tag.
 
     Args:
         completions: texts, or conversations whose last message is the model's.
@@ -43,7 +43,7 @@ def accuracy_reward(
         options: the options of each question, where it has any.
 
     Raises:
-        Mistake: a solution is none of its options; the data is wrong then, not the model.
+        Mistake: a solution is none of its options, which is a mistake in the data.
     """
     return _compare([extract_answer(completion_text(completion)) for completion in completions], solution, options)
 
@@ -56,9 +56,9 @@ def bare_accuracy_reward(
 ) -> list[float]:
     """1.0 where the completion is the solution and nothing else, read as strictly as by `accuracy_reward`, else 0.0.
 
-    The equality reward of No-Thinking-RL (arXiv 2503.16188): a thought in front of the answer earns nothing. It fails
-    where a model never answers so briefly: then all of a group earn 0. Logs and the report know it by the name of
-    `accuracy_reward`, whose arguments and errors it shares.
+    The equality reward of No-Thinking-RL (arXiv 2503.16188): a completion with a thought before the answer earns
+    nothing. It teaches nothing to a model that never answers so briefly, because then all completions of a group earn
+    0. Logs and the report have it under the name of `accuracy_reward`. Arguments and errors: as there.
     """
     return _compare([completion_text(completion).strip() for completion in completions], solution, options)
 
@@ -101,14 +101,14 @@ def consistency_reward(
 ) -> list[float | None]:
     """1.0 where the option that the thought names last is the one in the `<answer>` block, 0.0 where it is another.
 
-    None where one of the two names none, and for a question without options. By itself it pays wrong answers, too, if
-    the thoughts before them come to them: beside accuracy it can make a wrong answer worth as much as a right one. With
-    `among_right` it says None of wrong answers, and its logged mean is a share of the right ones. It fails where a
-    thought comes to an option in words that the answer checker cannot read.
+    None where the thought or the answer names no option, and for a question without options. By default it also rewards
+    a wrong answer that agrees with its thought: together with accuracy, such an answer can earn as much as a right one.
+    With `among_right` wrong answers get None, and the logged mean is a share of the right ones. It goes wrong where a
+    thought names an option in words that the answer checker cannot read.
 
     Args:
         completions: texts, or conversations whose last message is the model's.
-        solution: see `accuracy_reward`, which `among_right` asks.
+        solution: see `accuracy_reward`; needed with `among_right`.
         options: the options of each question, by their texts, where it has any.
         among_right: whether only right answers are judged.
     """
@@ -140,9 +140,9 @@ def repetition_reward(
 ) -> list[float]:
     """Minus the share of a completion's n-grams of tokens that were there before: in (-1, 0], 0.0 without repetition.
 
-    TRL's penalty, after arXiv 2502.03373, appendix C.2. Eight tokens, not TRL's three: a model that looks again says
-    phrases of three tokens again, and is not to pay for it. It fails to see a loop that changes a word each time, and
-    what repeats in other words.
+    TRL's penalty, after arXiv 2502.03373, appendix C.2. The default is eight tokens, not TRL's three: a model that
+    checks its answer repeats phrases of three tokens, which should not be punished. It does not detect a loop that
+    changes a word each time, or a repetition in other words.
     """
     return get_repetition_penalty_reward(ngram)(completion_ids)
 
@@ -155,9 +155,9 @@ def soft_overlong_reward(
 ) -> list[float]:
     """In [-1, 0]: 0.0 up to four fifths of the limit of a completion, then linear down to -1.0 at the limit.
 
-    TRL's soft overlong punishment, DAPO's equation 13 (arXiv 2503.14476), over the same share of the limit. It fails as
-    a control of length: far from the limit it says nothing. Where it is the only reward that differs within a group, it
-    teaches to be brief, right or wrong.
+    TRL's soft overlong punishment, DAPO's equation 13 (arXiv 2503.14476), over the same share of the limit. It does not
+    control length far from the limit. If it is the only reward that differs within a group, it teaches brevity, whether
+    the answers are right or wrong.
 
     Args:
         completions, completion_ids: see TRL.
@@ -172,12 +172,12 @@ def order_consistency_reward(
     rotation_of: Sequence[int | None] | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
-    """The share of the completions for another order of its options that choose what a completion does: in [0, 1].
+    """The share of the completions for the other order of the options that choose the same option, in [0, 1].
 
-    0.0 without a readable answer, None where the batch holds no other order (`rotate_options` puts it there). After
-    arXiv 2510.10104, which asks the second order behind the first one's thought, and pays less for wrong answers. It
-    fails where a model is wrong in every order: agreeing on that is paid as well, so it belongs behind the accuracy
-    reward, with less weight.
+    0.0 without a readable answer; None where the batch has no other order of the question (`rotate_options` adds it).
+    After arXiv 2510.10104, which asks the second order after the first one's thought, and pays less for wrong answers.
+    It also rewards a model that gives the same wrong answer in every order, so use it with the accuracy reward, with
+    less weight.
 
     Args:
         completions: texts, or conversations whose last message is the model's.
@@ -216,11 +216,11 @@ def get_reward_funcs(names: Sequence[str], **of_the_run: Any) -> list[Reward]:
     Args:
         names: names in the registry, or `module:function` for a function of the user's own; either with values of its
             parameters in brackets, as Python writes them: `my_rewards:short(limit=40)`.
-        of_the_run: `think_prefilled` (see `format_reward`), `max_completion_length`: each bound to the reward functions
-            that have a parameter of its name.
+        of_the_run: `think_prefilled` (see `format_reward`) and `max_completion_length`; each is given to the reward
+            functions that have a parameter of this name.
 
     Raises:
-        Mistake: a name is unknown, or leads to no function that can be called as TRL does, with these parameters.
+        Mistake: a name is unknown, or its function cannot be called as TRL does, with these parameters.
     """
     return [_get_reward(name, of_the_run) for name in names]
 
@@ -275,9 +275,9 @@ def _get_reward(name: str, of_the_run: Mapping[str, Any]) -> Reward:
 
 
 def told(reward: Reward, **of_the_run: Any) -> Reward:
-    """A reward of this module as a script names it, bound to what it asks of the run (see `get_reward_funcs`).
+    """A reward of this module with the values of the run that it needs (see `get_reward_funcs`).
 
-    One that has been bound, and one of the user's own, are as they are.
+    A reward that has them already, and one of the user's own, are returned unchanged.
     """
     if reward not in reward_funcs_registry.values():
         return reward
@@ -307,11 +307,11 @@ def _split_parameters(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def guarded(reward: Reward, name: str) -> Reward:
-    """A reward of the user's own, checked at every call: what it raises or returns amiss names it, in one line.
+    """A reward of the user's own, checked at every call: an error or a wrong result ends in one line that names it.
 
     Args:
-        reward: asynchronous or not; one of this module is returned as it is: what it raises is a bug, or wrong data.
-        name: of the function, maybe behind its module's: `module:function`.
+        reward: asynchronous or not. One of this module is returned unchanged: its errors are bugs, or wrong data.
+        name: of the function, `function` or `module:function`.
     """
     if getattr(reward, "__module__", None) == __name__:
         return reward

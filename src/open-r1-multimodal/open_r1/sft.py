@@ -53,13 +53,13 @@ from open_r1.trainer.metrics import NamedEvaluationMixin
 
 
 def after_prompt(answer: str, think_prefilled: bool) -> str:
-    """What of an answer is left to learn behind a prompt that, maybe, has opened its `<think>` already."""
+    """The part of an answer to learn: without its `<think>` if the prompt already ends with it."""
     return answer.lstrip().removeprefix("<think>") if think_prefilled else answer
 
 
 @dataclass
 class AnswerCollator(DataCollatorForVisionLanguageModeling):
-    """TRL's vision collator on rows of `load_dataset`: opens the images, labels the answer and its end alone."""
+    """TRL's vision collator on rows of `load_dataset`: opens the images, and labels only the answer and its end."""
 
     completion_only_loss: bool = True
     template_kwargs: dict[str, str] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
         )
 
     def open_images(self, row: dict[str, Any]) -> tuple[dict[str, Any], list[Image.Image]]:
-        """The row and its images; the last good row when one is broken by now, so that no run ends after hours."""
+        """The row and its images; if an image broke during the run, the last good row, so that the run goes on."""
         try:
             self.last = row, [open_image(path) for path in row["images"]]
         except BrokenImage as error:  # `load_dataset` has seen it whole
@@ -102,15 +102,15 @@ class AnswerCollator(DataCollatorForVisionLanguageModeling):
 
 
 class Qwen2VLSFTTrainer(FiniteMixin, LoadWeightsMixin, ModelCardMixin, NamedEvaluationMixin, SFTTrainer):
-    """TRL's `SFTTrainer`, resuming from its own checkpoints also outside DeepSpeed; evaluation sets log by name."""
+    """TRL's `SFTTrainer`, which also resumes outside DeepSpeed, and logs each evaluation set under its name."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, which scores answers alone on a CPU, too."""
+        """TRL's, but on a CPU, too, only answers are scored."""
         with scoring_labels_alone():
             return super().compute_loss(*args, **kwargs)
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's; what a process gets in the last batch beyond the data set, to have as many rows, does not count."""
+        """TRL's, without the rows that fill up the last batch of a process beyond the data set."""
         state = self.accelerator.gradient_state
         if state.end_of_dataloader and state.remainder > 0:  # so many rows of all processes' batches count
             own = state.remainder - self.accelerator.process_index * self.args.eval_batch_size
@@ -133,13 +133,13 @@ def scoring_labels_alone() -> Iterator[None]:
 
 
 def check_answer(row: Row) -> None:
-    """Raise Mistake for a row that says nothing to learn."""
+    """Raise Mistake for a row without an answer."""
     if row["solution"] is None:
         raise Mistake("no answer to train on (--answer_column names its field)")
 
 
 def check_thought(row: Row, think_prefilled: bool) -> None:
-    """Raise Mistake for an answer that GRPO's format reward would not pay, behind a prompt that asks for a thought.
+    """Raise Mistake for an answer that GRPO's format reward would not reward, if the prompt asks for a thought.
 
     Args:
         row: with a `solution`.
@@ -153,7 +153,7 @@ def check_thought(row: Row, think_prefilled: bool) -> None:
 
 
 def answer_checks(processor: ProcessorMixin, **template_kwargs: str) -> list[Callable[[Row], None]]:
-    """What every row has to pass behind these prompts; with `style: direct` answers alone are meant."""
+    """The checks of every row for these prompts; with `style: direct` an answer needs no thought."""
     if template_kwargs.get("style") == "direct" or not asks_for_thought(processor, **template_kwargs):
         return [check_answer]
     return [check_answer, partial(check_thought, think_prefilled=opens_think(processor, **template_kwargs))]

@@ -1,15 +1,16 @@
 """Turns the rewards of a group's completions into their advantages: the formula that GRPO is named after.
 
-A completion is compared with the others of its own prompt alone. With rewards r of the G completions of a group,
+A completion is compared only with the others of its prompt. With rewards r of the G completions of a group,
 
     advantage = (r - mean(r)) / (std(r) + 1e-4)
 
 (DeepSeekMath, arXiv 2402.03300, equation 3). Everything here is a pure function of the rewards of whole groups, the
 completions of one prompt side by side. Shapes: B completions, of B / G groups, and F reward functions. A reward is NaN
-where a function said nothing about a completion; a completion about which none said anything has no part in its group's
-mean, and the advantage 0. `group_advantages` is TRL 1.16's arithmetic; tests/test_advantages.py holds the two together.
+if a function returned None for a completion. A completion without any reward has no part in its group's mean, and its
+advantage is 0. `group_advantages` computes what TRL 1.16 does; tests/test_advantages.py compares the two.
 
-Another advantage is a function with the signature of `leave_one_out`, named in a recipe: `advantage: module:function`.
+To use another advantage, write a function with the signature of `leave_one_out` and name it in a recipe:
+`advantage: module:function`.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ Advantage = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The weighted sum (B,) of what the reward functions say of each completion; NaN where none says anything.
+    """The weighted sum (B,) of the rewards of each completion; NaN where no function gave one.
 
     Args:
         rewards: (B, F).
@@ -39,7 +40,7 @@ def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def group_mean(values: torch.Tensor, group_size: int) -> torch.Tensor:
-    """The mean of each value's group (B,) -> (B,), over its numbers."""
+    """The mean of each value's group, (B,) -> (B,), without NaN."""
     return values.view(-1, group_size).nanmean(dim=1).repeat_interleave(group_size)
 
 
@@ -66,13 +67,13 @@ def normalize_each(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
 def combined_rewards(
     rewards: torch.Tensor, weights: torch.Tensor, group_size: int, aggregation: str = "sum_then_normalize"
 ) -> torch.Tensor:
-    """The one number (B,) by which completions are compared: the rewards of all functions, added up.
+    """The sum of all functions' rewards (B,), by which completions are compared.
 
-    NaN where no function says anything. Arguments: see `group_advantages`.
+    NaN where no function gave a reward. Arguments: see `group_advantages`.
     """
     if aggregation == "sum_then_normalize":
         return total_rewards(rewards, weights)
-    # a lone reward of its group has no standard deviation: it counts as 0, as in TRL
+    # the only reward of a group has no standard deviation: it counts as 0, as in TRL
     total = (normalize_each(rewards, group_size) * weights).nansum(dim=1)
     return total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
@@ -84,9 +85,9 @@ def spread(
     scale_rewards: str = "group",
     aggregation: str = "sum_then_normalize",
 ) -> torch.Tensor:
-    """The standard deviation (B,) that an advantage is divided by; where it is 0 a group teaches nothing.
+    """The standard deviation (B,) that an advantage is divided by; if it is 0, a group teaches nothing.
 
-    With `scale_rewards` "none" nothing is divided, and it is the group's. Arguments: see `group_advantages`.
+    With `scale_rewards` "none", which divides by nothing, it is the group's. Arguments: see `group_advantages`.
     """
     total = combined_rewards(rewards, weights, group_size, aggregation)
     is_of_batch = scale_rewards == "batch" or aggregation == "normalize_then_sum"
@@ -104,13 +105,13 @@ def group_advantages(
 
     Args:
         rewards: (B, F).
-        weights: (F,), of the functions.
+        weights: (F,), one for each function.
         group_size: G, completions of a prompt.
-        scale_rewards: what the difference to the group's mean is divided by: the standard deviation of the "group", of
-            the "batch", or "none" (Dr. GRPO, arXiv 2503.20783).
-        aggregation: "sum_then_normalize" adds the functions up first; "normalize_then_sum" compares each function's
-            rewards within the group, adds those, and normalizes the sums over the batch (GDPO, arXiv 2601.05242), which
-            leaves `scale_rewards` without a part.
+        scale_rewards: the difference to the group's mean is divided by the standard deviation of the "group", of the
+            "batch", or by nothing: "none" (Dr. GRPO, arXiv 2503.20783).
+        aggregation: "sum_then_normalize" first adds the functions' rewards; "normalize_then_sum" first normalizes each
+            function's rewards within the group, adds the results, and normalizes the sums over the batch (GDPO, arXiv
+            2601.05242); `scale_rewards` then has no effect.
 
     Returns:
         (B,), 0 where a completion has no reward.

@@ -69,9 +69,9 @@ class Scored:
 class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardMixin, PromptSamplingMixin, GRPOTrainer):
     """TRL's `GRPOTrainer` for the models of `open_r1.models.families`; same signature and defaults.
 
-    A dataset row holds `prompt`, conversational or (without images) a text; `images` or `image`, if
-    any, as whatever `open_r1.base.images` opens, which go in front of the text; and whatever else
-    the reward functions take. Rows with and without images may be mixed. Beside TRL's behaviour:
+    A dataset row holds `prompt`, conversational or (without images) a text; `images` or `image`, if it has any, in a
+    form that `open_r1.base.images` opens, which are put before the text; and other columns for the reward functions.
+    Rows with and without images may be mixed. In addition to TRL's behaviour:
 
     - every end-of-text id ends a completion, vision tokens are never sampled, and sampling settings
       come from `args` alone, never from the checkpoint's generation_config;
@@ -79,10 +79,10 @@ class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardM
     - images may be masked in a term of the loss, or noised in half of a rollout (`perception`);
     - a larger model may teach the policy on the policy's own completions (`distillation`);
     - completions about an image that broke since the start get no reward and no part in the loss (`rows.ImageReader`);
-    - a loss or gradient that is no number ends the run before the weights are spoiled (`finite`);
+    - a loss or gradient that is NaN or infinite ends the run before it changes the weights (`finite`);
     - an evaluation's figures are over its questions, each once, by evaluation set (`metrics`);
-    - groups without signal can be replaced, and prompts that always or never succeed be asked less
-      (`sampling`);
+    - groups without signal can be replaced, and prompts that always or never succeed can be asked less often
+    (`sampling`);
     - every completion goes to `{output_dir}/trajectories/{train,eval,blind}.jsonl` (`recorder`),
       and a few are shown where the run reports to (`trackers`).
 
@@ -90,8 +90,8 @@ class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardM
         model: Hub name or folder (loaded by TRL, in float32 unless `args.model_init_kwargs` says
             otherwise) or a model.
         args: TRL's configuration or `Qwen2VLGRPOConfig`.
-        others: see TRL; `open_r1.rewards` are callables for `reward_funcs`, and are told of the run what they ask:
-            whether the chat template opens `<think>`, how long a completion may be.
+        others: see TRL. `reward_funcs` may be functions of `open_r1.rewards`; they get the values of the run that they
+            need: whether the chat template opens `<think>`, and how long a completion may be.
     """
 
     def __init__(
