@@ -26,7 +26,7 @@ ROOMS = [
 HEAD = """# Map of the package
 
 Written by `python scripts/dev/map.py` from the first lines of docstrings in `src/open-r1-multimodal/open_r1`. The rooms
-stand in the order of imports: each imports those above it, none below it; the files beside them import any.
+(subpackages) are in the order of imports: a room imports only rooms above it. The files beside the rooms import any.
 """
 
 

@@ -1,4 +1,4 @@
-"""The one answer checker, which rewards, evaluation and reports share, and what it is made of.
+"""The one answer checker, which rewards, evaluation and reports share, and its parts.
 
 It imports nothing of the package but `base`, and no torch. Start with `checker.py`.
 """

@@ -1,4 +1,4 @@
-"""Writes files so that a crash cannot spoil them: replaced at once, or JSON Lines with at most a torn last line."""
+"""Writes files so that a crash cannot damage them: replaced whole, or JSON Lines with at most a torn last line."""
 
 import hashlib
 import json

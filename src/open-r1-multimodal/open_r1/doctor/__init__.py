@@ -1,4 +1,4 @@
-"""What is wrong with a run before it starts: checks in families, each a function of the run.
+"""Checks a run before it starts; the checks are grouped in families, and each is a function of the run.
 
 It imports every room. Start with `examination.py`.
 """

@@ -1,4 +1,4 @@
-"""Checks what a run takes: memory and disk by counting, hours by measuring steps."""
+"""Checks what a run takes: computes memory and disk, and measures steps for the hours."""
 
 import math
 import os

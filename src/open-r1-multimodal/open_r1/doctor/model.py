@@ -1,4 +1,4 @@
-"""Checks a model's log-probabilities on two examples: what must change them, and what not.
+"""Checks a model's log-probabilities on two examples: what must change them, and what must not.
 
 What should be equal may differ by rounding, which in 16 bits is 50 times as much with trained
 weights as with random ones. So the run's own is measured: its scores against those that the same

@@ -1,4 +1,4 @@
-"""Checks the prompt of the first example: what it holds, and what is saved of it."""
+"""Checks the prompt of the first example: what it contains, and whether a checkpoint saves the same."""
 
 import inspect
 from collections.abc import Iterator

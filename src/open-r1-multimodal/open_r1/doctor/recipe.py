@@ -1,4 +1,4 @@
-"""Checks a recipe: its settings, where it reports to and begins, its model, prompt and rewards."""
+"""Checks a recipe: its settings, trackers, output folder and checkpoint, model, prompt and rewards."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Checks the rewards: what they give right answers in many forms, wrong answers, and none."""
+"""Checks the rewards for right answers in many forms, for wrong answers, and for none."""
 
 import asyncio
 import inspect

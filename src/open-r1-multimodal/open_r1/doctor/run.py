@@ -1,4 +1,4 @@
-"""The run that is examined: its settings, and what is made of them when a check first asks for it.
+"""The run that is checked: its settings, and its parts, which are built when a check first needs them.
 
 A part that cannot be made fails the check that asks first; checks that ask later are skipped.
 """

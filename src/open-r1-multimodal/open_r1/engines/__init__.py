@@ -1,4 +1,4 @@
-"""Samples and scores completions, the prompt of a group once: by transformers, or by vLLM, checked against the policy.
+"""Samples and scores completions, with a group's prompt processed once, by transformers or by vLLM.
 
-It imports `models` and below. Start with `shared_prefix.py`.
+It imports `models` and rooms above that. Start with `shared_prefix.py`.
 """

@@ -1,4 +1,4 @@
-"""A model before it trains or answers: its family, loading, freezing, adapters, chat template, memory.
+"""Prepares a model for training or evaluation: its family, loading, freezing, adapters, chat template, memory.
 
-It imports `base` and `settings`. Start with `families/`: all that differs between families is there.
+It imports `base` and `settings`. Start with `families/`, which has everything that differs between families.
 """

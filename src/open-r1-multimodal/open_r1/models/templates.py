@@ -1,4 +1,4 @@
-"""Tries a chat template, which is a stranger's program, in a process of its own before it is used."""
+"""Tries a chat template, which is a program from elsewhere, in a separate process before it is used."""
 
 import contextlib
 import multiprocessing

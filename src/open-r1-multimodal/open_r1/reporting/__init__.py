@@ -1,4 +1,4 @@
-"""A run's page: what it left behind is read, counted and drawn, from its files alone.
+"""Makes a run's report and model card, and compares results, from the files that a run or an evaluation wrote.
 
-It imports `evaluation` and below, and no torch. Start with `page.py`.
+It imports `evaluation` and rooms above that, and no torch. Start with `page.py`.
 """

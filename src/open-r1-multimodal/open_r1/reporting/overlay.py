@@ -1,4 +1,4 @@
-"""Draws the curves of several runs over one another, on one page without their completions."""
+"""Draws the curves of several runs in common charts, on one page without their completions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

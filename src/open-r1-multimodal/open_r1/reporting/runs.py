@@ -1,4 +1,4 @@
-"""Reads the folder that a run leaves (arguments, log, completions), and trusts none of it.
+"""Reads the folder of a run (arguments, log, completions), and trusts nothing in it.
 
 A run may still be going on: the last line of a file may be half written. Anything else that is damaged is an error in
 one line. Completions are kept as columns of numbers; their texts stay in the file until somebody asks for one.

@@ -1,4 +1,4 @@
-"""Computes statistics over a run's completions: a number a step, its spread, how often they reconsider."""
+"""Computes statistics over a run's completions: a mean for each step, its spread, how often they reflect."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

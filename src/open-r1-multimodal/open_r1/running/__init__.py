@@ -1,4 +1,4 @@
-"""A run from its command line to its last checkpoint: launch, data, checkpoints, callbacks, what goes wrong.
+"""A run from its command line to its last checkpoint: launch, data, checkpoints, callbacks, failures, warnings.
 
-It imports everything below the trainers. Start with `entry.py`.
+It imports all rooms above it. Start with `entry.py`.
 """

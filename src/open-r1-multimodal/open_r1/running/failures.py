@@ -1,4 +1,4 @@
-"""How a run fails: one line for what a user can mend, else a traceback; and the launcher's last line."""
+"""How a run fails: one line for what a user can correct, else a traceback; and the launcher's last line."""
 
 import re
 import signal

@@ -1,4 +1,4 @@
-"""Records what a run is made of (settings, data, code), and says what changed when it is resumed."""
+"""Records a run's settings, data and code, and says which of them changed when it is resumed."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""What a recipe may say: recipes and overlays become the dataclasses of `open_r1.configs`, their values checked.
+"""Reads recipes and overlays into the dataclasses of `open_r1.configs`, and checks their values.
 
 It imports `base`. Start with `recipes.py`.
 """

@@ -1,4 +1,4 @@
-"""Asks about pictures without labels: pretext tasks, whose answers follow from what was done to a picture.
+"""Makes questions about pictures without labels: pretext tasks, whose answers follow from an edit of the picture.
 
     python -m open_r1.tasks.pretext --images photos/ --output pretext.json --rows 5000
 

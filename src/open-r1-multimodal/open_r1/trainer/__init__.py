@@ -1,4 +1,4 @@
-"""GRPO: `trainer.py` has one optimiser step from top to bottom, `advantages.py` the formula.
+"""GRPO: `trainer.py` has one optimiser step from top to bottom, `advantages.py` the formula of advantages.
 
 It imports `answers`, `base`, `engines`, `models`, `reporting`, `running` and `settings`. Start with
 `Qwen2VLGRPOTrainer._take_step`.

@@ -1,4 +1,4 @@
-"""On-policy distillation: a larger model, the teacher, draws the policy towards itself on the policy's own completions.
+"""On-policy distillation: the loss draws the policy towards a larger model, the teacher, on the policy's completions.
 
 The term in the loss is KL(policy || teacher) at each token of a completion (arXiv 2306.13649, the reverse divergence),
 by an estimate from the sampled token alone or over the whole vocabulary. The teacher scores the packed row that the

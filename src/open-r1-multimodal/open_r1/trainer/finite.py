@@ -1,4 +1,4 @@
-"""Stops a run at a loss or gradient that is no number, before it spoils the weights, and keeps what led to it."""
+"""Stops a run at a NaN or infinite loss or gradient, before it changes the weights, and saves the batch."""
 
 import math
 from pathlib import Path

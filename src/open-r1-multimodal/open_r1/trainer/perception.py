@@ -1,4 +1,4 @@
-"""PAPO's term in the loss and NoisyRollout's noisy images: they reward a policy that uses its images.
+"""PAPO's term in the loss and NoisyRollout's noisy images, which should make a policy depend on its images.
 
 PAPO (arXiv 2507.06448) rewards the policy for saying something else when most of its image is black. NoisyRollout
 (arXiv 2504.13055) samples half of a group from a noisy image, and learns from all of it as if from the clean one. All

@@ -1,4 +1,4 @@
-"""The images of a data set's row: found, opened, put into its prompt, taken out of it; and its prompt as text."""
+"""Finds and opens a row's images, puts them into its prompt or takes them out, and renders the prompt as text."""
 
 import sys
 from collections.abc import Sequence
