@@ -1,8 +1,8 @@
 """Run the shipped recipes at Qwen2-VL-2B's size or a smaller one's, a step each; `scripts/dev/rehearse.sh` starts it.
 
-Each phase is a command as a user types it. Seconds are of the whole command; peak memory is that of its largest process
-(on a GPU: of the fullest card), and the forecast is the doctor's for the same recipe and lengths, with what the
-libraries alone take on this machine beside it. The table is printed and left in `rehearsal.json`.
+Each phase is a command as a user types it. Seconds are of the whole command. Peak memory is that of its largest process
+(on a GPU: of the card with most memory in use). The forecast is the doctor's for the same recipe and lengths, with the
+memory of the libraries on this machine added. The table is printed and left in `rehearsal.json`.
 """
 
 import argparse

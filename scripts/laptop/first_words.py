@@ -1,10 +1,10 @@
-"""Gives the merger's new last layer a start: an image token is what the words for its cell are to the language model.
+"""Initialises the merger's new last layer, so that an image token is near the embeddings of the words for its cell.
 
     python scripts/laptop/first_words.py --model outputs/laptop/blind --output outputs/laptop/first_words
 
-Ridge regression over rendered scenes, from what reaches that layer to the mean embedding of the words for what is in
-the cell: its name, its column and how deep it is, or "nothing". No gradient is taken. Sight is learned from there
-(`configs/laptop/sft_sight.yaml`).
+Ridge regression over rendered scenes, from the input of that layer to the mean embedding of the words for what is in
+the cell: its name, its column and how deep it is, or "nothing". There is no gradient step. SFT on captions starts from
+here (`configs/laptop/sft_sight.yaml`).
 """
 
 import argparse

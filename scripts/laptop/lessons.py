@@ -1,14 +1,14 @@
-"""Writes what the laptop's model learns from: captions of rendered scenes, or reasoned answers to questions about them.
+"""Writes the laptop model's training data: captions of rendered scenes, or reasoned answers to questions about them.
 
     python scripts/laptop/lessons.py captions --rows 3840 --seed 31 --output outputs/laptop/captions
     python scripts/laptop/lessons.py answers --rows 1600 --seed 32 --output outputs/laptop/answers
     python scripts/laptop/lessons.py contradictions --rows 1920 --seed 33 --output outputs/contradictions
 
-Captions say what is where. An answer is `<think>...</think> <answer>...</answer>`, as the format reward wants it: the
-places of what is asked about, the step from there, and the answer; a quarter of them count all things, and so have a
-whole caption in them. Of each kind of question each answer is right equally often. Contradictions are for the tiny base
-(`configs/tiny/base`): in its own words, but about half of its right answers are not what the thought before them ends
-with. The folder gets `rows.json`, as `run_sft.sh` reads it, and `images/`.
+Captions say what is where. An answer is `<think>...</think> <answer>...</answer>`, as the format reward requires: the
+places of the objects in question, the step from there, and the answer. A quarter of them count all objects, so they
+contain a whole caption. For each kind of question each answer is right equally often. Contradictions are for the tiny
+base (`configs/tiny/base`) and in its own words, but in about half of them the thought ends with another option than the
+right answer that follows. The folder gets `rows.json`, as `run_sft.sh` reads it, and `images/`.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Tells whether the laptop's model sees: what share of the things in unseen scenes it names, and says where they are.
+"""Checks whether the laptop's model can see: the share of objects in unseen scenes that it names, and that it places.
 
     python scripts/laptop/sight.py --model outputs/laptop/sight --output outputs/laptop/results/sight.json
 
-The model lists the objects of each scene, greedily: "red circle at 3 7, blue square at 8 2." An object is named where
-the list has it, and placed where its place there is off by at most one tenth of the image's width and one of ten steps
-of depth. The exit code is 1 unless 80 % of all objects are named and 80 % of these placed.
+The model lists the objects of each scene, greedily: "red circle at 3 7, blue square at 8 2." An object counts
+as named if it is in the list, and as placed if its place there is off by at most one tenth of the image's width and one
+of ten steps of depth. The exit code is 1 unless 80 % of all objects are named and 80 % of these placed.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Tells whether a cold start is one to train on from: its accuracy is above chance, and no task's answers are constant.
+"""Checks whether GRPO can start from a cold start: its accuracy is above chance, and no task's answers are constant.
 
     python scripts/laptop/start.py outputs/laptop/results/CVBench_result_start_reasoning.json
 
-Of an answer that is always the same, or always right or wrong, GRPO has nothing to learn from. The exit code is 1
+GRPO learns nothing if the answers to a question are always the same, or always right or wrong. The exit code is 1
 unless the Total is 15 points above chance and no task has constant answers (`open_r1/answers/collapse.py`).
 """
 

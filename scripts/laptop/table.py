@@ -3,9 +3,9 @@
     python scripts/laptop/table.py --model cold_start results/*_result_start_reasoning.json \
         --model grpo grpo/seed*/CVBench_result_*.json results/grpo/SAT-test_result_*.json
 
-A row a model, and of each benchmark three columns: accuracy in % over all seeds, with Wilson's 95 % interval over the
-questions; the lowest and the highest seed; and the difference to the first model in points, paired by question, with a
-95 % bootstrap interval over questions and seeds.
+The table has a row for each model. For each benchmark there are three columns: accuracy in % over all seeds, with
+Wilson's 95 % interval over the questions; the lowest and the highest seed; and the difference to the first model in
+points, paired by question, with a 95 % bootstrap interval over questions and seeds.
 """
 
 import sys

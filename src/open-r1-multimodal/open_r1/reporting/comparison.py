@@ -62,9 +62,8 @@ def difference_cell(difference: tuple[float, float, float], digits: int) -> str:
 def paired_table(title: str, names: Sequence[str], results: Sequence[Sequence[Row]]) -> str:
     """How the Total of results differs from the first one's, over the questions that both answered.
 
-    The difference is that of the means over questions, as the Total is one, with its 95 % interval.
-    McNemar's test is about questions that were asked once and are right or wrong; of those that were
-    asked in several rotations, and of numbers, there is none.
+    The difference is that of the means over questions, with its 95 % interval. McNemar's test needs questions that were
+    asked once and are right or wrong; it is left out for several rotations, and for answers that are numbers.
 
     Args:
         title: of the first column.
@@ -307,9 +306,9 @@ def mean(values: Sequence[float]) -> float | None:
 def recipe_tables(rows: Sequence[Mapping[str, Any]]) -> str:
     """What each recipe of `compare_recipes` reached and what it took, as two tables and how to read them."""
     reference = rows[0]
-    against = ["lowest - highest seed", f"against {reference['recipe']}"]
+    against = ["lowest - highest seed", f"difference to {reference['recipe']}"]
     reached_table = markdown(
-        ["recipe", "seeds", "held-out", *against, "CV-Bench", *against],
+        ["recipe", "seeds", "held-out accuracy", *against, "CV-Bench's form", *against],
         [
             [
                 row["recipe"],
@@ -323,7 +322,7 @@ def recipe_tables(rows: Sequence[Mapping[str, Any]]) -> str:
     until = f"until {percent(reference['reached']['accuracy'])} % held-out"
     cost = ["seconds", "tokens a completion", "reflective, %", "against the thought, %"]
     took_table = markdown(
-        ["recipe", "completions sampled", until, "of the seeds", *cost],
+        ["recipe", "completions sampled", until, "the same, by seed", *cost],
         [
             [
                 row["recipe"],
@@ -343,10 +342,11 @@ def recipe_tables(rows: Sequence[Mapping[str, Any]]) -> str:
         questions += f" and {reference['benchmark']['questions']} of CV-Bench's form"
     note = (
         "Accuracy in %, differences in points, each with its 95 % interval, over "
-        f"{questions}. Completions, seconds of the training steps, and what completions are like in "
-        "the last tenth of the steps are means over seeds; against the thought: answers other than the option "
-        "that the thought names last, where both name one. Completions until the reference's final "
-        "accuracy are read from the mean curve and from each seed's (-: never)."
+        f"{questions}. The other columns are means over the seeds: seconds are of the training steps; tokens, "
+        "reflective completions and contradictions of the last tenth of the steps. Against the thought: answers that "
+        "are another option than the one that their thought names last, as a share of those for which both name one. "
+        f"{until.capitalize()}: completions sampled before the mean curve, or that of each seed, first reaches the "
+        "final accuracy of the first recipe (-: never)."
     )
     return f"{reached_table}\n\n{took_table}\n\n{note}\n"
 
