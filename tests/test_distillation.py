@@ -180,7 +180,7 @@ def test_an_evaluation_asks_no_teacher(tiny_model, data, tmp_path, monkeypatch):
     teacher = save_teacher(tmp_path / "teacher", tiny_model)
     settings = {"teacher_model_name_or_path": str(teacher), "per_device_eval_batch_size": 16}
     trainer = make_trainer(tiny_model, data, tmp_path, eval_data=data, **settings)
-    monkeypatch.setattr("open_r1.trainer.trainer.ask_teacher", None)
+    monkeypatch.setattr(trainer, "_ask_teacher", None)
     assert trainer.evaluate()["eval_reward"] > 0
 
 

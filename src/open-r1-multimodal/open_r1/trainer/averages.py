@@ -1,5 +1,7 @@
 """Averages a term beside TRL's loss over a micro-batch's tokens, weighted as TRL weighs its loss by loss type."""
 
+from typing import Any
+
 import torch
 
 
@@ -27,3 +29,26 @@ def batch_mean(
     if loss_type == "luspo":
         return totals.mean()
     return totals.sum() / tokens  # dapo, cispo, vespo
+
+
+class TermMixin:
+    """Mixin for a `GRPOTrainer` with a term beside TRL's loss."""
+
+    def _mean_of(self, name: str, values: torch.Tensor, counted: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """What a term adds to a micro-batch's loss: its mean as the loss type weighs tokens, divided by accumulation.
+
+        The plain mean of all processes' values is logged.
+
+        Args:
+            name: in the log.
+            values: (B, C), 0 where they do not count.
+            counted: (B, C), 1 where they do.
+            inputs: of the micro-batch.
+        """
+        sums = torch.stack([(values.detach() * counted).sum(), counted.sum()])
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self._log({name: total / max(count, 1)})
+        tokens = inputs["num_items_in_batch"].clamp(min=1)
+        tokens = tokens / self.accelerator.num_processes / self.args.steps_per_generation
+        mean = batch_mean(values, inputs["completion_mask"], self.loss_type, self.max_completion_length, tokens)
+        return mean / self.current_gradient_accumulation_steps

@@ -5,15 +5,21 @@ by an estimate from the sampled token alone or over the whole vocabulary. The te
 policy scores, behind its own encoding of the images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.models import prepare_deepspeed
+from trl.trainer.utils import add_fused_lm_head
 
-from open_r1.engines.shared_prefix import Prompt, score_completions
-from open_r1.models.families import Family
+from open_r1.engines.shared_prefix import score_completions
+from open_r1.engines.vllm_backends import engine_dtype
+from open_r1.models.loading import check_teacher, load_teacher
+from open_r1.trainer.averages import TermMixin
 
 
 def sampled_kl(logps: torch.Tensor, teacher_logps: torch.Tensor) -> torch.Tensor:
@@ -57,31 +63,42 @@ def whole_kl(
     return kl
 
 
-@torch.no_grad()
-def ask_teacher(
-    teacher: nn.Module,
-    family: Family,
-    prompts: Sequence[Prompt],
-    completion_ids: torch.Tensor,
-    completion_mask: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Let a teacher score a micro-batch of completions, in one forward pass.
+class TeacherMixin(TermMixin):
+    """Mixin for a `GRPOTrainer` of the shared prefix: its loss has the term of `teacher`, where there is one."""
 
-    Args:
-        teacher: prepared by `enable_grouping`, also behind the wrappers of a trainer.
-        family: of both models.
-        prompts: of each of the B rows; neighbours that are one object share it.
-        completion_ids, completion_mask: (B, C), padded on the right.
+    def _load_teacher(self, policy: PreTrainedModel) -> nn.Module | None:
+        """The recipe's teacher, held as TRL holds a reference model; in the run's 16 bits, or in the policy's dtype."""
+        name = getattr(self.args, "teacher_model_name_or_path", None)
+        if not name:
+            return None
+        check_teacher(name, policy.config, self.processing_class)
+        teacher = load_teacher(name, engine_dtype(self.args, policy.dtype), policy.config.get_text_config().vocab_size)
+        add_fused_lm_head(teacher, temperature=self.temperature)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(teacher, self.accelerator)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
-    Returns:
-        Log-probabilities (B, C), and the hidden states of the scored positions, (S, H').
-    """
-    # what a frozen vision tower made of the images is the policy's, not the teacher's
-    own = {prompt: replace(prompt, image_features=None) for prompt in prompts}
-    states: list[torch.Tensor] = []
-    logps, *_ = score_completions(
-        *(teacher, family, [own[prompt] for prompt in prompts], completion_ids, completion_mask),
-        batch_size=len(completion_ids),
-        observe=states.append,
-    )
-    return logps, states[0][0]
+    def _compute_loss(self, model, inputs):
+        if self.teacher is None or not self.model.training:
+            return super()._compute_loss(model, inputs)
+        kl = self._ask_teacher(inputs)
+        loss = super()._compute_loss(model, inputs)
+        return loss + self.args.distill_coef * self._mean_of("distill/kl", kl(), inputs["completion_mask"], inputs)
+
+    def _ask_teacher(self, inputs: dict[str, Any]) -> Callable[[], torch.Tensor]:
+        """Let the teacher score a micro-batch; what is returned gives KL (B, C) when the policy has scored it, too."""
+        ids, mask, scored = inputs["completion_ids"], inputs["completion_mask"], inputs["pixel_values"]
+        # what a frozen vision tower made of the images is the policy's, not the teacher's
+        own = {prompt: replace(prompt, image_features=None) for prompt in scored.prompts}
+        prompts, size = [own[prompt] for prompt in scored.prompts], len(ids)
+        states: list[torch.Tensor] = []  # one (1, S, H') of the scored positions
+        whole: list[torch.Tensor] = []  # one (S,)
+        with torch.no_grad(), self._timed("scoring"), self.accelerator.autocast():
+            logps, *_ = score_completions(self.teacher, self.family, prompts, ids, mask, size, observe=states.append)
+        if not self.args.distill_whole_vocabulary:
+            return lambda: sampled_kl(scored.logps, logps)
+        models = self.plain_model(), self.accelerator.unwrap_model(self.teacher)
+        head, teacher_head = (model.get_output_embeddings() for model in models)
+        teachers = states[0][0], teacher_head, self.temperature
+        scored.observe = lambda policys: whole.append(whole_kl(policys[0], head, *teachers))
+        return lambda: torch.zeros_like(scored.logps).masked_scatter(mask.bool(), whole[0])

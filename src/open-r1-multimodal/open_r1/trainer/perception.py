@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from transformers import ProcessorMixin
 
 from open_r1.engines.shared_prefix import Prompt, rows_by_prompt
 from open_r1.models.families import Family
+from open_r1.trainer.averages import TermMixin
+from open_r1.trainer.rows import put_images
 
 MOST_KL = 10.0  # nats of one token
 # How much of an image's energy is left after each step of NoisyRollout's diffusion, its code's numbers.
@@ -108,3 +111,50 @@ def add_noise(image: Image.Image, step: int, rng: np.random.Generator) -> Image.
     noise = rng.standard_normal(pixels.shape, dtype=np.float32)
     noisy = math.sqrt(KEPT[step]) * pixels + math.sqrt(1 - KEPT[step]) * noise
     return Image.fromarray((noisy.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+class PerceptionMixin(TermMixin):
+    """Mixin for a `GRPOTrainer` of the shared prefix: PAPO's term in its loss, NoisyRollout's images in rollouts."""
+
+    papo_coef = property(lambda self: getattr(self.args, "papo_coef", 0.0))
+    rollout_noise = property(lambda self: getattr(self.args, "rollout_noise", 0.0))
+
+    def _seeded(self, group: int) -> np.random.Generator:
+        """Random numbers of a group (counted over all processes) of this rollout."""
+        return np.random.default_rng((self.args.seed, self._rollout_number(), group))
+
+    def _encode_parts(
+        self, prompt: list[dict[str, Any]] | str, images: Sequence[Image.Image], row: int, count: int
+    ) -> list[tuple[Prompt, int]]:
+        """What a prompt's completions are sampled from, with how many are; the first is clean, and scored for all.
+
+        Args:
+            prompt: with its images inside.
+            images: of the prompt.
+            row: the number of its first completion over all processes.
+            count: of its completions.
+        """
+        clean, noise = self.backend.encode(prompt), 0
+        if self.rollout_noise and self.model.training and images:
+            noise = noise_step(self.rollout_noise, self.state.global_step / max(self.state.max_steps, 1))
+        if not noise:
+            return [(clean, count)]
+        size = self._group_size()
+        rng = self._seeded(row // size)
+        noisy = self.backend.encode(put_images(prompt, [add_noise(image, noise, rng) for image in images]))
+        return [(noisy if is_noisy else clean, times) for is_noisy, times in split_halves(row, count, size)]
+
+    def _masked(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """`mask_prompts` of a rollout in training, with its random numbers."""
+        first = self.accelerator.process_index * len(prompts)
+        settings = self.family, self.processing_class, self.args.papo_mask_ratio
+        return mask_prompts(prompts, *settings, lambda row: self._seeded((first + row) // self.num_generations))
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        if "masked_logps" not in inputs:
+            return loss
+        mask = inputs["completion_mask"]
+        sees = torch.tensor([[bool(prompt.image_inputs)] for prompt in inputs["prompts"]], device=mask.device)
+        kl = perception_kl(inputs["pixel_values"].logps, inputs["masked_logps"]) * sees
+        return loss - self.papo_coef * self._mean_of("papo/kl", kl, mask * sees, inputs)

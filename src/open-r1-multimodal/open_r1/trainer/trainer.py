@@ -8,7 +8,6 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
@@ -16,10 +15,10 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
-from trl.models import prepare_deepspeed, unwrap_model_for_generation
+from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_trainer import RewardFunc
-from trl.trainer.utils import add_fused_lm_head, get_config_model_id, pad, split_tensor_dict, use_adapter
+from trl.trainer.utils import get_config_model_id, pad, split_tensor_dict, use_adapter
 
 from open_r1.base.errors import Mistake, settings_of
 from open_r1.configs import Qwen2VLGRPOConfig, SignalArguments, check_settings, check_shared_prefix
@@ -30,10 +29,8 @@ from open_r1.models.families import end_token_ids, family_of, tokenizer_of, visi
 from open_r1.models.loading import (
     accept_missing_images,
     check_model_files,
-    check_teacher,
     check_weights,
     load_processor,
-    load_teacher,
     reset_generation_config,
 )
 from open_r1.rewards import format_reward, guarded, told, unique_names
@@ -42,12 +39,11 @@ from open_r1.running.checkpoints import LoadWeightsMixin
 from open_r1.running.data import most_broken, opens_think, warn_of_unshown
 from open_r1.settings.generation import check_generation, with_tokens
 from open_r1.trainer.advantages import choose_advantage, spread
-from open_r1.trainer.averages import batch_mean
 from open_r1.trainer.callbacks import CheckEngine, ContinueRollouts, RememberPassRates
-from open_r1.trainer.distillation import ask_teacher, sampled_kl, whole_kl
+from open_r1.trainer.distillation import TeacherMixin
 from open_r1.trainer.finite import FiniteMixin
 from open_r1.trainer.metrics import MetricsMixin, check_best, reward_figures
-from open_r1.trainer.perception import add_noise, mask_prompts, noise_step, perception_kl, split_halves
+from open_r1.trainer.perception import PerceptionMixin
 from open_r1.trainer.recorder import Recorder, Rollout, Rows
 from open_r1.trainer.rows import ImageReader, prompts_with_images, put_images, row_images, without_images
 from open_r1.trainer.sampling import ROW, PassRates, PromptSamplingMixin, shuffle_groups
@@ -66,7 +62,16 @@ class Scored:
     logps: torch.Tensor | None = None
 
 
-class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardMixin, PromptSamplingMixin, GRPOTrainer):
+class Qwen2VLGRPOTrainer(
+    MetricsMixin,
+    FiniteMixin,
+    LoadWeightsMixin,
+    ModelCardMixin,
+    PromptSamplingMixin,
+    TeacherMixin,
+    PerceptionMixin,
+    GRPOTrainer,
+):
     """TRL's `GRPOTrainer` for the models of `open_r1.models.families`; same signature and defaults.
 
     A dataset row holds `prompt`, conversational or (without images) a text; `images` or `image`, if it has any, in a
@@ -149,8 +154,6 @@ class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardM
         check_best(args.metric_for_best_model, eval_dataset, self.reward_func_names)
         scale_rewards, aggregation = self.scale_rewards, self.multi_objective_aggregation
         self.advantage = choose_advantage(getattr(args, "advantage", None), scale_rewards, aggregation)
-        self.papo_coef = getattr(args, "papo_coef", 0.0)
-        self.rollout_noise = getattr(args, "rollout_noise", 0.0)
         self.eos_token_ids = args.generation_kwargs[end]
         if self.use_vllm:  # TRL tells its engine alone
             settings = {"max_new_tokens": self.max_completion_length, "eos_token_id": self.eos_token_ids}
@@ -161,8 +164,8 @@ class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardM
             self.vllm_generation._iter_named_params = whole_weights
 
         # ---- The policy, the reference model and the teacher
-        name, policy = getattr(args, "teacher_model_name_or_path", None), self.plain_model()
-        self.teacher = self._load_teacher(name, policy) if name else None
+        policy = self.plain_model()
+        self.teacher = self._load_teacher(policy)
         self.family = family_of(policy)
         reset_generation_config(policy, processing_class)
         # Tool calls put images and foreign tokens into completions; they stay on TRL's path.
@@ -246,14 +249,7 @@ class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardM
         return batch
 
     def _roll_out(self, prompts: list[Any], _: GRPOTrainer) -> dict[str, Any]:
-        """TRL's `rollout_func`: images are opened, encoded and prefilled once for a prompt's rows.
-
-        With `rollout_noise` the second half of a group is sampled from noisy images; what is
-        returned, and scored, is the prompt with the clean ones.
-        """
-        noise, size = 0, self._group_size()
-        if self.rollout_noise and self.model.training:
-            noise = noise_step(self.rollout_noise, self.state.global_step / max(self.state.max_steps, 1))
+        """TRL's `rollout_func`: images are opened, encoded and prefilled once for a prompt's rows."""
         row = self.accelerator.process_index * len(prompts)  # of all processes' rows
         # what is asked, how often, and the index of what is scored for it
         encoded, repeats, scored = [], [], []
@@ -263,14 +259,9 @@ class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardM
             if not isinstance(prompt, str):
                 images, has_broken = self.images.open(images_of(prompt))
                 prompt = put_images(prompt, images)
-            versions, parts = [self.backend.encode(prompt)], [(False, count)]
-            if noise and images:
-                rng = self._seeded(row // size)
-                noisy = put_images(prompt, [add_noise(image, noise, rng) for image in images])
-                versions.append(self.backend.encode(noisy))
-                parts = split_halves(row, count, size)
+            parts = self._encode_parts(prompt, images, row, count)
             scored += [len(encoded)] * len(parts)
-            encoded += [versions[is_noisy] for is_noisy, _ in parts]
+            encoded += [part for part, _ in parts]
             repeats += [times for _, times in parts]
             is_broken += [has_broken] * count
             row += count
@@ -286,10 +277,6 @@ class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardM
             "encoded": prompts,
             "is_broken": is_broken,
         }
-
-    def _seeded(self, group: int) -> np.random.Generator:
-        """Random numbers of a group (counted over all processes) of this rollout."""
-        return np.random.default_rng((self.args.seed, self._rollout_number(), group))
 
     def _pad(
         self,
@@ -407,11 +394,7 @@ class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardM
             with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
                 batch["ref_per_token_logps"] = score(self.model)
         if self.papo_coef and self.model.training:
-            first = self.accelerator.process_index * len(ids)
-            scored.prompts = mask_prompts(
-                *(batch["prompts"], self.family, self.processing_class, args.papo_mask_ratio),
-                lambda row: self._seeded((first + row) // self.num_generations),
-            )
+            scored.prompts = self._masked(batch["prompts"])
             batch["masked_logps"] = score(self.model)
 
     # ---- The loss of a micro-batch
@@ -426,51 +409,11 @@ class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardM
             self._buffered_inputs = split_tensor_dict(shuffle_groups(sample(generation_batch)), steps)
         return self._buffered_inputs[self._step % steps]
 
+    # `TeacherMixin` and `PerceptionMixin` add their terms to TRL's.
     def _compute_loss(self, model, inputs):
-        if not self.shared_prefix:
-            return super()._compute_loss(model, inputs)
-        scored, mask = Scored(inputs["prompts"]), inputs["completion_mask"]
-        teaches = self.teacher is not None and self.model.training
-        kl_of_teacher = self._ask_teacher(inputs, scored) if teaches else None
-        loss = super()._compute_loss(model, {**inputs, "pixel_values": scored})
-        if "masked_logps" in inputs:
-            sees = torch.tensor([[bool(prompt.image_inputs)] for prompt in inputs["prompts"]], device=mask.device)
-            kl = perception_kl(scored.logps, inputs["masked_logps"]) * sees
-            loss = loss - self.papo_coef * self._mean_of("papo/kl", kl, mask * sees, inputs)
-        if kl_of_teacher:
-            loss = loss + self.args.distill_coef * self._mean_of("distill/kl", kl_of_teacher(), mask, inputs)
-        return loss
-
-    def _ask_teacher(self, inputs: dict[str, Any], scored: Scored) -> Callable[[], torch.Tensor]:
-        """Let the teacher score a micro-batch; what is returned gives KL (B, C) when the policy has scored it, too."""
-        mask, whole = inputs["completion_mask"], []
-        with self._timed("scoring"), self.accelerator.autocast():
-            logps, states = ask_teacher(self.teacher, self.family, inputs["prompts"], inputs["completion_ids"], mask)
-        if not self.args.distill_whole_vocabulary:
-            return lambda: sampled_kl(scored.logps, logps)
-        models = self.plain_model(), self.accelerator.unwrap_model(self.teacher)
-        head, teacher_head = (model.get_output_embeddings() for model in models)
-        scored.observe = lambda own: whole.append(whole_kl(own[0], head, states, teacher_head, self.temperature))
-        return lambda: torch.zeros_like(scored.logps).masked_scatter(mask.bool(), whole[0])
-
-    def _mean_of(self, name: str, values: torch.Tensor, counted: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """What a term adds to a micro-batch's loss: its mean as the loss type weighs tokens, divided by accumulation.
-
-        The plain mean of all processes' values is logged.
-
-        Args:
-            name: in the log.
-            values: (B, C), 0 where they do not count.
-            counted: (B, C), 1 where they do.
-            inputs: of the micro-batch.
-        """
-        sums = torch.stack([(values.detach() * counted).sum(), counted.sum()])
-        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        self._log({name: total / max(count, 1)})
-        tokens = inputs["num_items_in_batch"].clamp(min=1)
-        tokens = tokens / self.accelerator.num_processes / self.args.steps_per_generation
-        mean = batch_mean(values, inputs["completion_mask"], self.loss_type, self.max_completion_length, tokens)
-        return mean / self.current_gradient_accumulation_steps
+        if self.shared_prefix:
+            inputs = {**inputs, "pixel_values": Scored(inputs["prompts"])}
+        return super()._compute_loss(model, inputs)
 
     # TRL's runs the prompt through the model once a completion, padded on both sides. Its callers
     # hand on what a prompt's images became, as `pixel_values`; on the shared path that is the
@@ -498,16 +441,6 @@ class Qwen2VLGRPOTrainer(MetricsMixin, FiniteMixin, LoadWeightsMixin, ModelCardM
             return scored.logps, entropies, None
 
     # ---- The models
-
-    def _load_teacher(self, name: str, policy: PreTrainedModel) -> nn.Module:
-        """The teacher, held as TRL holds a reference model; in the run's 16 bits, or in the policy's dtype."""
-        check_teacher(name, policy.config, self.processing_class)
-        dtype = vllm_backends.engine_dtype(self.args, policy.dtype)
-        teacher = load_teacher(name, dtype, policy.config.get_text_config().vocab_size)
-        add_fused_lm_head(teacher, temperature=self.temperature)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(teacher, self.accelerator)
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def plain_model(self) -> PreTrainedModel:
         """The policy without the wrappers of accelerate, DeepSpeed and PEFT."""
