@@ -114,13 +114,13 @@ class ModelCardMixin:
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Upload the model with its card; raises Mistake when the Hub does not take it."""
-        again = f"all is saved in {self.args.output_dir}; {upload_command(self.hub_model_id, self.args.output_dir)}"
+        again = f"all is saved in {self.args.output_dir}; {upload_advice(self.hub_model_id, self.args.output_dir)}"
         with _told_by_hub(self.hub_model_id, again):
             return super().push_to_hub(*args, **kwargs)
 
 
-def upload_command(repository: str | None, folder: str) -> str:
-    """What uploads the model in a run's folder by hand, without the run's checkpoints."""
+def upload_advice(repository: str | None, folder: str) -> str:
+    """How to upload the model in a run's folder by hand, without the run's checkpoints: the end of a sentence."""
     name = repository or Path(folder).name
     return f'upload it with `hf upload {name} {folder} . --exclude "checkpoint-*"`'
 

@@ -24,7 +24,7 @@ from open_r1.base.locks import check_free, owned
 from open_r1.configs import check_attention, check_bfloat16
 from open_r1.models.families import use_family
 from open_r1.models.loading import check_weights, parameter_table
-from open_r1.running.callbacks import add_run_callbacks, upload_command
+from open_r1.running.callbacks import add_run_callbacks, upload_advice
 from open_r1.running.checkpoints import (
     CompleteCheckpoints,
     check_split,
@@ -324,8 +324,8 @@ def finish(checkpoint: str, args: TrainingArguments) -> None:
     copy_model(final_checkpoint(checkpoint, args), args.output_dir)
     report(args.output_dir)
     if args.push_to_hub:
-        command = upload_command(args.hub_model_id, args.output_dir)
-        print(f"--push_to_hub: nothing was uploaded now; {command}", file=sys.stderr)
+        again = upload_advice(args.hub_model_id, args.output_dir)
+        print(f"--push_to_hub: nothing was uploaded now; {again}", file=sys.stderr)
 
 
 def report(output_dir: str) -> None:
