@@ -17,7 +17,7 @@ from accelerate.utils import patch_environment
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from trl import GRPOConfig, ModelConfig
+from trl import GRPOConfig
 
 from open_r1.base.errors import Mistake, first_line
 from open_r1.doctor.survey import Survey, survey
@@ -26,7 +26,7 @@ from open_r1.models.loading import check_model, check_template, check_weights, l
 from open_r1.models.memory import MemoryCount, build_model, count_run, free_memory, teacher_bytes, weight_bytes
 from open_r1.rewards import COMPARING, Reward, check_gold, get_reward_funcs, reward_funcs_registry
 from open_r1.running.data import columns_of, load_processor_from_args, opens_think
-from open_r1.running.entry import Command, read_settings
+from open_r1.running.entry import Command, Settings, read_settings
 from open_r1.settings.processes import Launch
 from open_r1.settings.recipes import PLANNED_PROCESSES
 from open_r1.sft import check_answer
@@ -75,16 +75,16 @@ class Run:
         self.scratch = tempfile.TemporaryDirectory(prefix="doctor-")
 
     @part
-    def settings(self) -> tuple[Any, TrainingArguments, ModelConfig]:
-        """Script, trainer and model arguments, as every process of the run gets them."""
+    def settings(self) -> Settings:
+        """As every process of the run gets them."""
         if not self.arguments:
             raise Missing("name a recipe with --config")
         with planned(self.launch):
             return read_settings(self.command, self.arguments)
 
-    script_args = property(lambda self: self.settings[0])
-    args = property(lambda self: self.settings[1])
-    model_args = property(lambda self: self.settings[2])
+    script_args = property(lambda self: self.settings.script_args)
+    args = property(lambda self: self.settings.args)
+    model_args = property(lambda self: self.settings.model_args)
 
     @property
     def is_grpo(self) -> bool:

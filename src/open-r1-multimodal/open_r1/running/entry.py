@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
@@ -90,7 +90,12 @@ def quiet() -> None:
         enable_progress_bars()
 
 
-Settings = tuple[Any, TrainingArguments, Any]  # script, trainer and model arguments
+class Settings(NamedTuple):
+    """What a recipe and the command line say, as the dataclasses of a `Command`."""
+
+    script_args: Any
+    args: TrainingArguments
+    model_args: Any
 
 
 @dataclass(frozen=True)
@@ -124,15 +129,16 @@ def check_run(command: Command, arguments: Sequence[str], config_file: str, proc
     with silence():
         launch = Launch.of_config(config_file, processes)
         settings = read_settings(command, arguments)
-        check_login(settings[1].report_to)
-        check_free(settings[1].output_dir)
+        args, model_args = settings.args, settings.model_args
+        check_login(args.report_to)
+        check_free(args.output_dir)
         checkpoint = find_checkpoint(command, settings, launch)
-        if not (checkpoint and is_finished(checkpoint, settings[1])):
+        if not (checkpoint and is_finished(checkpoint, args)):
             prepared = command.prepare(*settings)
             if checkpoint:  # the data of the run that it is of
-                checked_data(settings[1], prepared, checkpoint)
-            check_weights(settings[2].model_name_or_path, settings[2].model_revision)
-    return settings[1]
+                checked_data(args, prepared, checkpoint)
+            check_weights(model_args.model_name_or_path, model_args.model_revision)
+    return args
 
 
 @contextmanager
@@ -143,7 +149,7 @@ def silence() -> Iterator[None]:
 
 
 def read_settings(command: Command, arguments: Sequence[str]) -> Settings:
-    """Script, trainer and model arguments of a command line; raises Mistake where none would train."""
+    """The settings of a command line; raises Mistake where none would train."""
     script_args, args, model_args = read_recipe(command.arguments, arguments)
     use_family(script_args.family)
     if args.eval_strategy != "no" and script_args.eval_dataset_name is None:
@@ -166,12 +172,12 @@ def read_settings(command: Command, arguments: Sequence[str]) -> Settings:
     if args.eval_strategy == "no":
         args.eval_on_start = False  # transformers would ask for an evaluation set all the same
     args.report_to = resolve_report_to(args.report_to)
-    return script_args, args, model_args
+    return Settings(script_args, args, model_args)
 
 
 def find_checkpoint(command: Command, settings: Settings, launch: Launch) -> str | None:
     """The checkpoint that a run goes on from, or None; Mistake if this launch (settings, ZeRO, processes) cannot."""
-    args = settings[1]
+    args = settings.args
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if checkpoint and args.resume_from_checkpoint == "auto":
         check_same_run(args.output_dir, describe_settings(command, settings, launch.num_processes))
@@ -210,7 +216,7 @@ def run_command(command: Command) -> None:
 def train(command: Command, arguments: Sequence[str]) -> str:
     """Train as the command line says, in an output folder that is this run's own meanwhile; returns that folder."""
     settings = read_settings(command, arguments)
-    output_dir = settings[1].output_dir
+    output_dir = settings.args.output_dir
     os.makedirs(output_dir, exist_ok=True)
     with owned(output_dir):
         check_shared(output_dir)
