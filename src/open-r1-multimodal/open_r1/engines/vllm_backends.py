@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import is_peft_model
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
+from trl import GRPOConfig
 
 from open_r1.base.errors import Mistake
 from open_r1.configs import need_vllm
@@ -70,15 +72,23 @@ def engine_settings(processor: ProcessorMixin | PreTrainedTokenizerBase, dtype: 
 
 
 @contextmanager
-def engines_with(seed: int, **settings: Any) -> Iterator[None]:
-    """In the block, every engine that TRL starts has these settings, and samples by the run's seed.
+def engines_of_run(
+    args: GRPOConfig, model: str | PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase
+) -> Iterator[None]:
+    """In the block, every engine that TRL starts has the settings of a run's policy, and samples by the run's seed.
 
     TRL 1.16 has no option for dtype and pixel bounds: an engine takes those of the model's folder, and 16 bits where
-    that has 32. Its seed is the number of the engine alone, so that runs of several seeds would draw alike.
+    that has 32. Its seed is the number of the engine alone, so that runs of several seeds would draw alike. It raises
+    what `engine_settings` raises.
     """
+    # TRL loads a model given by its name in float32, if it is told nothing else
+    own = (args.model_init_kwargs or {}).get("dtype", "float32") if isinstance(model, str) else model.dtype
+    settings = engine_settings(processor, engine_dtype(args, own))
+    # Of a 4-bit policy TRL would start vLLM in 4 bits, too; but it gets unquantised, merged weights (`adapted_weights`)
+    settings["quantization"] = None
     module = importlib.import_module("trl.generation.vllm_generation")
     engine = module.LLM
-    module.LLM = lambda **trls: engine(**{**trls, **settings, "seed": seed + trls["seed"]})
+    module.LLM = lambda **trls: engine(**{**trls, **settings, "seed": args.seed + trls["seed"]})
     try:
         yield
     finally:
@@ -141,6 +151,13 @@ def adapted_weights(engine: "VLLMGeneration") -> Iterator[tuple[str, torch.Tenso
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
             name = engine._fix_param_name_to_vllm(name, [f"modules_to_save.{model.active_adapter}."])
             yield name, whole_weight(weight) if layer is None else merged_weight(layer)
+
+
+def hand_over_whole_weights(engine: "VLLMGeneration") -> None:
+    """Let TRL's engine get a policy with LoRA as `adapted_weights` has it; raises what `check_vllm_adapter` raises."""
+    if is_peft_model(engine.model):
+        check_vllm_adapter(engine.model)
+        engine._iter_named_params = partial(adapted_weights, engine)
 
 
 def banned(ids: Sequence[int]) -> dict[int, float]:

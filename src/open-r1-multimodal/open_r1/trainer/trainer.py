@@ -127,18 +127,12 @@ class Qwen2VLGRPOTrainer(
         if processing_class is None:
             processing_class = load_processor(name, revision=revision)
         check_generation(args.generation_kwargs, len(tokenizer_of(processing_class)), args.use_vllm)
-        never = vision_token_ids(processing_class)
+        ends, never = end_token_ids(processing_class), vision_token_ids(processing_class)
         if args.use_vllm:
-            # TRL loads a model given by its name in float32, if it is told nothing else
-            own = (args.model_init_kwargs or {}).get("dtype", "float32") if isinstance(model, str) else model.dtype
             end, ban = "stop_token_ids", {"logit_bias": vllm_backends.banned(never)}
-            settings = vllm_backends.engine_settings(processing_class, vllm_backends.engine_dtype(args, own))
-            # Of a 4-bit policy TRL would start vLLM in 4 bits, too; but vLLM gets unquantised, merged weights
-            # (`adapted_weights`).
-            engines = vllm_backends.engines_with(args.seed, quantization=None, **settings)
+            engines = vllm_backends.engines_of_run(args, model, processing_class)
         else:
             end, ban, engines = "eos_token_id", {"suppress_tokens": never}, nullcontext()
-        ends = end_token_ids(processing_class)
         args.generation_kwargs = with_tokens(args.generation_kwargs, end, ends, ban)
         with engines, settings_of("trl", "transformers", "accelerate", "peft"):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *more, **kwargs)
@@ -158,10 +152,7 @@ class Qwen2VLGRPOTrainer(
         if self.use_vllm:  # TRL tells its engine alone
             settings = {"max_new_tokens": self.max_completion_length, "eos_token_id": self.eos_token_ids}
             self.generation_config = GenerationConfig(**settings)
-        if self.use_vllm and is_peft_model(self.vllm_generation.model):
-            vllm_backends.check_vllm_adapter(self.vllm_generation.model)
-            whole_weights = partial(vllm_backends.adapted_weights, self.vllm_generation)
-            self.vllm_generation._iter_named_params = whole_weights
+            vllm_backends.hand_over_whole_weights(self.vllm_generation)
 
         # ---- The policy, the reference model and the teacher
         policy = self.plain_model()
