@@ -356,7 +356,9 @@ def test_parameters_that_a_reward_has_not_are_one_line(name, message):
         (":plain", ""),
         ("own_rewards:missing", "missing"),
         ("own_rewards:constant", "constant"),
-        ("no_such_package.module:reward", "no module 'no_such"),
+        ("no_such_package.module:reward", "no module 'no_such.* or in this folder$"),
+        ("own_rewards.py:plain", "'own_rewards.py:plain': write own_rewards:plain, as Python imports it; "),
+        ("./mine/own_rewards.py:plain", "write own_rewards:plain, as Python imports it"),
     ],
 )
 def test_unknown_rewards_are_one_clear_line(own, name, message):

@@ -47,6 +47,11 @@ def import_named(
     if not (module_name and colon and attribute):
         listed = f"known: {', '.join(known)}; " if known else ""
         raise Mistake(f"{option}: unknown {kind} {name!r} ({listed}your own: module:name)")
+    if module_name.endswith(".py") or "/" in module_name:
+        raise Mistake(
+            f"{option}: {kind} {name!r}: write {Path(module_name).stem}:{attribute}, as Python imports it; the file is "
+            "looked for in this folder and on PYTHONPATH"
+        )
     try:
         module = import_here(module_name)
     except (Exception, SystemExit) as error:
