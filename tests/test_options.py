@@ -131,6 +131,7 @@ REFUSED = [
     ("lr_scheduler_type", "warmup_stable_decay", "num_decay_steps"),
     ("optim", "schedule_free_adamw", "schedulefree"),
     ("report_to", "clearml", "clearml"),
+    ("use_liger_kernel", True, "liger-kernel is not installed"),
 ]
 
 

@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig
 
 from open_r1.base.errors import Mistake, first_line
@@ -69,7 +70,7 @@ def check_options(args: TrainingArguments) -> None:
 
 
 def _ask_libraries(args: TrainingArguments) -> None:
-    """Raise Mistake for the schedule, optimizer or tracker that would be refused when training begins."""
+    """Raise Mistake for the schedule, optimizer, tracker or kernels that would be refused when training begins."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     steps = {"num_warmup_steps": 0, "num_training_steps": 2}
     kwargs = {"scheduler_specific_kwargs": args.lr_scheduler_kwargs}
@@ -78,12 +79,17 @@ def _ask_libraries(args: TrainingArguments) -> None:
         for tracker in get_reporting_integration_callbacks(args.report_to):
             tracker()
 
+    def find_kernels() -> None:
+        if args.use_liger_kernel and not is_liger_kernel_available():
+            raise ImportError("liger-kernel is not installed; leave it out, or pip install liger-kernel")
+
     questions = {
         "lr_scheduler_type, lr_scheduler_kwargs": lambda: get_scheduler(
             args.lr_scheduler_type, optimizer, **steps, **kwargs
         ),
         "optim": lambda: Trainer.get_optimizer_cls_and_kwargs(args),
         "report_to": start_trackers,
+        "use_liger_kernel": find_kernels,
     }
     for option, ask in questions.items():
         try:
