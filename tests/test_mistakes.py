@@ -128,6 +128,9 @@ MISTAKES = [
     ("--max_steps many", "--max_steps/--max-steps: invalid int value: 'many'"),
     ("--max_step 1", "unknown argument '--max_step'; did you mean max_steps?"),  # no abbreviations
     ("quickly", "unknown argument 'quickly'"),
+    ("--torch_dtype bfloat16", "unknown argument '--torch_dtype'; did you mean dtype?"),
+    ("--batch-size=2", "unknown argument '--batch-size=2'; did you mean per_device_train_batch_size?"),
+    ({"model": "x"}, f"{RECIPE_FILE}: unknown setting 'model'; did you mean model_name_or_path?"),
     ("--config dr-grpo.yaml", f"{NO_RECIPE} dr-grpo.yaml; did you mean configs/overlays/dr_grpo.yaml?"),
     ("--config papo", f"{NO_RECIPE} papo; did you mean configs/overlays/papo.yaml?"),
     ("--config {folder}/recip.yaml", NO_RECIPE + " {folder}/recip.yaml; did you mean {folder}/rec"),

@@ -35,6 +35,12 @@ CONFIG.add_argument(
     "`--config configs/grpo_sat.yaml --config configs/overlays/lora.yaml`; where they differ, the "
     "later one counts.",
 )
+# Names of other projects' recipes, and of older ones of transformers -> the one of ours that spelling does not lead to.
+ELSEWHERE = {
+    **{"torch_dtype": "dtype", "no_cuda": "use_cpu", "model": "model_name_or_path", "dataset": "dataset_name"},
+    **{"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"},
+    **{"kl_coef": "beta", "lora_rank": "lora_r"},
+}
 TEXTS = ConfigDict(coerce_numbers_to_str=True)  # of YAML, which reads `run_name: 7` as a number
 # Environment variable, set while one process checks a recipe before a launch: how many processes that will start.
 PLANNED_PROCESSES = "OPEN_R1_PLANNED_PROCESSES"
@@ -229,7 +235,8 @@ class RecipeParser(TrlParser):
 
     def _unknown(self, kind: str, name: str) -> str:
         known = [action.dest for action in self._actions]
-        close = difflib.get_close_matches(name.partition("=")[0].lstrip("-").replace("-", "_"), known, n=1)
+        bare = name.partition("=")[0].lstrip("-").replace("-", "_")
+        close = [ours for ours in (ELSEWHERE.get(bare),) if ours in known] or difflib.get_close_matches(bare, known, 1)
         return f"unknown {kind} {name!r}" + (f"; did you mean {close[0]}?" if close else "; --help lists them")
 
     def _read(self, action: argparse.Action, value: Any) -> Any:
