@@ -383,8 +383,11 @@ def test_sft_needs_an_answer(folder, tiny_model):
         ("a.parquet", b"PAR1", "not a parquet file"),
         ("a.csv", b"question,answer\na?,b,c\n", r"a\.csv: line 2: not as many cells as names in the first line \(2\)"),
         ("a.csv", b'question,answer\na?,"b\n', r"a\.csv: not a table behind line 1: unexpected end of data"),
-        ("a.csv", b"question,answer\n\xff\xfe,b\n", r"a\.csv: not a table behind line 0: 'utf-8' codec can't decode"),
-        ("a.csv", b"question;answer\na?;b\n", "no messages, .*; it has question;answer: name one with"),
+        ("a.csv", b"question,answer\n\xff\xfe,b\n", r"a\.csv: not in UTF-8 behind line 0 \(.*save it as UTF-8"),
+        ("a.csv", "question,answer\na?,b\n".encode("utf-16"), r"a\.csv: not in UTF-8 behind line 0 \("),
+        ("a.csv", b"question;answer\na?;b\n", r"a\.csv: line 1: ';' between the names; in a \.csv file it is ','"),
+        ("a.tsv", b"question,answer\na?,b, c\n", r"a\.tsv: line 1: ',' between the names; in a \.tsv file it is "),
+        ("a.csv", b"answer,question,answer\n1,a?,2\n", r"a\.csv: line 1: answer is there twice; every column needs"),
         ("a.xyz", b"question\tanswer\na?\n", r"a\.xyz: cannot be read as a data set: Unable to find .* \.\.\.$"),
     ],
 )
@@ -412,6 +415,9 @@ def test_cells_of_a_table_are_texts_and_empty_ones_are_null(tmp_path):
         ("elsewhere/rows.json", r"^elsewhere/rows\.json: no such file$"),
         ("SAT_static.json", r"^SAT_static\.json: no such file; make it with src/data/SAT/prepare_dataset\.sh$"),
         ("/no/such/folder", r"^/no/such/folder: no such file$"),
+        ("train.csv,data/train.jsonl", r"^train\.csv,data/train\.jsonl: no such file; several data sets .*YAML"),
+        ("train.csv data/train.jsonl", r"^train\.csv data/train\.jsonl: no such file; several data sets .*YAML"),
+        ("data/*.jsonl", r"^data/\*\.jsonl: no such file; several data sets are named in a YAML file \("),
     ],
 )
 def test_a_file_that_is_not_there_is_looked_for_in_its_folder(name, message, tmp_path, monkeypatch):

@@ -139,7 +139,11 @@ def is_local(name: str) -> bool:
 
 
 def meant(path: Path) -> str:
-    """The end of an error about a missing file: a file of nearly that name, or how SAT's files are made."""
+    """The end of an error about a missing file: a file of nearly that name, or how several or SAT's files are named."""
+    several = str(path).replace(",", " ").split()
+    is_pattern = "*" in path.name and any(path.parent.glob(path.name))
+    if is_pattern or (len(several) > 1 and all(map(os.path.exists, several))):
+        return "; several data sets are named in a YAML file (docs/data.md says how)"
     files = path.parent.iterdir() if path.parent.is_dir() else ()
     there = {file.stem: file for file in files if file.exists()}  # a link may lead nowhere
     if close := difflib.get_close_matches(path.stem, there, n=1):
@@ -152,13 +156,27 @@ def read_table(path: Path) -> Iterator[dict[str, str | None]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=DELIMITERS[path.suffix], strict=True)
         try:
+            check_header(reader.fieldnames or [], path)
             for record in reader:
                 if None in record or None in record.values():
                     names = f"names in the first line ({len(reader.fieldnames)})"
                     raise Mistake(f"{path}: line {reader.line_num}: not as many cells as {names}")
                 yield {name: cell or None for name, cell in record.items()}
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise Mistake(f"{path}: not in UTF-8 behind line {reader.line_num} ({error}); save it as UTF-8") from error
+        except csv.Error as error:
             raise Mistake(f"{path}: not a table behind line {reader.line_num}: {error}") from error
+
+
+def check_header(names: Sequence[str], path: Path) -> None:
+    """Raise Mistake for a table's first line without its file's delimiter, or with one name twice."""
+    expected = DELIMITERS[path.suffix]
+    if len(names) == 1 and (other := next((mark for mark in ";,\t|" if mark in names[0]), None)):
+        where = f"{path}: line 1: {other!r} between the names"
+        raise Mistake(f"{where}; in a {path.suffix} file it is {expected!r}; save it with that one")
+    for place, name in enumerate(names):
+        if name and name in names[:place]:
+            raise Mistake(f"{path}: line 1: {name} is there twice; every column needs a name of its own")
 
 
 def read_list(path: Path) -> list[Any]:
