@@ -12,6 +12,7 @@ from open_r1.base.errors import Mistake
 from open_r1.rewards import (
     accuracy_reward,
     bare_accuracy_reward,
+    check_columns,
     check_gold,
     consistency_reward,
     format_reward,
@@ -417,6 +418,16 @@ def test_what_is_no_reward_names_its_function(own, name, message):
         asyncio.run(rewards)  # of the one that TRL has to await
     expected = f"reward_funcs: own_rewards:{name} " + message.format(path=path)
     assert re.match(expected, str(raised.value)) and len(str(raised.value)) < 250
+
+
+def test_a_reward_that_needs_a_column_which_the_data_has_not(own):
+    own(OWN)
+    names = ["accuracy", "own_rewards:good", "own_rewards:aware", "own_rewards:misses"]
+    rewards = get_reward_funcs(names, think_prefilled=True)
+    check_columns(rewards, ["prompt", "images", "texts"])
+    check_columns(rewards[:3], ["prompt"])
+    with pytest.raises(Mistake, match=r"^reward_funcs: misses needs texts, which is no column .*; it gets .*, images$"):
+        check_columns(rewards, ["prompt", "images"])
 
 
 def test_numbers_of_any_kind_are_rewards(own):

@@ -30,7 +30,7 @@ from open_r1.models.loading import (
     load_config,
     load_model_from_args,
 )
-from open_r1.rewards import check_gold, get_reward_funcs, needs_gold
+from open_r1.rewards import check_columns, check_gold, get_reward_funcs, needs_gold
 from open_r1.running.checkpoints import has_begun
 from open_r1.running.data import load_datasets_from_args, load_processor_from_args, opens_think
 from open_r1.running.entry import Command, run_command
@@ -68,6 +68,8 @@ def prepare(
         rotate_options=script_args.rotate_options,
         has_begun=has_begun(training_args),
     )
+    if script_args.trainer is None:  # one of the user's may add what its rewards need
+        check_columns(reward_funcs, train_dataset.column_names)
     prompts = training_args.generation_batch_size // training_args.num_generations
     if len(train_dataset) < prompts:
         raise Mistake(

@@ -9,7 +9,7 @@ import ast
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ Reward = Callable[..., list[float | None]]
 
 _THINK_THEN_ANSWER = re.compile(r"\s*<think>(?P<think>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")  # by TRL
 _LARGEST = 1e15  # of a reward: its square still fits the float32 that advantages are computed in
 
 
@@ -270,8 +271,29 @@ def _get_reward(name: str, of_the_run: Mapping[str, Any]) -> Reward:
         is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if ours and parameters[key].annotation is int and not is_count:
             raise Mistake(f"reward_funcs: {name}({key}={value!r}): expected a whole number of at least 1")
-    reward = _bound(reward, {key: value for key, value in of_the_run.items() if key in parameters} | chosen)
-    return reward if ours else guarded(reward, name)
+    bound = {key: value for key, value in of_the_run.items() if key in parameters} | chosen
+    if ours:
+        return _bound(reward, bound)
+    result = guarded(_bound(reward, bound), name)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [key for key, value in parameters.items() if value.kind in named and value.default is value.empty]
+    result.needed = [key for key in needed if key not in bound]
+    return result
+
+
+def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
+    """Raise Mistake for a reward of the user's own that needs what the trainer will not give it.
+
+    Args:
+        rewards: of `get_reward_funcs`.
+        columns: of the data.
+    """
+    given = [*_GIVEN, *(name for name in columns if name != "prompt")]
+    for reward in rewards:
+        for name in getattr(reward, "needed", ()):
+            if name not in given:
+                reason = f"{reward.__name__} needs {name}, which is no column of the data"
+                raise Mistake(f"reward_funcs: {reason}; it gets {', '.join(given)}")
 
 
 def told(reward: Reward, **of_the_run: Any) -> Reward:
