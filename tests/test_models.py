@@ -206,6 +206,16 @@ def test_what_is_no_folder_of_a_model(path, message, tmp_path):
         assert message in str(caught.value) or (path == "empty" and str(tmp_path / path) in str(caught.value))
 
 
+@pytest.mark.parametrize("look", [check_model_files, load_processor])
+def test_the_folder_of_a_run_that_was_killed_holds_checkpoints(look, tmp_path):
+    for step, time in ((10, 1), (2, 0)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/config.json").write_text("{}")
+        os.utime(tmp_path / f"checkpoint-{step}/config.json", (time, time))
+    with pytest.raises(OSError, match=rf"{tmp_path} holds no model .*; {tmp_path}/checkpoint-10 holds one$"):
+        look(str(tmp_path))
+
+
 # --- weights that come back -----------------------------------------------------------------------------------
 
 

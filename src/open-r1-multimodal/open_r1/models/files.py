@@ -28,13 +28,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         return read_object(folder / "config.json")
     if (folder / "adapter_config.json").is_file():
         raise FileMistake(f"{folder} holds an adapter; make a model of it with scripts/export.py")
-    raise FileMistake(f"{folder} holds no model (config.json, *.safetensors)")
+    raise no_model(folder)
+
+
+def no_model(folder: Path) -> FileMistake:
+    """What is wrong with a folder without a model; it names the newest one inside it, such as a run's checkpoint."""
+    inside = max(folder.glob("*/config.json"), key=lambda path: path.stat().st_mtime, default=None)
+    hint = f"; {inside.parent} holds one" if inside else ""
+    return FileMistake(f"{folder} holds no model (config.json, *.safetensors){hint}")
 
 
 def check_processor_files(folder: Path) -> None:
     """See that a folder has the files of a processor and a tokenizer, and that they are JSON, else Mistake."""
     for names in (("processor_config.json", "preprocessor_config.json"), ("tokenizer.json", "vocab.json")):
         if not any((folder / name).is_file() for name in names):
+            if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+                raise no_model(folder)
             raise FileMistake(f"{folder} holds no {names[0]}; copy it from the model that this one was made from")
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
         if (folder / name).is_file():
