@@ -134,6 +134,7 @@ MISTAKES = [
     ("--config dr-grpo.yaml", f"{NO_RECIPE} dr-grpo.yaml; did you mean configs/overlays/dr_grpo.yaml?"),
     ("--config papo", f"{NO_RECIPE} papo; did you mean configs/overlays/papo.yaml?"),
     ("--config {folder}/recip.yaml", NO_RECIPE + " {folder}/recip.yaml; did you mean {folder}/rec"),
+    ("--config zzz.yaml,papo.yaml", f"{NO_RECIPE} zzz.yaml,papo.yaml; several stand between blanks in CONFIG, and "),
     ("--config zzz.yaml", f"{NO_RECIPE} zzz.yaml; configs/README.md lists them"),
     ("--chat_template lama", "chat_template: no file 'lama'"),
     ("--chat_template {folder}/broken.jinja", "chat_template: "),

@@ -114,6 +114,8 @@ def default_output(names: Sequence[str]) -> str | None:
 
 def _near_recipe(name: str) -> str:
     """The recipe that a mistyped name may mean, as the end of an error's line."""
+    if "," in name:
+        return "; several stand between blanks in CONFIG, and each behind a --config of its own"
     known = {path.stem: path for path in sorted((REPO_ROOT / "configs").rglob("*.yaml"), reverse=True)}
     known |= {path.stem: path for path in Path(name).parent.glob("*.yaml")}
     close = difflib.get_close_matches(Path(name).stem.replace("-", "_"), known, n=1)
