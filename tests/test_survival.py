@@ -94,12 +94,23 @@ def test_a_manifest_that_lists_no_files(tmp_path):
         resolve_checkpoint("auto", str(tmp_path))
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_over_them(tmp_path):
+    for step in (3, 4, 5):
+        make_checkpoint(tmp_path, step, is_complete=step != 5)
+        (tmp_path / f"checkpoint-{step}/global_step/optim.pt").unlink()  # to save space
+    with pytest.raises(
+        Mistake, match=r"/checkpoint-4: global_step/optim\.pt is missing, and no other checkpoint is whole"
+    ):
+        resolve_checkpoint("auto", str(tmp_path))
+
+
 def test_a_checkpoint_that_is_named_must_be_one(tmp_path):
     checkpoint = make_checkpoint(tmp_path, 3)
     assert resolve_checkpoint(str(checkpoint), "elsewhere") == str(checkpoint)
     (checkpoint / "model.safetensors").unlink()
     for name, reason in (
-        ("nowhere", "no folder nowhere"),
+        ("nowhere", "no folder nowhere; auto goes on from the newest one in OUTPUT$"),
+        ("checkpoint-3", "no folder checkpoint-3; did you mean .*/checkpoint-3\\?$"),
         (str(tmp_path), ".* is no checkpoint of a run"),
         (str(checkpoint), r".*3: model\.safetensors is missing"),
     ):

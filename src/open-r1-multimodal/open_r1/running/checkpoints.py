@@ -27,6 +27,7 @@ from open_r1.settings.processes import Launch
 
 # What a checkpoint holds for resuming alone. The rest is the model, as `save_model` writes it.
 RESUME_FILES = ("optimizer*", "scheduler*", "rng_state*", "global_step*", "latest", "zero_to_*", MANIFEST)
+HALF_WRITTEN = "half-written"
 ANOTHER_CHECKPOINT = "resume from another checkpoint, or start anew in another OUTPUT"
 
 
@@ -79,10 +80,10 @@ def find_defect(checkpoint: str | Path) -> str | None:
             "bring it back, or delete the link to go on from the one before"
         )
     if not is_sealed(path):
-        return f"half-written (no {MANIFEST})"
+        return f"{HALF_WRITTEN} (no {MANIFEST})"
     text = (path / MANIFEST).read_bytes()
     if not text.strip(b"\0"):  # as a crash of the machine leaves it
-        return f"half-written ({MANIFEST} is empty)"
+        return f"{HALF_WRITTEN} ({MANIFEST} is empty)"
     try:
         sizes = json.loads(text).items()
     except (ValueError, AttributeError, RecursionError) as error:
@@ -116,16 +117,20 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> s
 
     Raises:
         MissingFile: the path is no checkpoint, or one that is known to be half-written.
-        Mistake: an earlier run's work would be written over.
+        Mistake: an earlier run's work would be written over, or its checkpoints were damaged.
     """
     if resume_from_checkpoint == "auto" and (newest := last_complete_checkpoint(output_dir)):
         return newest
+    if resume_from_checkpoint == "auto":
+        check_undamaged(output_dir)
     if resume_from_checkpoint in ("auto", "none", None):
         check_unused(output_dir, resume_from_checkpoint)
         return None
     path = Path(resume_from_checkpoint)
     if not path.is_dir():
-        raise MissingFile(f"resume_from_checkpoint: no folder {path}")
+        here = Path(output_dir, path)
+        hint = f"did you mean {here}?" if here.is_dir() else "auto goes on from the newest one in OUTPUT"
+        raise MissingFile(f"resume_from_checkpoint: no folder {path}; {hint}")
     if not (path / "trainer_state.json").is_file():
         reason = "is no checkpoint of a run (no trainer_state.json)"
         raise MissingFile(f"resume_from_checkpoint: {path} {reason}")
@@ -134,6 +139,15 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> s
     if os.path.realpath(path.parent) != os.path.realpath(output_dir):  # of another run
         check_unused(output_dir, "none")
     return resume_from_checkpoint
+
+
+def check_undamaged(output_dir: str | Path) -> None:
+    """Raise Mistake for a checkpoint that was whole once, where none is: a run from step 0 would write over it."""
+    for _, checkpoint in reversed(list_checkpoints(output_dir)):
+        defect = find_defect(checkpoint)
+        if defect and not defect.startswith(HALF_WRITTEN):
+            reason = f"{defect}, and no other checkpoint is whole"
+            raise Mistake(f"{checkpoint}: {reason}; bring it back, or start anew in another OUTPUT")
 
 
 def check_unused(output_dir: str | Path, resume_from_checkpoint: str | None = None) -> None:
