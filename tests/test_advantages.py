@@ -7,7 +7,7 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from open_r1.base.errors import Mistake
+from open_r1.base.errors import Mistake, UserCodeError
 from open_r1.trainer.advantages import checked, choose_advantage, group_advantages, leave_one_out, spread
 from open_r1.trainer.metrics import reward_figures
 from open_r1.trainer.recorder import Rollout, Rows
@@ -85,6 +85,15 @@ def test_what_is_no_advantage_is_one_line(returned):
     advantage = checked(lambda rewards, weights, group_size: returned, "mine:own")
     with pytest.raises(Mistake, match=r"^advantage: mine:own returned .*; expected a tensor of 4 finite numbers$"):
         advantage(torch.zeros(4, 1), torch.ones(1), 4)
+
+
+def test_what_an_advantage_raises_names_it():
+    for advantage, message in (
+        (lambda rewards: rewards, r"TypeError: .*takes 1 positional argument but 3 were given$"),
+        (lambda rewards, weights, group_size: [][group_size], r"IndexError: .* \(.*test_advantages\.py, line \d+\)$"),
+    ):
+        with pytest.raises(UserCodeError, match=rf"^advantage: mine:own raised {message}"):
+            checked(advantage, "mine:own")(torch.zeros(4, 1), torch.ones(1), 4)
 
 
 def test_another_advantage_reaches_loss_trajectories_and_refills(tiny_model, examples_json, tmp_path, monkeypatch):
