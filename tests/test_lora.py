@@ -180,6 +180,13 @@ def test_a_frozen_part_gets_no_adapter(tiny_models, tmp_path, model_type):
         } - frozen
 
 
+def test_a_module_to_train_whole_must_be_one_of_the_models(tiny_model, examples_json, tmp_path):
+    arguments = ["--lora_modules_to_save", "merger.mlp.2", "lm_haed"]  # PEFT would pass the second one over
+    with pytest.raises(Mistake, match=r"^lora_modules_to_save: the model has no module 'lm_haed'$"):
+        make_trainer(tiny_model, examples_json, tmp_path, *arguments)
+    assert make_trainer(tiny_model, examples_json, tmp_path, *arguments[:2])
+
+
 def test_quantised_weights_need_bitsandbytes_and_an_adapter(tiny_model, monkeypatch):
     args = {"model_name_or_path": str(tiny_model), "load_in_4bit": True}
     with pytest.raises(ValueError, match="load_in_4bit, load_in_8bit: weights that bitsandbytes quantised"):

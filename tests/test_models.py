@@ -330,7 +330,7 @@ def test_every_adapter_of_a_model_comes_back(tiny_model, tmp_path):
     "settings, message",
     [
         ({"target_modules": ["q_proj"]}, r"weights that this adapter has no place for: \S+v_proj\S+ and \d+ more"),
-        ({"r": 4}, "its adapter cannot be loaded"),
+        ({"r": 4}, r"its adapter cannot be loaded \(RuntimeError: .*: size mismatch for \S+lora_A\S+: .*shape"),
     ],
 )
 def test_an_adapter_of_another_form_does_not_come_back(settings, message, adapter, tiny_model):

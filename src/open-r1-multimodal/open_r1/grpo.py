@@ -24,6 +24,7 @@ from open_r1.configs import (
 )
 from open_r1.models.loading import (
     check_model,
+    check_saved_modules,
     check_teacher,
     freeze,
     get_adapter_config,
@@ -107,6 +108,7 @@ def build_trainer(
     training_args.model_init_kwargs = {**(training_args.model_init_kwargs or {}), "revision": model_args.model_revision}
     model = load_model_from_args(model_args)
     freeze(model, script_args)
+    check_saved_modules(model, prepared["peft_config"])
     trainer = choose_trainer(script_args.trainer)(model=model, args=training_args, **prepared)
     trainer.add_callback(AskBlind(trainer))
     if trainer.is_world_process_zero() and (line := unused_vllm(training_args, model_args)):

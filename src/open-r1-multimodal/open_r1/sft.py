@@ -29,6 +29,7 @@ from open_r1.engines.shared_prefix import prepare_model
 from open_r1.models.loading import (
     accept_missing_images,
     check_model,
+    check_saved_modules,
     freeze,
     get_adapter_config,
     load_model_from_args,
@@ -196,6 +197,7 @@ def build_trainer(
     reset_generation_config(model, prepared["processing_class"])
     accept_missing_images(model, always_encode=PartialState().num_processes > 1)
     freeze(model, script_args)
+    check_saved_modules(model, prepared["peft_config"])
     with settings_of("trl", "transformers", "accelerate", "peft"):
         return Qwen2VLSFTTrainer(model=model, args=training_args, **prepared)
 

@@ -186,6 +186,8 @@ def reading(files: str | Path, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = first_line(error) or "without a reason"
+        if reason.endswith(":"):  # torch's: tensors are listed below, each with its reason
+            reason = " ".join(line.strip() for line in str(error).strip().split("\n")[:2])
         raise FileMistake(f"{files}: its {what} cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
@@ -556,6 +558,14 @@ def get_adapter_config(model_args: ModelConfig, freezing: FreezeArguments, famil
         if frozen:
             config.exclude_modules = "|".join(family.modules_of(part) for part in frozen)
     return config
+
+
+def check_saved_modules(model: nn.Module, adapter: PeftConfig | None) -> None:
+    """Raise Mistake for a module to be trained whole that is none of the model's: PEFT would pass it over."""
+    names = [name for name, _ in model.named_modules()]
+    for module in getattr(adapter, "modules_to_save", None) or ():
+        if not any(name.endswith(module) for name in names):
+            raise Mistake(f"lora_modules_to_save: the model has no module {module!r}")
 
 
 def count_elements(parameter: nn.Parameter) -> int:
