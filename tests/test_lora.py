@@ -25,6 +25,7 @@ from open_r1.models.loading import (
     adapter_base,
     check_model,
     get_adapter_config,
+    guide_gradients,
     load_checkpoint,
     load_model,
     load_processor,
@@ -185,6 +186,27 @@ def test_a_module_to_train_whole_must_be_one_of_the_models(tiny_model, examples_
     with pytest.raises(Mistake, match=r"^lora_modules_to_save: the model has no module 'lm_haed'$"):
         make_trainer(tiny_model, examples_json, tmp_path, *arguments)
     assert make_trainer(tiny_model, examples_json, tmp_path, *arguments[:2])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("model_type", families("qwen2_vl", "qwen3_vl", "qwen3_5", "smolvlm", "internvl"))
+def test_gradients_reach_adapters_in_the_vision_tower_and_no_frozen_tower(tiny_models, model_type, frozen):
+    """Also with the checkpoints that TRL chooses under ZeRO-3."""
+    family = FAMILIES[model_type]
+    model = load_model(tiny_models[model_type], dtype="float32")
+    left_out = family.modules_of("vision tower") if frozen else None
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", exclude_modules=left_out))
+    adapted.enable_input_require_grads()
+    guide_gradients(model)
+    adapted.gradient_checkpointing_enable({"use_reentrant": True})
+    adapted.train()
+    blocks, inputs = family.vision_blocks(adapted), []
+    blocks[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0].requires_grad))
+    features = family.encode_images(model, family.blank_image(model.config))
+    sum(part.sum() for part in family.feature_tensors(features)).backward()
+    learned = [parameter.grad for parameter in blocks.parameters() if parameter.requires_grad]
+    assert bool(learned) != frozen and all(gradient is not None for gradient in learned)
+    assert any(inputs) != frozen
 
 
 def test_quantised_weights_need_bitsandbytes_and_an_adapter(tiny_model, monkeypatch):

@@ -63,6 +63,15 @@ def test_every_parameter_moves(run):
     assert [name for name in still if "k_proj.bias" not in name and "attn.qkv.bias" not in name] == []
 
 
+def test_checkpoints_leave_as_many_hooks_as_there_were(tiny_model, examples_json, tmp_path):
+    """They are switched off and on twice a step, and every token of a rollout runs through the hooks."""
+    trainer = make_trainer(tiny_model, examples_json, tmp_path, gradient_checkpointing=True)
+    embeddings = trainer.plain_model().get_input_embeddings()
+    before = len(embeddings._forward_hooks)
+    trainer.train()
+    assert trainer.plain_model().is_gradient_checkpointing and len(embeddings._forward_hooks) == before == 1
+
+
 def test_each_reward_belongs_to_its_prompt(run, examples_json):
     """The reference stacked completions generation-major and rewarded them prompt-major."""
     *_, seen, _ = run

@@ -32,6 +32,7 @@ from open_r1.models.loading import (
     check_saved_modules,
     freeze,
     get_adapter_config,
+    guide_gradients,
     load_model_from_args,
     reset_generation_config,
 )
@@ -199,7 +200,9 @@ def build_trainer(
     freeze(model, script_args)
     check_saved_modules(model, prepared["peft_config"])
     with settings_of("trl", "transformers", "accelerate", "peft"):
-        return Qwen2VLSFTTrainer(model=model, args=training_args, **prepared)
+        trainer = Qwen2VLSFTTrainer(model=model, args=training_args, **prepared)
+    guide_gradients(model)  # which has its adapter by now
+    return trainer
 
 
 COMMAND = Command("sft", (SFTScriptArguments, Qwen2VLSFTConfig, ModelConfig), prepare, build_trainer)

@@ -550,6 +550,30 @@ def freeze(model: PreTrainedModel, freezing: FreezeArguments) -> None:
             parameter.requires_grad_(False)
 
 
+def guide_gradients(model: PreTrainedModel) -> None:
+    """Let the inputs of layers that learn take gradients, those of the vision tower and those of the language model.
+
+    The checkpoints that TRL chooses for adapters under ZeRO-3 give no gradients to layers whose inputs take none. This
+    stands in for `enable_input_require_grads` of transformers 5.17: that hooks the embeddings anew whenever checkpoints
+    are switched on, twice a step, so that every token of a rollout takes longer and longer; it finds no embeddings of
+    Qwen3-VL's and Qwen3.5's patches, so that adapters in their towers would not learn; and it has a tower whose layers
+    are all frozen run backward for nothing.
+
+    Args:
+        model: not wrapped, but with its adapter.
+    """
+    model.disable_input_require_grads()  # of an adapter, which TRL has enabled
+    model.enable_input_require_grads = lambda: None
+    family = family_of(model)
+    parts = {
+        family.patch_embedding(model): family.vision_blocks(model),
+        model.get_input_embeddings(): model.base_model.get_decoder(),
+    }
+    for embedding, layers in parts.items():
+        if any(parameter.requires_grad for parameter in layers.parameters()):
+            embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+
+
 def get_adapter_config(model_args: ModelConfig, freezing: FreezeArguments, family: Family) -> PeftConfig | None:
     """TRL's LoRA configuration of a recipe, no adapter in a frozen part; None without `use_peft`."""
     config, frozen = get_peft_config(model_args), frozen_parts(freezing)

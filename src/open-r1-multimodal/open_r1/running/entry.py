@@ -83,6 +83,8 @@ def quiet() -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         # It prints that a helper is built, in each process and each time, and nothing else.
         importlib.import_module("deepspeed.comm.torch").print = lambda *_: None
+    # The checkpoints of a frozen vision tower; one that learns is seen to (`loading.guide_gradients`).
+    warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
     warnings.filterwarnings("ignore", "Both num_training_steps and num_stable_steps are specified")
     downloads_are_shown = not are_progress_bars_disabled()
     disable_progress_bar()  # of loading and writing weights; it takes the bars of downloads along

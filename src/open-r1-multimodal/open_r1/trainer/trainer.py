@@ -30,6 +30,7 @@ from open_r1.models.loading import (
     accept_missing_images,
     check_model_files,
     check_weights,
+    guide_gradients,
     load_processor,
     reset_generation_config,
 )
@@ -159,6 +160,7 @@ class Qwen2VLGRPOTrainer(
         self.teacher = self._load_teacher(policy)
         self.family = family_of(policy)
         reset_generation_config(policy, processing_class)
+        guide_gradients(policy)
         # Tool calls put images and foreign tokens into completions; they stay on TRL's path.
         foreign = self.tools or self.environment_factories
         self.shared_prefix = shared_prefix and self._is_vlm and not (foreign or self.rollout_func)

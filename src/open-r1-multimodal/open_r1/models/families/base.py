@@ -170,6 +170,10 @@ class Family(ABC):
         """The vision tower of a policy, with or without an adapter."""
         return find_module(model, self.tower)
 
+    def patch_embedding(self, model: nn.Module) -> nn.Module:
+        """The module whose output goes into the first layer of the vision tower."""
+        return self.vision_tower(model).get_input_embeddings()
+
     def vision_blocks(self, model: nn.Module) -> nn.ModuleList:
         """The layers of the vision tower."""
         return self.vision_tower(model).get_submodule(self.blocks)

@@ -54,9 +54,13 @@ class QwenVL(Family):
 
         Weights and their names stay. vLLM computes it so, too.
         """
-        proj = self.vision_tower(model).patch_embed.proj
+        proj = self.patch_embedding(model).proj
         if isinstance(proj, nn.Conv3d):  # not within an adapter
             proj.forward = MethodType(forward_of_conv, proj)
+
+    def patch_embedding(self, model: nn.Module) -> nn.Module:
+        """Named here, since transformers 5.17 does not find that of Qwen3-VL and Qwen3.5."""
+        return self.vision_tower(model).patch_embed
 
     def plain_inputs(self, is_image: torch.Tensor) -> dict[str, Any]:
         return {"mm_token_type_ids": is_image}
