@@ -30,6 +30,7 @@ from open_r1.running.entry import (
     accumulate_in_float32,
     check_deepspeed,
     check_login,
+    check_scaling,
     resolve_report_to,
     rounded_away,
     save_whole_weights,
@@ -678,6 +679,18 @@ def test_a_run_whose_steps_are_rounded_away_says_so(dtype, rate, changes, told):
     line = rounded_away(SimpleNamespace(model=model, args=SimpleNamespace(learning_rate=rate), **flags))
     assert (line or "").startswith("warning: 100% of the torch.bfloat16 weights stay as they are" if told else "")
     assert bool(line) == told
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_16_bit_weights_whose_gradients_fp16_cannot_scale_are_one_line(dtype):
+    """torch refuses them at the first update, behind a rollout; DeepSpeed does not."""
+    model, known = torch.nn.Linear(4, 4, dtype=dtype), str(dtype).removeprefix("torch.")
+    for has_deepspeed in (True, False):
+        for fp16 in (True, False):
+            trainer = SimpleNamespace(model=model, args=SimpleNamespace(fp16=fp16), is_deepspeed_enabled=has_deepspeed)
+            fails = fp16 and not has_deepspeed and dtype != torch.float32
+            with pytest.raises(Mistake, match=f"^fp16: .* {known}; add --dtype float32") if fails else nullcontext():
+                check_scaling(trainer)
 
 
 def test_a_run_tells_deepspeed_how_to_add_gradients_up():

@@ -257,6 +257,21 @@ def rounded_away(trainer: Trainer) -> str | None:
     )
 
 
+def check_scaling(trainer: Trainer) -> None:
+    """Raise Mistake where fp16's scaler of gradients would, at the first update: it takes those of float32 alone.
+
+    DeepSpeed keeps float32 copies, and has a scaler of its own.
+    """
+    if not trainer.args.fp16 or trainer.is_deepspeed_enabled:
+        return
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in trainer.model.parameters() if weight.requires_grad}
+    if others := sorted(dtypes - {"float32"}):
+        raise Mistake(
+            f"fp16: without DeepSpeed it trains float32 weights alone, and those that learn are {', '.join(others)}; "
+            "add --dtype float32 (it still computes in 16 bits), or --fp16 false"
+        )
+
+
 def save_whole_weights(args: TrainingArguments) -> None:
     """Let ZeRO-3 gather the weights that it saves: by default it leaves each process's part, which nothing loads."""
     plugin = args.deepspeed_plugin
@@ -296,6 +311,7 @@ def train_with(command: Command, settings: Settings, arguments: Sequence[str]) -
     record["data"] = decide_once(lambda: checked_data(args, prepared, checkpoint))
     trainer = command.build_trainer(*settings, prepared)
     check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
+    check_scaling(trainer)
     say = print if trainer.is_world_process_zero() else (lambda *_, **__: None)
     say(parameter_table(trainer.model))
     if line := rounded_away(trainer):
