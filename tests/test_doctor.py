@@ -306,6 +306,14 @@ def broken_image(world: SimpleNamespace) -> list[str]:
     return ["--dataset_name", str(data)]
 
 
+def no_answer(world: SimpleNamespace) -> list[str]:
+    data = write_examples(world.folder / "data")
+    records = json.loads(data.read_text())
+    del records[2]["messages"][1]
+    data.write_text(json.dumps(records))
+    return ["--dataset_name", str(data), "--reward_funcs", "format", "consistency(among_right=True)"]
+
+
 def leak(world: SimpleNamespace) -> list[str]:
     held_out = json.loads(world.data.read_text())[:2]
     for record in held_out:
@@ -373,6 +381,7 @@ def other_reference(world: SimpleNamespace) -> list[str]:
 BROKEN = {
     wrong_pin: ("environment", "versions", "trl 1.0.1 is not ==1.16.0"),
     broken_image: ("data", "images", r"examples.json: row 3: image .*3_0.png: "),
+    no_answer: ("data", "answers", "row 2: no answer"),
     leak: ("data", "leaks", "2 of 2 held-out questions show an image of the training set, 0 ask the same of it"),
     lost_tags: ("prompt", "tags", "neither ends with <think> nor asks for"),
     forgotten_bounds: ("prompt", "saved", "a saved processor has lost its image bounds"),

@@ -16,6 +16,10 @@ from trl import ModelConfig
 from open_r1 import grpo
 from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.configs import GRPOScriptArguments, Qwen2VLGRPOConfig, Qwen2VLSFTConfig, SFTScriptArguments
+from open_r1.doctor.data import unchanged
+from open_r1.doctor.examination import run_check
+from open_r1.doctor.finding import Status
+from open_r1.doctor.run import Run
 from open_r1.models.loading import load_processor
 from open_r1.running import provenance
 from open_r1.running.data import DataArguments, load_dataset
@@ -32,6 +36,7 @@ from open_r1.running.provenance import (
     is_free,
     settings_in_force,
 )
+from open_r1.settings.processes import Launch
 from support import make_config, write_examples
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -198,12 +203,17 @@ def test_an_optimizer_that_came_back_goes_by_its_own_settings(optim, tmp_path):
 # --- the whole of it, through the command ---------------------------------------------------------------------------
 
 
-def run(model: Path, data: Path, output: Path, *arguments: str) -> dict:
-    """Train as the command does; the run's record."""
+def command_line(model: Path, data: Path, output: Path, *arguments: str) -> list[str]:
+    """The arguments of a run."""
     settings = ["--config", str(REPO_ROOT / "tests/data/grpo.yaml"), "--use_cpu", "true", "--disable_tqdm", "true"]
     settings += ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(output)]
     settings += ["--reward_funcs", "support:vowel_share", "--save_steps", "1", "--max_completion_length", "4"]
-    train(grpo.COMMAND, [*settings, "--completions_per_step", "4", *arguments])
+    return [*settings, "--completions_per_step", "4", *arguments]
+
+
+def run(model: Path, data: Path, output: Path, *arguments: str) -> dict:
+    """Train as the command does; the run's record."""
+    train(grpo.COMMAND, command_line(model, data, output, *arguments))
     return json.loads((output / "run.json").read_text())
 
 
@@ -247,6 +257,9 @@ def test_a_run_that_goes_on_by_itself_wants_the_data_that_it_began_with(one_step
     with pytest.raises(Mistake, match="the training examples changed since its run began, so it cannot go on"):
         run(tiny_model, path, folder / "out", "--max_steps", "2")
     assert (folder / "out/run.json").read_bytes() == before
+    doctored = Run(grpo.COMMAND, command_line(tiny_model, path, folder / "out", "--max_steps", "2"), Launch())
+    [finding] = run_check(unchanged, doctored)
+    assert finding.verdict is Status.FAIL and "the training examples changed since its run began" in finding.what
     path.write_text(whole)
     Image.new("RGB", Image.open(picture).size, "pink").save(picture)
     went_on = run(tiny_model, path, folder / "out", "--max_steps", "2")

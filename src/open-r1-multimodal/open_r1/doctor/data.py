@@ -10,6 +10,7 @@ from open_r1.doctor.finding import Checks, Finding, failed, passed, warned
 from open_r1.doctor.run import Run
 from open_r1.doctor.survey import Survey
 from open_r1.running.data import ROTATION_OF, count_prompt_tokens
+from open_r1.running.entry import checked_data
 
 SAMPLE = 500  # prompts whose length is measured
 FEW = 0.05  # a share of the examples that nobody misses
@@ -108,4 +109,11 @@ def prompt_lengths(run: Run) -> Iterator[Finding]:
         yield passed(what)
 
 
-CHECKS: Checks = (rows, images, answers, duplicates, leaks, prompt_lengths)
+def unchanged(run: Run) -> Iterator[Finding]:
+    """A run that goes on trains on the examples that it began with."""
+    if run.checkpoint:
+        checked_data(run.args, run.prepared_data, run.checkpoint)
+        yield passed(f"as when the run of {run.args.output_dir} began")
+
+
+CHECKS: Checks = (rows, images, answers, duplicates, leaks, prompt_lengths, unchanged)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from open_r1.base.locks import check_free
 from open_r1.doctor.finding import Checks, Finding, failed, passed
 from open_r1.doctor.run import Run, existing
-from open_r1.running.entry import check_login, find_checkpoint
+from open_r1.running.entry import check_login
 
 
 def settings(run: Run) -> Iterator[Finding]:
@@ -29,7 +29,7 @@ def output(run: Run) -> Iterator[Finding]:
     """Where the run would begin, that it can be written to, and that nobody else does."""
     output_dir = run.args.output_dir
     check_free(output_dir)
-    checkpoint = find_checkpoint(run.command, run.settings, run.launch)
+    checkpoint = run.checkpoint
     folder = existing(output_dir)
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         yield failed(f"output_dir {output_dir}: {folder} is no folder that can be written to", "choose another OUTPUT")

@@ -24,9 +24,9 @@ from open_r1.doctor.survey import Survey, survey
 from open_r1.models.families import family_of
 from open_r1.models.loading import check_model, check_template, check_weights, load_config
 from open_r1.models.memory import MemoryCount, build_model, count_run, free_memory, teacher_bytes, weight_bytes
-from open_r1.rewards import COMPARING, Reward, check_gold, get_reward_funcs, reward_funcs_registry
+from open_r1.rewards import Reward, check_gold, get_reward_funcs, needs_gold
 from open_r1.running.data import columns_of, load_processor_from_args, opens_think
-from open_r1.running.entry import Command, Settings, read_settings
+from open_r1.running.entry import Command, Settings, find_checkpoint, read_settings
 from open_r1.settings.processes import Launch
 from open_r1.settings.recipes import PLANNED_PROCESSES
 from open_r1.sft import check_answer
@@ -102,6 +102,11 @@ class Run:
         return self.args.chat_template_kwargs or {}
 
     @part
+    def checkpoint(self) -> str | None:
+        """What the run goes on from."""
+        return find_checkpoint(self.command, self.settings, self.launch)
+
+    @part
     def model_outline(self) -> PreTrainedModel:
         """The policy without numbers, on torch's `meta` device."""
         model_args = self.model_args
@@ -172,8 +177,8 @@ class Run:
         script_args = self.script_args
         check = check_answer
         if self.is_grpo:
-            compares = any(reward_funcs_registry.get(name) in COMPARING for name in script_args.reward_funcs)
-            check = check_gold if compares else lambda row: None
+            rewards = [] if "reward_funcs" in self.lost else self.reward_funcs  # what is wrong with them was told
+            check = check_gold if any(map(needs_gold, rewards)) else lambda row: None
         parts = parts_of(name, columns_of(script_args), script_args.dataset_config, split, script_args.task)
         return survey((example for _, _, example, _ in iter_mixture(parts)), check)
 
