@@ -6,7 +6,6 @@ checkpoints load with, and the special tokens are the family's. The BPE vocabula
     python -m open_r1.tiny --output outputs/tiny-qwen2-vl
 """
 
-import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from open_r1.base.errors import run
+from open_r1.base.errors import command_line, run
 from open_r1.base.files import check_new_folder
 from open_r1.base.prompts import load_chat_template
 from open_r1.models.families import FAMILIES, use_family
@@ -153,11 +152,7 @@ def save_tiny_model(
 
 def main() -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(
-        prog="python -m open_r1.tiny",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__, prog="python -m open_r1.tiny")
     parser.add_argument("--output", required=True, help="folder to write the checkpoint to; a new or an empty one")
     parser.add_argument("--data", help="prepared SAT JSON whose questions and answers the tokenizer learns")
     parser.add_argument("--model_type", choices=FAMILIES, default="qwen2_vl", help="architecture")
