@@ -125,7 +125,11 @@ def open_image(source: ImageSource | None) -> Image.Image:
 
 
 def image_size(source: ImageSource | None) -> tuple[int, int]:
-    """Height and width as stored, or as edited, from the header; EXIF rotation would change no count of tokens."""
+    """Height and width as stored, or as edited, from the header.
+
+    EXIF rotation would change no count of tokens but SmolVLM's, by the ends of its rows of tiles; and to look for it
+    decodes a PNG.
+    """
     with opened(source) as image:
         edit = image_edit(source)
         width, height = edit.size if edit else image.size
