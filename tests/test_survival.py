@@ -37,7 +37,7 @@ from open_r1.running.checkpoints import (
     seal,
 )
 from open_r1.running.data import DataArguments
-from open_r1.running.entry import find_checkpoint, finish
+from open_r1.running.entry import Settings, find_checkpoint, finish
 from open_r1.running.provenance import all_arguments, check_same_run
 from open_r1.settings.processes import Launch
 from open_r1.trainer import recorder
@@ -176,7 +176,7 @@ def test_deepspeeds_own_file_counts_in_place_of_the_launch(stage, tmp_path, monk
     args = make_config(tmp_path, deepspeed=str(file), resume_from_checkpoint=str(checkpoint))
     refused = pytest.raises(Mistake, match="written by 1 process under ZeRO-2, and this is 1 process under ZeRO-3")
     with refused if stage == 3 else contextlib.nullcontext():
-        assert find_checkpoint(grpo.COMMAND, (None, args, None), Launch(1, 0)) == str(checkpoint)
+        assert find_checkpoint(grpo.COMMAND, Settings(None, args, None), Launch(1, 0)) == str(checkpoint)
 
 
 def test_stages_of_the_launches_we_offer(monkeypatch, tmp_path):
