@@ -29,7 +29,7 @@ from open_r1.engines.shared_prefix import (
 )
 from open_r1.evaluation.answering import BACKENDS, generation_settings, load_prompting
 from open_r1.models.families import FAMILIES
-from open_r1.models.loading import freeze
+from open_r1.models.trained import freeze
 from open_r1.settings.recipes import read_recipe
 from open_r1.trainer.rows import put_images, with_images_inside
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer

@@ -14,7 +14,8 @@ from trl import DistillationConfig, DistillationTrainer
 
 from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.configs import FreezeArguments, check_settings
-from open_r1.models.loading import freeze, load_model, load_processor
+from open_r1.models.loading import load_model, load_processor
+from open_r1.models.trained import freeze
 from open_r1.running.data import load_dataset
 from open_r1.tiny import save_tiny_model
 from open_r1.trainer.distillation import sampled_kl

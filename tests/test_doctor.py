@@ -22,7 +22,7 @@ from trl.trainer import grpo_trainer
 
 from open_r1 import grpo, sft
 from open_r1.base.errors import REPO_ROOT, Mistake
-from open_r1.configs import GRPOScriptArguments
+from open_r1.configs import FreezeArguments, GRPOScriptArguments
 from open_r1.doctor import cost, environment, rewards
 from open_r1.doctor.cost import checkpoint_bytes
 from open_r1.doctor.examination import FAMILIES, examine
@@ -31,7 +31,7 @@ from open_r1.doctor.run import MEASURED_STEPS, Run
 from open_r1.doctor.survey import survey
 from open_r1.engines.shared_prefix import Prompt
 from open_r1.models.families import find_family
-from open_r1.models.loading import FreezeArguments, load_config, load_processor
+from open_r1.models.loading import load_config, load_processor
 from open_r1.models.memory import (
     Load,
     MemoryCount,

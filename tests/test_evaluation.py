@@ -25,18 +25,14 @@ from trl import ModelConfig
 from open_r1.base import errors
 from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.base.prompts import load_chat_template, sat_question
+from open_r1.configs import FreezeArguments
 from open_r1.engines.backends import TransformersBackend
 from open_r1.evaluation import answering
 from open_r1.evaluation import run as evaluation
 from open_r1.evaluation.asking import style_of
 from open_r1.models.families import FAMILIES, family_of_processor
-from open_r1.models.loading import (
-    FreezeArguments,
-    get_adapter_config,
-    load_model,
-    load_processor,
-    reset_generation_config,
-)
+from open_r1.models.loading import load_model, load_processor, reset_generation_config
+from open_r1.models.trained import get_adapter_config
 from open_r1.tasks.benchmarks import BENCHMARKS, Item, read
 from open_r1.tiny import make_processor, make_tokenizer, save_tiny_model
 from open_r1.world.parquet import sat_row, write_cvbench

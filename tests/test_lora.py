@@ -17,20 +17,18 @@ from trl import ModelConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
 from open_r1.base.errors import REPO_ROOT, Mistake
+from open_r1.configs import FreezeArguments
 from open_r1.engines.vllm_backends import adapted_weights, check_vllm_adapter, whole_weight
 from open_r1.grpo import GRPOScriptArguments, build_trainer
 from open_r1.models.families import FAMILIES, family_of
 from open_r1.models.loading import (
-    FreezeArguments,
     adapter_base,
     check_model,
-    get_adapter_config,
-    guide_gradients,
     load_checkpoint,
     load_model,
     load_processor,
-    parameter_table,
 )
+from open_r1.models.trained import get_adapter_config, guide_gradients, parameter_table
 from open_r1.running.data import load_dataset
 from open_r1.settings.recipes import read_recipe
 from open_r1.sft import AnswerCollator

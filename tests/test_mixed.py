@@ -13,7 +13,8 @@ from open_r1.configs import FreezeArguments
 from open_r1.engines.decoding import generate
 from open_r1.engines.shared_prefix import encode_prompt
 from open_r1.models.families import FAMILIES, family_of
-from open_r1.models.loading import accept_missing_images, freeze, load_model, load_processor
+from open_r1.models.loading import accept_missing_images, load_model, load_processor
+from open_r1.models.trained import freeze
 from open_r1.running.data import load_dataset
 from open_r1.sft import AnswerCollator
 from support import families, launch_env, run_grpo, write_mixed

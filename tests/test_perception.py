@@ -15,7 +15,8 @@ from open_r1.configs import LOSS_TYPES, FreezeArguments, check_settings
 from open_r1.engines.backends import Completions
 from open_r1.engines.shared_prefix import images_of
 from open_r1.models.families.tiled import Tiled
-from open_r1.models.loading import freeze, load_model
+from open_r1.models.loading import load_model
+from open_r1.models.trained import freeze
 from open_r1.trainer.perception import (
     MOST_KL,
     perception_kl,

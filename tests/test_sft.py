@@ -16,7 +16,8 @@ from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.base.images import open_image
 from open_r1.configs import FreezeArguments
 from open_r1.models.families import FAMILIES, PARTS, vision_token_ids
-from open_r1.models.loading import freeze, load_model, load_processor, parameter_table
+from open_r1.models.loading import load_model, load_processor
+from open_r1.models.trained import freeze, parameter_table
 from open_r1.running.data import load_dataset, render_prompt
 from open_r1.settings.recipes import read_recipe
 from open_r1.sft import (

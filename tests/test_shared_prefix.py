@@ -17,7 +17,8 @@ from open_r1.configs import FreezeArguments
 from open_r1.engines.shared_prefix import Prompt, attend_groups, attend_paths, pack
 from open_r1.engines.vllm_backends import collapse_image_tokens
 from open_r1.models.families import FAMILIES
-from open_r1.models.loading import freeze, load_model, load_processor
+from open_r1.models.loading import load_model, load_processor
+from open_r1.models.trained import freeze
 from open_r1.running.data import load_dataset
 from open_r1.trainer.sampling import shuffle_groups
 from open_r1.trainer.trainer import Qwen2VLGRPOTrainer, Scored

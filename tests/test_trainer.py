@@ -18,7 +18,8 @@ from open_r1.base.errors import Mistake
 from open_r1.base.images import open_image
 from open_r1.configs import FreezeArguments
 from open_r1.models.families import end_token_ids, vision_token_ids
-from open_r1.models.loading import freeze, load_model, load_processor
+from open_r1.models.loading import load_model, load_processor
+from open_r1.models.trained import freeze
 from open_r1.rewards import accuracy_reward
 from open_r1.running.data import count_prompt_tokens, load_dataset
 from open_r1.tasks.examples import read_examples

@@ -22,15 +22,8 @@ from open_r1.configs import (
     longest_row,
     unused_vllm,
 )
-from open_r1.models.loading import (
-    check_model,
-    check_saved_modules,
-    check_teacher,
-    freeze,
-    get_adapter_config,
-    load_config,
-    load_model_from_args,
-)
+from open_r1.models.loading import check_model, check_teacher, load_config, load_model_from_args
+from open_r1.models.trained import check_saved_modules, freeze, get_adapter_config
 from open_r1.rewards import check_columns, check_gold, get_reward_funcs, needs_gold
 from open_r1.running.checkpoints import has_begun
 from open_r1.running.data import load_datasets_from_args, load_processor_from_args, opens_think

@@ -26,16 +26,8 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from open_r1.base.images import BrokenImage, open_image
 from open_r1.configs import Qwen2VLSFTConfig, SFTScriptArguments
 from open_r1.engines.shared_prefix import prepare_model
-from open_r1.models.loading import (
-    accept_missing_images,
-    check_model,
-    check_saved_modules,
-    freeze,
-    get_adapter_config,
-    guide_gradients,
-    load_model_from_args,
-    reset_generation_config,
-)
+from open_r1.models.loading import accept_missing_images, check_model, load_model_from_args, reset_generation_config
+from open_r1.models.trained import check_saved_modules, freeze, get_adapter_config, guide_gradients
 from open_r1.rewards import format_reward
 from open_r1.running.callbacks import ModelCardMixin
 from open_r1.running.checkpoints import LoadWeightsMixin, has_begun

@@ -32,7 +32,8 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCAB_CHUNK_SIZE
 from open_r1.base.errors import Mistake
 from open_r1.configs import FreezeArguments
 from open_r1.models.families import family_of, find_family
-from open_r1.models.loading import freeze, get_adapter_config, load_config, resolve_dtype
+from open_r1.models.loading import load_config, resolve_dtype
+from open_r1.models.trained import freeze, get_adapter_config
 from open_r1.settings.processes import Launch
 
 FP32 = 4  # bytes

@@ -23,7 +23,8 @@ from open_r1.base.errors import Mistake, account, take_traceback_option
 from open_r1.base.locks import check_free, owned
 from open_r1.configs import check_attention, check_bfloat16
 from open_r1.models.families import use_family
-from open_r1.models.loading import check_weights, parameter_table
+from open_r1.models.loading import check_weights
+from open_r1.models.trained import parameter_table
 from open_r1.running.callbacks import add_run_callbacks, upload_advice
 from open_r1.running.checkpoints import (
     CompleteCheckpoints,
@@ -83,7 +84,7 @@ def quiet() -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         # It prints that a helper is built, in each process and each time, and nothing else.
         importlib.import_module("deepspeed.comm.torch").print = lambda *_: None
-    # The checkpoints of a frozen vision tower; one that learns is seen to (`loading.guide_gradients`).
+    # The checkpoints of a frozen vision tower; one that learns is seen to (`trained.guide_gradients`).
     warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
     warnings.filterwarnings("ignore", "Both num_training_steps and num_stable_steps are specified")
     downloads_are_shown = not are_progress_bars_disabled()

@@ -30,10 +30,10 @@ from open_r1.models.loading import (
     accept_missing_images,
     check_model_files,
     check_weights,
-    guide_gradients,
     load_processor,
     reset_generation_config,
 )
+from open_r1.models.trained import guide_gradients
 from open_r1.rewards import format_reward, guarded, told, unique_names
 from open_r1.running.callbacks import ModelCardMixin
 from open_r1.running.checkpoints import LoadWeightsMixin
