@@ -24,7 +24,8 @@ from open_r1 import configs
 from open_r1.base.errors import REPO_ROOT
 from open_r1.base.prompts import sat_question
 from open_r1.engines.backends import Backend, Completions
-from open_r1.engines.shared_prefix import Layout, encode_images, locate_group
+from open_r1.engines.layout import Layout, locate_group
+from open_r1.engines.shared_prefix import encode_images
 from open_r1.models.families import FAMILIES
 from open_r1.models.loading import load_model, load_processor
 from open_r1.running.data import load_dataset

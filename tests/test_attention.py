@@ -16,7 +16,7 @@ from open_r1 import sft
 from open_r1.base.errors import REPO_ROOT
 from open_r1.base.images import open_image
 from open_r1.configs import FreezeArguments
-from open_r1.engines.shared_prefix import (
+from open_r1.engines.attention import (
     IMAGE_ATTENTION,
     attend_groups,
     attend_paths,
@@ -24,9 +24,8 @@ from open_r1.engines.shared_prefix import (
     decode_attention,
     grouped_attention,
     image_attention,
-    images_of,
-    prepare_model,
 )
+from open_r1.engines.shared_prefix import images_of, prepare_model
 from open_r1.evaluation.answering import BACKENDS, generation_settings, load_prompting
 from open_r1.models.families import FAMILIES
 from open_r1.models.trained import freeze
@@ -195,8 +194,8 @@ def test_images_in_a_row_are_encoded_as_transformers_does(model_type, has_flash,
     assert model.config.vision_config._attn_implementation == IMAGE_ATTENTION
     assert model.config.get_text_config()._attn_implementation == "sdpa"
     kernel = Mock(side_effect=slow_varlen_2_11)
-    monkeypatch.setattr("open_r1.engines.shared_prefix.has_flash", lambda query: has_flash)
-    monkeypatch.setattr("open_r1.engines.shared_prefix.varlen_attn", kernel)
+    monkeypatch.setattr("open_r1.engines.attention.has_flash", lambda query: has_flash)
+    monkeypatch.setattr("open_r1.engines.attention.varlen_attn", kernel)
     features, gradients = encode_and_differentiate(model_type, model, images)
     assert kernel.call_count == 2 * has_flash  # layers
     for mine, theirs in zip(features, expected, strict=True):
@@ -225,7 +224,7 @@ def image_states(lengths, dtype, device):
 
 
 def test_torchs_kernel_takes_a_row_of_images(monkeypatch):
-    monkeypatch.setattr("open_r1.engines.shared_prefix.has_flash", lambda query: True)
+    monkeypatch.setattr("open_r1.engines.attention.has_flash", lambda query: True)
     states, ends = image_states([4, 16, 8], torch.bfloat16, "meta")
     output, _ = image_attention(None, *states, None, SCALE, cu_seq_lens_q=ends, max_length_q=16)
     assert output.shape == (1, 28, HEADS, 80) and output.dtype == torch.bfloat16
@@ -250,8 +249,8 @@ def test_under_autocast_all_that_is_heavy_sees_one_dtype(
         return watched
 
     along_paths = watch("packed row", partial(attend_paths, varlen=slow_varlen))
-    monkeypatch.setattr("open_r1.engines.shared_prefix.choose_attention", lambda query: along_paths)
-    monkeypatch.setattr("open_r1.engines.shared_prefix.decode_attention", watch("decoding", decode_attention))
+    monkeypatch.setattr("open_r1.engines.attention.choose_attention", lambda query: along_paths)
+    monkeypatch.setattr("open_r1.engines.attention.decode_attention", watch("decoding", decode_attention))
     trainer = make_trainer(tiny_models[model_type], examples_json, tmp_path, max_steps=1, bf16=True)
     if freeze_vision:
         freeze(trainer.model, FreezeArguments(freeze_vision=True))

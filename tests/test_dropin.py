@@ -25,7 +25,7 @@ from trl.trainer import grpo_trainer
 
 from open_r1 import grpo
 from open_r1.base.errors import REPO_ROOT, Mistake
-from open_r1.engines.shared_prefix import ATTENTION
+from open_r1.engines.attention import ATTENTION
 from open_r1.engines.vllm_backends import load_vllm
 from open_r1.models.loading import load_processor
 from open_r1.rewards import format_reward, soft_overlong_reward

@@ -14,7 +14,8 @@ from trl import GRPOTrainer
 
 from open_r1.base.errors import REPO_ROOT
 from open_r1.configs import FreezeArguments
-from open_r1.engines.shared_prefix import Prompt, attend_groups, attend_paths, pack
+from open_r1.engines.attention import attend_groups, attend_paths
+from open_r1.engines.shared_prefix import Prompt, pack
 from open_r1.engines.vllm_backends import collapse_image_tokens
 from open_r1.models.families import FAMILIES
 from open_r1.models.loading import load_model, load_processor
@@ -139,7 +140,7 @@ def test_scores_and_gradients_of_every_family(model_type, trainers):
 def test_scores_and_gradients_over_paths(model_type, checkpointing, trainers, monkeypatch):
     """The way of a GPU, with a slow kernel in place of its own."""
     monkeypatch.setattr(
-        "open_r1.engines.shared_prefix.choose_attention", lambda query: partial(attend_paths, varlen=slow_varlen)
+        "open_r1.engines.attention.choose_attention", lambda query: partial(attend_paths, varlen=slow_varlen)
     )
     settings = {"per_device_train_batch_size": 16, "gradient_checkpointing": checkpointing}
     assert_same_scores_and_gradients(*trainers(model_type, **settings))
@@ -150,7 +151,7 @@ def test_scores_under_autocast(trainers, monkeypatch):
     exact, *_ = trainers()
     stock, ours = trainers(bf16=True)
     for attend in (attend_groups, partial(attend_paths, varlen=slow_varlen)):
-        monkeypatch.setattr("open_r1.engines.shared_prefix.choose_attention", Mock(return_value=attend))
+        monkeypatch.setattr("open_r1.engines.attention.choose_attention", Mock(return_value=attend))
         for right, theirs, mine in zip(*(rollout_and_gradients(t)[1] for t in (exact, stock, ours)), strict=True):
             rounding = (theirs.float() - right).abs().mean()
             assert 0 < rounding < 0.05 and (mine.float() - theirs.float()).abs().mean() <= rounding

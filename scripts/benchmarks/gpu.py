@@ -46,16 +46,10 @@ from open_r1 import grpo
 from open_r1.base.errors import REPO_ROOT, Mistake, first_line
 from open_r1.base.files import MADE_BY, replace_file, to_json
 from open_r1.base.images import open_image
+from open_r1.engines.attention import attend_groups, attend_paths, choose_attention, decode_attention
 from open_r1.engines.backends import Backend
-from open_r1.engines.shared_prefix import (
-    Layout,
-    Prompt,
-    attend_groups,
-    attend_paths,
-    choose_attention,
-    decode_attention,
-    locate_group,
-)
+from open_r1.engines.layout import Layout, locate_group
+from open_r1.engines.shared_prefix import Prompt
 from open_r1.evaluation import answering
 from open_r1.running.entry import quiet
 from open_r1.settings.recipes import read_recipe

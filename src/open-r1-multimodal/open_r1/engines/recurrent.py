@@ -11,61 +11,18 @@ they are installed, on a GPU, else torch's). Ours is the cache between them, whi
 through. The layers' classes are in `RECURRENT_LAYERS`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
-if TYPE_CHECKING:
-    from open_r1.engines.shared_prefix import Group, Layout
+from open_r1.engines.layout import Layout
 
 RECURRENT_LAYERS = ("Qwen3_5GatedDeltaNet",)  # classes whose `forward` takes the cache as `cache_params`
-
-
-@dataclass(frozen=True, eq=False)
-class Runs:
-    """A packed row of L tokens as N prefixes (at most P tokens) and B branches (at most C).
-
-    Both gather from the row's positions. Prefixes are padded on the left, where the layer's mask keeps padding out of
-    the state, and branches on the right, where nothing follows it.
-    """
-
-    prefixes: torch.Tensor  # (N, P): positions in the row
-    is_prefix: torch.Tensor  # (N, P): False on padding
-    branches: torch.Tensor  # (B, C): positions in the row
-    is_branch: torch.Tensor  # (B, C): False on padding
-    owner: torch.Tensor  # (B,): which prefix a branch goes on from
-    order: torch.Tensor  # (L,): positions in the row of all that is no padding, prefixes first
-
-
-def locate_runs(groups: "Sequence[Group]") -> Runs:
-    """The runs over a row's groups; where there is no prefix, or no branch, one row of padding takes its place."""
-    device = groups[0].branches.device
-    starts = torch.tensor([group.start for group in groups], device=device)
-    lengths = torch.tensor([group.prefix for group in groups], device=device)
-    longest = max([1, *(group.prefix for group in groups)])
-    column = torch.arange(longest, device=device) + lengths[:, None] - longest  # (N, P), negative on padding
-    is_prefix = column >= 0
-    prefixes = starts[:, None] + column.clamp(min=0)  # (N, P)
-
-    # A single token would take fla's kernel for decoding, which has no backward pass.
-    longest = max([2, *(length for group in groups for length in group.lengths)])
-    branches, is_branch = (
-        torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in parts])
-        for parts in ([group.branches for group in groups], [group.is_token for group in groups])
-    )  # (B, C)
-    owner = torch.tensor([row for row, group in enumerate(groups) for _ in group.lengths], device=device)
-    if not len(branches):
-        branches, is_branch = (F.pad(part, (0, 0, 0, 1)) for part in (branches, is_branch))
-        owner = torch.zeros(1, dtype=torch.long, device=device)
-    order = torch.cat([prefixes[is_prefix], branches[is_branch]])
-    return Runs(prefixes, is_prefix, branches, is_branch, owner, order)
 
 
 class Carried(LinearAttentionLayer):
