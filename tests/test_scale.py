@@ -10,8 +10,9 @@ from trl import ModelConfig
 from benchmarks.published import TEXT, VISION, make_2b_config
 from open_r1.base.errors import REPO_ROOT, Mistake
 from open_r1.configs import FreezeArguments
-from open_r1.engines import shared_prefix
+from open_r1.engines import attention
 from open_r1.engines.decoding import generate
+from open_r1.engines.shared_prefix import Prompt
 from open_r1.models.families import family_of
 from open_r1.models.memory import build_model
 from open_r1.settings.processes import Launch
@@ -125,8 +126,8 @@ class Kernels(TorchDispatchMode):
 
 def test_kernels_of_a_token_are_the_models(monkeypatch):
     """Of a layer but for attention itself, and of what is around the layers."""
-    monkeypatch.setattr(shared_prefix.F, "scaled_dot_product_attention", lambda query, *args, **kwargs: query)
-    prompts = [shared_prefix.Prompt(torch.arange(3, 3 + n), torch.arange(n).expand(3, n)) for n in (5, 9)]
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda query, *args, **kwargs: query)
+    prompts = [Prompt(torch.arange(3, 3 + n), torch.arange(n).expand(3, n)) for n in (5, 9)]
     settings = {"do_sample": True, "top_k": 0, "eos_token_id": [1], "suppress_tokens": [2], "pad_token_id": 0}
 
     def kernels(layers: int) -> int:
