@@ -9,8 +9,7 @@ import ast
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
@@ -18,8 +17,8 @@ from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishm
 from open_r1.answers.checker import bare_gold, extract_answer, is_correct
 from open_r1.answers.reflection import concluded
 from open_r1.answers.values import is_blank
-from open_r1.base.errors import Mistake, UserCodeError
-from open_r1.base.plugins import describe_error, import_named
+from open_r1.base.errors import Mistake
+from open_r1.base.plugins import blamed_on, import_named
 
 Completion = str | list[dict[str, Any]]
 Reward = Callable[..., list[float | None]]
@@ -339,12 +338,12 @@ def guarded(reward: Reward, name: str) -> Reward:
         return reward
 
     def checked(*, completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
-        with _blamed_on(name):
+        with blamed_on("reward_funcs", name):
             rewards = reward(completions=completions, **kwargs)
         return _check_rewards(rewards, name, len(completions), kwargs.get("prompts"))
 
     async def checked_later(*, completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
-        with _blamed_on(name):
+        with blamed_on("reward_funcs", name):
             rewards = await reward(completions=completions, **kwargs)
         return _check_rewards(rewards, name, len(completions), kwargs.get("prompts"))
 
@@ -352,14 +351,6 @@ def guarded(reward: Reward, name: str) -> Reward:
     result = checked_later if is_asynchronous else checked
     result.__name__ = name.rpartition(":")[2]  # TRL logs it under this name
     return result
-
-
-@contextmanager
-def _blamed_on(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        raise UserCodeError(f"reward_funcs: {name} raised {describe_error(error)}") from error
 
 
 def _check_rewards(rewards: Any, name: str, count: int, prompts: Sequence[Any] | None) -> list[float | None]:

@@ -4,12 +4,13 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from open_r1.base.errors import Mistake, first_line
+from open_r1.base.errors import Mistake, UserCodeError, first_line
 
 
 def import_here(name: str) -> ModuleType:
@@ -66,6 +67,15 @@ def import_named(
         what = "function" if fits is callable else kind
         raise Mistake(f"{option}: module {module_name!r} ({where}) has no {what} {attribute!r}")
     return value
+
+
+@contextmanager
+def blamed_on(option: str, name: str) -> Iterator[None]:
+    """What a function of the user's raises in the block becomes an error that names it and its option."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise UserCodeError(f"{option}: {name} raised {describe_error(error)}") from error
 
 
 def describe_error(error: BaseException) -> str:

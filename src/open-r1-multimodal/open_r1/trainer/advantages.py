@@ -19,8 +19,8 @@ from functools import partial
 import torch
 from trl.trainer.utils import nanstd
 
-from open_r1.base.errors import Mistake, UserCodeError
-from open_r1.base.plugins import describe_error, import_named
+from open_r1.base.errors import Mistake
+from open_r1.base.plugins import blamed_on, import_named
 
 EPSILON = 1e-4  # keeps a group of nearly equal rewards finite, as in TRL
 
@@ -169,10 +169,8 @@ def checked(advantage: Advantage, name: str) -> Advantage:
     """The user's function of this name: what it raises names it, and a result that is no advantages is a Mistake."""
 
     def call(rewards: torch.Tensor, weights: torch.Tensor, group_size: int) -> torch.Tensor:
-        try:
+        with blamed_on("advantage", name):
             values = advantage(rewards, weights, group_size)
-        except Exception as error:
-            raise UserCodeError(f"advantage: {name} raised {describe_error(error)}") from error
         is_tensor = isinstance(values, torch.Tensor)
         if not (is_tensor and values.shape == rewards.shape[:1] and values.isfinite().all()):
             shown = f"shape {tuple(values.shape)}" if is_tensor else type(values).__name__
