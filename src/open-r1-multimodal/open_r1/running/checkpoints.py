@@ -27,7 +27,6 @@ from open_r1.settings.processes import Launch
 
 # What a checkpoint holds for resuming alone. The rest is the model, as `save_model` writes it.
 RESUME_FILES = ("optimizer*", "scheduler*", "rng_state*", "global_step*", "latest", "zero_to_*", MANIFEST)
-HALF_WRITTEN = "half-written"
 ANOTHER_CHECKPOINT = "resume from another checkpoint, or start anew in another OUTPUT"
 
 
@@ -67,6 +66,15 @@ def unseal(checkpoint: Path) -> None:
     (checkpoint / MANIFEST).unlink(missing_ok=True)
 
 
+def half_written(checkpoint: Path) -> str | None:
+    """How it shows that a checkpoint was never declared complete, in words, or None when it was."""
+    if not is_sealed(checkpoint):
+        return f"half-written (no {MANIFEST})"
+    if not (checkpoint / MANIFEST).read_bytes().strip(b"\0"):  # as a crash of the machine leaves it
+        return f"half-written ({MANIFEST} is empty)"
+    return None
+
+
 def find_defect(checkpoint: str | Path) -> str | None:
     """Why a checkpoint is not complete, in words, or None when it is.
 
@@ -79,13 +87,10 @@ def find_defect(checkpoint: str | Path) -> str | None:
             f"{path}: a link to {path.readlink()}, which is not there; "
             "bring it back, or delete the link to go on from the one before"
         )
-    if not is_sealed(path):
-        return f"{HALF_WRITTEN} (no {MANIFEST})"
-    text = (path / MANIFEST).read_bytes()
-    if not text.strip(b"\0"):  # as a crash of the machine leaves it
-        return f"{HALF_WRITTEN} ({MANIFEST} is empty)"
+    if reason := half_written(path):
+        return reason
     try:
-        sizes = json.loads(text).items()
+        sizes = json.loads((path / MANIFEST).read_bytes()).items()
     except (ValueError, AttributeError, RecursionError) as error:
         raise Mistake(
             f"{path}: {MANIFEST} lists no files; delete the folder to go on from the one before it"
@@ -119,9 +124,9 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> s
         MissingFile: the path is no checkpoint, or one that is known to be half-written.
         Mistake: an earlier run's work would be written over, or its checkpoints were damaged.
     """
-    if resume_from_checkpoint == "auto" and (newest := last_complete_checkpoint(output_dir)):
-        return newest
     if resume_from_checkpoint == "auto":
+        if newest := last_complete_checkpoint(output_dir):
+            return newest
         check_undamaged(output_dir)
     if resume_from_checkpoint in ("auto", "none", None):
         check_unused(output_dir, resume_from_checkpoint)
@@ -144,8 +149,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> s
 def check_undamaged(output_dir: str | Path) -> None:
     """Raise Mistake for a checkpoint that was whole once, where none is: a run from step 0 would write over it."""
     for _, checkpoint in reversed(list_checkpoints(output_dir)):
-        defect = find_defect(checkpoint)
-        if defect and not defect.startswith(HALF_WRITTEN):
+        if not half_written(checkpoint) and (defect := find_defect(checkpoint)):
             reason = f"{defect}, and no other checkpoint is whole"
             raise Mistake(f"{checkpoint}: {reason}; bring it back, or start anew in another OUTPUT")
 
