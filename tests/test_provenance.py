@@ -260,6 +260,8 @@ def test_a_run_that_goes_on_by_itself_wants_the_data_that_it_began_with(one_step
     doctored = Run(grpo.COMMAND, command_line(tiny_model, path, folder / "out", "--max_steps", "2"), Launch())
     [finding] = run_check(unchanged, doctored)
     assert finding.verdict is Status.FAIL and "the training examples changed since its run began" in finding.what
+    named = ["--max_steps", "2", "--resume_from_checkpoint", str(folder / "out/checkpoint-1")]
+    assert [*unchanged(Run(grpo.COMMAND, command_line(tiny_model, path, folder / "out", *named), Launch()))] == []
     path.write_text(whole)
     Image.new("RGB", Image.open(picture).size, "pink").save(picture)
     went_on = run(tiny_model, path, folder / "out", "--max_steps", "2")

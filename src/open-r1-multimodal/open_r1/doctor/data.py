@@ -110,8 +110,8 @@ def prompt_lengths(run: Run) -> Iterator[Finding]:
 
 
 def unchanged(run: Run) -> Iterator[Finding]:
-    """A run that goes on trains on the examples that it began with."""
-    if run.checkpoint:
+    """A run that goes on by itself trains on the examples that it began with."""
+    if run.checkpoint and run.args.resume_from_checkpoint == "auto":
         checked_data(run.args, run.prepared_data, run.checkpoint)
         yield passed(f"as when the run of {run.args.output_dir} began")
 
