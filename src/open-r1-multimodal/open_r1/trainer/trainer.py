@@ -88,7 +88,7 @@ class Qwen2VLGRPOTrainer(
     - a loss or gradient that is NaN or infinite ends the run before it changes the weights (`finite`);
     - an evaluation's figures are over its questions, each once, by evaluation set (`metrics`);
     - groups without signal can be replaced, and prompts that always or never succeed can be asked less often
-    (`sampling`);
+      (`sampling`);
     - every completion goes to `{output_dir}/trajectories/{train,eval,blind}.jsonl` (`recorder`),
       and a few are shown where the run reports to (`trackers`).
 
